@@ -63,17 +63,21 @@ def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> x
     The deflated gain over the gain of a signal that all streams share: the same number where sums are 1. Connections that
     fade or amplify everything alike leave it at 0; +inf where the common part cancels to nothing.
     """
+    return mixing.reduced(left_beside_common(mixing, left_of_differences), depends_on="earlier")
 
-    def common(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-        sums = np.abs(products.sum(axis=(-2, -1))) / mixing.num_streams
-        # A sum of exactly zero is −∞, as the logarithm of nothing.
-        with np.errstate(divide="ignore"):
-            return (np.log(sums) + log_scale) / np.log(10.0)
 
+def left_beside_common(mixing: Mixing, left_of_differences: np.ndarray) -> np.ndarray:
+    """What is left of differences over what is left of a signal that all streams share, log₁₀, (C, N)."""
     # −∞ less −∞: both are nothing, and their ratio is not known.
     with np.errstate(invalid="ignore"):
-        relative = left_of_differences - mixing.each_product(common)
-    return mixing.reduced(relative, depends_on="earlier")
+        return left_of_differences - mixing.each_product(_common_gain)
+
+
+def _common_gain(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    sums = np.abs(products.sum(axis=(-2, -1))) / products.shape[-1]
+    # A sum of exactly zero is −∞, as the logarithm of nothing.
+    with np.errstate(divide="ignore"):
+        return (np.log(sums) + log_scale) / np.log(10.0)
 
 
 @metric(

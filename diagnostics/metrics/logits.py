@@ -89,15 +89,24 @@ def logit_saturation(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.
     """
     logits, known = _followed(mixing_logits, mask)
     matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)[:, known]
+    unknown = ~np.isfinite(logits).all((2, 3))
+    return _by_connection(np.where(unknown, np.nan, saturation(matrices)), mixing_logits)
+
+
+def saturation(matrices: np.ndarray) -> np.ndarray:
+    """Saturation (C, N) of the projection that gave the matrices (C, N, n, n).
+
+    Raises
+    ------
+    Unavailable
+        Where neither rows nor columns of all of them sum to 1.
+    """
     rows, columns = (abs(matrices.sum(axis) - 1).max() <= NORMALISED for axis in (-1, -2))
     if rows and columns:
-        passed = kernel.sinkhorn_sensitivity(matrices)
-    elif rows or columns:
-        passed = kernel.softmax_sensitivity(matrices if rows else matrices.swapaxes(-1, -2))
-    else:
-        raise Unavailable(NO_STOCHASTIC)
-    unknown = ~np.isfinite(logits).all((2, 3))
-    return _by_connection(np.where(unknown, np.nan, 1.0 - passed), mixing_logits)
+        return 1.0 - kernel.sinkhorn_sensitivity(matrices)
+    if rows or columns:
+        return 1.0 - kernel.softmax_sensitivity(matrices if rows else matrices.swapaxes(-1, -2))
+    raise Unavailable(NO_STOCHASTIC)
 
 
 @metric(

@@ -128,15 +128,34 @@ def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
     Sinkhorn ends on one side, whose sums are exact; all error of stopping early sits in the other.
     """
     kinds = kernel.Violation._fields
-    parts = mixing.each(lambda h: np.stack(kernel.doubly_stochastic_violation(h), axis=-1))
+    parts = mixing.each(violations)
     found = [mixing.reduced(parts[..., k]) for k in range(len(kinds))]
     return xr.concat(found, xr.Variable("kind", list(kinds)))
+
+
+def violations(matrices: np.ndarray) -> np.ndarray:
+    """Distances of matrices (..., n, n) from doubly stochastic, (..., 3): the kinds of `kernel.Violation`."""
+    return np.stack(kernel.doubly_stochastic_violation(matrices), axis=-1)
 
 
 def _weakest_sums(matrices: np.ndarray) -> np.ndarray:
     """Weakest row sum and weakest column sum, (..., 2)."""
     found = kernel.attenuation(matrices)
     return np.stack([found.row, found.column], axis=-1)
+
+
+def weakest_product_sums(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Weakest row sum and weakest column sum (..., 2) of products (..., n, n) with log scales (...)."""
+    return rescaled(_weakest_sums(products), log_scale[..., None])
+
+
+def scaled_identity_distance(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Distance of products (..., n, n) from the identity, (...), their own scale taken out; log scales cancel."""
+    # A product without a diagonal is as far as it can be: its trace is no scale.
+    scale = np.trace(products, axis1=-2, axis2=-1)[..., None, None] / products.shape[-1]
+    size = np.linalg.norm(products, axis=(-2, -1), keepdims=True)
+    known = np.abs(scale) > ROUNDING * size
+    return kernel.identity_distance(np.where(known, products / np.where(known, scale, 1.0), 0.0))
 
 
 @metric(
@@ -155,7 +174,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{and backward}\quad \min_j |\sum_i P_{ij}|
     """
-    weakest = mixing.each_product(lambda p, scale: rescaled(_weakest_sums(p), scale[..., None]))
+    weakest = mixing.each_product(weakest_product_sums)
     return _by_direction([mixing.reduced(weakest[..., side], depends_on="earlier") for side in (0, 1)])
 
 
@@ -234,15 +253,7 @@ def composite_identity_distance(mixing: Mixing) -> xr.DataArray:
     Many connections that are each close to the identity mix much together. The scale is taken out: a product that only
     grows or fades mixes nothing.
     """
-
-    def measure(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-        # The log scale cancels. A product without a diagonal is as far as it can be: its trace is no scale.
-        scale = np.trace(products, axis1=-2, axis2=-1)[..., None, None] / mixing.num_streams
-        size = np.linalg.norm(products, axis=(-2, -1), keepdims=True)
-        known = np.abs(scale) > ROUNDING * size
-        return kernel.identity_distance(np.where(known, products / np.where(known, scale, 1.0), 0.0))
-
-    return mixing.reduced(mixing.each_product(measure), depends_on="earlier")
+    return mixing.reduced(mixing.each_product(scaled_identity_distance), depends_on="earlier")
 
 
 def _uniform_entropy(mixing: Mixing) -> xr.DataArray:

@@ -48,9 +48,7 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 )
 def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     """Singular values of the product of all connections from the embedding on, the largest first."""
-    product, log_scale = mixing.prefix
-    values = rescaled(kernel.singular_values(product), log_scale[..., None])  # one scale for all of a matrix
-    return _by_component(mixing, values, depends_on="earlier")
+    return _by_component(mixing, product_singular_values(*mixing.prefix), depends_on="earlier")
 
 
 @metric(
@@ -68,6 +66,11 @@ def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> 
     The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
     """
     return _by_component(mixing, eigenvalue_moduli)
+
+
+def product_singular_values(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Singular values (..., n) of products (..., n, n), which have one log scale (...) each."""
+    return rescaled(kernel.singular_values(products), log_scale[..., None])
 
 
 def _by_component(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.DataArray:

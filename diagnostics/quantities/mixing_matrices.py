@@ -147,10 +147,15 @@ class Mixing:
         DataArray
             Dims (connection, *dims, reduction).
         """
+        found = self.reduced_values(values, depends_on=depends_on)
+        return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
+
+    def reduced_values(self, values: np.ndarray, *, depends_on: str = "itself") -> np.ndarray:
+        """As `reduced`, without labels: (C, ..., reduction)."""
         found = over_tokens(values)
         known = {"itself": self.finite, "earlier": self.finite_from_first, "later": self.finite_to_last}
         found[~known[depends_on]] = np.nan
-        return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
+        return found
 
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
         """Put the chain's coordinates on values.

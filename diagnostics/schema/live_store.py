@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,12 +35,14 @@ from depthscope.diagnostics.schema.live_store_files import (
     is_live_store,
     numbered,
 )
-from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, NOTE, ROW, packed, scan
+from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, LATER, NOTE, ROW, packed, scan
 from depthscope.diagnostics.schema.live_store_history import (
+    LATER_HEAD,
     ROW_HEAD,
     Declared,
     History,
     OlderRows,
+    Row,
     columns_path,
     read_history,
     require_declarable,
@@ -126,6 +128,7 @@ class LiveStore:
         self._descriptor: int | None = None
         self._log_size, self._num_log_rows, self._full = 0, 0, MAX_LOG_BYTES
         self._keep_states = max(2, keep_states + 1)
+        self._awaited: set[int] = set()  # steps whose rows get more numbers later
         self._lock = self._locked()
         try:
             # Once more, now that nobody else writes.
@@ -187,7 +190,14 @@ class LiveStore:
         """Whether a run with the arrays of one step was saved; without one nobody can open the store."""
         return bool(numbered(self.path / STATES, ".nc"))
 
-    def append(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
+    def append(
+        self,
+        step: int,
+        numbers: Numbers,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        complete: bool = True,
+    ) -> None:
         """Add the row of one step, in about 20 µs for a hundred variables.
 
         A variable may appear at any step, with its dims; it is NaN before. Where it is missing later, it is NaN there. A step
@@ -202,6 +212,8 @@ class LiveStore:
             Stored as float32 where they are that, and as float64 else.
         coords : mapping of str to (dims, array) or (dims, array, attrs), optional
             Coordinates of groups that no saved state has, needed once.
+        complete : bool
+            False where `add_later` is to give more numbers of the row.
 
         Raises
         ------
@@ -213,23 +225,70 @@ class LiveStore:
         variables = self._history.variables
         declared, added = self._declaration(numbers, coords or {})
         data = self._row_data(numbers, {**variables, **declared} if declared else variables)
-        frames = [packed(ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data]))]
-        if declared or added:
-            described = {name: one.as_dict() for name, one in declared.items()}
-            frames.insert(0, packed(DECLARE, _json({"variables": described, "coords": added})))
+        row = packed(ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data]))
+        frames = [*self._declared_frames(declared, added), row]
         if self._is_resumed:
             # With the first row and not before: an attempt that measures nothing supersedes nothing.
             frames.insert(0, packed(NOTE, _json({"note": "resumed", "step": step})))
         self._write(b"".join(frames))
-        # Only now: what was not written is not known to readers either.
-        for name, known in declared.items():
-            self._history.add_variable(name, known)
-        self._history.coords.update(added)
+        self._know(declared, added)
         self._is_resumed = False
         self._last_step = step
+        self._awaited = {earlier for earlier in self._awaited if earlier < step}
+        if not complete:
+            self._awaited.add(step)
         self._num_log_rows += 1
         if self._num_log_rows >= MAX_LOG_ROWS or self._log_size >= self._full:
             self._compact()
+
+    def add_later(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
+        """Add numbers to a row that is not complete; those that it has already are replaced.
+
+        Parameters
+        ----------
+        step : int
+            Of the row; nothing happens where it was superseded.
+        numbers, coords : mapping
+            As of `append`; empty where nothing comes after all.
+
+        Raises
+        ------
+        ValueError
+            As of `append`.
+        OSError
+            Where it was not written; the store is as it was before.
+        """
+        if step not in self._awaited:
+            return
+        declared, added = self._declaration(numbers, coords or {})
+        variables = {**self._history.variables, **declared}
+        given = {name: known for name, known in variables.items() if name in numbers}
+        data = self._row_data(numbers, given)
+        frames = self._declared_frames(declared, added)
+        # One frame for each stretch of variables that are declared one after the other.
+        places = [place for place, name in enumerate(variables) if name in numbers]
+        start = 0
+        for end in range(1, len(places) + 1):
+            if end == len(places) or places[end] != places[end - 1] + 1:
+                head = LATER_HEAD.pack(step, places[start], places[end - 1] + 1)
+                frames.append(packed(LATER, b"".join([head, *data[start:end]])))
+                start = end
+        if frames:
+            self._write(b"".join(frames))
+        self._know(declared, added)
+        self._awaited.discard(step)
+
+    def _declared_frames(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> list[bytes]:
+        if not declared and not added:
+            return []
+        described = {name: one.as_dict() for name, one in declared.items()}
+        return [packed(DECLARE, _json({"variables": described, "coords": added}))]
+
+    def _know(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> None:
+        """Take in what was declared, now that it is written: before, it is not known to readers either."""
+        for name, known in declared.items():
+            self._history.add_variable(name, known)
+        self._history.coords.update(added)
 
     def _declaration(
         self, numbers: Numbers, coords: Mapping[str, Any]
@@ -336,9 +395,9 @@ class LiveStore:
         self._log_size, self._full = size, size + MAX_LOG_BYTES
         self._synced = time.monotonic()
 
-    def _start_log(self) -> None:
-        """A log that has no rows takes the place of the one that is there."""
-        begin = packed(BEGIN, self._history.begin_frame())
+    def _start_log(self, rows: Iterable[Row] = ()) -> None:
+        """A log of no rows, or of a few, takes the place of the one that is there."""
+        begin = b"".join([packed(BEGIN, self._history.begin_frame()), *(row.frame() for row in rows)])
         with replaced_file(self.path / LOG) as fresh:
             fresh.write_bytes(begin)
         self._open_log(len(begin))
@@ -388,6 +447,9 @@ class LiveStore:
         found = scan((self.path / LOG).read_bytes())
         history = History()
         history.replay(found.frames, self.path)
+        # Rows that get more numbers stay in the log, where these are put into them.
+        kept = [row for row in history.rows if self._awaited and row.step >= min(self._awaited)]
+        history.rows = history.rows[: len(history.rows) - len(kept)]
         if history.rows:
             number = max(numbered(self.path / COLUMNS, ".cols"), default=0) + 1
             write_columns(columns_path(self.path, number), _columns(history))
@@ -397,7 +459,8 @@ class LiveStore:
             history.rows = []
         history.begun = frozenset(part.number for part in history.older)
         self._history = history
-        self._start_log()
+        self._start_log(kept)
+        self._num_log_rows = len(kept)
         self._remove_unused_columns()
 
     def _remove_unused_columns(self) -> None:

@@ -13,8 +13,8 @@ _HEAD = struct.Struct(
     "<4sIII"
 )  # magic, kind, bytes of the payload, CRC-32C of the kind, that number and the payload
 _CHECKED = struct.Struct("<II")
-BEGIN, DECLARE, ROW, NOTE = 1, 2, 3, 4
-"""Kinds of frames: what a log goes on from, further variables, the numbers of a step, and what happened."""
+BEGIN, DECLARE, ROW, NOTE, LATER = 1, 2, 3, 4, 5
+"""Kinds of frames: what a log goes on from, further variables, a step's numbers, what happened, numbers that came later."""
 
 MAX_PAYLOAD = 256 << 20
 
@@ -28,7 +28,7 @@ class Frame:
     offset : int
         Byte of the log at which it begins.
     kind : int
-        One of `BEGIN`, `DECLARE`, `ROW` and `NOTE`.
+        One of `BEGIN`, `DECLARE`, `ROW`, `NOTE` and `LATER`.
     payload : memoryview
         What it carries.
     """
@@ -66,7 +66,7 @@ def packed(kind: int, payload: bytes) -> bytes:
     Parameters
     ----------
     kind : int
-        One of `BEGIN`, `DECLARE`, `ROW` and `NOTE`.
+        One of `BEGIN`, `DECLARE`, `ROW`, `NOTE` and `LATER`.
     payload : bytes
         What it carries.
 

@@ -25,11 +25,24 @@ from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_TEXT, MAX_VARIABLES
 from depthscope.diagnostics.schema.live_store_columns import STEP, TIME, ColumnFile, is_count, read_index
 from depthscope.diagnostics.schema.live_store_files import COLUMNS, LOG, open_inside
-from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, NOTE, ROW, Frame, Scan, scan
+from depthscope.diagnostics.schema.live_store_frames import (
+    BEGIN,
+    DECLARE,
+    LATER,
+    NOTE,
+    ROW,
+    Frame,
+    Scan,
+    packed,
+    scan,
+)
 from depthscope.diagnostics.schema.validation import SchemaError
 
 FORMAT, VERSION = "depthscope live run", 1
 ROW_HEAD = struct.Struct("<qdI")  # step, seconds since 1970, how many of the declared variables follow
+LATER_HEAD = struct.Struct(
+    "<qII"
+)  # step, and from which of the declared variables to before which they come later
 MAX_LOG = 1 << 30
 """Bytes; the writer begins a new log long before."""
 
@@ -81,6 +94,10 @@ class Row:
     time: float
     num_variables: int
     data: bytes
+
+    def frame(self) -> bytes:
+        """As it is in a log."""
+        return packed(ROW, ROW_HEAD.pack(self.step, self.time, self.num_variables) + self.data)
 
 
 @dataclass
@@ -251,8 +268,9 @@ class History:
         for number, frame in enumerate(frames, start=first):
             if (frame.kind == BEGIN) != (number == 0):
                 raise ValueError(f"frame {number} is of kind {frame.kind}")
-            if frame.kind == ROW:
-                self._take_row(frame.payload)
+            if frame.kind in (ROW, LATER):
+                take = self._take_row if frame.kind == ROW else self._take_later
+                take(frame.payload)
                 continue
             if len(frame.payload) > MAX_TEXT:
                 raise ValueError(f"{len(frame.payload)} bytes of JSON, expected at most {MAX_TEXT}")
@@ -351,6 +369,24 @@ class History:
         if last is not None and step <= last:
             self.supersede(step)
         self.rows.append(Row(step, time, num_variables, data))
+
+    def _take_later(self, payload: memoryview) -> None:
+        """Put variables that were computed after their row was written into it, unless it was superseded meanwhile."""
+        step, first, last = LATER_HEAD.unpack_from(payload)
+        at = bisect_left(self.rows, step, key=lambda row: row.step)
+        if at == len(self.rows) or self.rows[at].step != step:
+            return
+        row, data = self.rows[at], bytes(payload[LATER_HEAD.size :])
+        if not first < last < len(self.ends) or self.ends[last] - self.ends[first] != len(data):
+            raise ValueError(f"{len(data)} bytes came later for variables {first} to {last} of step {step}")
+        # Variables that were declared after the row are NaN in it so far.
+        newer = list(self.variables.values())[row.num_variables : last]
+        before = b"".join(
+            [row.data, *(np.full(of.shape, math.nan, of.numpy_dtype).tobytes() for of in newer)]
+        )
+        whole = before[: self.ends[first]] + data + before[self.ends[last] :]
+        self.rows[at] = Row(step, row.time, max(row.num_variables, last), whole)
+        self._tables = None
 
 
 def columns_path(store: Path, number: int) -> Path:

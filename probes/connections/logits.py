@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from depthscope.probes.connections.coefficients import per_token, spread
 from depthscope.probes.model.hooks import without_frames
@@ -262,8 +261,8 @@ class OperationLogits:
         return found
 
 
-class LogitWatch(TorchFunctionMode):
-    """Look at what the code of one call handles, while the mode is on.
+class LogitWatch:
+    """Look at what the code of one call handles: a listener of `Watch`, the mode that sees its functions.
 
     Parameters
     ----------
@@ -277,28 +276,25 @@ class LogitWatch(TorchFunctionMode):
     """
 
     def __init__(self, sizes: Iterable[int]):
-        super().__init__()
         self._sizes = frozenset(sizes)
         self.handled = Handled()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and look at what it takes and returns."""
-        result = func(*args, **(kwargs or {}))
+    def __call__(self, func: Any, args: Any, result: Any) -> None:
+        """Look at what a function that has run took and gave."""
         if self.handled.error is None:
             try:
-                with torch._C.DisableTorchFunction():
-                    self._keep(getattr(func, "__name__", ""), args, result)
+                self._keep(getattr(func, "__name__", ""), args, result)
             except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
                 self.handled = Handled(error=without_frames(error))
-        return result
 
     def _keep(self, name: str, args: Any, result: Any) -> None:
-        argument = exponential_argument(name, args)
+        argument = exponential_argument(name, args) if name in EXPONENTIALS else None
         if argument is not None and argument.numel() not in self._sizes:
             argument = None
         made = (result,) if isinstance(result, torch.Tensor) else tensors_in(result)
         kept = [each for each in made if each.numel() in self._sizes and each.is_floating_point()]
-        self.handled.add(argument, kept)
+        if kept or argument is not None:
+            self.handled.add(argument, kept)
 
 
 def find_logits(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 
@@ -69,6 +70,46 @@ def find_read_weights(
         if unlike is None or not torch.allclose(read.float(), unlike.float()):
             return read
     return fits[0][2] if fits else None
+
+
+def still_reads(
+    x: torch.Tensor, branch_in: torch.Tensor, read: torch.Tensor, unlike: torch.Tensor | None
+) -> bool:
+    """Whether weights that explained the branch input in the forward before explain it in this one, and are not H_post.
+
+    Fewer tokens are compared than in the search, where others of the module's tensors may come near: here there is one. All is
+    computed on the device, which is waited for once.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams, (..., N, D).
+    branch_in : Tensor
+        (..., D).
+    read : Tensor
+        (..., N).
+    unlike : Tensor or None
+        Weights (..., N) that these must not be.
+
+    Returns
+    -------
+    bool
+    """
+    lead, limit = tuple(x.shape[:-2]), tolerance(compute_dtype(x))
+    few = _spread_over(lead, SELECTING_TOKENS, x.device)
+    goal = branch_in[few].double()
+    size = torch.linalg.vector_norm(goal)
+    error = torch.linalg.vector_norm((read[few].double().unsqueeze(-2) @ x[few].double()).squeeze(-2) - goal)
+    fits = error <= limit * torch.where(size > 0, size, 1.0)
+    if unlike is not None:  # by the limits of `torch.allclose`
+        other = unlike.float()
+        fits &= ((read.float() - other).abs() > 1e-8 + 1e-5 * other.abs()).any()
+    return bool(fits)
+
+
+@lru_cache(maxsize=16)
+def _spread_over(lead: tuple[int, ...], most: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return torch.unravel_index(spread(math.prod(lead), most).to(device), lead)
 
 
 def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:

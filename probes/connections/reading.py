@@ -16,8 +16,13 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
-from depthscope.probes.connections.read_weights import are_independent, find_read_weights, least_squares_read
-from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS, Watch
+from depthscope.probes.connections.read_weights import (
+    are_independent,
+    find_read_weights,
+    least_squares_read,
+    still_reads,
+)
+from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
@@ -178,9 +183,8 @@ def _watched(
         # As many tensors as before: the same code has run, and the search, which takes longer than the forward, is over where
         # the tensor at the place still explains the branch input, and is not H_post.
         tensor = tensors[place.position]
-        # Fewer tokens than in the search, where others of the module's tensors may come near: here there is one.
-        same = find_read_weights(sampled, branch_in, [of_rows(tensor)], tokens=SELECTING_TOKENS)
-        if same is not None and (write is None or not torch.allclose(same.float(), write.float())):
+        same = of_rows(tensor)
+        if still_reads(sampled, branch_in, same, write):
             return same, complete(tensor)
     candidates = [of_rows(tensor) for tensor in tensors]
     read = find_read_weights(sampled, branch_in, candidates, unlike=write)

@@ -20,6 +20,8 @@ from depthscope.probes.model.user_modes import compute_dtype
 T = TypeVar("T")
 Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
+PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, slice))
+
 # An error of so many roundings is none, so that no further candidate is tried; a heuristic.
 EXACT = 4
 # Heuristic: enough to select the weights among the watched tensors. The proof looks at more tokens, and at the next state.
@@ -42,37 +44,47 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._accept = accept
         self._accepted: dict[tuple[int, ...], bool] = {}  # this is asked at every function of the module
+        # Called with every function, its arguments and its result: a mode of its own would take as long again.
+        self.also: Callable[[Any, Any, Any], None] | None = None
         # By id, which stays unique as long as the tensors are stored here
         self.seen: dict[int, torch.Tensor] = {}
         self._error: Exception | None = None  # why no more is kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
-        result = func(*args, **(kwargs or {}))
-        if self._error is None:
-            try:
-                with (
-                    torch._C.DisableTorchFunction()
-                ):  # a mode of the user's must not see that shapes are read
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        # A mode of the user's must not see that shapes are read.
+        with torch._C.DisableTorchFunction():
+            if self.also is not None:
+                self.also(func, args, result)
+            if self._error is None:
+                try:
                     self._look_at(args, result)
-            except (
-                Exception,
-                GeneratorExit,
-            ) as error:  # it must not reach the module, whose function has run
-                self._error = without_frames(error)
-                self.seen = {}
+                except (
+                    Exception,
+                    GeneratorExit,
+                ) as error:  # it must not reach the module, whose function has run
+                    self._error = without_frames(error)
+                    self.seen = {}
         return result
 
     def _look_at(self, args: Any, result: Any) -> None:
+        # This runs at every function of the module, and most arguments are tensors or numbers: no recursion for these.
         for value in (*args, result):
-            # this runs at every function of the module, and most arguments are tensors: no recursion for these
-            for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
-                shape = tensor.shape
-                accepted = self._accepted.get(shape)
-                if accepted is None:
-                    accepted = self._accepted[shape] = self._accept(tuple(shape))
-                if accepted:
-                    self.seen[id(tensor)] = tensor
+            kind = type(value)
+            if kind is torch.Tensor or isinstance(value, torch.Tensor):
+                self._look_at_tensor(value)
+            elif kind not in PLAIN:
+                for tensor in tensors_in(value):
+                    self._look_at_tensor(tensor)
+
+    def _look_at_tensor(self, tensor: torch.Tensor) -> None:
+        shape = tensor.shape
+        accepted = self._accepted.get(shape)
+        if accepted is None:
+            accepted = self._accepted[shape] = self._accept(tuple(shape))
+        if accepted:
+            self.seen[id(tensor)] = tensor
 
     def floating(self) -> list[torch.Tensor]:
         """The floating ones of the tensors that passed, the last one first: what is applied is computed last.

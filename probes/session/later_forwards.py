@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,7 @@ from torch import nn
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily
-from depthscope.probes.connections.logits import LogitWatch
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
@@ -181,9 +179,8 @@ class LaterForwards:
         logits = self._observer.logit_watch(number, x)
         record = partial(self._observer.record_returned, forward, number, x.detach())
         # The watch sees the user's own call, hence all sequences at once.
-        return MethodWatch(
-            _both(watch, logits), lambda output: record(output, lambda rows: watch.floating(), logits)
-        )
+        watch.also = logits
+        return MethodWatch(watch, lambda output: record(output, lambda rows: watch.floating(), logits))
 
     def _around_opening(
         self,
@@ -202,13 +199,14 @@ class LaterForwards:
         opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch, logits = opening.watch(), self._observer.logit_watch(number, x)
+        watch.also = logits
 
         def done(result: Any) -> None:
             opening.read(result, watch)
             mix = None if opening.parts is None else opening.parts.mix
             self._observer.record_logits(forward, number, mix, None if logits is None else logits.handled)
 
-        return MethodWatch(_both(watch, logits), done)
+        return MethodWatch(watch, done)
 
     def _around_closing(
         self,
@@ -266,10 +264,3 @@ class LaterForwards:
             for position, connection in enumerate(chain.connections):
                 if (connection.branch_path, connection.branch_index) == call:
                     self._observer.record_branch(forward, number, position, tensor)
-
-
-@contextmanager
-def _both(watch: Watch, logits: LogitWatch | None) -> Iterator[None]:
-    """Two modes that look at the same call."""
-    with watch, logits or nullcontext():
-        yield

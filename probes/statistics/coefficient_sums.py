@@ -50,7 +50,7 @@ def coefficient_sums(
 def _over_tokens(weights: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     flat = weights.detach().flatten(0, 1)
     if mask_BT is not None:
-        flat = flat[
-            mask_BT.flatten().to(flat.device)
-        ]  # and not times the mask: NaN on padding times 0 is NaN
+        # Not times the mask: NaN on padding times 0 is NaN. Nor by a selection, which would wait for the device.
+        real = mask_BT.flatten().to(flat.device).view(-1, *[1] * (flat.ndim - 1))
+        flat = torch.where(real, flat, 0.0)
     return flat.sum(0, dtype=torch.float64)

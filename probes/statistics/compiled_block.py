@@ -175,26 +175,37 @@ def _statistics(  # noqa: C901  one loop over tokens: compiled, and a function o
                 for d in range(D):
                     unit[t, v, d] = np.float32(0.0)
                 continue
+            # One loop for each case: conditions inside of it, or a second pass, would take half as long again.
             if length < SMALLEST:
                 for d in range(D):
                     of_unit = np.float32(np.float64(row[d]) / length)
                     if has_previous:
                         before += of_unit * unit[t, v, d]
                     unit[t, v, d] = of_unit
+                    feature_sum[v, d] += row[d]
+                    unit_sum[v, d] += of_unit
+            elif has_previous:
+                inverse = np.float32(1.0 / length)
+                for d in range(D):
+                    of_unit = row[d] * inverse
+                    before += of_unit * unit[t, v, d]
+                    unit[t, v, d] = of_unit
+                    feature_sum[v, d] += row[d]
+                    unit_sum[v, d] += of_unit
             else:
                 inverse = np.float32(1.0 / length)
-                if has_previous:
-                    for d in range(D):
-                        before += row[d] * inverse * unit[t, v, d]
                 for d in range(D):
-                    unit[t, v, d] = row[d] * inverse
-            for d in range(D):
-                feature_sum[v, d] += row[d]
-                unit_sum[v, d] += unit[t, v, d]
+                    of_unit = row[d] * inverse
+                    unit[t, v, d] = of_unit
+                    feature_sum[v, d] += row[d]
+                    unit_sum[v, d] += of_unit
             cosine[t, v] = before
         if first:
             for i in range(N):
-                for j in range(i + 1):
+                length = norm[t, first + i]
+                # 1, and NaN where a vector is not finite; a stream of zeros has no direction.
+                pairs[t, i, i] = np.float32(length / length) if length != 0.0 else np.float32(0.0)
+                for j in range(i):
                     product = np.float32(0.0)
                     for d in range(D):
                         product += unit[t, first + i, d] * unit[t, first + j, d]
@@ -206,17 +217,22 @@ def _squares(x: np.ndarray, sums: np.ndarray) -> None:
     """Add the sums of squares of ``x`` to ``sums``."""
     T, N, D = x.shape
     first = len(sums) - N
+    total = np.empty(D)
     for t in range(T):
+        total[:] = 0.0
+        for n in range(N):
+            square = 0.0
+            if first:
+                for d in range(D):
+                    value = np.float64(x[t, n, d])
+                    square += value * value
+                    total[d] += value
+            else:
+                for d in range(D):
+                    square += np.float64(x[t, n, d]) * np.float64(x[t, n, d])
+            sums[first + n] += square
         if first:
             square = 0.0
             for d in range(D):
-                total = np.float64(x[t, 0, d])
-                for n in range(1, N):
-                    total += x[t, n, d]
-                square += total * total
+                square += total[d] * total[d]
             sums[0] += square / (N * N)
-        for n in range(N):
-            square = 0.0
-            for d in range(D):
-                square += np.float64(x[t, n, d]) * np.float64(x[t, n, d])
-            sums[first + n] += square

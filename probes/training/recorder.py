@@ -33,7 +33,7 @@ from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.findings import OnFinding
-from depthscope.probes.training.live.live import TOKENS, Live, live_names
+from depthscope.probes.training.live.live import TOKENS, Live, live_names, place_of_analysis
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.sinks import Sink
 
@@ -202,6 +202,7 @@ class Recorder:
                     "step() outside the block: use it inside `with probes.record(model) as recorder:`"
                 )
             if self._state == "open":
+                self._collect()
                 if self.measuring:
                     self._safely(self._end_measured_step, loss)
                 self.position += 1
@@ -248,7 +249,7 @@ class Recorder:
 
     def _noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
-        attrs: dict[str, Any] = {}
+        attrs: dict[str, Any] = {} if self._live is None else self._live.noted()
         if self._overflowed:
             attrs["overflowed_steps"] = list(self._overflowed)
         last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
@@ -267,6 +268,7 @@ class Recorder:
                 # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
                 if self.measuring and self._session.pending and self._session.trains >= self._trained:
                     self._safely(self._end_measured_step, None)
+                self._collect(finish=True)
                 if self._live is not None:
                     self._live.judge(self._say)
             finally:
@@ -278,6 +280,8 @@ class Recorder:
 
     def _abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
+        if self._live is not None:
+            self._live.forget_process()
         self._state, self._sentences, self._store, self._live = "abandoned", [], None, None
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
@@ -294,8 +298,8 @@ class Recorder:
         self._overflowed = [*known, *self._overflowed]
 
     def _write_store(self, store: LiveRecording) -> None:
-        row_of = None if self._live is None else self._live.row_of
-        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of)
+        row_of, awaited = (None, set()) if self._live is None else (self._live.row_of, self._live.awaited)
+        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of, awaited)
         if sentence is not None:
             self._say(sentence)
 
@@ -364,7 +368,18 @@ class Recorder:
         except Exception as error:
             self._say(f"the live metrics of step {step} were not computed: {error}", error)
             return
-        live.tell(row, self._say)
+        if row is not None:
+            live.tell(row, self._say)
+
+    def _collect(self, *, finish: bool = False) -> None:
+        """Hand on the live rows that the process beside has completed."""
+        if self._live is None:
+            return
+        steps = self._live.collect(self._say, finish=finish)
+        if self._store is not None and steps:
+            sentence = self._store.add_later(steps, self._live.row_of)
+            if sentence is not None:
+                self._say(sentence)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         try:
@@ -506,6 +521,7 @@ def record(
     sinks: Iterable[Sink] = (),
     on_finding: OnFinding | None = None,
     stop_on: str | None = None,
+    analysis: str = "inline",
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -579,6 +595,14 @@ def record(
         that are a warning or worse are also printed to the standard error, once.
     stop_on : {"warn", "fail"}, optional
         End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
+    analysis : {"inline", "process", "auto"}
+        Where the metrics of a row are computed from what was measured: in the training, or in a second process beside it (not
+        on Windows), for which a core should be free. The training then only copies the sums and the sampled tokens into
+        memory that both share, and a row's metrics, findings (`on_finding`, `stop_on`) and sinks come at a later step: that
+        is one or two measured steps later at most, or at the end of the block. Where two rows wait already, the next one
+        gets no metrics; its statistics stay, and the attribute ``live_rows_dropped`` has the number of such rows. The first
+        seconds, until the process has started, are computed in the training, and so is the rest where it dies. ``"auto"``
+        takes the process where the training may use more cores than torch has threads.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -592,7 +616,7 @@ def record(
     Raises
     ------
     ValueError
-        For a loss reduction or a scaler of another kind.
+        For a loss reduction, a scaler or a place of the analysis of another kind.
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
@@ -603,6 +627,7 @@ def record(
         "on_finding": on_finding,
         "stop_on": stop_on,
         "optimizer": optimizer,
+        "analysis": place_of_analysis(analysis) if analysis != "inline" else None,
     }
     names = _live_names(metrics, live_tokens, given)
     if names:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
+from depthscope.diagnostics.quantities.registry import LABELS
+from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.statistics.live_sums import PADDING, LiveSums
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.live.live_value import LiveValue
@@ -165,6 +167,42 @@ def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -
             gains = gains[..., ::-1]
         values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
         found[name] = LiveValue(("direction", "connection", "reduction"), np.moveaxis(values, 1, 0))
+    return found
+
+
+def logit_metrics(sums: TokenSums, connections: Sequence[int], transposed: bool) -> dict[str, LiveValue]:
+    """Range of the logits of H_res, and how much gradient reaches H_res and them; empty where they were not seen.
+
+    Parameters
+    ----------
+    sums : TokenSums
+        Of all forwards of the step, of the chain.
+    connections : sequence of int
+        Of the group.
+    transposed : bool
+        Whether the matrices are source by destination, as was proven.
+
+    Returns
+    -------
+    dict of str to LiveValue
+        Of the range over the tokens the mean alone: its quantiles would need the logits of every token.
+    """
+    found = {}
+    count = _stacked(sums.sums.get("logit_token_count", {}), connections)[:, 0]
+    if (count > 0).any():
+        total = _stacked(sums.sums["logit_range_sum"], connections)[:, int(transposed)]
+        ranges = np.full((len(connections), len(LABELS["reduction"])), np.nan)
+        ranges[:, LABELS["reduction"].index("mean")] = total / np.where(count > 0, count, np.nan)
+        found["logit_range"] = LiveValue(("connection", "reduction"), ranges)
+    names = {"logit_gradient": LOGIT_GRADIENT, "mixing_gradient": MIXING_GRADIENT}
+    squares = {name: _stacked(sums.sums.get(source, {}), connections)[:, 0] for name, source in names.items()}
+    for name, square in squares.items():
+        if not np.isnan(square).all():
+            found[name] = LiveValue(("connection",), np.sqrt(square))
+    if names.keys() <= found.keys():
+        arrived = found["mixing_gradient"].values
+        share = found["logit_gradient"].values / np.where(arrived > 0, arrived, np.nan)
+        found["logit_gradient_share"] = LiveValue(("connection",), share)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import xarray as xr
@@ -16,6 +16,14 @@ from depthscope.probes.training.live.row import LiveRow
 OnFinding = Callable[[int, Finding], Any]
 
 SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
+
+
+def findings_of(row: LiveRow, attrs: Mapping[str, Any]) -> list[Finding]:
+    """Findings about one row, the worst first; ``attrs`` are those of the run."""
+    by_chain = histories([row], attrs)
+    if list(by_chain) == [""]:
+        return judge(by_chain[""])
+    return judge(xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain}))
 
 
 class TrainingStopped(RuntimeError):
@@ -87,19 +95,20 @@ class Watched:
         list of Finding
         """
         began = time.perf_counter()
-        by_chain = histories([row], attrs)
-        analysis = (
-            by_chain[""] if list(by_chain) == [""] else xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain})
-        )
+        found = self.new(findings_of(row, attrs))
+        ended = time.perf_counter()
+        self._last = ended, ended - began
+        return found
+
+    def new(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Those findings of a row that are new, or more severe than before."""
         found = []
-        for finding in judge(analysis):
+        for finding in findings:
             # Not by its place or number, which move from step to step.
             key = finding.verdict, finding.chain, finding.stream, finding.quantity
             if finding.severity > self._told.get(key, Severity.PASS):
                 self._told[key] = finding.severity
                 found.append(finding)
-        ended = time.perf_counter()
-        self._last = ended, ended - began
         return found
 
     def tell(self, step: int, findings: list[Finding]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,15 +17,19 @@ from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
+from depthscope.probes.training.live.analysis_process import AnalysisProcess, has_free_cores, is_possible
 from depthscope.probes.training.live.findings import OnFinding, Watched
 from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
+from depthscope.probes.training.live.row_input import on_host
 from depthscope.probes.training.live.sampled_tokens import OF_SEQUENCES
 from depthscope.probes.training.live.scalars import scalars
 from depthscope.probes.training.sinks import Sink
 
 TOKENS = 128  # sampled by default
+PLACES = ("inline", "process", "auto")
+DROPPED = "live_rows_dropped"
 
 
 class Live:
@@ -44,6 +49,8 @@ class Live:
         Called with a step and each new finding.
     stop_on : str, optional
         ``"warn"`` or ``"fail"``: the severity that ends the training.
+    analysis : str, optional
+        ``"process"`` where rows are completed by a second process.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Live:
         session: Session,
         names: Sequence[str],
         *,
+        analysis: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         sinks: Iterable[Sink] = (),
         on_finding: OnFinding | None = None,
@@ -65,6 +73,9 @@ class Live:
         self._watched = Watched(on_finding, stop_on)
         self._severe: tuple[int, list[Finding]] | None = None
         self._unjudged: LiveRow | None = None
+        self._analysis = analysis
+        self._beside: AnalysisProcess | None = None
+        self._dropped: list[int] = []
 
     def measure(
         self,
@@ -75,8 +86,8 @@ class Live:
         loss: float | None,
         weights: WeightNorms | None,
         overflowed: bool = False,
-    ) -> LiveRow:
-        """Compute the row of a step.
+    ) -> LiveRow | None:
+        """Compute the row of a step, or have it computed by the process beside.
 
         Parameters
         ----------
@@ -95,7 +106,8 @@ class Live:
 
         Returns
         -------
-        LiveRow
+        LiveRow or None
+            None where `collect` returns it later, or never where it is dropped.
         """
         if not self._metrics.groups:
             run = first_run()
@@ -103,9 +115,77 @@ class Live:
             self.attrs = {str(name): value for name, value in run.attrs.items()}
         if overflowed:
             _forget_gradients(sums)
-        row = self._metrics.row(step, sums, loss=loss, learning_rate=self._learning_rate(), weights=weights)
+        begun = self._metrics.begin(sums, loss=loss, learning_rate=self._learning_rate(), weights=weights)
+        if self._beside is not None and not self._beside.ended and not self._beside.is_starting:
+            self._beside.hand_over(step, sums, begun)
+            return None
+        row = self._metrics.complete(step, on_host(sums), begun)
         self.rows.append(row)
+        if self._analysis == "process" and self._beside is None:
+            # After the first row: what cannot be computed at all starts no process.
+            self._beside = AnalysisProcess(self._metrics, self.attrs)
         return row
+
+    @property
+    def awaited(self) -> set[int]:
+        """Steps whose rows the process beside has not completed yet."""
+        return set() if self._beside is None else self._beside.awaited
+
+    def noted(self) -> dict[str, Any]:
+        """Attributes of the run: how many rows were dropped."""
+        return {DROPPED: len(self._dropped)} if self._dropped else {}
+
+    def collect(self, say: Callable[[str, Exception | None], None], *, finish: bool = False) -> list[int]:
+        """Hand on the rows that the process beside has completed since.
+
+        Parameters
+        ----------
+        say : callable
+            As of `tell`.
+        finish : bool
+            Whether to wait for all that it was given, and to end it.
+
+        Returns
+        -------
+        list of int
+            Their steps.
+        """
+        beside = self._beside
+        if beside is None:
+            return []
+        found = beside.finish() if finish else beside.arrived()
+        if beside.ended:
+            self._analysis = None
+            say(
+                f"the process of the analysis ended ({beside.ended}); rows are computed in the training from now on",
+                None,
+            )
+        if len(beside.dropped) > len(self._dropped) == 0:
+            sys.stderr.write(
+                f"depthscope: step {beside.dropped[0]}: the process of the analysis is behind, and rows have no live metrics; "
+                f"their number is in the attribute {DROPPED}\n"
+            )
+        self._dropped = list(beside.dropped)
+        if finish or beside.ended:
+            self._beside = None
+            beside.close()
+        for step, row, findings, error in found:
+            if row is None:
+                say(f"the live metrics of step {step} were not computed: {error}", error)
+                continue
+            self.rows.append(row)
+            self._send(row, say)
+            if findings is None:
+                say(f"step {step} was not judged: {error}", error)
+            else:
+                self._tell_findings(step, self._watched.new(findings), say)
+        return [each.step for each in found]
+
+    def forget_process(self) -> None:
+        """In a child process: the process beside belongs to the parent."""
+        if self._beside is not None:
+            self._beside.forget()
+            self._beside = None
 
     def _learning_rate(self) -> float | None:
         return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
@@ -120,6 +200,12 @@ class Live:
         say : callable
             Called with a sentence and the error where a sink, a verdict or the user's function failed.
         """
+        self._send(row, say)
+        self._unjudged = row
+        if self._watched.due:
+            self.judge(say)
+
+    def _send(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         named = scalars(row) if self._sinks else {}
         for sink in list(self._sinks):
             try:
@@ -128,9 +214,6 @@ class Live:
                 self._sinks.remove(sink)  # one sentence, and not one at every step
                 name = getattr(sink, "__qualname__", type(sink).__name__)
                 say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
-        self._unjudged = row
-        if self._watched.due:
-            self.judge(say)
 
     def judge(self, say: Callable[[str, Exception | None], None]) -> None:
         """Judge the last row, where that was not done yet.
@@ -145,10 +228,21 @@ class Live:
             return
         try:
             new = self._watched.judge(row, self.attrs)
-            self._severe = row.step, new
-            self._watched.tell(row.step, new)
         except Exception as error:
             say(f"step {row.step} was not judged: {error}", error)
+            return
+        self._tell_findings(row.step, new, say)
+
+    def _tell_findings(
+        self, step: int, new: list[Finding], say: Callable[[str, Exception | None], None]
+    ) -> None:
+        # Several rows may arrive at once: the first severe one ends the training.
+        if self._severe is None or not self._severe[1]:
+            self._severe = step, new
+        try:
+            self._watched.tell(step, new)
+        except Exception as error:
+            say(f"step {step} was not judged: {error}", error)
 
     def stop_if_severe(self) -> None:
         """Raise `TrainingStopped` where the last row has a new finding as severe as was asked for."""
@@ -185,6 +279,32 @@ def _forget_gradients(sums: Sequence[TokenSums]) -> None:
                 part.sums.pop(GRADIENT, None)
         if chain.live is not None:
             chain.live.gradient_norms.clear()
+
+
+def place_of_analysis(wanted: str) -> str:
+    """Where rows are completed: ``"inline"`` or ``"process"``.
+
+    Parameters
+    ----------
+    wanted : str
+        One of these or ``"auto"``: in a process where a core is free for it.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        For another place, or where this system offers no such process.
+    """
+    if wanted not in PLACES:
+        raise ValueError(f"analysis is {wanted!r}; expected one of {', '.join(map(repr, PLACES))}")
+    if wanted == "process" and not is_possible():
+        raise ValueError("analysis is 'process', which is not offered on this system; use 'inline' or 'auto'")
+    if wanted == "auto":
+        return "process" if is_possible() and has_free_cores() else "inline"
+    return wanted
 
 
 def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:

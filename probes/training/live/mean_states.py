@@ -8,14 +8,16 @@ Shapes: L depth, K token, D feature.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.kernels.rank.participation import corrected_ratio
+from depthscope.diagnostics.kernels.rank.spectrum import GRAM_LIMIT
 from depthscope.diagnostics.metrics.collapse import FEWEST_ROWS, RESOLVED_SHARE
+from depthscope.probes.statistics.compiled_sample import unit_tokens
 
 Tables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
@@ -63,6 +65,24 @@ def mean_state_metrics(states_LKD: np.ndarray, ordinary_K: np.ndarray) -> Tables
     return found
 
 
+class _Products(NamedTuple):
+    """Products of every two tokens of a depth, (L, K, K) in float64: of the states, and of these less their mean."""
+
+    raw: np.ndarray
+    centered: np.ndarray
+
+    @classmethod
+    def of(cls, states_LKD: np.ndarray) -> _Products:
+        """One product for both: centred first, which is exact under any common offset, and the mean put back."""
+        centered = states_LKD.astype(np.float64)
+        mean = centered.mean(axis=1, keepdims=True)
+        centered -= mean
+        products = centered @ centered.swapaxes(1, 2)
+        along = centered @ mean.swapaxes(1, 2)  # (L, K, 1)
+        square = mean @ mean.swapaxes(1, 2)
+        return cls(products + along + along.swapaxes(1, 2) + square, products)
+
+
 def _of_tokens(states_LKD: np.ndarray) -> dict[str, np.ndarray]:
     """Numbers of some tokens; NaN at depths that are not finite, and where there are too few tokens."""
     depths, count, _ = states_LKD.shape
@@ -73,10 +93,10 @@ def _of_tokens(states_LKD: np.ndarray) -> dict[str, np.ndarray]:
     finite = np.isfinite(states_LKD).all(axis=(1, 2))
     if not finite.all():  # kernels refuse what is not finite
         states_LKD = np.where(finite[:, None, None], states_LKD, np.float32(0.0))
-    states = torch.from_numpy(np.ascontiguousarray(states_LKD))
-    found = _ranks(states)
-    found["cka"] = kernel.cka_matrix(states, unbiased=True).numpy()
-    found["angular_distance"], found["block_influence"] = _angles(states)
+    products = _Products.of(states_LKD)
+    found = _ranks(states_LKD, products)
+    found["cka"] = _cka(products.centered)
+    found["angular_distance"], found["block_influence"] = _angles(states_LKD)
     broken = ~finite
     for name, values in found.items():
         values[..., broken] = np.nan
@@ -86,17 +106,15 @@ def _of_tokens(states_LKD: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _ranks(states_LKD: torch.Tensor) -> dict[str, np.ndarray]:
+def _ranks(states_LKD: np.ndarray, products: _Products) -> dict[str, np.ndarray]:
     """Ranks by centring and depth, (2, L)."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*RANKS, "corrected_participation_ratio")}
-    rows = states_LKD.double()
-    count = np.full(len(rows), float(rows.shape[1]))
-    for center in (False, True):
-        spectra = rank.singular_values(states_LKD, center=center).numpy()
+    count = np.full(len(states_LKD), float(states_LKD.shape[1]))
+    for center, of_tokens in zip((False, True), products, strict=True):
+        spectra = _singular_values(states_LKD, of_tokens, center=center)
         for name, measure in RANKS.items():
             found[name].append(measure(spectra))
-        about = rows - rows.mean(1, keepdim=True) if center else rows
-        diagonal = torch.linalg.vecdot(about, about).square().sum(1).numpy()
+        diagonal = (np.diagonal(of_tokens, axis1=1, axis2=2) ** 2).sum(axis=1)
         energy = spectra**2
         square = (energy**2).sum(axis=-1)
         corrected = corrected_ratio(energy.sum(axis=-1) ** 2, square, diagonal, count, center=center)
@@ -105,23 +123,51 @@ def _ranks(states_LKD: torch.Tensor) -> dict[str, np.ndarray]:
     return {name: np.stack(values) for name, values in found.items()}
 
 
-def _angles(states_LKD: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _singular_values(states_LKD: np.ndarray, products_LKK: np.ndarray, *, center: bool) -> np.ndarray:
+    """As `kernels.rank.singular_values`, (L, min(K, D)), from products that are known already."""
+    _, count, width = states_LKD.shape
+    possible = min(count - center, width)
+    energy = np.linalg.eigvalsh(products_LKK)[:, ::-1][:, : min(count, width)].clip(min=0.0)
+    energy[:, possible:] = 0.0
+    spectra = np.sqrt(energy)
+    # There the kernel decomposes the states themselves.
+    unreliable = (energy[:, possible - 1] < GRAM_LIMIT * energy[:, 0]) & (energy[:, 0] > 0)
+    if possible and unreliable.any():
+        spectra[unreliable] = rank.singular_values(states_LKD[unreliable], center=center)
+    return spectra
+
+
+def _cka(centered_LKK: np.ndarray) -> np.ndarray:
+    """Unbiased CKA of every two depths, as `kernels.similarity.cka_matrix`."""
+    depths, n, _ = centered_LKK.shape
+    if n < 4:
+        return np.full((depths, depths), np.nan)
+    # At unit size, so that no product of two depths overflows.
+    diagonal = np.diagonal(centered_LKK, axis1=1, axis2=2)
+    size = diagonal.max(axis=1)
+    size = np.where(size > 0, size, 1.0)[:, None]
+    distinct = centered_LKK.reshape(depths, -1) / size
+    distinct[:, :: n + 1] = 0.0
+    squares = diagonal / size
+    traces = squares.sum(axis=1)
+    # Song's HSIC₁ where rows of the products add up to zero, of distinct tokens alone: see `similarity.layer_cka`.
+    table = distinct @ distinct.T + np.outer(traces, traces) / ((n - 1) * (n - 2))
+    table -= 2.0 / (n - 2) * (squares @ squares.T)
+    own = np.diagonal(table)
+    return np.asarray(kernel.cka_from_hsic(table, own[:, None], own[None, :]))
+
+
+def _angles(states_LKD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean angles between depths as shares of π, (L, L), and the block influence, (L,)."""
-    tokens = states_LKD.transpose(
-        0, 1
-    ).double()  # float64: near 1 an error of ε in a cosine is √(2ε) in the angle
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
-    directed = length > 0
-    unit = tokens / torch.where(directed, length, 1.0)
-    both = (directed & directed.transpose(1, 2)).numpy()  # (K, L, L)
-    angles = np.arccos(np.clip((unit @ unit.mT).numpy(), -1.0, 1.0)) / np.pi
+    # float64: near 1 an error of ε in a cosine is √(2ε) in the angle
+    unit_KLD, directed_KL, turned = unit_tokens(states_LKD)
+    both = directed_KL[:, :, None] & directed_KL[:, None, :]  # (K, L, L)
+    angles = np.arccos(np.clip(unit_KLD @ unit_KLD.swapaxes(1, 2), -1.0, 1.0)) / np.pi
     number = both.sum(axis=0)
     mean = np.where(both, angles, 0.0).sum(axis=0) / np.where(number > 0, number, np.nan)
     # Of a depth with itself 0, and not what rounding leaves of the arc cosine of 1.
     np.fill_diagonal(mean, np.where(np.diagonal(number) > 0, 0.0, np.nan))
-    # 1 − cos by the difference of unit vectors, which does not cancel for blocks that turn states by little.
-    turned = (unit[:, 1:] - unit[:, :-1]).square().sum(-1).numpy() / 2.0
-    known = both[:, range(1, both.shape[1]), range(both.shape[1] - 1)]
+    known = directed_KL[:, 1:] & directed_KL[:, :-1]
     influence = np.full(len(mean), np.nan)
     number = known.sum(axis=0)
     influence[1:] = np.where(known, turned, 0.0).sum(axis=0) / np.where(number > 0, number, np.nan)

@@ -21,6 +21,9 @@ from depthscope.probes.training.live.group import LiveGroup
 from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.sampled_tokens import CHOSEN, OF_CONNECTIONS, OF_MEAN, SampledTokens
 
+OF_LOGITS = (
+    *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
+)
 LIVE = (
     *(
         "residual_norm",
@@ -32,10 +35,14 @@ LIVE = (
     ),
     *("massive_token_fraction", "massive_activation", "stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
+    *OF_LOGITS,
     *OF_MEAN,
     *OF_CONNECTIONS,
 )
 """Metrics of ``metrics="live"``."""
+
+Begun = tuple[dict[str, LiveValue], dict[str, Any]]
+"""Values of a group, and coordinates of theirs."""
 
 Numbers = Mapping[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]]
 
@@ -67,13 +74,13 @@ class LiveMetrics:
 
     Parameters
     ----------
-    session : Session
-        Whose forwards are measured.
+    session : Session or None
+        Whose forwards are measured; None where rows are completed that another process began.
     names : sequence of str
         Metrics of the catalogue.
     """
 
-    def __init__(self, session: Session, names: Sequence[str]) -> None:
+    def __init__(self, session: Session | None, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.groups: list[LiveGroup] = []
         self._session = session
@@ -106,20 +113,53 @@ class LiveMetrics:
         -------
         LiveRow
         """
-        numbers: dict[str, Any] = {}
-        coords: dict[str, Any] = {}
-        not_computed: dict[str, dict[str, str]] = {}
+        begun = self.begin(sums, loss=loss, learning_rate=learning_rate, weights=weights)
+        return self.complete(step, sums, begun)
+
+    def begin(
+        self,
+        sums: Sequence[TokenSums],
+        *,
+        loss: float | None,
+        learning_rate: float | None,
+        weights: WeightNorms | None,
+    ) -> list[Begun]:
+        """What of a row costs nothing and needs the session, by group; parameters as of `row`."""
+        found = []
         for at, group in enumerate(self.groups):
-            values, nulls, reasons = self._measure(at, group, sums[group.number])
-            of_weights, weight_coords = self._weights(group, weights)
-            values |= of_weights
+            values, coords = self._weights(group, weights)
             values |= {
                 "loss": _number(loss, "the user's loss"),
                 "learning_rate": _number(learning_rate, "of the first group of the optimizer's parameters"),
                 "same_sampled_tokens": self._same_tokens(at, group, sums[group.number]),
             }
+            found.append((values, coords))
+        return found
+
+    def complete(self, step: int, sums: Sequence[TokenSums], begun: Sequence[Begun]) -> LiveRow:
+        """Measure the rest of a row that `begin` began.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+        sums : sequence of TokenSums
+            Of the step, by chain.
+        begun : sequence
+            By group.
+
+        Returns
+        -------
+        LiveRow
+        """
+        numbers: dict[str, Any] = {}
+        coords: dict[str, Any] = {}
+        not_computed: dict[str, dict[str, str]] = {}
+        for at, (group, (more, more_coords)) in enumerate(zip(self.groups, begun, strict=True)):
+            values, nulls, reasons = self._measure(at, group, sums[group.number])
+            values = values | more
             numbers |= {group.path(name): _stamped(name, of) for name, of in values.items()}
-            for name, part in (group_coords(group, values) | weight_coords).items():
+            for name, part in (group_coords(group, values) | more_coords).items():
                 coords[group.path(name)] = part
             coords |= {group.path(name): (null.dims, null.values, null.attrs) for name, null in nulls.items()}
             not_computed[group.chain] = reasons
@@ -144,6 +184,10 @@ class LiveMetrics:
         )
         if group.connections:
             found |= every_token.share_metrics(live, group.connections)
+            logits = every_token.logit_metrics(sums, group.connections, group.transposed)
+            found |= logits
+            if "logit_range" in logits and "logit_saturation" in self.names:
+                found |= tokens.saturation()
             found |= tokens.connections() if set(OF_CONNECTIONS) & set(self.names) else {}
             if group.mixes_known:
                 found |= every_token.gain_metrics(live, group.connections, group.transposed)
@@ -166,6 +210,7 @@ class LiveMetrics:
         self, group: LiveGroup, weights: WeightNorms | None
     ) -> tuple[dict[str, LiveValue], dict[str, Any]]:
         """Norms and updates of the weights of a group, with the coordinates of its modules."""
+        assert self._session is not None
         chains = self._session.structure.chains
         stages = [other for other in self.groups if other.number == group.number]
         starts = [other.depths[0] for other in stages]

@@ -13,7 +13,8 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels.mixing import stream_shares
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.metrics.logits import saturation
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, over_tokens
 from depthscope.diagnostics.quantities.over_sequences import fold
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
@@ -23,6 +24,7 @@ from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
 from depthscope.probes.training.live.group import LiveGroup
 from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.mean_states import mean_state_metrics
+from depthscope.probes.training.live.mixing_products import mixing_metrics
 
 # Of the mean over streams, whose tokens of all depths are compared.
 OF_MEAN = (
@@ -125,12 +127,9 @@ class SampledTokens:
         found: dict[str, LiveValue] = {}
         if "h_res" in variables:
             mask = xr.DataArray(np.ones((1, self.count), dtype=bool), dims=("sample", "token"))
-            source = Quantities(xr.Dataset())
-            source.give(
-                "mixing", Mixing(xr.DataArray(variables["h_res"][1], dims=variables["h_res"][0]), mask)
-            )
-            for name in OF_MIXING:
-                found[name] = self._measured(name, source.call(CATALOGUE[name].function))
+            mixing = Mixing(xr.DataArray(variables["h_res"][1], dims=variables["h_res"][0]), mask)
+            for name, (dims, values) in mixing_metrics(mixing).items():
+                found[name] = LiveValue(dims, values, sampled(self.count, CATALOGUE[name].estimator))
         reads = [int(depth) for depth in self._group.connection_coords.get("depth_in", ((), ()))[1]]
         if "h_pre" in variables and set(reads) <= set(self._group.depths):
             sizes = self.norms_LKV[[self._group.depths.index(depth) for depth in reads]][..., 1:]
@@ -146,6 +145,18 @@ class SampledTokens:
         labelled = self._group.with_all_streams(value)
         how = sampled(self.count, CATALOGUE[name].estimator)
         return LiveValue(tuple(map(str, labelled.dims)), labelled.values.astype(np.float64), how)
+
+    def saturation(self) -> dict[str, LiveValue]:
+        """How much less of a gradient the projection of the logits lets through; empty where it is none that is known."""
+        variables = self._coefficients()
+        if "h_res" not in variables or not np.isfinite(variables["h_res"][1]).all():
+            return {}
+        try:
+            values = saturation(variables["h_res"][1][:, 0].astype(np.float64))
+        except Unavailable:
+            return {}
+        how = sampled(self.count, CATALOGUE["logit_saturation"].estimator)
+        return {"logit_saturation": LiveValue(("connection", "reduction"), over_tokens(values), how)}
 
     def measure(
         self, names: Iterable[str]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import depthscope as ds
 from depthscope.probes.connections import reading
+from depthscope.probes.connections.read_weights import still_reads
 from tests.models.stream_models import deepseek_v4
 
 STEPS = 3
@@ -17,14 +19,20 @@ def recorded(monkeypatch, *, remembered: bool):
     torch.manual_seed(0)
     model, ids = deepseek_v4(), torch.randint(3, 64, (2, 9))
     optimizer, sizes = torch.optim.SGD(model.parameters(), lr=0.1), []
-    search = reading.find_read_weights
+    search, compare = reading.find_read_weights, reading.still_reads
 
     def counted(x, branch_in, candidates, **more):
         sizes.append(len(candidates))
         return search(x, branch_in, candidates, **more)
 
+    def of_one(*given):
+        assert compare(*given)
+        sizes.append(1)
+        return True
+
     with monkeypatch.context() as patch:
         patch.setattr(reading, "find_read_weights", counted)
+        patch.setattr(reading, "still_reads", of_one)
         if not remembered:
             patch.setattr(
                 reading.ReadPlace, "__setattr__", lambda self, name, value: vars(self).update(among=0)
@@ -45,3 +53,16 @@ def test_the_place_of_the_read_weights_is_remembered_and_gives_the_same_numbers(
     assert sizes.count(1) == len(sizes) * (STEPS - 1) // STEPS == len(all_sizes) * (STEPS - 1) // STEPS
     np.testing.assert_array_equal(run["trace"]["h_pre"], searched["trace"]["h_pre"])
     np.testing.assert_array_equal(run["statistics"]["gain_max"], searched["statistics"]["gain_max"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+def test_what_does_not_explain_the_branch_input_any_more_is_not_taken(scale):
+    draw = torch.Generator().manual_seed(0)
+    streams, weights = (torch.randn(2, 9, 4, size, generator=draw) for size in (8, 1))
+    read = weights.squeeze(-1)
+    branch_in = scale * (read.unsqueeze(-2) @ streams).squeeze(-2)
+    assert still_reads(streams, branch_in, scale * read, None)
+    assert not still_reads(streams, branch_in, scale * read * 1.001, None)
+    assert not still_reads(streams, branch_in, scale * read, scale * read), "it is H_post"
+    assert not still_reads(streams, torch.full_like(branch_in, torch.nan), scale * read, None)
+    assert not still_reads(streams, branch_in, torch.full_like(read, torch.nan), None)

@@ -1,0 +1,70 @@
+"""Does a measured step wait for a device, and do steps between leave torch's compiler alone?"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from depthscope import probes
+
+WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+# Each forward proves that a tensor of the module still explains what its branch reads (at the place of the step before) or the
+# mixed streams (of a width connection, by a search), and waits for that: a wrong matrix would be worse.
+PROOF = {("still_reads", "__bool__"), ("relative_error", "__bool__"), ("relative_error", "__float__")}
+# Reading arrays of what lies in the memory of the host: on another device torch's own functions compute it.
+ON_HOST = {"compiled_block", "compiled_squares"}
+
+
+@contextmanager
+def waits():
+    """What would wait for a device while the hooks of a forward and backward run: by the function of ours, and torch's."""
+    counts: Counter[tuple[str, str]] = Counter()
+    originals = {name: getattr(torch.Tensor, name) for name in WAITING}
+
+    def counting(name):
+        def counted(tensor, *args, **kwargs):
+            frame = sys._getframe(1)
+            if "depthscope" in frame.f_code.co_filename.replace("/probes/", "/depthscope/probes/"):
+                counts[frame.f_code.co_name, name] += 1
+            return originals[name](tensor, *args, **kwargs)
+
+        return counted
+
+    try:
+        for name in WAITING:
+            setattr(torch.Tensor, name, counting(name))
+        yield counts
+    finally:
+        for name in WAITING:
+            if name in vars(torch._C.TensorBase):
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, originals[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("llama", ()), ("deepseek", ()), ("lucidrains", ("mhc",))], ids=lambda of: str(of)
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_hooks_of_a_measured_step_wait_for_no_device(models, ids, name, arguments, masked):
+    torch.manual_seed(0)
+    model = models[name](*arguments)
+    options = {"mask": torch.ones_like(ids).index_fill_(1, torch.tensor([0]), 0)} if masked else {}
+    with probes.record(model, gradients=True, metrics="live", **options) as recorder:
+        for step in range(4):
+            with waits() as counts:
+                output = model(ids)
+                logits = output if isinstance(output, torch.Tensor) else output[0]
+                logits.float().square().mean().backward()
+            recorder.step()
+            if (
+                step < 2
+            ):  # the first one looks for the structure, the second one for the place of H_pre and of the logits
+                continue
+            left = {key for key in counts if key[0] not in ON_HOST}
+            assert left <= PROOF, left
+    assert not recorder.errors
