@@ -514,7 +514,9 @@ CACHE_BYTES = 512 * 2**20
 
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 
-_mixing_histories = ReadingCache(CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100)
+_mixing_histories = ReadingCache(
+    CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100
+)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 
