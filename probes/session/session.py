@@ -26,6 +26,7 @@ from depthscope.probes.model.hooks import (
     num_running_calls,
 )
 from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
@@ -342,6 +343,7 @@ class Session:
             if self._attachment is None or not self._is_first_thread():
                 return
             self._require_same_modules()
+            require_whole_sequences(module, hooks=self._searching)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)

@@ -109,8 +109,8 @@ def _ranks_of(group: Any) -> list[int]:
     if hasattr(group, "mesh_dim_names") and hasattr(group, "get_group"):  # a DeviceMesh, whose import is slow
         if group.ndim != 1:
             raise ValueError(
-                f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}; expected the one axis over which the data "
-                'differs, such as mesh["dp"]'
+                f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}; expected the one axis over which the "
+                'data differ, such as mesh["dp"]'
             )
         return group.mesh.tolist()
     if isinstance(group, torch.distributed.ProcessGroup):

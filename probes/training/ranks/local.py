@@ -1,4 +1,4 @@
-"""What did this process measure in a step, before the others are asked? Or why could it not?"""
+"""What did this process measure in a step, or why could it not? Before the others are asked."""
 
 from __future__ import annotations
 
