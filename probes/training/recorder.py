@@ -24,6 +24,7 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import Proven, build_run
+from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
@@ -566,6 +567,7 @@ def record(
     stop_on: str | None = None,
     group: Any = None,
     group_timeout: float = 120.0,
+    stage: tuple[int, int] | None = None,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -650,6 +652,9 @@ def record(
     group_timeout : float
         Seconds that a process waits for the others at a measured step; then nothing is measured any more, and the training
         goes on.
+    stage : (int, int), optional
+        As in `probes.capture`: where the model is one stage of a pipeline. Each stage has a recorder and a store of its own;
+        `group` is then the copies of this stage, or ``"none"``.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -694,7 +699,7 @@ def record(
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    all_attrs.update(attrs or {})
+    all_attrs.update(stage_attribute(stage) | dict(attrs or {}))
     session = Session(
         model,
         Options(**options),

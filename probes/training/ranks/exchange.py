@@ -20,11 +20,9 @@ from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.ranks.channel import Channel, LostError
 from depthscope.probes.training.ranks.group import DataGroup
+from depthscope.probes.training.ranks.layout import Layout, digest, layout_of
 from depthscope.probes.training.ranks.packing import (
-    Layout,
-    digest,
     keep_own,
-    layout_of,
     maxima_vector,
     samples_vector,
     sums_vector,
