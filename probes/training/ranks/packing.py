@@ -1,4 +1,4 @@
-"""How do the statistics of a step become flat vectors that can be added? And how do sums become statistics again?
+"""How do statistics of a step become flat vectors that can be added, and sums become statistics again? In one order.
 
 Shapes: K sampled tokens, R processes, V a value's components.
 """
