@@ -15,6 +15,7 @@ from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
@@ -36,6 +37,7 @@ def capture(
     loss: Loss | None = None,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
+    stage: tuple[int, int] | None = None,
     **options: Unpack[CaptureOptions],
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
@@ -57,6 +59,9 @@ def capture(
         Text of the tokens, by the sequence's index over all batches.
     attrs : mapping, optional
         Attributes to add to the run, such as ``{"commit": …}``.
+    stage : (int, int), optional
+        Where the model is one stage of a pipeline: its number from 0 on, and how many there are. `merge_runs` joins the runs
+        of all stages.
     **options
         Each option of `Options`.
 
@@ -74,7 +79,8 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    return measure(model, batch, Options(**options), loss=loss, token_text=token_text, attrs=attrs)
+    all_attrs = {**stage_attribute(stage), **(attrs or {})}
+    return measure(model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs)
 
 
 def measure(

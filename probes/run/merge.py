@@ -11,6 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.constraint import MEASURED
+from depthscope.probes.run.pipeline_stages import STAGE, join_stages
 from depthscope.probes.run.shards import are_shards, join_shards
 from depthscope.probes.statistics.stored_sums import HASH, SKETCH_VARIABLES, restore_sums
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
@@ -27,6 +28,8 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     joined: the sample, the statistics and the coverage are those of one run over everything. Of others the streamed sums are
     added, and everything else is the first run's: its sampled states, the rows of its steps and its attributes;
     ``merged_tokens`` is added.
+
+    The runs of a pipeline's stages (``capture(…, stage=(k, n))``) are joined along the depth: see `join_stages`.
 
     Parameters
     ----------
@@ -47,6 +50,8 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run; expected at least two, to be added")
+    if any(STAGE in run.attrs for run in runs):
+        return join_stages(runs)
     for first, other in pairwise(runs):
         _require_same_model(first.attrs, other.attrs)
     if are_shards(runs):

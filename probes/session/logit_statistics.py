@@ -78,6 +78,8 @@ class LogitStatistics:
         self._places: dict[int, _Place] = {}
         self.reasons: dict[int, str] = {}
         self.seen: Counter[int] = Counter()
+        # Of one matrix that all tokens share: the squares of its gradients do not add up over processes.
+        self.of_all_tokens: set[tuple[str, int]] = set()  # names of sums, and connections
 
     def watch(self, number: int, num_streams: int, lead: int) -> LogitWatch | None:
         """What watches a call of a connection; None where its logits were looked for and are not there.
@@ -151,6 +153,8 @@ class LogitStatistics:
         for name, tensor in zip(GRADIENT_SUMS, (logits, matrix), strict=True):
             # Of a matrix that all tokens share, the gradient is one, whatever the mask.
             by_token = mask is not None and tensor.numel() > n * n
+            if tensor.numel() <= n * n:
+                self.of_all_tokens.add((name, number))
             if tensor.requires_grad:
                 receive = partial(self._add_gradient, forward, number, name, read if by_token else None)
                 forward.handles.append(tensor.register_hook(Hook(receive, self._report)))

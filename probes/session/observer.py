@@ -50,6 +50,8 @@ class Observer:
         Of the matrices of the connections.
     live_tokens : int
         How many tokens of a step are sampled for a live row; 0 for none.
+    exact_sums : bool
+        As `TokenSums.is_exact`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Observer:
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
         live_tokens: int = 0,
+        exact_sums: bool = False,
     ):
         self.structure = structure
         self.options = options
@@ -77,6 +80,7 @@ class Observer:
         self._calls = calls
         self._sums = sums
         self._live_tokens = live_tokens
+        self._exact_sums = exact_sums
         self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
 
     @property
@@ -116,6 +120,7 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
+        sums.is_exact = self._exact_sums
         self._begin_live(sums)
         sums.add_state(depth, state, mask)
 

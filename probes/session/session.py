@@ -26,6 +26,7 @@ from depthscope.probes.model.hooks import (
     num_running_calls,
 )
 from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
@@ -71,6 +72,8 @@ class Session:
         Whether statistics of all tokens are added up, next to the sampled sequences.
     live_tokens : int
         How many tokens of a step are sampled for a live row; 0 for none.
+    exact_sums : bool
+        As `TokenSums.is_exact`.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Session:
         only_own: bool = False,
         sums: bool = True,
         live_tokens: int = 0,
+        exact_sums: bool = False,
     ):
         self.model = model
         self.options = options
@@ -98,6 +102,7 @@ class Session:
         self._only_own = only_own
         self._sums = sums
         self.live_tokens = live_tokens
+        self._exact_sums = exact_sums
         self._observer: Observer | None = None  # from the end of the first forward on
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
@@ -341,6 +346,7 @@ class Session:
             if self._attachment is None or not self._is_first_thread():
                 return
             self._require_same_modules()
+            require_whole_sequences(module, hooks=self._searching)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
@@ -509,6 +515,7 @@ class Session:
                 if loops
                 else None,
                 live_tokens=self.live_tokens,
+                exact_sums=self._exact_sums,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
@@ -593,6 +600,12 @@ class Session:
     def trains(self) -> bool:
         """Whether the forwards of the step that count are those of a training."""
         return self._kind == TRAINING
+
+    @property
+    def present_stamp(self) -> int:
+        """The stamp of forwards with the present weights, of the kind that the step counts."""
+        stamp = weights_stamp(self.model)
+        return training_stamp(stamp) if self.trains else stamp
 
     def forget_running(self) -> None:
         """Forget the forward that this thread was running when something stopped it."""

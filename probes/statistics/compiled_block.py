@@ -33,7 +33,9 @@ def is_available() -> bool:
     return _kernels() is not None
 
 
-def compiled_block(x_tND: torch.Tensor, previous_unit_tVD: torch.Tensor | None) -> CompiledBlock:
+def compiled_block(
+    x_tND: torch.Tensor, previous_unit_tVD: torch.Tensor | None, *, is_exact: bool = False
+) -> CompiledBlock:
     """Statistics of a block of tokens on the CPU, in one pass over it.
 
     Parameters
@@ -42,6 +44,8 @@ def compiled_block(x_tND: torch.Tensor, previous_unit_tVD: torch.Tensor | None) 
         float32, zero on padding.
     previous_unit_tVD : Tensor or None
         Unit vectors of the same tokens one depth before; overwritten by those of this one.
+    is_exact : bool
+        Add vectors over tokens in float64.
 
     Returns
     -------
@@ -55,7 +59,8 @@ def compiled_block(x_tND: torch.Tensor, previous_unit_tVD: torch.Tensor | None) 
     V = N + 1 if N > 1 else 1
     unit = previous_unit_tVD.numpy() if previous_unit_tVD is not None else np.empty((t, V, D), np.float32)
     norm, largest = np.empty((t, V)), np.empty((t, V), np.int32)
-    feature_sum, unit_sum = np.zeros((V, D), np.float32), np.zeros((V, D), np.float32)
+    dtype = np.float64 if is_exact else np.float32  # numba compiles the function for each
+    feature_sum, unit_sum = np.zeros((V, D), dtype), np.zeros((V, D), dtype)
     cosine, pairs = np.zeros((t, V)), np.zeros((t, N, N), np.float32)
     kernels.statistics(
         x,

@@ -77,6 +77,9 @@ class TokenSums:
         self.streaming = streaming
         self.live = live
         self.mean_view: TokenSums | None = None
+        # Whether vectors are added in float64 over the tokens of a block too: then they do not depend on how tokens are
+        # divided over processes.
+        self.is_exact = False
         self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
@@ -161,12 +164,12 @@ class TokenSums:
     def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> _BlockStatistics:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
         if self.live is None:
-            return _block(x_tND, previous, self._spare)
+            return _block(x_tND, previous, self._spare, is_exact=self.is_exact)
         if self._compiles(x_tND):
-            *parts, pairs = compiled_block(x_tND, previous)
+            *parts, pairs = compiled_block(x_tND, previous, is_exact=self.is_exact)
             block = _BlockStatistics(*parts)
         else:
-            block = _block(with_mean(x_tND), previous, self._spare)
+            block = _block(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
             unit_tND = block.unit_tND[:, 1:]
             pairs = unit_tND @ unit_tND.mT if x_tND.shape[1] > 1 else None
         if pairs is not None:
@@ -197,8 +200,18 @@ class TokenSums:
             return
         if self.live is not None:
             self.live.sample_gradient(depth, gradient_BTND, mask_BT)
+        if self.is_exact and gradient_BTND.dtype is torch.float64:
+            self._add_float64_squares(depth, gradient_BTND.detach().flatten(0, 1), mask_BT)
+            return
         for x_tND in _blocks(gradient_BTND, mask_BT, compiled=self._compiles(gradient_BTND)):
             self._add_squares(depth, self._squares(x_tND), x_tND.shape[1])
+
+    def _add_float64_squares(self, depth: int, x_tND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Without rounding to float32, which would come before the factor by which processes weight their gradients."""
+        squares = (x_tND if self.live is None else with_mean(x_tND)).square()
+        if mask_BT is not None:
+            squares = torch.where(mask_BT.flatten()[:, None, None], squares, 0.0)
+        self._add_squares(depth, squares.sum((0, 2)), x_tND.shape[1])
 
     def _squares(self, x_tND: torch.Tensor) -> torch.Tensor:
         """Sums of squares of some tokens; for a live row that of the mean over several streams is the first."""
@@ -364,14 +377,20 @@ def _without_padding(x_tND: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
 
 
 def _block(
-    x_tND: torch.Tensor, previous_unit: torch.Tensor | None, spare: torch.Tensor | None
+    x_tND: torch.Tensor,
+    previous_unit: torch.Tensor | None,
+    spare: torch.Tensor | None,
+    *,
+    is_exact: bool = False,
 ) -> _BlockStatistics:
     """Statistics of a block; ``previous_unit`` is overwritten, and so is ``spare`` where its shape fits."""
     scaled, largest, size = _scale(x_tND, spare if spare is not None and spare.shape == x_tND.shape else None)
     unit = scaled.mul_(size.clamp_min(TINY).reciprocal())  # zero tokens stay zero
     cosine = None if previous_unit is None else previous_unit.mul_(unit).sum(-1)
     norm = largest.double().mul_(size)
-    return _BlockStatistics(norm.squeeze(-1), largest.squeeze(-1), x_tND.sum(0), unit.sum(0), cosine, unit)
+    dtype = torch.float64 if is_exact else None
+    feature_sum, unit_sum = x_tND.sum(0, dtype=dtype), unit.sum(0, dtype=dtype)
+    return _BlockStatistics(norm.squeeze(-1), largest.squeeze(-1), feature_sum, unit_sum, cosine, unit)
 
 
 def _scale(

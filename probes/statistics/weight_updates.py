@@ -80,11 +80,24 @@ class WeightUpdates:
         The model; its parameters are only read.
     scale : callable
         Returns the factor that the loss of the running backward was multiplied by, a tensor, or None for 1.
+    share : callable, optional
+        Where several processes measure: by which factor the numbers of a parameter, or of the shard that is here, are
+        multiplied, so that their sum over the processes is that of the model; None where such a factor does not exist.
     """
 
-    def __init__(self, model: nn.Module, scale: Callable[[], torch.Tensor | None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: Callable[[], torch.Tensor | None],
+        share: Callable[[nn.Parameter], float | None] | None = None,
+    ):
         self._model = model
         self._scale = scale
+        self._share = share
+        self._shares: dict[str, float] = {}
+        self._reduced_later: dict[
+            str, nn.Parameter
+        ] = {}  # whose gradients are read when the backward has ended
         self._owners: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
             self._owners.setdefault(name.rpartition(".")[0], []).append(name)
@@ -93,6 +106,11 @@ class WeightUpdates:
         self._reasons: dict[str, str] = {}
         self._errors: list[Exception] = []
         self._stack = ExitStack()
+
+    @property
+    def num_modules(self) -> int:
+        """Of how many modules there are norms."""
+        return len(self._owners)
 
     def begin(self) -> None:
         """Copy the trainable weights and hook their gradients; an error is raised by `end`."""
@@ -116,9 +134,9 @@ class WeightUpdates:
             if self._errors:
                 raise self._errors[0]
             self._leave_out_replaced()
-            norms = _read_back({name: square_norm(of.parameter) for name, of in self._before.items()})
+            norms = _read_back({name: square_norm(here(of.parameter)) for name, of in self._before.items()})
             gradients = _read_back(self._gradients)
-            counts = {name: float(of.parameter.numel()) for name, of in self._before.items()}
+            counts = {name: float(here(of.parameter).numel()) for name, of in self._before.items()}
             values = (norms, gradients, self._updates())
             return WeightNorms(
                 paths=tuple(self._owners),
@@ -145,26 +163,53 @@ class WeightUpdates:
         self._stack.close()
         self._stack = ExitStack()
         self._before, self._gradients, self._reasons = {}, {}, {}
+        self._shares, self._reduced_later = {}, {}
         self._errors = []  # a new list: a hook that still runs in another thread writes to the old one
 
     def _copy(self, name: str, parameter: nn.Parameter | None) -> None:
-        reason = "gone from the model" if parameter is None else unreadable(parameter)
+        reason = "gone from the model" if parameter is None else self._unreadable(name, parameter)
         if parameter is None or reason:
             self._reasons[name] = reason
             return
         trained = parameter.requires_grad
-        copy = parameter.detach().clone() if trained else None
+        copy = here(parameter).detach().clone() if trained else None
         self._before[name] = _Before(parameter, version(parameter), copy)
         if trained:
             # After the accumulation, so that several backwards of a step, and tied weights, are summed in .grad.
-            hook = Hook(partial(self._add_gradient, name), self._errors.append)
+            receive = self._add_gradient if self._share is None else self._read_later
+            hook = Hook(partial(receive, name), self._errors.append)
             self._stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+
+    def _unreadable(self, name: str, parameter: nn.Parameter) -> str:
+        """The reason why a parameter cannot be read; of a shard, why it cannot be added to the others."""
+        if self._share is None:
+            return unreadable(parameter)
+        share = self._share(parameter)
+        if share is None:
+            return "sharded over other processes than those that measure (DTensor)"
+        self._shares[name] = share
+        return unreadable(here(parameter))
+
+    def _read_later(self, name: str, parameter: nn.Parameter) -> None:
+        """Read the gradient when the backward has ended: only then it is that of all processes."""
+        first = not self._reduced_later
+        self._reduced_later[name] = parameter
+        if first:
+            # Data parallelism writes the reduced gradients in a callback of its own, which may be queued after this one, and
+            # before the one that this one queues.
+            read = Hook(self._read_reduced, self._errors.append)
+            _at_end_of_backward(Hook(partial(_at_end_of_backward, read), self._errors.append))
+
+    def _read_reduced(self) -> None:
+        arrived, self._reduced_later = self._reduced_later, {}
+        for name, parameter in arrived.items():
+            self._add_gradient(name, parameter)
 
     def _add_gradient(self, name: str, parameter: nn.Parameter) -> None:
         if parameter.grad is None:
             self._reasons[name] = "gradient freed inside the backward, as by an optimiser in a hook"
             return
-        square, scale = square_norm(parameter.grad), self._scale()
+        square, scale = square_norm(here(parameter.grad)), self._scale()
         if scale is not None:
             square = square / scale.to(square.device, torch.float64, non_blocking=True).square()
         self._gradients[name] = square
@@ -186,7 +231,7 @@ class WeightUpdates:
         """Sums over the parameters of each module; NaN where one could not be read, or none has a value."""
         sums = []
         for names in self._owners.values():
-            known = [values[name] for name in names if name in values]
+            known = [values[name] * self._shares.get(name, 1.0) for name in names if name in values]
             readable = all(name in self._before for name in names)
             sums.append(math.fsum(known) if known and readable else math.nan)
         return np.array(sums)
@@ -201,10 +246,20 @@ def square_norm(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(squares).sum()
 
 
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has: of a DTensor its shard, of any other all."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+
+
+def _at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call a function when the running backward has ended, after those that asked for it earlier."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def _square_distance(of: _Before) -> torch.Tensor:
     assert of.copy is not None
     squares = []
-    for now, before in zip(_chunks(of.parameter), _chunks(of.copy), strict=True):
+    for now, before in zip(_chunks(here(of.parameter)), _chunks(of.copy), strict=True):
         difference = now.to(torch.float64, copy=True).sub_(before)
         squares.append(torch.dot(difference, difference))
     return torch.stack(squares).sum()

@@ -16,7 +16,8 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
     """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
 
     A step is one of the optimiser, with all of its batches; validations count to none. A training that is resumed from a
-    checkpoint is counted from there on: give ``resume=True`` to go on in the same store.
+    checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Several processes measure together
+    (``group="world"``, where no `group` is given), and the first one has the run.
 
     Parameters
     ----------
@@ -51,6 +52,8 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         if not trainer.is_global_zero:
             options.pop("store", None)
         options.setdefault("first_step", trainer.global_step)
+        if trainer.world_size > 1:  # the strategy wraps the module, and the hooks are inside
+            options.setdefault("group", "world")
         self._global_step = trainer.global_step
         self.recorder = record(pl_module.get_submodule(self._module), **options).__enter__()
 

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import Proven, build_run
+from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
@@ -32,12 +33,16 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
-from depthscope.probes.training.live.findings import OnFinding
+from depthscope.probes.training.live.findings import OnFinding, TrainingStopped
 from depthscope.probes.training.live.live import TOKENS, Live, live_names, place_of_analysis
 from depthscope.probes.training.live_recording import LiveRecording
+from depthscope.probes.training.ranks.channel import LostError
+from depthscope.probes.training.ranks.exchange import Ranks
+from depthscope.probes.training.ranks.group import DataGroup, data_group, inner_model, weight_share
+from depthscope.probes.training.ranks.local import measured_here, num_tokens
 from depthscope.probes.training.sinks import Sink
 
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "global_mean")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
 _open: weakref.WeakSet[Recorder] = weakref.WeakSet()
@@ -103,6 +108,8 @@ class Recorder:
         The factor that the loss is multiplied by.
     live : Live or None
         Computes metrics at every measured step.
+    ranks : Ranks or None
+        The processes that measure together.
     """
 
     def __init__(
@@ -119,6 +126,7 @@ class Recorder:
         weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
         live: Live | None = None,
+        ranks: Ranks | None = None,
     ):
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
@@ -128,6 +136,7 @@ class Recorder:
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale, self._live = weights, scale or LossScale(None), live
+        self._ranks = ranks
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
         self._trained = False  # whether the last measured step was one of a training
@@ -147,6 +156,8 @@ class Recorder:
             if self._state != "abandoned":
                 self._state = "open"
                 _open.add(self)
+                if self._ranks is not None:
+                    self._meet(self._ranks)
                 if self._store is not None:
                     _close_at_exit()
                     self._open_store(self._store)
@@ -181,7 +192,7 @@ class Recorder:
         # An object of the user's that holds the recorder may be copied, or sent to a worker of a loader.
         return _copy_that_measures_nothing, ()
 
-    def step(self, loss: float | torch.Tensor | None = None) -> None:
+    def step(self, loss: float | torch.Tensor | None = None, *, loss_terms: float | None = None) -> None:
         """End one step: record its forwards and backwards as a row, and start the next one.
 
         Any thread may call it. A forward that another thread is running then counts to no step.
@@ -189,12 +200,16 @@ class Recorder:
         Parameters
         ----------
         loss : float or Tensor, optional
-            The step's loss, to be stored with the statistics.
+            The step's loss, to be stored with the statistics; of several processes that of this one.
+        loss_terms : float, optional
+            Of how many terms the loss of this process is the mean, such as labels that are not ignored; by default of all its
+            tokens. By it the losses and gradients of several processes are weighted.
 
         Raises
         ------
         TrainingStopped
-            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded.
+            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded. Several processes stop
+            together, at the end of the measured step after it.
         """
         with self._lock:
             if self._state in ("new", "closed"):
@@ -204,20 +219,44 @@ class Recorder:
             if self._state == "open":
                 self._collect()
                 if self.measuring:
-                    self._safely(self._end_measured_step, loss)
+                    self._safely(self._end_measured_step, loss, loss_terms)
                 self.position += 1
                 self._attach_if_measuring()
             else:
                 self.position += 1
         self._warn()
         # Last of all: nothing of ours is half done when the training ends here.
-        if self._live is not None:
+        if self._ranks is not None:
+            self._stop_together(self._ranks)
+        elif self._live is not None:
             self._live.stop_if_severe()
+
+    def _stop_together(self, ranks: Ranks) -> None:
+        """Stop where the first process asked for it one measured step ago; ask for it where it has to be."""
+        ranks.stop_now(self.position - 1)
+        if self._live is not None:
+            try:
+                self._live.stop_if_severe()
+            except TrainingStopped as stopped:
+                ranks.stop_later(stopped)
+
+    def _meet(self, ranks: Ranks) -> None:
+        """Meet the other processes, as the block begins."""
+        try:
+            self.position = ranks.open(self.position)
+        except LostError as error:
+            self._say(str(error), error)
+        except BaseException:
+            self._state = "new"
+            _open.discard(self)
+            raise
 
     @property
     def measuring(self) -> bool:
         """Whether the present step is measured."""
         since = self.position - self._start
+        if self._ranks is not None and not self._ranks.is_open:
+            return False
         return since >= 0 and since % self._every == 0 and (self._end is None or self.position < self._end)
 
     @property
@@ -231,6 +270,8 @@ class Recorder:
         """
         if not self._rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
+            if self._ranks is not None and not self._ranks.writes:
+                reason += f"; of several processes the run is in process {self._ranks.group.ranks[0]}"
             raise CaptureError(f"no step was measured completely{reason}")
         return self._build(self._rows)
 
@@ -249,7 +290,9 @@ class Recorder:
 
     def _noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
-        attrs: dict[str, Any] = {} if self._live is None else self._live.noted()
+        attrs: dict[str, Any] = {} if self._ranks is None else dict(self._ranks.attrs)
+        if self._live is not None:
+            attrs |= self._live.noted()
         if self._overflowed:
             attrs["overflowed_steps"] = list(self._overflowed)
         last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
@@ -265,14 +308,18 @@ class Recorder:
             self._state = "closed"
             _open.discard(self)
             try:
-                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
-                if self.measuring and self._session.pending and self._session.trains >= self._trained:
+                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it. Of
+                # several processes the others may not have such a step, and would be waited for.
+                unended = self._session.pending and self._session.trains >= self._trained
+                if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
                 self._collect(finish=True)
                 if self._live is not None:
                     self._live.judge(self._say)
             finally:
                 self._detach()
+                if self._ranks is not None:
+                    self._ranks.close()
                 remove_inert_hooks(self._session.model)
             if self._store is not None:
                 self._finish_store(self._store)
@@ -283,6 +330,7 @@ class Recorder:
         if self._live is not None:
             self._live.forget_process()
         self._state, self._sentences, self._store, self._live = "abandoned", [], None, None
+        self._ranks = None
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
         self._detach()
@@ -312,20 +360,26 @@ class Recorder:
                 error,
             )
 
-    def _end_measured_step(self, loss: float | torch.Tensor | None) -> None:
+    def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         """Add the row of the present step."""
         # First of all: hooks and copies end with the step, whatever fails below.
         cut_short = self._session.detach()
         weights, scale = self._weight_norms(), self._scale.end()
-        self._session.raise_first_error()
-        parts = self._session.fold()
         if cut_short:
             self._say(
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
             )
-        if not _num_tokens(parts):
-            raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
+        if self._ranks is not None:
+            together = self._of_all_processes(self._ranks, value, loss_terms, weights)
+            if together is None:
+                return
+            parts, value, weights = together
+        else:
+            self._session.raise_first_error()
+            parts = self._session.fold()
+            if not num_tokens(parts):
+                raise CaptureError("no batch of it had a real token; nothing to measure")
         self._trained = self._session.trains
         complete = _added_up(parts)
         sums = self._pool(parts, complete)
@@ -348,6 +402,19 @@ class Recorder:
             self._measure_live(self._live, complete, value, weights, overflowed)
         if self._store is not None:
             self._write_store(self._store)
+
+    def _of_all_processes(
+        self, ranks: Ranks, loss: float | None, loss_terms: float | None, weights: WeightNorms | None
+    ) -> tuple[list[Measured], float | None, WeightNorms | None] | None:
+        """What all processes measured in the present step; None where this one does not write."""
+        local, failure = measured_here(self._session, loss, loss_terms)
+        num_modules = 0 if self._weights is None else self._weights.num_modules
+        together = ranks.exchange(self.position, local, weights, num_modules, failure)
+        if together is None:
+            return None
+        step, weights = together
+        stamp = self._session.present_stamp
+        return [Measured(stamp, round(step.sequences), step.sums)], step.loss, weights
 
     def _measure_live(
         self,
@@ -480,12 +547,6 @@ def _added_up(parts: list[Measured]) -> list[TokenSums]:
     return sums
 
 
-def _num_tokens(parts: list[Measured]) -> float:
-    """The number of real tokens of all chains, at their first depths."""
-    counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
-    return sum(float(next(iter(count.values()))) for count in counts if count)
-
-
 def _finite_gradients(sums: list[TokenSums]) -> bool:
     gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
     return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
@@ -522,6 +583,9 @@ def record(
     on_finding: OnFinding | None = None,
     stop_on: str | None = None,
     analysis: str = "inline",
+    group: Any = None,
+    group_timeout: float = 120.0,
+    stage: tuple[int, int] | None = None,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -574,8 +638,11 @@ def record(
         The scaler that multiplies the loss; gradients are divided by its scale, which is stored with them. Whether
         ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported, and they are
         NaN in its row. Without the scaler a scaled loss looks like any other: its gradients are stored as they come.
-    loss_reduction : {"mean", "sum"}, optional
+    loss_reduction : {"mean", "sum", "global_mean"}, optional
         How the loss is reduced over tokens; stored as an attribute that analyses of gradients need. Unknown where not given.
+        Of several processes each has a loss of its own: the mean over its own tokens (assumed where not given), the sum, or
+        ``"global_mean"``, its part of the mean over the tokens of all, times the number of processes, as transformers'
+        Trainer makes it. Losses and gradients are those of one process with all the data: weighted by n_r/N, 1 or 1/R.
     metrics : str or iterable of str, optional
         Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
         set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
@@ -603,6 +670,17 @@ def record(
         gets no metrics; its statistics stay, and the attribute ``live_rows_dropped`` has the number of such rows. The first
         seconds, until the process has started, are computed in the training, and so is the rest where it dies. ``"auto"``
         takes the process where the training may use more cores than torch has threads.
+    group : ProcessGroup, DeviceMesh or str, optional
+        Which processes train this model together, each on its part of the data (docs/many_processes.md): their statistics are
+        added, and the first of them writes, prints and has the ``run``. By default those of the model's wrapper
+        (DistributedDataParallel, `fully_shard`); ``"world"`` for all, ``"none"`` where this process measures alone. Every
+        process opens the recorder and calls ``recorder.step()`` equally often, with data or without.
+    group_timeout : float
+        Seconds that a process waits for the others at a measured step; then nothing is measured any more, and the training
+        goes on.
+    stage : (int, int), optional
+        As in `probes.capture`: where the model is one stage of a pipeline. Each stage has a recorder and a store of its own;
+        `group` is then the copies of this stage, or ``"none"``.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -616,12 +694,22 @@ def record(
     Raises
     ------
     ValueError
-        For a loss reduction, a scaler or a place of the analysis of another kind.
+        For a loss reduction, a scaler or a place of the analysis of another kind, where several processes run and it cannot
+        be known which of them train the model together, and for an analysis beside the training of several processes.
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model)
+    together = data_group(model, group)
+    model = inner_model(model)
+    if together is not None:
+        if analysis == "process":
+            raise ValueError(
+                f"analysis='process' came with {together.size} processes that measure together, whose sums are added in the "
+                "training; leave it out"
+            )
+        analysis = "inline" if analysis == "auto" else analysis
     given: dict[str, Any] = {
         "sinks": list(sinks),
         "on_finding": on_finding,
@@ -639,18 +727,35 @@ def record(
     scale = LossScale(scaler)
     # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
     recording = None
-    if store is not None:
+    writes = together is None or together.rank == 0
+    if store is not None and writes:
         recording = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
-    all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
-    all_attrs.update(attrs or {})
+    all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
+    all_attrs.update(stage_attribute(stage) | dict(attrs or {}))
     session = Session(
         model,
         Options(**options),
         scale if scaler is not None else None,
         live_tokens=live_tokens if names else 0,
+        exact_sums=together is not None,
     )
+    ranks = None
+    if together is not None:
+        ranks = _ranks(
+            together,
+            loss_reduction,
+            session,
+            group_timeout,
+            {
+                "every": every,
+                "start_step": start_step,
+                "end_step": end_step,
+                "metrics": names,
+                "weights": weights and [name for name, _ in model.named_parameters()],
+            },
+        )
     return Recorder(
         session,
         every=every,
@@ -660,9 +765,47 @@ def record(
         first_step=first_step,
         attrs=all_attrs,
         token_text=token_text,
-        weights=WeightUpdates(model, scale) if weights else None,
+        weights=WeightUpdates(model, scale, partial(weight_share, together) if together else None)
+        if weights
+        else None,
         scale=scale,
-        live=Live(session, names, **given) if names else None,
+        live=Live(session, names, **given) if names and writes else None,
+        ranks=ranks,
+    )
+
+
+def _ranks(
+    group: DataGroup,
+    loss_reduction: str | None,
+    session: Session,
+    timeout: float,
+    settings: Mapping[str, Any],
+) -> Ranks:
+    """The part of a recorder in the measurement of several processes."""
+    options = session.options
+    if options.streaming:
+        raise ValueError(
+            "streaming=True came with several processes, whose streamed sums are too large to be added at every step; "
+            "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
+        )
+    if timeout <= 0:
+        raise ValueError(f"group_timeout is {timeout}; expected a positive number of seconds")
+    shared = {
+        "gradients": options.gradients,
+        "layers": options.blocks,
+        "layout": options.layout,
+        "seed": options.seed,
+        "sampled tokens": session.live_tokens,
+        "loss_reduction": loss_reduction,
+        **settings,
+    }
+    return Ranks(
+        group,
+        loss_reduction,
+        live_tokens=session.live_tokens,
+        seed=options.seed,
+        timeout=timeout,
+        settings=shared,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 from depthscope.diagnostics.quantities.registry import LABELS
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
+from depthscope.probes.statistics.histograms import BINS, OF_GAINS, Histogram
 from depthscope.probes.statistics.live_sums import PADDING, LiveSums
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.live.live_value import LiveValue
@@ -124,6 +125,9 @@ def massive_tokens(
     -------
     dict of str to LiveValue
     """
+    how = f"largest activation of every token; median {estimator}"
+    if live.histograms:
+        return _massive_by_histogram(live, depths, medians, count, how)
     largest = [live.values["largest"][depth].cpu().numpy().astype(np.float64) for depth in depths]
     fractions, ratios = [], []
     for values_tV, median_V, real in zip(largest, medians, count, strict=True):
@@ -131,10 +135,26 @@ def massive_tokens(
         undefined = np.where(np.isnan(values_tV).any(axis=0), np.nan, 0.0)
         fractions.append(massive.sum(axis=0) / real + undefined)
         ratios.append(values_tV.max(axis=0) / median_V)
-    how = f"largest activation of every token; median {estimator}"
     return {
         "massive_token_fraction": LiveValue(PROFILE, np.array(fractions), how),
         "massive_activation": LiveValue(PROFILE, np.array(ratios), how),
+    }
+
+
+def _massive_by_histogram(
+    live: LiveSums, depths: Sequence[int], medians: np.ndarray, count: np.ndarray, how: str
+) -> dict[str, LiveValue]:
+    """The same of several processes, whose tokens are counted by size."""
+    known = [live.histograms["largest"][depth] for depth in depths]
+    limits = np.maximum(ABSOLUTE, RELATIVE * medians)
+    above = np.array([of.number_above(limit_V) for of, limit_V in zip(known, limits, strict=True)])
+    largest = np.array([np.where(of.undefined_V > 0, np.nan, of.highest_V) for of in known])
+    counted = (
+        f"{how}; limits are rounded up by at most a factor of {2 ** (1 / BINS['largest'].per_octave):.3f}"
+    )
+    return {
+        "massive_token_fraction": LiveValue(PROFILE, above / count[:, None], counted),
+        "massive_activation": LiveValue(PROFILE, largest / medians, how),
     }
 
 
@@ -158,6 +178,10 @@ def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -
     product = "reversed_product_gain" if transposed else "product_gain"
     found = {}
     for name, source in (("mixing_gain", "gain"), ("composite_gain", product)):
+        of_processes = live.histograms.get(source, {})
+        if of_processes and all(number in of_processes for number in connections):
+            found[name] = _gains_by_histogram([of_processes[number] for number in connections], transposed)
+            continue
         known = live.values.get(source, {})
         if not all(number in known for number in connections):
             continue
@@ -204,6 +228,13 @@ def logit_metrics(sums: TokenSums, connections: Sequence[int], transposed: bool)
         share = found["logit_gradient"].values / np.where(arrived > 0, arrived, np.nan)
         found["logit_gradient_share"] = LiveValue(("connection",), share)
     return found
+
+
+def _gains_by_histogram(known: Sequence[Histogram], transposed: bool) -> LiveValue:
+    """The same of several processes; mean and maximum are exact."""
+    values = np.stack([of.reductions() for of in known], axis=1)  # (2, C, reduction)
+    how = f"every token; quantiles from counts in {OF_GAINS.per_octave} bins per octave"
+    return LiveValue(("direction", "connection", "reduction"), values[::-1] if transposed else values, how)
 
 
 def share_metrics(live: LiveSums, connections: Sequence[int]) -> dict[str, LiveValue]:

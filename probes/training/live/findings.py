@@ -34,11 +34,16 @@ class TrainingStopped(RuntimeError):
     step : int
         Of the training.
     findings : tuple of Finding
-        Those that are as severe, the worst first.
+        Those that are as severe, the worst first; of several processes only the one that writes has them.
     """
 
     def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
-        super().__init__(f"step {step}: {findings[0].sentence} {findings[0].advice}".strip())
+        told = (
+            f"{findings[0].sentence} {findings[0].advice}"
+            if findings
+            else "the process that writes has a severe finding"
+        )
+        super().__init__(f"step {step}: {told}".strip())
         self.step, self.findings = step, findings
 
 

@@ -1,0 +1,480 @@
+"""One of several processes under torchrun: tries many things in one start, and writes what failed.
+
+``torchrun --nproc-per-node 2 tests/probes/training/ranks/worker.py FOLDER`` writes ``RANK.json``: scenario to "" or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from depthscope import diagnostics, probes
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.training.live.findings import TrainingStopped
+from depthscope.probes.training.recorder import ProbeWarning
+
+EQUAL = 1e-10
+# Of numbers that come from a spectrum or an angle of float32 states, whose order differs.
+NEAR = 1e-6
+WIDTH, WORDS, LENGTH = 8, 16, 6
+
+
+class Block(nn.Module):
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Plain(nn.Module):
+    def __init__(self, layers=3):
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Streams(nn.Module):
+    def __init__(self, layers=2, streams=3):
+        super().__init__()
+        from hyper_connections import hyper_connections
+
+        init, self.expand, self.reduce = hyper_connections.get_init_and_expand_reduce_stream_functions(
+            streams, dim=WIDTH
+        )
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.ModuleList(
+            init(branch=nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids):
+        x = self.expand(self.embed(ids))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.reduce(x))
+
+
+def built(kind=Plain, **options):
+    random.seed(0)  # from which the connections take their first stream
+    torch.manual_seed(0)
+    return kind(**options).double()
+
+
+def batches(counts, seed=0):
+    """A batch of ids for each process, with so many sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(WORDS, (count, LENGTH), generator=generator) for count in counts]
+
+
+def loss_of(model, ids):
+    logits = model(ids)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def trained(model, steps, *, counts=None, rate=0.0, reduction="mean", store=None, **options):
+    """A recorder after some steps; ``counts`` has the sequences of each process, by step, and None is one process with all."""
+    rank = dist.get_rank()
+    alone = options.get("group") == "none"
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    options = {
+        "gradients": True,
+        "metrics": "live",
+        "live_tokens": 256,
+        "weights": True,
+        "group_timeout": 20.0,
+    } | options
+    recorder = probes.record(model, loss_reduction=reduction, optimizer=optimizer, store=store, **options)
+    # One process alone adds the tokens of a block, and its gradients, in float32.
+    recorder._session._exact_sums = True
+    with recorder:
+        for step in range(steps):
+            parts = batches(counts[step], seed=step)
+            ids = torch.cat(parts) if alone else parts[rank]
+            # Of no token: data parallelism still waits for its gradients.
+            loss = loss_of(model, ids) if len(ids) else model(ids).sum() * 0.0
+            if reduction == "global_mean" and not alone:
+                loss = loss * len(ids) * len(parts) / sum(map(len, parts))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(loss)
+    return recorder
+
+
+def require_equal(together, one, *, near=()):
+    """Every statistic and metric of the run of several processes is that of one process with all the data."""
+    compared = 0
+    for group, limit in (("statistics", EQUAL), ("metrics", EQUAL)):
+        here, there = together[group].to_dataset(), one[group].to_dataset()
+        for name in there.data_vars:
+            assert name in here, f"{group}/{name} is missing"
+            if here[name].dtype.kind not in "fi" or name in near or name == "same_sampled_tokens":
+                continue
+            if "attention" in name or name.startswith("sink"):
+                continue
+            exact = group == "statistics" or name in EXACT
+            tolerance = limit if exact else NEAR
+            values, expected = here[name].values.astype(float), there[name].values.astype(float)
+            np.testing.assert_allclose(
+                values, expected, rtol=tolerance, atol=tolerance, err_msg=f"{group}/{name}"
+            )
+            compared += 1
+    assert compared > 15, compared
+
+
+EXACT = (
+    "residual_norm",
+    "gradient_norm",
+    "backward_gain",
+    "adjacent_cosine",
+    "token_cosine",
+    "stream_cosine",
+    "loss",
+)
+
+
+def compared(make, steps, counts, *, wrap=DistributedDataParallel, near=(), store=None, **options):
+    together = trained(wrap(make()), steps, counts=counts, store=store, **options)
+    try:
+        if dist.get_rank() == 0:
+            one = trained(make(), steps, counts=counts, group="none", **options)
+            assert len(together.run["statistics"].step) == steps
+            require_equal(together.run, one.run, near=near)
+    finally:
+        dist.barrier()
+    return together
+
+
+# --- scenarios ---
+
+
+def uneven(world, folder):
+    """Uneven batches, the last process without data in some steps, losses that are means over each process's tokens."""
+    counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0], [*[4, 1, 1][: world - 1], 0]]
+    # The gradients of the parameters are what data parallelism makes of local means: not those of the mean over all.
+    of_weights = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio")
+    recorder = compared(
+        built, 3, counts, near=of_weights, store=folder / "uneven.nc" if dist.get_rank() == 0 else None
+    )
+    if dist.get_rank() == 0:
+        attrs = recorder.run.attrs
+        assert attrs["processes"] == world
+        assert "DistributedDataParallel" in attrs["processes_chosen"]
+        assert "n_r/N" in attrs["processes_loss"]
+        assert list(recorder.run.trace["module"].values.astype(str))[1] == "blocks.0"
+        saved = diagnostics.open_run(folder / "uneven.nc")
+        assert len(saved["statistics"].step) == 3
+
+
+def learning(world, folder):
+    """Steps that move the weights, with losses as transformers' Trainer makes them: the weights' numbers are equal too."""
+    counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0], [1] * world]
+    compared(built, 3, counts, rate=0.1, reduction="global_mean")
+
+
+def streams(world, folder):
+    counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0]]
+    near = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio", *QUANTILES)
+    recorder = compared(lambda: built(Streams), 2, counts, near=near)
+    if dist.get_rank() == 0:
+        one = trained(built(Streams), 2, counts=counts, group="none")
+        for name in ("mixing_gain", "composite_gain"):
+            gains, expected = recorder.run["metrics"][name], one.run["metrics"][name]
+            for reduction in ("mean", "max"):
+                np.testing.assert_allclose(
+                    gains.sel(reduction=reduction),
+                    expected.sel(reduction=reduction),
+                    rtol=EQUAL,
+                    err_msg=name,
+                )
+            np.testing.assert_allclose(gains, expected, rtol=0.05, err_msg=name)
+
+
+QUANTILES = ("mixing_gain", "composite_gain")
+
+
+def sharded(world, folder):
+    """`fully_shard` over all processes, with checkpointed blocks."""
+    from torch.distributed.fsdp import fully_shard
+
+    def wrap(model):
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)
+
+    counts = [[3, 1, 2, 4][:world], [1] * world]
+    recorder = compared(built, 2, counts, wrap=wrap, rate=0.1, reduction="global_mean")
+    if dist.get_rank() == 0:
+        assert "fully_shard" in recorder.run.attrs["processes_chosen"]
+        assert list(recorder.run.trace["module"].values.astype(str))[1] == "blocks.0"
+
+
+def warned(action):
+    """The sentences of our warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(each.message) for each in caught if issubclass(each.category, ProbeWarning)]
+
+
+def other_model(world, folder):
+    """One process has one block more: all are told what differs, and nobody waits."""
+    rank = dist.get_rank()
+    began = time.monotonic()
+    sentences = warned(
+        lambda: trained(
+            built(layers=3 + (rank == 1)), 2, counts=[[1] * world] * 2, group="world", weights=False
+        )
+    )
+    assert time.monotonic() - began < 10
+    assert len(sentences) == 2, sentences
+    assert "only process 1 has" in sentences[0], sentences[0]
+    assert "blocks.3" in sentences[0], sentences[0]
+
+
+def other_settings(world, folder):
+    rank = dist.get_rank()
+    told = message_of(
+        CaptureError, lambda: trained(built(), 1, counts=[[1] * world], group="world", every=1 + rank)
+    )
+    assert "every is 1 in process 0 and 2 in process 1" in told, told
+
+
+def message_of(kind, action):
+    """The message of an error that has to be raised."""
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def failing(world, folder):
+    """Our measuring fails in one process in one step: all are told why, and the next step is measured."""
+    rank = dist.get_rank()
+    model = built()
+
+    def run():
+        nonlocal recorder
+        with probes.record(model, metrics="live", group="world", group_timeout=20.0) as recorder:
+            for step in range(3):
+                model(batches([2] * world, seed=step)[rank])
+                if step == 1 and rank == world - 1:
+                    recorder._session.report(ValueError("a hook of ours failed"))
+                recorder.step()
+
+    recorder = None
+    sentences = warned(run)
+    assert len(sentences) == 1, sentences
+    assert f"process {world - 1} could not measure it: a hook of ours failed" in sentences[0]
+    if rank == 0:
+        assert recorder.run["statistics"].step.values.tolist() == [0, 2]
+
+
+def other_step(world, folder):
+    rank = dist.get_rank()
+    model = built()
+
+    def run():
+        with probes.record(model, group="world", every=2, group_timeout=20.0) as recorder:
+            if rank == 1:
+                recorder.position = 2
+            model(batches([2] * world)[rank])
+            recorder.step()
+
+    (sentence,) = warned(run)
+    assert "process 1 is at step 2" in sentence, sentence
+
+
+def missing(world, folder):
+    """One process calls step() once less: the others go on after the timeout, and measure nothing more."""
+    rank = dist.get_rank()
+    model = built()
+
+    def run():
+        with probes.record(model, group="world", group_timeout=1.5) as recorder:
+            for step in range(3 if rank != world - 1 else 1):
+                model(batches([2] * world, seed=step)[rank])
+                recorder.step()
+
+    began = time.monotonic()
+    sentences = warned(run)
+    assert time.monotonic() - began < 10
+    if rank != world - 1:
+        (sentence,) = sentences
+        assert "recorder.step() equally often" in sentence
+    dist.barrier()
+
+
+def alone(world, folder):
+    """Only the first process records, as is often written: it waits once, says so, and trains on."""
+    rank = dist.get_rank()
+    if rank == 0:
+        model = built()
+
+        def run():
+            with probes.record(model, group="world", group_timeout=1.0) as recorder:
+                model(batches([2])[0])
+                recorder.step()
+
+        (sentence,) = warned(run)
+        assert "every process has to open the recorder" in sentence
+    dist.barrier()
+
+
+def unknown(world, folder):
+    told = message_of(ValueError, lambda: probes.record(built()))
+    assert "group='world'" in told
+    assert "group='none'" in told
+
+
+def stopping(world, folder):
+    """A severe finding of the first process stops all of them at the same step."""
+    rank = dist.get_rank()
+    model = built()
+    with torch.no_grad():
+        model.blocks[1].down.weight.mul_(1e4)  # massive, and the gradient explodes
+    ended = None
+    with probes.record(
+        DistributedDataParallel(model), gradients=True, metrics="live", stop_on="warn", group_timeout=20.0
+    ) as recorder:
+        try:
+            for step in range(4):
+                loss_of(model, batches([2] * world, seed=step)[rank]).backward()
+                recorder.step(1.0)
+        except TrainingStopped as stopped:
+            ended = step, len(stopped.findings) > 0
+    assert ended == (1, rank == 0), ended
+
+
+def empty_first(world, folder):
+    """The process that writes has no data at first: said, and measured from its first batch on; later steps without are."""
+    rank = dist.get_rank()
+    model = built()
+    counts = [[0] + [2] * (world - 1), [2] * world, [0] + [2] * (world - 1)]
+
+    def run():
+        nonlocal recorder
+        with probes.record(model, metrics="live", group="world", group_timeout=20.0) as recorder:
+            for step in range(3):
+                model(batches(counts[step], seed=step)[rank])
+                recorder.step()
+
+    recorder = None
+    sentences = warned(run)
+    (sentence,) = sentences
+    assert "which writes, has had no data yet" in sentence
+    if rank == 0:
+        assert recorder.run["statistics"].step.values.tolist() == [1, 2]
+        tokens = recorder.run["statistics"]["token_count"].values.tolist()
+        assert tokens == [2 * world * LENGTH, 2 * (world - 1) * LENGTH]
+
+
+def token_shards(world, folder):
+    """Tokens that sequence or context parallelism spreads over processes are refused, also where they are plain tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (world,))
+    ids = batches([2])[0]
+
+    def refused(model, words):
+        told = message_of(CaptureError, lambda: probes.capture(model, ids))
+        assert words in told, told
+
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))}
+    for at in range(3):
+        plan[f"blocks.{at}.norm"] = SequenceParallel()
+        plan[f"blocks.{at}.up"] = ColwiseParallel(input_layouts=Shard(1))
+        plan[f"blocks.{at}.down"] = RowwiseParallel(output_layouts=Shard(1))
+    plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    refused(parallelize_module(built(), mesh, plan), "sequence parallelism")
+    given = PrepareModuleInput(
+        input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
+    )
+    refused(parallelize_module(built(), mesh, {"blocks.1": given}), "blocks.1")
+    with context_parallel(mesh, buffers=[torch.zeros(2, 4 * world)], buffer_seq_dims=[1]):
+        refused(built(), "context parallelism")
+    # Tensor parallelism alone leaves whole states in every process.
+    plan = {}
+    for at in range(3):
+        plan |= {f"blocks.{at}.up": ColwiseParallel(), f"blocks.{at}.down": RowwiseParallel()}
+    run, one = probes.capture(parallelize_module(built(), mesh, plan), ids), probes.capture(built(), ids)
+    np.testing.assert_allclose(run.trace["residual"], one.trace["residual"], rtol=1e-6)
+
+
+SCENARIOS = {
+    2: (
+        uneven,
+        streams,
+        sharded,
+        other_model,
+        other_settings,
+        failing,
+        other_step,
+        missing,
+        alone,
+        unknown,
+        stopping,
+        token_shards,
+    ),
+    4: (uneven, learning, sharded, other_model, empty_first, missing),
+}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    wanted = sys.argv[2:]
+    results = {}
+    for scenario in SCENARIOS[world]:
+        if wanted and scenario.__name__ not in wanted:
+            continue
+        time.monotonic()
+        try:
+            scenario(world, folder)
+            results[scenario.__name__] = ""
+        except Exception:
+            results[scenario.__name__] = traceback.format_exc()
+        if wanted:
+            pass
+        dist.barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    time.sleep(0.5)  # gloo closes connections that others may still read from
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
