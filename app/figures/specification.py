@@ -29,9 +29,9 @@ class Line:
         Positions and values of equal length; NaN in `y` is a gap (undefined).
     label : str
         Legend entry.
-    role : {"measured", "null", "theory", "threshold"}
+    role : {"measured", "null", "theory", "threshold", "mark"}
         How it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes of
-        that colour, dotted grey. Theory moves the axes a little, never far.
+        that colour, dotted grey, as single points. Theory moves the axes a little, never far.
     lower, upper : numpy.ndarray or None
         Uncertainty or spread around `y`.
     error : numpy.ndarray or None
@@ -47,7 +47,7 @@ class Line:
     x: Array
     y: Array
     label: str
-    role: Literal["measured", "null", "theory", "threshold"] = "measured"
+    role: Literal["measured", "null", "theory", "threshold", "mark"] = "measured"
     lower: Array | None = None
     upper: Array | None = None
     error: Array | None = None
@@ -60,7 +60,8 @@ class Line:
 class Lines:
     """Curves over one axis, with an optional healthy band.
 
-    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not.
+    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not. ``runs`` are all
+    runs that are shown together, those that this figure lacks included: a run's colour is its place among them.
     """
 
     name: str
@@ -76,11 +77,15 @@ class Lines:
     metric: str = ""
     sources: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
+    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
+
+    ``printed`` writes the number of every cell, with the sum of each row and column beside it.
+    """
 
     name: str
     title: str
@@ -100,6 +105,7 @@ class Heatmap:
     y_text: Sequence[str] | None = None
     sources: tuple[str, ...] = ()
     run: str = ""
+    printed: bool = False
 
 
 Figure = Lines | Heatmap
@@ -252,6 +258,8 @@ class FigureKind(ABC):
         Lines or Heatmap
         """
         figure = self.figure(analyses, Selection.of(selection))
+        if isinstance(figure, Lines):
+            figure = replace(figure, runs=tuple(analyses))
         # Here and in no figure's own caption: no figure of an unproven reading can be drawn without it.
         sentences = [figure.caption, *self._evidence(analyses, figure)]
         return replace(figure, caption=" ".join(filter(None, sentences)))

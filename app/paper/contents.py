@@ -128,14 +128,15 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Fi
 
 
 def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:
-    able = {run: data for run, data in analyses.items() if feeds(data, kind.needs)}
-    figure = kind.build(able, **asdict(view))
+    # Of all runs, those that cannot feed it included: the others keep the colours that they have everywhere.
+    figure = kind.build(analyses, **asdict(view))
     if not isinstance(figure, Heatmap):
         # A run may feed a figure in another slice than the one asked for; an empty frame says nothing on paper.
         if any(line.role == "measured" for line in figure.lines):
             yield figure
         return
+    able = [run for run, data in analyses.items() if feeds(data, kind.needs)]
     for run in able:
         # Cells have the index of their own run: matrices are not overlaid, so they need no shared axis.
-        single = kind.build(able, **asdict(replace(view, run=run, axis="depth")))
-        yield single if len(able) == 1 else replace(single, name=f"{single.name}_{slug(run)}")
+        single = kind.build(analyses, **asdict(replace(view, run=run, axis="depth")))
+        yield single if len(analyses) == 1 else replace(single, name=f"{single.name}_{slug(run)}")

@@ -103,12 +103,14 @@ def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from depthscope.app.drawing.matplotlib.curves import COLOURS, MARKERS
+    from depthscope.app.drawing.matplotlib.curves import MARKERS
+    from depthscope.app.figures.run_colours import run_colours
 
     canvas = Figure(figsize=(inches, 0.8 * inches), layout="constrained")
     axes = canvas.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="seconds")
     values = [point["value"] for point in points]
-    for group, colour, marker in zip(points[0]["operations"], COLOURS, MARKERS, strict=False):
+    groups = points[0]["operations"]
+    for (group, colour), marker in zip(run_colours(list(groups)).items(), MARKERS, strict=False):
         taken = [point["seconds"][group] for point in points]
         # The expected slope, moved to the last measured point.
         counted = np.array([point["operations"][group] for point in points])

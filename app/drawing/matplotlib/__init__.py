@@ -7,23 +7,36 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
+from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
 from depthscope.app.drawing.matplotlib.matrices import draw_heatmap
 from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
-from depthscope.app.figures.specification import Figure, Heatmap
+from depthscope.app.figures.composed import Composed, Points
+from depthscope.app.figures.specification import Figure, Heatmap, Lines
 
-__all__ = ["FORMATS", "WIDTHS", "Width", "figure_style", "to_matplotlib", "to_svg", "write_figure"]
+__all__ = [
+    "FORMATS",
+    "WIDTHS",
+    "Width",
+    "draw_composed",
+    "draw_into",
+    "figure_style",
+    "to_matplotlib",
+    "to_svg",
+    "write_figure",
+]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
 # A date in the file would change its bytes on every export.
 UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
+def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:
     """Draw a figure for paper.
 
     Parameters
@@ -47,17 +60,17 @@ def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
         return _drawn(figure, size)
 
 
-def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
+def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "icml") -> None:
     """Draw a figure once and write it to files; their endings say the formats.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap or Composed
         What to draw.
     *paths : Path
         End in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
-    width : str
-        A key of `WIDTHS`.
+    width : str or Width
+        A key of `WIDTHS`, or any other width.
 
     Raises
     ------
@@ -80,31 +93,52 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
             # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
             # would print as they are.
             with pgf_style():
-                to_matplotlib(translated(figure, tex), width=width).savefig(path)
+                _drawn(translated(figure, tex), size).savefig(path)
 
 
-def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
+def translated(figure: Any, translate: Callable[[str], str]) -> Any:
     """A figure with its labels translated.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap, Points or Composed
         A figure.
     translate : function
         Text in, text out.
 
     Returns
     -------
-    Lines or Heatmap
+    Lines, Heatmap, Points or Composed
+        As it was given.
     """
+    if isinstance(figure, Composed):
+        panels = [
+            replace(
+                panel,
+                title=translate(panel.title),
+                content=replace(translated(panel.content, translate), runs=tuple(map(translate, figure.runs)))
+                if isinstance(panel.content, Lines | Points)
+                else translated(panel.content, translate),
+            )
+            for panel in figure.panels
+        ]
+        return replace(figure, panels=tuple(panels), runs=tuple(map(translate, figure.runs)))
     across, up = translate(figure.x_label), translate(figure.y_label)
     if isinstance(figure, Heatmap):
         return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label))
-    lines = tuple(replace(line, label=translate(line.label)) for line in figure.lines)
+    if isinstance(figure, Points):
+        points = {translate(run): values for run, values in figure.points.items()}
+        return replace(figure, x_label=across, y_label=up, points=points)
+    # The group too: it is compared with the names of the runs.
+    lines = tuple(
+        replace(line, label=translate(line.label), group=translate(line.group)) for line in figure.lines
+    )
     return replace(figure, x_label=across, y_label=up, lines=lines)
 
 
-def _drawn(figure: Figure, size: Width) -> Canvas:
+def _drawn(figure: Figure | Composed, size: Width) -> Canvas:
+    if isinstance(figure, Composed):
+        return draw_composed(figure, size)
     return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
 
 
