@@ -23,7 +23,7 @@ import xarray as xr
 
 from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style
 from depthscope.app.figures import Selection
-from depthscope.app.figures.composed import QUESTIONS, Composed, compose
+from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
 from depthscope.app.text.venues import venue_of
 
@@ -92,8 +92,9 @@ def _composed(name: str, runs: Runs, by: str, selection: Mapping[str, Any]) -> C
         view = Selection.of({**selection, "axis": "relative"})
     figure = compose(name, readings, view=view, runs=trees, by=by)
     if not figure.panels:
-        reasons = "; ".join(f"{title}: {reason}" for title, reason in figure.left_out.items())
-        raise ValueError(f"{name} has no panel of {', '.join(r.name for r in readings)}: {reasons}")
+        raise ValueError(
+            f"{name} has no panel of {', '.join(r.name for r in readings)}: {in_one_line(figure.left_out.values())}"
+        )
     return figure
 
 

@@ -15,11 +15,14 @@ from matplotlib.figure import Figure as Canvas
 from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
 from depthscope.app.drawing.matplotlib.matrices import draw_heatmap
-from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
+from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style, pgf_style
+from depthscope.app.drawing.matplotlib.words import write_word
 from depthscope.app.figures.composed import Composed, Points
 from depthscope.app.figures.specification import Figure, Heatmap, Lines
+from depthscope.app.text.latex import Latex, tex
 
 __all__ = [
+    "FIGURE_POINTS",
     "FORMATS",
     "WIDTHS",
     "Width",
@@ -29,6 +32,7 @@ __all__ = [
     "to_matplotlib",
     "to_svg",
     "write_figure",
+    "write_word",
 ]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
@@ -88,12 +92,10 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
             if ending != "pgf":
                 canvas.savefig(path, metadata=UNDATED.get(ending))
                 continue
-            from depthscope.app.text.latex import tex
-
             # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
             # would print as they are.
             with pgf_style():
-                _drawn(translated(figure, tex), size).savefig(path)
+                _drawn(translated(figure, _without_pictures), size).savefig(path)
 
 
 def translated(figure: Any, translate: Callable[[str], str]) -> Any:
@@ -134,6 +136,11 @@ def translated(figure: Any, translate: Callable[[str], str]) -> Any:
         replace(line, label=translate(line.label), group=translate(line.group)) for line in figure.lines
     )
     return replace(figure, x_label=across, y_label=up, lines=lines)
+
+
+def _without_pictures(text: str) -> Latex:
+    # Where a PGF figure is measured there are no pictures of words.
+    return tex(text, words=False)
 
 
 def _drawn(figure: Figure | Composed, size: Width) -> Canvas:

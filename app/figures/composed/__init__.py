@@ -15,7 +15,17 @@ from depthscope.app.figures.composed.specification import Composed, Panel, Point
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 
-__all__ = ["QUESTIONS", "Composed", "Panel", "Points", "Question", "Subjects", "compose", "letter"]
+__all__ = [
+    "QUESTIONS",
+    "Composed",
+    "Panel",
+    "Points",
+    "Question",
+    "Subjects",
+    "compose",
+    "in_one_line",
+    "letter",
+]
 
 
 def compose(

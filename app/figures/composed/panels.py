@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -386,12 +386,12 @@ def whole_products(found: MixingMatrices) -> np.ndarray:
     return np.stack([found.products[max(found.products, key=lambda pair: pair[1] - pair[0])]])
 
 
-def in_one_line(reasons: Sequence[str]) -> str:
+def in_one_line(reasons: Iterable[str]) -> str:
     """Distinct reasons, once each.
 
     Parameters
     ----------
-    reasons : sequence of str
+    reasons : iterable of str
         Sentences without a full stop.
 
     Returns

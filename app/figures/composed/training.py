@@ -87,7 +87,10 @@ def first_steps(history: xr.Dataset) -> dict[int, list[str]]:
     known: set[str] = set()
     found: dict[int, list[str]] = {}
     for place in chosen:
-        findings = judge(history.isel(step=[place]))
+        row = history.isel(step=[place])
+        # What was not measured at a step is NaN there, where it is among metrics of all steps.
+        unknown = [name for name, values in row.data_vars.items() if not bool(values.notnull().any())]
+        findings = judge(row.drop_vars(unknown))
         new = {finding.verdict for finding in findings if finding.severity.name in ("WARN", "FAIL")} - known
         if new:
             found[int(steps[place])] = sorted(name.replace("_", " ") for name in new)
