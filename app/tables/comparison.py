@@ -156,7 +156,8 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
 def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     headings = {"streams": "n", "layers": "L", "num_tokens": "N"}
     return {
-        headings.get(name, name): f"{value:g}" if isinstance(value, float) else str(value)
+        # Tokens a sequence are a mean over sequences of different length.
+        headings.get(name, name): f"{round(value, 1):g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
     }
 

@@ -24,6 +24,8 @@ _SIZE, _LINE = 8.0, 9.6  # points
 _LETTER = 4.3
 _GAP = 8.0  # points between columns: twice \tabcolsep
 _KEY_IN_BRACKETS = re.compile(r"\((\w+)\)")
+# What `quantity` prints, with the place of an extreme after it.
+_WITH_NULL = re.compile(r"^(.*?) \(null ([^)]*)\)( @\d+)?$")
 _NUMBER = re.compile(r"^(−?\d+)(\.\d+)?(?:e(-?\d+))?( .*)?$")
 
 
@@ -88,7 +90,7 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
     for name in map(str, table.printed.columns):
         cells = tuple(map(str, table.printed[name].tolist()))
         cells, null = _without_shared_null(cells) if not table.stacked else (cells, "")
-        values = [cell.partition(" (null ")[0] for cell in cells]
+        values = [_parted(cell)[0] for cell in cells]
         is_number = name not in (*table.wrapped, *table.cited) and all(
             cell == UNDEFINED or _NUMBER.match(cell) for cell in values
         )
@@ -96,7 +98,13 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
         longest = max((len(cell) for cell in values), default=0)
         widest = max(map(len, heading))
         if is_number and any(cell != UNDEFINED for cell in values):
-            kind, width = "number", max(_number_width([*values, null]), widest * _LETTER)
+            # A null that stands in the cell takes its room.
+            inside = (
+                0.0
+                if table.stacked
+                else max(len(_parted(cell)[1]) + 8 * bool(_parted(cell)[1]) for cell in cells)
+            )
+            kind, width = "number", max(_number_width([*values, null]) + inside * _LETTER, widest * _LETTER)
         elif name in table.wrapped or longest > LONGEST_TEXT:
             # Sentences and long names wrap; "l" would make the table as wide as the longest one.
             share = 0.36 if name in table.wrapped else 0.24
@@ -109,10 +117,17 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
 
 def _without_shared_null(cells: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Cells without a null that all of them have, and that null, which then has a row of its own."""
-    nulls = {cell.partition(" (null ")[2] for cell in cells if cell != UNDEFINED}
+    parted = [_parted(cell) for cell in cells]
+    nulls = {null for value, null in parted if value != UNDEFINED}
     if len(nulls) != 1 or "" in nulls:
         return tuple(cells), ""
-    return tuple(cell.partition(" (null ")[0] for cell in cells), nulls.pop().removesuffix(")")
+    return tuple(value for value, _ in parted), nulls.pop()
+
+
+def _parted(cell: str) -> tuple[str, str]:
+    """A cell without its null, and that null."""
+    found = _WITH_NULL.match(cell)
+    return (f"{found[1]}{found[3] or ''}", found[2]) if found else (cell, "")
 
 
 def _number_width(cells: Sequence[str]) -> float:
@@ -177,7 +192,7 @@ def _part(table: Table, columns: Sequence[_Column], rows: Sequence[int], *, last
             " & ".join(_cell(table, column, column.cells[row], column.name in bold) for column in columns)
         )
         if table.stacked:
-            nulls = [column.cells[row].partition(" (null ")[2].removesuffix(")") for column in columns]
+            nulls = [_parted(column.cells[row])[1] for column in columns]
             if any(nulls):
                 lines.append(_null_row(columns, nulls))
     shared = [column.null for column in columns]
@@ -206,8 +221,8 @@ def _heading(column: _Column) -> str:
 
 def _cell(table: Table, column: _Column, text: str, bold: bool) -> str:
     if column.kind == "number":
-        value, _, null = text.partition(" (null ")
-        return _numeric(value, bold=bold, after=f" (null {null}" if null and not table.stacked else "")
+        value, null = _parted(text)
+        return _numeric(value, bold=bold, after=f" (null {null})" if null and not table.stacked else "")
     # "this project" is no key: it is printed as text.
     keys = keys_of([text]) if column.name in table.cited else []
     if keys:

@@ -92,7 +92,7 @@ _LETTERS = {
     **{"\u2068": "", "\u2069": ""},
 }
 # Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.
-_LONGEST_WORD = 24
+_LONGEST_WORD, _LONGEST_PHRASE = 14, 24
 # Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
 _LONGEST_UNBROKEN = 18
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
@@ -124,11 +124,13 @@ def tex(text: str, *, words: bool = True) -> Latex:
     >>> tex("a_b 3.2e-7 ± 1%"), tex("naïve")
     ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve')
     >>> tex("мо 2")
-    '\\allowbreak\\protect\\depthscopeword{1084-1086}\\allowbreak{} 2'
+    '\\protect\\depthscopeword{1084-1086}\\allowbreak{} 2'
     """
     if isinstance(text, Latex):
         return text
-    shown = unicodedata.normalize("NFC", visible(text, lines=True))
+    # A sentence has names in it that were isolated; LaTeX sets them as pictures, beside which nothing moves.
+    plain = text.replace("\u2068", "").replace("\u2069", "")
+    shown = unicodedata.normalize("NFC", visible(plain, lines=True))
     pieces = [_picture(piece, words) if foreign else _with_breaks(piece) for piece, foreign in _pieces(shown)]
     # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
     return Latex(_EXPONENT.sub(r"$\1\\times10^{\2}$", "".join(pieces)))
@@ -170,33 +172,31 @@ def _is_foreign(letter: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Text in pieces, each with whether it is words of which LaTeX has no letters, and the spaces between such words."""
+    """Text in pieces, each with whether it is a word of which LaTeX has no letters.
+
+    The order of words from right to left is theirs: they stay together, with the spaces between them.
+    """
     start = 0
     while start < len(text):
-        foreign, end = _is_foreign(text[start]), start + 1
-        while (
-            end < len(text)
-            and _is_foreign(text[end]) == foreign
-            and end - start < (_LONGEST_WORD if foreign else len(text))
-        ):
+        foreign, leftward, end = _is_foreign(text[start]), _is_leftward(text[start]), start + 1
+        longest = (_LONGEST_PHRASE if leftward else _LONGEST_WORD) if foreign else len(text)
+        while end < len(text) and end - start < longest and _is_foreign(text[end]) == foreign:
             end += 1
-            # A space between two foreign words belongs to them: the order of words is theirs too.
-            if (
-                foreign
-                and text[end : end + 1] == " "
-                and text[end + 1 : end + 2]
-                and _is_foreign(text[end + 1])
-            ):
+            if leftward and text[end : end + 1] == " " and _is_leftward(text[end + 1 : end + 2]):
                 end += 1
         yield text[start:end], foreign
         start = end
+
+
+def _is_leftward(letter: str) -> bool:
+    return bool(letter) and unicodedata.bidirectional(letter) in ("R", "AL")
 
 
 def _picture(text: str, words: bool) -> str:
     if not words:
         return "".join(_letter(sign) for letter in text for sign in escape(letter))
     codes = "-".join(str(ord(letter)) for letter in text)
-    return rf"\allowbreak\protect\depthscopeword{{{codes}}}\allowbreak{{}}"
+    return rf"\protect\depthscopeword{{{codes}}}\allowbreak{{}}"
 
 
 _WORD = re.compile(r"\\depthscopeword\{([0-9-]+)\}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -20,12 +20,18 @@ from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wra
 from depthscope.app.figures.composed import Composed, Panel, Points, letter
 from depthscope.app.figures.run_colours import run_colours
 from depthscope.app.figures.specification import Heatmap, Line, Lines
+from depthscope.app.text.latex import Latex
+from depthscope.app.text.visible import shortened
 
 __all__ = ["draw_composed", "draw_into"]
 
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
 LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4
+# Runs whose names have room, and letters of the names of more.
+FEW, SHORT_NAME = 4, 24
+# Of a figure: with its caption it has to fit a page nine inches high.
+HIGHEST = 6.6
 DIFFERS = "groups differ (p < 0.05)"
 
 
@@ -49,16 +55,15 @@ def draw_composed(figure: Composed, size: Width) -> Canvas:
     across = size.inches / columns
     entries = list(_entries(figure))
     lines = math.ceil(len(entries) / _legend_columns(entries, size)) if len(entries) > 1 else 0
-    canvas = Canvas(
-        figsize=(size.inches, rows * _height(figure.panels, across) + lines * 1.45 * size.points / 72 + 0.08),
-        layout="constrained",
-    )
-    axes = {}
+    below = lines * 1.45 * size.points / 72 + 0.08
+    row = min(_height(figure.panels, across), (HIGHEST - below) / rows)
+    canvas = Canvas(figsize=(size.inches, rows * row + below), layout="constrained")
+    axes: dict[str, Axes] = {}
     for place, panel in enumerate(figure.panels):
         axes[panel.key] = canvas.add_subplot(rows, columns, place + 1, label=panel.key)
     draw_into(figure, axes, across=across)
     if lines:
-        handles, labels = zip(*entries, strict=True)
+        handles, labels = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
         canvas.legend(
             handles, labels, loc="outside lower center", ncols=_legend_columns(entries, size), frameon=False
         )
@@ -93,9 +98,9 @@ def draw_into(
         title = textwrap.fill(f"({letter(place)}) {plain(panel.title)}", letters)
         ax.set_title(title, loc="left", fontsize=points)
     if legend and drawn:
-        entries = list(_entries(figure))
-        handles, labels = zip(*entries, strict=True) if len(entries) > 1 else ((), ())
-        if handles:
+        entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
+        if len(entries) > 1:
+            handles, labels = zip(*entries, strict=True)
             canvas = axes[drawn[0].key].get_figure(root=True)
             assert canvas is not None
             # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
@@ -119,14 +124,14 @@ def _draw_panel(figure: Composed, panel: Panel, axes: Axes, height: float) -> No
 
 
 def _columns(panels: Sequence[Panel], size: Width) -> int:
-    """Columns in which panels are wide enough, as few as leave no row with one panel beside full ones."""
+    """Columns in which panels are wide enough."""
     most = max(1, min(MOST_COLUMNS, int(size.inches // LEAST_ACROSS)))
     if len(panels) <= most:
         return len(panels)
     if all(map(_is_printed, panels)):
         return 3  # three single ones, and three products below them
-    fits = [columns for columns in range(most, 1, -1) if len(panels) % columns == 0]
-    return fits[0] if fits else most
+    # Four columns of six or nine panels would leave a gap.
+    return 3 if most == 4 and len(panels) % 4 and len(panels) % 3 == 0 else most
 
 
 def _height(panels: Sequence[Panel], across: float) -> float:
@@ -177,7 +182,7 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
     colours = run_colours(figure.runs)
     for place, run in enumerate(figure.runs):
         if run in drawn:
-            yield Line2D([], [], **look(colours[run], place, 0)), plain(run)
+            yield Line2D([], [], **look(colours[run], place, 0)), _legend_name(run, len(figure.runs))
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
@@ -186,6 +191,12 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
         yield Patch(color=HEALTHY, linewidth=0), "healthy"
     if any(panel.differs for panel in figure.panels):
         yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
+
+
+def _legend_name(run: str, count: int) -> str:
+    """The name of a run: of many runs shorter, so that the legend is not higher than the panels."""
+    # LaTeX of a PGF figure is not cut.
+    return plain(run if isinstance(run, Latex) or count <= FEW else shortened(run, SHORT_NAME, counted=False))
 
 
 def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
@@ -197,6 +208,19 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
         yield Line2D([], [], color="0.4", **THEORY), plain(law)
     if "mark" in roles:
         yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
+
+
+def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[Any, str]]:
+    """Thresholds beside which there was no room for their names."""
+    names = {
+        plain(line.label)
+        for panel in figure.panels
+        if isinstance(panel.content, Lines)
+        for line in panel.content.lines
+        if line.role == "threshold"
+    }
+    drawn = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    return list({label: (handle, label) for handle, label in drawn if label in names}.values())
 
 
 def _legend_columns(entries: Sequence[tuple[Any, str]], size: Width) -> int:

@@ -91,7 +91,7 @@ def composed_of(question: Question, subjects: Subjects, view: Selection) -> Comp
         title=question.title,
         panels=tuple(panels),
         runs=subjects.shown,
-        caption=_caption(panels, [reading.name for reading in subjects.readings]),
+        caption=_caption(panels),
         alt=" ".join(f"({letter(place)}) {panel.content.alt}" for place, panel in enumerate(panels)),
         left_out={title: in_one_line(reasons) for title, reasons in left_out.items()},
     )
@@ -121,19 +121,11 @@ def letter(place: int) -> str:
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z±«(])")
 
 
-MOST_REMARKED = 3
-"""Runs up to which a caption has remarks on single ones."""
-
-
-def _caption(panels: Sequence[Panel], runs: Sequence[str]) -> str:
+def _caption(panels: Sequence[Panel]) -> str:
     """What each panel shows, and after it once what several of them say."""
     said = [
         _BETWEEN_SENTENCES.split(panel.content.caption) if panel.content.caption else [] for panel in panels
     ]
-    # Remarks on single runs would be longer than the figure; they are under the single figures.
-    if len(runs) > MOST_REMARKED:
-        starts = tuple(f"{run}: " for run in runs)
-        said = [[text for text in sentences if not text.startswith(starts)] for sentences in said]
     counts = Counter(sentence for sentences in said for sentence in dict.fromkeys(sentences))
     parts = []
     for place, (panel, sentences) in enumerate(zip(panels, said, strict=True)):
