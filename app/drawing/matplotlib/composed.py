@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, Patch
 from depthscope.app.drawing.matplotlib.curves import DASHES, HEALTHY, MARK, NULL, THEORY, look, plot_lines
 from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
-from depthscope.app.figures.composed import Composed, Panel, Points, letter
+from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
 from depthscope.app.figures.run_colours import run_colours
 from depthscope.app.figures.specification import Heatmap, Line, Lines
 from depthscope.app.text.latex import Latex
@@ -107,7 +107,7 @@ def draw_into(
             canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
 
 
-def _draw_panel(figure: Composed, panel: Panel, axes: Axes, height: float) -> None:
+def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> None:
     content = panel.content
     if isinstance(content, Heatmap):
         mesh = plot_heatmap(axes, content)
@@ -123,7 +123,7 @@ def _draw_panel(figure: Composed, panel: Panel, axes: Axes, height: float) -> No
     axes.set_ylabel(wrapped(content.y_label, height))
 
 
-def _columns(panels: Sequence[Panel], size: Width) -> int:
+def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
     """Columns in which panels are wide enough."""
     most = max(1, min(MOST_COLUMNS, int(size.inches // LEAST_ACROSS)))
     if len(panels) <= most:
@@ -134,7 +134,7 @@ def _columns(panels: Sequence[Panel], size: Width) -> int:
     return 3 if most == 4 and len(panels) % 4 and len(panels) % 3 == 0 else most
 
 
-def _height(panels: Sequence[Panel], across: float) -> float:
+def _height(panels: Sequence[LetteredPanel], across: float) -> float:
     """Inches of a row."""
     if all(map(_is_printed, panels)):
         return min(0.95 * across, 1.65)  # four rows of them are a page
@@ -143,7 +143,7 @@ def _height(panels: Sequence[Panel], across: float) -> float:
     return min((0.98 if square else 0.82) * across, 2.6)
 
 
-def _is_printed(panel: Panel) -> bool:
+def _is_printed(panel: LetteredPanel) -> bool:
     return isinstance(panel.content, Heatmap) and panel.content.printed
 
 
@@ -229,7 +229,7 @@ def _legend_columns(entries: Sequence[tuple[Any, str]], size: Width) -> int:
     return max(1, min(len(entries), int(size.inches // ((0.5 * longest + 4.5) * (size.points - 1) / 72))))
 
 
-def _mark_differences(axes: Axes, panel: Panel) -> None:
+def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:
     """A bar along the bottom where groups of runs differ."""
     for first, last in panel.differs:
         # In the height of the axes: it hides no value, whatever their scale.

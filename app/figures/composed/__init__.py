@@ -11,14 +11,14 @@ import xarray as xr
 from depthscope.app.figures.composed.groups import groups_of
 from depthscope.app.figures.composed.panels import Subjects, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
-from depthscope.app.figures.composed.specification import Composed, Panel, Points
+from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 
 __all__ = [
     "QUESTIONS",
     "Composed",
-    "Panel",
+    "LetteredPanel",
     "Points",
     "Question",
     "Subjects",
@@ -78,7 +78,7 @@ def composed_of(question: Question, subjects: Subjects, view: Selection) -> Comp
     -------
     Composed
     """
-    panels: list[Panel] = []
+    panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
         made = recipe.panels(subjects, view)
@@ -121,7 +121,7 @@ def letter(place: int) -> str:
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z±«(])")
 
 
-def _caption(panels: Sequence[Panel]) -> str:
+def _caption(panels: Sequence[LetteredPanel]) -> str:
     """What each panel shows, and after it once what several of them say."""
     said = [
         _BETWEEN_SENTENCES.split(panel.content.caption) if panel.content.caption else [] for panel in panels

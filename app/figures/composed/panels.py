@@ -12,12 +12,12 @@ import xarray as xr
 
 from depthscope.app.figures.build.values import fed
 from depthscope.app.figures.composed.groups import differing_ranges, grouped
-from depthscope.app.figures.composed.specification import Panel, Points
+from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, history_of, matrices_of
 
-__all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "Recipe", "Subjects"]
+__all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
 
 MOST_MAPS = 3
 """Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
@@ -87,14 +87,14 @@ class Subjects:
         )
 
 
-class Recipe(Protocol):
+class PanelRecipe(Protocol):
     """How one or several panels are made."""
 
     @property
     def title(self) -> str:
         """What is printed after the letter, and named where there is no such panel."""
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panels, or the reason why there is none."""
 
 
@@ -123,7 +123,7 @@ class Curves:
     branch: str = ""
     log_y: bool = False
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
         analyses = subjects.analyses
         if self.branch:
@@ -146,10 +146,10 @@ class Curves:
         )
         figure = replace(figure, lines=lines, log_y=figure.log_y or self.log_y)
         if not subjects.groups:
-            return [Panel(self.key, self.title, figure)]
+            return [LetteredPanel(self.key, self.title, figure)]
         view = replace(view, **self.fixed)
         differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
-        return [Panel(self.key, self.title, grouped(figure, subjects.groups), differs)]
+        return [LetteredPanel(self.key, self.title, grouped(figure, subjects.groups), differs)]
 
 
 def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
@@ -196,7 +196,7 @@ class Maps:
     prepare: Callable[[xr.Dataset], xr.Dataset] | None = None
     floor: float = 0.0
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panels, or the reason why there is none."""
         # Matrices are not overlaid, so that they need no shared axis.
         view = replace(view, axis="depth", **self.fixed)
@@ -212,7 +212,9 @@ class Maps:
             figure = self.kind.build({run: analyses[run]}, **asdict(replace(view, run=run)))
             assert isinstance(figure, Heatmap)
             title = self.title if len(subjects.readings) == 1 else f"{self.title}: {run}"
-            panels.append(Panel(_numbered(self.key, place), title, _without_rounding(figure, self.floor)))
+            panels.append(
+                LetteredPanel(_numbered(self.key, place), title, _without_rounding(figure, self.floor))
+            )
         return panels
 
 
@@ -267,7 +269,7 @@ class Matrices:
     key: str = "mixing"
     title: str = "mixing matrices"
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """Six panels a run, or the reason why there is none."""
         del view  # means over all real tokens, whatever slice other figures show
         if not subjects.matrices:
@@ -288,7 +290,7 @@ class Matrices:
                 ),
             ]
             panels += [
-                Panel(_numbered(key, place), title, _printed(key, run, matrix))
+                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix))
                 for key, title, matrix in shown
             ]
         return panels
@@ -343,7 +345,7 @@ class Clouds:
     note: str
     radial_log: bool = False
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
         del view  # as in `Matrices`
         points: dict[str, np.ndarray] = {}
@@ -373,7 +375,7 @@ class Clouds:
             radial_log=self.radial_log,
             runs=subjects.shown,
         )
-        return [Panel(self.key, self.title, cloud)]
+        return [LetteredPanel(self.key, self.title, cloud)]
 
 
 def every_connection(found: MixingMatrices) -> np.ndarray:

@@ -13,7 +13,7 @@ from depthscope.app.figures.composed.panels import (
     Curves,
     Maps,
     Matrices,
-    Recipe,
+    PanelRecipe,
     every_connection,
     streams_as_rows,
     whole_products,
@@ -33,13 +33,13 @@ class Question:
         Register key, file name, and name of the function in `depthscope.figures`.
     title : str
         What stands first in the caption.
-    recipes : tuple of Recipe
+    recipes : tuple of PanelRecipe
         Its panels, in the order of their letters.
     """
 
     name: str
     title: str
-    recipes: tuple[Recipe, ...]
+    recipes: tuple[PanelRecipe, ...]
 
 
 _state_spectrum = MatrixFigure(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from depthscope.app.figures.specification import Array, Figure
 
-__all__ = ["Composed", "Panel", "Points"]
+__all__ = ["Composed", "LetteredPanel", "Points"]
 
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
@@ -47,7 +47,7 @@ class Points:
 
 
 @dataclass(frozen=True, eq=False)
-class Panel:
+class LetteredPanel:
     """One panel of a composed figure.
 
     Parameters
@@ -76,7 +76,7 @@ class Composed:
     ----------
     name, title : str
         Key of the register, and what stands first in the caption.
-    panels : tuple of Panel
+    panels : tuple of LetteredPanel
         In the order of their letters.
     runs : tuple of str
         All runs that are shown, in the order of their colours.
@@ -88,7 +88,7 @@ class Composed:
 
     name: str
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[LetteredPanel, ...]
     runs: tuple[str, ...]
     caption: str = ""
     alt: str = ""

@@ -13,7 +13,7 @@ from depthscope.app.figures.build.curve_figure import axis_title
 from depthscope.app.figures.build.values import LABELLED, defined_labels
 from depthscope.app.figures.composed.groups import grouped
 from depthscope.app.figures.composed.panels import MOST_MAPS, Subjects
-from depthscope.app.figures.composed.specification import Panel
+from depthscope.app.figures.composed.specification import LetteredPanel
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE, judge
@@ -21,7 +21,7 @@ from depthscope.diagnostics import CATALOGUE, judge
 __all__ = ["History", "Loss", "first_steps"]
 
 NO_HISTORY = "no run has metrics of several training steps: record one with ds.record(metrics='live')"
-MOST_JUDGED = 40
+MOST_JUDGED = 20
 """Steps that are judged: each takes some hundredths of a second. A heuristic of ours."""
 
 
@@ -32,7 +32,7 @@ class Loss:
     key: str = "loss"
     title: str = "training loss"
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
         del view  # the loss has one version
         lines: list[Line] = []
@@ -66,7 +66,11 @@ class Loss:
             alt=f"Training loss: {'; '.join(ends)}. {caption}",
             runs=tuple(subjects.analyses),
         )
-        return [Panel(self.key, self.title, grouped(figure, subjects.groups) if subjects.groups else figure)]
+        return [
+            LetteredPanel(
+                self.key, self.title, grouped(figure, subjects.groups) if subjects.groups else figure
+            )
+        ]
 
 
 def first_steps(history: xr.Dataset) -> dict[int, list[str]]:
@@ -114,11 +118,11 @@ class History:
     title: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    def panels(self, subjects: Subjects, view: Selection) -> list[Panel] | str:
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panels, or the reason why there is none."""
         if not subjects.histories:
             return NO_HISTORY
-        panels: list[Panel] = []
+        panels: list[LetteredPanel] = []
         for run, history in subjects.histories.items():
             values = _by_step(history, self.metric, replace(view, **self.fixed))
             if values is None or len(panels) == MOST_MAPS:
@@ -128,7 +132,7 @@ class History:
             of_stream = "" if stream == "mean" else f", stream {stream}"
             title = f"{self.title}{of_stream}" + ("" if len(subjects.readings) == 1 else f": {run}")
             key = self.metric if not panels else f"{self.metric}_{len(panels) + 1}"
-            panels.append(Panel(key, title, _step_map(self.metric, self.title, run, values)))
+            panels.append(LetteredPanel(key, title, _step_map(self.metric, self.title, run, values)))
         return panels or f"no run has {self.metric} at several steps"
 
 
