@@ -130,6 +130,8 @@ def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
         return len(panels)
     if all(map(_is_printed, panels)):
         return 3  # three single ones, and three products below them
+    if len(panels) == 4 and most == 3:
+        return 2
     # Four columns of six or nine panels would leave a gap.
     return 3 if most == 4 and len(panels) % 4 and len(panels) % 3 == 0 else most
 

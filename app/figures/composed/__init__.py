@@ -136,4 +136,5 @@ def _caption(panels: Sequence[LetteredPanel]) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    # The capital of σ is another quantity.
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
