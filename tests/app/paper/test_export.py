@@ -133,7 +133,8 @@ def test_runs_of_other_depth_share_a_relative_axis(bundle):
 def test_a_name_that_looks_like_latex_is_text(runs, tmp_path):
     hostile = r"\input{/etc/passwd} << 6 * 7 >> 50% a&b_c^d~e #1 $x$ \end{document}"
     out = write_bundle({hostile: runs["plain"]}, tmp_path / "paper")
-    texts = {path.name: path.read_text() for path in out.rglob("*.tex")}
+    # Places where a long word may be broken are no part of its letters.
+    texts = {path.name: path.read_text().replace(r"\allowbreak{}", "") for path in out.rglob("*.tex")}
     assert not any(r"\input{/etc" in text for text in texts.values())
     assert r"\textbackslash{}input\{/etc/passwd\}" in texts["summary.tex"]
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
