@@ -25,7 +25,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--by",
-        default="",
         metavar="ATTRIBUTE",
         help="group runs by it, such as family: means with bands over seeds",
     )
@@ -68,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             Path(args.out),
             venue=args.venue,
             view=selection_of(args),
-            by=args.by,
+            by=args.by or "",
             formats=formats,
             force=args.force,
         )
