@@ -14,12 +14,12 @@ from depthscope.app.figures.build.captions import selection_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.best import best_of
 from depthscope.app.tables.tables import (
     NULL_NOTE,
     UNDEFINED_NOTE,
     Column,
     Table,
-    best_of,
     column_of,
     margin_words,
     units_note,

@@ -12,6 +12,7 @@ import pytest
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
+from depthscope.app.tables.best import best_of
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
