@@ -16,7 +16,7 @@ from depthscope.app.tables.best import best_of
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
-from depthscope.app.tables.tables import best_of, depth_table, evenly, mixing_table, slug, spoken
+from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
 from depthscope.app.text.venues import VENUES
