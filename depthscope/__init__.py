@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depthscope import app, diagnostics, probes
+    from depthscope.app.paper import figures
     from depthscope.diagnostics import (
         CATALOGUE,
         Finding,
@@ -84,6 +85,7 @@ __all__ = [
     "describe",
     "describe_weights",
     "diagnostics",
+    "figures",
     "initial_logits",
     "interventions",
     "jacobian",
@@ -115,6 +117,8 @@ if not TYPE_CHECKING:
             "lens",
         ):  # `probes.jacobian` is the room, and its verb is in it
             return getattr(importlib.import_module(f"depthscope.probes.{name}"), name)
+        if name == "figures":  # needs the extra `paper`
+            return importlib.import_module("depthscope.app.paper.figures")
         if name == "interventions":
             return importlib.import_module("depthscope.probes.interventions")
         if name in __all__:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from depthscope.app.figures.composed.specification import Points
 from depthscope.app.figures.specification import Figure, Heatmap, Line
 
 __all__ = ["figure_table"]
 
 
-def figure_table(figure: Figure) -> pd.DataFrame:
+def figure_table(figure: Figure | Points) -> pd.DataFrame:
     """A row for every point of every line, or a row for every row of a matrix.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap or Points
         Any figure; of a heat map every cell, also where the screen shows block means.
 
     Returns
     -------
     pandas.DataFrame
         Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under its
-        number. NaN is undefined.
+        number. Of points: run, real, imaginary. NaN is undefined.
     """
+    if isinstance(figure, Points):
+        runs = [np.full(values.size, run, dtype=object) for run, values in figure.points.items()]
+        flat = np.concatenate([np.ravel(values) for values in figure.points.values()])
+        return pd.DataFrame({"run": np.concatenate(runs), "real": flat.real, "imaginary": flat.imag})
     if isinstance(figure, Heatmap):
         # Wide, as the matrix is drawn: one row a cell would repeat both positions in every row.
         table = pd.DataFrame(figure.z, columns=figure.x)

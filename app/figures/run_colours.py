@@ -7,18 +7,11 @@ from pathlib import Path
 
 import xarray as xr
 
-from depthscope.app.figures.specification import RUN_COLOUR
+from depthscope.app.figures.palette import RUN_COLOUR, RUN_COLOURS
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
 
-__all__ = ["RUN_COLOURS", "analyses_of", "colour_places"]
-
-RUN_COLOURS = (
-    *("#0A6FC2", "#8B9B0B", "#BC494C", "#DD6BAB", "#33730A"),
-    *("#01A0C5", "#6E6193", "#3DA36B", "#317E67", "#5D8AF1"),
-)
-"""Ten colours of lines, dark and light in turn, so that neighbours differ in grey too. Each has a contrast of 3 : 1 against
-white and against the dark page; any two differ to eyes without red or green cones. Found by a search over OKLab."""
+__all__ = ["analyses_of", "colour_places"]
 
 
 def analyses_of(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.text.evidence import constraint_sentence, proof_sentence
 from depthscope.diagnostics.quantities.registry import LABELS
 
@@ -16,9 +17,6 @@ __all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Line
 Array = np.ndarray
 Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
-
-RUN_COLOUR = "run_colour"
-"""Attribute of an analysis that is drawn: the number of its run's colour, see `app.figures.run_colours`."""
 
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
@@ -32,9 +30,9 @@ class Line:
         Positions and values of equal length; NaN in `y` is a gap (undefined).
     label : str
         Legend entry.
-    role : {"measured", "null", "theory", "threshold"}
+    role : {"measured", "null", "theory", "threshold", "mark"}
         How it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes of
-        that colour, dotted grey. Theory moves the axes a little, never far.
+        that colour, dotted grey, as single points. Theory moves the axes a little, never far.
     lower, upper : numpy.ndarray or None
         Uncertainty or spread around `y`.
     error : numpy.ndarray or None
@@ -45,28 +43,26 @@ class Line:
         Name of every position (module or layer), shown on hover.
     law : str
         Legend entry of theory, shared by the lines of one law.
-    colour : int or None
-        Number of the run's colour, see `app.figures.run_colours`; None for the place among the lines.
     """
 
     x: Array
     y: Array
     label: str
-    role: Literal["measured", "null", "theory", "threshold"] = "measured"
+    role: Literal["measured", "null", "theory", "threshold", "mark"] = "measured"
     lower: Array | None = None
     upper: Array | None = None
     error: Array | None = None
     group: str = ""
     text: Sequence[str] | None = None
     law: str = ""
-    colour: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Lines:
     """Curves over one axis, with an optional healthy band.
 
-    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not.
+    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not. ``runs`` are all
+    runs that are shown together, those that this figure lacks included, with the numbers of their colours in `palette`.
     """
 
     name: str
@@ -82,6 +78,7 @@ class Lines:
     metric: str = ""
     sources: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    runs: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +86,7 @@ class Heatmap:
     """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
 
     `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
+    ``printed`` writes the number of every cell, with the sum of each row and column beside it.
     """
 
     name: str
@@ -110,6 +108,7 @@ class Heatmap:
     sources: tuple[str, ...] = ()
     run: str = ""
     square: bool = True
+    printed: bool = False
 
 
 Figure = Lines | Heatmap
@@ -262,10 +261,10 @@ class FigureKind(ABC):
         Lines or Heatmap
         """
         figure = self.figure(analyses, Selection.of(selection))
+        if isinstance(figure, Lines):
+            figure = replace(figure, runs=colour_numbers(analyses))
         # Here and in no figure's own caption: no figure of an unproven reading can be drawn without it.
         sentences = [figure.caption, *self._evidence(analyses, figure)]
-        if isinstance(figure, Lines):
-            figure = replace(figure, lines=tuple(_coloured(line, analyses) for line in figure.lines))
         return replace(figure, caption=" ".join(filter(None, sentences)))
 
     def _evidence(self, analyses: Analyses, figure: Figure) -> tuple[str, str]:
@@ -273,9 +272,3 @@ class FigureKind(ABC):
         shown = [figure.run] if isinstance(figure, Heatmap) and figure.run in analyses else list(analyses)
         attrs = {run: analyses[run].attrs for run in shown}
         return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)
-
-
-def _coloured(line: Line, analyses: Analyses) -> Line:
-    """A line in the colour of its run, where the run has one."""
-    colour = analyses[line.group].attrs.get(RUN_COLOUR) if line.group in analyses else None
-    return line if colour is None else replace(line, colour=int(colour))

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 import xarray as xr
 
-from depthscope.app.figures import Figure, FigureKind, Heatmap, Selection, available
-from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures import Figure, FigureKind, Lines, Selection, available
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.values import fed
 from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import summary_table
@@ -129,14 +130,16 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Fi
 
 
 def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:
-    able = {run: data for run, data in analyses.items() if feeds(data, kind.needs)}
-    figure = kind.build(able, **asdict(view))
-    if not isinstance(figure, Heatmap):
+    if not isinstance(kind, MatrixFigure):
+        # Of all runs, those that cannot feed it included: the others keep the colours that they have everywhere.
+        figure = kind.build(analyses, **asdict(view))
         # A run may feed a figure in another slice than the one asked for; an empty frame says nothing on paper.
-        if any(line.role == "measured" for line in figure.lines):
+        if isinstance(figure, Lines) and any(line.role == "measured" for line in figure.lines):
             yield figure
         return
+    one = {"direction": "forward"} if view.direction == "both" else {}
+    able = [run for run, _, _ in fed(analyses, kind.metric, view, **one)]
     for run in able:
         # Cells have the index of their own run: matrices are not overlaid, so they need no shared axis.
-        single = kind.build(able, **asdict(replace(view, run=run, axis="depth")))
-        yield single if len(able) == 1 else replace(single, name=f"{single.name}_{slug(run)}")
+        single = kind.build(analyses, **asdict(replace(view, run=run, axis="depth")))
+        yield single if len(analyses) == 1 else replace(single, name=f"{single.name}_{slug(run)}")

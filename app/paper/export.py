@@ -1,38 +1,97 @@
-"""What does a paper need? Vector figures, booktabs tables, their numbers, the sources, the provenance."""
+"""What does a paper need? Figures and tables with their numbers, the methods, the sources, the provenance, the rest."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import WIDTHS, write_figure
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure, write_word
 from depthscope.app.figures import Figure, Heatmap, Selection
+from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
 from depthscope.app.figures.numbers import figure_table
 from depthscope.app.paper.contents import CITES, Contents
-from depthscope.app.paper.latex_snippets import figures_tex, main_tex, preamble_tex, tables_tex
+from depthscope.app.paper.latex_snippets import (
+    cited_keys,
+    figures_tex,
+    main_tex,
+    methods_tex,
+    preamble_tex,
+    supplement_tex,
+    tables_tex,
+)
+from depthscope.app.paper.methods import methods_latex, methods_text
 from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
-from depthscope.app.readings.provenance import software
+from depthscope.app.readings.provenance import file_digest, numbers_digest, software, source_commit
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown
+from depthscope.app.tables.comparison import comparison_table
+from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown, to_parquet
+from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
+from depthscope.app.text.latex import pictured_words
+from depthscope.app.text.venues import Venue, venue_of
 
 VECTOR = ("pdf", "svg")
+MOST_COMPARED = 8
+"""Runs up to which a table has them side by side; the table of runs has all. A heuristic of ours: a column each."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that is written.
+
+    Parameters
+    ----------
+    contents : Contents
+        Runs, single figures, and tables.
+    composed : tuple of Composed
+        The figures of the text, those without a panel included.
+    venue : Venue
+        Whose page it is for.
+    by : str
+        Attribute by which runs are grouped.
+    formats : tuple of str
+        Of the figures.
+    """
+
+    contents: Contents
+    composed: tuple[Composed, ...]
+    venue: Venue
+    by: str
+    formats: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[Composed, ...]:
+        """The composed figures that have a panel."""
+        return tuple(figure for figure in self.composed if figure.panels)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The tables of the text."""
+        contents, found = self.contents, []
+        if 1 < len(contents.readings) <= MOST_COMPARED:
+            # Runs of weights alone have none of the compared metrics.
+            with contextlib.suppress(ValueError):
+                found.append(comparison_table(contents.readings, view=contents.view))
+        return (contents.summary, contents.findings, *found)
 
 
 def write_bundle(
     runs: Mapping[str, xr.DataTree] | Sequence[Reading],
     out: Path,
     *,
-    width: str = "icml",
+    venue: str = "icml",
     view: Selection | None = None,
+    by: str = "",
     formats: Sequence[str] = VECTOR,
+    force: bool = False,
 ) -> Path:
-    """Write a folder for a paper: figures/, tables/, data/, LaTeX snippets, metrics.bib and manifest.json.
+    """Write a folder for a paper: eight composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
 
     Parameters
     ----------
@@ -40,12 +99,16 @@ def write_bundle(
         Runs by the names to print, or what `read_runs` made of them.
     out : Path
         Missing, empty, or written by an earlier export. Files of others in it stay.
-    width : str
-        ``"icml"``, ``"neurips"`` or ``"full"``.
+    venue : str
+        ``"icml"``, ``"neurips"``, ``"iclr"``, ``"acl"``, ``"cvpr"``, ``"ieee"`` or ``"plain"``.
     view : Selection, optional
         Which slice of the numbers figures and tables show.
+    by : str
+        Attribute that the runs of a group share, such as ``"family"``: figures show means over the runs of a group.
     formats : sequence of str
-        Formats of the figures; PGF needs a LaTeX installation.
+        Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
+    force : bool
+        Replace files of an earlier export that were edited; files of others are never replaced.
 
     Returns
     -------
@@ -55,65 +118,129 @@ def write_bundle(
     Raises
     ------
     ValueError
-        For an unknown width, no run, a foreign folder, or a bundle with edited files.
+        For an unknown venue, no run, a foreign folder, or a bundle with edited files.
     """
     # Before the runs are analysed, which takes far longer.
-    if width not in WIDTHS:
-        raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
+    page = venue_of(venue)
     # Analysed inside: a folder of somebody else is refused before anything is computed.
-    with replaced_folder(Path(out)) as folder:
-        readings = read_runs(runs) if isinstance(runs, Mapping) else runs
-        contents = Contents.of(readings, view)
-        _write_figures(contents, folder, width, formats)
-        _write_texts(_texts(contents, width), folder)
-        write_manifest(folder, _facts(contents, width))
+    with replaced_folder(Path(out), force=force) as folder:
+        write_files(make_bundle(runs, page, view=view, by=by, formats=formats), folder)
     return Path(out)
 
 
-def _write_figures(contents: Contents, folder: Path, width: str, formats: Sequence[str]) -> None:
-    # savefig makes no folder.
-    (folder / "figures").mkdir()
-    for figure in contents.figures:
-        paths = [folder / "figures" / f"{figure.name}.{ending}" for ending in formats]
-        write_figure(figure, *paths, width=width)
+def make_bundle(
+    runs: Mapping[str, xr.DataTree] | Sequence[Reading],
+    venue: Venue,
+    *,
+    view: Selection | None,
+    by: str,
+    formats: Sequence[str],
+) -> Bundle:
+    """Everything that is written, before it is drawn.
+
+    Parameters
+    ----------
+    runs, venue, view, by, formats
+        See `write_bundle`.
+
+    Returns
+    -------
+    Bundle
+    """
+    trees = runs if isinstance(runs, Mapping) else {}
+    readings = read_runs(runs) if isinstance(runs, Mapping) else list(runs)
+    contents = Contents.of(readings, view)
+    subjects = Subjects(tuple(readings), trees, groups_of(readings, by))
+    composed = tuple(composed_of(question, subjects, contents.view) for question in QUESTIONS.values())
+    return Bundle(contents, composed, venue, by, tuple(dict.fromkeys(("pdf", *formats))))
 
 
-def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
+def write_files(bundle: Bundle, folder: Path) -> None:
+    """Write the files of a bundle into an empty folder.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        What is written.
+    folder : Path
+        Where.
+    """
+    for name in ("figures", "supplement", "words"):
+        (folder / name).mkdir()  # savefig makes no folder
+    across = Width(bundle.venue.text, FIGURE_POINTS)
+    for figure in bundle.shown:
+        write_figure(figure, *_paths(folder / "figures", figure.name, bundle.formats), width=across)
+    # Two beside each other, as the supplement sets them.
+    half = Width(0.485 * bundle.venue.text, FIGURE_POINTS)
+    for single in bundle.contents.figures:
+        write_figure(single, *_paths(folder / "supplement", single.name, bundle.formats), width=half)
+    texts = _texts(bundle)
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+    for place, table in _placed_tables(bundle):
+        (folder / place / f"{table.name}.parquet").write_bytes(to_parquet(table))
+    for codes, word in pictured_words(text for name, text in texts.items() if name.endswith(".tex")).items():
+        write_word(word, folder / "words" / f"{codes}.pdf")
+    if not any((folder / "words").iterdir()):
+        (folder / "words").rmdir()
+    write_manifest(folder, _facts(bundle))
 
 
-def _texts(contents: Contents, width: str) -> dict[str, str]:
+def _paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    return [folder / f"{name}.{ending}" for ending in formats]
+
+
+def _placed_tables(bundle: Bundle) -> list[tuple[str, Table]]:
+    return [
+        *(("tables", table) for table in bundle.tables),
+        *(("supplement", table) for table in bundle.contents.tables),
+    ]
+
+
+def _texts(bundle: Bundle) -> dict[str, str]:
     """Everything but the drawings: file name to text."""
-    tables = (contents.summary, contents.findings, *contents.tables)
+    contents, venue = bundle.contents, bundle.venue
     found = {
         reading.name: [finding.as_dict() for finding in reading.findings] for reading in contents.readings
     }
+    measured = _measured(bundle)
+    told = (contents.readings, contents.view, measured, bundle.by)
     texts = {
         "data/findings.json": json.dumps(found, indent=2, default=str, ensure_ascii=False) + "\n",
-        "metrics.bib": cut(contents.sources),
-        "figures.tex": figures_tex(contents.figures, CITES, width),
-        "tables.tex": tables_tex(tables),
+        "figures.tex": figures_tex(bundle.shown, CITES, venue),
+        "tables.tex": tables_tex(bundle.tables),
+        "methods.tex": methods_tex(methods_latex(*told)),
+        "methods.txt": methods_text(*told),
+        "supplement.tex": supplement_tex(contents.figures, contents.tables, CITES),
         "preamble.tex": preamble_tex(),
-        "main.tex": main_tex(width),
     }
-    for figure in contents.figures:
-        texts[f"data/{figure.name}.csv"] = figure_csv(figure)
-    for table in tables:
-        texts[f"tables/{table.name}.tex"] = to_latex(table, CITES)
-        texts[f"tables/{table.name}.csv"] = to_csv(table)
-        texts[f"tables/{table.name}.md"] = to_markdown(table)
-    return texts
+    for figure in bundle.shown:
+        for panel in figure.panels:
+            texts[f"data/{figure.name}_{panel.key}.csv"] = figure_csv(panel.content)
+    for single in contents.figures:
+        texts[f"supplement/{single.name}.csv"] = figure_csv(single)
+    for place, table in _placed_tables(bundle):
+        texts[f"{place}/{table.name}.tex"] = to_latex(table, CITES, venue)
+        texts[f"{place}/{table.name}.csv"] = to_csv(table)
+        texts[f"{place}/{table.name}.md"] = to_markdown(table)
+    keys = cited_keys(text for name, text in texts.items() if name.endswith(".tex"))
+    return texts | {"metrics.bib": cut(keys), "main.tex": main_tex(venue, cites=bool(keys))}
 
 
-def figure_csv(figure: Figure) -> str:
+def _measured(bundle: Bundle) -> list[str]:
+    """The metrics of the text, which the methods define."""
+    shown = [metric for figure in bundle.shown for metric in figure.metrics]
+    return list(dict.fromkeys([*shown, *(metric for table in bundle.tables[:1] for metric in table.metrics)]))
+
+
+def figure_csv(figure: Figure | Points) -> str:
     """The numbers that a figure draws: a row a point, or the matrix under the positions of its columns.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap or Points
         A figure.
 
     Returns
@@ -121,21 +248,45 @@ def figure_csv(figure: Figure) -> str:
     str
         CSV; empty cells are undefined.
     """
-    table = figure_table(figure).drop(columns="where")
+    table = figure_table(figure)
+    if not isinstance(figure, Points):
+        table = table.drop(columns="where")
     if isinstance(figure, Heatmap):
         table = table.rename(columns={"y": figure.y_label})
     # The same bytes on every system, so that the hashes of the manifest agree.
     return csv_text(table)
 
 
-def _facts(contents: Contents, width: str) -> dict[str, Any]:
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    contents = bundle.contents
     return {
         "software": software(),
-        "width": width,
+        "commit": source_commit(),
+        "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),
-        "runs": {reading.name: dict(reading.attrs) for reading in contents.readings},
+        "by": bundle.by,
+        "formats": list(bundle.formats),
+        "runs": {
+            reading.name: {
+                "path": reading.path,
+                "file_sha256": file_digest(reading.path),
+                "numbers_sha256": numbers_digest(reading.analysis),
+                "attributes": dict(reading.attrs),
+            }
+            for reading in contents.readings
+        },
         "figures": {
+            figure.name: {
+                "panels": {panel.key: panel.title for panel in figure.panels},
+                "metrics": list(figure.metrics),
+                "caption": figure.caption,
+                "alt": figure.alt,
+            }
+            for figure in bundle.shown
+        },
+        "left_out": {figure.name: dict(figure.left_out) for figure in bundle.composed if figure.left_out},
+        "supplement": {
             figure.name: {"metric": figure.metric, "caption": figure.caption, "alt": figure.alt}
             for figure in contents.figures
         },

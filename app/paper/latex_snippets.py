@@ -1,52 +1,68 @@
-"""How does an export enter a LaTeX document? As snippets, with a preamble for their signs, or as a document of its own."""
+"""How does an export enter a LaTeX document? As snippets to input, or as an article of the venue's size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from depthscope.app.figures import Figure
+from depthscope.app.figures.composed import Composed
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import unicode_declarations
+from depthscope.app.text.latex import Latex, unicode_declarations
 from depthscope.app.text.templates import latex_template
+from depthscope.app.text.venues import Venue
 
 _HERE = "depthscope.app.paper"
-# 6.75 in of text and a gap of 0.25 leave 3.25 for each column, the widths in `WIDTHS`.
-_TWO_COLUMNS = ("10pt,twocolumn", "textwidth=6.75in,columnsep=0.25in,textheight=9in")
-# Options of the class and of the page for a document in which figures of each width fit.
-_PAGES = {
-    "icml": _TWO_COLUMNS,
-    "full": _TWO_COLUMNS,
-    "neurips": ("10pt", "textwidth=5.5in,textheight=9in"),
-}
+PACKAGES = "amsmath,array,booktabs,graphicx"
+# Words of other alphabets are pictures, one line high: see `drawing.matplotlib.words`.
+HEAD = (
+    "\\providecommand{\\depthscopepath}{.}\n"
+    "\\providecommand{\\depthscopeword}[1]"
+    "{\\raisebox{-0.25em}{\\includegraphics[height=1.2em]{\\depthscopepath/words/#1.pdf}}}\n"
+)
+_CITE = re.compile(r"\\cite\{([^}]+)\}")
+# Floats that LaTeX holds back until there is a page for them are limited: it places these first.
+_TABLES_A_PAGE = 4
 
 
-def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str) -> str:
-    """A float for every figure, with its caption and source.
+def _head(name: str) -> Latex:
+    """What a document needs before it inputs a snippet."""
+    return Latex(
+        "% Written by depthscope export. In your document:\n"
+        rf"%   \usepackage{{{PACKAGES}}}" + "\n"
+        "%   \\newcommand{\\depthscopepath}{paper}  % the folder of this file, seen from your document\n"
+        rf"%   \input{{\depthscopepath/{name}.tex}}" + "\n" + HEAD
+    )
+
+
+def figures_tex(figures: Sequence[Composed], cites: Mapping[str, str], venue: Venue) -> str:
+    """A float across the text for every composed figure.
 
     Parameters
     ----------
-    figures : sequence of Lines or Heatmap
+    figures : sequence of Composed
         Figures whose PDF is in figures/.
     cites : mapping of str to str
         Bibliography keys by metric.
-    width : str
-        ``"full"`` spans both columns.
+    venue : Venue
+        Whose page they are for.
 
     Returns
     -------
     str
     """
-    cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
-    # Only the starred float spans both columns.
-    float_name = "figure*" if width == "full" else "figure"
-    return latex_template(_HERE, "snippet.tex.jinja").render(
-        name="figures", figures=cited, float=float_name, tables=()
+    cited = [
+        (figure, keys_of([*(cites.get(metric, "") for metric in figure.metrics), *figure.sources]))
+        for figure in figures
+    ]
+    return latex_template(_HERE, "figures.tex.jinja").render(
+        head=_head("figures"), figures=cited, environment="figure*" if venue.two_columns else "figure"
     )
 
 
 def tables_tex(tables: Sequence[Table]) -> str:
-    """An input for every table.
+    """An input for every table of the text.
 
     Parameters
     ----------
@@ -57,7 +73,50 @@ def tables_tex(tables: Sequence[Table]) -> str:
     -------
     str
     """
-    return latex_template(_HERE, "snippet.tex.jinja").render(name="tables", figures=(), tables=tables)
+    return latex_template(_HERE, "tables.tex.jinja").render(head=_head("tables"), tables=tables)
+
+
+def supplement_tex(figures: Sequence[Figure], tables: Sequence[Table], cites: Mapping[str, str]) -> str:
+    """Every single figure, two in a row, and the tables of every run.
+
+    Parameters
+    ----------
+    figures : sequence of Lines or Heatmap
+        Figures whose PDF is in supplement/.
+    tables : sequence of Table
+        Tables whose LaTeX is in supplement/.
+    cites : mapping of str to str
+        Bibliography keys by metric.
+
+    Returns
+    -------
+    str
+    """
+    cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
+    pairs = [cited[place : place + 2] for place in range(0, len(cited), 2)]
+    return latex_template(_HERE, "supplement.tex.jinja").render(
+        head=_head("supplement"), pairs=pairs, tables=tables, tables_a_page=_TABLES_A_PAGE
+    )
+
+
+def methods_tex(paragraphs: Sequence[Latex]) -> str:
+    """The methods as paragraphs.
+
+    Parameters
+    ----------
+    paragraphs : sequence of Latex
+        Code.
+
+    Returns
+    -------
+    str
+    """
+    return (
+        "% Written by depthscope export: what was measured, and how.\n"
+        + HEAD
+        + "\n\n".join(paragraphs)
+        + "\n"
+    )
 
 
 def preamble_tex() -> str:
@@ -67,20 +126,50 @@ def preamble_tex() -> str:
     -------
     str
     """
-    return "% For PGF figures: \\usepackage{pgf}, then this file.\n" + unicode_declarations()
+    # LuaTeX reads Unicode by itself, and has no such command.
+    return (
+        "% For PGF figures: \\usepackage{pgf}, then this file.\n\\ifdefined\\DeclareUnicodeCharacter\n"
+        f"{unicode_declarations()}\\fi\n"
+    )
 
 
-def main_tex(width: str) -> str:
-    """A document that compiles: all tables, all figures, the sources.
+def main_tex(venue: Venue, *, cites: bool) -> str:
+    """A sample article that compiles: methods, composed figures, tables, sources, and the supplement.
 
     Parameters
     ----------
-    width : str
-        Width that the figures were drawn for.
+    venue : Venue
+        Its size.
+    cites : bool
+        Whether anything is cited.
 
     Returns
     -------
     str
     """
-    options, geometry = _PAGES[width]
-    return latex_template(_HERE, "main.tex.jinja").render(options=options, geometry=geometry)
+    return latex_template(_HERE, "main.tex.jinja").render(
+        options=Latex(f"{venue.body}pt" + (",twocolumn" if venue.two_columns else "")),
+        geometry=Latex(
+            f"textwidth={venue.text:.4f}in,textheight={venue.height:.4f}in"
+            + (f",columnsep={venue.separation:.4f}in" if venue.two_columns else "")
+        ),
+        packages=PACKAGES,
+        cites=cites,
+        two_columns=venue.two_columns,
+    )
+
+
+def cited_keys(texts: Iterable[str]) -> list[str]:
+    """The bibliography keys that some LaTeX cites.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        LaTeX.
+
+    Returns
+    -------
+    list of str
+        Sorted, once each.
+    """
+    return sorted({key for text in texts for group in _CITE.findall(text) for key in group.split(",")})

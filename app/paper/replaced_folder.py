@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ MANIFEST_LIMIT = 64 << 20
 
 
 @contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A fresh folder that takes the target's place when the block ends without an error.
 
     Files in the target that an earlier run did not write go along, unchanged; no instant is without them.
@@ -29,6 +30,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     ----------
     target : Path
         Missing, empty, or a bundle of an earlier run.
+    force : bool
+        Replace files of that bundle that were edited, too; files of others stay in any case.
 
     Yields
     ------
@@ -40,17 +43,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     ValueError
         For a folder of somebody else, a bundle whose files were edited, or a fresh file with the name of a foreign one.
     """
-    with atomic_writes.replaced_folder(target, others=foreign_files) as fresh:
+    others = partial(foreign_files, force=force)
+    with atomic_writes.replaced_folder(target, others=others) as fresh:
         yield fresh
 
 
-def foreign_files(target: Path) -> list[Path]:
+def foreign_files(target: Path, *, force: bool = False) -> list[Path]:
     """What is in a folder and not named by its manifest: files, links, and folders with nothing in them.
 
     Parameters
     ----------
     target : Path
         A folder.
+    force : bool
+        Whether edited files of ours are taken as they were written.
 
     Returns
     -------
@@ -74,10 +80,10 @@ def foreign_files(target: Path) -> list[Path]:
         if name.as_posix() not in written:
             foreign.append(name)
         # Edited by hand is work that an export would destroy.
-        elif not _is_as_written(target / name, written[name.as_posix()]):
+        elif not force and not _is_as_written(target / name, written[name.as_posix()]):
             raise ValueError(
                 f"{target / name} was edited after depthscope wrote it; "
-                "rename it, or choose another folder with --out"
+                "rename it, choose another folder with --out, or replace it with --force"
             )
     return foreign
 
@@ -85,6 +91,27 @@ def foreign_files(target: Path) -> list[Path]:
 def _is_as_written(path: Path, digest: str | None) -> bool:
     # A link or a pipe was not written by an export, and reading a pipe would wait for ever.
     return stat.S_ISREG(path.lstat().st_mode) and digest in (None, sha256(path))
+
+
+def manifest_of(target: Path) -> dict[str, Any]:
+    """The manifest of a bundle.
+
+    Parameters
+    ----------
+    target : Path
+        The folder of the bundle.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        For a folder without a manifest of ours.
+    """
+    _written(target)  # refuses what is no bundle
+    return dict(json.loads((target / MANIFEST).read_text(encoding="utf-8")))
 
 
 def _written(target: Path) -> Mapping[str, str | None]:

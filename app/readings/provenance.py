@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
 from depthscope.diagnostics.package_versions import package_versions
 
 # Those that compute or draw what a report and a bundle show.
@@ -28,3 +38,85 @@ def software() -> dict[str, str]:
         Packages that are absent are left out.
     """
     return {"depthscope": "0+source", **package_versions(_PACKAGES)}
+
+
+def source_commit() -> str:
+    """The commit that runs, where depthscope is a checkout of its repository.
+
+    Returns
+    -------
+    str
+        Forty hexadecimal digits, with ``-dirty`` where files differ from it; of an installed package the commit that pip
+        noted; empty where neither is known.
+    """
+    top = Path(__file__).resolve().parents[2]
+    # A virtual environment inside somebody else's repository is no checkout of ours.
+    if (top / ".git").exists() and (top / "depthscope" / "__init__.py").exists():
+        commit = _git(top, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if commit and _git(top, "status", "--porcelain", "-uno") else commit
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        noted = metadata.distribution("depthscope").read_text("direct_url.json")
+        return str(json.loads(noted or "{}").get("vcs_info", {}).get("commit_id", ""))
+    return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""  # no git on this machine
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def numbers_digest(analysis: xr.Dataset) -> str:
+    """SHA-256 of the numbers of an analysis: the names, dimensions, labels and values of its variables.
+
+    Parameters
+    ----------
+    analysis : Dataset
+        Of one run.
+
+    Returns
+    -------
+    str
+        Hexadecimal.
+    """
+    found = hashlib.sha256()
+    for name in sorted(map(str, analysis.variables)):
+        variable = analysis[name].variable
+        values = variable.values
+        # Text by its letters: the same labels are stored in several types.
+        data = (
+            np.ascontiguousarray(values).tobytes()
+            if values.dtype.kind in "biufc"
+            else repr(values.tolist()).encode()
+        )
+        found.update(f"{name} {variable.dims} {values.shape} ".encode() + data)
+    return found.hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of the file of a run; of a run that is a folder, of its files by name.
+
+    Parameters
+    ----------
+    path : str
+        A file or folder; empty for a run in memory.
+
+    Returns
+    -------
+    str
+        Hexadecimal; empty where there is nothing at the path.
+    """
+    place = Path(path) if path else None
+    if place is None or not place.exists():
+        return ""
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256()
+    for each in sorted(entry for entry in place.rglob("*") if entry.is_file()):
+        found.update(each.relative_to(place).as_posix().encode() + hashlib.sha256(each.read_bytes()).digest())
+    return found.hexdigest()

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         causes=cause_svg,
         evidence=evidence,
         svg=_svg,
-        plot=partial(_plot, runs=[reading.name for reading in readings]) if interactive else _no_plot,
+        plot=_plot if interactive else _no_plot,
     )
     scripts = _scripts() if interactive else []
     return page.render(
@@ -184,9 +183,9 @@ def _svg(figure: Figure) -> Markup:
     return Markup(to_svg(figure, width="full", page=True).replace("<svg ", opening, 1))
 
 
-def _plot(figure: Figure, *, runs: Sequence[str]) -> Markup:
+def _plot(figure: Figure) -> Markup:
     """The drawing for plotly.js, as data."""
-    drawing = to_plotly(figure, runs=runs).to_json()
+    drawing = to_plotly(figure).to_json()
     # Inside a script element nothing ends it but "</": as JSON the sign may be written as its number.
     data = Markup(drawing.replace("<", "\\u003c"))
     return Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)

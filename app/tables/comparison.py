@@ -14,7 +14,16 @@ from depthscope.app.figures.build.captions import selection_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.tables import Column, Table, column_of, margin_words
+from depthscope.app.tables.best import best_of
+from depthscope.app.tables.tables import (
+    NULL_NOTE,
+    UNDEFINED_NOTE,
+    Column,
+    Table,
+    column_of,
+    margin_words,
+    units_note,
+)
 from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
@@ -83,6 +92,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
     shown: list[str] = []
+    best: set[tuple[int, str]] = set()
     all_columns: list[Column | None] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
@@ -96,6 +106,10 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
+        # A span has no interval, and is best where a signal keeps its size.
+        direction = "nearer 1" if extreme.place == "span" else ""
+        values, margins = ([cell[part] for cell in cells] for part in ("", "_margin"))
+        best |= {(row, heading) for row in best_of(extreme.metric, values, margins, better=direction)}
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
     printed = printed.drop(columns="model")  # the widest cell; it stays in the data
@@ -107,13 +121,15 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     return Table(
         name="summary",
         title="Summary of runs",
-        caption=f"Summary of runs. {_summary_words(readings, shown, view, margin_words(all_columns))}",
+        caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
         # Errors, nulls and places that no run has would be empty columns of the CSV.
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
         stacked=True,
+        notes=_summary_notes(shown, margin_words(all_columns), marked=bool(best)),
+        best=frozenset(best),
     )
 
 
@@ -140,7 +156,8 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
 def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     headings = {"streams": "n", "layers": "L", "num_tokens": "N"}
     return {
-        headings.get(name, name): f"{value:g}" if isinstance(value, float) else str(value)
+        # Tokens a sequence are a mean over sequences of different length.
+        headings.get(name, name): f"{round(value, 1):g}" if isinstance(value, float) else str(value)
         for name, value in facts.items()
     }
 
@@ -188,15 +205,27 @@ def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
     return {str(dim) for data in analyses for name in metrics if name in data for dim in data[name].dims}
 
 
-def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection, margins: str) -> str:
-    parts = [
-        selection_words(_dims(readings, shown), view),
-        "@ is the depth or connection index of the extreme",
-        margins,
-        "null is the value expected of independent entries",
-        "fail and warn count findings",
-    ]
+def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
+    parts = [selection_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
     return " ".join(filter(None, (sentence(parts), _unproven(readings))))
+
+
+def _summary_notes(shown: Sequence[str], margins: str, *, marked: bool) -> tuple[str, ...]:
+    notes = (
+        sentence([margins]),
+        NULL_NOTE,
+        "@: the depth or connection of the extreme.",
+        BEST_NOTE if marked else "",
+        "Fail and warn count findings.",
+        units_note(shown),
+        UNDEFINED_NOTE,
+    )
+    return tuple(filter(None, notes))
+
+
+BEST_NOTE = (
+    "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
+)
 
 
 def _unproven(readings: Sequence[Reading]) -> str:
@@ -241,6 +270,7 @@ def comparison_table(
     rows: list[dict[str, Any]] = []
     all_columns: list[Column] = []
     text: list[dict[str, str]] = []
+    best: set[tuple[int, str]] = set()
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
@@ -252,6 +282,9 @@ def comparison_table(
             rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in _WRITTEN})
             printed = {run: quantity(cell[""], cell["_margin"], cell["_null"]) for run, cell in cells.items()}
             text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
+            values, margins = ([cell[part] for cell in cells.values()] for part in ("", "_margin"))
+            runs = list(cells)
+            best |= {(len(text) - 1, runs[at]) for at in best_of(metric, values, margins)}
     if not rows:
         raise ValueError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
@@ -266,7 +299,7 @@ def comparison_table(
                 None,
                 (
                     "Runs side by side at the measured depth nearest to the relative depth.",
-                    sentence([selection_words(_dims(readings, used), view), margin_words(all_columns)]),
+                    sentence([selection_words(_dims(readings, used), view)]),
                     _unproven(readings),
                 ),
             )
@@ -274,6 +307,19 @@ def comparison_table(
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
+        keys=2,
+        notes=tuple(
+            filter(
+                None,
+                (
+                    sentence([margin_words(all_columns)]),
+                    NULL_NOTE,
+                    BEST_NOTE if best else "",
+                    units_note(used),
+                ),
+            )
+        ),
+        best=frozenset(best),
     )
 
 

@@ -1,78 +1,19 @@
-"""How is a table written to a file? As LaTeX with booktabs rules, as Markdown, as CSV."""
+"""How is a table written to a file? As LaTeX with booktabs rules, as Markdown, as CSV, as Parquet."""
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Mapping
+import io
 from typing import Any
 
 import pandas as pd
 
-from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import Latex, cite, tex
+from depthscope.app.tables.latex_table import to_latex
+from depthscope.app.tables.tables import Table
 from depthscope.app.text.visible import visible
 
-HEADING_WIDTH = 14  # letters: as wide as "12.3 ± 0.4" with its margins, so that headings do not set the width
+__all__ = ["csv_text", "to_csv", "to_latex", "to_markdown", "to_parquet"]
+
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
-_KEY_IN_BRACKETS = re.compile(r"\((\w+)\)")
-
-
-def to_latex(table: Table, cites: Mapping[str, str]) -> str:
-    """A table float with booktabs rules, never wider than the page.
-
-    Parameters
-    ----------
-    table : Table
-        What to write.
-    cites : mapping of str to str
-        Bibliography keys by metric.
-
-    Returns
-    -------
-    str
-        Needs the packages amsmath, booktabs and graphicx; ``table*`` spans both columns where there are two.
-    """
-    from depthscope.app.text.templates import latex_template  # here: Markdown and CSV need no Jinja
-
-    columns = [str(column) for column in table.printed]
-    return latex_template("depthscope.app.tables", "table.tex.jinja").render(
-        table=table,
-        definitions=[
-            (spoken(metric), symbol, keys_of([cites.get(metric, "")]))
-            for metric, symbol in table.symbols.items()
-        ],
-        # Sentences wrap in a column of fixed width; "l" would make the table as wide as the longest one.
-        shape="".join("p{0.42\\textwidth}" if name in table.wrapped else "l" for name in columns),
-        headings=[textwrap.wrap(name, HEADING_WIDTH, break_long_words=False) for name in columns],
-        rows=[
-            [_cell_lines(table, name, text) for name, text in zip(columns, row, strict=True)]
-            for row in table.printed.to_numpy().tolist()
-        ],
-    )
-
-
-def _cell_lines(table: Table, column: str, text: str) -> list[str]:
-    """The lines of a cell: its citation, its value on top of its null, or its text."""
-    # "this project" is no key: it is printed as text.
-    keys = keys_of([text]) if column in table.cited else []
-    if keys:
-        return [cite(keys)]
-    if column in table.wrapped:
-        return [_with_citations(text)]
-    value, bracket, null = text.partition(" (null ")
-    return [value, bracket[1:] + null] if table.stacked and bracket else [tex(text)]
-
-
-def _with_citations(text: str) -> Latex:
-    """A sentence whose keys in brackets, "(xie2025mhc)", are citations."""
-
-    def citation(match: re.Match[str]) -> str:
-        keys = keys_of([match.group(1)])
-        return cite(keys) if keys else match.group(0)
-
-    return Latex(_KEY_IN_BRACKETS.sub(citation, tex(text)))
 
 
 def to_markdown(table: Table) -> str:
@@ -88,11 +29,15 @@ def to_markdown(table: Table) -> str:
     str
     """
     columns = [str(column) for column in table.printed.columns]
-    rows = [columns, ["---"] * len(columns), *table.printed.map(visible).to_numpy().tolist()]
+    cells = table.printed.map(visible).to_numpy().tolist()
+    for row, name in table.best:
+        cells[row][columns.index(name)] = f"**{cells[row][columns.index(name)]}**"
+    rows = [columns, ["---"] * len(columns), *cells]
     lines = [
         "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in rows
     ]
-    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines]) + "\n"
+    notes = ["", " ".join(table.notes)] if table.notes else []
+    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines, *notes]) + "\n"
 
 
 def to_csv(table: Table) -> str:
@@ -109,6 +54,30 @@ def to_csv(table: Table) -> str:
         Empty cells are undefined.
     """
     return csv_text(table.data)
+
+
+def to_parquet(table: Table) -> bytes:
+    """The numbers of a table at full precision, with their types.
+
+    Parameters
+    ----------
+    table : Table
+        What to write.
+
+    Returns
+    -------
+    bytes
+        The same for the same numbers and the same pyarrow. A column of several types, such as a threshold that is missing
+        in one row, is text where it is no number.
+    """
+    data = table.data.copy()
+    for name in data.columns:
+        # Arrow has one type a column.
+        if data[name].dtype == object:
+            data[name] = [None if value is None else str(value) for value in data[name]]
+    buffer = io.BytesIO()
+    data.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def csv_text(table: pd.DataFrame) -> str:

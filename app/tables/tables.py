@@ -54,6 +54,12 @@ class Table:
         Printed columns of running text.
     stacked : bool
         Whether LaTeX sets the null below the value, for tables of few rows and many columns.
+    keys : int
+        How many of the first printed columns name the row; each part of a table that is too wide begins with them.
+    notes : tuple of str
+        Sentences below the table: what its signs mean.
+    best : frozenset of (int, str)
+        Printed cells, by row and column, that are the best of their metric.
     """
 
     name: str
@@ -66,6 +72,9 @@ class Table:
     cited: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
     stacked: bool = False
+    keys: int = 1
+    notes: tuple[str, ...] = ()
+    best: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +352,8 @@ def _measured_table(
         name=f"{kind}_{slug(reading.name)}",
         title=title,
         caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
+        keys=sum(name != "module" for name in place),
+        notes=_notes(reading, columns),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),
         symbols={column.metric: column.symbol for column in columns if column.symbol},
@@ -352,17 +363,55 @@ def _measured_table(
 
 def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -> str:
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
-    nulls = any(column.null is not None for column in columns)
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
         selection_words(dims, view),
         token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
-        margin_words(columns),
-        "null is the value expected of independent entries" if nulls else "",
     ]
     unproven = proof_sentence({reading.name: reading.attrs})
     return " ".join(filter(None, (sentence(parts), unproven)))
+
+
+NULL_NOTE = "Null: the value expected of independent entries."
+UNDEFINED_NOTE = f"{UNDEFINED}: undefined or not measured."
+
+
+def _notes(reading: Reading, columns: Sequence[Column]) -> tuple[str, ...]:
+    """What the signs of a table mean, and the units of its metrics."""
+    undefined = any(bool(column.value.isnull().any()) for column in columns)
+    return tuple(
+        filter(
+            None,
+            (
+                sentence([margin_words(columns)]),
+                NULL_NOTE if any(column.null is not None for column in columns) else "",
+                units_note([column.metric for column in columns]),
+                UNDEFINED_NOTE if undefined else "",
+            ),
+        )
+    )
+
+
+def units_note(metrics: Iterable[str]) -> str:
+    """The units of the metrics that have some.
+
+    Parameters
+    ----------
+    metrics : iterable of str
+        Names.
+
+    Returns
+    -------
+    str
+        A sentence; empty where all are pure numbers.
+    """
+    by_units: dict[str, list[str]] = {}
+    for name in dict.fromkeys(metrics):
+        units = CATALOGUE[name].units if name in CATALOGUE else "1"
+        if units != "1":
+            by_units.setdefault(units, []).append(spoken(name))
+    return sentence([f"in units of {units}: {', '.join(names)}" for units, names in by_units.items()])
 
 
 def margin_words(columns: Iterable[Column | None]) -> str:

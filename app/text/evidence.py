@@ -11,6 +11,8 @@ from depthscope.diagnostics.schema import UNPROVEN
 __all__ = ["constraint_sentence", "proof_sentence"]
 
 Attributes = Mapping[Any, Any]
+MOST_NAMED = 6
+"""Runs of which a caption has a sentence each. A heuristic of ours: more are longer than the figure."""
 
 
 def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
@@ -68,6 +70,10 @@ def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
 
 
 def _sentences(attrs: Mapping[str, Attributes], known: Mapping[str, str], *, alone: str, among: str) -> str:
-    """One sentence a run of which something is known; a run that is alone is not named."""
+    """One sentence a run of which something is known; a run that is alone is not named, and of many one stands for all."""
+    if len(known) > MOST_NAMED:
+        run, words = next(iter(known.items()))
+        others = f"{len(known)} of the {len(attrs)} runs, such as {run}"
+        return f"{alone}, {others}: {words}."
     subjects = {run: alone if len(attrs) == 1 else among.replace("{}", run) for run in known}
     return " ".join(f"{subjects[run]}: {words}." for run, words in known.items())

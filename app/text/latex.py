@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 
-from depthscope.app.text.visible import visible
+from depthscope.app.text.visible import escape, visible
 
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
 SIGNS = {
@@ -47,6 +48,53 @@ _SPECIAL = {
     "$": r"\symbol{36}",  # matplotlib would take the backslash from \$
     **{sign: "\\" + sign for sign in "&%#_{}"},
 }
+# Marks over and under letters, which T1 fonts set on any letter.
+_ACCENTS = {
+    **{
+        "\u0300": "`",
+        "\u0301": "'",
+        "\u0302": "^",
+        "\u0303": "~",
+        "\u0304": "=",
+        "\u0306": "u",
+        "\u0307": ".",
+    },
+    **{
+        "\u0308": '"',
+        "\u030a": "r",
+        "\u030b": "H",
+        "\u030c": "v",
+        "\u0323": "d",
+        "\u0327": "c",
+        "\u0328": "k",
+    },
+}
+_LETTERS = {
+    **{"ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}", "Ø": r"\O{}", "ł": r"\l{}", "Ł": r"\L{}"},
+    **{
+        "œ": r"\oe{}",
+        "Œ": r"\OE{}",
+        "đ": r"\dj{}",
+        "Đ": r"\DJ{}",
+        "ð": r"\dh{}",
+        "Ð": r"\DH{}",
+        "þ": r"\th{}",
+    },
+    **{"Þ": r"\TH{}", "ı": r"\i{}", "“": "``", "”": "''", "‘": "`", "’": "'", "…": r"\dots{}", "—": "---"},
+    **{
+        "«": r"\guillemotleft{}",
+        "»": r"\guillemotright{}",
+        "„": r"\quotedblbase{}",
+        "§": r"\S{}",
+        "°": r"$^\circ$",
+    },
+    # Marks of direction around words that are drawn as a whole.
+    **{"\u2068": "", "\u2069": ""},
+}
+# Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.
+_LONGEST_WORD, _LONGEST_PHRASE = 14, 24
+# Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
+_LONGEST_UNBROKEN = 18
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
 
 
@@ -54,13 +102,18 @@ class Latex(str):
     """LaTeX code: a template inserts it as it is, where it escapes any other text."""
 
 
-def tex(text: str) -> Latex:
-    r"""Plain text as LaTeX: special signs escaped, signs and powers of ten set as mathematics.
+def tex(text: str, *, words: bool = True) -> Latex:
+    r"""Plain text as LaTeX in ASCII: special signs escaped, signs and powers of ten as mathematics, accents as commands.
+
+    Every engine and every encoding reads it alike. Words of other alphabets, for which the fonts of a document may have no
+    letters, are pictures: see `pictured_words`.
 
     Parameters
     ----------
     text : str
         Any text; `Latex` is code already and comes back unchanged.
+    words : bool
+        Whether words of other alphabets may be pictures; otherwise their letters are written as Python escapes them.
 
     Returns
     -------
@@ -68,15 +121,102 @@ def tex(text: str) -> Latex:
 
     Examples
     --------
-    >>> tex("a_b 3.2e-7 ± 1%")
-    'a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%'
+    >>> tex("a_b 3.2e-7 ± 1%"), tex("naïve")
+    ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve')
+    >>> tex("мо 2")
+    '\\protect\\depthscopeword{1084-1086}\\allowbreak{} 2'
     """
     if isinstance(text, Latex):
         return text
-    signs = _SPECIAL | SIGNS
-    escaped = "".join(signs.get(letter, letter) for letter in visible(text, lines=True))
+    # A sentence has names in it that were isolated; LaTeX sets them as pictures, beside which nothing moves.
+    plain = text.replace("\u2068", "").replace("\u2069", "")
+    shown = unicodedata.normalize("NFC", visible(plain, lines=True))
+    pieces = [_picture(piece, words) if foreign else _with_breaks(piece) for piece, foreign in _pieces(shown)]
     # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
-    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2}$", escaped))
+    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2}$", "".join(pieces)))
+
+
+def _with_breaks(text: str) -> str:
+    """Letters as LaTeX, with places at which a long word, such as a path, may be broken at the end of a line."""
+    code, length = [], 0
+    for letter in text:
+        length = 0 if letter.isspace() else length + 1
+        code.append(_letter(letter))
+        if length >= _LONGEST_UNBROKEN and not letter.isdigit():
+            code.append(r"\allowbreak{}")
+            length = 0
+    return "".join(code)
+
+
+def _letter(letter: str) -> str:
+    if letter in _SPECIAL or letter in SIGNS:
+        return _SPECIAL.get(letter) or SIGNS[letter]
+    if letter.isascii():
+        return letter
+    return _LETTERS[letter] if letter in _LETTERS else _accented(letter)
+
+
+def _accented(letter: str) -> str:
+    """A letter with marks as commands on its ASCII letter; empty for any other."""
+    base, *marks = list(unicodedata.normalize("NFD", letter))
+    if not (base.isascii() and base.isalpha() and marks and all(mark in _ACCENTS for mark in marks)):
+        return ""
+    code = rf"\{base}" if base in "ij" else base
+    for mark in marks:
+        code = rf"\{_ACCENTS[mark]}{{{code}}}"
+    return code
+
+
+def _is_foreign(letter: str) -> bool:
+    return not (letter.isascii() or letter in SIGNS or letter in _LETTERS or _accented(letter))
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Text in pieces, each with whether it is a word of which LaTeX has no letters.
+
+    The order of words from right to left is theirs: they stay together, with the spaces between them.
+    """
+    start = 0
+    while start < len(text):
+        foreign, leftward, end = _is_foreign(text[start]), _is_leftward(text[start]), start + 1
+        longest = (_LONGEST_PHRASE if leftward else _LONGEST_WORD) if foreign else len(text)
+        while end < len(text) and end - start < longest and _is_foreign(text[end]) == foreign:
+            end += 1
+            if leftward and text[end : end + 1] == " " and _is_leftward(text[end + 1 : end + 2]):
+                end += 1
+        yield text[start:end], foreign
+        start = end
+
+
+def _is_leftward(letter: str) -> bool:
+    return bool(letter) and unicodedata.bidirectional(letter) in ("R", "AL")
+
+
+def _picture(text: str, words: bool) -> str:
+    if not words:
+        return "".join(_letter(sign) for letter in text for sign in escape(letter))
+    codes = "-".join(str(ord(letter)) for letter in text)
+    return rf"\protect\depthscopeword{{{codes}}}\allowbreak{{}}"
+
+
+_WORD = re.compile(r"\\depthscopeword\{([0-9-]+)\}")
+
+
+def pictured_words(texts: Iterable[str]) -> dict[str, str]:
+    """The words that LaTeX includes as pictures, ``words/CODES.pdf``.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        LaTeX.
+
+    Returns
+    -------
+    dict of str to str
+        Codes, as in the file name, to the word.
+    """
+    found = dict.fromkeys(codes for text in texts for codes in _WORD.findall(text))
+    return {codes: "".join(chr(int(code)) for code in codes.split("-")) for codes in sorted(found)}
 
 
 def cite(keys: Iterable[str]) -> Latex:

@@ -104,7 +104,7 @@ def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
     from matplotlib.ticker import NullLocator
 
     from depthscope.app.drawing.matplotlib.curves import MARKERS
-    from depthscope.app.figures.run_colours import RUN_COLOURS
+    from depthscope.app.figures.palette import RUN_COLOURS
 
     canvas = Figure(figsize=(inches, 0.8 * inches), layout="constrained")
     axes = canvas.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="seconds")

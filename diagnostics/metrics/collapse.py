@@ -37,6 +37,7 @@ def _of_noise(name: str) -> Null:
     estimator=SPECTRAL,
     null_error=0.02,
     headline=True,
+    better="higher",
 )
 def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Effective rank: how many directions carry the size of the signal.
@@ -57,6 +58,7 @@ def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null=_of_noise("entropy_rank"),
     estimator=SPECTRAL,
     null_error=0.03,
+    better="higher",
 )
 def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Matrix-entropy rank: how many directions carry the energy of the signal.
@@ -74,6 +76,7 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null=_of_noise("participation_ratio"),
     estimator=SPECTRAL,
     null_error=0.03,
+    better="higher",
 )
 def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Participation ratio: how many directions share the variance.
@@ -142,6 +145,7 @@ FEWEST_ROWS = 4
     estimator="ratio of U-statistics over distinct tokens; within a sequence: mean over sequences",
     null_error=0.1,
     headline=True,
+    better="higher",
 )
 def corrected_participation_ratio(
     singular_values: xr.DataArray, row_fourth_powers: xr.DataArray, token_counts: xr.DataArray
@@ -182,6 +186,7 @@ RESOLVED_SHARE = 1.0
     null=_of_noise("stable_rank"),
     estimator=SPECTRAL,
     null_error=0.1,  # one singular value decides it, and in a small matrix that is below the edge of the law
+    better="higher",
 )
 def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Stable rank: the energy in units of the strongest direction.
@@ -203,6 +208,7 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null="none in closed form: it depends on the feature basis; compare with depth 0",
     estimator="per sequence, mean over sequences",
     headline=True,
+    better="higher",
 )
 def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
     r"""Relative rank-collapse residual: how far the tokens of a sequence are from being equal.
@@ -236,6 +242,7 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
     estimator="exact over all pairs of tokens",
     null_error=0.03,
     headline=True,
+    better="lower",
 )
 def token_cosine(
     residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]

@@ -32,6 +32,7 @@ def left_of_differences(mixing: Mixing) -> np.ndarray:
     estimator=PER_PRODUCT,
     infinite=True,
     headline=True,
+    better="higher",
 )
 def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
     r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
@@ -54,6 +55,7 @@ def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArr
     null=0.0,
     estimator=PER_PRODUCT,
     infinite=True,
+    better="higher",
 )
 def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
     r"""What is left of the differences between streams beside what they have in common, in log₁₀.
@@ -89,6 +91,7 @@ def _common_gain(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     null=0.0,
     estimator=PER_PRODUCT,
     infinite=True,
+    better="higher",
 )
 def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
     r"""What is left of a difference between streams on its way to the head: the product from a connection on.

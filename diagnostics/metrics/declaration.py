@@ -41,6 +41,7 @@ Function = Callable[..., xr.DataArray | tuple[xr.DataArray, xr.DataArray]]
 AXES = ("depth", "connection", "weight", "component")
 SCALES = ("linear", "log")
 BASES = ("invariant", "stream", "feature")
+DIRECTIONS = ("", "higher", "lower", "nearer 1")
 
 OURS = "this project"
 """Source of a limit or a definition that no publication states."""
@@ -136,6 +137,9 @@ class Metric:
         Whether ±∞ is a value (the logarithm of zero, the condition of a singular matrix), not only an overflow.
     per_step : bool
         Whether it can change during training; false for facts about the sample.
+    better : str
+        Which of two networks passes its signal better: ``"higher"``, ``"lower"``, ``"nearer 1"``; empty where the number
+        alone does not say.
     """
 
     name: str
@@ -161,6 +165,7 @@ class Metric:
     of_steps: bool = False
     infinite: bool = False
     per_step: bool = True
+    better: str = ""
 
     @property
     def title(self) -> str:
@@ -341,6 +346,7 @@ def metric(
     scale: str = "linear",
     units: str = "1",
     healthy: Range | None = None,
+    better: str = "",
     null_error: float = 0.0,
     default: bool = True,
     headline: bool = False,
@@ -356,9 +362,9 @@ def metric(
     ----------
     dims : str
         As `Metric.dims`, separated by spaces.
-    symbol, cite, basis, null, estimator, label, scale, units, healthy, null_error, default, headline, smooth, most_tokens
+    symbol, cite, basis, null, estimator, label, scale, units, healthy, better, null_error, default, headline, smooth
         See `Metric`.
-    of_steps, infinite, per_step
+    most_tokens, of_steps, infinite, per_step
         See `Metric`.
 
     Returns
@@ -369,7 +375,7 @@ def metric(
 
     def declare(function: Function) -> Metric:
         name, doc = function.__name__, inspect.getdoc(function) or ""
-        _check_declaration(name, dims=dims, scale=scale, basis=basis)
+        _check_declaration(name, dims=dims, scale=scale, basis=basis, better=better)
         declared = Metric(
             name=name,
             symbol=symbol,
@@ -378,6 +384,7 @@ def metric(
             scale=scale,
             units=units,
             healthy=healthy,
+            better=better,
             cite=cite,
             basis=basis,
             question=function.__module__.rpartition(".")[2],
@@ -402,7 +409,7 @@ def metric(
     return declare
 
 
-def _check_declaration(name: str, *, dims: str, scale: str, basis: str) -> None:
+def _check_declaration(name: str, *, dims: str, scale: str, basis: str, better: str) -> None:
     # −1 keeps an unknown dim from raising here: the message below names all that are expected.
     ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
     if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
@@ -410,6 +417,7 @@ def _check_declaration(name: str, *, dims: str, scale: str, basis: str) -> None:
             f"metric {name} has dims={dims!r}; expected one of {', '.join(AXES)} and others, in this order: "
             f"{' '.join(DIMS)} (step is added by the analysis)"
         )
-    for field, value, allowed in (("scale", scale, SCALES), ("basis", basis, BASES)):
+    stated = (("scale", scale, SCALES), ("basis", basis, BASES), ("better", better, DIRECTIONS))
+    for field, value, allowed in stated:
         if value not in allowed:
             raise ValueError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")

@@ -88,6 +88,7 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     basis="stream",
     null=1.0,
     estimator="ratio of Frobenius norms over all real tokens",
+    better="nearer 1",
 )
 def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     r"""Gradient at a depth over the gradient at the last depth: growth on the way back.

@@ -41,6 +41,7 @@ def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
     headline=True,
+    better="nearer 1",
 )
 def mixing_gain(mixing: Mixing) -> xr.DataArray:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
@@ -65,6 +66,7 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_PRODUCT,
     headline=True,
+    better="nearer 1",
 )
 def composite_gain(mixing: Mixing) -> xr.DataArray:
     r"""Amax gain of the product of all connections from the embedding on.
@@ -92,6 +94,7 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
     basis="stream",
     null=1.0,
     estimator=PER_PRODUCT,
+    better="nearer 1",
 )
 def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     r"""Amax gain of the product between any two connections.
@@ -121,6 +124,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     null=0.0,
     estimator=PER_TOKEN,
     headline=True,
+    better="lower",
 )
 def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
@@ -168,6 +172,7 @@ def scaled_identity_distance(products: np.ndarray, log_scale: np.ndarray) -> np.
     basis="stream",
     null=1.0,
     estimator=PER_PRODUCT,
+    better="nearer 1",
 )
 def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     r"""Weakest sum of the product of all connections: what the largest one hides.
@@ -187,6 +192,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    better="nearer 1",
 )
 def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     r"""Weakest sum of one connection: the stream, or the gradient, that it fades most.
@@ -207,6 +213,7 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     null=0.0,
     estimator=PER_PRODUCT,
     infinite=True,
+    better="lower",
 )
 def composite_deviation(mixing: Mixing) -> xr.DataArray:
     r"""Largest distance of any row or column sum of the product of all connections from 1, up or down.

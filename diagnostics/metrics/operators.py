@@ -99,6 +99,7 @@ def _operator_norms(
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    better="nearer 1",
 )
 def operator_gain(mixing: Mixing) -> xr.DataArray:
     r"""Operator norms of one connection: what signed sums can hide by cancellation.
@@ -118,6 +119,7 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
     basis="stream",
     null=1.0,
     estimator=PER_PRODUCT,
+    better="nearer 1",
 )
 def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     r"""Operator norms of the product of all connections from the embedding on.

@@ -177,6 +177,7 @@ def _streams_of_random_gates(count: int, num_streams: int) -> np.ndarray:
     most_tokens=lambda width: TOKENS,
     estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
     headline=True,
+    better="higher",
 )
 def effective_streams(depth_paths: DepthPaths) -> xr.DataArray:
     r"""Effective streams: how many independent signals pass from the earlier connections to the later ones.

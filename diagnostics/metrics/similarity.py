@@ -183,6 +183,7 @@ def _influences(states: np.ndarray) -> np.ndarray:
     basis="stream",
     null=0.0,
     estimator="exact over all pairs of streams, mean over tokens",
+    better="lower",
 )
 def stream_cosine(stream_states: States) -> xr.DataArray:
     """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""

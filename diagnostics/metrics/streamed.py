@@ -111,6 +111,7 @@ def _of_noise(name: str) -> Null:
     null=_of_noise("effective_rank"),
     estimator=OF_SUMS,
     headline=True,
+    better="higher",
 )
 def streamed_effective_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Effective rank of every token seen: how many directions carry the size of the signal.
@@ -130,6 +131,7 @@ def streamed_effective_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray])
     basis="invariant",
     null=_of_noise("entropy_rank"),
     estimator=OF_SUMS,
+    better="higher",
 )
 def streamed_entropy_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Matrix-entropy rank of every token seen: how many directions carry the energy of the signal.
@@ -146,6 +148,7 @@ def streamed_entropy_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -
     basis="invariant",
     null=_of_noise("participation_ratio"),
     estimator=OF_SUMS,
+    better="higher",
 )
 def streamed_participation_ratio(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Participation ratio of every token seen: how many directions share the variance.
@@ -162,6 +165,7 @@ def streamed_participation_ratio(streamed_spectra: tuple[xr.DataArray, xr.DataAr
     basis="invariant",
     null=_of_noise("stable_rank"),
     estimator=OF_SUMS,
+    better="higher",
 )
 def streamed_stable_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Stable rank of every token seen: the energy in units of the strongest direction.

@@ -17,48 +17,86 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
     add_out_folder(parser, about="folder; files of others in it are kept")
     parser.add_argument(
-        "--width",
-        type=OneOf(_widths),
+        "--venue",
+        type=OneOf(_venues),
         default="icml",
-        metavar="icml|neurips|full",
-        help="of the figures (default icml)",
+        metavar="icml|neurips|iclr|acl|cvpr|ieee|plain",
+        help="whose page the figures and tables are for (default icml)",
+    )
+    parser.add_argument(
+        "--by",
+        metavar="ATTRIBUTE",
+        help="group runs by it, such as family: means with bands over seeds",
     )
     parser.add_argument("--pgf", action="store_true", help="figures as PGF too (needs LaTeX)")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace edited files of an earlier export, never those of others",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: recompute the bundle in --out and say what still follows",
+    )
     add_selection(parser)
     add_json(parser)
 
 
-def _widths() -> list[str]:
-    from depthscope.app.drawing.matplotlib import WIDTHS
+def _venues() -> list[str]:
+    from depthscope.app.text.venues import VENUES
 
-    return list(WIDTHS)
+    return list(VENUES)
 
 
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.paper.export import VECTOR, write_bundle
     from depthscope.app.paper.replaced_folder import foreign_files
 
+    if args.verify:
+        return _verify(args)
     # A folder of somebody else is refused before anything is computed.
     if Path(args.out).is_dir():
-        foreign_files(Path(args.out))
+        foreign_files(Path(args.out), force=args.force)
     # PGF is drawn by running LaTeX, which many machines lack.
     formats = (*VECTOR, "pgf") if args.pgf else VECTOR
     readings, left_out = read_several(args, "analysing")
     with working("drawing"):
         folder = write_bundle(
-            readings, Path(args.out), width=args.width, view=selection_of(args), formats=formats
+            readings,
+            Path(args.out),
+            venue=args.venue,
+            view=selection_of(args),
+            by=args.by or "",
+            formats=formats,
+            force=args.force,
         )
     # as_posix: the names in the JSON are the same on every system.
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     if args.json:
         emit({"folder": str(folder), "files": files, "left_out": left_out})
         return exit_code(left_out)
-    for kind in ("figures", "tables", "data"):
+    for kind in ("figures", "tables", "data", "supplement"):
         say(f"{folder / kind}: {sum(name.startswith(f'{kind}/') for name in files)} files")
     # Both ways are printed to be copied: into a paper, or compiled alone.
     say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")
     say(f"As it is: cd {shlex.quote(str(folder))} && latexmk -pdf main.tex")
     return exit_code(left_out)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from depthscope.app.paper.replaced_folder import manifest_of
+    from depthscope.app.paper.verify import verify_bundle
+
+    manifest_of(Path(args.out))  # a folder that is no bundle is refused before any run is read
+    readings, left_out = read_several(args, "analysing")
+    with working("recomputing"):
+        checked = verify_bundle(Path(args.out), readings)
+    if args.json:
+        emit({**checked.as_dict(), "left_out": left_out})
+    else:
+        say(checked.in_words())
+    return exit_code(left_out, found=not checked.follows)
 
 
 COMMAND = Command("export", "write figures, tables and sources for a paper", _add_arguments, _run)

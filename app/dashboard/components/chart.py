@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,6 @@ def card(
     height: int = 300,
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
-    runs: Sequence[str] = (),
 ) -> None:
     """A figure with its title and caption; its numbers open as a table and are saved as a CSV file.
 
@@ -109,8 +108,6 @@ def card(
         Whether a click on a cell reruns the page; `clicked_cell` returns it then.
     mark : tuple of float or None
         Cell to ring, as (x, y).
-    runs : sequence of str
-        Runs of the page, in the order of their colours.
     """
     # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
@@ -119,7 +116,7 @@ def card(
         left.markdown(f"**{escaped(shown.title)}**")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)
-        drawing = to_plotly(shown, mark=mark, runs=runs).to_json()
+        drawing = to_plotly(shown, mark=mark).to_json()
         show_drawing(
             drawing,
             name=shown.name,

@@ -120,8 +120,6 @@ def show_in_rows(
     change : function, optional
         Applied to every figure before it is drawn.
     """
-    # All chosen runs, also those without this metric: colours are the same in every figure of a page.
-    runs = list(chosen.analyses)
     for first in range(0, len(kinds), 2):
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
         for column, kind in zip(st.columns(2), kinds[first : first + 2], strict=False):
@@ -129,4 +127,4 @@ def show_in_rows(
             figure = figure if change is None else change(figure)
             height = 430 if isinstance(figure, Heatmap) else 300
             with column:
-                card(figure, key=f"chart_{kind.name}", height=height, runs=runs)
+                card(figure, key=f"chart_{kind.name}", height=height)

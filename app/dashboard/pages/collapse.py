@@ -88,7 +88,7 @@ def _show_versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, An
         with column:
             figure = _scaled(build(kind, chosen.analyses, {**selection, **choices}), scale)
             figure = replace(figure, title=f"{figure.title.removesuffix(' across depth')}, {title}")
-            card(figure, key=f"version_{title}", height=260, runs=list(chosen.analyses))
+            card(figure, key=f"version_{title}", height=260)
 
 
 def _changes(kind: FigureKind, choices: dict[str, str]) -> bool:

@@ -87,7 +87,7 @@ def _show(chosen: ChosenRuns) -> None:
     left, right = st.columns(2, gap="medium")
     with left:
         shown = curves if by is None else folded(curves, {r.name: str(r.attrs.get(by)) for r in readings})
-        card(shown, key="compare_curves", height=340, runs=[] if by else list(chosen.analyses))
+        card(shown, key="compare_curves", height=340)
     for warning in differences(readings):
         st.caption(f"⚠ {escaped(warning)}")
     _show_table(readings, kind, selection)
@@ -228,7 +228,7 @@ def _show_differences(
         )
         return
     figure = difference_figure(found, kind.title)
-    card(figure, key="compare_differences", height=340, runs=[] if by else [each.name for each in readings])
+    card(figure, key="compare_differences", height=340)
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:

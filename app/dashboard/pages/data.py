@@ -83,7 +83,7 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
         selection["run"] = chosen_run(chosen.feeding(kind.needs))
         readings = [chosen.readings[selection["run"]]]
     figure = build(kind, chosen.analyses, selection)
-    card(figure, key="data_figure", height=300, runs=list(chosen.analyses))
+    card(figure, key="data_figure", height=300)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_table(measure_table(figure))
     _show_code(_analyze_commands(readings, used, kind), measure_python(readings, kind, used))

@@ -17,8 +17,7 @@ from depthscope.app.dashboard.components.verdict_board import show_verdict_board
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, Lines
 from depthscope.app.figures.build.folded_runs import folded
-from depthscope.app.figures.run_colours import RUN_COLOURS
-from depthscope.app.figures.specification import RUN_COLOUR
+from depthscope.app.figures.palette import RUN_COLOUR, RUN_COLOURS
 from depthscope.app.readings.kept_readings import summary_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of, findings_table
@@ -49,7 +48,7 @@ def _show(chosen: ChosenRuns) -> None:
             figure = build(FIGURES[name], analyses, {})
             if isinstance(figure, Lines) and experiments:
                 figure = folded(figure, experiments)
-            card(figure, key=f"overview_{name}", runs=list(analyses))
+            card(figure, key=f"overview_{name}")
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.markdown("##### Runs")

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
+from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
 from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE, draw_heatmap
-from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
-from depthscope.app.figures.specification import Figure, Heatmap
+from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style, pgf_style
+from depthscope.app.drawing.matplotlib.words import write_word
+from depthscope.app.figures.composed import Composed, Points
+from depthscope.app.figures.specification import Figure, Heatmap, Lines
+from depthscope.app.text.latex import Latex, tex
 
-__all__ = ["FORMATS", "WIDTHS", "Width", "figure_style", "to_matplotlib", "to_svg", "write_figure"]
+__all__ = [
+    "FIGURE_POINTS",
+    "FORMATS",
+    "WIDTHS",
+    "Lines",
+    "Width",
+    "draw_composed",
+    "draw_into",
+    "figure_style",
+    "to_matplotlib",
+    "to_svg",
+    "write_figure",
+    "write_word",
+]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
 # A date in the file would change its bytes on every export.
 UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
+def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:
     """Draw a figure for paper.
 
     Parameters
@@ -47,17 +65,17 @@ def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
         return _drawn(figure, size)
 
 
-def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
+def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "icml") -> None:
     """Draw a figure once and write it to files; their endings say the formats.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap or Composed
         What to draw.
     *paths : Path
         End in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
-    width : str
-        A key of `WIDTHS`.
+    width : str or Width
+        A key of `WIDTHS`, or any other width.
 
     Raises
     ------
@@ -75,36 +93,65 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
             if ending != "pgf":
                 canvas.savefig(path, metadata=UNDATED.get(ending))
                 continue
-            from depthscope.app.text.latex import tex
-
             # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
             # would print as they are.
             with pgf_style():
-                to_matplotlib(translated(figure, tex), width=width).savefig(path)
+                _drawn(translated(figure, _without_pictures), size).savefig(path)
 
 
-def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
+def translated(figure: Any, translate: Callable[[str], str]) -> Any:
     """A figure with its labels translated.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
+    figure : Lines, Heatmap, Points or Composed
         A figure.
     translate : function
         Text in, text out.
 
     Returns
     -------
-    Lines or Heatmap
+    Lines, Heatmap, Points or Composed
+        As it was given.
     """
+    if isinstance(figure, Composed):
+        panels = [
+            replace(
+                panel,
+                title=translate(panel.title),
+                content=translated(panel.content, translate),
+            )
+            for panel in figure.panels
+        ]
+        return replace(figure, panels=tuple(panels), runs=_translated_runs(figure.runs, translate))
     across, up = translate(figure.x_label), translate(figure.y_label)
     if isinstance(figure, Heatmap):
         return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label))
-    lines = tuple(replace(line, label=translate(line.label)) for line in figure.lines)
-    return replace(figure, x_label=across, y_label=up, lines=lines)
+    if isinstance(figure, Points):
+        points = {translate(run): values for run, values in figure.points.items()}
+        return replace(
+            figure, x_label=across, y_label=up, points=points, runs=_translated_runs(figure.runs, translate)
+        )
+    # The group too: it is compared with the names of the runs.
+    lines = tuple(
+        replace(line, label=translate(line.label), group=translate(line.group)) for line in figure.lines
+    )
+    runs = _translated_runs(figure.runs, translate)
+    return replace(figure, x_label=across, y_label=up, lines=lines, runs=runs)
 
 
-def _drawn(figure: Figure, size: Width, *, dense: int = DENSE) -> Canvas:
+def _translated_runs(runs: Mapping[str, int], translate: Callable[[str], str]) -> dict[str, int]:
+    return {translate(run): number for run, number in runs.items()}
+
+
+def _without_pictures(text: str) -> Latex:
+    # Where a PGF figure is measured there are no pictures of words.
+    return tex(text, words=False)
+
+
+def _drawn(figure: Figure | Composed, size: Width, *, dense: int = DENSE) -> Canvas:
+    if isinstance(figure, Composed):
+        return draw_composed(figure, size)
     return (
         draw_heatmap(figure, size, dense=dense) if isinstance(figure, Heatmap) else draw_lines(figure, size)
     )

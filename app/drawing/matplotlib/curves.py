@@ -13,15 +13,16 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks, wrapped
+from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks, wrapped
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
-from depthscope.app.figures.run_colours import RUN_COLOURS
+from depthscope.app.figures.palette import RUN_COLOURS
 from depthscope.app.figures.specification import Line, Lines
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
+MARK: dict[str, Any] = {"linestyle": "", "marker": "v", "markersize": 5, "markeredgecolor": "black"}
 THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
 # A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
 LEGEND_INSIDE = 4
@@ -43,23 +44,38 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     matplotlib.figure.Figure
     """
     measured = [line for line in figure.lines if line.role == "measured"]
-    looks = _looks(measured)
     canvas = Canvas(figsize=(size.inches, _height(size, _entries(figure, measured))), layout="constrained")
     axes = canvas.add_subplot()
+    plot_lines(axes, figure, _looks(figure, measured))
+    axes.set_xlabel(plain(figure.x_label))
+    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
+    _legend(canvas, axes, figure, size)
+    return canvas
+
+
+def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]) -> None:
+    """Draw curves into axes, with their limits; labels and legend are left to the caller.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Empty axes.
+    figure : Lines
+        What to draw.
+    looks : mapping of int to mapping
+        By the ``id`` of each measured line: the keywords that draw it, see `look`.
+    """
+    measured = [line for line in figure.lines if line.role == "measured"]
     # On a log axis without a positive value matplotlib warns and draws nothing.
     if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
         axes.set_yscale("log", nonpositive="mask")
     if figure.log_x:
         axes.set_xscale("log", nonpositive="mask")
     # The limits are set between the two: a law that is far off must not flatten the curves, nor may a threshold.
-    _draw_roles(axes, figure, looks, ("measured", "null"))
+    _draw_roles(axes, figure, looks, ("measured", "null", "mark"))
     _limit(axes, figure)
     _draw_roles(axes, figure, looks, ("theory",))
     _draw_limits(axes, figure)
-    axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
-    _legend(canvas, axes, figure, size)
-    return canvas
 
 
 def _entries(figure: Lines, measured: Sequence[Line]) -> list[str]:
@@ -90,38 +106,49 @@ def _axes_height(size: Width) -> float:
     return 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
 
 
-def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
-    """Colour by run where there are several, else by line; lines of one colour differ in their dashes."""
-    groups = list(dict.fromkeys(line.group for line in lines))
-    if len(groups) < 2:
-        first = lines[0].colour or 0 if lines else 0
-        return {id(line): _look(first + position, 0, len(lines)) for position, line in enumerate(lines)}
-    num_drawn: dict[str, int] = dict.fromkeys(groups, 0)
+def _looks(figure: Lines, lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
+    """Colour by run where several are shown together, else by line; lines of one colour differ in their dashes."""
+    runs = dict(figure.runs) or {
+        run: at for at, run in enumerate(dict.fromkeys(line.group for line in lines))
+    }
+    if len(runs) < 2:
+        first = next(iter(runs.values()), 0)
+        return {id(line): look(first + place, 0) for place, line in enumerate(lines)}
+    num_drawn = dict.fromkeys([*runs, *(line.group for line in lines)], 0)
     looks = {}
     for line in lines:
-        # More runs than colours get shades by their order.
-        own = groups.index(line.group)
-        if line.colour is not None and len(groups) <= len(RUN_COLOURS):
-            own = line.colour
-        looks[id(line)] = _look(own, num_drawn[line.group], len(groups))
+        # A mean over seeds has a name of its own.
+        number = runs.setdefault(line.group, len(runs))
+        looks[id(line)] = look(number, num_drawn[line.group])
         num_drawn[line.group] += 1
     return looks
 
 
-def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
-    # Steps of three: neighbouring variants of a run do not get the marker of the next run.
-    marker = MARKERS[(colour + 3 * variant) % len(MARKERS)]
-    shade = (
-        RUN_COLOURS[colour % len(RUN_COLOURS)]
-        if count <= len(RUN_COLOURS)
-        else mpl.colormaps["cividis"](0.9 * colour / count)
-    )
+def look(number: int, variant: int) -> dict[str, Any]:
+    """How a measured line is drawn.
+
+    Parameters
+    ----------
+    number : int
+        Of its run's colour.
+    variant : int
+        Which of the lines of its run, for the dashes.
+
+    Returns
+    -------
+    dict of str to object
+        Keywords of matplotlib.
+    """
+    colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+    # From the eleventh run on colours recur, with other markers.
+    place = number + number // len(RUN_COLOURS)
     return {
-        "color": shade,
+        "color": colour,
         "linestyle": DASHES[variant % len(DASHES)],
-        "marker": marker if count <= len(RUN_COLOURS) else "",
+        # Steps of three: neighbouring variants of a run do not get the marker of the next run.
+        "marker": MARKERS[(place + 3 * variant) % len(MARKERS)],
         # Every other line has hollow markers: they differ where colours are printed in grey.
-        "markerfacecolor": "white" if (colour + variant) % 2 else shade,
+        "markerfacecolor": "white" if (place + variant) % 2 else colour,
         "markeredgewidth": 0.7,
     }
 
@@ -146,12 +173,14 @@ def _draw_roles(
     """The lines of some roles; nulls and laws take the colour of the measured line before them."""
     colour = "0.4"
     for line in figure.lines:
-        look = looks.get(id(line), {})
-        colour = look.get("color", colour)
+        of_line = looks.get(id(line), {})
+        colour = of_line.get("color", colour)
         if line.role not in roles:
             continue
         if line.role == "measured":
-            _draw_measured(axes, line, look)
+            _draw_measured(axes, line, of_line)
+        elif line.role == "mark":
+            axes.plot(line.x, line.y, color=colour, zorder=4, **MARK)
         else:
             axes.plot(line.x, line.y, color=colour, alpha=0.8, **(NULL if line.role == "null" else THEORY))
 
@@ -224,7 +253,7 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
     low, high = axes.get_ylim()
     for line in figure.lines:
         if line.role == "threshold" and low <= line.y[0] <= high:
-            side = _free_side(axes, figure, line.y[0])
+            side = _free_side(axes, figure, line.y[0], line.label)
             label = "" if side else plain(line.label)  # crowded at both ends: named in the legend
             axes.plot(line.x, line.y, color="0.35", linestyle=":", linewidth=0.9, zorder=1, label=label)
             if side:
@@ -236,23 +265,37 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
     axes.set_ylim(low, high)
 
 
-def _free_side(axes: Axes, figure: Lines, value: float) -> str:
+def _share_of_words(axes: Axes, text: str) -> float:
+    """The share of the width that the words about a threshold take: a letter is about half an em wide."""
+    inches, _ = inches_of(axes)
+    return min(1.0, 0.5 * len(text) * mpl.rcParams["font.size"] / 72 / max(inches, 0.5))
+
+
+def _free_side(axes: Axes, figure: Lines, value: float, name: str) -> str:
     """The end of the axes where no curve runs through the words above a threshold, or nothing."""
     measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
-    # The words are taken to fit into the outer 30 % on either side. A heuristic of ours.
     first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
-    # The words take about 9 % of the height above the line.
-    low, high = (_height_of(axes, value) + shift for shift in (-0.02, 0.09))
-    for side, near in (
-        ("right", lambda x: x >= last - 0.3 * (last - first)),
-        ("left", lambda x: x <= first + 0.3 * (last - first)),
-    ):
+    wide = _share_of_words(axes, name) * (last - first)
+    low, high = (_height_of(axes, value) + shift for shift in _room_of_words(axes, value))
+    for side, near in (("right", lambda x: x >= last - wide), ("left", lambda x: x <= first + wide)):
         heights = [
-            _height_of(axes, y) for line in measured for x, y in zip(line.x, line.y, strict=True) if near(x)
+            _height_of(axes, y)
+            for line in measured
+            for values in (line.y, line.lower, line.upper)
+            if values is not None
+            for x, y in zip(line.x, values, strict=True)
+            if near(x)
         ]
         if not any(low <= height <= high for height in heights):
             return side
     return ""
+
+
+def _room_of_words(axes: Axes, value: float) -> tuple[float, float]:
+    """What the words about a threshold take below and above it, as shares of the height: above, or below at the top."""
+    _, inches = inches_of(axes)
+    words = 1.5 * mpl.rcParams["font.size"] / 72 / max(inches, 0.5)
+    return (-words, 0.02) if _height_of(axes, value) + words > 1 else (-0.02, words)
 
 
 def _height_of(axes: Axes, value: float) -> float:
@@ -264,16 +307,18 @@ def _height_of(axes: Axes, value: float) -> float:
 
 
 def _name_threshold(axes: Axes, line: Line, side: str) -> None:
+    # Above the axes are other words, such as a title.
+    above = _room_of_words(axes, line.y[0])[1] > 0.02
     axes.annotate(
         plain(line.label),
         (1 if side == "right" else 0, line.y[0]),
         xycoords=("axes fraction", "data"),
-        xytext=(-2 if side == "right" else 2, 1.5),
+        xytext=(-2 if side == "right" else 2, 1.5 if above else -1.5),
         textcoords="offset points",
         ha=side,
-        va="bottom",
+        va="bottom" if above else "top",
         color="0.35",
-        fontsize=mpl.rcParams["font.size"] - 2,
+        fontsize=mpl.rcParams["xtick.labelsize"],
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
@@ -36,6 +39,30 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     across = min(size.inches, 4.2)  # a square across the page would be as high as the page
     canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="compressed")
     axes = canvas.add_subplot()
+    mesh = plot_heatmap(axes, figure, dense=dense)
+    axes.set_xlabel(plain(figure.x_label))
+    axes.set_ylabel(plain(figure.y_label))
+    add_bar(axes, mesh, plain(figure.z_label))
+    return canvas
+
+
+def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh:
+    """Draw a matrix into axes; labels and colour bar are left to the caller.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Empty axes.
+    figure : Heatmap
+        What to draw.
+    dense : int
+        Cells from which the mesh is rasterised.
+
+    Returns
+    -------
+    matplotlib.collections.QuadMesh
+        For the colour bar.
+    """
     mesh = axes.pcolormesh(
         edges(figure.x),
         edges(figure.y),
@@ -53,13 +80,72 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
         axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values)))
-    axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(plain(figure.y_label))
-    bar = canvas.colorbar(mesh, ax=axes, label=plain(figure.z_label), fraction=0.06, pad=0.03)
+    if figure.printed:
+        _print_cells(axes, figure, mesh)
+    return mesh
+
+
+def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> None:
+    """The colour bar of a matrix, to the right of its axes.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Where the matrix is.
+    mesh : matplotlib.collections.QuadMesh
+        The matrix.
+    label : str
+        What the colours are.
+    """
+    bar = axes.figure.colorbar(mesh, ax=axes, label=label, fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
     if isinstance(mesh.norm, LogNorm):
         plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
-    return canvas
+
+
+# Streams up to which a cell has room for its number; a matrix of more shows colours, and sums as far as they fit.
+MOST_PRINTED = 5
+MOST_SUMS = 8
+
+
+def _print_cells(axes: Axes, figure: Heatmap, mesh: QuadMesh) -> None:
+    """The first row on top, as a matrix is written; sums of columns below, sums of rows at the right."""
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if len(figure.x) <= MOST_SUMS and len(figure.y) <= MOST_SUMS:
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(figure.y, [_two_decimals(value) for value in figure.z.sum(axis=1)])
+        right.tick_params(length=0)
+        right.spines["right"].set_linewidth(0)
+        axes.set_xticks(figure.x, [_two_decimals(value) for value in figure.z.sum(axis=0)])
+    if max(figure.z.shape) > MOST_PRINTED:
+        return
+    for row, y in enumerate(figure.y):
+        for column, x in enumerate(figure.x):
+            value = figure.z[row, column]
+            # Dark cells get white digits: 0.5 is the grey between.
+            grey = float(np.dot(mesh.cmap(mesh.norm(value))[:3], (0.299, 0.587, 0.114)))
+            colour = "white" if np.isfinite(value) and grey < 0.5 else "black"
+            axes.text(
+                x,
+                y,
+                _two_decimals(value),
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=mpl.rcParams["ytick.labelsize"],
+            )
+
+
+def _two_decimals(value: float) -> str:
+    """As the mHC paper prints its matrices; in powers of ten where two decimals have no room."""
+    if not np.isfinite(value):
+        return "–"
+    text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    text = "0.00" if text == "-0.00" else text
+    return text.replace("-", "−")
 
 
 def _norm(figure: Heatmap) -> Normalize:

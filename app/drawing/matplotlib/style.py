@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import (
     FuncFormatter,
@@ -24,6 +25,7 @@ from matplotlib.ticker import (
 )
 
 from depthscope.app.text.latex import Latex, unicode_declarations
+from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
 
 FONTS = ("STIXGeneral", "DejaVu Sans")
@@ -38,22 +40,24 @@ class Width:
     points: float
 
 
+# Of the body's ten or eleven points; ticks and legends are one point smaller, which must not be below 7.
+FIGURE_POINTS = 8
+
 WIDTHS: dict[str, Width] = {
-    "icml": Width(3.25, 8),
-    "neurips": Width(5.5, 9),
-    "full": Width(6.75, 8),
+    **{name: Width(venue.column, 9 if venue.column > 4 else FIGURE_POINTS) for name, venue in VENUES.items()},
+    "full": Width(6.75, FIGURE_POINTS),
 }
-"""Text widths that venues ask for: an ICML column, NeurIPS and ICLR text, both ICML columns."""
+"""The width of one column of every venue, and of both of ICML."""
 
 
 @contextmanager
-def figure_style(width: str = "icml") -> Iterator[Width]:
+def figure_style(width: str | Width = "icml") -> Iterator[Width]:
     """Matplotlib's settings for one width, undone on leaving.
 
     Parameters
     ----------
-    width : str
-        A key of `WIDTHS`.
+    width : str or Width
+        A key of `WIDTHS`, or any other width.
 
     Yields
     ------
@@ -64,9 +68,9 @@ def figure_style(width: str = "icml") -> Iterator[Width]:
     ValueError
         For a width that is not known.
     """
-    if width not in WIDTHS:
+    if isinstance(width, str) and width not in WIDTHS:
         raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
-    size = WIDTHS[width]
+    size = WIDTHS[width] if isinstance(width, str) else width
     with mpl.rc_context(_settings(size)):
         yield size
 
@@ -192,6 +196,24 @@ def _has_glyph(letter: str) -> bool:
 @functools.cache
 def _font(family: str) -> Any:
     return font_manager.get_font(font_manager.findfont(family))
+
+
+def inches_of(axes: Axes) -> tuple[float, float]:
+    """Width and height of axes, as far as their figure's layout is known.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        In a figure.
+
+    Returns
+    -------
+    tuple of float
+        Inches.
+    """
+    box, canvas = axes.get_window_extent(), axes.get_figure(root=True)
+    assert canvas is not None  # axes that were removed from their figure are drawn into by nobody
+    return box.width / canvas.dpi, box.height / canvas.dpi
 
 
 def are_whole(values: np.ndarray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,7 @@ from depthscope.app.figures import Figure, Heatmap, Lines
 __all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]
 
 
-def to_plotly(
-    figure: Figure, *, mark: tuple[float, float] | None = None, runs: Sequence[str] = ()
-) -> go.Figure:
+def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:
     """Plotly figure of a specification; numbers stay typed arrays.
 
     Parameters
@@ -28,9 +25,6 @@ def to_plotly(
         What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
     mark : tuple of float or None
         Cell of a heat map, (x, y), to ring.
-    runs : sequence of str
-        Runs in the order of their colours, so that a run keeps its colour in figures that lack another one;
-        empty takes the order of the figure.
 
     Returns
     -------
@@ -44,7 +38,7 @@ def to_plotly(
     >>> drawn.data[0].y.tolist()
     [4.0, 2.0, 1.0]
     """
-    drawn = draw_lines(figure, runs) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
+    drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
     drawn.update_layout(**_layout(figure))
     return drawn
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthscope.app.figures.run_colours import RUN_COLOURS
+from depthscope.app.figures.palette import RUN_COLOURS
 
 __all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE", "THEORY"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +19,20 @@ from depthscope.app.text.visible import LONGEST_TEXT, shortened
 __all__ = ["draw_lines"]
 
 
-def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
+def draw_lines(figure: Lines) -> go.Figure:
     """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later.
 
     Parameters
     ----------
     figure : Lines
         What to draw.
-    runs : sequence of str
-        Runs in the order of their colours.
 
     Returns
     -------
     plotly.graph_objects.Figure
     """
     drawn = go.Figure()
-    looks = _looks(figure.lines, runs)
+    looks = _looks(figure.lines, figure.runs)
     # Dashes appear where a run has several lines: the legend then lists runs and variants instead of every line.
     crowded = any(look.dash != DASHES[0] for look in looks if look.measured)
     num_bands = sum(line.lower is not None for line in figure.lines)
@@ -107,11 +105,14 @@ class _Look:
     measured: bool
 
 
-def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
+def _looks(lines: Sequence[Line], runs: Mapping[str, int]) -> list[_Look]:
     """Colour and dash of every line: a run keeps one colour; its lines differ in their dashes."""
-    # The caller's order, so that a run keeps its colour in a figure that lacks another one.
-    groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
-    several = len(groups) > 1
+    # With runs that this figure lacks: the others keep their colours.
+    numbers = dict(runs)
+    for line in lines:
+        if line.role == "measured":
+            numbers.setdefault(line.group, len(numbers))
+    several = len(numbers) > 1
     num_drawn: dict[str, int] = {}
     looks: list[_Look] = []
     for line in lines:
@@ -124,8 +125,7 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
             rank = num_drawn.get(line.group, 0)
             num_drawn[line.group] = rank + 1
             # Colour distinguishes the lines of one run, from its own on; of several runs it is taken, and dashes do.
-            own = groups.index(line.group) if several else 0
-            own = line.colour if line.colour is not None else own
+            own = numbers[line.group]
             colour = PALETTE[(own if several else own + rank) % len(PALETTE)]
             looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))
     return looks

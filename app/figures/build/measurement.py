@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "Measurement"]
 
+MOST_NAMED = 3
+"""Runs that a sentence of a caption names; of more it says how many. A heuristic of ours."""
+
 # An invariant metric has no entry, so that its caption has no sentence.
 _BASES = {
     "stream": "Depends on the basis of the streams.",
@@ -253,10 +256,13 @@ class Measurement:
     def sample_words(self) -> str:
         """Sentences about samples that are too small for the metric, run by run."""
         notes = {run: data.attrs.get("notes", {}).get(self.metric) for run, data in self.analyses.items()}
+        known = {run: note.rstrip(".") for run, note in notes.items() if note}
+        if len(known) > MOST_NAMED:
+            # A sentence for each run would be longer than the figure.
+            run, note = next(iter(known.items()))
+            return f"The sample is small for {len(known)} of the runs, such as {run}: {note}."
         several = len(self.analyses) > 1
-        return " ".join(
-            f"{f'{run}: ' if several else ''}{note.rstrip('.')}." for run, note in notes.items() if note
-        )
+        return " ".join(f"{f'{run}: ' if several else ''}{note}." for run, note in known.items())
 
     def caption(self, drawn: Sequence[Line], *, scope: str, remarks: Sequence[str] = ()) -> str:
         """Caption of curves: selection, number of tokens, null, remarks, basis, sample, and which runs are missing.
@@ -302,4 +308,6 @@ class Measurement:
         str
         """
         missing = [run for run in self.analyses if run not in drawn]
+        if len(missing) > MOST_NAMED:
+            return f"Not measured in {len(missing)} of the {len(self.analyses)} runs."
         return f"Not measured in {', '.join(missing)}." if missing else ""

@@ -18,7 +18,7 @@ CASES = [
     ("depthscope check ", {"a.nc", "two words.nc"}),
     ("depthscope probe model --text ", {"a.nc", "notes.txt"}),
     ("depthscope probe model --dtype b", {"bfloat16"}),
-    ("depthscope export a.nc --width ", {"icml", "neurips", "full"}),
+    ("depthscope export a.nc --venue ", {"icml", "neurips", "iclr", "acl", "cvpr", "ieee", "plain"}),
     ("depthscope analyze a.nc --metrics token_c", {"token_cosine"}),
     ("depthscope compare a.nc --scope ", {"sequence", "data"}),
     ("depthscope --completion ", {"bash", "zsh", "fish"}),

@@ -90,7 +90,7 @@ def test_wrong_usage_is_one_line_and_two(words, said, capsys):
         (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
         (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
         (["compare", "RUNS", "--tokens", "some"], "expected one of all, ordinary"),
-        (["export", "RUNS", "--out", "OUT/paper", "--width", "a4"], "expected one of icml, neurips, full"),
+        (["export", "RUNS", "--out", "OUT/paper", "--venue", "a4"], "expected one of icml, neurips, iclr"),
         (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
         (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
         (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr, .zarr.zip"),

@@ -19,7 +19,7 @@ def test_seeds_become_a_mean_with_a_band_and_others_stay():
         "depth",
         "rank",
         (
-            line("a0", [1.0, 2.0, np.nan], colour=3),
+            line("a0", [1.0, 2.0, np.nan]),
             line("a0", [9.0, 9.0, 9.0], role="null"),
             line("a1", [3.0, np.nan, np.nan]),
             line("b", [5.0, 5.0, 5.0]),
@@ -32,7 +32,7 @@ def test_seeds_become_a_mean_with_a_band_and_others_stay():
     np.testing.assert_array_equal(mean.y, [2.0, 2.0, np.nan])
     np.testing.assert_array_equal(mean.lower, [1.0, 2.0, np.nan])
     np.testing.assert_array_equal(mean.upper, [3.0, 2.0, np.nan])
-    assert (mean.label, mean.group, mean.colour) == ("a0 and 2 more seeds", "a0", 3)
+    assert (mean.label, mean.group) == ("a0 and 2 more seeds", "a0")
     assert (shallow.group, other.group, limit.label) == ("a2", "b", "limit")
     assert "of up to 2 seeds" in found.caption
 

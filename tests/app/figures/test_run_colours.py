@@ -10,7 +10,8 @@ import pytest
 from depthscope.app.drawing.matplotlib import curves
 from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import FIGURES
-from depthscope.app.figures.run_colours import RUN_COLOURS, analyses_of, colour_places
+from depthscope.app.figures.palette import RUN_COLOURS
+from depthscope.app.figures.run_colours import analyses_of, colour_places
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import save_run
 
@@ -54,7 +55,7 @@ def test_screen_and_paper_draw_a_run_in_the_same_colour(readings):
     drawn = to_plotly(figure)
     on_screen = {trace.name: trace.line.color for trace in drawn.data if trace.name in ("run04", "run09")}
     on_paper = {
-        line.group: curves._looks(figure.lines)[id(line)]["color"]
+        line.group: curves._looks(figure, figure.lines)[id(line)]["color"]
         for line in figure.lines
         if line.role == "measured"
     }

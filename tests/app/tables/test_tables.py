@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
+from depthscope.app.tables.best import best_of
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
 from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
+from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics import CATALOGUE, Finding, Severity
 
 
@@ -185,8 +188,8 @@ def test_markdown_and_csv(readings):
     table = summary_table(readings)
     lines = to_markdown(table).splitlines()
     assert lines[0].startswith("**Summary of runs.**")
-    assert len(lines) == 4 + len(readings)
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert len(lines) == 6 + len(readings)  # title, rule and headings above, notes below
+    assert len({line.count("|") for line in lines[2:-2]}) == 1
     assert to_csv(table).splitlines()[0].startswith("run,model,family,streams,layers,num_tokens")
 
 
@@ -216,3 +219,50 @@ def test_rows_are_even():
     assert evenly(3, 5) == [0, 1, 2]
     assert evenly(101, 3) == [0, 50, 100]
     assert spoken("adjacent_cka") == "adjacent CKA"
+
+
+def test_numbers_meet_at_their_points_and_nulls_have_a_row(readings):
+    text = to_latex(depth_table(readings[0]), {})
+    assert "r@{}l" in text
+    assert re.search(r"\d & \.\d+ \$\\pm\$ \d", text)
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert any(line.startswith(r"\textit{null}") for line in rows)
+    # Every row has as many cells as the headings announce.
+    heading = next(line for line in rows if "depth" in line)
+    columns = heading.count("&") + 1 + heading.count(r"\multicolumn{2}")
+    assert {line.count("&") + 1 for line in rows[1 : rows.index(heading) + 4] if line != heading} == {columns}
+
+
+def test_wide_and_long_tables_go_to_parts_that_fit(readings):
+    many = [replace(readings[1], name=f"run {i}") for i in range(60)]
+    text = to_latex(summary_table(many), {}, VENUES["icml"])
+    assert text.count(r"\begin{table*}") > 2
+    assert text.count(r"\label{tab:summary}") == 1
+    assert "part 2 of" in text
+    assert r"\resizebox" not in text
+    for name in ("run 0 ", "run 59 "):
+        assert name in text
+
+
+def test_the_best_is_marked_where_a_metric_has_one():
+    nan = math.nan
+    assert best_of("effective_rank", [3.0, 5.0, 4.0], [nan] * 3) == {1}
+    assert best_of("token_cosine", [0.3, 0.5], [nan] * 2) == {0}
+    assert best_of("composite_gain", [3.0, 0.9, 1.2], [nan] * 3) == {
+        1
+    }  # a third more is farther than a tenth less
+    # The intervals do not tell the two apart from each other, and both from the last.
+    assert best_of("effective_rank", [5.0, 4.9, 2.0], [0.1, 0.1, 0.1]) == {0, 1}
+    assert best_of("effective_rank", [5.0, 4.9], [0.1, 0.1]) == set()
+    assert best_of("residual_norm", [1.0, 2.0], [nan] * 2) == set()
+    assert best_of("effective_rank", [1.0, nan], [nan] * 2) == set()
+
+
+def test_best_cells_are_bold_in_latex_and_markdown(readings):
+    analysis = readings[1].analysis
+    better = analysis.assign(effective_rank=analysis["effective_rank"] * 3).drop_vars("effective_rank_stderr")
+    table = summary_table([readings[0], replace(readings[1], analysis=better)])
+    assert (1, "effective rank, last") in table.best
+    assert "**" in to_markdown(table).splitlines()[5]
+    assert r"\textbf" in to_latex(table, {})
+    assert any("Bold" in note for note in table.notes)

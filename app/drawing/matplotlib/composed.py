@@ -1,0 +1,270 @@
+"""How are several panels drawn on paper? Side by side with letters, under one legend, each run in one colour."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Patch
+
+from depthscope.app.drawing.matplotlib.curves import DASHES, HEALTHY, MARK, NULL, THEORY, look, plot_lines
+from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
+from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
+from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
+from depthscope.app.figures.specification import Heatmap, Line, Lines
+from depthscope.app.text.latex import Latex
+from depthscope.app.text.visible import shortened
+
+__all__ = ["draw_composed", "draw_into"]
+
+# A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
+LEAST_ACROSS = 1.6
+MOST_COLUMNS = 4
+# Runs whose names have room, and letters of the names of more.
+FEW, SHORT_NAME = 4, 24
+# Of a figure: with its caption it has to fit a page nine inches high.
+HIGHEST = 6.6
+DIFFERS = "groups differ (p < 0.05)"
+
+
+def draw_composed(figure: Composed, size: Width) -> Canvas:
+    """Draw the panels side by side, with one legend below all of them.
+
+    Parameters
+    ----------
+    figure : Composed
+        What to draw; at least one panel.
+    size : Width
+        Inches across and type size; `figure_style` must be active.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
+    """
+    columns = _columns(figure.panels, size)
+    rows = math.ceil(len(figure.panels) / columns)
+    across = size.inches / columns
+    entries = list(_entries(figure))
+    lines = math.ceil(len(entries) / _legend_columns(entries, size)) if len(entries) > 1 else 0
+    below = lines * 1.45 * size.points / 72 + 0.08
+    row = min(_height(figure.panels, across), (HIGHEST - below) / rows)
+    canvas = Canvas(figsize=(size.inches, rows * row + below), layout="constrained")
+    axes: dict[str, Axes] = {}
+    for place, panel in enumerate(figure.panels):
+        axes[panel.key] = canvas.add_subplot(rows, columns, place + 1, label=panel.key)
+    draw_into(figure, axes, across=across)
+    if lines:
+        handles, labels = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
+        canvas.legend(
+            handles, labels, loc="outside lower center", ncols=_legend_columns(entries, size), frameon=False
+        )
+    return canvas
+
+
+def draw_into(
+    figure: Composed, axes: Mapping[str, Axes], *, across: float = 0.0, legend: bool = False
+) -> None:
+    """Draw panels into axes, lettered in the order of the panels.
+
+    Parameters
+    ----------
+    figure : Composed
+        What to draw.
+    axes : mapping of str to Axes
+        By the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
+    across : float
+        Inches that a panel has, for its titles; those of the axes by default.
+    legend : bool
+        Whether their figure gets the legend, below all that it contains.
+    """
+    drawn = [panel for panel in figure.panels if panel.key in axes]
+    for place, panel in enumerate(drawn):
+        ax = axes[panel.key]
+        inches = across or inches_of(ax)[0]
+        _draw_panel(figure, panel, ax, 0.55 * inches)
+        # The title begins above the ticks, left of the axes, and may take all of the panel's width.
+        points = mpl.rcParams["legend.fontsize"]
+        points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
+        letters = max(int(inches * 72 / (0.5 * points)), 12)
+        title = textwrap.fill(f"({letter(place)}) {plain(panel.title)}", letters)
+        ax.set_title(title, loc="left", fontsize=points)
+    if legend and drawn:
+        entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
+        if len(entries) > 1:
+            handles, labels = zip(*entries, strict=True)
+            canvas = axes[drawn[0].key].get_figure(root=True)
+            assert canvas is not None
+            # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
+            canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
+
+
+def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> None:
+    content = panel.content
+    if isinstance(content, Heatmap):
+        mesh = plot_heatmap(axes, content)
+        if not content.printed:
+            axes.set_aspect("auto")
+            add_bar(axes, mesh, plain(content.z_label))
+    elif isinstance(content, Points):
+        _plot_points(axes, content, figure)
+    else:
+        plot_lines(axes, content, _looks(figure, content))
+        _mark_differences(axes, panel)
+    axes.set_xlabel(plain(content.x_label.partition(" (")[0]))
+    axes.set_ylabel(wrapped(content.y_label, height))
+
+
+def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
+    """Columns in which panels are wide enough."""
+    most = max(1, min(MOST_COLUMNS, int(size.inches // LEAST_ACROSS)))
+    if len(panels) <= most:
+        return len(panels)
+    if all(map(_is_printed, panels)):
+        return 3  # three single ones, and three products below them
+    if len(panels) == 4 and most == 3:
+        return 2
+    # Four columns of six or nine panels would leave a gap.
+    return 3 if most == 4 and len(panels) % 4 and len(panels) % 3 == 0 else most
+
+
+def _height(panels: Sequence[LetteredPanel], across: float) -> float:
+    """Inches of a row."""
+    if all(map(_is_printed, panels)):
+        return min(0.95 * across, 1.65)  # four rows of them are a page
+    square = any(isinstance(panel.content, Points) for panel in panels)
+    # One or two panels would be as high as half a page.
+    return min((0.98 if square else 0.82) * across, 2.6)
+
+
+def _is_printed(panel: LetteredPanel) -> bool:
+    return isinstance(panel.content, Heatmap) and panel.content.printed
+
+
+# --- colours and dashes that hold for all panels
+
+
+def _variant(line: Line) -> str:
+    """What distinguishes a line from others of its run."""
+    return line.label.removeprefix(line.group).removeprefix(" · ")
+
+
+def _variants(figure: Composed) -> list[str]:
+    """Distinct variants of all panels, in the order of their dashes; the plain line first."""
+    found = dict.fromkeys([""])
+    for panel in figure.panels:
+        if isinstance(panel.content, Lines):
+            found |= dict.fromkeys(_variant(line) for line in panel.content.lines if line.role == "measured")
+    return list(found)
+
+
+def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
+    variants = _variants(figure)
+    return {
+        id(line): look(figure.runs[line.group], variants.index(_variant(line)))
+        for line in content.lines
+        if line.role == "measured"
+    }
+
+
+def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
+    """Handles and labels of the legend: runs that are drawn, variants in grey, then nulls, laws and limits."""
+    contents = [panel.content for panel in figure.panels]
+    lines = [line for content in contents if isinstance(content, Lines) for line in content.lines]
+    drawn = {line.group for line in lines if line.role == "measured"}
+    drawn |= {run for content in contents if isinstance(content, Points) for run in content.points}
+    for run, number in figure.runs.items():
+        if run in drawn:
+            yield Line2D([], [], **look(number, 0)), _legend_name(run, len(figure.runs))
+    for place, variant in enumerate(_variants(figure)):
+        if variant:
+            yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
+    yield from _grey_entries(lines)
+    if any(isinstance(content, Lines) and content.healthy is not None for content in contents):
+        yield Patch(color=HEALTHY, linewidth=0), "healthy"
+    if any(panel.differs for panel in figure.panels):
+        yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
+
+
+def _legend_name(run: str, count: int) -> str:
+    """The name of a run: of many runs shorter, so that the legend is not higher than the panels."""
+    # LaTeX of a PGF figure is not cut.
+    return plain(run if isinstance(run, Latex) or count <= FEW else shortened(run, SHORT_NAME, counted=False))
+
+
+def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
+    """What has the colour of its run, once in grey for all runs."""
+    roles = {line.role for line in lines}
+    if "null" in roles:
+        yield Line2D([], [], color="0.4", **NULL), "null"
+    for law in dict.fromkeys(line.law for line in lines if line.role == "theory"):
+        yield Line2D([], [], color="0.4", **THEORY), plain(law)
+    if "mark" in roles:
+        yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
+
+
+def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[Any, str]]:
+    """Thresholds beside which there was no room for their names."""
+    names = {
+        plain(line.label)
+        for panel in figure.panels
+        if isinstance(panel.content, Lines)
+        for line in panel.content.lines
+        if line.role == "threshold"
+    }
+    drawn = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    return list({label: (handle, label) for handle, label in drawn if label in names}.values())
+
+
+def _legend_columns(entries: Sequence[tuple[Any, str]], size: Width) -> int:
+    # As for single figures: a letter is about half an em wide, the handle with its spaces four and a half.
+    longest = max((len(label) for _, label in entries), default=1)
+    return max(1, min(len(entries), int(size.inches // ((0.5 * longest + 4.5) * (size.points - 1) / 72))))
+
+
+def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:
+    """A bar along the bottom where groups of runs differ."""
+    for first, last in panel.differs:
+        # In the height of the axes: it hides no value, whatever their scale.
+        axes.plot(
+            [first, last],
+            [0.0, 0.0],
+            color="0.2",
+            linewidth=2.5,
+            solid_capstyle="butt",
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            zorder=5,
+        )
+
+
+def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
+    axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor="0.5", linewidth=0.7))
+    axes.axhline(0, color="0.85", linewidth=0.5, zorder=0)
+    axes.axvline(0, color="0.85", linewidth=0.5, zorder=0)
+    shown = {run: _placed(values, content.radial_log) for run, values in content.points.items()}
+    for run, values in shown.items():
+        style = look(figure.runs[run], 0) | {"linestyle": "", "markersize": 2.8}
+        axes.plot(values.real, values.imag, alpha=0.8, **style)
+    reach = max([1.1, *(1.1 * float(np.abs(values).max()) for values in shown.values())])
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
+    axes.set_aspect("equal")
+    if content.radial_log:
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+
+def _placed(values: np.ndarray, radial_log: bool) -> np.ndarray:
+    """Where points are drawn, flat."""
+    flat = np.ravel(values)
+    size = np.abs(flat)
+    # 0 stays 0, and 1 stays 1.
+    return flat * np.log2(1 + size) / np.where(size > 0, size, 1.0) if radial_log else flat

@@ -1,0 +1,140 @@
+"""Which figures answer the questions of a paper? Eight of several panels, of whatever the runs can feed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import xarray as xr
+
+from depthscope.app.figures.composed.groups import groups_of
+from depthscope.app.figures.composed.panels import Subjects, in_one_line
+from depthscope.app.figures.composed.questions import QUESTIONS, Question
+from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import Reading
+
+__all__ = [
+    "QUESTIONS",
+    "Composed",
+    "LetteredPanel",
+    "Points",
+    "Question",
+    "Subjects",
+    "compose",
+    "in_one_line",
+    "letter",
+]
+
+
+def compose(
+    name: str,
+    readings: Sequence[Reading],
+    *,
+    view: Selection | None = None,
+    runs: Mapping[str, xr.DataTree] | None = None,
+    by: str = "",
+) -> Composed:
+    """A composed figure of some runs, with the panels that they can feed.
+
+    Parameters
+    ----------
+    name : str
+        A key of `QUESTIONS`.
+    readings : sequence of Reading
+        Runs, in the order of their colours.
+    view : Selection, optional
+        Which version of the numbers, as far as a panel does not fix it.
+    runs : mapping of str to DataTree, optional
+        The runs in memory, by the names that `read_runs` was given; those of a path are opened where a panel needs more than
+        the analysis.
+    by : str
+        Attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are then means over the runs
+        of a group with their 95 % interval, and marked where two groups differ.
+
+    Returns
+    -------
+    Composed
+        Without any panel where the runs feed none; ``left_out`` has the reasons.
+    """
+    subjects = Subjects(tuple(readings), runs or {}, groups_of(readings, by))
+    return composed_of(QUESTIONS[name], subjects, view or Selection())
+
+
+def composed_of(question: Question, subjects: Subjects, view: Selection) -> Composed:
+    """As `compose`, of runs whose matrices and histories are shared between several figures.
+
+    Parameters
+    ----------
+    question : Question
+        What is asked.
+    subjects : Subjects
+        The runs.
+    view : Selection
+        Which version of the numbers.
+
+    Returns
+    -------
+    Composed
+    """
+    panels: list[LetteredPanel] = []
+    left_out: dict[str, list[str]] = {}
+    for recipe in question.recipes:
+        made = recipe.panels(subjects, view)
+        if isinstance(made, str):
+            left_out.setdefault(recipe.title, []).append(made)
+        else:
+            panels += made
+    return Composed(
+        name=question.name,
+        title=question.title,
+        panels=tuple(panels),
+        runs=subjects.shown,
+        caption=_caption(panels),
+        alt=" ".join(f"({letter(place)}) {panel.content.alt}" for place, panel in enumerate(panels)),
+        left_out={title: in_one_line(reasons) for title, reasons in left_out.items()},
+    )
+
+
+def letter(place: int) -> str:
+    """The letter of a panel: a to z, then aa, ab and so on.
+
+    Parameters
+    ----------
+    place : int
+        From 0 on.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> letter(0), letter(25), letter(26)
+    ('a', 'z', 'aa')
+    """
+    return (letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
+
+
+# A full stop, and what begins a sentence; "et al. 2025" does not.
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z±«(])")
+
+
+def _caption(panels: Sequence[LetteredPanel]) -> str:
+    """What each panel shows, and after it once what several of them say."""
+    said = [
+        _BETWEEN_SENTENCES.split(panel.content.caption) if panel.content.caption else [] for panel in panels
+    ]
+    counts = Counter(sentence for sentences in said for sentence in dict.fromkeys(sentences))
+    parts = []
+    for place, (panel, sentences) in enumerate(zip(panels, said, strict=True)):
+        own = [sentence for sentence in sentences if counts[sentence] == 1]
+        parts.append(" ".join([f"({letter(place)}) {_capital(panel.title)}.", *own]))
+    shared = [sentence for sentence, count in counts.items() if count > 1]
+    return " ".join([*parts, *shared])
+
+
+def _capital(text: str) -> str:
+    # The capital of σ is another quantity.
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text

@@ -1,0 +1,406 @@
+"""Which panels can some runs feed? Recipes: curves of all runs, maps of a few of them, their matrices, their training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.values import fed
+from depthscope.app.figures.composed.groups import differing_ranges, grouped
+from depthscope.app.figures.composed.specification import LetteredPanel, Points
+from depthscope.app.figures.palette import colour_numbers
+from depthscope.app.figures.run_colours import analyses_of
+from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
+from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.run_arrays import MixingMatrices, history_of, matrices_of
+
+__all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
+
+MOST_MAPS = 3
+"""Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
+page: a heuristic of ours."""
+
+MOST_MATRICES = 2
+"""Runs whose matrices are in a composed figure: each takes six panels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subjects:
+    """The runs of a composed figure with what it needs of them.
+
+    Parameters
+    ----------
+    readings : tuple of Reading
+        Runs, in the order of their colours.
+    runs : mapping of str to DataTree
+        Runs in memory, by the names that `read_runs` was given.
+    groups : mapping of str to str
+        Run → group, where runs are repetitions of some designs; empty where each stands for itself.
+    """
+
+    readings: tuple[Reading, ...]
+    runs: Mapping[str, xr.DataTree] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> dict[str, int]:
+        """What has a colour of its own, groups or runs, with the number of that colour."""
+        groups = {name: place for place, name in enumerate(dict.fromkeys(self.groups.values()))}
+        return groups or colour_numbers(self.analyses)
+
+    @cached_property
+    def analyses(self) -> dict[str, xr.Dataset]:
+        """Analysis by run."""
+        return analyses_of(self.readings)
+
+    @cached_property
+    def matrices(self) -> dict[str, MixingMatrices]:
+        """Mixing matrices of the runs that have some."""
+        found = {reading.name: matrices_of(reading, self.runs) for reading in self.readings}
+        return {run: matrices for run, matrices in found.items() if matrices is not None}
+
+    @cached_property
+    def histories(self) -> dict[str, xr.Dataset]:
+        """What was measured by step, of the runs that have several steps."""
+        found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
+        return {run: history for run, history in found.items() if history is not None}
+
+    def why_not(self, metric: str) -> str:
+        """Why no run has a metric.
+
+        Parameters
+        ----------
+        metric : str
+            Name in the catalogue.
+
+        Returns
+        -------
+        str
+        """
+        reasons = dict.fromkeys(
+            str(data.attrs.get("not_computed", {}).get(metric, "")) for data in self.analyses.values()
+        )
+        return (
+            "; ".join(filter(None, reasons)) or f"no run has a defined value of {metric} under this selection"
+        )
+
+
+class PanelRecipe(Protocol):
+    """How one or several panels are made."""
+
+    @property
+    def title(self) -> str:
+        """What is printed after the letter, and named where there is no such panel."""
+
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """The panels, or the reason why there is none."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One panel with a curve of every run.
+
+    Parameters
+    ----------
+    key, title : str
+        Of the panel.
+    kind : FigureKind
+        A figure of the catalogue.
+    fixed : mapping of str to str
+        Labels that override the selection.
+    branch : str
+        Only connections of this kind, such as ``"attn"``; empty for all.
+    log_y : bool
+        A logarithmic axis also where the metric's own is linear: a null that is far off must not flatten the curves.
+    """
+
+    key: str
+    title: str
+    kind: FigureKind
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    branch: str = ""
+    log_y: bool = False
+
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """The panel, or the reason why there is none."""
+        analyses = subjects.analyses
+        if self.branch:
+            analyses = {run: _of_branch(data, self.branch) for run, data in analyses.items()}
+        figure = self.kind.build(analyses, **asdict(replace(view, **self.fixed)))
+        assert isinstance(figure, Lines)
+        measured = [line for line in figure.lines if line.role == "measured"]
+        if not any(np.isfinite(line.y).any() for line in measured):
+            if self.branch and self.kind.metric in {
+                name for data in subjects.analyses.values() for name in data
+            }:
+                return f"no run has connections called {self.branch!r}"
+            return subjects.why_not(self.kind.metric)
+        # The title says what is fixed, such as the direction: the plain line of a run is that one.
+        lines = tuple(
+            replace(line, label=line.group)
+            if line.label in {f"{line.group} · {label}" for label in self.fixed.values()}
+            else line
+            for line in figure.lines
+        )
+        figure = replace(figure, lines=lines, log_y=figure.log_y or self.log_y)
+        if not subjects.groups:
+            return [LetteredPanel(self.key, self.title, figure)]
+        view = replace(view, **self.fixed)
+        differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
+        return [LetteredPanel(self.key, self.title, grouped(figure, subjects.groups), differs)]
+
+
+def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
+    """The analysis at the connections of one kind alone; without any where it has none of that kind."""
+    if "connection" not in data.dims:
+        return data
+    known = data["branch"].values.astype(str) if "branch" in data.coords else np.array([])
+    labelled = known.size == data.sizes["connection"]
+    keep = np.flatnonzero(known == branch) if labelled else np.zeros(0, dtype=int)
+    # The places along the network stay: `positions` reads the labels.
+    numbered = (
+        data
+        if "connection" in data.coords
+        else data.assign_coords(connection=range(data.sizes["connection"]))
+    )
+    return numbered.isel(connection=keep)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A heat map of each of the first runs that have one.
+
+    Parameters
+    ----------
+    key, title : str
+        Of the panels; the run's name is added where several are shown.
+    kind : FigureKind
+        A figure of the catalogue.
+    fixed : mapping of str to str
+        Labels that override the selection.
+    most : int
+        Runs.
+    prepare : function, optional
+        Takes an analysis and returns one in which the metric has the dimensions of the map.
+    floor : float
+        Values below this share of the largest one of their column are rounding and undefined.
+    """
+
+    key: str
+    title: str
+    kind: FigureKind
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    most: int = MOST_MAPS
+    prepare: Callable[[xr.Dataset], xr.Dataset] | None = None
+    floor: float = 0.0
+
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """The panels, or the reason why there is none."""
+        # Matrices are not overlaid, so that they need no shared axis.
+        view = replace(view, axis="depth", **self.fixed)
+        direction = {"direction": "forward"} if view.direction == "both" else {}
+        analyses = subjects.analyses
+        if self.prepare is not None:
+            analyses = {run: self.prepare(data) for run, data in analyses.items()}
+        able = [run for run, _, _ in fed(analyses, self.kind.metric, view, **direction)]
+        if not able:
+            return subjects.why_not(self.kind.metric)
+        panels = []
+        for place, run in enumerate(able[: self.most]):
+            figure = self.kind.build({run: analyses[run]}, **asdict(replace(view, run=run)))
+            assert isinstance(figure, Heatmap)
+            title = self.title if len(subjects.readings) == 1 else f"{self.title}: {run}"
+            panels.append(
+                LetteredPanel(_numbered(self.key, place), title, _without_rounding(figure, self.floor))
+            )
+        return panels
+
+
+def _without_rounding(figure: Heatmap, floor: float) -> Heatmap:
+    """A map without what is rounding noise, which would take all of a logarithmic colour scale, and without empty rows."""
+    z = figure.z
+    if floor:
+        with np.errstate(invalid="ignore"):
+            z = np.where(z > floor * np.fmax.reduce(z, axis=0, initial=0.0), z, np.nan)
+    keep = np.isfinite(z).any(axis=1)
+    if not keep.any():
+        return figure
+    text = [name for name, kept in zip(figure.y_text or [], keep, strict=False) if kept] or None
+    return replace(figure, z=z[keep], y=figure.y[keep], y_text=text)
+
+
+def streams_as_rows(data: xr.Dataset) -> xr.Dataset:
+    """The analysis with every stream of the shares along a dimension of its own, of which no label is selected.
+
+    Parameters
+    ----------
+    data : Dataset
+        Analysis of one run.
+
+    Returns
+    -------
+    Dataset
+        ``read_share`` and ``write_share`` over (…, connection, of_stream).
+    """
+    shares = [name for name in ("read_share", "write_share") if name in data]
+    streams = [label for label in data["stream"].values.tolist() if label != "mean"] if shares else []
+    moved = {
+        name: data[name]
+        .sel(stream=streams)
+        .rename(stream="of_stream")
+        .assign_coords(of_stream=np.arange(len(streams)))
+        .assign_attrs(data[name].attrs)
+        for name in shares
+    }
+    return data.drop_vars(shares).assign(moved)
+
+
+def _numbered(key: str, place: int) -> str:
+    """The first run's panel has the plain key, so that code that adapts a figure of one run serves several."""
+    return key if place == 0 else f"{key}_{place + 1}"
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """H_res of the first, a middle and the last connection, and its products over the halves and the whole."""
+
+    key: str = "mixing"
+    title: str = "mixing matrices"
+
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """Six panels a run, or the reason why there is none."""
+        del view  # means over all real tokens, whatever slice other figures show
+        if not subjects.matrices:
+            return "no run has streams whose mixing matrices are stored"
+        panels = []
+        for place, (run, found) in enumerate(list(subjects.matrices.items())[:MOST_MATRICES]):
+            of_run = "" if len(subjects.readings) == 1 else f": {run}"
+            last = len(found.single) - 1
+            shown = [
+                *(
+                    (f"h{c}", f"connection {c}{of_run}", found.single[c])
+                    for c in sorted({0, last // 2, last})
+                ),
+                *(
+                    (f"p{a}-{b}", f"product {a}–{b}{of_run}", product)
+                    for (a, b), product in found.products.items()
+                    if b > a
+                ),
+            ]
+            panels += [
+                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix))
+                for key, title, matrix in shown
+            ]
+        return panels
+
+
+def _printed(key: str, run: str, matrix: np.ndarray) -> Heatmap:
+    streams = np.arange(len(matrix), dtype=np.float64)
+    known = matrix[np.isfinite(matrix)]
+    # Each by its own scale: a product that has grown would leave single matrices one colour.
+    limits = (min(0.0, float(known.min())), float(known.max())) if known.size else None
+    rows, columns = matrix.sum(axis=1), matrix.sum(axis=0)
+    return Heatmap(
+        name=key,
+        title=key,
+        x=streams,
+        y=streams,
+        z=matrix,
+        x_label="",
+        y_label="",
+        z_label="",
+        limits=limits,
+        caption="Means over tokens, of products the mean of each token's product; rows are destinations. At the right the "
+        "signed sum of each row (gain forward), below that of each column (gain backward). "
+        "Colours: each matrix by its own range.",
+        alt=f"{key} of {run}: row sums {', '.join(f'{v:.2f}' for v in rows)}; "
+        f"column sums {', '.join(f'{v:.2f}' for v in columns)}.",
+        metric="mixing_gain",
+        run=run,
+        printed=True,
+    )
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """Eigenvalues of matrices of every run, with the unit circle.
+
+    Parameters
+    ----------
+    key, title : str
+        Of the panel.
+    matrices : function
+        Takes the mixing matrices of a run; returns those whose eigenvalues are drawn, (K, n, n).
+    note : str
+        Sentence of the caption.
+    radial_log : bool
+        Whether distances from the origin are log₂(1 + |λ|), which leaves the unit circle where it is.
+    """
+
+    key: str
+    title: str
+    matrices: Callable[[MixingMatrices], np.ndarray]
+    note: str
+    radial_log: bool = False
+
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """The panel, or the reason why there is none."""
+        del view  # as in `Matrices`
+        points: dict[str, np.ndarray] = {}
+        for run, found in subjects.matrices.items():
+            chosen = self.matrices(found)
+            finite = chosen[np.isfinite(chosen).all(axis=(1, 2))]
+            if len(finite):
+                name = subjects.groups.get(run, run)
+                points[name] = np.concatenate(
+                    [points.get(name, np.zeros(0)), np.linalg.eigvals(finite).ravel()]
+                )
+        if not points:
+            return "no run has streams whose mixing matrices are stored"
+        radii = {run: float(np.abs(values).max()) for run, values in points.items()}
+        cloud = Points(
+            name=self.key,
+            title=self.title,
+            x_label="Re λ",
+            y_label="Im λ",
+            points=points,
+            caption=f"{self.note} The circle is |λ| = 1."
+            + (" Distance from the origin: log₂(1 + |λ|)." if self.radial_log else ""),
+            alt=f"{self.title}: "
+            + "; ".join(f"largest |λ| of {run} {radius:.3g}" for run, radius in radii.items())
+            + ".",
+            metric="mixing_eigenvalue_modulus",
+            radial_log=self.radial_log,
+            runs=subjects.shown,
+        )
+        return [LetteredPanel(self.key, self.title, cloud)]
+
+
+def every_connection(found: MixingMatrices) -> np.ndarray:
+    """H_res of every connection, (connection, n, n)."""
+    return found.single
+
+
+def whole_products(found: MixingMatrices) -> np.ndarray:
+    """The product of all connections, (1, n, n)."""
+    return np.stack([found.products[max(found.products, key=lambda pair: pair[1] - pair[0])]])
+
+
+def in_one_line(reasons: Iterable[str]) -> str:
+    """Distinct reasons, once each.
+
+    Parameters
+    ----------
+    reasons : iterable of str
+        Sentences without a full stop.
+
+    Returns
+    -------
+    str
+    """
+    return "; ".join(dict.fromkeys(reasons))

@@ -1,0 +1,193 @@
+"""Which questions does a paper ask of some runs? Eight figures of several panels, one definition of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.catalogue import collapse, gradients, mixing, similarity
+from depthscope.app.figures.composed.panels import (
+    Clouds,
+    Curves,
+    Maps,
+    Matrices,
+    PanelRecipe,
+    every_connection,
+    streams_as_rows,
+    whole_products,
+)
+from depthscope.app.figures.composed.training import History, Loss
+
+__all__ = ["QUESTIONS", "Question"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A figure of several panels, before it has met any run.
+
+    Parameters
+    ----------
+    name : str
+        Register key, file name, and name of the function in `depthscope.figures`.
+    title : str
+        What stands first in the caption.
+    recipes : tuple of PanelRecipe
+        Its panels, in the order of their letters.
+    """
+
+    name: str
+    title: str
+    recipes: tuple[PanelRecipe, ...]
+
+
+_state_spectrum = MatrixFigure(
+    "state_spectrum",
+    "Singular values of the states",
+    "σ",
+    metric="singular_value",
+    rows="order",
+    question="collapse",
+    columns="depth",
+    y_label="order",
+)
+_product_spectrum = MatrixFigure(
+    "product_spectrum",
+    "Singular values of the product",
+    "σ",
+    metric="composite_singular_value",
+    rows="component",
+    columns="connection",
+    y_label="order",
+    question="mixing",
+)
+_read_map = MatrixFigure(
+    "read_map",
+    "Share of each stream in what a sublayer reads",
+    "share",
+    metric="read_share",
+    rows="of_stream",
+    y_label="stream",
+    columns="connection",
+    limits=(0.0, 1.0),
+    question="mixing",
+)
+_write_map = MatrixFigure(
+    "write_map",
+    "Share of each stream in what a sublayer writes",
+    "share",
+    metric="write_share",
+    rows="of_stream",
+    y_label="stream",
+    columns="connection",
+    limits=(0.0, 1.0),
+    question="mixing",
+)
+
+_FORWARD, _BACKWARD = {"direction": "forward"}, {"direction": "backward"}
+
+QUESTIONS: dict[str, Question] = {
+    question.name: question
+    for question in (
+        Question(
+            "collapse",
+            "Collapse across depth",
+            (
+                Curves("rank", "effective rank, all tokens", collapse.effective_rank, {"tokens": "all"}),
+                Curves(
+                    "rank_ordinary",
+                    "effective rank, ordinary tokens",
+                    collapse.effective_rank,
+                    {"tokens": "ordinary"},
+                ),
+                Curves(
+                    "participation", "participation ratio", collapse.corrected_participation_ratio, log_y=True
+                ),
+                Curves("token_cosine", "cosine between tokens", collapse.token_cosine),
+                Curves("dong_residual", "distance from equal tokens", collapse.dong_residual),
+                Curves("streams", "cosine between streams", similarity.stream_cosine),
+            ),
+        ),
+        Question(
+            "similarity",
+            "Similarity of depths",
+            (
+                Maps("cka", "CKA", similarity.cka),
+                Curves("adjacent_cosine", "cosine with the depth before", similarity.adjacent_cosine),
+                Curves("adjacent_cka", "CKA with the depth before", similarity.adjacent_cka),
+                Curves("block_influence", "block influence", similarity.block_influence),
+            ),
+        ),
+        Question(
+            "gains",
+            "Gains of the stream mixing",
+            (
+                Curves("single_forward", "single, forward", mixing.mixing_gain, _FORWARD),
+                Curves("single_backward", "single, backward", mixing.mixing_gain, _BACKWARD),
+                Curves("composite_forward", "composite, forward", mixing.composite_gain, _FORWARD),
+                Curves("composite_backward", "composite, backward", mixing.composite_gain, _BACKWARD),
+                Curves("attn_forward", "attention, forward", mixing.mixing_gain, _FORWARD, branch="attn"),
+                Curves("attn_backward", "attention, backward", mixing.mixing_gain, _BACKWARD, branch="attn"),
+                Curves("mlp_forward", "MLP, forward", mixing.mixing_gain, _FORWARD, branch="mlp"),
+                Curves("mlp_backward", "MLP, backward", mixing.mixing_gain, _BACKWARD, branch="mlp"),
+            ),
+        ),
+        Question("mixing", "Mixing matrices", (Matrices(),)),
+        Question(
+            "kernel",
+            "Who reads whom: the depth kernel",
+            (
+                Maps("kernel", "depth kernel", mixing.depth_kernel, most=2),
+                Maps("read", "read share", _read_map, most=2, prepare=streams_as_rows),
+                Maps("write", "write share", _write_map, most=2, prepare=streams_as_rows),
+            ),
+        ),
+        Question(
+            "spectra",
+            "Spectra",
+            (
+                # States are float32: below, singular values are rounding.
+                Maps("states", "σ of the states", _state_spectrum, floor=float(np.finfo(np.float32).eps)),
+                Maps("products", "σ of the product", _product_spectrum, most=2),
+                Clouds(
+                    "eigenvalues",
+                    "eigenvalues of each connection",
+                    every_connection,
+                    "Eigenvalues of the mean over tokens of every H_res.",
+                ),
+                Clouds(
+                    "product_eigenvalues",
+                    "eigenvalues of the product",
+                    whole_products,
+                    "Eigenvalues of the mean over tokens of the product of all connections.",
+                    radial_log=True,
+                ),
+            ),
+        ),
+        Question(
+            "gradients",
+            "Gradients and sensitivity",
+            (
+                Curves("gradient_norm", "gradient norm", gradients.gradient_norm),
+                Curves("backward_gain", "backward gain", gradients.backward_gain),
+                Curves("relative_gradient", "gradient relative to the state", gradients.relative_gradient),
+                Curves("gradient_rank", "rank of the gradients", gradients.gradient_rank),
+                Curves("residual_norm", "norm of the state", gradients.residual_norm),
+                Curves("branch_share", "share of the branch", gradients.branch_share),
+            ),
+        ),
+        Question(
+            "training",
+            "Training",
+            (
+                Loss(),
+                History("effective_rank", "effective rank"),
+                History("residual_norm", "norm of the state"),
+                History("gradient_norm", "gradient norm"),
+                History("composite_gain", "composite gain, forward"),
+            ),
+        ),
+    )
+}
+"""Every composed figure by name, in display order."""

@@ -1,0 +1,105 @@
+"""What is a figure of several panels before it is drawn? Panels with letters, and the words about all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from depthscope.app.figures.specification import Array, Figure
+
+__all__ = ["Composed", "LetteredPanel", "Points"]
+
+
+# Without `eq`, here and below: arrays compare element by element, which has no truth value.
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points of some runs in the complex plane, with the unit circle.
+
+    Parameters
+    ----------
+    name, title : str
+        As of any figure.
+    x_label, y_label : str
+        Axes.
+    points : mapping of str to numpy.ndarray
+        Run name → complex numbers of any shape.
+    caption, alt, metric : str
+        As of any figure.
+    sources : tuple of str
+        Bibliography keys.
+    runs : mapping of str to int
+        All runs that are shown together, with the numbers of their colours; see `Lines`.
+    radial_log : bool
+        Whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    points: Mapping[str, Array]
+    caption: str = ""
+    alt: str = ""
+    metric: str = ""
+    sources: tuple[str, ...] = ()
+    runs: Mapping[str, int] = field(default_factory=dict)
+    radial_log: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LetteredPanel:
+    """One panel of a composed figure.
+
+    Parameters
+    ----------
+    key : str
+        Its name, the same whichever letter it has: the key of ``axes=``, and part of the name of its data.
+    title : str
+        What is printed after its letter.
+    content : Lines, Heatmap or Points
+        What is drawn.
+    differs : tuple of (float, float)
+        Ranges of the horizontal axis in which groups of runs differ significantly.
+    """
+
+    key: str
+    title: str
+    content: Figure | Points
+    differs: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """A figure of panels that answers one question of a paper.
+
+    Parameters
+    ----------
+    name, title : str
+        Key of the register, and what stands first in the caption.
+    panels : tuple of LetteredPanel
+        In the order of their letters.
+    runs : mapping of str to int
+        All runs that are shown, with the numbers of their colours.
+    caption, alt : str
+        Words below the figure, and for those who do not see it.
+    left_out : mapping of str to str
+        Panels that no run can feed, with the reason.
+    """
+
+    name: str
+    title: str
+    panels: tuple[LetteredPanel, ...]
+    runs: Mapping[str, int]
+    caption: str = ""
+    alt: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that are drawn."""
+        return tuple(dict.fromkeys(panel.content.metric for panel in self.panels if panel.content.metric))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Bibliography keys of laws and nulls that are drawn."""
+        return tuple(dict.fromkeys(key for panel in self.panels for key in panel.content.sources))

@@ -1,0 +1,372 @@
+"""The figures of a paper, each in one call: on axes of your own, or as a figure that you adapt.
+
+    import depthscope as ds
+
+    figure = ds.figures.collapse(run)  # or a path, a list of paths, {"name": run, …}, an analysis
+    figure.savefig("collapse.pdf")
+
+    canvas, axes = plt.subplots(1, 2)
+    ds.figures.gains(run, axes={"composite_forward": axes[0], "composite_backward": axes[1]})
+
+Each panel's axes have its key as their label (`Axes.get_label`); `ds.figures.panels("gains", run)` lists the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style
+from depthscope.app.figures import Selection
+from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
+from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
+from depthscope.app.text.venues import venue_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "collapse",
+    "gains",
+    "gradients",
+    "kernel",
+    "mixing",
+    "panels",
+    "similarity",
+    "spectra",
+    "training",
+]
+
+Runs = (
+    xr.DataTree
+    | xr.Dataset
+    | str
+    | PathLike[str]
+    | Sequence[str | PathLike[str] | Reading]
+    | Mapping[str, "xr.DataTree | xr.Dataset | str | PathLike[str]"]
+)
+"""A run, an analysis, a path, several paths or readings, or any of the first three by the name to print."""
+
+
+def panels(name: str, runs: Runs, *, by: str = "", **selection: Any) -> dict[str, str]:
+    """The panels that a figure has of some runs.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``"collapse"``.
+    runs : run, analysis, path, sequence or mapping
+        See `collapse`.
+    by : str
+        See `collapse`.
+    **selection : str
+        See `collapse`.
+
+    Returns
+    -------
+    dict of str to str
+        Key → title, in the order of the letters.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not known, or runs that feed none of its panels; the error has the reasons.
+    """
+    return {panel.key: panel.title for panel in _composed(name, runs, by, selection).panels}
+
+
+def _composed(name: str, runs: Runs, by: str, selection: Mapping[str, Any]) -> Composed:
+    if name not in QUESTIONS:
+        raise ValueError(f"no figure {name!r}; expected one of {', '.join(QUESTIONS)}")
+    readings, trees = _readings(runs)
+    view = Selection.of(selection)
+    depths = {reading.analysis.sizes.get("depth") for reading in readings} - {None}
+    # At the same index a run of 12 layers is at its end and one of 24 in its middle.
+    if len(depths) > 1 and "axis" not in selection:
+        view = Selection.of({**selection, "axis": "relative"})
+    figure = compose(name, readings, view=view, runs=trees, by=by)
+    if not figure.panels:
+        raise ValueError(
+            f"{name} has no panel of {', '.join(r.name for r in readings)}: {in_one_line(figure.left_out.values())}"
+        )
+    return figure
+
+
+def _readings(runs: Runs) -> tuple[list[Reading], dict[str, xr.DataTree]]:
+    """Readings of whatever names some runs, and the runs that are in memory."""
+    # Datasets and trees are mappings too, of their variables.
+    if isinstance(runs, xr.DataTree | xr.Dataset):
+        runs = {"run": runs}
+    if isinstance(runs, str | PathLike):
+        runs = [runs]
+    if not isinstance(runs, Mapping):
+        return _listed(runs), {}
+    named = {str(name): run for name, run in runs.items()}
+    trees = {name: run for name, run in named.items() if isinstance(run, xr.DataTree)}
+    return [reading for name, run in named.items() for reading in _named(name, run)], trees
+
+
+def _named(name: str, run: xr.DataTree | xr.Dataset | str | PathLike[str]) -> list[Reading]:
+    if isinstance(run, xr.DataTree):
+        return read_runs({name: run})
+    if isinstance(run, xr.Dataset):
+        attrs = shown_attributes(dict(run.attrs))
+        return [judged(name, attrs, run, "", chain="", path="", results={}, is_alone=False)]
+    return [
+        replace(reading, name=f"{name}/{reading.chain}" if reading.chain else name)
+        for reading in read_paths([fspath(run)])[0]
+    ]
+
+
+def _listed(runs: Sequence[str | PathLike[str] | Reading]) -> list[Reading]:
+    found = [run for run in runs if isinstance(run, Reading)]
+    paths = [fspath(run) for run in runs if not isinstance(run, Reading)]
+    read, left_out = read_paths(paths) if paths else ([], {})
+    if left_out:
+        raise ValueError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
+    if not (found or read):
+        raise ValueError("no run was given; name at least one, such as runs/a.nc")
+    return [*found, *read]
+
+
+def _drawn(name: str, runs: Runs, axes: Any, venue: str, by: str, selection: Mapping[str, Any]) -> Any:
+    page = venue_of(venue)
+    figure = _composed(name, runs, by, selection)
+    if axes is None:
+        with figure_style(Width(page.text, 8)) as size:
+            return draw_composed(figure, size)
+    given = _by_key(figure, axes)
+    draw_into(figure, given, legend=True)
+    return given
+
+
+def _by_key(figure: Composed, axes: Any) -> dict[str, Axes]:
+    """Axes by the keys of the panels that they are for."""
+    keys = [panel.key for panel in figure.panels]
+    listed = ", ".join(f"{panel.key} ({panel.title})" for panel in figure.panels)
+    if isinstance(axes, Mapping):
+        if unknown := [key for key in axes if key not in keys]:
+            raise ValueError(f"{figure.name} has no panel {unknown[0]!r} of these runs; it has {listed}")
+        return dict(axes)
+    flat = list(np.ravel(np.asarray(axes, dtype=object)))
+    if len(flat) > len(keys):
+        raise ValueError(f"{len(flat)} axes for the {len(keys)} panels of {figure.name}: {listed}")
+    if len(flat) < len(keys) and len(flat) != 1:
+        raise ValueError(
+            f"{len(flat)} axes for the {len(keys)} panels of {figure.name}; give as many, or name those that you want, "
+            f"axes={{{keys[0]!r}: ax}}: {listed}"
+        )
+    return dict(zip(keys, flat, strict=False))
+
+
+@overload
+def collapse(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def collapse(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Collapse across depth: ranks of all and of ordinary tokens with their nulls, cosines of tokens and of streams.
+
+    Parameters
+    ----------
+    runs : run, analysis, path, sequence or mapping
+        A run, what `analyze` returned, a path; several paths; or a mapping from the names to print to any of the first three.
+    axes : Axes, sequence, array or mapping of str to Axes, optional
+        Where to draw: one for each panel in their order, or by the keys of `panels`, of which some may be left out; a single
+        one takes the first panel. Without them a figure at the full text width of the venue is made.
+    venue : str
+        Of a new figure: icml, neurips, iclr, acl, cvpr, ieee or plain.
+    by : str
+        Attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are means with their 95 %
+        interval over runs, and marked where two groups differ.
+    **selection : str
+        Fields of `Selection`, such as ``scope="data"``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        The new figure, or the axes that were given by the keys of their panels.
+
+    Raises
+    ------
+    ValueError
+        For runs that feed no panel, axes that do not fit the panels, or a name that is not known.
+    """
+    return _drawn("collapse", runs, axes, venue, by, selection)
+
+
+@overload
+def similarity(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def similarity(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def similarity(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("similarity", runs, axes, venue, by, selection)
+
+
+@overload
+def gains(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def gains(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def gains(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("gains", runs, axes, venue, by, selection)
+
+
+@overload
+def mixing(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def mixing(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def mixing(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Mixing matrices, single and multiplied, with the sums of their rows and columns (mHC, figure 8).
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("mixing", runs, axes, venue, by, selection)
+
+
+@overload
+def kernel(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def kernel(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def kernel(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Who reads whom: the depth kernel (the dense connection matrix of HC), with the shares of reads and writes.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("kernel", runs, axes, venue, by, selection)
+
+
+@overload
+def spectra(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def spectra(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def spectra(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("spectra", runs, axes, venue, by, selection)
+
+
+@overload
+def gradients(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def gradients(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def gradients(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Gradients and sensitivity: norms, gains and ranks of the gradient, norms of states and branches along the depth.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("gradients", runs, axes, venue, by, selection)
+
+
+@overload
+def training(
+    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+) -> Figure: ...
+@overload
+def training(
+    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+) -> dict[str, Axes]: ...
+def training(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Training: the loss with the first warning of each verdict, and profiles along the depth, step by step.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("training", runs, axes, venue, by, selection)

@@ -1,0 +1,139 @@
+"""What of a run's own arrays does a figure need that an analysis has not? Its mixing matrices, and its history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.readings.readings import Reading
+from depthscope.app.text.visible import visible, visible_name
+from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics.kernels.mixing.products import composite
+
+__all__ = ["MixingMatrices", "history_of", "matrices_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class MixingMatrices:
+    """The mixing of one run, as means over its tokens.
+
+    Parameters
+    ----------
+    single : ndarray
+        H_res of every connection, (connection, n, n); rows are destinations.
+    names : tuple of str
+        Such as ``connection 5: attn of block 2``.
+    products : mapping of (int, int) to ndarray
+        Product from one connection through another, the later one on the left: the mean of the products of each token.
+    """
+
+    single: np.ndarray
+    names: tuple[str, ...]
+    products: Mapping[tuple[int, int], np.ndarray]
+
+
+@contextmanager
+def _trace_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> Iterator[xr.Dataset | None]:
+    run = _run_of(reading, runs)
+    if run is not None:
+        yield schema.chain_dataset(run, "trace", reading.chain)
+    elif reading.path:
+        # The run was verified when it was read; only the group that is needed is opened again.
+        try:
+            trace = schema.open_group(Path(reading.path), "trace", reading.chain)
+        except schema.SchemaError:
+            trace = None  # a run of statistics or metrics alone
+        try:
+            yield trace
+        finally:
+            if trace is not None:
+                trace.close()
+    else:
+        yield None
+
+
+def _run_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataTree | None:
+    """The run in memory that a reading is of, by the name that `read_runs` gave it."""
+    for name, run in runs.items():
+        if visible_name(f"{name}/{reading.chain}" if reading.chain else name) == reading.name:
+            return run
+    return None
+
+
+def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
+    """The mixing matrices of a run, and their products over its first half, its second half and the whole.
+
+    Parameters
+    ----------
+    reading : Reading
+        The run.
+    runs : mapping of str to DataTree
+        Runs in memory by the names that `read_runs` was given; of others the file is opened.
+
+    Returns
+    -------
+    MixingMatrices or None
+        None for a run without streams, or whose matrices are not stored.
+    """
+    with _trace_of(reading, runs) as trace:
+        if trace is None or "h_res" not in trace:
+            return None
+        h = trace["h_res"].transpose("connection", ..., *trace["h_res"].dims[-2:])
+        real = trace["mask"].values.astype(bool) if "mask" in trace else None
+        # One array (connection, token, n, n); matrices of weights alone have no tokens and are one for all.
+        values = np.asarray(h.values, dtype=np.float64)
+        if real is not None and values.shape[1:3] == real.shape:
+            values = values[:, real]
+        values = values.reshape(len(values), -1, *values.shape[-2:])
+        if not values.size:
+            return None
+        last, half = len(values) - 1, len(values) // 2
+        ranges = dict.fromkeys([(0, half - 1), (half, last), (0, last)] if half else [(0, last)])
+        return MixingMatrices(
+            values.mean(axis=1),
+            tuple(_connection_name(trace, place) for place in range(len(values))),
+            {pair: composite(values[pair[0] : pair[1] + 1]).mean(axis=0) for pair in ranges},
+        )
+
+
+def _connection_name(trace: xr.Dataset, connection: int) -> str:
+    if "branch" not in trace or "connection_layer" not in trace:
+        return f"connection {connection}"
+    branch = visible(trace["branch"].values[connection])
+    layer = int(trace["connection_layer"].values[connection])
+    return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
+
+
+def history_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
+    """What was measured at several steps of a training.
+
+    Parameters
+    ----------
+    reading : Reading
+        The run.
+    runs : mapping of str to DataTree
+        As in `matrices_of`.
+
+    Returns
+    -------
+    Dataset or None
+        The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
+    """
+    if reading.analysis.sizes.get("step", 1) > 1:
+        return reading.analysis
+    run = _run_of(reading, runs)
+    opened = schema.open_run(Path(reading.path)) if run is None and reading.path else None
+    try:
+        source = run if run is not None else opened
+        if source is None or schema.chain_dataset(source, "statistics", reading.chain) is None:
+            return None
+        curves = training_curves(source, chain=reading.chain).load()
+    finally:
+        if opened is not None:
+            opened.close()
+    return curves if curves.sizes.get("step", 1) > 1 else None

@@ -1,0 +1,24 @@
+"""The sample article compiles with names of every kind: no error, no lost float, nothing beyond the margin, no missing sign.
+
+The whole grid of venues, numbers of runs and engines is a command of minutes: ``python -m tests.app.paper.articles``.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from depthscope.app.paper import contents
+from depthscope.app.paper.export import write_bundle
+from tests.app.paper.articles import problems_of, runs_of
+
+
+@pytest.mark.parametrize(("venue", "engine"), [("neurips", "pdflatex"), ("acl", "lualatex")])
+def test_the_article_compiles(venue, engine, tmp_path, monkeypatch):
+    if shutil.which(engine) is None:
+        pytest.skip(f"needs {engine}")
+    draw = contents.draw_all
+    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[::24])
+    bundle = write_bundle(runs_of(2), tmp_path / "paper", venue=venue, formats=("pdf",))
+    assert problems_of(bundle, engine) == []

@@ -1,0 +1,199 @@
+"""The composed figures: every panel that the runs can feed, lettered, one colour a run, on axes of one's own too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure as Canvas
+
+import depthscope
+from depthscope.app.drawing.matplotlib import Width, write_figure
+from depthscope.app.figures import FIGURES
+from depthscope.app.figures.composed import QUESTIONS, compose
+from depthscope.app.figures.palette import RUN_COLOURS
+from depthscope.app.figures.run_colours import colour_places
+from depthscope.app.paper import figures
+from depthscope.app.readings.readings import judged, read_runs
+
+STREAMS = ("gains", "mixing", "kernel")
+
+
+@pytest.fixture(scope="module")
+def runs(make_run):
+    return {
+        "plain": make_run("residual", layers=2),
+        "hc": make_run("hc", layers=2),
+        "mhc": make_run("mhc", layers=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def readings(runs):
+    return read_runs(runs)
+
+
+def test_every_figure_has_a_function_and_a_name_of_its_own():
+    assert set(QUESTIONS) == set(figures.__all__) - {"panels"}
+    assert not set(QUESTIONS) & set(FIGURES)
+    assert depthscope.figures is figures
+
+
+@pytest.mark.parametrize("name", [name for name in QUESTIONS if name != "training"])
+def test_panels_are_lettered_and_above_no_legend(runs, readings, name):
+    # Matrices are in the runs themselves; the other figures need no second analysis.
+    shown = {"mhc": runs["mhc"]} if name in ("mixing", "spectra") else readings
+    canvas = getattr(figures, name)(shown, venue="icml")
+    keys = list(figures.panels(name, shown))
+    panels = [axes for axes in canvas.axes if axes.get_label() in keys]
+    assert [axes.get_label() for axes in panels] == keys
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert [title[:3] for title in titles] == [f"({chr(97 + i)})" for i in range(len(keys))]
+    canvas.draw_without_rendering()
+    lowest = min(axes.get_tightbbox().y0 for axes in panels)
+    for legend in canvas.legends:
+        assert legend.get_window_extent().y1 <= lowest + 1
+    assert all(axes.get_legend() is None for axes in panels)
+    sizes = [
+        text.get_fontsize() for axes in canvas.axes for text in axes.findobj(lambda a: hasattr(a, "get_text"))
+    ]
+    assert min(sizes) >= 7
+
+
+def test_a_run_has_one_colour_in_all_figures(readings):
+    expected = {name: RUN_COLOURS[place] for name, place in colour_places(readings).items()}
+    for name in ("collapse", "gains", "gradients"):
+        canvas = figures.__dict__[name](readings)
+        for axes in canvas.axes:
+            lines = {line.get_label(): to_hex(line.get_color()) for line in axes.lines}
+            for run in set(lines) & set(expected):
+                assert lines[run].upper() == expected[run], (name, run)
+    single = FIGURES["mixing_gain"].build({r.name: r.analysis for r in readings}, direction="forward")
+    assert list(single.runs) == ["plain", "hc", "mhc"]  # the run that it lacks keeps its colour
+
+
+def test_what_a_run_lacks_is_left_out_with_a_reason(readings):
+    plain = readings[:1]
+    assert list(figures.panels("collapse", plain))[-1] == "dong_residual"
+    figure = compose("collapse", plain)
+    assert set(figure.left_out) == {"cosine between streams"}
+    assert all(figure.left_out.values())
+    for name in STREAMS:
+        with pytest.raises(ValueError, match=f"{name} has no panel of plain"):
+            getattr(figures, name)(plain)
+
+
+def test_own_axes_are_filled_and_returned(readings):
+    mhc = readings[2]
+    canvas = Canvas()
+    first, second = canvas.subplots(1, 2)
+    given = figures.gains([mhc], axes={"composite_forward": first, "single_forward": second})
+    assert given == {"composite_forward": first, "single_forward": second}
+    assert second.get_title(loc="left") == "(a) single, forward"
+    assert first.get_title(loc="left") == "(b) composite, forward"
+    gain = mhc.analysis["composite_gain"].sel(direction="forward", reduction="mean").isel(step=0)
+    drawn = next(line for line in first.lines if line.get_label() == "mhc")
+    np.testing.assert_array_equal(drawn.get_ydata(), gain)
+    grid = Canvas().subplots(2, 3)
+    assert list(figures.collapse([mhc], axes=grid)) == list(figures.panels("collapse", [mhc]))
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"nothing": 0}, "no panel 'nothing'"),
+        ([0, 1], "2 axes for the 8 panels"),
+        (list(range(9)), "9 axes for"),
+    ],
+)
+def test_axes_that_do_not_fit_are_refused(readings, axes, words):
+    with pytest.raises(ValueError, match=words):
+        figures.gains(readings[2:], axes=axes)
+
+
+def test_matrices_have_the_sums_of_rows_and_columns(runs):
+    canvas = figures.mixing(runs["hc"])
+    axes = next(axes for axes in canvas.axes if axes.get_label() == "h0")
+    h = runs["hc"]["trace"].to_dataset()["h_res"].isel(connection=0)
+    mean = h.values[runs["hc"]["trace"]["mask"].values].astype(float).mean(axis=0)
+    canvas.draw_without_rendering()
+    assert [text.get_text() for text in axes.get_xticklabels()] == [f"{v:.2f}" for v in mean.sum(axis=0)]
+    right = axes.child_axes[0]
+    assert [text.get_text() for text in right.get_yticklabels()] == [f"{v:.2f}" for v in mean.sum(axis=1)]
+    cells = [text.get_text() for text in axes.texts]
+    assert cells == [f"{v:.2f}".replace("-0.00", "0.00").replace("-", "−") for v in mean.ravel()]
+
+
+def test_eigenvalues_are_those_of_the_mean_matrices(runs, readings):
+    figure = compose("spectra", readings[1:2], runs={"hc": runs["hc"]})
+    cloud = next(panel.content for panel in figure.panels if panel.key == "eigenvalues")
+    trace = runs["hc"]["trace"].to_dataset()
+    means = trace["h_res"].values[:, trace["mask"].values].astype(float).mean(axis=1)
+    np.testing.assert_allclose(
+        np.sort_complex(cloud.points["hc"].ravel()), np.sort_complex(np.linalg.eigvals(means).ravel())
+    )
+
+
+def _measured(family, run, seed):
+    """A reading of the one metric that is needed."""
+    analysis = depthscope.analyze(run, metrics=["stream_cosine"])
+    name = f"{family}{seed}"
+    return judged(name, {"family": family}, analysis, "", chain="", path="", results={}, is_alone=False)
+
+
+def test_groups_are_means_with_bands_and_marks(make_run):
+    readings = [
+        _measured(family, make_run(family, layers=2, seed=seed), seed)
+        for family in ("hc", "mhc")
+        for seed in range(4)
+    ]
+    figure = compose("collapse", readings, by="family")
+    assert figure.runs == ("hc", "mhc")
+    panel = next(panel for panel in figure.panels if panel.key == "streams")
+    line = next(line for line in panel.content.lines if line.role == "measured" and line.group == "hc")
+    values = np.stack([r.analysis["stream_cosine"].values[0] for r in readings if r.name.startswith("hc")])
+    np.testing.assert_allclose(line.y, values.mean(axis=0))
+    half = 3.182446 * values.std(axis=0, ddof=1) / 2  # Student's t with 3 degrees
+    np.testing.assert_allclose(line.upper - line.y, half, rtol=1e-6, atol=1e-15)
+    # HC's streams drift apart and mHC's do not; at the embedding both are copies.
+    assert panel.differs
+    assert min(first for first, _ in panel.differs) > 0
+    with pytest.raises(ValueError, match="has no attribute 'colour'"):
+        compose("collapse", readings, by="colour")
+
+
+def test_training_has_steps_and_marks(make_run):
+    analysis = depthscope.analyze(make_run("mhc", layers=2))
+    later = analysis.assign_coords(step=[10])
+    later["composite_gain"] = (1e3 * later["composite_gain"]).assign_attrs(analysis["composite_gain"].attrs)
+    history = xr.concat(
+        [analysis, later], "step", data_vars="different", coords="different", compat="equals", join="exact"
+    ).assign_attrs(analysis.attrs)
+    history["loss"] = ("step", [2.0, 1.0])
+    canvas = figures.training(history)
+    keys = [axes.get_label() for axes in canvas.axes]
+    assert {"loss", "residual_norm", "gradient_norm"} <= set(keys)
+    loss = canvas.axes[keys.index("loss")]
+    marked = [tuple(line.get_xydata()[0]) for line in loss.lines if line.get_marker() == "v"]
+    assert (10.0, 1.0) in marked
+
+
+def test_a_run_that_is_not_finite_is_drawn_as_far_as_it_goes(make_run):
+    run = make_run("mhc", layers=2).copy(deep=True)
+    trace = run["trace"].to_dataset().load()
+    trace["residual"].values[3:] = np.nan
+    from depthscope.diagnostics import schema
+
+    broken = schema.create_run(trace, attrs=run.attrs)
+    readings = read_runs({"broken": broken})
+    for name in QUESTIONS:
+        figure = compose(name, readings, runs={"broken": broken})
+        assert figure.panels or figure.left_out
+
+
+def test_bytes_are_the_same_again(readings, tmp_path):
+    figure = compose("gains", readings)
+    for name in ("a", "b"):
+        write_figure(figure, tmp_path / f"{name}.pdf", width=Width(6.75, 8))
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
