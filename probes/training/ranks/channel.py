@@ -46,7 +46,6 @@ class Channel:
     def __init__(self, group: DataGroup, timeout: float) -> None:
         self._group, self._timeout = group, timedelta(seconds=timeout)
         self._connections: Any = None
-        self.num_collectives = self.num_bytes = 0
         _leaving.clear()
         members = hashlib.sha256(repr(group.ranks).encode()).hexdigest()[:16]
         # Not by new_group, whose names and counts are those of the training's groups: were it called by one process alone,
@@ -132,8 +131,6 @@ class Channel:
     def _exchange(self, name: str, numbers: torch.Tensor, options: Any) -> torch.Tensor:
         if self._connections is None:
             raise LostError("the connections to the other processes are closed")
-        self.num_collectives += 1
-        self.num_bytes += numbers.numel() * numbers.element_size()
         try:
             self._wait(getattr(self._connections, name)([numbers], options))
         except RuntimeError as error:
