@@ -113,7 +113,7 @@ def test_the_address_has_the_zoom_and_another_axis_never_leaves_a_chart_empty(pa
     page.get_by_text("relative").first.click()
     wait_for(lambda: page.evaluate(read)[1] < 1.5, 20)
     assert page.evaluate(read)[0] < 0.1
-    wait_for(lambda: "zoom_chart" not in page.url, 5)
+    wait_for(lambda: "zoom_chart" not in page.evaluate("() => location.href"), 10)
 
 
 def test_a_key_goes_to_the_next_chart_and_arrows_to_its_cells(page, address):

@@ -179,6 +179,7 @@ def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path
             plot = "() => document.querySelector('.depthscope-training .plot')"
             last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
             shown = f"{plot}._fullLayout.xaxis.range"
+            where = "() => location.href"  # `page.url` stays as it was while this thread sleeps
             page.wait_for_timeout(2000)  # the page has found its places
             before = page.evaluate(last)
             wait_for(lambda: page.evaluate(last) > before, 30)
@@ -188,16 +189,16 @@ def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path
             page.mouse.down()
             page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
             page.mouse.up()
-            wait_for(lambda: "zoom_training=" in page.url, 30)
+            wait_for(lambda: "zoom_training=" in page.evaluate(where), 30)
             zoomed = page.evaluate(shown)
             page.wait_for_timeout(800)  # else the two are a double click
             page.mouse.click(box["x"] + 0.5 * box["width"], y)
-            wait_for(lambda: "step=" in page.url, 30)
+            wait_for(lambda: "step=" in page.evaluate(where), 30)
             pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
             page.wait_for_timeout(2500)  # two beats
             assert page.evaluate(shown) == pytest.approx(zoomed)
             assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
-            link = page.url
+            link = page.evaluate(where)
             os.kill(writer.pid, signal.SIGKILL)
             writer.wait()
             page.get_by_text("killed at step").wait_for(timeout=60_000)
