@@ -1,4 +1,4 @@
-"""How is the site built? `python -m sphinx -W docs docs/_build`: everything that a page loads lies beside it."""
+"""How is the site built? `python -m sphinx -W docs build/site`: everything that a page loads lies beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ extensions = [
     "github_pages",
     "public_names",
 ]
-exclude_patterns = ["_build", "_site"]
+exclude_patterns = ["_site"]
 
 # GitHub shows the same files: its headings are linked by their text, and its equations are fences.
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
