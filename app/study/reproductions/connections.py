@@ -8,7 +8,7 @@ from typing import Any
 
 from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, exponents, paired
 from depthscope.app.study.reproductions.measuring import train
-from depthscope.app.study.reproductions.plan import Along, Measured, Number, Row, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
 
 # Those with streams first: a line has its colour by its place, also where the others have no number.
 FAMILIES = {
@@ -22,23 +22,25 @@ FAMILIES = {
 CONSTRAINED = ("mhc", "mhc-lite", "kromhc")
 
 NUMBERS = (
-    Number("gain_forward", "composite Amax gain, forward", "composite_gain", {"direction": "forward"}, "max"),
-    Number(
+    RunNumber(
+        "gain_forward", "composite Amax gain, forward", "composite_gain", {"direction": "forward"}, "max"
+    ),
+    RunNumber(
         "gain_backward", "composite Amax gain, backward", "composite_gain", {"direction": "backward"}, "max"
     ),
-    Number(
+    RunNumber(
         "violation", "column sums off by", "doubly_stochastic_violation", {"kind": "column"}, "max", log=True
     ),
-    Number("stream_differences", "log₁₀ of stream differences left", "relative_deflated_gain"),
-    Number("stream_cosine", "cosine between streams, last state", "stream_cosine"),
-    Number("rank", "effective rank, last state", "effective_rank"),
-    Number("similarity", "mean unbiased CKA between depths", "cka", {"estimator": "unbiased"}, "mean"),
-    Number(
+    RunNumber("stream_differences", "log₁₀ of stream differences left", "relative_deflated_gain"),
+    RunNumber("stream_cosine", "cosine between streams, last state", "stream_cosine"),
+    RunNumber("rank", "effective rank, last state", "effective_rank"),
+    RunNumber("similarity", "mean unbiased CKA between depths", "cka", {"estimator": "unbiased"}, "mean"),
+    RunNumber(
         "gradient_largest", "largest gradient against the last state's", "backward_gain", {}, "max", log=True
     ),
-    Number("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
-    Number("path_depth", "mean hops back, last connection", "effective_path_depth"),
-    Number(
+    RunNumber("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
+    RunNumber("path_depth", "mean hops back, last connection", "effective_path_depth"),
+    RunNumber(
         "elements_moved", "elements moved a token, all connections", "elements_moved", {}, "sum", log=True
     ),
 )

@@ -13,7 +13,7 @@ import numpy as np
 
 from depthscope.app.figures import Figure, Heatmap, Line, Lines
 from depthscope.app.study.reproductions.claims import Claim, by_seed
-from depthscope.app.study.reproductions.plan import Measured, Number, Row, Scale, Study
+from depthscope.app.study.reproductions.plan import Measured, Row, RunNumber, Scale, Study
 from depthscope.diagnostics.kernels import mixing
 
 # Typed from the figure, printed to two decimals; rows are destinations.
@@ -231,13 +231,13 @@ STUDY = Study(
     quick=Scale(depths=(LAYERS,), seeds=1, steps=0),
     measure=measure,
     numbers=(
-        Number("order", "error of P31-60 P1-30"),
-        Number("reversed", "error of the reversed order"),
-        Number("gain_forward", "largest Amax gain, forward"),
-        Number("gain_backward", "largest Amax gain, backward"),
-        Number("least_sum", "smallest column sum of P31-60"),
-        Number("largest_sum", "largest column sum of P31-60"),
-        Number("spectral_norm", "spectral norm of P31-60"),
+        RunNumber("order", "error of P31-60 P1-30"),
+        RunNumber("reversed", "error of the reversed order"),
+        RunNumber("gain_forward", "largest Amax gain, forward"),
+        RunNumber("gain_backward", "largest Amax gain, backward"),
+        RunNumber("least_sum", "smallest column sum of P31-60"),
+        RunNumber("largest_sum", "largest column sum of P31-60"),
+        RunNumber("spectral_norm", "spectral norm of P31-60"),
     ),
     curves=(),
     claims=claims,

@@ -8,9 +8,9 @@ import numpy as np
 
 from depthscope.app.figures import Figure, Line, Lines
 from depthscope.app.study.reproductions.claims import deepest
-from depthscope.app.study.reproductions.plan import Along, Number, Row, Study
+from depthscope.app.study.reproductions.plan import Along, Row, RunNumber, Study
 
-LOSS = Number("loss", "held-out loss, nats a byte")
+LOSS = RunNumber("loss", "held-out loss, nats a byte")
 
 
 def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:
@@ -36,7 +36,7 @@ def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:
     return [*found, *study.figures(rows)]
 
 
-def _over_depth(study: Study, rows: Sequence[Row], number: Number) -> Lines | None:
+def _over_depth(study: Study, rows: Sequence[Row], number: RunNumber) -> Lines | None:
     lines = []
     for family, title in study.families.items():
         depths = sorted({row.settings["depth"] for row in rows if row.settings["family"] == family})

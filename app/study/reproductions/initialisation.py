@@ -12,18 +12,18 @@ from torch import nn
 
 from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, exponents, paired
 from depthscope.app.study.reproductions.measuring import measured_batch, train
-from depthscope.app.study.reproductions.plan import Along, Measured, Number, Row, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
 from depthscope.probes.interventions import ablate
 
 FAMILIES = {"no-skip": "no skip", "post-ln": "Post-LN", "pre-ln": "Pre-LN", "ln-scaling": "LayerNorm scaling"}
 
 NUMBERS = (
-    Number("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
+    RunNumber("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
     # By it the law of fresh Pre-LN knows whether branches are independent.
-    Number("cosine", "cosine of the last state with the one before", "adjacent_cosine"),
-    Number("dong", "Dong residual, last state", "dong_residual", {}, "last", log=True),
-    Number("rank", "effective rank, last state", "effective_rank"),
-    Number(
+    RunNumber("cosine", "cosine of the last state with the one before", "adjacent_cosine"),
+    RunNumber("dong", "Dong residual, last state", "dong_residual", {}, "last", log=True),
+    RunNumber("rank", "effective rank, last state", "effective_rank"),
+    RunNumber(
         "gradient_first",
         "gradient at the embedding against the last state's",
         "backward_gain",
@@ -31,9 +31,9 @@ NUMBERS = (
         "first",
         log=True,
     ),
-    Number("turn", "smallest turn against independent branches", "relative_turn", {}, "min"),
-    Number("effective_depth", "effective depth, in steps", "effective_depth"),
-    Number(
+    RunNumber("turn", "smallest turn against independent branches", "relative_turn", {}, "min"),
+    RunNumber("effective_depth", "effective depth, in steps", "effective_depth"),
+    RunNumber(
         "growth", "growth of the state beyond independent branches", "variance_growth", {}, "max", log=True
     ),
 )

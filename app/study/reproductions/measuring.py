@@ -16,7 +16,7 @@ from depthscope.app.study.corpus import Corpus, draw_batch, split_corpus
 from depthscope.app.study.learner import create_learner, held_out_loss, train_step
 from depthscope.app.study.recipe import Recipe, schedule
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, Number, profile, slice_of
+from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, profile, slice_of
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.theory import overlay_laws
@@ -58,7 +58,7 @@ def measured_batch(settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def train(
     settings: Mapping[str, Any],
-    numbers: Sequence[Number],
+    numbers: Sequence[RunNumber],
     curves: Sequence[Along],
     *,
     build: Callable[..., nn.Module] = make,
@@ -69,7 +69,7 @@ def train(
     ----------
     settings : mapping
         Of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
-    numbers : sequence of Number
+    numbers : sequence of RunNumber
         Each is kept as ``start_NAME`` and ``NAME``.
     curves : sequence of Along
         Curves along the network.

@@ -14,7 +14,7 @@ import xarray as xr
 from depthscope.app.figures import Figure
 from depthscope.app.study.reproductions.claims import Claim
 
-__all__ = ["Along", "Cell", "Measured", "Number", "Row", "Scale", "Study"]
+__all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
 
 # Raised where the same settings give other numbers than before: kept cells of older code are then measured again.
 VERSION = 1
@@ -47,7 +47,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Number:
+class RunNumber:
     """A number of a run: a metric at some of its labels, reduced along the depth.
 
     Parameters
@@ -236,7 +236,7 @@ class Study:
         Its size, and that of its tests.
     measure : callable
         From a cell's settings to what was measured.
-    numbers : tuple of Number
+    numbers : tuple of RunNumber
         Columns of the table and figures over depth.
     curves : tuple of Along
         Figures along the deepest networks.
@@ -257,7 +257,7 @@ class Study:
     scale: Scale
     quick: Scale
     measure: Callable[[Mapping[str, Any]], Measured]
-    numbers: tuple[Number, ...]
+    numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
     claims: Callable[[Sequence[Row]], list[Claim]]
     limits: str

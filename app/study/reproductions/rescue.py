@@ -13,7 +13,7 @@ from torch import nn
 from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, paired
 from depthscope.app.study.reproductions.measuring import measured_batch, train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, Number, Row, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.probes.interventions import ablate, plan
@@ -22,15 +22,15 @@ FAMILIES = {"hc": "HC", "mhc": "mHC", "broken": "mHC-lite near the identity, sym
 SHORT = {"hc": "HC", "mhc": "mHC", "broken": "mHC-lite"}
 
 TRAINED = (
-    Number("stream_cosine", "cosine between streams, last state", "stream_cosine"),
-    Number("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
+    RunNumber("stream_cosine", "cosine between streams, last state", "stream_cosine"),
+    RunNumber("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
 )
 RESCUES = (
-    Number("removed", "loss by removing a stream, nats a byte"),
-    Number("removed_worst", "loss by removing the worst stream, nats a byte"),
-    Number("restored_next", "restored when put back at the next state"),
-    Number("restored_half", "restored when put back half-way"),
-    Number("restored_last", "restored when put back at the last state"),
+    RunNumber("removed", "loss by removing a stream, nats a byte"),
+    RunNumber("removed_worst", "loss by removing the worst stream, nats a byte"),
+    RunNumber("restored_next", "restored when put back at the next state"),
+    RunNumber("restored_half", "restored when put back half-way"),
+    RunNumber("restored_last", "restored when put back at the last state"),
 )
 CURVES = (
     Along("removed_along", "loss by removing a stream at this depth", log=True),

@@ -13,7 +13,7 @@ from torch import nn
 from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, paired
 from depthscope.app.study.reproductions.measuring import train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, Number, Row, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics.schema import chain_dataset
@@ -22,12 +22,14 @@ FAMILIES = {"alike": "all alike", "broken": "symmetry broken", "hc": "HC of the 
 STARTS = {"alike": 0.0, "broken": BROKEN}
 
 NUMBERS = (
-    Number("identity_distance", "distance of H_res from the identity, mean", "identity_distance", {}, "mean"),
-    Number(
+    RunNumber(
+        "identity_distance", "distance of H_res from the identity, mean", "identity_distance", {}, "mean"
+    ),
+    RunNumber(
         "composite_distance", "distance of the whole product from the identity", "composite_identity_distance"
     ),
-    Number("stream_cosine", "cosine between streams, last state", "stream_cosine"),
-    Number("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
+    RunNumber("stream_cosine", "cosine between streams, last state", "stream_cosine"),
+    RunNumber("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
 )
 CURVES = (
     Along("cosine_along", "cosine between streams", "stream_cosine"),
@@ -187,8 +189,8 @@ STUDY = Study(
     measure=measure,
     numbers=(
         *NUMBERS,
-        Number("dominance", "largest share of read times write"),
-        Number("signal_dominance", "largest share of signal read times write"),
+        RunNumber("dominance", "largest share of read times write"),
+        RunNumber("signal_dominance", "largest share of signal read times write"),
     ),
     curves=(*CURVES, Along("dominance_along", "largest share of read times write")),
     claims=claims,
