@@ -92,7 +92,7 @@ _LETTERS = {
     **{"\u2068": "", "\u2069": ""},
 }
 # Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.
-_LONGEST_WORD, _LONGEST_PHRASE = 14, 24
+_LONGEST_WORD, _LONGEST_PHRASE = 14, 16
 # Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
 _LONGEST_UNBROKEN = 18
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
@@ -179,13 +179,21 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     start = 0
     while start < len(text):
         foreign, leftward, end = _is_foreign(text[start]), _is_leftward(text[start]), start + 1
-        longest = (_LONGEST_PHRASE if leftward else _LONGEST_WORD) if foreign else len(text)
+        longest = _longest(text[start]) if foreign else len(text)
         while end < len(text) and end - start < longest and _is_foreign(text[end]) == foreign:
             end += 1
             if leftward and text[end : end + 1] == " " and _is_leftward(text[end + 1 : end + 2]):
                 end += 1
         yield text[start:end], foreign
         start = end
+
+
+def _longest(letter: str) -> int:
+    """How many letters from this one on are one picture."""
+    # Wide letters, such as Chinese ones, are words of their own: lines break between them.
+    if unicodedata.east_asian_width(letter) in ("W", "F"):
+        return 1
+    return _LONGEST_PHRASE if _is_leftward(letter) else _LONGEST_WORD
 
 
 def _is_leftward(letter: str) -> bool:
