@@ -100,12 +100,13 @@ ODD = (
 # The words of a valid call, without the argument that is tried.
 VALID = {
     "checkpoint": "some.module:factory",
+    "checkpoints": "some.module:factory",
     "run": "RUN",
     "runs": "RUN",
     "text": "TEXT",
     "script": "TEXT",
     "names": "rank_collapse",
-    "out": {"probe": "NEW.nc", "report": "NEW.html"},
+    "out": {"probe": "NEW.nc", "merge": "NEW.nc", "report": "NEW.html"},
 }
 
 
