@@ -199,7 +199,7 @@ STUDY = Study(
     sources=(HC_PAPER, MHC_PAPER, "mHC-lite, 2601.05732", "KromHC, 2601.21579", ATTNRES_PAPER),
     families=FAMILIES,
     scale=Scale(depths=(2, 4, 8)),
-    quick=Scale(depths=(1, 2), seeds=1, width=16, steps=2, batch=2, length=16),
+    quick=Scale(depths=(2, 3), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=NUMBERS,
     curves=CURVES,

@@ -216,7 +216,7 @@ STUDY = Study(
     sources=(DONG, XIONG, SUN),
     families=FAMILIES,
     scale=Scale(depths=(4, 8, 16), steps=60),
-    quick=Scale(depths=(1, 3), seeds=1, width=16, steps=2, batch=2, length=16),
+    quick=Scale(depths=(2, 3), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=NUMBERS,
     curves=CURVES,

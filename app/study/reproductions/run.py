@@ -13,6 +13,7 @@ from depthscope.app.study.reproductions.plan import Scale, Study
 from depthscope.app.study.reproductions.results import require_own, summary_text, write_results
 from depthscope.app.text.terminal import working
 
+# One block alone is no chain whose states could be read.
 MOST_LAYERS = 256
 
 
@@ -48,15 +49,15 @@ def scale_of(study: Study, *, quick: bool, depths: Sequence[int] | None, seeds: 
     Raises
     ------
     ValueError
-        For depths or seeds where nothing is trained, no depth, or one outside 1 … 256.
+        For depths or seeds where nothing is trained, no depth, or one outside 2 … 256.
     """
     scale = study.quick if quick else study.scale
     if not study.trained and (depths is not None or seeds is not None):
         raise ValueError(f"{study.name} trains nothing: it has neither depths nor seeds; leave them out")
     if depths is not None:
-        if not depths or not all(1 <= depth <= MOST_LAYERS for depth in depths):
+        if not depths or not all(2 <= depth <= MOST_LAYERS for depth in depths):
             raise ValueError(
-                f"got depths {list(depths)}; expected one or several from 1 to {MOST_LAYERS} layers"
+                f"got depths {list(depths)}; expected one or several from 2 to {MOST_LAYERS} layers"
             )
         scale = replace(scale, depths=tuple(sorted(set(depths))))
     return scale if seeds is None else replace(scale, seeds=seeds)

@@ -233,9 +233,9 @@ def test_nothing_is_trained_for_figure_8():
             scale_of(figure_8.STUDY, quick=False, **{"depths": None, "seeds": None, **asked})
 
 
-@pytest.mark.parametrize("depths", [[0], [], [300]])
+@pytest.mark.parametrize("depths", [[0], [1], [], [300]])
 def test_depths_outside_are_refused(depths):
-    with pytest.raises(ValueError, match="from 1 to 256 layers"):
+    with pytest.raises(ValueError, match="from 2 to 256 layers"):
         scale_of(initialisation.STUDY, quick=True, depths=depths, seeds=None)
 
 
@@ -300,7 +300,7 @@ def test_files_beside_the_results_stay_and_another_study_is_refused(tmp_path):
         (["study", "--quick", "--out", "x"], "leave them out of families"),
         (["study", "width", "--depths", "3"], "leave them out of width"),
         (["study", "fig8", "--seeds", "2", "--out", "x"], "trains nothing"),
-        (["study", "rescue", "--depths", "0", "--out", "x"], "from 1 to 256"),
+        (["study", "rescue", "--depths", "0", "--out", "x"], "from 2 to 256"),
     ],
 )
 def test_what_does_not_fit_is_refused(words, expected, tmp_path, monkeypatch, capsys):
