@@ -29,7 +29,7 @@ _TABLES_A_PAGE = 4
 def _head(name: str) -> Latex:
     """What a document needs before it inputs a snippet."""
     return Latex(
-        "% Written by depthscope export. In your document:\n"
+        "% Written by depthscope. In your document:\n"
         rf"%   \usepackage{{{PACKAGES}}}" + "\n"
         "%   \\newcommand{\\depthscopepath}{paper}  % the folder of this file, seen from your document\n"
         rf"%   \input{{\depthscopepath/{name}.tex}}" + "\n" + HEAD
@@ -111,12 +111,7 @@ def methods_tex(paragraphs: Sequence[Latex]) -> str:
     -------
     str
     """
-    return (
-        "% Written by depthscope export: what was measured, and how.\n"
-        + HEAD
-        + "\n\n".join(paragraphs)
-        + "\n"
-    )
+    return "% Written by depthscope: what was measured, and how.\n" + HEAD + "\n\n".join(paragraphs) + "\n"
 
 
 def preamble_tex() -> str:

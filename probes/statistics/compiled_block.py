@@ -61,7 +61,7 @@ def compiled_block(
     norm, largest = np.empty((t, V)), np.empty((t, V), np.int32)
     dtype = np.float64 if is_exact else np.float32  # numba compiles the function for each
     feature_sum, unit_sum = np.zeros((V, D), dtype), np.zeros((V, D), dtype)
-    cosine, pairs = np.zeros((t, V)), np.zeros((t, N, N), np.float32)
+    cosine, pairs = np.zeros((t, V)), np.zeros((t, N, N))
     kernels.statistics(
         x,
         x.view(np.int32),
@@ -126,7 +126,7 @@ def _kernels() -> _Kernels | None:
         counts = np.zeros((1, 3), np.int32)
         kernels.statistics(
             x, x.view(np.int32), False, unit, np.zeros((1, 3)), counts, sums[0], sums[1], np.zeros((1, 3)),
-            np.zeros((1, 2, 2), np.float32),
+            np.zeros((1, 2, 2)),
         )  # fmt: skip
     except Exception:  # numba missing, too old for this Python, or without a folder to write to
         return None
@@ -209,13 +209,15 @@ def _statistics(  # noqa: C901  one loop over tokens: compiled, and a function o
             for i in range(N):
                 length = norm[t, first + i]
                 # 1, and NaN where a vector is not finite; a stream of zeros has no direction.
-                pairs[t, i, i] = np.float32(length / length) if length != 0.0 else np.float32(0.0)
+                pairs[t, i, i] = length / length if length != 0.0 else 0.0
                 for j in range(i):
-                    product = np.float32(0.0)
+                    lengths = length * norm[t, first + j]
+                    # In float64: whether streams are the same numbers, or have begun to part, is told by 1 − cosine.
+                    product = 0.0
                     for d in range(D):
-                        product += unit[t, first + i, d] * unit[t, first + j, d]
-                    pairs[t, i, j] = product
-                    pairs[t, j, i] = product
+                        product += np.float64(x[t, i, d]) * np.float64(x[t, j, d])
+                    pairs[t, i, j] = product / lengths if lengths != 0.0 else 0.0
+                    pairs[t, j, i] = pairs[t, i, j]
 
 
 def _squares(x: np.ndarray, sums: np.ndarray) -> None:

@@ -170,8 +170,7 @@ class TokenSums:
             block = _BlockStatistics(*parts)
         else:
             block = _block(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
-            unit_tND = block.unit_tND[:, 1:]
-            pairs = unit_tND @ unit_tND.mT if x_tND.shape[1] > 1 else None
+            pairs = _stream_cosines(x_tND) if x_tND.shape[1] > 1 else None
         if pairs is not None:
             self.live.add_stream_cosines(depth, pairs, block.norm_tN[:, 1:])
         return block
@@ -374,6 +373,14 @@ def _without_padding(x_tND: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
     # By a bit mask (all ones or all zeros): NaN times zero is NaN, and masked_fill takes five times as long.
     x.view(torch.int32).bitwise_and_(real_t.int().neg()[:, None, None])
     return x
+
+
+def _stream_cosines(x_tND: torch.Tensor) -> torch.Tensor:
+    """Cosines between the streams of every token, in float64: 1 − cosine tells whether streams have begun to part."""
+    x = x_tND.double()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = x / norm.where(norm > 0, 1.0)
+    return unit @ unit.mT
 
 
 def _block(

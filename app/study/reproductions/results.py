@@ -139,7 +139,7 @@ def require_own(study: Study, out: Path) -> None:
 
 def _mark(study: Study) -> str:
     """The first line of a summary: by it the next run knows that the file is its own."""
-    return f"<!-- written by depthscope study {study.name} -->"
+    return f"<!-- written by depthscope: the study {study.name} -->"
 
 
 def _require_summary(study: Study, path: Path) -> None:

@@ -11,7 +11,7 @@ from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.probes.statistics import compiled_block, token_sums
-from depthscope.probes.statistics.live_sums import draw_places, with_mean
+from depthscope.probes.statistics.live_sums import LiveSums, draw_places, with_mean
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE, OF_LOGITS
 
@@ -187,6 +187,19 @@ def test_one_compiled_pass_gives_what_torch_gives(streams):
     broken = compiled_block.compiled_block(x, None)
     assert broken.norm_tV[5].isnan().any()
     assert broken.largest_tV[5].isnan().any()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_streams_that_are_copies_have_a_cosine_of_one_to_the_last_digits(compiled, monkeypatch):
+    # Verdicts ask whether streams have parted by a millionth of the rounding of float32.
+    if not compiled:
+        monkeypatch.setattr(token_sums, "is_available", lambda: False)
+    x = torch.randn(2, 5, 1, 32, generator=torch.Generator().manual_seed(0)).expand(2, 5, 3, 32)
+    live = LiveSums(4, 0)
+    sums = token_sums.TokenSums(live=live)
+    sums.add_state(0, x.contiguous(), None)
+    mean = live.sums["stream_cosine_sum"][0] / live.sums["stream_cosine_count"][0]
+    assert abs(1 - float(mean)) < 1e-14
 
 
 def test_without_numba_the_numbers_are_the_same(models, ids, monkeypatch):
