@@ -12,7 +12,8 @@ from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.structure.tape import ChainError
 from depthscope.probes.training.live.findings import TrainingStopped
-from depthscope.probes.training.recorder import ProbeWarning, Recorder, record
+from depthscope.probes.training.record import record
+from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
 __all__ = [
     "CaptureError",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthscope.probes.training.recorder import Recorder, record
+from depthscope.probes.training.record import record
+from depthscope.probes.training.recorder import Recorder
 
 try:
     from lightning.pytorch import Callback

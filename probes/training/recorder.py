@@ -9,40 +9,36 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
+from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import Proven, build_run
-from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
-from depthscope.probes.session.options import CaptureOptions, Options, takes_options
+from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
-from depthscope.probes.training.live.findings import OnFinding, TrainingStopped
-from depthscope.probes.training.live.live import TOKENS, Live, live_names, place_of_analysis
+from depthscope.probes.training.live.findings import TrainingStopped
+from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.ranks.channel import LostError
 from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.group import DataGroup, data_group, inner_model, weight_share
 from depthscope.probes.training.ranks.local import measured_here, num_tokens
-from depthscope.probes.training.sinks import Sink
 
-REDUCTIONS = ("mean", "sum", "global_mean")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
 _open: weakref.WeakSet[Recorder] = weakref.WeakSet()
@@ -557,269 +553,3 @@ def _make_gradients_undefined(sums: list[TokenSums]) -> None:
         for name in (GRADIENT, *GRADIENT_SUMS):
             parts = chain.sums.get(name, {})
             chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
-
-
-@takes_options(CaptureOptions)
-def record(
-    model: nn.Module,
-    *,
-    every: int = 1,
-    start_step: int = 0,
-    end_step: int | None = None,
-    store: str | Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    first_step: int | None = None,
-    keep_traces: int = 1,
-    token_text: Any = None,
-    attrs: Mapping[str, Any] | None = None,
-    weights: bool = False,
-    scaler: torch.amp.GradScaler | None = None,
-    loss_reduction: str | None = None,
-    metrics: str | Iterable[str] | None = None,
-    live_tokens: int = TOKENS,
-    optimizer: torch.optim.Optimizer | None = None,
-    sinks: Iterable[Sink] = (),
-    on_finding: OnFinding | None = None,
-    stop_on: str | None = None,
-    analysis: str = "inline",
-    group: Any = None,
-    group_timeout: float = 120.0,
-    stage: tuple[int, int] | None = None,
-    **options: Unpack[CaptureOptions],
-) -> Recorder:
-    """Measure a model while the user's own loop runs it.
-
-    Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
-    step (and stored in ``recorder.errors``), and between measured steps no hook is on.
-
-    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured
-    steps too, with the same dropout masks, losses and weights as without a recorder. It is measured next to that: its
-    forward runs once more, uncompiled, on copies of the same arguments, before the call; with gradients its backward as
-    well, from ∂loss/∂output of the user's backward on. So a measured call costs one more forward (and backward) and their
-    memory; the states are those of the same weights and batch, under dropout masks of their own; random states, buffers
-    and attributes of modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a
-    counter) happens twice. Refused with a sentence, and without any effect on the training: reentrant checkpoints and
-    optimizers inside of the backward (with gradients), several processes, arguments that cannot be copied.
-
-    A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
-
-    Parameters
-    ----------
-    model : Module
-        The model that the loop calls; compiled, or the module that was compiled.
-    every, start_step, end_step : int
-        Which steps are measured.
-    store : path-like, optional
-        Where the run is written while the loop runs: a folder where the name has no ending. The numbers of every measured step
-        are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
-        saved as often as it takes 1 % of the time. A name that ends in ``.nc``, ``.zarr`` or ``.zarr.zip`` is written when
-        the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
-        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` says which it is.
-    resume : bool
-        Go on in the folder of an earlier attempt; where there is none, begin one. The rows of the earlier attempt from
-        `first_step` on are superseded when the first new row comes, and the attribute ``resumed_at`` has that step.
-    force : bool
-        Begin anew where a folder has a run already, whose rows are lost; without `resume` or `force` it is refused.
-    first_step : int, optional
-        The number of the block's first step: of a resumed loop that of its checkpoint, by default the one after the last row
-        of the store; 0 without `resume`.
-    keep_traces : int
-        How many of the saved states with raw sequences stay in a folder; each is a run of one step in ``states``.
-    token_text, attrs
-        As in `probes.capture`.
-    weights : bool
-        Measure, for every module that owns parameters, the squared norms of its weights at `step`, of their gradient, and of
-        their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
-        comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
-        the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
-        second copy of the trainable weights is in memory while a step is measured, and none between.
-    scaler : GradScaler, optional
-        The scaler that multiplies the loss; gradients are divided by its scale, which is stored with them. Whether
-        ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported, and they are
-        NaN in its row. Without the scaler a scaled loss looks like any other: its gradients are stored as they come.
-    loss_reduction : {"mean", "sum", "global_mean"}, optional
-        How the loss is reduced over tokens; stored as an attribute that analyses of gradients need. Unknown where not given.
-        Of several processes each has a loss of its own: the mean over its own tokens (assumed where not given), the sum, or
-        ``"global_mean"``, its part of the mean over the tokens of all, times the number of processes, as transformers'
-        Trainer makes it. Losses and gradients are those of one process with all the data: weighted by n_r/N, 1 or 1/R.
-    metrics : str or iterable of str, optional
-        Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
-        set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
-        shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
-        are of the sampled tokens; the attribute ``estimator`` of each says which. One complete sequence is then stored raw,
-        unless ``max_sequences`` asks for more.
-    live_tokens : int
-        Number of tokens of a step that are sampled for these, drawn uniformly from its first forward by ``seed``: the same
-        positions at every step as long as batches have one shape and mask, which ``same_sampled_tokens`` of each row tells.
-    optimizer : Optimizer, optional
-        Its learning rate, that of the first group of parameters, is recorded with the metrics.
-    sinks : iterable of callable
-        Each is called as ``sink(step, {name: number})`` at the end of a measured step; see `probes.training.sinks`. One that
-        raises is reported, and called no more.
-    on_finding : callable, optional
-        ``on_finding(step, finding)``: called for each finding of a measured step that is new or more severe than before. Those
-        that are a warning or worse are also printed to the standard error, once.
-    stop_on : {"warn", "fail"}, optional
-        End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
-    analysis : {"inline", "process", "auto"}
-        Where the metrics of a row are computed from what was measured: in the training, or in a second process beside it (not
-        on Windows), for which a core should be free. The training then only copies the sums and the sampled tokens into
-        memory that both share, and a row's metrics, findings (`on_finding`, `stop_on`) and sinks come at a later step: that
-        is one or two measured steps later at most, or at the end of the block. Where two rows wait already, the next one
-        gets no metrics; its statistics stay, and the attribute ``live_rows_dropped`` has the number of such rows. The first
-        seconds, until the process has started, are computed in the training, and so is the rest where it dies. ``"auto"``
-        takes the process where the training may use more cores than torch has threads.
-    group : ProcessGroup, DeviceMesh or str, optional
-        Which processes train this model together, each on its part of the data (docs/many_processes.md): their statistics are
-        added, and the first of them writes, prints and has the ``run``. By default those of the model's wrapper
-        (DistributedDataParallel, `fully_shard`); ``"world"`` for all, ``"none"`` where this process measures alone. Every
-        process opens the recorder and calls ``recorder.step()`` equally often, with data or without.
-    group_timeout : float
-        Seconds that a process waits for the others at a measured step; then nothing is measured any more, and the training
-        goes on.
-    stage : (int, int), optional
-        As in `probes.capture`: where the model is one stage of a pipeline. Each stage has a recorder and a store of its own;
-        `group` is then the copies of this stage, or ``"none"``.
-    **options
-        Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
-        step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
-        of the last measured step.
-
-    Returns
-    -------
-    Recorder
-        Used as ``with probes.record(model) as recorder:``; its ``run`` is the result.
-
-    Raises
-    ------
-    ValueError
-        For a loss reduction, a scaler or a place of the analysis of another kind, where several processes run and it cannot
-        be known which of them train the model together, and for an analysis beside the training of several processes.
-    OSError
-        Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
-        without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
-    """
-    require_module(model)
-    together = data_group(model, group)
-    model = inner_model(model)
-    if together is not None:
-        if analysis == "process":
-            raise ValueError(
-                f"analysis='process' came with {together.size} processes that measure together, whose sums are added in the "
-                "training; leave it out"
-            )
-        analysis = "inline" if analysis == "auto" else analysis
-    given: dict[str, Any] = {
-        "sinks": list(sinks),
-        "on_finding": on_finding,
-        "stop_on": stop_on,
-        "optimizer": optimizer,
-        "analysis": place_of_analysis(analysis) if analysis != "inline" else None,
-    }
-    names = _live_names(metrics, live_tokens, given)
-    if names:
-        options = {"max_sequences": 1, **options}
-    if loss_reduction is not None and loss_reduction not in REDUCTIONS:
-        raise ValueError(
-            f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
-        )
-    scale = LossScale(scaler)
-    # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
-    recording = None
-    writes = together is None or together.rank == 0
-    if store is not None and writes:
-        recording = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
-    if first_step is None:
-        first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
-    all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    all_attrs.update(stage_attribute(stage) | dict(attrs or {}))
-    session = Session(
-        model,
-        Options(**options),
-        scale if scaler is not None else None,
-        live_tokens=live_tokens if names else 0,
-        exact_sums=together is not None,
-    )
-    ranks = None
-    if together is not None:
-        ranks = _ranks(
-            together,
-            loss_reduction,
-            session,
-            group_timeout,
-            {
-                "every": every,
-                "start_step": start_step,
-                "end_step": end_step,
-                "metrics": names,
-                "weights": weights and [name for name, _ in model.named_parameters()],
-            },
-        )
-    return Recorder(
-        session,
-        every=every,
-        start_step=start_step,
-        end_step=end_step,
-        store=recording,
-        first_step=first_step,
-        attrs=all_attrs,
-        token_text=token_text,
-        weights=WeightUpdates(model, scale, partial(weight_share, together) if together else None)
-        if weights
-        else None,
-        scale=scale,
-        live=Live(session, names, **given) if names and writes else None,
-        ranks=ranks,
-    )
-
-
-def _ranks(
-    group: DataGroup,
-    loss_reduction: str | None,
-    session: Session,
-    timeout: float,
-    settings: Mapping[str, Any],
-) -> Ranks:
-    """The part of a recorder in the measurement of several processes."""
-    options = session.options
-    if options.streaming:
-        raise ValueError(
-            "streaming=True came with several processes, whose streamed sums are too large to be added at every step; "
-            "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
-        )
-    if timeout <= 0:
-        raise ValueError(f"group_timeout is {timeout}; expected a positive number of seconds")
-    shared = {
-        "gradients": options.gradients,
-        "layers": options.blocks,
-        "layout": options.layout,
-        "seed": options.seed,
-        "sampled tokens": session.live_tokens,
-        "loss_reduction": loss_reduction,
-        **settings,
-    }
-    return Ranks(
-        group,
-        loss_reduction,
-        live_tokens=session.live_tokens,
-        seed=options.seed,
-        timeout=timeout,
-        settings=shared,
-    )
-
-
-def _live_names(
-    metrics: str | Iterable[str] | None, live_tokens: int, given: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """The metrics of every measured step; empty where none are wanted."""
-    if metrics is None:
-        unused = [name for name, value in given.items() if value]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
-            )
-        return ()
-    if live_tokens < 4:  # below, no debiased CKA exists
-        raise ValueError(f"live_tokens is {live_tokens}; expected 4 or more")
-    return live_names(metrics)

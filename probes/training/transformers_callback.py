@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from depthscope.probes.training.recorder import Recorder, record
+from depthscope.probes.training.record import record
+from depthscope.probes.training.recorder import Recorder
 
 
 class TransformersCallback(TrainerCallback):

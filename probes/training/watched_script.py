@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from depthscope.probes.training.recorder import ProbeWarning, Recorder, record
+from depthscope.probes.training.record import record
+from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
 
 class ScriptWatch:
