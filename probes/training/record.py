@@ -237,7 +237,9 @@ def record(
         if weights
         else None,
         scale=scale,
-        live=Live(session, names, **given) if names and writes else None,
+        live=Live(session, names, name=Path(store).name if store is not None else "", **given)
+        if names and writes
+        else None,
         ranks=ranks,
     )
 

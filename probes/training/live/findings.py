@@ -56,9 +56,13 @@ class Watched:
         ``on_finding(step, finding)``.
     stop_on : str or None
         ``"warn"`` or ``"fail"``.
+    name : str
+        Of the run, printed before its steps; empty for none.
     """
 
-    def __init__(self, on_finding: OnFinding | None = None, stop_on: str | None = None) -> None:
+    def __init__(
+        self, on_finding: OnFinding | None = None, stop_on: str | None = None, name: str = ""
+    ) -> None:
         levels = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
         if stop_on is not None and stop_on not in levels:
             raise ValueError(
@@ -69,6 +73,7 @@ class Watched:
                 f"on_finding is of type {type(on_finding).__name__}; expected a function of the step and a finding"
             )
         self._on_finding = on_finding
+        self._of = f"{name}, " if name else ""
         self._stop_on = None if stop_on is None else levels[stop_on]
         self._told: dict[tuple[Any, ...], Severity] = {}
         self._last: tuple[float, float] | None = None  # when rows were last judged, and how long that took
@@ -128,7 +133,9 @@ class Watched:
         """
         for finding in findings:
             if finding.severity >= Severity.WARN:
-                sys.stderr.write(f"depthscope: step {step}: {finding.severity.name}: {finding.sentence}\n")
+                sys.stderr.write(
+                    f"depthscope: {self._of}step {step}: {finding.severity.name}: {finding.sentence}\n"
+                )
             if self._on_finding is not None:
                 self._on_finding(step, finding)
 

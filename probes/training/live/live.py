@@ -41,6 +41,8 @@ class Live:
         Of the recorder, with ``live_tokens``.
     names : sequence of str
         Metrics of the catalogue, see `live_names`.
+    name : str
+        Of the run, for what is printed: several may be recorded at a time.
     optimizer : Optimizer, optional
         Whose learning rate is recorded.
     sinks : iterable of callable
@@ -58,6 +60,7 @@ class Live:
         session: Session,
         names: Sequence[str],
         *,
+        name: str = "",
         analysis: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         sinks: Iterable[Sink] = (),
@@ -70,7 +73,7 @@ class Live:
         self._metrics = LiveMetrics(session, names)
         self._optimizer = optimizer
         self._sinks = list(sinks)
-        self._watched = Watched(on_finding, stop_on)
+        self._watched = Watched(on_finding, stop_on, name)
         self._severe: tuple[int, list[Finding]] | None = None
         self._unjudged: LiveRow | None = None
         self._analysis = analysis
