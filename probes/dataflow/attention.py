@@ -73,7 +73,7 @@ class AttentionRows:
     value : int
         Number of its value in the trace.
     rows : Tensor
-        (3, S, H, Q) on the CPU: entropy of the weights in nats, number of keys that the query sees, weight on the first of
+        (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of
         these.
     """
 
@@ -234,7 +234,7 @@ class AttentionWatch:
     # --- both
 
     def _add(self, number: int, rows: torch.Tensor) -> None:
-        self.found.append(AttentionRows(number, rows.cpu()))
+        self.found.append(AttentionRows(number, rows))
 
     def _refuse(self, reason: str) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1

@@ -143,7 +143,7 @@ class Forward:
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
                 branches=_cloned_row(self.branches, position),
                 attention={
-                    key: rows[:, position].clone()
+                    key: rows[:, position].cpu().clone()
                     for key, rows in self.attention.items()
                     if position < rows.shape[1]
                 },

@@ -275,9 +275,7 @@ class Session:
         most = max(self.attention.heads.values(), default=0)
         for (number, depth), rows in forward.attention.items() if self._sums else ():
             mask = forward.masks.get(number)
-            of_rows = (
-                None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)].to(rows.device)
-            )
+            of_rows = None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)]
             forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, most))
 
     def detach(self) -> int:

@@ -133,7 +133,7 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     assert f"reading {UNPROVEN}" in unescape(to_html(readings[1:]))
     bundle = write_bundle(readings[1:], tmp_path / "paper", formats=())
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["runs"]["plain"]["proof"] == UNPROVEN
+    assert manifest["runs"]["plain"]["attributes"]["proof"] == UNPROVEN
 
 
 @pytest.mark.slow

@@ -151,6 +151,24 @@ closest_stream_cosine = _steps(
     "largest mean cosine of two streams",
     thresholds=((0.9999, "copies: 0.9999"),),
 )
+first_checkpoint_cka = _steps(
+    "first_checkpoint_cka",
+    "CKA with the same depth of the first checkpoint",
+    "linear CKA with the first checkpoint",
+    note="Of a history of checkpoints.",
+)
+last_checkpoint_cka = _steps(
+    "last_checkpoint_cka",
+    "CKA with the same depth of the last checkpoint",
+    "linear CKA with the last checkpoint",
+    note="Of a history of checkpoints: its last one has 1.",
+)
+first_checkpoint_distance = _steps(
+    "first_checkpoint_distance",
+    "Distance from the states of the first checkpoint",
+    "distance, relative to the first",
+    note="Of a history of checkpoints.",
+)
 stream_cka = _steps(
     "stream_cka",
     "CKA between streams across depth",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 DEFAULT_BUDGET = 2 * 2**30
@@ -62,7 +62,7 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
                 threads_per_worker=1 if processes else number,
                 processes=processes,
                 memory_limit=memory or "auto",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any port that is free
                 silence_logs=50,  # a lost worker is told once, with what it was measuring
             ) as cluster,
             distributed.Client(cluster) as client,
@@ -146,6 +146,13 @@ def run_all(
                     f"a worker does not find the run ({error}); it must be where every worker reads it, under the same path"
                 ) from error
             report(done)
+        for position, result in enumerate(results):
+            if isinstance(result, LostWorker):
+                # With a worker goes whatever waited there: each once more, alone, tells which one it was.
+                again = client.submit(function, *arguments[position], pure=False)
+                futures.append(again)
+                with suppress(distributed.KilledWorker):
+                    results[position] = again.result()
     finally:
         # Where one raised, the others are of no use.
         client.cancel(futures, force=True)

@@ -105,7 +105,7 @@ def test_zoom_survives_a_change_of_the_data(page, address):
 
 
 def test_the_address_has_the_zoom_and_another_axis_never_leaves_a_chart_empty(page, address):
-    page.goto(f"{address}/collapse?runs=plain&zoom_chart_effective_rank=1,3,,")
+    page.goto(f"{address}/collapse?runs=plain&zoom_version_raw=1,3,,")
     page.wait_for_selector(CHART, timeout=60_000)
     page.wait_for_timeout(1500)
     read = "() => document.querySelector('.depthscope-chart')._fullLayout.xaxis.range"
@@ -113,7 +113,7 @@ def test_the_address_has_the_zoom_and_another_axis_never_leaves_a_chart_empty(pa
     page.get_by_text("relative").first.click()
     wait_for(lambda: page.evaluate(read)[1] < 1.5, 20)
     assert page.evaluate(read)[0] < 0.1
-    wait_for(lambda: "zoom_chart" not in page.evaluate("() => location.href"), 10)
+    wait_for(lambda: "zoom_version" not in page.evaluate("() => location.href"), 10)
 
 
 def test_a_key_goes_to_the_next_chart_and_arrows_to_its_cells(page, address):

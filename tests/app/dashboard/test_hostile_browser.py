@@ -91,7 +91,7 @@ def look(page, address: str, path: str, names: list[str]) -> str:
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.goto(f"{address}/{path}?{urlencode([('runs', name) for name in names])}")
-    if path != "mixing":
+    if path not in ("mixing", "tokens"):
         page.wait_for_selector(CHART, timeout=120_000)
     page.get_by_test_id("stStatusWidget").wait_for(state="detached", timeout=120_000)
     page.wait_for_timeout(1000)

@@ -45,8 +45,8 @@ def test_every_kind_of_figure_was_drawn(whole):
 
 
 def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
-    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both), runs=list(both)))
-    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both), runs=list(both)))
+    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both)))
+    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both)))
     (norm,) = (trace for trace in everywhere if trace.name == "mhc")
     assert mixing[0].name == "mhc"
     assert norm.line.color == mixing[0].line.color == PALETTE[1]
@@ -108,7 +108,7 @@ def test_a_band_leaves_out_what_a_log_axis_cannot_show():
 
 def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
     runs = {"a": both["mhc"], "b": both["mhc"]}
-    drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs), runs=list(runs))
+    drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs))
     named = [trace.name for trace in drawn.data if trace.showlegend is not False]
     assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4", "random connection"]
 

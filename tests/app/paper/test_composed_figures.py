@@ -149,7 +149,7 @@ def test_groups_are_means_with_bands_and_marks(make_run):
         for seed in range(4)
     ]
     figure = compose("collapse", readings, by="family")
-    assert figure.runs == ("hc", "mhc")
+    assert figure.runs == {"hc": 0, "mhc": 1}
     panel = next(panel for panel in figure.panels if panel.key == "streams")
     line = next(line for line in panel.content.lines if line.role == "measured" and line.group == "hc")
     values = np.stack([r.analysis["stream_cosine"].values[0] for r in readings if r.name.startswith("hc")])

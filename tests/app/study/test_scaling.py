@@ -89,6 +89,6 @@ def test_the_figure_is_of_the_last_state():
 
 def test_what_does_not_go_together_is_refused(capsys):
     assert main(["study", "width", "--memory"]) == USAGE
-    assert "--memory belongs to the study of connections" in capsys.readouterr().err
+    assert "--memory belongs to the study of families" in capsys.readouterr().err
     assert main(["study", "breadth"]) == USAGE
-    assert "expected one of connections, width, depth" in capsys.readouterr().err
+    assert "expected one of families, connections, initialisation" in capsys.readouterr().err

@@ -450,7 +450,7 @@ def test_an_interrupt_between_writing_and_counting_loses_nothing(one_step, tmp_p
 def test_a_writer_that_dies_between_columns_and_log_loses_nothing(one_step, tmp_path, monkeypatch):
     store = written(tmp_path / "a", one_step)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_start_log", lambda: (_ for _ in ()).throw(OSError("killed here")))
+        patch.setattr(store, "_start_log", lambda _kept: (_ for _ in ()).throw(OSError("killed here")))
         store._compact()
     store.close()
     with schema.open_run(tmp_path / "a") as run:

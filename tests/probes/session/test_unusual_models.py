@@ -231,7 +231,8 @@ def test_it_is_refused_by_its_name_and_the_users_call_goes_on(name):
     build, reason = REFUSED[name]
     model, batch = build()
     expected = call(model, batch)
-    for ask in (probes.capture, probes.describe):
+    # `describe` of a model on the meta device is the plan of its capture.
+    for ask in (probes.capture,) if name == "meta" else (probes.capture, probes.describe):
         with pytest.raises((ValueError, probes.CaptureError), match=reason):
             ask(model, batch)
     with probes.record(model, gradients=True) as recorder:
