@@ -148,6 +148,10 @@ def _two_decimals(value: float) -> str:
     return text.replace("-", "−")
 
 
+FLAT = 1.0001
+"""Ratio of the largest to the smallest value of a logarithmic map up to which it is drawn in one colour. A heuristic of ours."""
+
+
 def _norm(figure: Heatmap) -> Normalize:
     known = figure.z[np.isfinite(figure.z)]
     if figure.log_z and bool(np.any(known > 0)):
@@ -155,7 +159,8 @@ def _norm(figure: Heatmap) -> Normalize:
         low, high = figure.limits or (float(positive.min()), float(positive.max()))
         # Declared limits may begin at zero, which a logarithm has not.
         low = low if low > 0 else float(positive.min())
-        return LogNorm(low, high if high > low else low * 1.01)
+        # The rounding of equal values is no pattern.
+        return LogNorm(low, high) if high > low * FLAT else LogNorm(low / 2, high * 2)
     low, high = figure.limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
     if figure.diverging:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
