@@ -149,7 +149,7 @@ def _two_decimals(value: float) -> str:
 
 
 FLAT = 1.0001
-"""Ratio of the largest to the smallest value of a logarithmic map up to which it is drawn in one colour. A heuristic of ours."""
+"""Ratio of the largest to the smallest value up to which a logarithmic map is drawn in one colour. A heuristic of ours."""
 
 
 def _norm(figure: Heatmap) -> Normalize:
