@@ -74,7 +74,7 @@ def say_unknown_runs() -> None:
     st.warning(
         f"Not here: {shown}{more}, which the address names. They were deleted or renamed, or are in another folder than the "
         "dashboard was started with.",
-        icon="🔎",
+        icon="⚠️",
     )
 
 
@@ -128,11 +128,11 @@ def _explain_none() -> None:
     """Why no run is shown: there is none, or none is chosen."""
     if not run_library.list_runs():
         st.info(
-            "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="🔭"
+            "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️"
         )
         st.code(
             "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.nc\ndepthscope dashboard runs",
             "bash",
         )
     else:
-        st.info("No run is chosen. Click a row of the table of runs, or choose in the sidebar.", icon="👈")
+        st.info("No run is chosen. Click a row of the table of runs, or choose in the sidebar.", icon="ℹ️")

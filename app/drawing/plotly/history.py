@@ -87,6 +87,8 @@ def draw_history(
         add_panel(drawn, panel, number, (low, high), axes)
         drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_note(panel)}", **panel_title(high))
         top -= panel.height
+    # A letter of the marks' names takes some six pixels.
+    left = max([92, *(8 + 6 * len(mark.label) for mark in marks)])
     drawn.update_layout(
         **axes,
         shapes=[_line(step) for step in resumed],
@@ -100,7 +102,7 @@ def draw_history(
         },
         template="none",
         height=total,
-        margin={"l": 92, "r": 64, "t": TOP, "b": BOTTOM},
+        margin={"l": left, "r": 64, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},
