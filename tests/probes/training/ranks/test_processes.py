@@ -57,7 +57,6 @@ def launch(world: int, folder: Path) -> None:
     ("world", "scenario"),
     [(world, scenario.__name__) for world, scenarios in SCENARIOS.items() for scenario in scenarios],
 )
-@pytest.mark.xdist_group("processes")
 def test_processes(results, world, scenario):
     for rank, result in enumerate(results(world)):
         assert result[scenario] == "", f"process {rank}"
