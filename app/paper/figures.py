@@ -13,10 +13,10 @@ Each panel's axes have its key as their label (`Axes.get_label`); `ds.figures.pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
 import xarray as xr
@@ -165,14 +165,25 @@ def _by_key(figure: Composed, axes: Any) -> dict[str, Axes]:
     return dict(zip(keys, flat, strict=False))
 
 
-@overload
-def collapse(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def collapse(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+class Drawing(Protocol):
+    """How each figure is called: what it returns depends on whether axes are given."""
+
+    @overload
+    def __call__(
+        self, runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
+    ) -> Figure: ...
+    @overload
+    def __call__(
+        self, runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
+    ) -> dict[str, Axes]: ...
+
+
+def _drawing(function: Callable[..., Any]) -> Drawing:
+    """The same function; its types are told once for all figures."""
+    return cast(Drawing, function)
+
+
+@_drawing
 def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Collapse across depth: ranks of all and of ordinary tokens with their nulls, cosines of tokens and of streams.
 
@@ -204,14 +215,7 @@ def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = ""
     return _drawn("collapse", runs, axes, venue, by, selection)
 
 
-@overload
-def similarity(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def similarity(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def similarity(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.
 
@@ -228,14 +232,7 @@ def similarity(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = 
     return _drawn("similarity", runs, axes, venue, by, selection)
 
 
-@overload
-def gains(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def gains(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def gains(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).
 
@@ -252,14 +249,7 @@ def gains(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", *
     return _drawn("gains", runs, axes, venue, by, selection)
 
 
-@overload
-def mixing(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def mixing(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def mixing(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Mixing matrices, single and multiplied, with the sums of their rows and columns (mHC, figure 8).
 
@@ -276,14 +266,7 @@ def mixing(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", 
     return _drawn("mixing", runs, axes, venue, by, selection)
 
 
-@overload
-def kernel(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def kernel(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def kernel(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Who reads whom: the depth kernel (the dense connection matrix of HC), with the shares of reads and writes.
 
@@ -300,14 +283,7 @@ def kernel(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", 
     return _drawn("kernel", runs, axes, venue, by, selection)
 
 
-@overload
-def spectra(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def spectra(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def spectra(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.
 
@@ -324,14 +300,7 @@ def spectra(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "",
     return _drawn("spectra", runs, axes, venue, by, selection)
 
 
-@overload
-def gradients(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def gradients(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def gradients(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Gradients and sensitivity: norms, gains and ranks of the gradient, norms of states and branches along the depth.
 
@@ -348,14 +317,7 @@ def gradients(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "
     return _drawn("gradients", runs, axes, venue, by, selection)
 
 
-@overload
-def training(
-    runs: Runs, *, axes: None = None, venue: str = "plain", by: str = "", **selection: Any
-) -> Figure: ...
-@overload
-def training(
-    runs: Runs, *, axes: Any, venue: str = "plain", by: str = "", **selection: Any
-) -> dict[str, Axes]: ...
+@_drawing
 def training(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
     """Training: the loss with the first warning of each verdict, and profiles along the depth, step by step.
 
