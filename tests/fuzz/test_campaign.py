@@ -47,7 +47,7 @@ def test_no_mutation_of_the_quick_round_fails(mutator, material, tmp_path):
 @pytest.mark.slow
 def test_no_mutation_of_the_long_round_fails():
     """A process of its own: it is forked for every case, which pytest's threads would not survive."""
-    words = [sys.executable, "-m", "tests.fuzz", "--minutes", "0.6", "--jobs", "2"]
+    words = [sys.executable, "-m", "tests.fuzz", "--minutes", "0.3", "--jobs", "2"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
