@@ -1,0 +1,38 @@
+"""Do the files of a release agree, and does the lock of versions hold what the package asks for?"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_version_and_date_are_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text()
+    (version,) = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    (date,) = re.findall(r"^date-released: (.+)$", citation, re.MULTILINE)
+    assert version == PROJECT["version"]
+    assert f"\n## [{version}] - {date}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_locked_versions_are_those_that_the_package_takes():
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert not [line for line in lines if "+" in line], "a local label is on no index"
+    asked = [
+        *PROJECT["dependencies"],
+        *(text for extra in PROJECT["optional-dependencies"].values() for text in extra),
+    ]
+    requirements = [Requirement(text) for text in asked if not text.startswith("depthscope[")]
+    wrong = [
+        str(one)
+        for one in requirements
+        if not one.specifier.contains(locked.get(canonicalize_name(one.name), "0"))
+    ]
+    assert wrong == []
