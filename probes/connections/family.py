@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
-from depthscope.probes.connections.tensor_watch import Watch
+from depthscope.probes.connections.tensor_watch import Place, Watch
 
 MOST_STREAMS = 64  # heuristic: a larger axis is one of features, not of streams
 Seen = Callable[[], list[torch.Tensor]]  # the tensors that the connection computed, the last one first
@@ -138,7 +138,8 @@ class PairedFamily(Family):
     watch : callable
         ``watch(site, x)``: which tensors to keep while the opening method runs.
     read : callable
-        ``read(site, batch_size, x, result, seen)``: the `Parts` that the opening method shows.
+        ``read(site, batch_size, x, result, seen, place)``: the `Parts` that the opening method shows; ``place`` tells which of
+        the tensors were the weights in the forward before, where that is known.
     close : callable
         ``close(site, opened, branch_out, output, seen)``: the final `Parts`.
     watch_closing : callable, optional
@@ -153,7 +154,7 @@ class PairedFamily(Family):
     branch_argument: int
     detect: Callable[[nn.Module, torch.Tensor, int], Site | None]
     watch: Callable[[Site, torch.Tensor], Watch]
-    read: Callable[[Site, int, torch.Tensor, Any, list[torch.Tensor]], Parts]
+    read: Callable[[Site, int, torch.Tensor, Any, list[torch.Tensor], Place | None], Parts]
     close: Callable[[Site, Parts, torch.Tensor, Any, list[torch.Tensor]], Parts] = with_branch_output
     watch_closing: Callable[[Site, torch.Tensor], Watch] | None = None
     rewrites_output: bool = False

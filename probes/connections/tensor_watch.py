@@ -6,7 +6,8 @@ No family's formula is repeated here: a tensor is the weight because it explains
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -26,6 +27,25 @@ PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device,
 EXACT = 4
 # Heuristic: enough to select the weights among the watched tensors. The proof looks at more tokens, and at the next state.
 SELECTING_TOKENS = 64
+# As many tell whether the tensor at the place of the forward before is still the weights: it is one candidate, not many.
+CONFIRMING_TOKENS = 16
+
+
+@dataclass
+class Place:
+    """Which of the candidates explained an output in the forward before, among how many; among none where that is not known.
+
+    Parameters
+    ----------
+    among, position : int
+        Number of candidates, and which one it was.
+    error : float
+        How far it was from explaining it.
+    """
+
+    among: int = 0
+    position: int = 0
+    error: float = 0.0
 
 
 class Watch(TorchFunctionMode):
@@ -99,33 +119,61 @@ class Watch(TorchFunctionMode):
         return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 
-def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor) -> T | None:
+def explaining(
+    candidates: Sequence[tuple[T, Explanation]], *goal: torch.Tensor, place: Place | None = None
+) -> T | None:
     """The candidate whose explanation comes nearest to a goal, if it comes near enough; the search ends at an exact one.
 
     Parameters
     ----------
-    candidates : iterable of (result, explanation)
+    candidates : sequence of (result, explanation)
         What to return, and a function from token indices to what it explains at these.
     *goal : Tensor
         (B, T, …); several are joined along their third axis.
+    place : Place, optional
+        Which one it was in the forward before: as many candidates again, and the same code has run, so that this one is taken
+        where it still explains the goal as well. It is noted for the next forward.
 
     Returns
     -------
     object or None
         None where the best relative error is above the tolerance of the goal's precision.
     """
-    batch, tokens = goal[0].shape[:2]
-    few = spread(batch * tokens, SELECTING_TOKENS).to(goal[0].device)
-    wanted = torch.cat([few_of(part, few) for part in goal], dim=1) if goal[1:] else few_of(goal[0], few)
     exact = EXACT * torch.finfo(goal[0].dtype).eps
-    best, least = None, math.inf
-    for result, explain in candidates:
+    enough = tolerance(compute_dtype(goal[0]))
+    if place is not None and place.among == len(candidates) > 0:
+        result, explain = candidates[place.position]
+        if _still_explains(explain, goal, min(max(exact, 4 * place.error), enough)):
+            return result
+    few, wanted = _goal(goal, SELECTING_TOKENS)
+    best, least, at = None, math.inf, 0
+    for position, (result, explain) in enumerate(candidates):
         error = relative_error(explain(few) - wanted, wanted)
         if error < least:
-            best, least = result, error
+            best, least, at = result, error, position
         if error <= exact:
             break
-    return best if least <= tolerance(compute_dtype(goal[0])) else None
+    if least > enough:
+        return None
+    if place is not None:
+        place.among, place.position, place.error = len(candidates), at, least
+    return best
+
+
+def _still_explains(explain: Explanation, goal: Sequence[torch.Tensor], limit: float) -> bool:
+    """Whether an explanation of the forward before holds in this one; all on the device, which is waited for once."""
+    few, wanted = _goal(goal, CONFIRMING_TOKENS)
+    size = torch.linalg.vector_norm(wanted)
+    error = torch.linalg.vector_norm(explain(few) - wanted)
+    # A goal of zeros, as of padding, is explained by whatever reads it.
+    return bool((error <= limit * size) & (size > 0))
+
+
+def _goal(goal: Sequence[torch.Tensor], most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of some tokens, and a goal at these."""
+    batch, tokens = goal[0].shape[:2]
+    few = spread(batch * tokens, most).to(goal[0].device)
+    return few, torch.cat([few_of(part, few) for part in goal], dim=1) if goal[1:] else few_of(goal[0], few)
 
 
 def mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:

@@ -196,7 +196,8 @@ class LaterForwards:
         if begun is None:
             return None
         forward, number, x = begun
-        opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
+        site, place = self._structure.sites[number], self._observer.place(number)
+        opening = Opening(site, forward.batch_size, x.detach(), key=number, place=place)
         forward.openings.setdefault(path, []).append(opening)
         watch, logits = opening.watch(), self._observer.logit_watch(number, x)
         watch.also = logits

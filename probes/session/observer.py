@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.logits import Handled, LogitWatch
-from depthscope.probes.connections.reading import ReadPlace, canonical_streams, read_returned
+from depthscope.probes.connections.reading import canonical_streams, read_returned
+from depthscope.probes.connections.tensor_watch import Place
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
@@ -81,7 +82,9 @@ class Observer:
         self._sums = sums
         self._live_tokens = live_tokens
         self._exact_sums = exact_sums
-        self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
+        self._places: dict[
+            int, Place
+        ] = {}  # of the weights that are looked for, by the number of the connection
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -230,6 +233,10 @@ class Observer:
 
     # --- connections ---
 
+    def place(self, number: int) -> Place:
+        """Where the weights of a connection, which no returned tensor shows, were in the forward before."""
+        return self._places.setdefault(number, Place())
+
     def logit_watch(self, number: int, x: torch.Tensor) -> LogitWatch | None:
         """What watches a call of a connection, which took ``x``, for the logits of its matrix; None where nothing does."""
         if self.logits is None:
@@ -263,7 +270,7 @@ class Observer:
     ) -> None:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
-        place = self._read_places.setdefault(number, ReadPlace())
+        place = self.place(number)
         site, every_token = self.structure.sites[number], self._live_tokens > 0
         sampled, complete = read_returned(site, x, output, rows, computed, place, every_token)
         self.record_connection(forward, number, complete, sampled)

@@ -6,11 +6,13 @@ feature. Everything stays on the device until `probes.training.live` reads it ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from depthscope.probes.statistics.compiled_state import compiled_tokens
 from depthscope.probes.statistics.histograms import Histogram
 
 PADDING = -1.0  # in values of every token that cannot be negative
@@ -96,13 +98,18 @@ class LiveSums:
             )  # sent to the device once a forward
         return self._drawn[shape]
 
-    def sample_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Copy the sampled tokens of a state, in float32."""
+    def sample_state(
+        self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, compiled: bool = False
+    ) -> None:
+        """Copy the sampled tokens of a state, in float32; ``compiled``: by the pass of `compiled_state`."""
         if not state_BTND.numel():
             return
         places = self._places(state_BTND, mask_BT)
         self.places[depth] = places
-        self.states[depth] = _tokens(state_BTND, places).float()
+        if compiled:
+            self.states[depth] = compiled_tokens(state_BTND, places.position_K)
+        else:
+            self.states[depth] = _tokens(state_BTND, places).float()
 
     def sample_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Norms of the gradient at the sampled tokens, of each stream."""
@@ -111,6 +118,10 @@ class LiveSums:
         places = self._places(gradient_BTND, mask_BT)
         gradient = _tokens(gradient_BTND, places)
         self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
+
+    def take_gradient_norms(self, depth: int, norm_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """The same, where the norms of every token are known already."""
+        self.gradient_norms[depth] = _tokens(norm_BTN, self._places(norm_BTN, mask_BT))
 
     def add(self, name: str, key: int, value: torch.Tensor) -> None:
         """Add to a sum."""
@@ -122,28 +133,24 @@ class LiveSums:
         parts = self.values.setdefault(name, {})
         parts[key] = torch.cat([parts[key], value]) if key in parts else value
 
-    def add_stream_cosines(self, depth: int, cosine_tNN: torch.Tensor, norm_tN: torch.Tensor) -> None:
-        """Add the cosines between the streams of every token; a stream of zeros has none.
+    def add_stream_cosines(
+        self, depth: int, sums: Sequence[torch.Tensor | float], pair_sum_NN: torch.Tensor
+    ) -> None:
+        """Add the cosines between the streams of some tokens.
 
         Parameters
         ----------
         depth : int
             Depth index.
-        cosine_tNN : Tensor
-            Products of unit vectors, zero where a stream is zero.
-        norm_tN : Tensor
-            Norms of the streams.
+        sums : sequence of Tensor or float
+            As of `stream_cosine_sums`.
+        pair_sum_NN : Tensor
+            As of `stream_cosine_sums`.
         """
-        cosine = cosine_tNN.double()
-        num_streams = cosine.shape[-1]
-        directed = (norm_tN > 0).sum(-1).double()
-        defined = directed > 1
-        mean = (cosine.sum((-2, -1)) - directed) / (directed * (directed - 1)).clamp_min(1)
-        complete = directed == num_streams
-        self.add("stream_cosine_sum", depth, torch.where(defined, mean, 0.0).sum())
-        self.add("stream_cosine_count", depth, defined.sum().double())
-        self.add("pair_cosine_sum", depth, torch.where(complete[:, None, None], cosine, 0.0).sum(0))
-        self.add("pair_cosine_count", depth, complete.sum().double())
+        names = "stream_cosine_sum", "stream_cosine_count", "pair_cosine_count"
+        for name, value in zip(names, sums, strict=True):
+            self.add(name, depth, torch.as_tensor(value, dtype=torch.float64))
+        self.add("pair_cosine_sum", depth, pair_sum_NN)
 
     # --- connections ---
 
@@ -241,6 +248,35 @@ def with_mean(x_tND: torch.Tensor) -> torch.Tensor:
         return x_tND
     # In float64: of streams that nearly cancel, the rounding would be the mean.
     return torch.cat([x_tND.mean(1, keepdim=True, dtype=torch.float64).to(x_tND.dtype), x_tND], dim=1)
+
+
+def stream_cosine_sums(
+    cosine_tNN: torch.Tensor, norm_tN: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Sums of the cosines between the streams of some tokens; a stream of zeros has none.
+
+    Parameters
+    ----------
+    cosine_tNN : Tensor
+        Products of unit vectors, zero where a stream is zero.
+    norm_tN : Tensor
+        Norms of the streams.
+
+    Returns
+    -------
+    sums : tuple of Tensor
+        Of the mean over the pairs of a token's streams, and how many tokens have two directions or more, and all.
+    pair_sum : Tensor
+        (N, N), over the tokens that have all.
+    """
+    cosine = cosine_tNN.double()
+    num_streams = cosine.shape[-1]
+    directed = (norm_tN > 0).sum(-1).double()
+    defined = directed > 1
+    mean = (cosine.sum((-2, -1)) - directed) / (directed * (directed - 1)).clamp_min(1)
+    complete = directed == num_streams
+    sums = torch.where(defined, mean, 0.0).sum(), defined.sum().double(), complete.sum().double()
+    return sums, torch.where(complete[:, None, None], cosine, 0.0).sum(0)
 
 
 def amax_gains(matrix_tNN: torch.Tensor) -> torch.Tensor:

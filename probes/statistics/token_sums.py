@@ -1,8 +1,9 @@
 """Which sums over every real token does a step give? Norms, directions, gains and gradients, in constant memory.
 
-Shapes: B batch, T token, t the tokens of one block, N stream, D feature. A state is read from memory once, in blocks that fit
-into the processor's cache. Vectors are added in float32 over the tokens of a block and in float64 over the blocks: relative to
-the sum of sizes, the error over 1e6 tokens was at most 1.2e-8. Everything stays on the device; only `array` reads it back.
+Shapes: B batch, T token, t the tokens of one block, N stream, D feature. A state is read from memory once, by a compiled pass
+(`compiled_state`) or in blocks that fit into the processor's cache. Vectors are added in float32 over the tokens of a block,
+and in float64 over the blocks: relative to the sum of sizes, the error over 1e6 tokens was at most 1.2e-8. Everything stays on
+the device; only `array` reads it back.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from depthscope.probes.statistics.compiled_block import compiled_block, compiled_squares, is_available
-from depthscope.probes.statistics.live_sums import LiveSums, with_mean
+from depthscope.probes.statistics.compiled_state import compiled_squares, compiled_state, is_available
+from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
 BLOCK_NUMBERS_CPU = 2**17  # a block and the one of the depth before fit into a second-level cache of 2 MiB
-BLOCK_NUMBERS_COMPILED = 2**20  # one pass reads a block once: only a copy of a strided state has to be small
 BLOCK_NUMBERS_GPU = 2**24  # no such cache to fit into, and launching many small kernels would cost more
 MAX_BLOCK_TOKENS = 4096  # they are added in float32, whose error grows with their number
 SQUARES = "gradient_square_norm_sum"
@@ -48,17 +48,6 @@ class _Profile(NamedTuple):
     unit_sum_ND: torch.Tensor
     cosine_sum_N: torch.Tensor | None
 
-    def views(self, chosen: slice) -> _Profile:
-        """Those of some streams."""
-        cosine = None if self.cosine_sum_N is None else self.cosine_sum_N[chosen]
-        return _Profile(
-            self.norm_tN[:, chosen],
-            self.largest_tN[:, chosen],
-            self.feature_sum_ND[chosen],
-            self.unit_sum_ND[chosen],
-            cosine,
-        )
-
 
 class TokenSums:
     """The additive statistics of one chain: states, gradients and connection gains.
@@ -84,7 +73,7 @@ class TokenSums:
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
         self.latest: dict[str, dict[int, torch.Tensor]] = {}  # of the last part, as the values of weights
-        self._last: tuple[int, torch.Size] | None = None  # depth and shape of the state before
+        self._last: tuple[int, torch.Size, torch.device] | None = None  # of the state before, and its depth
         self._units: deque[torch.Tensor] = deque()  # its tokens over their norms, block by block
         # One block's memory that is written again and again: allocating it anew would cost more than the sums themselves.
         self._spare: torch.Tensor | None = None
@@ -109,52 +98,93 @@ class TokenSums:
         """
         if not state_BTND.numel():  # an empty batch, of which no maximum exists
             return
-        profile = _joined(self._block_statistics(depth, state_BTND, mask_BT))
+        previous = self._units_before(depth, state_BTND)
+        compiles = self._compiles(state_BTND)
+        if compiles:
+            profile = self._compiled_profile(depth, state_BTND, mask_BT, previous)
+        else:
+            profile = _joined(self._block_statistics(depth, state_BTND, mask_BT, previous))
         # Counted without reading the mask back from the device, which would wait for it.
         if mask_BT is None:
             count = torch.tensor(float(state_BTND.shape[0] * state_BTND.shape[1]), dtype=torch.float64)
         else:
             count = mask_BT.sum().double()
         if self.live is not None:
-            self.live.sample_state(depth, state_BTND, mask_BT)
+            self.live.sample_state(depth, state_BTND, mask_BT, compiled=compiles)
             self.live.add_values("largest", depth, profile.largest_tN)
-        if profile.norm_tN.shape[1] > state_BTND.shape[2]:  # the mean over streams comes before them
-            self.mean_view = self.mean_view or TokenSums()
-            self.mean_view._add_profile(depth, count, profile.views(slice(0, 1)))
-            profile = profile.views(slice(1, None))
-        self._add_profile(depth, count, profile)
+        self._add_profile(depth, count, profile, state_BTND.shape[2])
         if self.streaming is not None:
-            mean_ND = profile.feature_sum_ND / count.clamp_min(1)
-            self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, profile.largest_tN)
+            streams = slice(-state_BTND.shape[2], None)
+            mean_ND = profile.feature_sum_ND[streams] / count.clamp_min(1)
+            self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, profile.largest_tN[:, streams])
 
-    def _add_profile(self, depth: int, count: torch.Tensor, profile: _Profile) -> None:
-        self._add("token_count", depth, count)
-        self._add("norm_sum", depth, profile.norm_tN.sum(0))
-        self._add("square_norm_sum", depth, profile.norm_tN.square().sum(0))
-        # A zero token, as padding is made, has no direction
-        self._add("unit_count", depth, (profile.norm_tN > 0).sum(0).double())
-        self._add_maximum("norm_max", depth, profile.norm_tN.amax(0))
-        self._add_maximum("abs_max", depth, profile.largest_tN.amax(0).double())
-        self._add("feature_sum", depth, profile.feature_sum_ND)
-        self._add("unit_sum", depth, profile.unit_sum_ND)
+    def _add_profile(self, depth: int, count: torch.Tensor, profile: _Profile, num_streams: int) -> None:
+        """Add the sums of a state; those of the mean over several streams, which come before theirs, to `mean_view`."""
+        norm_tV = profile.norm_tN
+        sums = {
+            "norm_sum": norm_tV.sum(0),
+            "square_norm_sum": norm_tV.square().sum(0),
+            # A zero token, as padding is made, has no direction
+            "unit_count": (norm_tV > 0).sum(0).double(),
+            "feature_sum": profile.feature_sum_ND,
+            "unit_sum": profile.unit_sum_ND,
+        }
         if profile.cosine_sum_N is not None:
-            self._add("adjacent_cosine_sum", depth, profile.cosine_sum_N)
+            sums["adjacent_cosine_sum"] = profile.cosine_sum_N
+        maxima = {"norm_max": norm_tV.amax(0), "abs_max": profile.largest_tN.amax(0).double()}
+        parts = [(self, slice(-num_streams, None))]
+        if norm_tV.shape[1] > num_streams:
+            self.mean_view = self.mean_view or TokenSums()
+            parts.append((self.mean_view, slice(0, 1)))
+        for part, views in parts:
+            part._add("token_count", depth, count)
+            part.add_values(
+                depth,
+                {name: value[views] for name, value in sums.items()},
+                {name: value[views] for name, value in maxima.items()},
+            )
+
+    def _units_before(self, depth: int, state_BTND: torch.Tensor) -> deque[torch.Tensor]:
+        """The unit vectors of the tokens one depth before; empty where these are other tokens."""
+        previous, self._units = self._units, deque()
+        # Cosines only with the depth directly before and with the same tokens: states may be skipped or downsampled.
+        place = depth - 1, state_BTND.shape, state_BTND.device
+        if self._last != place:
+            previous.clear()
+        self._last = depth, *place[1:]
+        return previous
+
+    def _compiled_profile(
+        self,
+        depth: int,
+        state_BTND: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        previous: deque[torch.Tensor],
+    ) -> _Profile:
+        """The same of all tokens as `_block_statistics`, in one pass, for a live row."""
+        assert self.live is not None
+        found = compiled_state(
+            state_BTND, mask_BT, previous.popleft() if previous else None, is_exact=self.is_exact
+        )
+        self._units.append(found.unit_tVD)
+        if state_BTND.shape[2] > 1:
+            self.live.add_stream_cosines(depth, found.stream_cosine_sums, found.pair_cosine_sum_NN)
+        return _Profile(*found[:5])
 
     def _block_statistics(
-        self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None
+        self,
+        depth: int,
+        state_BTND: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        previous: deque[torch.Tensor],
     ) -> list[_BlockStatistics]:
         """Statistics of a state block by block, each compared with the unit vectors of its tokens one depth before."""
-        previous_units, self._units = self._units, deque()
-        # Cosines only with the depth directly before and with the same tokens: states may be skipped or downsampled.
-        if self._last != (depth - 1, state_BTND.shape):
-            previous_units.clear()
-        self._last = depth, state_BTND.shape
         blocks: list[_BlockStatistics] = []
-        for x_tND in _blocks(state_BTND, mask_BT, compiled=self._compiles(state_BTND)):
-            previous = previous_units.popleft() if previous_units else None
-            blocks.append(self._block(depth, x_tND, previous))
+        for x_tND in _blocks(state_BTND, mask_BT):
+            of_block = previous.popleft() if previous else None
+            blocks.append(self._block(depth, x_tND, of_block))
             self._units.append(blocks[-1].unit_tND)
-            self._spare = previous  # used up by the cosines
+            self._spare = of_block  # used up by the cosines
         return blocks
 
     def _compiles(self, tensor: torch.Tensor) -> bool:
@@ -165,14 +195,10 @@ class TokenSums:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
         if self.live is None:
             return _block(x_tND, previous, self._spare, is_exact=self.is_exact)
-        if self._compiles(x_tND):
-            *parts, pairs = compiled_block(x_tND, previous, is_exact=self.is_exact)
-            block = _BlockStatistics(*parts)
-        else:
-            block = _block(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
-            pairs = _stream_cosines(x_tND) if x_tND.shape[1] > 1 else None
-        if pairs is not None:
-            self.live.add_stream_cosines(depth, pairs, block.norm_tN[:, 1:])
+        block = _block(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
+        if x_tND.shape[1] > 1:
+            cosines = stream_cosine_sums(_stream_cosines(x_tND), block.norm_tN[:, 1:])
+            self.live.add_stream_cosines(depth, *cosines)
         return block
 
     def add_gradient(
@@ -197,27 +223,42 @@ class TokenSums:
                     sums.sums.get(SQUARES, {}).pop(depth, None)
         if not gradient_BTND.numel():
             return
+        is_float64 = self.is_exact and gradient_BTND.dtype is torch.float64
+        if self.live is not None and self._compiles(gradient_BTND) and not is_float64:
+            self._add_compiled_squares(depth, gradient_BTND, mask_BT, self.live)
+            return
         if self.live is not None:
             self.live.sample_gradient(depth, gradient_BTND, mask_BT)
-        if self.is_exact and gradient_BTND.dtype is torch.float64:
-            self._add_float64_squares(depth, gradient_BTND.detach().flatten(0, 1), mask_BT)
-            return
-        for x_tND in _blocks(gradient_BTND, mask_BT, compiled=self._compiles(gradient_BTND)):
-            self._add_squares(depth, self._squares(x_tND), x_tND.shape[1])
+        add = self._add_float64_squares if is_float64 else self._add_squares_of_blocks
+        add(depth, gradient_BTND.detach(), mask_BT)
 
-    def _add_float64_squares(self, depth: int, x_tND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+    def _add_squares_of_blocks(
+        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
+    ) -> None:
+        """Block by block; for a live row those of the mean over several streams come first."""
+        for x_tND in _blocks(gradient_BTND, mask_BT):
+            _, largest, size = _scale(x_tND if self.live is None else with_mean(x_tND))
+            self._add_squares(depth, largest.double().mul_(size).square_().sum((0, 2)), x_tND.shape[1])
+
+    def _add_compiled_squares(
+        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None, live: LiveSums
+    ) -> None:
+        """By one pass, which gives the norms of the sampled tokens as well."""
+        num_streams = gradient_BTND.shape[2]
+        squares_tV = compiled_squares(gradient_BTND, mask_BT)
+        self._add_squares(depth, squares_tV.sum(0), num_streams)
+        norms_tN = squares_tV[:, -num_streams:].sqrt_()
+        live.take_gradient_norms(depth, norms_tN.unflatten(0, gradient_BTND.shape[:2]), mask_BT)
+
+    def _add_float64_squares(
+        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
+    ) -> None:
         """Without rounding to float32, which would come before the factor by which processes weight their gradients."""
+        x_tND = gradient_BTND.flatten(0, 1)
         squares = (x_tND if self.live is None else with_mean(x_tND)).square()
         if mask_BT is not None:
             squares = torch.where(mask_BT.flatten()[:, None, None], squares, 0.0)
         self._add_squares(depth, squares.sum((0, 2)), x_tND.shape[1])
-
-    def _squares(self, x_tND: torch.Tensor) -> torch.Tensor:
-        """Sums of squares of some tokens; for a live row that of the mean over several streams is the first."""
-        if self._compiles(x_tND):
-            return compiled_squares(x_tND)
-        _, largest, size = _scale(x_tND if self.live is None else with_mean(x_tND))
-        return largest.double().mul_(size).square_().sum((0, 2))
 
     def _add_squares(self, depth: int, square_V: torch.Tensor, num_streams: int) -> None:
         if len(square_V) > num_streams:
@@ -345,14 +386,10 @@ class TokenSums:
         parts[key] = torch.maximum(parts[key], value) if key in parts else value
 
 
-def _blocks(
-    state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, compiled: bool = False
-) -> Iterator[torch.Tensor]:
+def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """A state in float32, some tokens at a time (t, N, D), zero on padding. Read-only: it may be the model's own tensor."""
     _, T, N, D = state_BTND.shape
     numbers = BLOCK_NUMBERS_CPU if state_BTND.device.type == "cpu" else BLOCK_NUMBERS_GPU
-    if compiled:
-        numbers = BLOCK_NUMBERS_COMPILED
     tokens = min(max(numbers // (N * D), 1), MAX_BLOCK_TOKENS)
     # Batch and token axes are flattened for some sequences at a time: where the layout "(B N) T D" makes the state a
     # strided view, flattening copies, and the whole state at once would not fit into the cache.

@@ -6,6 +6,7 @@ from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
 KERNEL = 1e-13  # eigenvalues of sums of about 1 that are 0 up to rounding
+PIVOT = 1e-8  # below, matrices nearly fall into blocks, and elimination would lose digits
 
 
 def softmax_sensitivity(p: Array) -> Array:
@@ -81,12 +82,51 @@ def sinkhorn_sensitivity(p: Array) -> Array:
     if p.shape[-1] < 2:
         raise ValueError("p is 1 × 1; expected matrices of two streams or more: one stream mixes nothing")
     n = p.shape[-1]
+    flat = xp.reshape(p, (-1, n, n))
+    lost, is_right = _lost_by_elimination(xp, flat)
+    if not bool(xp.all(is_right)):
+        lost[~is_right] = _lost_by_eigenvalues(xp, flat[~is_right])
+    return (xp.sum(p, axis=(-2, -1)) - xp.reshape(lost, p.shape[:-2])) * n / (n - 1.0) ** 2
+
+
+def _lost_by_elimination(xp: Any, p: Array) -> tuple[Array, Array]:
+    """The trace that u and v take away, (m,), and where it is right: where P has no blocks, up to rounding.
+
+    u is eliminated from AᵀDA = [[R, P], [Pᵀ, C]], R and C being the sums, which leaves S = C − Pᵀ R⁻¹ P. Its kernel, the
+    constant vector, is that of what is left of AᵀD²A, so that S + 1 1ᵀ/n, which has an inverse, gives the trace of the
+    pseudo-inverse.
+    """
+    n = p.shape[-1]
+    # The matrices last in memory: the steps, which are few, run along them.
+    P = xp.permute_dims(p, (1, 2, 0)) + 0.0
+    squares, rows = P * P, xp.sum(P, axis=1)
+    is_right = xp.all(rows > PIVOT, axis=0)
+    over = 1.0 / xp.where(rows > PIVOT, rows, xp.ones_like(rows))
+    scaled = P * over[:, None]  # R⁻¹ P
+    of_rows, eye = xp.sum(squares, axis=1), identity(xp, p)[..., None]
+    left = eye * xp.sum(P, axis=0)[None] - xp.einsum("ij...,ik...->jk...", P, scaled) + 1.0 / n
+    crossed = xp.einsum("ij...,ik...->jk...", scaled, squares - 0.5 * of_rows[:, None] * scaled)
+    of_square = eye * xp.sum(squares, axis=0)[None] - crossed - xp.permute_dims(crossed, (1, 0, 2))
+    for k in range(n):  # Gauss and Jordan; of a positive matrix, no rows have to change places
+        pivot, column = left[k, k], left[:, k] + 0.0
+        is_right = is_right & (pivot > PIVOT)
+        row = left[k] / xp.where(pivot > PIVOT, pivot, xp.ones_like(pivot))
+        row[k] = 1.0 / xp.where(pivot > PIVOT, pivot, xp.ones_like(pivot))
+        column[k] = 0.0
+        left[:, k] = 0.0
+        left = left - column[:, None] * row[None]
+        left[k] = row
+    return xp.sum(of_rows * over, axis=0) + xp.sum(left * of_square, axis=(0, 1)), is_right
+
+
+def _lost_by_eigenvalues(xp: Any, p: Array) -> Array:
+    """The same of any P, whatever its blocks."""
     values, vectors = xp.linalg.eigh(_margins(xp, p))
     # What goes from u to v changes nothing, in each block where P has blocks: eigenvalue 0 here, and of AᵀD²A too.
     kept = values > KERNEL
     of_square = xp.sum(vectors * (_margins(xp, p * p) @ vectors), axis=-2)
-    lost = xp.where(kept, of_square / xp.where(kept, values, xp.ones_like(values)), xp.zeros_like(values))
-    return (xp.sum(p, axis=(-2, -1)) - xp.sum(lost, axis=-1)) * n / (n - 1.0) ** 2
+    shares = xp.where(kept, of_square / xp.where(kept, values, xp.ones_like(values)), xp.zeros_like(values))
+    return xp.sum(shares, axis=-1)
 
 
 def _margins(xp: Any, p: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import MOST_STREAMS, PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.tensor_watch import Explanation, Watch, explaining, few_of, mixing
+from depthscope.probes.connections.tensor_watch import Explanation, Place, Watch, explaining, few_of, mixing
 from depthscope.probes.model.tensors import tensors_in
 
 # --- in a forward
@@ -42,7 +42,14 @@ def watch(site: Site, x: torch.Tensor) -> Watch:
     return Watch(accept)
 
 
-def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[torch.Tensor]) -> Parts:
+def read(
+    site: Site,
+    batch_size: int,
+    x: torch.Tensor,
+    result: Any,
+    seen: list[torch.Tensor],
+    place: Place | None = None,
+) -> Parts:
     """I + C, destination by source, as what reads the n predictions; nothing is written before ``correct`` runs."""
     n = site.num_streams
     streams, predicted = x.detach().movedim(0, 2), result.detach().movedim(0, 2)
@@ -50,7 +57,7 @@ def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[t
     squares = [t for t in seen if t.ndim == 4 and tuple(t.shape[-2:]) == (n, n)]
     # A matrix and its transpose both pass through the module: the prediction decides which one is applied.
     matrices = [eye + m.float() for t in squares for m in (t, t.mT)]
-    found = explaining(((matrix, mixing(matrix, streams)) for matrix in matrices), predicted)
+    found = explaining([(matrix, mixing(matrix, streams)) for matrix in matrices], predicted, place=place)
     if found is None:
         raise StreamConnectionError(
             "an AltUp module computes no coefficients that explain its prediction; this version of it is not known"
@@ -69,7 +76,7 @@ def close(
     vectors = [v for t in seen for v in _as_vectors(t, tuple(branch.shape[:2]), n)]
     # The active stream is not read from a setting, whose name may change: it is the one that explains the correction.
     best = explaining(
-        (((active, v), _innovation(active, v, prediction, branch)) for active in range(n) for v in vectors),
+        [((active, v), _innovation(active, v, prediction, branch)) for active in range(n) for v in vectors],
         corrected - prediction,
     )
     if best is None:

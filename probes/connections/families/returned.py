@@ -97,7 +97,7 @@ def _matrix(roles: Roles, streams: torch.Tensor, seen: Seen) -> torch.Tensor | N
     if relative_error(few_of(mixed, few) - before, before) <= tolerance(compute_dtype(streams)):
         return None
     matrices = [t.reshape(*lead, n, n) for t in seen() if t.numel() == lead.numel() * n * n]
-    found = explaining(((m, mixing(m, streams)) for t in matrices for m in (t, t.mT)), mixed)
+    found = explaining([(m, mixing(m, streams)) for t in matrices for m in (t, t.mT)], mixed)
     if found is None:
         raise StreamConnectionError(
             "a connection returns its mixed streams, but none of the matrices that it computes explains them"

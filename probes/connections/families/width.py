@@ -16,7 +16,7 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.family import PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.tensor_watch import Watch, explaining, mixing
+from depthscope.probes.connections.tensor_watch import Place, Watch, explaining, mixing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
 
@@ -69,7 +69,14 @@ def watch(site: Site, x: torch.Tensor) -> Watch:
     return Watch(accept)
 
 
-def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[torch.Tensor]) -> Parts:
+def read(
+    site: Site,
+    batch_size: int,
+    x: torch.Tensor,
+    result: Any,
+    seen: list[torch.Tensor],
+    place: Place | None = None,
+) -> Parts:
     """The weights in that matrix, of all that the module computed, that explains both the branch input and the mixed streams.
 
     ``result`` is ``(branch_input, residuals, {"beta": …})``; the matrix of the `Parts` is source by destination, as in the
@@ -84,8 +91,9 @@ def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[t
         taken = as_views(branch_in.detach(), batch_size, lead[1], views, streams.shape[-1])
         if taken is None:
             continue
-        candidates = [alpha for alpha in alphas if alpha.shape[-1] == views + n]
-        found = explaining(((alpha, mixing(alpha.mT, streams)) for alpha in candidates), taken, carried)
+        fitting = [alpha for alpha in alphas if alpha.shape[-1] == views + n]
+        candidates = [(alpha, mixing(alpha.mT, streams)) for alpha in fitting]
+        found = explaining(candidates, taken, carried, place=place)
         if found is not None:
             write = _write_weights(depth, lead, site)
             return Parts(found[..., views:], found[..., :views].mT, write, taken)

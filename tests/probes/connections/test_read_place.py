@@ -1,4 +1,4 @@
-"""Is H_pre, which is looked for where it was in the step before, what a search of all tensors finds?"""
+"""Are weights that are looked for where they were in the step before what a search of all tensors finds?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import depthscope as ds
-from depthscope.probes.connections import reading
+from depthscope.probes.connections import reading, tensor_watch
 from depthscope.probes.connections.read_weights import still_reads
 from tests.models.stream_models import deepseek_v4
 
@@ -35,7 +35,7 @@ def recorded(monkeypatch, *, remembered: bool):
         patch.setattr(reading, "still_reads", of_one)
         if not remembered:
             patch.setattr(
-                reading.ReadPlace, "__setattr__", lambda self, name, value: vars(self).update(among=0)
+                tensor_watch.Place, "__setattr__", lambda self, name, value: vars(self).update(among=0)
             )
         with ds.record(model, every=1) as recorder:
             for _ in range(STEPS):
@@ -66,3 +66,29 @@ def test_what_does_not_explain_the_branch_input_any_more_is_not_taken(scale):
     assert not still_reads(streams, branch_in, scale * read, scale * read), "it is H_post"
     assert not still_reads(streams, torch.full_like(branch_in, torch.nan), scale * read, None)
     assert not still_reads(streams, branch_in, torch.full_like(read, torch.nan), None)
+
+
+def test_the_candidate_of_the_forward_before_is_taken_only_where_it_explains_the_goal_as_well():
+    draw = torch.Generator().manual_seed(0)
+    streams, matrix, other = (torch.randn(2, 9, 4, size, generator=draw) for size in (8, 4, 4))
+    goal = matrix @ streams
+
+    def found(candidates, wanted, place):
+        asked = []
+
+        def explanation(candidate):
+            explain = tensor_watch.mixing(candidate, streams)
+            return lambda few: asked.append(len(few)) or explain(few)
+
+        named = [(number, explanation(each)) for number, each in enumerate(candidates)]
+        return tensor_watch.explaining(named, wanted, place=place), asked
+
+    place = tensor_watch.Place()
+    assert found([other, matrix], goal, place) == (1, [18, 18])
+    assert place.among == 2
+    assert found([other, matrix], goal, place) == (1, [tensor_watch.CONFIRMING_TOKENS])
+    # Other code that computes as many tensors, in another order; one that is off by a little; and nothing to compare.
+    assert found([matrix, other], goal, place)[0] == 0
+    assert found([matrix * 1.00005, matrix], goal, place)[0] == 1
+    assert found([matrix, other], torch.zeros_like(goal), place)[0] is None
+    assert found([matrix, other], torch.full_like(goal, torch.nan), place)[0] is None

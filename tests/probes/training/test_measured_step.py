@@ -12,11 +12,11 @@ import torch
 from depthscope import probes
 
 WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-# Each forward proves that a tensor of the module still explains what its branch reads (at the place of the step before) or the
-# mixed streams (of a width connection, by a search), and waits for that: a wrong matrix would be worse.
-PROOF = {("still_reads", "__bool__"), ("relative_error", "__bool__"), ("relative_error", "__float__")}
+# Each forward proves that the tensor at the place of the step before still explains what a branch reads, or the mixed streams,
+# and waits for that: a wrong matrix would be worse.
+PROOF = {("still_reads", "__bool__"), ("_still_explains", "__bool__")}
 # Reading arrays of what lies in the memory of the host: on another device torch's own functions compute it.
-ON_HOST = {"compiled_block", "compiled_squares"}
+ON_HOST = {"compiled_state", "compiled_squares", "compiled_tokens", "_flat", "_real"}
 
 
 @contextmanager
