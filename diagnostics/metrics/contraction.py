@@ -11,9 +11,6 @@ from depthscope.diagnostics.metrics.mixing import PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, rescaled
 from depthscope.diagnostics.quantities.registry import quantity
 
-# Tokens of one block of products, so that those of all connections need not be in memory at once.
-BLOCK = 1024
-
 
 @quantity
 def left_of_differences(mixing: Mixing) -> np.ndarray:
@@ -105,10 +102,9 @@ def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
 
 def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray:
     """Log₁₀ of the deflated gain (C, N), a block of tokens at a time."""
-    # Rounded up: array_split makes blocks of BLOCK tokens or fewer.
-    blocks = np.array_split(mixing.matrices, -(-mixing.matrices.shape[1] // BLOCK), axis=1)
+    parts = [kernel.deflated_gain(h, reverse=reverse) for h in mixing.token_blocks()]
     # The kernel gives natural logarithms; powers of ten are read more easily.
-    return np.concatenate([kernel.deflated_gain(h, reverse=reverse) for h in blocks], axis=1) / np.log(10.0)
+    return np.concatenate(parts, axis=1) / np.log(10.0)
 
 
 @metric(
@@ -190,7 +186,8 @@ def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
     The first is 0 for stochastic matrices; the others tell how fast the streams become equal.
     """
     # `over_tokens` reduces values of connections: this is one value for all of them.
-    exponents = over_tokens(kernel.lyapunov_spectrum(mixing.matrices)[None])[0]
+    of_tokens = np.concatenate([kernel.lyapunov_spectrum(h) for h in mixing.token_blocks()])
+    exponents = over_tokens(of_tokens[None])[0]
     # They are of the product of all connections: one connection that is not finite leaves none.
     if not mixing.finite.all():
         exponents = np.full_like(exponents, np.nan)

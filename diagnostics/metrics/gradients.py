@@ -9,7 +9,7 @@ from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import States
+from depthscope.diagnostics.quantities.states import States, row_blocks
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
@@ -20,7 +20,13 @@ NUM_FEATURES = "num_features"
 
 def _frobenius_norms(states: States) -> xr.DataArray:
     """Frobenius norms over all real tokens, by depth and stream."""
-    return states.over_depth(lambda views: kernel.gradient_norm(states.rows(views)))
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        rows = states.rows(views)
+        parts = [kernel.gradient_norm(rows[:, part]) for part in row_blocks(rows)]
+        return kernel.gradient_norm(np.stack(parts, axis=-1)[..., None])  # the norm of the norms
+
+    return states.over_depth(measure)
 
 
 @metric(

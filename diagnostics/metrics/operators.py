@@ -48,7 +48,7 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 )
 def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     """Singular values of the product of all connections from the embedding on, the largest first."""
-    return _by_component(mixing, product_singular_values(*mixing.prefix), depends_on="earlier")
+    return _by_component(mixing, mixing.each_product(product_singular_values), depends_on="earlier")
 
 
 @metric(
@@ -78,16 +78,21 @@ def _by_component(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itse
     return mixing.reduced(values, ("component",), depends_on=depends_on, component=labels)
 
 
-def _operator_norms(
-    mixing: Mixing, matrices: np.ndarray, log_scale: np.ndarray, *, depends_on: str
-) -> xr.DataArray:
-    """Operator norms of matrices (C, N, n, n) times e^log_scale, by name of the norm."""
+def _norms(matrices: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Operator norms (..., 3) of matrices (..., n, n) times e^log_scale, in the order of `NORMS`."""
     # A norm is proportional to its matrix: the scale can be put back into it.
-    gains = [rescaled(kernel.operator_gain(matrices, order), log_scale) for order in NORMS.values()]
-    found = xr.concat(
-        [mixing.reduced(gain, depends_on=depends_on) for gain in gains], xr.Variable("norm", list(NORMS))
+    return np.stack(
+        [rescaled(kernel.operator_gain(matrices, order), log_scale) for order in NORMS.values()], axis=-1
     )
-    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
+
+
+def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.DataArray:
+    """Operator norms (C, N, 3), reduced over tokens."""
+    parts = [gains[..., number] for number in range(len(NORMS))]
+    found = xr.concat(
+        [mixing.reduced(part, depends_on=depends_on) for part in parts], xr.Variable("norm", list(NORMS))
+    )
+    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(part) for part in parts]})
 
 
 @metric(
@@ -107,7 +112,8 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
     .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
     """
     # No scale was taken out of a single matrix: of zeros `rescaled` returns the values as they are.
-    return _operator_norms(mixing, mixing.matrices, np.zeros(()), depends_on="itself")
+    gains = mixing.each(lambda matrices: _norms(matrices, np.zeros(())))
+    return _by_norm(mixing, gains, depends_on="itself")
 
 
 @metric(
@@ -126,8 +132,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
 
     .. math:: P = H_c \cdots H_2 H_1
     """
-    product, log_scale = mixing.prefix
-    return _operator_norms(mixing, product, log_scale, depends_on="earlier")
+    return _by_norm(mixing, mixing.each_product(_norms), depends_on="earlier")
 
 
 @metric(
@@ -183,4 +188,4 @@ def numerical_radius(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \max_\theta \lambda_{\max}\big(\mathrm{Re}\, e^{i\theta} H\big), \quad \|H\|_2 / 2 \le r \le \|H\|_2
     """
-    return mixing.reduced(kernel.numerical_radius(mixing.matrices))
+    return mixing.reduced(mixing.each(kernel.numerical_radius))

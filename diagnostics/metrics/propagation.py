@@ -87,11 +87,15 @@ def branch_variance(residual_states: States) -> xr.DataArray:
 
 def _relative_size(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     size, added = (np.linalg.norm(x, axis=-1) for x in (before, after - before))
-    defined = size > 0  # relative to zero a step has no size: such tokens are left out
-    # Divided by 1 where undefined: numpy would warn of a zero, although that value is not used.
-    shares = np.where(defined, added / np.where(defined, size, 1.0), 0.0)
+    # Relative to zero a step has no size. numpy warns of a division by zero, and not by NaN.
+    return added / np.where(size > 0, size, np.nan)
+
+
+def _mean_where_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over tokens (V, N) of what is not NaN; NaN where all is."""
+    defined = ~np.isnan(values)
     count = defined.sum(axis=-1)
-    return shares.sum(axis=-1) / np.where(count > 0, count, np.nan)
+    return np.where(defined, values, 0.0).sum(axis=-1) / np.where(count > 0, count, np.nan)
 
 
 @metric(
@@ -111,7 +115,7 @@ def branch_share(residual_states: States) -> xr.DataArray:
 
     Of a final norm it is the change of scale.
     """
-    return residual_states.over_steps(_relative_size)
+    return residual_states.over_token_steps(_relative_size, _mean_where_defined)
 
 
 # A quantity for the same reason: the mean and the band are of the same cosines.
@@ -119,11 +123,10 @@ def branch_share(residual_states: States) -> xr.DataArray:
 def adjacent_cosines(residual_states: States) -> xr.DataArray:
     """Mean and 5, 50, 95 % quantiles over tokens of the cosine with the depth before."""
 
-    def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        cosines = geometry.row_cosine(before, after)
+    def summary(cosines: np.ndarray) -> np.ndarray:
         return np.stack([_mean_and_quantiles(of_view) for of_view in cosines])
 
-    return residual_states.over_steps(measure, ("summary",))
+    return residual_states.over_token_steps(geometry.row_cosine, summary, ("summary",))
 
 
 def _mean_and_quantiles(cosines: np.ndarray) -> np.ndarray:

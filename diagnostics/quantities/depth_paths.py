@@ -137,7 +137,7 @@ class StreamPaths(DepthPaths):
         order: Order,
         first: np.ndarray | None,
     ) -> None:
-        super().__init__(mixing.coords, mixing.matrices.shape[1])
+        super().__init__(mixing.coords, mixing.num_tokens)
         self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
         self.first = first
         self.num_views = max(reads.shape[-2], writes.shape[-1])

@@ -5,7 +5,8 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,14 @@ BLOCK = 4_000_000
 
 # Matrices that are measured in one call: with few tokens, calls would take longer than what they compute.
 AT_ONCE = 4096
+# Bytes of matrices that are kept between metrics: 60 connections of 32 768 tokens and 4 streams. Heuristic.
+KEPT_BYTES = 256_000_000
+# Tokens of one block of products, so that those of all connections need not be in memory at once.
+TOKENS = 1024
 
 
 class Mixing:
-    """Mixing matrices of one chain in float64: one by one, and multiplied from the embedding on.
+    """Mixing matrices of one chain in float64: a few connections at a time, and multiplied from the embedding on.
 
     A connection that is not finite is replaced by the identity, and every value computed from it is NaN.
 
@@ -39,36 +44,92 @@ class Mixing:
     """
 
     def __init__(self, h_res: xr.DataArray, mask: xr.DataArray) -> None:
-        matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)
-        bad = ~np.isfinite(matrices).all(axis=(2, 3))
-        self.finite = ~bad.any(axis=1)
-        self.not_finite = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
-        # LAPACK refuses NaN, and products would carry them on: `reduced` sets what depends on these to NaN.
-        matrices[~self.finite] = np.eye(matrices.shape[-1])
-        # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
-        # run along the tokens and vectorise.
-        self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
-        self.num_streams = matrices.shape[-1]
+        self._h_res = h_res.transpose("connection", "sample", "token", "stream_out", "stream_in").variable
+        self._real = require_token(mask)
+        self.num_streams = h_res.sizes["stream_in"]
         self.coords = connection_coords(h_res)
         # Sequence and position of each token, in the order of the tokens.
-        self._positions = np.argwhere(mask.transpose("sample", "token").values.astype(bool))
-        # Products take as much memory as the matrices again: only where a metric needs them.
-        self._prefix: tuple[np.ndarray, np.ndarray] | None = None
+        self._positions = np.argwhere(self._real)
+        self._bad: dict[int, int] = {}
+        self._seen = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
-        return len(self.matrices)
+        return int(self._h_res.sizes["connection"])
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self._positions)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all matrices are kept in memory; else they are read again by each metric, a few connections at a time."""
+        return 8 * len(self) * self.num_tokens * self.num_streams**2 <= KEPT_BYTES
+
+    @cached_property
+    def matrices(self) -> np.ndarray:
+        """All matrices, (C, N, n, n)."""
+        return self._read(slice(None))
+
+    def _read(self, connections: slice) -> np.ndarray:
+        """Matrices of some connections (c, N, n, n) in float64."""
+        matrices = self._h_res[connections].values[:, self._real].astype(np.float64)
+        bad = ~np.isfinite(matrices).all(axis=(2, 3))
+        for position, of_one in zip(range(len(self))[connections], bad, strict=True):
+            self._seen[position] = True
+            if of_one.any():
+                self._bad[position] = int(of_one.sum())
+        # LAPACK refuses NaN, and products would carry them on: `reduced` sets what depends on these to NaN.
+        matrices[bad.any(axis=1)] = np.eye(matrices.shape[-1])
+        # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
+        # run along the tokens and vectorise.
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The matrices (c, N, n, n) from the first connection on, a few connections at a time."""
+        for part in self._parts:
+            yield self.matrices[part] if self.fits else self._read(part)
+
+    @property
+    def _parts(self) -> list[slice]:
+        size = max(1, AT_ONCE // self.num_tokens)
+        return [slice(start, start + size) for start in range(0, len(self), size)]
+
+    def token_blocks(self) -> Iterator[np.ndarray]:
+        """The matrices of all connections (C, t, n, n), a few tokens at a time."""
+        width = max(1, KEPT_BYTES // (8 * len(self) * self.num_streams**2))
+        for start in range(0, self.num_tokens, width):
+            tokens = slice(start, start + width)
+            whole = (
+                self.matrices if self.fits else np.concatenate([block[:, tokens] for block in self.blocks()])
+            )
+            # Rounded up: array_split makes blocks of TOKENS or fewer.
+            yield from np.array_split(whole, -(-whole.shape[1] // TOKENS), axis=1)
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Which connections are finite, (C,)."""
+        for position in np.flatnonzero(~self._seen).tolist():
+            self._read(slice(position, position + 1))
+        return ~np.isin(np.arange(len(self)), list(self._bad))
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """How many tokens of each connection that is not finite are not, by its label."""
+        labels = self.coords["connection"].values
+        return {str(labels[c]): self._bad[c] for c in np.flatnonzero(~self.finite).tolist()}
 
     @property
     def finite_from_first(self) -> np.ndarray:
         """Whether all connections from the first to each are finite, (C,)."""
         return np.logical_and.accumulate(self.finite)
 
-    @property
+    @cached_property
     def prefix(self) -> tuple[np.ndarray, np.ndarray]:
         """Products from the embedding through each connection (C, N, n, n) and their log scales (C, N)."""
-        if self._prefix is None:
-            self._prefix = kernel.prefix_composites(self.matrices, return_log_scale=True)
-        return self._prefix
+        # They take as much memory as the matrices again: only where a metric needs them.
+        products, log_scales = kernel.prefix_composites(self.matrices, return_log_scale=True)
+        return products, log_scales
 
     @property
     def finite_to_last(self) -> np.ndarray:
@@ -104,7 +165,7 @@ class Mixing:
         ndarray
             (C, N, more).
         """
-        return np.concatenate([measure(self.matrices[block]) for block in self._blocks()])
+        return np.concatenate([measure(block) for block in self.blocks()])
 
     def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the products from the embedding on, as many at a time as there is memory for.
@@ -119,12 +180,18 @@ class Mixing:
         ndarray
             (C, N, more).
         """
-        products, log_scales = self.prefix
-        return np.concatenate([measure(products[block], log_scales[block]) for block in self._blocks()])
+        return np.concatenate([measure(products, scales) for products, scales in self._products()])
 
-    def _blocks(self) -> list[slice]:
-        size = max(1, AT_ONCE // max(1, self.matrices.shape[1]))
-        return [slice(start, start + size) for start in range(0, len(self), size)]
+    def _products(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Products from the embedding on (c, N, n, n) and their log scales (c, N), a few connections at a time."""
+        before: tuple[np.ndarray, np.ndarray] | None = None
+        for number, block in enumerate(self.blocks()):
+            if self.fits:  # kept for the next metric
+                products, scales = (of_all[self._parts[number]] for of_all in self.prefix)
+            else:
+                products, scales = kernel.prefix_composites(block, return_log_scale=True, after=before)
+                before = products[-1], scales[-1]
+            yield products, scales
 
     def reduced(
         self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself", **coords: Any
@@ -220,11 +287,31 @@ def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     Unavailable
         Where the mask leaves no token.
     """
-    keep = mask.transpose("sample", "token").values.astype(bool)
-    if not keep.any():
-        raise Unavailable("the mask leaves no token: every position is marked as padding")
-    # Selecting by booleans copies: `Mixing` may write to the result.
+    keep = require_token(mask)
     return values.transpose("connection", "sample", "token", ...).values[:, keep].astype(np.float64)
+
+
+def require_token(mask: xr.DataArray) -> np.ndarray:
+    """Which tokens are real, (S, T).
+
+    Parameters
+    ----------
+    mask : DataArray
+        Dims (sample, token).
+
+    Returns
+    -------
+    ndarray of bool
+
+    Raises
+    ------
+    Unavailable
+        Where the mask leaves no token.
+    """
+    real = mask.transpose("sample", "token").values.astype(bool)
+    if not real.any():
+        raise Unavailable("the mask leaves no token: every position is marked as padding")
+    return real
 
 
 def connection_coords(values: xr.DataArray) -> dict[str, Any]:
@@ -256,7 +343,10 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
     ndarray
         (C, ..., reduction) in the order of `REDUCTIONS`.
     """
-    return over_last(np.moveaxis(values, 1, -1))
+    # A few connections at a time: sorting makes a copy.
+    size = max(1, AT_ONCE // max(1, values.shape[1]))
+    parts = [values[start : start + size] for start in range(0, len(values), size)]
+    return np.concatenate([over_last(np.moveaxis(part, 1, -1)) for part in parts])
 
 
 def over_last(values: np.ndarray) -> np.ndarray:
@@ -303,7 +393,7 @@ def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
 @quantity
 def connection_spectrum(mixing: Mixing) -> np.ndarray:
     """Singular values of every connection, (C, N, n), descending."""
-    return kernel.singular_values(mixing.matrices)
+    return mixing.each(kernel.singular_values)
 
 
 @quantity

@@ -18,6 +18,8 @@ from depthscope.diagnostics.schema import NOT_FINITE, STATE
 # Bytes of states that are cached between metrics: 20 depths of 4096 tokens with 768 features in float32. Deeper ones are
 # read again by each metric. Heuristic.
 CACHE_BYTES = 256_000_000
+# Numbers of one block of tokens: its arrays of float64 stay in the cache of a core, and need no new memory. Heuristic.
+BLOCK = 131_072
 
 
 class States:
@@ -29,10 +31,13 @@ class States:
         Dims (depth, sample, token, stream, feature).
     mask : DataArray
         Dims (sample, token), true on real tokens.
+    cache_bytes : int
+        Most bytes of depths that are kept for the next metric.
     """
 
-    def __init__(self, states: xr.DataArray, mask: xr.DataArray) -> None:
+    def __init__(self, states: xr.DataArray, mask: xr.DataArray, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._states = states.transpose(*STATE)
+        self._cache_bytes = cache_bytes
         self.mask = mask.transpose("sample", "token").values.astype(bool)
         if not self.mask.any():
             raise Unavailable("the mask leaves no token: every position is marked as padding")
@@ -60,7 +65,7 @@ class States:
         return {NOT_FINITE: dict(sorted(self._num_not_finite.items()))} if self._num_not_finite else {}
 
     def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one depth; cached for the next metric as long as the cache takes less than `CACHE_BYTES`.
+        """Read one depth; cached for the next metric as long as the cache takes less than its limit.
 
         Parameters
         ----------
@@ -76,7 +81,7 @@ class States:
         if depth in self._cache:
             return self._cache[depth]
         found = self._read(depth)
-        if found[0].nbytes + sum(views.nbytes for views, _ in self._cache.values()) <= CACHE_BYTES:
+        if found[0].nbytes + sum(views.nbytes for views, _ in self._cache.values()) <= self._cache_bytes:
             self._cache[depth] = found
         return found
 
@@ -162,20 +167,67 @@ class States:
         DataArray
             Dims (depth, stream, *dims); NaN where either state is not finite.
         """
-        found = []
-        before, finite_before = self._rows(0)
-        for depth in range(len(self)):
-            after, finite_after = self._rows(depth)
-            # The first depth is measured against itself, to get an array of the right shape for its NaN.
+        return self._over_steps(
+            lambda before, after: measure(before.astype(np.float64), after.astype(np.float64)), dims, **coords
+        )
+
+    def over_token_steps(
+        self,
+        measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        summary: Callable[[np.ndarray], np.ndarray],
+        dims: tuple[str, ...] = (),
+        **coords: Any,
+    ) -> xr.DataArray:
+        """As `over_steps`, for what is measured token by token: a few of them at a time, which is faster and takes less memory.
+
+        Parameters
+        ----------
+        measure : function
+            Views of some tokens before and after (V, n, D), float64, in, values (V, n, ...) out.
+        summary : function
+            Values of all real tokens (V, N, ...) in, values (V, ...) out.
+        dims : tuple of str
+            Names of the further dims of a value.
+        **coords
+            Their coordinates.
+
+        Returns
+        -------
+        DataArray
+            Dims (depth, stream, *dims); NaN where either state is not finite.
+        """
+
+        def of_step(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+            parts = [
+                measure(before[:, part].astype(np.float64), after[:, part].astype(np.float64))
+                for part in row_blocks(before)
+            ]
+            return summary(np.concatenate(parts, axis=1))
+
+        return self._over_steps(of_step, dims, **coords)
+
+    def _over_steps(
+        self,
+        measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        dims: tuple[str, ...],
+        **coords: Any,
+    ) -> xr.DataArray:
+        """Measure every step on the real tokens as they are stored."""
+        found: list[np.ndarray] = []
+        views, finite_before = self.load(0)
+        before = self.rows(views)
+        for depth in range(1, len(self)):
+            views, finite_after = self.load(depth)
+            after = self.rows(views)
             values = np.asarray(measure(before, after), dtype=float)
-            values[~(finite_before & finite_after) | (depth == 0)] = np.nan
+            values[~(finite_before & finite_after)] = np.nan
             found.append(values)
             before, finite_before = after, finite_after
-        return self.labelled(np.stack(found), ("depth", "stream", *dims), **coords)
-
-    def _rows(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        views, finite = self.load(depth)
-        return self.rows(views).astype(np.float64), finite
+        # The first depth ends no step. Where there is no other, measured against itself it has the shape of one.
+        like = found[0] if found else np.asarray(measure(before, before), dtype=float)
+        return self.labelled(
+            np.stack([np.full_like(like, np.nan), *found]), ("depth", "stream", *dims), **coords
+        )
 
     def over_sequences(
         self, measure: Callable[[np.ndarray, np.ndarray | None], np.ndarray], masks: xr.DataArray
@@ -226,6 +278,24 @@ class States:
             known["other_depth"] = ("other_depth", np.asarray(self._states["depth"].values))
         known.update(coords)
         return xr.DataArray(values, dims=dims, coords=known)
+
+
+def row_blocks(rows: np.ndarray) -> list[slice]:
+    """The tokens of rows in blocks that are fast to compute with.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (V, N, D)
+        Of which only the shape is read.
+
+    Returns
+    -------
+    list of slice
+        Of the second axis.
+    """
+    views, count, features = rows.shape
+    size = max(1, BLOCK // max(1, views * features))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def select_rows(views: np.ndarray, counted: np.ndarray) -> np.ndarray:

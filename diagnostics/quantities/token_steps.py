@@ -72,10 +72,10 @@ def token_steps(residual_states: States) -> Steps:
         # A state that is only scaled is turned by the rounding of its numbers.
         across[across < (ROUNDING * np.linalg.norm(after, axis=-1)) ** 2] = 0.0
         angle = np.arctan2(np.sqrt(across), size + along)
-        return np.stack([(after**2).sum(-1), square, across, angle], axis=1)
+        return np.stack([(after**2).sum(-1), square, across, angle], axis=-1)
 
-    found = residual_states.over_steps(measure, ("part", "row")).values
-    square, added, across, angle = np.moveaxis(found, 2, 0)
+    found = residual_states.over_token_steps(measure, lambda values: values, ("row", "part")).values
+    square, added, across, angle = np.moveaxis(found, -1, 0)
     views, finite = residual_states.load(0)
     first = (residual_states.rows(views).astype(np.float64) ** 2).sum(-1)
     square[0] = np.where(finite[:, None], first, np.nan)

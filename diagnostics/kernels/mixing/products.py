@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from depthscope.diagnostics.kernels._arrays import Array
-from depthscope.diagnostics.kernels.mixing._matrices import as_given, rescaled, square_in_memory, unscaled
+from depthscope.diagnostics.kernels.mixing._matrices import (
+    as_given,
+    in_memory,
+    rescaled,
+    square_in_memory,
+    unscaled,
+)
 
 # Up to this number of streams an einsum over the batch, last in memory, is faster than matmul, which calls BLAS once
 # for each matrix. A heuristic of ours.
@@ -49,10 +55,12 @@ def multiply(xp: Any, a: Array, b: Array) -> Array:
     return xp.einsum("ij...,jk...->ik...", a, b)
 
 
-def _running(xp: Any, stack: Array, *, reverse: bool) -> Iterator[tuple[int, Array, Array]]:
+def _running(
+    xp: Any, stack: Array, *, reverse: bool, after: tuple[Array, Array] | None = None
+) -> Iterator[tuple[int, Array, Array]]:
     """Layer by layer (reversed: from the last): its index, the product so far (n, n, B) and its log scale."""
     order = range(stack.shape[0])
-    product, log_scale = None, xp.zeros_like(stack[0, 0, 0])
+    product, log_scale = (None, xp.zeros_like(stack[0, 0, 0])) if after is None else after
     # Both factors are in the range before they are multiplied, so that the product cannot overflow.
     for layer in reversed(order) if reverse else order:
         new, log_scale = rescaled(xp, stack[layer], log_scale, dims=2)
@@ -63,11 +71,16 @@ def _running(xp: Any, stack: Array, *, reverse: bool) -> Iterator[tuple[int, Arr
         yield layer, product, log_scale
 
 
-def _composites(h: Array, *, reverse: bool, return_log_scale: bool) -> Any:
+def _composites(
+    h: Array, *, reverse: bool, return_log_scale: bool, after: tuple[Array, Array] | None = None
+) -> Any:
     """All prefix or suffix products (L, ..., n, n), with their log scales (L, ...) if asked."""
     xp, stack, batch = stacked(h)
+    if after is not None:
+        product, log_scale = (xp.asarray(in_memory(each)) for each in after)
+        after = stacked(product[None])[1][0], xp.reshape(log_scale, (-1,))
     products, scales = xp.empty_like(stack), xp.empty_like(stack[:, 0, 0])
-    for layer, product, log_scale in _running(xp, stack, reverse=reverse):
+    for layer, product, log_scale in _running(xp, stack, reverse=reverse, after=after):
         products[layer], scales[layer] = product, log_scale
     return _in_given_shape(h, xp, (products, scales), batch, return_log_scale)
 
@@ -105,7 +118,9 @@ def composite(h: Array, *, return_log_scale: bool = False) -> Any:
     return _in_given_shape(h, xp, (product, log_scale), batch, return_log_scale)
 
 
-def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
+def prefix_composites(
+    h: Array, *, return_log_scale: bool = False, after: tuple[Array, Array] | None = None
+) -> Any:
     """Composites from the input: entry l is H_l … H_1, the mapping of the streams up to depth l.
 
     Parameters
@@ -114,6 +129,8 @@ def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
         (L, ..., n, n), from the first layer to the last.
     return_log_scale
         Give (P, s) with the composites P · e^s.
+    after
+        The composite (..., n, n) of the layers before these and its log scale (...): a deep stack is multiplied part by part.
 
     Returns
     -------
@@ -125,7 +142,7 @@ def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
     >>> prefix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
     [2.0, 6.0]
     """
-    return _composites(h, reverse=False, return_log_scale=return_log_scale)
+    return _composites(h, reverse=False, return_log_scale=return_log_scale, after=after)
 
 
 def suffix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
