@@ -10,10 +10,12 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.controls import choose, choose_section, chosen_run
 from depthscope.app.dashboard.components.finding_card import show_card
-from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.on_request import offer_metrics
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, Figure, FigureKind, Heatmap
 from depthscope.app.tables.findings import cards_of
+from depthscope.diagnostics import CATALOGUE
 
 __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
 
@@ -73,7 +75,7 @@ def show_figures(
 
 
 def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> None:
-    """Figures whose metrics are computed only when they are named, and the command that computes them.
+    """Figures whose metrics are computed only when they are named, with a button that computes them.
 
     Parameters
     ----------
@@ -84,20 +86,14 @@ def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> Non
     section : str
         Section of the question.
     """
-    on_request = {str(name) for data in chosen.analyses.values() for name in data.attrs.get("on_request", ())}
-    shown = chosen.figures(question)
-    absent = [
-        kind
-        for name, kind in FIGURES.items()
+    metrics = [
+        name
+        for kind in FIGURES.values()
         if (kind.question, kind.section) == (question, section)
-        and name not in shown
-        and on_request.intersection(kind.needs)
+        for name in kind.needs
+        if not CATALOGUE[name].default
     ]
-    if absent:
-        titles = ", ".join(inside_sentence(kind.title) for kind in absent)
-        metrics = ",".join(name for kind in absent for name in kind.needs)
-        st.caption(escaped(f"On request, since it costs more: {titles}. Name the metrics to have them:"))
-        st.code(f"depthscope analyze RUN.nc --metrics {metrics}", "bash")
+    offer_metrics(chosen.readings.values(), list(dict.fromkeys(metrics)), key=f"request_{question}")
 
 
 def show_in_rows(

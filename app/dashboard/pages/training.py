@@ -18,11 +18,11 @@ from depthscope.app.dashboard.components.training import (
     show_step,
     show_step_heading,
 )
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.live_status import LiveState, live_state
 from depthscope.app.dashboard.state.named_in_url import choose_names
-from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.figures.build.history_figure import measure_title
 from depthscope.app.readings.first_findings import Begun
@@ -56,7 +56,7 @@ def _show(chosen: ChosenRuns) -> None:
         if not paused:
             st.session_state.pop("paused_at", None)
     reading = chosen.readings[name]
-    history = run_library.history_of(reading)
+    history = growing_runs.history_of(reading)
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read: {escaped(history.reason)}")
         return
@@ -64,7 +64,7 @@ def _show(chosen: ChosenRuns) -> None:
         _explain_none(history)
         return
     state = None if history.status is None else live_state(history.status, history.times)
-    findings = run_library.first_findings_of(history)
+    findings = growing_runs.first_findings_of(history)
     follows = not paused and ((state is not None and state.is_growing) or findings.look(0.0))
     st.fragment(_follow, run_every=1.0 if follows else None)(reading, paused, follows)
 
@@ -86,12 +86,12 @@ def _explain_none(history: TrainingHistory) -> None:
 def _follow(reading: Reading, paused: bool, followed: bool) -> None:
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there
-    history = run_library.history_of(reading)
+    history = growing_runs.history_of(reading)
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
         return
     state = None if history.status is None else live_state(history.status, history.times)
-    findings = run_library.first_findings_of(history)
+    findings = growing_runs.first_findings_of(history)
     left = findings.look(JUDGING_SECONDS)
     _say(history, state, paused)
     seen = _as_paused(history) if paused else history
