@@ -203,7 +203,9 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 document["integrity"],
                 chain=document["chain"],
                 path=str(path),
-                results=results_beside(path, document["attrs"].get("weights_digest")),
+                results=results_beside(
+                    path, *(document["attrs"].get(of) for of in ("weights_digest", "data_digest"))
+                ),
                 is_alone=len(documents) == 1,
             )
 

@@ -47,7 +47,7 @@ class Reading:
     chain : str
         The chain's name in the run, empty where it has one.
     results : mapping of str to Dataset
-        What ``depthscope ablate`` and ``lens`` gave for the run, where their results are beside it.
+        What ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are beside it.
     """
 
     name: str
@@ -102,7 +102,7 @@ def read_runs(
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     results = {
-        name: results_beside(path, runs[name].attrs.get("weights_digest"))
+        name: results_beside(path, *(runs[name].attrs.get(of) for of in ("weights_digest", "data_digest")))
         for name, path in (paths or {}).items()
     }
     analyses = {name: _analyses(run, progress, last_step) for name, run in runs.items()}

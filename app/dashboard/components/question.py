@@ -42,7 +42,11 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
 
 
 def show_figures(
-    chosen: ChosenRuns, question: str, *, before: Mapping[str, Callable[[ChosenRuns], None]] | None = None
+    chosen: ChosenRuns,
+    question: str,
+    *,
+    before: Mapping[str, Callable[[ChosenRuns], None]] | None = None,
+    after: Mapping[str, Callable[[ChosenRuns], None]] | None = None,
 ) -> None:
     """Figures of the chosen section of a question, curves before heat maps, under their controls.
 
@@ -52,12 +56,13 @@ def show_figures(
         The chosen runs; they feed at least one of its figures.
     question : str
         A question of the register of figures.
-    before : mapping of str to function, optional
-        Sections that come first and draw themselves.
+    before, after : mapping of str to function, optional
+        Sections that draw themselves, before and after those of the figures.
     """
     figures = chosen.figures(question)
-    own = before or {}
-    sections = [*own, *dict.fromkeys(kind.section for kind in figures.values())]
+    first, last = before or {}, after or {}
+    own = {**first, **last}
+    sections = [*first, *dict.fromkeys(kind.section for kind in figures.values()), *last]
     section = choose_section(sections) if len(sections) > 1 else sections[0]
     if section in own:
         own[section](chosen)

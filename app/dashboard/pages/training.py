@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from depthscope.app.dashboard.components.controls import CONTROLS
 from depthscope.app.dashboard.components.finding_card import BADGES
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
@@ -173,7 +174,12 @@ def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
     if st.session_state.get(key) not in labels:
         st.session_state.pop(key, None)
     return st.selectbox(
-        spoken(dim).capitalize(), labels, labels.index(preferred), key=key, bind="query-params", width=130
+        CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
+        labels,
+        labels.index(preferred),
+        key=key,
+        bind="query-params",
+        width=130,
     )
 
 

@@ -11,7 +11,7 @@ from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.experiments import beside
+from depthscope.diagnostics.experiments import RESULTS, beside
 
 __all__ = ["LIMIT", "UnreadableRun", "read", "sentence", "version_of"]
 
@@ -50,7 +50,7 @@ def version_of(path: Path) -> FileVersion:
     -------
     FileVersion
     """
-    return FileVersion.of(path, *(beside(path, what) for what in ("ablate", "lens")))
+    return FileVersion.of(path, *(beside(path, what) for what in RESULTS))
 
 
 def read(
