@@ -49,12 +49,15 @@ class Subject:
         Text of every token.
     run : Path or None
         The run that it belongs to.
+    data_digest : str or None
+        Of the run's text.
     """
 
     loaded: LoadedModel
     batch: dict[str, Any]
     token_text: np.ndarray
     run: Path | None
+    data_digest: str | None = None
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +133,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         length=args.length or recorded.get("length", LENGTH),
         seed=recorded.get("seed", args.seed),
     )
-    return Subject(loaded, batch, token_texts(loaded, batch), run)
+    return Subject(loaded, batch, token_texts(loaded, batch), run, recorded.get("data_digest"))
 
 
 def text_name(source: str | None) -> str:

@@ -27,7 +27,15 @@ from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.experiments import results_beside
 
-__all__ = ["Summary", "keep", "kept_readings", "kept_summaries", "summary_of"]
+__all__ = [
+    "Summary",
+    "folders_of",
+    "keep",
+    "kept_readings",
+    "kept_summaries",
+    "stem_of",
+    "summary_of",
+]
 
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
@@ -89,11 +97,11 @@ def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
         One for each chain.
     """
     text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
-    for folder in _folders(path):
+    for folder in folders_of(path):
         with suppress(OSError, ValueError):
             # Of other users of this machine nobody reads along.
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            stem = _stem(path, version)
+            stem = stem_of(path, version)
             with replaced_file(folder / f"{stem}.npz") as fresh:
                 _write_readings(fresh, readings)
             # The summary last: where it is, the analysis is too.
@@ -118,8 +126,8 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
     tuple of Reading or None
         None where nothing is kept, or it cannot be read: it is then made anew.
     """
-    for folder in _folders(path):
-        place = folder / f"{_stem(path, version)}.npz"
+    for folder in folders_of(path):
+        place = folder / f"{stem_of(path, version)}.npz"
         # It may be damaged, or of somebody else: never a reason not to show the run.
         with suppress(*_UNUSABLE):
             return tuple(_read_readings(place, path))
@@ -141,8 +149,8 @@ def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
     list of Summary or None
         None where nothing is kept.
     """
-    for folder in _folders(path):
-        place = folder / f"{_stem(path, version)}.json"
+    for folder in folders_of(path):
+        place = folder / f"{stem_of(path, version)}.json"
         with suppress(*_UNUSABLE):
             return [_summary(document) for document in json.loads(place.read_text(encoding="utf-8"))]
     return None
@@ -195,7 +203,9 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 document["integrity"],
                 chain=document["chain"],
                 path=str(path),
-                results=results_beside(path, document["attrs"].get("weights_digest")),
+                results=results_beside(
+                    path, *(document["attrs"].get(of) for of in ("weights_digest", "data_digest"))
+                ),
                 is_alone=len(documents) == 1,
             )
 
@@ -244,13 +254,38 @@ def _finding(document: Mapping[str, Any] | None) -> Finding | None:
     return Finding(**{**document, **numbers, "severity": Severity[document["severity"]]})
 
 
-def _folders(path: Path) -> list[Path]:
-    """Where it is kept: beside the run, or where that cannot be written to, in the user's cache."""
+def folders_of(path: Path) -> list[Path]:
+    """Where analyses of a run are kept: beside it, or where that cannot be written to, in the user's cache.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+
+    Returns
+    -------
+    list of Path
+        The best one first.
+    """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [path.parent / FOLDER, cache_home / "depthscope" / "readings"]
 
 
-def _stem(path: Path, version: FileVersion) -> str:
+def stem_of(path: Path, version: FileVersion) -> str:
+    """What the names of files begin with that are valid for a version of a run, and for this code.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    version : FileVersion
+        Its files.
+
+    Returns
+    -------
+    str
+        What begins with another one for the same run is removed when an analysis is kept.
+    """
     digest = hashlib.sha256(f"{version.digest} {_code_version()}".encode()).hexdigest()
     return f"{_prefix(path)}{digest[:32]}"
 

@@ -47,7 +47,7 @@ class Reading:
     chain : str
         The chain's name in the run, empty where it has one.
     results : mapping of str to Dataset
-        What ``depthscope ablate`` and ``lens`` gave for the run, where their results are beside it.
+        What ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are beside it.
     """
 
     name: str
@@ -102,7 +102,7 @@ def read_runs(
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     results = {
-        name: results_beside(path, runs[name].attrs.get("weights_digest"))
+        name: results_beside(path, *(runs[name].attrs.get(of) for of in ("weights_digest", "data_digest")))
         for name, path in (paths or {}).items()
     }
     analyses = {name: _analyses(run, progress, last_step) for name, run in runs.items()}
@@ -240,7 +240,7 @@ def _analyses(
         }
     known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
     if not _suffices(run, stored, known):
-        fresh = _by_chain(analyze(run, progress=progress))
+        fresh = by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
     return [
         # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
@@ -301,7 +301,18 @@ def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
     return joined.assign_attrs({**fresh.attrs, LIVE: live.attrs[LIVE]})
 
 
-def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The analyses of a run by the names of its chains; the empty name where it has one.
+
+    Parameters
+    ----------
+    analysis : Dataset or DataTree
+        Of `diagnostics.analyze`.
+
+    Returns
+    -------
+    dict of str to Dataset
+    """
     if isinstance(analysis, xr.Dataset):
         return {"": analysis}
     return {chain: node.to_dataset() for chain, node in analysis.children.items()}

@@ -41,7 +41,8 @@ def renewed(
     if stored is None:
         return fresh.assign_attrs({COMPLETE: complete})
     if LIVE in stored.attrs:
-        return with_live(fresh, stored).assign_attrs({COMPLETE: complete})
+        merged = with_live(fresh, stored)
+        return merged.assign_attrs({**_attributes(fresh, stored, merged, ()), COMPLETE: complete})
     _require_same_trace(fresh, stored)
     # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))
@@ -99,5 +100,7 @@ def _attributes(
         attrs[name] = {**old, **fresh.attrs.get(name, {})}
     attrs["not_computed"] = {name: why for name, why in attrs["not_computed"].items() if name not in merged}
     if "on_request" in attrs:
-        attrs["on_request"] = [name for name in attrs["on_request"] if name not in merged]
+        # Of one that this run cannot feed the reason is known now.
+        known = {*merged, *attrs["not_computed"]}
+        attrs["on_request"] = [name for name in attrs["on_request"] if name not in known]
     return attrs

@@ -1,8 +1,10 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated
+from depthscope.diagnostics.experiments.jacobians import jacobian_rows
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
 from depthscope.diagnostics.experiments.results import (
+    RESULTS,
     SUFFIX,
     base_loss,
     beside,
@@ -20,12 +22,14 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
-from depthscope.diagnostics.experiments.variables import EFFECTS, LENS, declared
+from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, declared
 
 __all__ = [
     "EFFECTS",
+    "JACOBIANS",
     "KINDS",
     "LENS",
+    "RESULTS",
     "SETTLED_BY",
     "SUFFIX",
     "Estimate",
@@ -37,6 +41,7 @@ __all__ = [
     "estimate",
     "estimated",
     "experiment_for",
+    "jacobian_rows",
     "kind_named",
     "lens_rows",
     "mean_later_change",

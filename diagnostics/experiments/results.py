@@ -26,6 +26,9 @@ from depthscope.diagnostics.schema.limits import require_ordinary
 # Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
 SUFFIX = ".h5"
 EXPERIMENTS = "depthscope experiments"
+RESULTS = ("ablate", "lens", "jacobian")
+"""The commands whose results are kept beside a run."""
+
 COLUMNS = ("loss_change", "kl", "output_change")
 
 
@@ -37,7 +40,7 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
     run : path-like
         The run's file.
     what : str
-        ``"ablate"`` or ``"lens"``.
+        One of `RESULTS`.
 
     Returns
     -------
@@ -55,8 +58,10 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
     return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
 
 
-def results_beside(run: str | os.PathLike[str], weights_digest: str | None) -> dict[str, xr.Dataset]:
-    """What the experiments and the lens that were run on a run gave, as far as their results are beside it.
+def results_beside(
+    run: str | os.PathLike[str], weights_digest: str | None, data_digest: str | None = None
+) -> dict[str, xr.Dataset]:
+    """What the experiments, the lens and the Jacobians of a run gave, as far as their results are beside it.
 
     Parameters
     ----------
@@ -64,17 +69,20 @@ def results_beside(run: str | os.PathLike[str], weights_digest: str | None) -> d
         The run's file.
     weights_digest : str or None
         Of the run: results of other weights are left out.
+    data_digest : str, optional
+        Of the run's text: results of another text are left out, where they name theirs.
 
     Returns
     -------
     dict of str to Dataset
-        By ``"ablate"`` and ``"lens"``; without what is missing, or is of somebody else.
+        By a name of `RESULTS`; without what is missing, or is of somebody else.
     """
     results = {}
-    for what in ("ablate", "lens"):
+    digests = {"weights_digest": weights_digest, "data_digest": data_digest}
+    for what in RESULTS:
         with suppress(OSError, ValueError):
             found = open_result(beside(run, what))
-            if len({weights_digest, found.attrs.get("weights_digest")} - {None}) < 2:
+            if all(len({of_run, found.attrs.get(name)} - {None}) < 2 for name, of_run in digests.items()):
                 results[what] = found
     return results
 
@@ -122,7 +130,7 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     Parameters
     ----------
     result : Dataset
-        Of `depthscope.interventions.ablate` or `depthscope.lens`.
+        Of `depthscope.interventions.ablate`, `depthscope.lens` or `jacobians_by_depth`.
     path : path-like
         Where to.
 
@@ -159,20 +167,20 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(
-            f"no result of experiments at {file}; make one with `depthscope ablate` or `depthscope lens`"
+            f"no result of experiments at {file}; make one with `depthscope ablate`, `lens` or `jacobian`"
         )
     require_ordinary(file, folder=False)
     # The HDF5 library may crash on a torn file, and would take this process with it.
     if compare_file_digest(file) != "intact":
         raise ValueError(
-            f"{file} is no result of experiments as it was saved; run `depthscope ablate` or `lens` again"
+            f"{file} is no result of experiments as it was saved; run `depthscope ablate`, `lens` or `jacobian` again"
         )
     check_hdf5(file, None)
     with xr.open_dataset(file, engine="h5netcdf") as opened:
         found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise ValueError(
-            f"{file} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
+            f"{file} is no result of experiments; expected a file that `depthscope ablate`, `lens` or `jacobian` wrote"
         )
     return found
 

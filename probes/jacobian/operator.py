@@ -97,7 +97,7 @@ def jacobian(
     # One stored sequence is enough: the chains and masks are taken from the first forward, and its sample is not used.
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, start, stop, selection)
-    return _operator(graph, graph.start, graph.stop)
+    return operator_between(graph, graph.start, graph.stop)
 
 
 @takes_options(ModelOptions)
@@ -141,10 +141,23 @@ def block_jacobians(
     """
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, start, stop, selection)
-    return [_operator(graph, a, b) for a, b in pairwise(range(graph.start, graph.stop + 1))]
+    return [operator_between(graph, a, b) for a, b in pairwise(range(graph.start, graph.stop + 1))]
 
 
-def _operator(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
+def operator_between(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
+    """The Jacobian of two states of one graph.
+
+    Parameters
+    ----------
+    graph : StateGraph
+        Of a forward.
+    start, stop : int
+        Depths that it has.
+
+    Returns
+    -------
+    JacobianOperator
+    """
     source, target = graph.entries(start, stop)
     return JacobianOperator(graph.states[start], graph.states[stop], source, target, start=start, stop=stop)
 

@@ -21,6 +21,7 @@ COMMANDS: tuple[Command, ...] = tuple(
         "compare",
         "ablate",
         "lens",
+        "jacobian",
         "dashboard",
         "report",
         "export",

@@ -9,7 +9,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.visible import LONGEST_NAME, visible
 

@@ -14,7 +14,7 @@ import streamlit as st
 from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
 
-__all__ = ["choose", "choose_section", "chosen_run"]
+__all__ = ["CONTROLS", "choose", "choose_section", "chosen_run"]
 
 
 @dataclass(frozen=True)

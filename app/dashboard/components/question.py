@@ -10,10 +10,12 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.controls import choose, choose_section, chosen_run
 from depthscope.app.dashboard.components.finding_card import show_card
-from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.on_request import offer_metrics
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, Figure, FigureKind, Heatmap
 from depthscope.app.tables.findings import cards_of
+from depthscope.diagnostics import CATALOGUE
 
 __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
 
@@ -40,7 +42,11 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
 
 
 def show_figures(
-    chosen: ChosenRuns, question: str, *, before: Mapping[str, Callable[[ChosenRuns], None]] | None = None
+    chosen: ChosenRuns,
+    question: str,
+    *,
+    before: Mapping[str, Callable[[ChosenRuns], None]] | None = None,
+    after: Mapping[str, Callable[[ChosenRuns], None]] | None = None,
 ) -> None:
     """Figures of the chosen section of a question, curves before heat maps, under their controls.
 
@@ -50,12 +56,13 @@ def show_figures(
         The chosen runs; they feed at least one of its figures.
     question : str
         A question of the register of figures.
-    before : mapping of str to function, optional
-        Sections that come first and draw themselves.
+    before, after : mapping of str to function, optional
+        Sections that draw themselves, before and after those of the figures.
     """
     figures = chosen.figures(question)
-    own = before or {}
-    sections = [*own, *dict.fromkeys(kind.section for kind in figures.values())]
+    first, last = before or {}, after or {}
+    own = {**first, **last}
+    sections = [*first, *dict.fromkeys(kind.section for kind in figures.values()), *last]
     section = choose_section(sections) if len(sections) > 1 else sections[0]
     if section in own:
         own[section](chosen)
@@ -73,7 +80,7 @@ def show_figures(
 
 
 def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> None:
-    """Figures whose metrics are computed only when they are named, and the command that computes them.
+    """Figures whose metrics are computed only when they are named, with a button that computes them.
 
     Parameters
     ----------
@@ -84,20 +91,14 @@ def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> Non
     section : str
         Section of the question.
     """
-    on_request = {str(name) for data in chosen.analyses.values() for name in data.attrs.get("on_request", ())}
-    shown = chosen.figures(question)
-    absent = [
-        kind
-        for name, kind in FIGURES.items()
+    metrics = [
+        name
+        for kind in FIGURES.values()
         if (kind.question, kind.section) == (question, section)
-        and name not in shown
-        and on_request.intersection(kind.needs)
+        for name in kind.needs
+        if not CATALOGUE[name].default
     ]
-    if absent:
-        titles = ", ".join(inside_sentence(kind.title) for kind in absent)
-        metrics = ",".join(name for kind in absent for name in kind.needs)
-        st.caption(escaped(f"On request, since it costs more: {titles}. Name the metrics to have them:"))
-        st.code(f"depthscope analyze RUN.nc --metrics {metrics}", "bash")
+    offer_metrics(chosen.readings.values(), list(dict.fromkeys(metrics)), key=f"request_{question}")
 
 
 def show_in_rows(

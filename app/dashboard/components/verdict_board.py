@@ -12,9 +12,9 @@ import pandas as pd
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.live_status import LiveState
-from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.readings.kept_readings import Summary, summary_of
 from depthscope.app.tables.verdict_table import (
@@ -68,7 +68,7 @@ class _Runs:
 
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
-        runs = cls(listed, run_library.live_states(listed))
+        runs = cls(listed, growing_runs.live_states(listed))
         for name, path in listed.items():
             found = run_library.summaries_of(name, path)
             if found is None:

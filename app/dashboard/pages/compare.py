@@ -20,6 +20,7 @@ from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.figures import FIGURES, FigureKind, Line, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_differences import keep_differences, kept_differences
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
 from depthscope.app.tables.differences import (
@@ -204,7 +205,7 @@ def _differences(
         if not st.button("Test the differences", key=f"test_{kind.name}"):
             return None
     try:
-        with st.spinner("Testing the differences …"):
+        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
             found = _test(readings, kind.metric, view, by)
     except (ValueError, OSError, SchemaError) as error:
         st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
@@ -244,6 +245,8 @@ def _is_quick(readings: Sequence[Reading], metric: str, view: Selection) -> bool
     try:
         if _tested.peek(_key(readings, metric, view)) is not None:
             return True
+        if kept_differences(_versions(readings), f"{metric} {view}") is not None:
+            return True
         paths = [Path(reading.path) for reading in readings]
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         return sum(file.stat().st_size for file in files) < QUICK_BYTES
@@ -252,15 +255,26 @@ def _is_quick(readings: Sequence[Reading], metric: str, view: Selection) -> bool
 
 
 def _key(readings: Sequence[Reading], metric: str, view: Selection) -> tuple[Any, ...]:
-    paths = dict.fromkeys(reading.path for reading in readings)
-    return (tuple((path, FileVersion.of(Path(path))) for path in paths), metric, view)
+    return (tuple(_versions(readings).items()), metric, view)
+
+
+def _versions(readings: Sequence[Reading]) -> dict[Path, FileVersion]:
+    return {path: FileVersion.of(path) for path in dict.fromkeys(Path(each.path) for each in readings)}
 
 
 def _test(readings: Sequence[Reading], metric: str, view: Selection, by: str | None) -> list[Difference]:
     if by is not None:
         return between_groups(readings, [metric], view, by=by)
-    paths = list(dict.fromkeys(reading.path for reading in readings))
-    return _tested.get(_key(readings, metric, view), lambda: between_runs(paths, [metric], view))
+    versions, question = _versions(readings), f"{metric} {view}"
+
+    def kept_or_tested() -> list[Difference]:
+        found = kept_differences(versions, question)
+        if found is None:
+            found = between_runs([str(path) for path in versions], [metric], view)
+            keep_differences(versions, question, found)
+        return found
+
+    return _tested.get(_key(readings, metric, view), kept_or_tested)
 
 
 def _show_table(readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str]) -> None:

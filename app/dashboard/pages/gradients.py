@@ -1,33 +1,56 @@
-"""How large are states and gradients at every depth? Norms and the backward gain, and where Jacobians come from."""
+"""How large are states and gradients at every depth, and how do blocks stretch small changes? Norms, gains, Jacobians."""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from depthscope.app.dashboard.components.chart import card
+from depthscope.app.dashboard.components.controls import chosen_run
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.question import show_figures
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.figures.build.jacobian_figures import jacobian_figures, jacobian_maps
 
-JACOBIANS = """import depthscope as ds
-from depthscope.probes.jacobian import estimators
+SECTION = "Jacobians"
 
-block = ds.jacobian(model, batch, start=3, stop=4)  # from the state at depth 3 to that at depth 4
-print(estimators.sigma_max(block), estimators.squared_frobenius(block))"""
-"""Needs the model: no run contains one."""
+COMMAND = "depthscope jacobian RUN.nc --model CHECKPOINT --text FILE"
 
 
 def _show(chosen: ChosenRuns) -> None:
-    show_figures(chosen, "gradients")
-    with st.expander("Jacobians of blocks"):
-        st.caption(
-            "A run has states and gradients, not the derivative of one state by another: that takes the model. Largest "
-            "singular values, Frobenius norms and spectral densities, with the routing frozen or free:"
+    show_figures(chosen, "gradients", after={SECTION: _show_jacobians})
+
+
+def _show_jacobians(chosen: ChosenRuns) -> None:
+    results = {
+        name: reading.results["jacobian"]
+        for name, reading in chosen.readings.items()
+        if "jacobian" in reading.results
+    }
+    if not results:
+        st.info(
+            "No Jacobian is kept for the chosen runs. A run has states and gradients, not the derivative of one state by "
+            "another: that takes the model. Measured once, it is kept beside the run and shown here.",
+            icon="ℹ️",
         )
-        st.code(JACOBIANS, "python")
+        st.code(COMMAND, "bash")
+        return
+    figures = jacobian_figures(results, chosen.analyses)
+    maps = jacobian_maps(results)
+    left, right = st.columns(2)
+    with left:
+        for figure in figures[:2]:
+            card(figure, key=f"chart_{figure.name}")
+    with right:
+        card(figures[2], key=f"chart_{figures[2].name}")
+        run = chosen_run(list(maps))
+        card(maps[run], key="chart_jacobian_map", height=300)
+    if len(results) < len(chosen.readings):
+        st.caption("Of the other runs none are kept; this measures them:")
+        st.code(COMMAND, "bash")
 
 
 PAGE = Page(
-    title="Gradients",
+    title="Gradients and Jacobians",
     url_path="gradients",
     help="Does the signal vanish or explode on its way forward, and the gradient on its way back?",
     question="gradients",

@@ -16,7 +16,7 @@ from depthscope.app.dashboard.components.microscope import (
     strips_of,
 )
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
@@ -36,7 +36,7 @@ def _show(chosen: ChosenRuns) -> None:
             icon="ℹ️",
         )
         return
-    grows = run_library.is_growing(Path(reading.path))
+    grows = growing_runs.is_growing(Path(reading.path))
     follows = grows and not st.toggle(
         "Pause", key="still", help="The page stays as it is while the run goes on."
     )
@@ -63,10 +63,10 @@ def _look(reading: Reading, follows: bool = False) -> None:
 def _say_state(reading: Reading) -> Reading:
     """The same reading as of the last steps of its run, and a line about them."""
     name, path = reading.name, Path(reading.path)
-    state = run_library.live_states({name: path}).get(name)
+    state = growing_runs.live_states({name: path}).get(name)
     if state is not None:
         st.badge(state.words, color=state.colour)
-    found = run_library.read_again(reading)
+    found = growing_runs.read_again(reading)
     if found is None or (state is not None and not state.is_growing):
         st.rerun()  # of the whole page: this stops the fragment's clock, and says what has become of the run
     assert found is not None  # `rerun` does not return

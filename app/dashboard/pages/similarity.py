@@ -15,6 +15,7 @@ from depthscope.app.dashboard.components.chart import card, clicked_cell
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.on_request import offer_metrics
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.question import show_in_rows, show_on_request
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -22,6 +23,7 @@ from depthscope.app.figures import FIGURES, Analyses, Heatmap, Selection
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import feeds, names_of, pick
 from depthscope.app.figures.catalogue.similarity import build_cut
+from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number, quantity
 
 MEASURES = {
@@ -101,7 +103,7 @@ def _show_maps(
         with column:
             figure = _map_of(chosen.analyses, run, measure, selection)
             if figure is None:
-                _explain_missing(chosen.analyses[run], run, measure)
+                _explain_missing(chosen.readings[run], measure, side)
                 continue
             # Horizontal first: b is the column of the cell and a its row.
             scale = _axis_scale(chosen.analyses[run], selection)
@@ -131,16 +133,18 @@ def _map_of(analyses: Analyses, run: str, measure: str, selection: dict[str, Any
     return figure if isinstance(figure, Heatmap) else None
 
 
-def _explain_missing(data: xr.Dataset, run: str, measure: str) -> None:
+def _explain_missing(reading: Reading, measure: str, side: str) -> None:
     """Why a run has no map of a measure, and how to get one."""
+    data = reading.analysis
+    if measure in data.attrs.get("on_request", ()):
+        offer_metrics([reading], [measure], key=f"request_{side}")
+        return
     reason = data.attrs.get("not_computed", {}).get(measure)
     if measure in data:
         words = "has this measure in another version only: choose other tokens or another estimator"
-    elif measure in data.attrs.get("on_request", ()):
-        words = "has not been measured by it: it costs more than the others, and is computed when it is named"
     else:
         words = f"has no such measure: {reason}" if reason else "has no such measure"
-    st.info(escaped(f"{run} {words}."), icon="ℹ️")
+    st.info(escaped(f"{reading.name} {words}."), icon="ℹ️")
     if measure not in data:
         st.code(f"depthscope analyze RUN.nc --metrics {measure}", "bash")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from depthscope.app.dashboard.components.controls import CONTROLS
 from depthscope.app.dashboard.components.finding_card import BADGES
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
@@ -18,11 +19,11 @@ from depthscope.app.dashboard.components.training import (
     show_step,
     show_step_heading,
 )
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.live_status import LiveState, live_state
 from depthscope.app.dashboard.state.named_in_url import choose_names
-from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.figures.build.history_figure import measure_title
 from depthscope.app.readings.first_findings import Begun
@@ -56,7 +57,7 @@ def _show(chosen: ChosenRuns) -> None:
         if not paused:
             st.session_state.pop("paused_at", None)
     reading = chosen.readings[name]
-    history = run_library.history_of(reading)
+    history = growing_runs.history_of(reading)
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read: {escaped(history.reason)}")
         return
@@ -64,7 +65,7 @@ def _show(chosen: ChosenRuns) -> None:
         _explain_none(history)
         return
     state = None if history.status is None else live_state(history.status, history.times)
-    findings = run_library.first_findings_of(history)
+    findings = growing_runs.first_findings_of(history)
     follows = not paused and ((state is not None and state.is_growing) or findings.look(0.0))
     st.fragment(_follow, run_every=1.0 if follows else None)(reading, paused, follows)
 
@@ -86,12 +87,12 @@ def _explain_none(history: TrainingHistory) -> None:
 def _follow(reading: Reading, paused: bool, followed: bool) -> None:
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there
-    history = run_library.history_of(reading)
+    history = growing_runs.history_of(reading)
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
         return
     state = None if history.status is None else live_state(history.status, history.times)
-    findings = run_library.first_findings_of(history)
+    findings = growing_runs.first_findings_of(history)
     left = findings.look(JUDGING_SECONDS)
     _say(history, state, paused)
     seen = _as_paused(history) if paused else history
@@ -173,7 +174,12 @@ def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
     if st.session_state.get(key) not in labels:
         st.session_state.pop(key, None)
     return st.selectbox(
-        spoken(dim).capitalize(), labels, labels.index(preferred), key=key, bind="query-params", width=130
+        CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
+        labels,
+        labels.index(preferred),
+        key=key,
+        bind="query-params",
+        width=130,
     )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import xarray as xr
 
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.figures import FigureKind, available
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.run_colours import analyses_of

@@ -7,7 +7,10 @@ from collections.abc import Callable, Hashable
 from threading import Lock, RLock
 from typing import Any
 
-__all__ = ["ReadingCache"]
+__all__ = ["CACHE_BYTES", "ReadingCache"]
+
+CACHE_BYTES = 512 * 2**20
+"""Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
 
 
 class ReadingCache:
@@ -62,6 +65,25 @@ class ReadingCache:
                 kept = make()
                 self._keep(key, kept)
         return kept
+
+    def replace(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Another value for a key, made while no other is.
+
+        Parameters
+        ----------
+        key : hashable
+            Identifies the value.
+        make : callable
+            Makes it, and may ask for the present one; what it raises is raised, and the present one stays.
+
+        Returns
+        -------
+        Any
+        """
+        with self._making:
+            made = make()
+            self._keep(key, made)
+        return made
 
     def peek(self, key: Hashable) -> Any:
         """The value of a key, None where it is not kept; nothing is made.

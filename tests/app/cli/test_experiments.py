@@ -1,13 +1,17 @@
-"""ablate and lens: from a factory and a text to a table, JSON and a file; of a run its own checkpoint and text."""
+"""ablate, lens and jacobian: from a factory and a text to a table, JSON and a file; of a run its own checkpoint and text."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
+from depthscope.app.figures import Heatmap, Selection
+from depthscope.app.paper.contents import draw_all
+from depthscope.app.readings.readings import read_paths
 from depthscope.diagnostics import experiments
 
 FACTORY = "tests.app.cli.byte_model:build"
@@ -92,6 +96,15 @@ def test_of_a_run_its_checkpoint_and_its_text_are_asked_for(text, tmp_path, caps
     )
     patched = experiments.open_result(tmp_path / "a.ablate.h5")
     assert float(abs(patched.output_change).max()) == 0  # its own states
+    capsys.readouterr()
+    assert call("jacobian", run, "--model", FACTORY, "--text", text, "--values", 3, "--json") == FINE
+    told = json.loads(capsys.readouterr().out)
+    (reading,) = read_paths([str(run)])[0]
+    kept = reading.results["jacobian"]
+    assert kept.singular_value.values.tolist() == [row["singular_values"] for row in told["jacobians"][:-1]]
+    drawn = dict(draw_all([reading], Selection()))["gradients"]
+    assert isinstance(drawn, Heatmap)
+    np.testing.assert_array_equal(drawn.z, kept.singular_value.values.T)
 
 
 def test_what_does_not_go_together_is_one_line(text, capsys):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import run_library, run_reading
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
-from depthscope.app.dashboard.state.run_library import UnreadableRun, read_run
+from depthscope.app.dashboard.state.run_library import read_run
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.diagnostics import save_run
 from depthscope.diagnostics.experiments import beside, save_result
 from tests.app.dashboard.opening import charts, open_page, words
@@ -200,14 +201,14 @@ def test_a_run_that_is_replaced_while_it_is_read_is_one_of_both(suffix, saved, r
 def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, monkeypatch):
     place = root / "a.nc"
     put(saved[".nc"][0], place)
-    read = run_library.read_runs
+    read = run_reading.read_runs
     turn = iter(range(1, 100))
 
     def read_while_it_is_replaced(runs: dict[str, xr.DataTree], **options):
         put(saved[".nc"][next(turn) % 2], place)
         return read(runs, **options)
 
-    monkeypatch.setattr(run_library, "read_runs", read_while_it_is_replaced)
+    monkeypatch.setattr(run_reading, "read_runs", read_while_it_is_replaced)
     found = read_run("a")
     assert isinstance(found, UnreadableRun)
     assert "changes while it is read" in found.reason

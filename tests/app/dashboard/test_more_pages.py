@@ -14,6 +14,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from depthscope.app.cli.main import main
+from depthscope.app.dashboard.pages import compare
 from depthscope.app.dashboard.pages import data as data_page
 from depthscope.app.dashboard.pages.compare import folded, groups_of
 from depthscope.app.dashboard.pages.similarity import map_difference
@@ -157,12 +158,17 @@ def test_runs_are_grouped_by_what_several_share(runs):
     assert "seed" not in groups_of(readings)
 
 
-def test_compared_runs_are_tested_and_the_command_is_named(opened):
+def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
     test = opened("compare", "plain.nc", "<i>named.nc")
     said = words(test)
     assert "difference" in said
     assert any(name.startswith("difference_") for name in charts(test))
     assert any(block.value.startswith("depthscope compare ") for block in test.code)
+    # Kept beside the first run: another process does not test them again.
+    compare._tested.clear()
+    monkeypatch.setattr(compare, "between_runs", None)
+    again = charts(opened("compare", "plain.nc", "<i>named.nc"))
+    assert again == charts(test)
 
 
 def saved(figure_or_table) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.dashboard.components import verdict_board
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
 from depthscope.diagnostics import save_run, schema
@@ -111,7 +111,7 @@ def test_a_saved_copy_shows_the_same_history(store, tmp_path):
 def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
     test = opened(store)
     reading = run_library.read_run("run")[0]
-    history = run_library.history_of(reading)
+    history = growing_runs.history_of(reading)
     last = history.times[-1]
     monkeypatch.setattr("time.time", lambda: last + 2.0)
     usual = live_state(history.status, history.times)
@@ -152,7 +152,7 @@ def test_the_microscope_follows_the_last_step(store):
     test = open_page("microscope", [store.path.parent])
     assert "Numbers of step 19" in words(test)
     add(store, 20, 6)
-    run_library._rest["until"] = 0.0
+    growing_runs._rest["until"] = 0.0
     test.run()
     assert "Numbers of step 20" in words(test)
     store.finish()

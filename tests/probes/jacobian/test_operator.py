@@ -433,7 +433,7 @@ def test_streams_without_a_known_connection_cannot_be_frozen(points):
         )
 
 
-@pytest.mark.parametrize("name", ["operator", "estimators", "lyapunov"])
+@pytest.mark.parametrize("name", ["operator", "by_depth", "estimators", "lyapunov"])
 def test_the_examples_in_the_docstrings(name):
     results = doctest.testmod(importlib.import_module(f"depthscope.probes.jacobian.{name}"))
     assert results.attempted > 2

@@ -1,0 +1,113 @@
+"""`depthscope jacobian`: how each block and the whole chain stretch small changes of the state, kept beside the run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from depthscope.app.cli.checkpoints import capture_errors_for_users
+from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.model_and_text import add_subject, open_subject, require_result_place, save
+from depthscope.app.cli.values import Number
+from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import xarray as xr
+
+SEQUENCES, LENGTH = 2, 32
+"""A product with a Jacobian is a backward, and each block takes some hundreds: a short text, unless another is asked for."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_subject(parser)
+    parser.add_argument(
+        "--values",
+        type=Number(1, 64),
+        default=8,
+        metavar="N",
+        help="singular values of each Jacobian (default 8)",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=("all", "own"),
+        default="all",
+        help="all: every token moves every token (default); own: each token itself alone, which costs a backward a token",
+    )
+    parser.add_argument(
+        "--routing",
+        choices=("full", "frozen"),
+        default="full",
+        help="with streams: through H_pre, H_post and H_res too (default), or with them held constant",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    require_result_place(args, "jacobian")
+    args.sequences, args.length = args.sequences or SEQUENCES, args.length or LENGTH
+    subject = open_subject(args)
+    from depthscope.probes.jacobian import jacobians_by_depth
+
+    with working(f"measuring {subject.loaded.name}") as progress, capture_errors_for_users():
+        result = jacobians_by_depth(
+            subject.loaded.model,
+            subject.batch,
+            values=args.values,
+            tokens=args.tokens,
+            routing=args.routing,
+            seed=args.seed,
+            progress=progress,
+            layers=args.layers,
+            layout=args.layout,
+            streams=args.streams,
+        )
+    result.attrs["model"] = subject.loaded.name
+    result.attrs["weights_digest"] = subject.loaded.digest
+    if subject.data_digest is not None:
+        result.attrs["data_digest"] = subject.data_digest
+    _print(result, save(result, subject, args, "jacobian"), args)
+    return FINE
+
+
+def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> None:
+    from depthscope.diagnostics.experiments import jacobian_rows
+
+    rows = jacobian_rows(result)
+    if args.json:
+        attrs = {name: result.attrs[name] for name in ("model", "tokens", "routing", "num_tokens", "dtype")}
+        emit({**attrs, "file": None if path is None else str(path), "jacobians": rows})
+        return
+    say(
+        f"{printable(result.attrs['model'])}: Jacobians of {result.attrs['num_tokens']} tokens, tokens "
+        f"{result.attrs['tokens']}, routing {result.attrs['routing']}, {result.attrs['dtype']}"
+    )
+    say()
+    show_rows(
+        ("from", "to", "largest σ", "mean σ²", "variance of σ²"),
+        [
+            (
+                str(row["start"]),
+                str(row["stop"]),
+                _number(row["singular_values"][0], row["errors"][0]),
+                _number(row["mean_square"], row["mean_square_error"]),
+                _number(row["square_variance"], row["square_variance_error"]),
+            )
+            for row in rows
+        ],
+    )
+    say()
+    say("mean σ² 1 and variance 0: every small change keeps its size (dynamical isometry)")
+    if path is not None:
+        say(f"saved: {printable(path)}")
+
+
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.1g}"
+
+
+COMMAND = Command(
+    "jacobian", "singular values of every block's Jacobian, and of the whole", _add_arguments, _run
+)

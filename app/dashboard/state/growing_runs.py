@@ -1,0 +1,231 @@
+"""What has a run come to that is being written? Its last steps, analysed now and then, and the rows that were added."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import RLock
+from weakref import WeakKeyDictionary
+
+from depthscope.app.dashboard.state.live_status import LiveState, live_state
+from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
+from depthscope.app.dashboard.state.run_reading import UnreadableRun, read, sentence, version_of
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.first_findings import FirstFindings
+from depthscope.app.readings.followed_history import FollowedHistory
+from depthscope.app.readings.followed_history import history_of as read_history
+from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import FollowedStore
+
+__all__ = [
+    "first_findings_of",
+    "history_of",
+    "is_growing",
+    "is_known",
+    "live_states",
+    "read_again",
+    "read_growing",
+]
+
+
+@dataclass
+class _Growing:
+    """What was read last of a run that is being written."""
+
+    version: FileVersion
+    found: tuple[Reading, ...] | UnreadableRun
+
+
+_rest = {"until": 0.0}
+"""The time until which no growing run is analysed again."""
+
+SHARE_OF_TIME = 0.2
+"""Of the server's time that analyses of growing runs may take; in between, the last one is shown. A heuristic of ours."""
+
+MOST_FOLLOWED = 16
+"""Live stores whose rows stay in memory. A heuristic of ours."""
+
+_lock = RLock()
+"""Of what follows: all visitors share it."""
+
+_growing: dict[Path, _Growing] = {}
+
+_stores: dict[Path, FollowedStore] = {}
+
+_followed: dict[tuple[Path, str], TrainingHistory] = {}
+
+_histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
+"""Of runs that have ended."""
+
+_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
+
+
+def is_growing(path: Path) -> bool:
+    """Whether a process writes a live store at this moment.
+
+    Parameters
+    ----------
+    path : Path
+        Of a run.
+
+    Returns
+    -------
+    bool
+    """
+    return schema.is_live_store(path) and schema.is_being_written(path)
+
+
+def is_known(path: Path) -> bool:
+    """Whether a run that is being written was analysed before.
+
+    Parameters
+    ----------
+    path : Path
+        Of a run.
+
+    Returns
+    -------
+    bool
+    """
+    return path in _growing
+
+
+def read_growing(
+    name: str, path: Path, progress: Callable[[str, int, int], None] | None
+) -> tuple[Reading, ...] | UnreadableRun:
+    """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time.
+
+    Parameters
+    ----------
+    name, path
+        Of `list_runs`.
+    progress : function or None
+        As of `read_run`.
+
+    Returns
+    -------
+    tuple of Reading or UnreadableRun
+    """
+    with _lock:
+        known = _growing.get(path)
+        now = time.monotonic()
+        if known is not None and now < _rest["until"]:
+            return known.found
+        try:
+            version = version_of(path)
+        except OSError as error:
+            return UnreadableRun(name, path, sentence(error))
+        if known is not None and known.version == version:
+            return known.found
+        found = read(name, path, progress)
+        _growing[path] = _Growing(version, found)
+        ended = time.monotonic()
+        _rest["until"] = ended + (ended - now) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
+        return found
+
+
+def read_again(reading: Reading) -> Reading | None:
+    """A reading of a run that is being written, as of its last steps.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    Reading or None
+        The same one where there is nothing new; None where it cannot be read any more.
+    """
+    path = Path(reading.path)
+    name = reading.name.removesuffix(f"/{reading.chain}") if reading.chain else reading.name
+    found = read_growing(name, path, None)
+    if isinstance(found, UnreadableRun):
+        return None
+    return next((each for each in found if each.chain == reading.chain), None)
+
+
+def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
+    """What is to be said of the runs that are or were written step by step.
+
+    Parameters
+    ----------
+    listed : mapping of str to Path
+        Of `list_runs`.
+
+    Returns
+    -------
+    dict of str to LiveState
+        By the names of those runs.
+    """
+    found = {}
+    for name, path in listed.items():
+        if not schema.is_live_store(path):
+            continue
+        with _lock, suppress(schema.SchemaError, OSError):
+            store = _stores.pop(path, None)
+            if store is None:
+                store = FollowedStore(path)
+            else:
+                store.refresh()
+            _stores[path] = store
+            while len(_stores) > MOST_FOLLOWED:
+                _stores.pop(next(iter(_stores)))
+            found[name] = live_state(store.status(), store.times)
+    return found
+
+
+def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
+    """What a reading measured step by step; of a live store with the rows that were added since the last call.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    TrainingHistory or UnreadableRun
+    """
+    path = Path(reading.path)
+    with _lock:
+        try:
+            if not schema.is_live_store(path):
+                version = FileVersion.of(path)
+                history: TrainingHistory = _histories.get(
+                    (path, version, reading.chain), partial(read_history, reading)
+                )
+                return history
+            followed = _followed.get((path, reading.chain))
+            if followed is None:
+                followed = _followed[path, reading.chain] = read_history(reading)
+                while len(_followed) > MOST_FOLLOWED:
+                    _followed.pop(next(iter(_followed)))
+            elif isinstance(followed, FollowedHistory):
+                followed.refresh()
+            return followed
+        except (schema.SchemaError, OSError) as error:
+            _followed.pop((path, reading.chain), None)
+            return UnreadableRun(reading.name, path, sentence(error))
+
+
+def first_findings_of(history: TrainingHistory) -> FirstFindings:
+    """Where findings began: one for a history, which remembers the steps that were judged.
+
+    Parameters
+    ----------
+    history : TrainingHistory
+        Of `history_of`.
+
+    Returns
+    -------
+    FirstFindings
+    """
+    with _lock:
+        return _first_findings.setdefault(history, FirstFindings(history))

@@ -1,0 +1,81 @@
+"""Has this difference been tested before? Tests of some runs, kept beside the first of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_readings import folders_of, stem_of
+from depthscope.diagnostics.analysis.differences import Difference
+from depthscope.diagnostics.atomic_writes import replaced_file
+
+__all__ = ["keep_differences", "kept_differences"]
+
+ARRAYS = ("value", "half_width", "p")
+
+
+def keep_differences(
+    versions: Mapping[Path, FileVersion], question: str, differences: Sequence[Difference]
+) -> None:
+    """Keep what was tested; where no folder can be written to, nothing is kept.
+
+    Parameters
+    ----------
+    versions : mapping of Path to FileVersion
+        The runs in the order in which they were compared, and the files that were read.
+    question : str
+        What was compared: another text is another test.
+    differences : sequence of Difference
+        The result.
+    """
+    text = json.dumps([_document(each) for each in differences], allow_nan=True)
+    for place in _places(versions, question):
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replaced_file(place) as fresh:
+                fresh.write_text(text, encoding="utf-8")
+            return
+
+
+def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> list[Difference] | None:
+    """What was tested of these very files.
+
+    Parameters
+    ----------
+    versions, question
+        As of `keep_differences`.
+
+    Returns
+    -------
+    list of Difference or None
+        None where nothing is kept, or it cannot be read.
+    """
+    for place in _places(versions, question):
+        # Damaged, or of somebody else: it is tested anew.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return [_difference(document) for document in json.loads(place.read_text(encoding="utf-8"))]
+    return None
+
+
+def _places(versions: Mapping[Path, FileVersion], question: str) -> list[Path]:
+    # Under the name of the first run: removed with what is kept of it when its file changes.
+    first = next(iter(versions))
+    of_all = repr([*((str(path), version.digest) for path, version in versions.items()), question])
+    digest = hashlib.sha256(of_all.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return [folder / f"{stem_of(first, versions[first])}.{digest}.json" for folder in folders_of(first)]
+
+
+def _document(difference: Difference) -> dict[str, Any]:
+    words = {name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")}
+    return {**words, **{name: getattr(difference, name).to_dict() for name in ARRAYS}}
+
+
+def _difference(document: Mapping[str, Any]) -> Difference:
+    return Difference(**{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}})

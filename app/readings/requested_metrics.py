@@ -1,0 +1,65 @@
+"""What do metrics say that are computed only when they are named? Readings of a run that have them too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from depthscope.app.readings.readings import Reading, by_chain, judged
+from depthscope.app.readings.stored_metrics import renewed
+from depthscope.diagnostics import analyze, schema
+
+__all__ = ["with_requested"]
+
+
+def with_requested(
+    readings: Sequence[Reading],
+    metrics: Sequence[str],
+    *,
+    path: Path,
+    max_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Reading, ...]:
+    """Readings of a run with further metrics, judged again.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Of every chain of the run.
+    metrics : sequence of str
+        Names of the catalogue.
+    path : Path
+        The run.
+    max_bytes : int, optional
+        Of the arrays of the run; see `schema.open_run`.
+    progress : function, optional
+        Called with (metric, number done, number in all).
+
+    Returns
+    -------
+    tuple of Reading
+        What a metric lacks is a reason in ``not_computed``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric, or where the analysis is of other states than the run has now.
+    """
+    run = schema.open_run(path, max_bytes=max_bytes)
+    try:
+        fresh = by_chain(analyze(run, metrics=list(metrics), progress=progress))
+        return tuple(
+            judged(
+                reading.name,
+                reading.attrs,
+                renewed(fresh[reading.chain].load(), reading.analysis, complete=False),
+                reading.integrity,
+                chain=reading.chain,
+                path=reading.path,
+                results=reading.results,
+                is_alone=len(readings) == 1,
+            )
+            for reading in readings
+        )
+    finally:
+        run.close()
