@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,10 @@ from depthscope.diagnostics.metrics.spectrum import singular_value
 from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
 from tests.models.synthetic_run import synthetic_run
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it runs in the background so; the tests send themselves and their commands Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

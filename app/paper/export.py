@@ -11,7 +11,8 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure, write_word
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_word
+from depthscope.app.drawing.matplotlib.many_figures import Drawing, write_figures
 from depthscope.app.figures import Figure, Heatmap, Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
 from depthscope.app.figures.numbers import figure_table
@@ -90,6 +91,7 @@ def write_bundle(
     by: str = "",
     formats: Sequence[str] = VECTOR,
     force: bool = False,
+    second_process: bool = False,
 ) -> Path:
     """Write a folder for a paper: eight composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
 
@@ -109,6 +111,8 @@ def write_bundle(
         Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
     force : bool
         Replace files of an earlier export that were edited; files of others are never replaced.
+    second_process : bool
+        Draw in two processes: the same files, sooner.
 
     Returns
     -------
@@ -124,7 +128,8 @@ def write_bundle(
     page = venue_of(venue)
     # Analysed inside: a folder of somebody else is refused before anything is computed.
     with replaced_folder(Path(out), force=force) as folder:
-        write_files(make_bundle(runs, page, view=view, by=by, formats=formats), folder)
+        bundle = make_bundle(runs, page, view=view, by=by, formats=formats)
+        write_files(bundle, folder, second_process=second_process)
     return Path(out)
 
 
@@ -155,7 +160,7 @@ def make_bundle(
     return Bundle(contents, composed, venue, by, tuple(dict.fromkeys(("pdf", *formats))))
 
 
-def write_files(bundle: Bundle, folder: Path) -> None:
+def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -> None:
     """Write the files of a bundle into an empty folder.
 
     Parameters
@@ -164,16 +169,23 @@ def write_files(bundle: Bundle, folder: Path) -> None:
         What is written.
     folder : Path
         Where.
+    second_process : bool
+        See `write_bundle`.
     """
     for name in ("figures", "supplement", "words"):
         (folder / name).mkdir()  # savefig makes no folder
     across = Width(bundle.venue.text, FIGURE_POINTS)
-    for figure in bundle.shown:
-        write_figure(figure, *_paths(folder / "figures", figure.name, bundle.formats), width=across)
     # Two beside each other, as the supplement sets them.
     half = Width(0.485 * bundle.venue.text, FIGURE_POINTS)
-    for single in bundle.contents.figures:
-        write_figure(single, *_paths(folder / "supplement", single.name, bundle.formats), width=half)
+    figures, supplement = folder / "figures", folder / "supplement"
+    drawings = [
+        *(Drawing(one, _paths(figures, one.name, bundle.formats), across) for one in bundle.shown),
+        *(
+            Drawing(one, _paths(supplement, one.name, bundle.formats), half)
+            for one in bundle.contents.figures
+        ),
+    ]
+    write_figures(drawings, second_process=second_process)
     texts = _texts(bundle)
     for name, text in texts.items():
         path = folder / name

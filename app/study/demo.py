@@ -223,7 +223,8 @@ def _write_paper(runs: Mapping[str, xr.DataTree], folder: Path) -> Path | None:
     from depthscope.app.paper.export import write_bundle
 
     try:
-        return write_bundle(runs, folder)
+        # PDF alone, which LaTeX includes: `depthscope export` writes the other formats too.
+        return write_bundle(runs, folder, formats=("pdf",), second_process=True)
     except ValueError as error:  # files there that somebody has edited are not overwritten
         remark(f"no paper bundle: {error}")
         return None

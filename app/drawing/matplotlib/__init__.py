@@ -158,9 +158,13 @@ def _drawn(figure: Figure | Composed, size: Width, *, dense: int = DENSE) -> Can
 
 
 def _laid_out(canvas: Canvas) -> Canvas:
-    # The layout is computed once, not for every format.
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")
+    # The layout is computed once, not for every format; with any engine, also one that does nothing, savefig would draw
+    # everything once more for it.
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.execute(canvas)
+    with mpl.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+        canvas.set_layout_engine(None)
     return canvas
 
 

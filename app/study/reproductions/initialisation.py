@@ -215,7 +215,7 @@ STUDY = Study(
     question="What do skips and norms decide, before the first step and after some?",
     sources=(DONG, XIONG, SUN),
     families=FAMILIES,
-    scale=Scale(depths=(4, 8, 16), steps=60),
+    scale=Scale(depths=(4, 8, 16), seeds=5, steps=60),
     quick=Scale(depths=(2, 3), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=NUMBERS,

@@ -184,7 +184,7 @@ STUDY = Study(
         "Zhu et al. 2025, 2409.19606",
     ),
     families=FAMILIES,
-    scale=Scale(depths=(4, 8), steps=60),
+    scale=Scale(depths=(4, 8), seeds=5, steps=60),
     quick=Scale(depths=(2,), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=(

@@ -202,7 +202,7 @@ def test_a_failed_export_leaves_nothing(runs, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("depthscope.app.paper.export.write_figure", fail)
+    monkeypatch.setattr("depthscope.app.paper.export.write_figures", fail)
     with pytest.raises(OSError, match="disk full"):
         write_bundle(runs, tmp_path / "paper")
     assert os.listdir(tmp_path) == []
