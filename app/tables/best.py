@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
 
 __all__ = ["best_of"]
@@ -38,6 +39,8 @@ def best_of(metric: str, values: Sequence[float], margins: Sequence[float], *, b
         for place in known
         # Independent intervals add as squares; without any, only equal numbers are alike.
         if abs(values[place] - values[first]) <= math.hypot(*(_or_zero(margins[i]) for i in (place, first)))
+        # Of two that are printed alike a reader cannot see why one is better.
+        or number(values[place]) == number(values[first])
     }
     return alike if len(alike) < len(known) else set()
 

@@ -69,6 +69,7 @@ _ACCENTS = {
         "\u0328": "k",
     },
 }
+_BELOW = frozenset("dck")
 _LETTERS = {
     **{"ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}", "Ø": r"\O{}", "ł": r"\l{}", "Ł": r"\L{}"},
     **{
@@ -161,8 +162,12 @@ def _accented(letter: str) -> str:
     base, *marks = list(unicodedata.normalize("NFD", letter))
     if not (base.isascii() and base.isalpha() and marks and all(mark in _ACCENTS for mark in marks)):
         return ""
+    above = [mark for mark in marks if _ACCENTS[mark] not in _BELOW]
+    # TeX sets one mark on a letter; a second one would stand beside it. Marks below go around everything else.
+    if len(above) > 1 or len(marks) - len(above) > 1:
+        return ""
     code = rf"\{base}" if base in "ij" else base
-    for mark in marks:
+    for mark in sorted(marks, key=lambda mark: _ACCENTS[mark] in _BELOW):
         code = rf"\{_ACCENTS[mark]}{{{code}}}"
     return code
 

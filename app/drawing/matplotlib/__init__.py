@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
 from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE, draw_heatmap
+from depthscope.app.drawing.matplotlib.paper_figure import UNDATED
 from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style, pgf_style
 from depthscope.app.drawing.matplotlib.words import write_word
 from depthscope.app.figures.composed import Composed, Points
@@ -37,8 +38,6 @@ __all__ = [
 ]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
-# A date in the file would change its bytes on every export.
-UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
-from depthscope.app.drawing.matplotlib.curves import DASHES, HEALTHY, MARK, NULL, THEORY, look, plot_lines
+from depthscope.app.drawing.matplotlib.curves import (
+    DASHES,
+    HEALTHY,
+    MARK,
+    NULL,
+    THEORY,
+    look,
+    plot_lines,
+)
+from depthscope.app.drawing.matplotlib.fonts import set_fonts
+from depthscope.app.drawing.matplotlib.legends import legend_name, num_columns, variant_of
 from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
+from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
 from depthscope.app.figures.specification import Heatmap, Line, Lines
-from depthscope.app.text.latex import Latex
-from depthscope.app.text.visible import shortened
 
 __all__ = ["draw_composed", "draw_into"]
 
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
 LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4
-# Runs whose names have room, and letters of the names of more.
-FEW, SHORT_NAME = 4, 24
 # Of a figure: with its caption it has to fit a page nine inches high.
 HIGHEST = 6.6
 DIFFERS = "groups differ (p < 0.05)"
 
 
-def draw_composed(figure: Composed, size: Width) -> Canvas:
+def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     """Draw the panels side by side, with one legend below all of them.
 
     Parameters
@@ -46,26 +51,26 @@ def draw_composed(figure: Composed, size: Width) -> Canvas:
 
     Returns
     -------
-    matplotlib.figure.Figure
+    PaperFigure
         Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
     """
     columns = _columns(figure.panels, size)
     rows = math.ceil(len(figure.panels) / columns)
     across = size.inches / columns
     entries = list(_entries(figure))
-    lines = math.ceil(len(entries) / _legend_columns(entries, size)) if len(entries) > 1 else 0
+    beside = num_columns([label for _, label in entries], size)
+    lines = math.ceil(len(entries) / beside) if len(entries) > 1 else 0
     below = lines * 1.45 * size.points / 72 + 0.08
     row = min(_height(figure.panels, across), (HIGHEST - below) / rows)
-    canvas = Canvas(figsize=(size.inches, rows * row + below), layout="constrained")
+    canvas = PaperFigure(size, (size.inches, rows * row + below))
     axes: dict[str, Axes] = {}
     for place, panel in enumerate(figure.panels):
         axes[panel.key] = canvas.add_subplot(rows, columns, place + 1, label=panel.key)
     draw_into(figure, axes, across=across)
     if lines:
         handles, labels = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
-        canvas.legend(
-            handles, labels, loc="outside lower center", ncols=_legend_columns(entries, size), frameon=False
-        )
+        canvas.legend(handles, labels, loc="outside lower center", ncols=beside, frameon=False)
+        set_fonts(canvas)
     return canvas
 
 
@@ -90,12 +95,13 @@ def draw_into(
         ax = axes[panel.key]
         inches = across or inches_of(ax)[0]
         _draw_panel(figure, panel, ax, 0.55 * inches)
-        # The title begins above the ticks, left of the axes, and may take all of the panel's width.
         points = mpl.rcParams["legend.fontsize"]
         points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
-        letters = max(int(inches * 72 / (0.5 * points)), 12)
-        title = textwrap.fill(f"({letter(place)}) {plain(panel.title)}", letters)
+        # Axes with ticks at their left have about so much of the width of their panel at their right.
+        room = 0.76 * across or inches
+        title = wrapped(f"({letter(place)}) {panel.title}", room, points)
         ax.set_title(title, loc="left", fontsize=points)
+        set_fonts(ax)
     if legend and drawn:
         entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
         if len(entries) > 1:
@@ -103,7 +109,7 @@ def draw_into(
             canvas = axes[drawn[0].key].get_figure(root=True)
             assert canvas is not None
             # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
-            canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
+            set_fonts(canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3))
 
 
 def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> None:
@@ -151,24 +157,21 @@ def _is_printed(panel: LetteredPanel) -> bool:
 # --- colours and dashes that hold for all panels
 
 
-def _variant(line: Line) -> str:
-    """What distinguishes a line from others of its run."""
-    return line.label.removeprefix(line.group).removeprefix(" · ")
-
-
 def _variants(figure: Composed) -> list[str]:
     """Distinct variants of all panels, in the order of their dashes; the plain line first."""
     found = dict.fromkeys([""])
     for panel in figure.panels:
         if isinstance(panel.content, Lines):
-            found |= dict.fromkeys(_variant(line) for line in panel.content.lines if line.role == "measured")
+            found |= dict.fromkeys(
+                variant_of(line) for line in panel.content.lines if line.role == "measured"
+            )
     return list(found)
 
 
 def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
     variants = _variants(figure)
     return {
-        id(line): look(figure.runs[line.group], variants.index(_variant(line)))
+        id(line): look(figure.runs[line.group], variants.index(variant_of(line)))
         for line in content.lines
         if line.role == "measured"
     }
@@ -182,7 +185,7 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
     drawn |= {run for content in contents if isinstance(content, Points) for run in content.points}
     for run, number in figure.runs.items():
         if run in drawn:
-            yield Line2D([], [], **look(number, 0)), _legend_name(run, len(figure.runs))
+            yield Line2D([], [], **look(number, 0)), legend_name(run, len(figure.runs))
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
@@ -191,12 +194,6 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
         yield Patch(color=HEALTHY, linewidth=0), "healthy"
     if any(panel.differs for panel in figure.panels):
         yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
-
-
-def _legend_name(run: str, count: int) -> str:
-    """The name of a run: of many runs shorter, so that the legend is not higher than the panels."""
-    # LaTeX of a PGF figure is not cut.
-    return plain(run if isinstance(run, Latex) or count <= FEW else shortened(run, SHORT_NAME, counted=False))
 
 
 def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
@@ -221,12 +218,6 @@ def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[An
     }
     drawn = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     return list({label: (handle, label) for handle, label in drawn if label in names}.values())
-
-
-def _legend_columns(entries: Sequence[tuple[Any, str]], size: Width) -> int:
-    # As for single figures: a letter is about half an em wide, the handle with its spaces four and a half.
-    longest = max((len(label) for _, label in entries), default=1)
-    return max(1, min(len(entries), int(size.inches // ((0.5 * longest + 4.5) * (size.points - 1) / 72))))
 
 
 def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:

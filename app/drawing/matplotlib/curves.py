@@ -13,6 +13,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from depthscope.app.drawing.matplotlib.fonts import set_fonts
+from depthscope.app.drawing.matplotlib.legends import fits_inside, named_apart, num_columns
+from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks, wrapped
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.palette import RUN_COLOURS
@@ -24,9 +27,8 @@ HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
 MARK: dict[str, Any] = {"linestyle": "", "marker": "v", "markersize": 5, "markeredgecolor": "black"}
 THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
-# A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
-LEGEND_INSIDE = 4
-LONGEST_INSIDE = 28
+# Bands whose colours may add up; more of them are paler, so that curves are seen through all.
+FULL_BANDS = 4
 
 
 def draw_lines(figure: Lines, size: Width) -> Canvas:
@@ -44,12 +46,16 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     matplotlib.figure.Figure
     """
     measured = [line for line in figure.lines if line.role == "measured"]
-    canvas = Canvas(figsize=(size.inches, _height(size, _entries(figure, measured))), layout="constrained")
+    looks = _looks(figure, measured)
+    named = list(named_apart(measured, looks))
+    names = [name for _, name in named] or [line.label for line in measured]
+    canvas = PaperFigure(size, (size.inches, _height(size, [*names, *_others(figure)])))
     axes = canvas.add_subplot()
-    plot_lines(axes, figure, _looks(figure, measured))
+    plot_lines(axes, figure, looks)
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
-    _legend(canvas, axes, figure, size)
+    _legend(canvas, axes, figure, size, named)
+    set_fonts(canvas)
     return canvas
 
 
@@ -78,27 +84,15 @@ def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]
     _draw_limits(axes, figure)
 
 
-def _entries(figure: Lines, measured: Sequence[Line]) -> list[str]:
-    """All that the legend may list; which thresholds it names is known only after the size of the figure is set."""
+def _others(figure: Lines) -> list[str]:
+    """What the legend may list beside measured lines; which thresholds it names is known after the size is set."""
     others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
-    return [*(line.label for line in measured), *(label for _, label in sorted(others))]
+    return [label for _, label in sorted(others)]
 
 
 def _height(size: Width, entries: Sequence[str]) -> float:
-    below = 0 if _fits_inside(entries) else math.ceil(len(entries) / _num_columns(entries, size))
+    below = 0 if fits_inside(entries) else math.ceil(len(entries) / num_columns(entries, size))
     return _axes_height(size) + below * 1.45 * size.points / 72
-
-
-def _fits_inside(entries: Sequence[str]) -> bool:
-    """Whether a legend inside the axes hides little of the curves: few entries, and short ones."""
-    return len(entries) <= LEGEND_INSIDE and max(map(len, entries), default=0) <= LONGEST_INSIDE
-
-
-def _num_columns(entries: Sequence[str], size: Width) -> int:
-    """Columns of a legend below the axes, so that the longest entry fits."""
-    # A letter is about half an em wide, the handle with its spaces four and a half; a point is 1/72 inch.
-    across = (0.5 * max(map(len, entries)) + 4.5) * (size.points - 1) / 72
-    return max(1, min(int(size.inches // across), int(size.inches // 1.6)))
 
 
 def _axes_height(size: Width) -> float:
@@ -153,7 +147,7 @@ def look(number: int, variant: int) -> dict[str, Any]:
     }
 
 
-def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
+def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any], opacity: float) -> None:
     thinned = max(1, math.ceil(len(line.x) / 12))  # about twelve markers, however deep the model
     # A logarithmic axis shows nothing of a line of zeros; its legend entry must explain that.
     hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
@@ -161,7 +155,7 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
     axes.plot(line.x, line.y, label=label, markevery=thinned, zorder=3, **look)
     if line.lower is not None and line.upper is not None:
         axes.fill_between(
-            line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2
+            line.x, line.lower, line.upper, color=look["color"], alpha=opacity, linewidth=0, zorder=2
         )
     if line.error is not None:
         axes.errorbar(line.x, line.y, line.error, fmt="none", ecolor=look["color"], elinewidth=0.6, zorder=2)
@@ -172,13 +166,15 @@ def _draw_roles(
 ) -> None:
     """The lines of some roles; nulls and laws take the colour of the measured line before them."""
     colour = "0.4"
+    bands = sum(line.lower is not None for line in figure.lines)
+    opacity = 0.18 * min(1.0, FULL_BANDS / max(bands, 1))
     for line in figure.lines:
         of_line = looks.get(id(line), {})
         colour = of_line.get("color", colour)
         if line.role not in roles:
             continue
         if line.role == "measured":
-            _draw_measured(axes, line, of_line)
+            _draw_measured(axes, line, of_line, opacity)
         elif line.role == "mark":
             axes.plot(line.x, line.y, color=colour, zorder=4, **MARK)
         else:
@@ -322,9 +318,14 @@ def _name_threshold(axes: Axes, line: Line, side: str) -> None:
     )
 
 
-def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
-    # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
+def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Sequence[tuple[Any, str]]) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    if named:
+        num_measured = sum(line.role == "measured" for line in figure.lines)
+        # The measured lines are drawn first.
+        handles = [*(handle for handle, _ in named), *handles[num_measured:]]
+        labels = [*(label for _, label in named), *labels[num_measured:]]
+    # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
         labels.append("null")
@@ -334,7 +335,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
     # The caption names what a single line shows.
     if len(handles) < 2:
         return
-    if _fits_inside(labels):
+    if fits_inside(labels):
         axes.legend(handles, labels, loc="best")
     else:
-        canvas.legend(handles, labels, loc="outside lower center", ncols=_num_columns(labels, size))
+        canvas.legend(handles, labels, loc="outside lower center", ncols=num_columns(labels, size))

@@ -12,6 +12,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from depthscope.app.drawing.matplotlib.fonts import set_fonts
+from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
 from depthscope.app.figures.specification import Array, Heatmap
 
@@ -37,12 +39,13 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     matplotlib.figure.Figure
     """
     across = min(size.inches, 4.2)  # a square across the page would be as high as the page
-    canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="compressed")
+    canvas = PaperFigure(size, (size.inches, 0.82 * across), "compressed")
     axes = canvas.add_subplot()
     mesh = plot_heatmap(axes, figure, dense=dense)
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(plain(figure.y_label))
     add_bar(axes, mesh, plain(figure.z_label))
+    set_fonts(canvas)
     return canvas
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import (
@@ -24,12 +21,10 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
+from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw, points_across
 from depthscope.app.text.latex import Latex, unicode_declarations
 from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
-
-FONTS = ("STIXGeneral", "DejaVu Sans")
-"""Fonts of figures; the second one has the signs that the first one lacks."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ def figure_style(width: str | Width = "icml") -> Iterator[Width]:
     if isinstance(width, str) and width not in WIDTHS:
         raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
     size = WIDTHS[width] if isinstance(width, str) else width
-    with mpl.rc_context(_settings(size)):
+    with mpl.rc_context(settings_of(size)):
         yield size
 
 
@@ -119,7 +114,19 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _settings(size: Width) -> dict[str, Any]:
+def settings_of(size: Width) -> dict[str, Any]:
+    """Matplotlib's settings for a width.
+
+    Parameters
+    ----------
+    size : Width
+        Inches and type size.
+
+    Returns
+    -------
+    dict of str to object
+        Values of `matplotlib.rcParams`.
+    """
     small = size.points - 1
     return {
         # Looks like the Times of most venues, and comes with matplotlib: the same on every machine.
@@ -151,18 +158,21 @@ def _settings(size: Width) -> dict[str, Any]:
         "figure.dpi": 150,
         "savefig.dpi": 400,
         "pdf.fonttype": 42,  # TrueType: venues reject the default, Type 3
+        "ps.fonttype": 42,
         "svg.fonttype": "path",  # outlines: a reader may lack the fonts
         "svg.hashsalt": "depthscope",  # the same bytes on a rerun
     }
 
 
-def plain(text: str) -> str:
-    r"""Text that matplotlib sets as it is: dollars are no mathematics, and what its fonts lack is escaped.
+def plain(text: str, *, longest: int | None = LONGEST_LABEL) -> str:
+    r"""Text that matplotlib sets as it is: dollars are no mathematics, and what no installed font has is escaped.
 
     Parameters
     ----------
     text : str
         Any label; `Latex`, which is code for another typesetter, comes back unchanged.
+    longest : int or None
+        Letters after which the middle is left out; None keeps all.
 
     Returns
     -------
@@ -170,32 +180,20 @@ def plain(text: str) -> str:
 
     Examples
     --------
-    >>> plain("$x$"), plain("rank 模型")
-    ('\\$x\\$', 'rank \\u6a21\\u578b')
+    >>> plain("$x$"), plain("rank \ue000")
+    ('\\$x\\$', 'rank \\ue000')
     """
     if isinstance(text, Latex):
         return text
     # Shortened twice: a text of megabytes is not looked at letter by letter, and escapes make it longer again.
-    shown = visible(shortened(text, LONGEST_NAME, counted=False), lines=True).strip("\u2068\u2069")
+    given = text if longest is None else shortened(text, LONGEST_NAME, counted=False)
+    shown = visible(given, lines=True).strip("\u2068\u2069")
     if not shown.isascii():
-        shown = "".join(
-            letter if letter == "\n" or _has_glyph(letter) else escape(letter) for letter in shown
-        )
+        shown = "".join(letter if letter == "\n" or can_draw(letter) else escape(letter) for letter in shown)
     # The tables have long names whole.
-    shown = shortened(shown, LONGEST_LABEL, counted=False)
+    shown = shown if longest is None else shortened(shown, longest, counted=False)
     # A legend leaves out labels that begin with an underscore: matplotlib's own mark of what is internal.
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
-
-
-@functools.lru_cache(maxsize=4096)
-def _has_glyph(letter: str) -> bool:
-    """Whether one of the fonts of `_settings` can draw a letter; matplotlib would draw a box and warn."""
-    return any(letter_font.get_char_index(ord(letter)) for letter_font in map(_font, FONTS))
-
-
-@functools.cache
-def _font(family: str) -> Any:
-    return font_manager.get_font(font_manager.findfont(family))
 
 
 def inches_of(axes: Axes) -> tuple[float, float]:
@@ -231,7 +229,7 @@ def are_whole(values: np.ndarray) -> bool:
     return bool(np.all(np.mod(values, 1) == 0))
 
 
-def wrapped(text: str, inches: float) -> str:
+def wrapped(text: str, inches: float, points: float | None = None) -> str:
     """A label in as many lines as it takes to fit along an axis.
 
     Parameters
@@ -240,11 +238,30 @@ def wrapped(text: str, inches: float) -> str:
         A label; `Latex` stays as it is.
     inches : float
         Length of the axis.
+    points : float, optional
+        Type size; that of labels by default.
 
     Returns
     -------
     str
     """
-    # A letter is about half an em wide; a point is 1/72 inch.
-    letters = max(int(inches * 72 / (0.5 * mpl.rcParams["font.size"])), 8)
-    return plain(text if isinstance(text, Latex) else textwrap.fill(text, letters, break_long_words=False))
+    if isinstance(text, Latex):
+        return text
+    size = float(mpl.rcParams["font.size"]) if points is None else points
+    # Room for three letters at least, so that narrow axes have no column of single ones.
+    room = max(inches * 72, 3 * size)
+    families = mpl.rcParams["font.family"]
+    lines = [""]
+    for word in plain(text).split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if points_across(longer, size, families) <= room:
+            lines[-1] = longer
+            continue
+        # A word that is longer than a line, such as a path, is broken where the line ends.
+        start = 0
+        for end in range(1, len(word) + 1):
+            if points_across(word[start:end], size, families) > room:
+                lines.append(word[start : end - 1])
+                start = end - 1
+        lines.append(word[start:])
+    return "\n".join(line for line in lines if line)

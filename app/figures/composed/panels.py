@@ -215,10 +215,30 @@ class Maps:
             figure = self.kind.build({run: analyses[run]}, **asdict(replace(view, run=run)))
             assert isinstance(figure, Heatmap)
             title = self.title if len(subjects.readings) == 1 else f"{self.title}: {run}"
-            panels.append(
-                LetteredPanel(_numbered(self.key, place), title, _without_rounding(figure, self.floor))
-            )
+            caption = " ".join(filter(None, (figure.caption, first_of("Maps", self.most, len(able)))))
+            figure = replace(_without_rounding(figure, self.floor), caption=caption)
+            panels.append(LetteredPanel(_numbered(self.key, place), title, figure))
         return panels
+
+
+def first_of(what: str, most: int, count: int) -> str:
+    """A sentence for a caption, where not all runs are shown.
+
+    Parameters
+    ----------
+    what : str
+        Such as ``"Maps"``.
+    most : int
+        Runs that are shown at most.
+    count : int
+        Runs that could be shown.
+
+    Returns
+    -------
+    str
+        Empty where all are shown.
+    """
+    return f"{what} of the first {most} of {count} runs." if count > most else ""
 
 
 def _without_rounding(figure: Heatmap, floor: float) -> Heatmap:
@@ -278,6 +298,7 @@ class Matrices:
         if not subjects.matrices:
             return "no run has streams whose mixing matrices are stored"
         panels = []
+        part = first_of("Matrices", MOST_MATRICES, len(subjects.matrices))
         for place, (run, found) in enumerate(list(subjects.matrices.items())[:MOST_MATRICES]):
             of_run = "" if len(subjects.readings) == 1 else f": {run}"
             last = len(found.single) - 1
@@ -293,13 +314,13 @@ class Matrices:
                 ),
             ]
             panels += [
-                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix))
+                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix, part))
                 for key, title, matrix in shown
             ]
         return panels
 
 
-def _printed(key: str, run: str, matrix: np.ndarray) -> Heatmap:
+def _printed(key: str, run: str, matrix: np.ndarray, part: str) -> Heatmap:
     streams = np.arange(len(matrix), dtype=np.float64)
     known = matrix[np.isfinite(matrix)]
     # Each by its own scale: a product that has grown would leave single matrices one colour.
@@ -317,7 +338,7 @@ def _printed(key: str, run: str, matrix: np.ndarray) -> Heatmap:
         limits=limits,
         caption="Means over tokens, of products the mean of each token's product; rows are destinations. At the right the "
         "signed sum of each row (gain forward), below that of each column (gain backward). "
-        "Colours: each matrix by its own range.",
+        f"Colours: each matrix by its own range. {part}".rstrip(),
         alt=f"{key} of {run}: row sums {', '.join(f'{v:.2f}' for v in rows)}; "
         f"column sums {', '.join(f'{v:.2f}' for v in columns)}.",
         metric="mixing_gain",

@@ -12,7 +12,7 @@ import xarray as xr
 from depthscope.app.figures.build.curve_figure import axis_title
 from depthscope.app.figures.build.values import LABELLED, defined_labels
 from depthscope.app.figures.composed.groups import grouped
-from depthscope.app.figures.composed.panels import MOST_MAPS, Subjects
+from depthscope.app.figures.composed.panels import MOST_MAPS, Subjects, first_of
 from depthscope.app.figures.composed.specification import LetteredPanel
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
@@ -123,17 +123,18 @@ class History:
         """The panels, or the reason why there is none."""
         if not subjects.histories:
             return NO_HISTORY
+        chosen = replace(view, **self.fixed)
+        by_run = {run: _by_step(history, self.metric, chosen) for run, history in subjects.histories.items()}
+        able = {run: values for run, values in by_run.items() if values is not None}
+        part = first_of("Maps", MOST_MAPS, len(able))
         panels: list[LetteredPanel] = []
-        for run, history in subjects.histories.items():
-            values = _by_step(history, self.metric, replace(view, **self.fixed))
-            if values is None or len(panels) == MOST_MAPS:
-                continue
+        for run, values in list(able.items())[:MOST_MAPS]:
             # The statistics have no mean over streams: one of them is shown, by name.
             stream = str(values.attrs.get("stream", "mean"))
             of_stream = "" if stream == "mean" else f", stream {stream}"
             title = f"{self.title}{of_stream}" + ("" if len(subjects.readings) == 1 else f": {run}")
             key = self.metric if not panels else f"{self.metric}_{len(panels) + 1}"
-            panels.append(LetteredPanel(key, title, _step_map(self.metric, self.title, run, values)))
+            panels.append(LetteredPanel(key, title, _step_map(self.metric, self.title, run, values, part)))
         return panels or f"no run has {self.metric} at several steps"
 
 
@@ -159,7 +160,7 @@ def _by_step(history: xr.Dataset, metric: str, view: Selection) -> xr.DataArray 
     return values.assign_attrs(stream=stream) if values.sizes["step"] > 1 else None
 
 
-def _step_map(metric: str, title: str, run: str, values: xr.DataArray) -> Heatmap:
+def _step_map(metric: str, title: str, run: str, values: xr.DataArray, caption: str) -> Heatmap:
     axis = CATALOGUE[metric].axis
     z = values.values.astype(np.float64)
     known = z[np.isfinite(z)]
@@ -176,6 +177,7 @@ def _step_map(metric: str, title: str, run: str, values: xr.DataArray) -> Heatma
         y_label=axis_title(axis, "depth").partition(" (")[0],
         z_label="",
         log_z=CATALOGUE[metric].scale == "log" and bool((known > 0).any()),
+        caption=caption,
         alt=f"{title} of {run} over training steps and {axis}: {ends}.",
         metric=metric,
         run=run,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from depthscope.app.text.bibliography import (
@@ -52,3 +55,34 @@ def test_keys_in_sentences_become_words_and_others_stay():
 def test_a_cut_keeps_the_order_of_the_bibliography():
     assert list(entries(cut(reversed(KEYS)))) == KEYS
     assert keys_of(["this project", KEYS[1]]) == [KEYS[1]]
+
+
+CHECKED = tomllib.loads(Path(__file__).with_name("checked_references.toml").read_text(encoding="utf-8"))
+
+
+def letters(text: str) -> str:
+    """Letters and digits alone: sources differ in capitals, dashes and signs."""
+    return "".join(letter for letter in text.casefold() if letter.isalnum())
+
+
+def test_every_entry_was_compared_with_a_source():
+    missing = [key for key in KEYS if key not in CHECKED]
+    assert not missing, f"compare {missing} with a source and write what it says to checked_references.toml"
+    assert not [key for key in CHECKED if key not in KEYS]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_entry_says_what_its_source_says(key):
+    found, source = reference(key), CHECKED[key]
+    assert letters(found.title) == letters(source["title"].replace(r"$\alpha$", "α"))
+    assert len(found.surnames) == len(source["authors"])
+    for name, said in zip(found.surnames, source["authors"], strict=True):
+        # Of a team, such as OpenAI's, the last word is its surname.
+        assert letters(name) in (letters(said), letters(said.split()[-1]))
+    assert found.year == source["year"]
+    assert source["source"]
+    entry = entries(bibliography())[key]
+    for identifier in source["identifiers"]:
+        assert identifier in entry
+    known = {*source["identifiers"], *source.get("not_found", ())}
+    assert {found.eprint, found.doi} - {""} <= known

@@ -1,0 +1,71 @@
+"""What does a figure keep when it leaves our hands? The settings it was made with, and no date."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.backend_bases import RendererBase
+from matplotlib.figure import Figure
+
+from depthscope.app.drawing.matplotlib.style import Width, settings_of
+
+__all__ = ["UNDATED", "PaperFigure"]
+
+# A date in the file would change its bytes on every export.
+UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+class PaperFigure(Figure):
+    """A figure that is drawn and saved with the settings it was made with.
+
+    Matplotlib reads the kind of embedded fonts, the font of mathematics and others when a figure is saved: a figure that was
+    made for a venue and saved later would have Type 3 fonts, which venues reject.
+
+    Parameters
+    ----------
+    size : Width
+        Whose settings.
+    figsize : tuple of float
+        Inches.
+    layout : str
+        Engine of the layout.
+    """
+
+    def __init__(
+        self,
+        size: Width,
+        figsize: tuple[float, float],
+        layout: Literal["constrained", "compressed"] = "constrained",
+    ) -> None:
+        self._size = size
+        super().__init__(figsize=figsize, layout=layout)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw with the settings of the figure.
+
+        Parameters
+        ----------
+        renderer : matplotlib.backend_bases.RendererBase
+            See `matplotlib.figure.Figure.draw`.
+        """
+        with mpl.rc_context(settings_of(self._size)):
+            super().draw(renderer)
+
+    def savefig(self, fname: Any, **kwargs: Any) -> None:
+        """Save with the settings of the figure: TrueType fonts and, unless ``metadata`` is given, no date.
+
+        Parameters
+        ----------
+        fname : path or file
+            Where.
+        **kwargs : object
+            See `matplotlib.figure.Figure.savefig`.
+        """
+        ending = Path(fname).suffix.removeprefix(".") if isinstance(fname, str | PathLike) else ""
+        ending = str(kwargs.get("format") or ending or mpl.rcParams["savefig.format"])
+        kwargs.setdefault("metadata", UNDATED.get(ending))
+        with mpl.rc_context(settings_of(self._size)):
+            super().savefig(fname, **kwargs)
