@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from depthscope import probes
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.probes.training.live import live as live_module
+from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.recorder import ProbeWarning
 from tests.probes.training.killed_trainers import Stack
 
@@ -98,6 +100,56 @@ def test_rows_come_from_the_process_are_dropped_where_it_is_behind_and_go_on_whe
     for name in expected.data_vars:
         np.testing.assert_array_equal(live[name].values, expected[name].values, err_msg=name)
         np.testing.assert_array_equal(written[name].values, expected[name].values, err_msg=name)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_findings_come_later_with_the_step_that_was_measured(ends):
+    told = []
+    training = Training(
+        analysis="process", stop_on="fail", on_finding=lambda step, finding: told.append((step, finding))
+    )
+    stopped = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with training.recorder:
+                training.step()
+                wait_until(lambda: not training.beside.is_starting)
+                process = training.beside._process.pid
+                os.kill(process, signal.SIGSTOP)
+                with torch.no_grad():
+                    training.model.embed.weight.mul_(
+                        30.0
+                    )  # first a warning, then an explosion, in two rows that wait
+                training.step()
+                with torch.no_grad():
+                    for parameter in training.model.blocks[1].parameters():
+                        parameter.mul_(1e4)
+                training.step()
+                assert training.beside.awaited == {1, 2}
+                assert not any(step for step, _ in told)
+                os.kill(process, signal.SIGCONT)
+                until = time.monotonic() + PATIENCE
+                while not ends and time.monotonic() < until:
+                    training.step()
+                    time.sleep(0.02)
+        except TrainingStopped as error:
+            stopped = error
+    severe = [finding for step, finding in told if step == 2 and finding.severity is Severity.FAIL]
+    assert severe, told
+    assert all(finding.severity < Severity.FAIL for step, finding in told if step < 2)
+    sentences = [str(each.message) for each in caught if issubclass(each.category, ProbeWarning)]
+    if ends:
+        assert stopped is None
+        (sentence,) = sentences
+        assert sentence.startswith("step 2 has a finding that stop_on ends a training for")
+        assert severe[0].sentence in sentence
+    else:
+        assert sentences == []
+        assert stopped.step == 2
+        assert stopped.findings[0] == severe[0]
+        came_at = training.recorder.position - 1
+        assert str(stopped).startswith(f"step 2 (its metrics came at step {came_at}): {severe[0].sentence}")
 
 
 TRAINER = """
