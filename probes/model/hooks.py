@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from collections.abc import Callable
@@ -324,6 +325,11 @@ class WatchedMethod:
             result = self._method(*args, **kwargs)
         call_safely(self._report, watch.done, result)
         return result
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method, by which a mask that is given by its position has its name."""
+        return inspect.signature(self._method)
 
     def remove(self) -> None:
         """Restore the module's own entry; where somebody wrapped this one since, only stop watching."""

@@ -4,12 +4,16 @@ Under sequence parallelism the tokens of a sequence are spread over processes be
 tokens; under context parallelism everywhere. Shapes do not show it. What shows it are the hooks that torch's and transformers'
 parallel styles put on modules, which contain how inputs and outputs are placed, and the attention that context parallelism
 puts in the place of torch's.
+
+Where these hooks name one axis of processes and nothing but equal parts of the tokens along it, a process's part of a sequence
+is known, and several processes can measure all of it together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -27,12 +31,129 @@ TOKEN_AXES = (0, 1)  # of states (B, T, D), (T, B, D) and (tokens, D); features 
 
 ADVICE = (
     "a part of a sequence has other norms, ranks and similarities than the whole. Capture one replica of the model without "
-    "sequence parallelism, such as its saved checkpoint in one process"
+    "sequence parallelism, such as its saved checkpoint in one process; a training can be recorded by all processes that "
+    "share sequences, with group='world' or a group of them"
 )
 
 
-def require_whole_sequences(model: nn.Module, *, hooks: bool) -> None:
-    """Require that the model's states have all tokens of their sequences.
+@dataclass(frozen=True)
+class TokenShards:
+    """How the tokens of every sequence are spread over processes: in equal parts, in the order of the processes.
+
+    Parameters
+    ----------
+    ranks : tuple of int
+        Numbers of the processes in the world, in the order of their tokens.
+    position : int
+        Of this process among them.
+    """
+
+    ranks: tuple[int, ...]
+    position: int
+
+    def part(self, tokens: int) -> slice:
+        """Which tokens of a sequence this process has: as torch's chunks, whose last ones are shorter or empty.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the sequence.
+
+        Returns
+        -------
+        slice
+
+        Examples
+        --------
+        >>> [TokenShards((0, 1, 2), position).part(7) for position in range(3)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 7, None)]
+        """
+        size = -(-tokens // len(self.ranks))
+        start = min(self.position * size, tokens)
+        return slice(start, min(start + size, tokens))
+
+    def local(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """The tokens of a state, or of its gradient, that this process has; a plain tensor has no others.
+
+        Parameters
+        ----------
+        tensor : Tensor
+            A DTensor is sharded over its tokens, or whole in every process.
+        axis : int
+            Of the tokens.
+
+        Returns
+        -------
+        Tensor
+
+        Raises
+        ------
+        CaptureError
+            For a DTensor that is placed otherwise, or over other processes.
+        """
+        placements = getattr(tensor, "placements", None)
+        if placements is None:
+            return tensor
+        mesh: Any = tensor.device_mesh
+        told = f"a state, or its gradient, is placed as {', '.join(map(str, placements))} over the processes "
+        told += f"{mesh.mesh.tolist()}"
+        if mesh.ndim != 1 or tuple(mesh.mesh.tolist()) != self.ranks:
+            raise CaptureError(f"{told}; expected one axis of processes, {list(self.ranks)}")
+        (placement,) = placements
+        if type(placement).__name__ == "Shard" and placement.dim % tensor.ndim == axis:
+            return tensor.to_local()
+        if placement.is_replicate():
+            whole = tensor.to_local()
+            return whole[(slice(None),) * axis + (self.part(whole.shape[axis]),)]
+        raise CaptureError(
+            f"{told}; expected all of it in each process, or a part of its tokens (axis {axis})"
+        )
+
+
+def token_shards(model: nn.Module) -> TokenShards | None:
+    """How the hooks of parallel styles spread the tokens of a model's sequences over processes; None where they do not.
+
+    Parameters
+    ----------
+    model : Module
+        Among several processes.
+
+    Returns
+    -------
+    TokenShards or None
+
+    Raises
+    ------
+    CaptureError
+        Under context parallelism, and where the hooks name several axes of processes or none.
+    """
+    meshes = set()
+    for path, module in module_paths(model):
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            values = list(_referred_to(hook, 0, set()))
+            if any(map(_is_of_context_parallelism, values)):
+                raise CaptureError(f"context parallelism at {path or 'the model'}; {ADVICE}")
+            if not any(map(_is_token_shard, values)):
+                continue
+            named = {
+                tuple(mesh.mesh.tolist())
+                for mesh in values
+                if hasattr(mesh, "mesh_dim_names") and hasattr(mesh, "get_group") and mesh.ndim == 1
+            }
+            meshes |= named
+            if not named or len(meshes) > 1:
+                raise CaptureError(
+                    f"sequence parallelism at {path or 'the model'} over the processes {sorted(meshes) or 'of no mesh'}; "
+                    f"expected one axis of processes for all modules. Else {ADVICE}"
+                )
+    if not meshes:
+        return None
+    (ranks,) = meshes
+    return TokenShards(ranks, ranks.index(torch.distributed.get_rank())) if len(ranks) > 1 else None
+
+
+def require_whole_sequences(model: nn.Module, *, hooks: bool, known: TokenShards | None = None) -> None:
+    """Require that the model's states have all tokens of their sequences, or the parts of them that are known.
 
     Parameters
     ----------
@@ -40,6 +161,8 @@ def require_whole_sequences(model: nn.Module, *, hooks: bool) -> None:
         About to run.
     hooks : bool
         Whether the hooks of its modules are looked at too, which takes some microseconds a module.
+    known : TokenShards, optional
+        How the tokens are spread over processes that measure together.
 
     Raises
     ------
@@ -54,6 +177,12 @@ def require_whole_sequences(model: nn.Module, *, hooks: bool) -> None:
         raise CaptureError(
             f"the model runs under context parallelism, each process with some tokens of every sequence; {ADVICE}"
         )
+    if known is not None:
+        if hooks and token_shards(model) != known:
+            raise CaptureError(
+                f"the tokens are spread over processes otherwise than when the recorder was made; {ADVICE}"
+            )
+        return
     for path, module in module_paths(model) if hooks else ():
         found = _shards_tokens(module)
         if found:

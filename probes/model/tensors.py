@@ -87,3 +87,8 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
             "parallelism of the states"
         )
     return tensor.to_local()
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has: of a DTensor its shard, of any other all."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor

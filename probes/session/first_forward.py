@@ -30,6 +30,7 @@ from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
+from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
 from depthscope.probes.session.attention import watch_attention
@@ -272,7 +273,9 @@ def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> Non
 # --- what the model is ---
 
 
-def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Options) -> Structure:
+def find_structure(
+    tape: Tape, forward: Forward, model: nn.Module, options: Options, shards: TokenShards | None = None
+) -> Structure:
     """Find the structure of a model in the calls of one forward.
 
     Parameters
@@ -285,6 +288,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         The model.
     options : Options
         What the user names of the structure, and asks for.
+    shards : TokenShards, optional
+        How the tokens of a sequence are spread over processes that measure together.
 
     Returns
     -------
@@ -307,6 +312,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         for chain, layout in zip(chains, layouts, strict=True):
             _require_all_sequences(chain.shapes[0], layout, forward.batch_size, named_streams)
     options.selection.require(chains)  # only now is it known which sites the model has
+    if shards is not None:
+        _require_plain_tokens(chains, layouts, sites)
     return Structure(
         chains=chains,
         layouts=layouts,
@@ -318,7 +325,25 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
         not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
+        shards=shards,
     )
+
+
+def _require_plain_tokens(
+    chains: tuple[Chain, ...], layouts: tuple[str, ...], sites: Mapping[int, Site]
+) -> None:
+    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
+    for chain, layout in zip(chains, layouts, strict=True):
+        if sites or chain.over_depth or chain.history:
+            raise CaptureError(
+                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
+                "stream that branches are added to. Record it without sequence parallelism"
+            )
+        if "T" not in layout.split():
+            raise CaptureError(
+                f"the tokens of each sequence are spread over processes, and the states have the layout {layout!r}; expected "
+                "one axis of tokens. Record it without sequence parallelism"
+            )
 
 
 def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:

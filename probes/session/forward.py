@@ -53,6 +53,10 @@ class Forward:
     lead_shape: tuple[int, ...]  # of that tensor
     row_data: torch.Tensor | None  # its sampled sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    part: slice | None = None  # of the tokens of each sequence, where other processes have the others
+    whole_tokens: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # real ones of these sequences, by chain
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: set[Key] = field(default_factory=set)
@@ -76,6 +80,11 @@ class Forward:
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
     cancelled: bool = False  # its step ended, or its hooks left, before it did
+
+    @property
+    def sequence_length(self) -> int:
+        """Number of tokens of each sequence in the model's first tensor."""
+        return self.lead_shape[1 - self.batch_axis]
 
     def next_index(self, kind: str, path: str) -> int:
         """Index of this call among the calls of one module in this forward; a block may run several times."""
@@ -149,6 +158,7 @@ class Forward:
                 },
                 decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
+                part=None if self.part is None else (self.part, self.sequence_length),
             )
             found.append((self.slots[row], sequence))
         return found

@@ -26,7 +26,7 @@ from depthscope.probes.model.hooks import (
     num_running_calls,
 )
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.sequence_shards import require_whole_sequences
+from depthscope.probes.model.sequence_shards import TokenShards, require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
@@ -74,6 +74,8 @@ class Session:
         How many tokens of a step are sampled for a live row; 0 for none.
     exact_sums : bool
         As `TokenSums.is_exact`.
+    shards : TokenShards, optional
+        How the tokens of a sequence are spread over processes that measure together; refused where they are and this is None.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Session:
         sums: bool = True,
         live_tokens: int = 0,
         exact_sums: bool = False,
+        shards: TokenShards | None = None,
     ):
         self.model = model
         self.options = options
@@ -103,6 +106,7 @@ class Session:
         self._sums = sums
         self.live_tokens = live_tokens
         self._exact_sums = exact_sums
+        self.shards = shards
         self._observer: Observer | None = None  # from the end of the first forward on
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
@@ -243,7 +247,8 @@ class Session:
     @property
     def _first_attention(self) -> int | None:
         """Of how many sequences the first forward looks at what they attend to; None where it is not looked for."""
-        if not self.options.selection.includes("attention"):
+        # Where tokens are spread over processes, so are the heads.
+        if not self.options.selection.includes("attention") or self.shards is not None:
             return None
         if not self._sums:
             return 0  # only where it lies
@@ -344,7 +349,7 @@ class Session:
             if self._attachment is None or not self._is_first_thread():
                 return
             self._require_same_modules()
-            require_whole_sequences(module, hooks=self._searching)
+            require_whole_sequences(module, hooks=self._searching, known=self.shards)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
@@ -494,7 +499,7 @@ class Session:
         """Find the structure in a forward, and record what that forward showed of it."""
         try:
             with no_collection():
-                structure = find_structure(tape, forward, self.model, self.options)
+                structure = find_structure(tape, forward, self.model, self.options, self.shards)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.

@@ -25,6 +25,8 @@ BLOCK_NUMBERS_CPU = 2**17  # a block and the one of the depth before fit into a 
 BLOCK_NUMBERS_GPU = 2**24  # no such cache to fit into, and launching many small kernels would cost more
 MAX_BLOCK_TOKENS = 4096  # they are added in float32, whose error grows with their number
 SQUARES = "gradient_square_norm_sum"
+WHOLE_TOKENS = "whole_token_count"
+"""Real tokens of the sequences of which a process has a part; it has ``token_count`` of them."""
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 

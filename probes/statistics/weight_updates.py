@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from depthscope.probes.model.hooks import Hook
-from depthscope.probes.model.tensors import version
+from depthscope.probes.model.tensors import here, version
 
 # Elements that are converted to float64 at a time, so that no weight is copied as a whole: as many as fit into a CPU's cache,
 # and enough to make launching a kernel worth it elsewhere.
@@ -210,6 +210,13 @@ class WeightUpdates:
             self._reasons[name] = "gradient freed inside the backward, as by an optimiser in a hook"
             return
         square, scale = square_norm(here(parameter.grad)), self._scale()
+        if getattr(parameter.grad, "placements", None) != getattr(parameter, "placements", None):
+            # Such as a gradient that every process has all of, of a weight that is sharded.
+            share = None if self._share is None else self._share(parameter.grad)
+            if share is None:
+                self._reasons[name] = "gradient placed otherwise than the weight over processes (DTensor)"
+                return
+            square = square * (share / self._shares[name])
         if scale is not None:
             square = square / scale.to(square.device, torch.float64, non_blocking=True).square()
         self._gradients[name] = square
@@ -244,11 +251,6 @@ def square_norm(tensor: torch.Tensor) -> torch.Tensor:
         values = chunk.double()
         squares.append(torch.dot(values, values))  # without a copy for the squares
     return torch.stack(squares).sum()
-
-
-def here(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has: of a DTensor its shard, of any other all."""
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
 
 
 def _at_end_of_backward(function: Callable[[], None]) -> None:

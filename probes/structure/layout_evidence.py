@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from depthscope.probes.model.tensors import here
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import Call, Tape
 
@@ -168,7 +169,7 @@ def _equal_copies(state: torch.Tensor | None) -> Iterable[Copies]:
     """For every axis the largest number of equal copies along it."""
     if state is None or not state.numel():
         return
-    state = state.detach()
+    state = here(state.detach())
     for axis, size in enumerate(state.shape):
         counts = [count for count in range(min(size, MAX_STREAMS), 1, -1) if size % count == 0]
         # (copies, rest) before (rest, copies): where the state is constant along the axis both fit, and mean the same.

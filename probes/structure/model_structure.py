@@ -12,6 +12,7 @@ import torch
 from depthscope.probes.connections.family import Site
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
@@ -50,6 +51,8 @@ class Structure:
         How many streams are expanded and merged inside each step of the first chain; 0 for none.
     not_covered : tuple of LeftOut
         What ran and lies in no chain, with the reasons.
+    shards : TokenShards or None
+        How the tokens of a sequence are spread over processes that measure together.
     """
 
     chains: tuple[Chain, ...]
@@ -60,6 +63,7 @@ class Structure:
     selection: SiteSelection
     inner_streams: int = 0
     not_covered: tuple[LeftOut, ...] = ()
+    shards: TokenShards | None = None
 
     @cached_property
     def captured(self) -> tuple[CapturedState, ...]:
@@ -108,6 +112,8 @@ class Structure:
 
     def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it."""
+        if self.shards is not None:
+            state = self._own_tokens(number, state, self.shards)
         return canonical(
             local_tensor(state),
             self.layouts[number],
@@ -115,6 +121,17 @@ class Structure:
             num_streams=self.num_streams,
             fractions=self.fractions,
         )
+
+    def _own_tokens(self, number: int, state: torch.Tensor, shards: TokenShards) -> torch.Tensor:
+        """The part of a state that this process has: its placement says so, or the sums that make every state."""
+        proof = self.chains[number].proof
+        # A part of a sequence looks like a whole one. A state that is the one before plus what a branch gives has its tokens.
+        if not hasattr(state, "placements") and proof != "proven":
+            raise CaptureError(
+                "the tokens of each sequence are spread over processes as plain tensors, and it was not proven that each "
+                f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
+            )
+        return shards.local(state, self.layouts[number].split().index("T"))
 
     def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""

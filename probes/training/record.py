@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.errors import require_module
+from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
@@ -202,12 +203,14 @@ def record(
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
     all_attrs.update(stage_attribute(stage) | dict(attrs or {}))
+    shards = None if together is None else _shards_within(together, model)
     session = Session(
         model,
         Options(**options),
         scale if scaler is not None else None,
         live_tokens=live_tokens if names else 0,
         exact_sums=together is not None,
+        shards=shards,
     )
     ranks = None
     if together is not None:
@@ -244,6 +247,19 @@ def record(
     )
 
 
+def _shards_within(group: DataGroup, model: nn.Module) -> TokenShards | None:
+    """How the tokens of a sequence are spread over processes, all of which have to measure together."""
+    shards = token_shards(model)
+    missing = [] if shards is None else [rank for rank in shards.ranks if rank not in group.ranks]
+    if missing and shards is not None:
+        raise ValueError(
+            f"the tokens of each sequence are spread over the processes {', '.join(map(str, shards.ranks))}, and "
+            f"{', '.join(map(str, missing))} would not measure ({group.chosen}); pass group='world', or a group of all "
+            "processes that have tokens"
+        )
+    return shards
+
+
 def _ranks(
     group: DataGroup,
     loss_reduction: str | None,
@@ -276,6 +292,7 @@ def _ranks(
         seed=options.seed,
         timeout=timeout,
         settings=shared,
+        shards=session.shards,
     )
 
 

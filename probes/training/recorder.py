@@ -37,7 +37,8 @@ from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.ranks.channel import LostError
 from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.local import measured_here, num_tokens
+from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
+from depthscope.probes.training.ranks.sequence_parts import put_together
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
@@ -225,14 +226,14 @@ class Recorder:
         if self._ranks is not None:
             self._stop_together(self._ranks)
         elif self._live is not None:
-            self._live.stop_if_severe()
+            self._live.stop_if_severe(self.position - 1)
 
     def _stop_together(self, ranks: Ranks) -> None:
         """Stop where the first process asked for it one measured step ago; ask for it where it has to be."""
         ranks.stop_now(self.position - 1)
         if self._live is not None:
             try:
-                self._live.stop_if_severe()
+                self._live.stop_if_severe(self.position - 1)
             except TrainingStopped as stopped:
                 ranks.stop_later(stopped)
 
@@ -312,6 +313,7 @@ class Recorder:
                 self._collect(finish=True)
                 if self._live is not None:
                     self._live.judge(self._say)
+                    self._live.say_too_late(self._say)
             finally:
                 self._detach()
                 if self._ranks is not None:
@@ -405,10 +407,22 @@ class Recorder:
         """What all processes measured in the present step; None where this one does not write."""
         local, failure = measured_here(self._session, loss, loss_terms)
         num_modules = 0 if self._weights is None else self._weights.num_modules
-        together = ranks.exchange(self.position, local, weights, num_modules, failure)
-        if together is None:
-            return None
-        step, weights = together
+        sequences = partial_sequences(self._session)
+        try:
+            together = ranks.exchange(self.position, local, weights, num_modules, failure)
+            if together is None:
+                return None
+            step, weights = together
+            if sequences and ranks.shards is not None:
+                if local is None or step.parts is None:
+                    raise CaptureError(
+                        "the process that writes has no part of the sequences that others share"
+                    )
+                put_together(sequences, step.parts, len(ranks.shards.ranks))
+        finally:
+            # Of the others nobody asks again; here they are whole by now, or lost.
+            if any(sequence.part is not None for sequence in sequences):
+                self._session.reservoir.forget()
         stamp = self._session.present_stamp
         return [Measured(stamp, round(step.sequences), step.sums)], step.loss, weights
 

@@ -35,15 +35,18 @@ class TrainingStopped(RuntimeError):
         Of the training.
     findings : tuple of Finding
         Those that are as severe, the worst first; of several processes only the one that writes has them.
+    came_at : int, optional
+        The step of the training at whose end they came; by default this one.
     """
 
-    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
+    def __init__(self, step: int, findings: tuple[Finding, ...], came_at: int | None = None) -> None:
         told = (
             f"{findings[0].sentence} {findings[0].advice}"
             if findings
             else "the process that writes has a severe finding"
         )
-        super().__init__(f"step {step}: {told}".strip())
+        later = f" (its metrics came at step {came_at})" if came_at not in (None, step) else ""
+        super().__init__(f"step {step}{later}: {told}".strip())
         self.step, self.findings = step, findings
 
 
@@ -139,22 +142,8 @@ class Watched:
             if self._on_finding is not None:
                 self._on_finding(step, finding)
 
-    def require_no(self, step: int, findings: list[Finding]) -> None:
-        """Stop the training where a finding is as severe as was asked for.
-
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        findings : list of Finding
-            The new ones.
-
-        Raises
-        ------
-        TrainingStopped
-            With these findings.
-        """
-        if self._stop_on is not None:
-            severe = tuple(finding for finding in findings if finding.severity >= self._stop_on)
-            if severe:
-                raise TrainingStopped(step, severe)
+    def severe(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
+        """Those findings that are as severe as ``stop_on``; none where nothing is to stop the training."""
+        if self._stop_on is None:
+            return ()
+        return tuple(finding for finding in findings if finding.severity >= self._stop_on)

@@ -18,7 +18,7 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.training.live.analysis_process import AnalysisProcess, has_free_cores, is_possible
-from depthscope.probes.training.live.findings import OnFinding, Watched
+from depthscope.probes.training.live.findings import OnFinding, TrainingStopped, Watched
 from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
@@ -74,7 +74,7 @@ class Live:
         self._optimizer = optimizer
         self._sinks = list(sinks)
         self._watched = Watched(on_finding, stop_on, name)
-        self._severe: tuple[int, list[Finding]] | None = None
+        self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
         self._unjudged: LiveRow | None = None
         self._analysis = analysis
         self._beside: AnalysisProcess | None = None
@@ -239,19 +239,43 @@ class Live:
     def _tell_findings(
         self, step: int, new: list[Finding], say: Callable[[str, Exception | None], None]
     ) -> None:
-        # Several rows may arrive at once: the first severe one ends the training.
-        if self._severe is None or not self._severe[1]:
-            self._severe = step, new
+        severe = self._watched.severe(new)
+        if (
+            severe and self._severe is None
+        ):  # several rows may arrive at once, and the first severe one ends the training
+            self._severe = step, severe
         try:
             self._watched.tell(step, new)
         except Exception as error:
             say(f"step {step} was not judged: {error}", error)
 
-    def stop_if_severe(self) -> None:
-        """Raise `TrainingStopped` where the last row has a new finding as severe as was asked for."""
+    def stop_if_severe(self, step: int) -> None:
+        """Raise `TrainingStopped` where a row has a new finding as severe as was asked for.
+
+        Parameters
+        ----------
+        step : int
+            That ends; the row may be of an earlier one.
+
+        Raises
+        ------
+        TrainingStopped
+            With these findings.
+        """
         severe, self._severe = self._severe, None
         if severe is not None:
-            self._watched.require_no(*severe)
+            raise TrainingStopped(*severe, came_at=step)
+
+    def say_too_late(self, say: Callable[[str, Exception | None], None]) -> None:
+        """Say what would have stopped a training that has ended by now."""
+        severe, self._severe = self._severe, None
+        if severe is not None:
+            step, findings = severe
+            say(
+                f"step {step} has a finding that stop_on ends a training for, and the training had ended when its metrics "
+                f"came: {findings[0].sentence}",
+                None,
+            )
 
     def row_of(self, step: int) -> LiveRow | None:
         """The row of a measured step; None where it could not be computed.

@@ -1,7 +1,8 @@
 """What did all processes measure in a step? A header that tells whether they can be added, then their sums, once.
 
-A measured step takes four collectives: a MAX of eleven integers, one SUM and one MAX of all statistics, and one SUM of the
-sampled tokens on the process that writes. Each process enters each of them, with data or without.
+A measured step takes four collectives: a MAX of twelve integers, one SUM and one MAX of all statistics, and one SUM of the
+sampled tokens on the process that writes. Each process enters each of them, with data or without. Where the tokens of a
+sequence are spread over processes, a fifth one joins the parts of the raw sequences.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.training.live.findings import TrainingStopped
@@ -58,6 +60,10 @@ class Measurement:
         Of how many terms the loss is a mean; None for the number of tokens.
     facts : sequence of str
         What has to be the same in all processes: the sites and their types.
+    share : float
+        Which part of the tokens of its sequences a process has; 1 but where these are spread over several.
+    parts : Tensor or None
+        See `parts_vector`.
     """
 
     sums: list[TokenSums]
@@ -66,6 +72,8 @@ class Measurement:
     loss: float | None
     loss_terms: float | None = None
     facts: Sequence[str] = field(default_factory=tuple)
+    share: float = 1.0
+    parts: torch.Tensor | None = None
 
 
 class Ranks:
@@ -83,6 +91,8 @@ class Ranks:
         Seconds that a process waits for the others.
     settings : mapping
         Of the recorder, which have to be the same in all processes.
+    shards : TokenShards, optional
+        How the tokens of a sequence are spread over some of the processes.
     """
 
     def __init__(
@@ -94,8 +104,11 @@ class Ranks:
         seed: int,
         timeout: float,
         settings: Mapping[str, Any],
+        shards: TokenShards | None = None,
     ) -> None:
-        self.group = group
+        self.group, self.shards = group, shards
+        # How many of the processes have a loss, and sequences, of their own.
+        self._num_losses = group.size // (1 if shards is None else len(shards.ranks))
         self._settings = dict(settings)
         self._reduction = loss_reduction or MEAN
         self._live_tokens, self._seed, self._timeout = live_tokens, seed, timeout
@@ -220,6 +233,7 @@ class Ranks:
         )
         maxima = self._channel.maximum(maxima)
         sampled = self._sampled(local, mine, statistics, int(header[8]))
+        parts = self._parts(local, int(header[11]))
         if not self.writes:
             return None
         known = self._layouts.get(header[2])
@@ -231,7 +245,7 @@ class Ranks:
         sums = unpacked(known, self.group.size, statistics, maxima, sampled, factor, self._seed)
         if local is not None:
             keep_own(sums, local.sums)
-        together = Measurement(sums, float(base[0]), float(base[1]), self._loss(base))
+        together = Measurement(sums, float(base[0]), float(base[1]), self._loss(base), parts=parts)
         return together, None if weights is None else _norms(weights, of_weights, num_modules)
 
     def _prepared(self, local: Measurement) -> _Prepared:
@@ -242,16 +256,18 @@ class Ranks:
         key = digest(facts)
         self._layouts[key] = layout
         factor = self._factor(local)
-        loss = 0.0 if local.loss is None else factor * local.loss
+        loss = 0.0 if local.loss is None else factor * local.loss * local.share
         return _Prepared(
             layout,
             facts,
             key,
             torch.tensor(
-                [local.tokens, local.sequences, factor, loss, local.loss is None], dtype=torch.float64
+                [local.tokens, local.sequences * local.share, factor * local.share, loss, local.loss is None],
+                dtype=torch.float64,
             ),
             sums_vector(local.sums, layout, self.group.rank, self.group.size, factor),
             maxima_vector(local.sums, layout),
+            0 if local.parts is None else len(local.parts),
         )
 
     def _sampled(
@@ -272,15 +288,27 @@ class Ranks:
                 raise LostError(f"the sampled tokens of this process could not be sent: {error}") from error
         return self._channel.sum_on_first(sampled) if length else sampled
 
+    def _parts(self, local: Measurement | None, length: int) -> torch.Tensor | None:
+        """The raw sequences of the processes that share those of the first one, put together there; None where none are."""
+        if not length:
+            return None
+        assert self._channel is not None
+        joined = torch.zeros(length)
+        of_first = self.shards is not None and self.group.ranks[0] in self.shards.ranks
+        if of_first and local is not None and local.parts is not None:
+            joined[: len(local.parts)] = local.parts
+        return self._channel.sum_on_first(joined)
+
     def _header(self, step: int, mine: _Prepared | None, failure: str) -> list[int]:
-        """The largest of eleven numbers of all processes; of a number and its complement, one alone shows a difference."""
+        """The largest of twelve numbers of all processes; of a number and its complement, one alone shows a difference."""
         assert self._channel is not None
         knows = mine is not None or not self.writes or bool(self._layouts)
         numbers = [step, LARGEST - step, 0, 0, int(bool(failure)), int(self._stopped is not None)]
-        numbers += [0, 0, 0, 0, int(not knows)]
+        numbers += [0, 0, 0, 0, int(not knows), 0]
         if mine is not None:
             numbers[2:4] = [mine.key, LARGEST - mine.key]
             numbers[6:10] = [len(mine.sums), len(mine.maxima), mine.layout.sample_length, 1]
+            numbers[11] = mine.num_parts
         return self._channel.maximum(torch.tensor(numbers, dtype=torch.int64)).tolist()
 
     def _require_addable(self, header: list[int], step: int, facts: list[str], failure: str) -> None:
@@ -329,13 +357,13 @@ class Ranks:
         """By which a process multiplies its gradients before they are added."""
         if self._reduction != MEAN:
             return 1.0
-        return local.tokens if local.loss_terms is None else local.loss_terms
+        return local.tokens / local.share if local.loss_terms is None else local.loss_terms
 
     def _common_factor(self, base: torch.Tensor) -> float:
         """By which the added gradients are multiplied."""
         if self._reduction == MEAN:
             return 1.0 / float(base[2]) if base[2] > 0 else float("nan")
-        return 1.0 if self._reduction == SUM else 1.0 / self.group.size
+        return 1.0 if self._reduction == SUM else 1.0 / self._num_losses
 
     def _loss(self, base: torch.Tensor) -> float | None:
         return None if base[4] else float(base[3]) * self._common_factor(base)
@@ -376,6 +404,7 @@ class _Prepared(NamedTuple):
     base: torch.Tensor
     sums: torch.Tensor
     maxima: torch.Tensor
+    num_parts: int
 
 
 def _weights_vector(weights: WeightNorms | None, num_modules: int) -> torch.Tensor:

@@ -128,7 +128,8 @@ def _of_wrapper(model: nn.Module) -> tuple[list[int], str]:
         raise ValueError(
             "the parameters of the model are DTensors without fully_shard, as under tensor parallelism: whether the processes "
             "have the same data cannot be known. Pass group= the processes whose data differ, such as mesh['dp'], or "
-            "group='none' where all have the same data"
+            "group='none' where all have the same data; under sequence parallelism those whose tokens differ: group='world', "
+            "or a mesh of these"
         )
     world = torch.distributed.get_world_size()
     raise ValueError(

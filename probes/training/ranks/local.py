@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 
 import torch
 
 from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums, merge_sums
 from depthscope.probes.structure.model_structure import FINAL
 from depthscope.probes.training.ranks.exchange import Measurement
+from depthscope.probes.training.ranks.sequence_parts import parts_vector
 
 
 def measured_here(
@@ -43,13 +45,33 @@ def measured_here(
             sums = merge_sums(sums, part.sums)
         _forget_shared_gradients(session, sums)
         sequences = sum(part.batch_size for part in parts)
-        return Measurement(sums, tokens, sequences, loss, loss_terms, site_facts(session)), ""
+        facts, share, vector = site_facts(session), 1.0, None
+        if session.shards is not None:
+            share = tokens / _whole_tokens(sums)
+            vector = parts_vector(partial_sequences(session), session.shards)
+            facts.append(f"sequences of which {len(session.shards.ranks)} processes have a part each")
+        return Measurement(sums, tokens, sequences, loss, loss_terms, facts, share, vector), ""
     except Exception as error:
         session.drop()
         return None, str(error) or type(error).__name__
 
 
-def num_tokens(parts: Sequence[Measured]) -> float:
+def partial_sequences(session: Session) -> list[Sequence]:
+    """The sampled sequences of which this process has a part only, in an order that all processes share."""
+    stored = session.reservoir.stored
+    return [stored[slot] for slot in sorted(stored) if stored[slot].part is not None]
+
+
+def _whole_tokens(sums: Many[TokenSums]) -> float:
+    """The number of real tokens of all processes that share the sequences of this one, which is no statistic of a run."""
+    total = 0.0
+    for chain in sums:
+        total += sum(float(count) for count in chain.sums.get(WHOLE_TOKENS, {}).values())
+        chain.forget(WHOLE_TOKENS)
+    return total
+
+
+def num_tokens(parts: Many[Measured]) -> float:
     """The number of real tokens of all chains, at their first depths.
 
     Parameters
@@ -87,7 +109,7 @@ def site_facts(session: Session) -> list[str]:
     return [*facts, f"states of type {observer.dtype}, multiplied in {observer.precision}"]
 
 
-def _forget_shared_gradients(session: Session, sums: Sequence[TokenSums]) -> None:
+def _forget_shared_gradients(session: Session, sums: Many[TokenSums]) -> None:
     """Make the gradients undefined of matrices that all tokens share: their squares are no sum over processes."""
     logits = session.observer.logits
     for name, number in () if logits is None else logits.of_all_tokens:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from depthscope import probes
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.probes.training.live import live as live_module
+from depthscope.probes.training.live.analysis_process import completed
+from depthscope.probes.training.live.findings import TrainingStopped
+from depthscope.probes.training.live.row_input import RowInput
 from depthscope.probes.training.recorder import ProbeWarning
 from tests.probes.training.killed_trainers import Stack
 
@@ -98,6 +102,73 @@ def test_rows_come_from_the_process_are_dropped_where_it_is_behind_and_go_on_whe
     for name in expected.data_vars:
         np.testing.assert_array_equal(live[name].values, expected[name].values, err_msg=name)
         np.testing.assert_array_equal(written[name].values, expected[name].values, err_msg=name)
+
+
+class Beside:
+    """In the place of the process: rows are completed when it is told to go on."""
+
+    def __init__(self, metrics, attrs):
+        self.dropped, self.ended, self.is_starting, self.goes_on = [], "", False, False
+        self._metrics, self._attrs, self._waiting = metrics, attrs, []
+
+    def hand_over(self, step, sums, begun):
+        self._waiting.append((step, RowInput(step, list(sums), begun)))
+
+    @property
+    def awaited(self):
+        return {step for step, _ in self._waiting}
+
+    def arrived(self):
+        arriving, self._waiting = (self._waiting, []) if self.goes_on else ([], self._waiting)
+        return [completed(self._metrics, self._attrs, step, given) for step, given in arriving]
+
+    def finish(self):
+        self.goes_on = True
+        return self.arrived()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_findings_come_later_with_the_step_that_was_measured(monkeypatch, ends):
+    monkeypatch.setattr(live_module, "AnalysisProcess", Beside)
+    told = []
+    training = Training(
+        analysis="process", stop_on="fail", on_finding=lambda step, finding: told.append((step, finding))
+    )
+    stopped = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with training.recorder:
+                training.step()
+                weight = training.model.embed.weight.data
+                weight.mul_(30.0)  # first a note, then a failure, in two rows that wait
+                training.step()
+                weight[3] = torch.nan
+                training.step()
+                assert training.beside.awaited == {1, 2}
+                assert not any(step for step, _ in told)
+                if not ends:
+                    training.beside.goes_on = True
+                    training.step()
+        except TrainingStopped as error:
+            stopped = error
+    severe = [finding for step, finding in told if step == 2 and finding.severity is Severity.FAIL]
+    assert severe, told
+    assert all(finding.severity < Severity.FAIL for step, finding in told if step < 2)
+    sentences = [str(each.message) for each in caught if issubclass(each.category, ProbeWarning)]
+    if ends:
+        assert stopped is None
+        (sentence,) = sentences
+        assert sentence.startswith("step 2 has a finding that stop_on ends a training for")
+        assert severe[0].sentence in sentence
+    else:
+        assert sentences == []
+        assert stopped.step == 2
+        assert stopped.findings[0] == severe[0]
+        assert str(stopped).startswith(f"step 2 (its metrics came at step 3): {severe[0].sentence}")
 
 
 TRAINER = """

@@ -96,9 +96,9 @@ def loss_of(model, ids):
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
-def trained(model, steps, *, counts=None, rate=0.0, reduction="mean", store=None, **options):
-    """A recorder after some steps; ``counts`` has the sequences of each process, by step, and None is one process with all."""
-    rank = dist.get_rank()
+def trained(model, steps, *, counts=None, rate=0.0, reduction="mean", store=None, data=None, **options):
+    """A recorder after some steps; ``counts`` has the sequences of each process (or of the part ``data``), by step."""
+    rank = dist.get_rank() if data is None else data
     alone = options.get("group") == "none"
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     options = {
@@ -147,6 +147,7 @@ def require_equal(together, one, *, near=()):
     assert compared > 15, compared
 
 
+OF_GRADIENTS = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio")
 EXACT = (
     "residual_norm",
     "gradient_norm",
@@ -177,9 +178,8 @@ def uneven(world, folder):
     """Uneven batches, the last process without data in some steps, losses that are means over each process's tokens."""
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0], [*[4, 1, 1][: world - 1], 0]]
     # The gradients of the parameters are what data parallelism makes of local means: not those of the mean over all.
-    of_weights = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio")
     recorder = compared(
-        built, 3, counts, near=of_weights, store=folder / "uneven.nc" if dist.get_rank() == 0 else None
+        built, 3, counts, near=OF_GRADIENTS, store=folder / "uneven.nc" if dist.get_rank() == 0 else None
     )
     if dist.get_rank() == 0:
         attrs = recorder.run.attrs
@@ -199,7 +199,7 @@ def learning(world, folder):
 
 def streams(world, folder):
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0]]
-    near = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio", *QUANTILES)
+    near = (*OF_GRADIENTS, *QUANTILES)
     recorder = compared(lambda: built(Streams), 2, counts, near=near)
     if dist.get_rank() == 0:
         one = trained(built(Streams), 2, counts=counts, group="none")
@@ -395,6 +395,80 @@ def empty_first(world, folder):
         assert tokens == [2 * world * LENGTH, 2 * (world - 1) * LENGTH]
 
 
+def in_token_shards(model, mesh, *, local=True):
+    """A model whose states have a part of the tokens in each process of a mesh, as plain tensors or as DTensors."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    given = {"output_layouts": Shard(1), "use_local_output": local}
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), **given)}
+    for at in range(len(model.blocks)):
+        plan[f"blocks.{at}.norm"] = SequenceParallel()
+        plan[f"blocks.{at}.up"] = ColwiseParallel(input_layouts=Shard(1))
+        plan[f"blocks.{at}.down"] = RowwiseParallel(**given)
+    plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    return parallelize_module(model, mesh, plan)
+
+
+def parts_of_sequences(world, folder):
+    """Tokens that are spread over processes are measured as those of one process, padding left out, sequences whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    def is_real(arguments):
+        ids = arguments["ids"]
+        return ids % 5 > 0
+
+    for local, mask in ((True, None), (False, is_real)):
+        options = {"mask": mask, "max_sequences": 2, "rate": 0.1, "data": 0, "counts": [[3], [2]]}
+        wrapped = in_token_shards(built(), mesh, local=local)
+        together = trained(wrapped, 2, group="world", **options)
+        if dist.get_rank() == 0:
+            one = trained(built(), 2, group="none", **options)
+            require_equal(together.run, one.run, near=OF_GRADIENTS)
+            assert set(together.run.trace.data_vars) == set(one.run.trace.data_vars)
+            for name, expected in one.run.trace.data_vars.items():
+                np.testing.assert_allclose(
+                    together.run.trace[name], expected, rtol=NEAR, atol=NEAR, err_msg=name
+                )
+    told = message_of(ValueError, lambda: probes.record(in_token_shards(built(), mesh)))
+    assert "group='world'" in told, told
+    model = in_token_shards(built(), mesh)
+    model.blocks[1].register_forward_hook(lambda module, args, output: output * output.mean(1, keepdim=True))
+    sentences = warned(lambda: trained(model, 1, group="world", data=0, counts=[[2]]))
+    assert "was not proven" in sentences[0], sentences
+
+
+def parts_and_shards(world, folder):
+    """The same with `fully_shard` over the other axis of processes, whose batches are uneven."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+
+    def wrapped():
+        model = in_token_shards(built(), mesh["tp"])
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh["dp"])
+        return fully_shard(model, mesh=mesh["dp"])
+
+    told = message_of(ValueError, lambda: probes.record(wrapped()))
+    assert "would not measure" in told, told
+    counts = [[3, 1], [1, 4]]
+    data = mesh["dp"].get_local_rank()
+    together = trained(wrapped(), 2, group="world", counts=counts, data=data, max_sequences=2)
+    if dist.get_rank() == 0:
+        one = trained(built(), 2, group="none", counts=counts, max_sequences=2)
+        require_equal(together.run, one.run, near=OF_GRADIENTS)
+        assert together.run.trace["residual"].sizes["token"] == LENGTH
+
+
 def token_shards(world, folder):
     """Tokens that sequence or context parallelism spreads over processes are refused, also where they are plain tensors."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -404,7 +478,6 @@ def token_shards(world, folder):
         ColwiseParallel,
         PrepareModuleInput,
         RowwiseParallel,
-        SequenceParallel,
         parallelize_module,
     )
 
@@ -415,13 +488,7 @@ def token_shards(world, folder):
         told = message_of(CaptureError, lambda: probes.capture(model, ids))
         assert words in told, told
 
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))}
-    for at in range(3):
-        plan[f"blocks.{at}.norm"] = SequenceParallel()
-        plan[f"blocks.{at}.up"] = ColwiseParallel(input_layouts=Shard(1))
-        plan[f"blocks.{at}.down"] = RowwiseParallel(output_layouts=Shard(1))
-    plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-    refused(parallelize_module(built(), mesh, plan), "sequence parallelism")
+    refused(in_token_shards(built(), mesh), "sequence parallelism")
     given = PrepareModuleInput(
         input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
     )
@@ -450,8 +517,9 @@ SCENARIOS = {
         unknown,
         stopping,
         token_shards,
+        parts_of_sequences,
     ),
-    4: (uneven, learning, sharded, other_model, empty_first, missing),
+    4: (uneven, learning, sharded, other_model, empty_first, missing, parts_and_shards),
 }
 
 
@@ -463,14 +531,11 @@ def main(folder: Path) -> None:
     for scenario in SCENARIOS[world]:
         if wanted and scenario.__name__ not in wanted:
             continue
-        time.monotonic()
         try:
             scenario(world, folder)
             results[scenario.__name__] = ""
         except Exception:
             results[scenario.__name__] = traceback.format_exc()
-        if wanted:
-            pass
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     time.sleep(0.5)  # gloo closes connections that others may still read from
