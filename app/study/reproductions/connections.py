@@ -89,17 +89,28 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     def at_depth(name: str, family: str) -> dict[int, float]:
         return by_seed(rows, name, family, depth)
 
-    def both_gains(family: str) -> list[float]:
-        return paired(at_depth("gain_forward", family), at_depth("gain_backward", family), _factor)
+    def furthest(family: str) -> list[float]:
+        return [
+            _furthest(row)
+            for row in rows
+            if row.settings["family"] == family and row.settings["depth"] == depth
+        ]
 
     found = [
         Claim(
-            f"HC's composite gain leaves 1 at {depth} layers",
+            f"HC's composite gain leaves 1 at {depth} layers, upwards or downwards",
             MHC_PAPER,
-            "factor between the largest Amax gain of a direction and 1",
-            both_gains("hc"),
+            "orders of magnitude between 1 and the composite Amax gain that is furthest from it",
+            furthest("hc"),
+            above=math.log10(GAIN_GROWS),
+        ),
+        Claim(
+            f"HC's composite gain grows above 1 at {depth} layers",
+            MHC_PAPER,
+            "largest composite Amax gain, forward or backward,",
+            paired(at_depth("gain_forward", "hc"), at_depth("gain_backward", "hc"), max),
             above=GAIN_GROWS,
-        )
+        ),
     ]
     for family in CONSTRAINED:
         title = FAMILIES[family]
@@ -107,9 +118,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             Claim(
                 f"{title}'s composite gain stays near 1 at {depth} layers",
                 MHC_PAPER if family == "mhc" else LITE_PAPERS,
-                "factor between the largest Amax gain of a direction and 1",
-                both_gains(family),
-                below=GAIN_STAYS,
+                "orders of magnitude between 1 and the composite Amax gain that is furthest from it",
+                furthest(family),
+                below=math.log10(GAIN_STAYS),
             )
         )
     for family in ("mhc-lite", "kromhc"):
@@ -183,9 +194,13 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     ]
 
 
-def _factor(one: float, other: float) -> float:
-    """How far two gains are from 1, as a factor: 0.5 and 2 are equally far; NaN where one is not positive."""
-    return max(one, other, 1 / one, 1 / other) if one > 0 and other > 0 else math.nan
+def _furthest(row: Row) -> float:
+    """How far the composite gain gets from 1 along a network, in orders of magnitude: 0.1 and 10 are equally far.
+
+    Of the backward gain at every connection and the largest forward one; NaN where one is not positive.
+    """
+    gains = [*row.curves.get("gain_along", ()), row.numbers.get("gain_forward", math.nan)]
+    return max(abs(math.log10(gain)) for gain in gains) if all(gain > 0 for gain in gains) else math.nan
 
 
 def _moved(row: Row) -> float:
@@ -198,7 +213,7 @@ STUDY = Study(
     question="What does the connection change as networks get deeper?",
     sources=(HC_PAPER, MHC_PAPER, "mHC-lite, 2601.05732", "KromHC, 2601.21579", ATTNRES_PAPER),
     families=FAMILIES,
-    scale=Scale(depths=(2, 4, 8)),
+    scale=Scale(depths=(2, 4, 8), seeds=5),
     quick=Scale(depths=(2, 3), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=NUMBERS,

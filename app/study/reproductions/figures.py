@@ -70,7 +70,13 @@ def _along(study: Study, rows: Sequence[Row], curve: Along) -> Lines | None:
         count = len(drawn[0])
         # Along the share of the depth: some families show states between attention and MLP, others after blocks alone.
         x = np.linspace(0, 1, count) if count > 1 else np.zeros(1)
-        lines.append(_band(x, [list(column) for column in zip(*drawn, strict=True)], title))
+        # Places that no seed measured are left out: a point between two of them would have neither line nor band.
+        values = {
+            place: seeds
+            for place, seeds in zip(x, zip(*drawn, strict=True), strict=True)
+            if np.isfinite(seeds).any()
+        }
+        lines.append(_band(np.array(list(values)), list(values.values()), title))
         lines += _laws(rows, curve, family, title, depth, x)
     if not lines:
         return None

@@ -163,7 +163,7 @@ STUDY = Study(
     question="What does a stream carry that the others do not, and for how long?",
     sources=(f"ablate and rescue, {PAPER}", "Zhu et al. 2025, 2409.19606", "Xie et al., 2512.24880"),
     families=FAMILIES,
-    scale=Scale(depths=(4,), steps=400),
+    scale=Scale(depths=(4,), seeds=5, steps=400),
     quick=Scale(depths=(2,), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=(*TRAINED, *RESCUES),

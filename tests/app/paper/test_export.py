@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from depthscope.app.drawing.matplotlib import many_figures
 from depthscope.app.figures import Selection
 from depthscope.app.figures.composed import QUESTIONS
 from depthscope.app.paper import contents, export
@@ -249,3 +251,24 @@ def test_missing_entry_and_torn_bibtex_are_refused():
         cut(["nobody2020"])
     with pytest.raises(ValueError, match="never closes"):
         entries("@book{a2020, title={open}")
+
+
+def test_a_second_process_draws_the_same_bytes_and_what_it_cannot_is_told_here(tmp_path, monkeypatch):
+    figures = [replace(CURVES, name="one"), MAP, replace(CURVES, name="two")]
+    monkeypatch.setattr(many_figures, "MANY", 2)
+    monkeypatch.setattr(many_figures, "_num_cores", lambda: 2)
+    written = {}
+    for asked in (False, True):
+        folder = tmp_path / str(asked)
+        folder.mkdir()
+        drawings = [
+            many_figures.Drawing(one, [folder / f"{one.name}.pdf"], many_figures.Width(3.0, 8))
+            for one in figures
+        ]
+        many_figures.write_figures(drawings, second_process=asked)
+        written[asked] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert len(written[True]) == 3
+    assert written[True] == written[False]
+    missing = [drawing._replace(paths=[tmp_path / "no" / "f.pdf"]) for drawing in drawings[1:2]]
+    with pytest.raises(FileNotFoundError):
+        many_figures.write_figures([drawings[0], *missing], second_process=True)

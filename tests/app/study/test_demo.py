@@ -38,7 +38,7 @@ def tiny(monkeypatch):
         lambda out, *, seconds: original(out, seconds=seconds, progress=False, recipe=TINY),
     )
     bundles = []
-    monkeypatch.setattr(export, "write_bundle", lambda runs, out: bundles.append(sorted(runs)) or out)
+    monkeypatch.setattr(export, "write_bundle", lambda runs, out, **_: bundles.append(sorted(runs)) or out)
 
     def no_dashboard(*_, **__):
         raise AssertionError("nobody is at a terminal: no dashboard must be served")
@@ -103,7 +103,7 @@ def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
 def test_edited_bundle_is_left_alone_and_said(tmp_path, monkeypatch, capsys):
-    def edited(runs, out):
+    def edited(runs, out, **_):
         raise ValueError("tables/summary.tex was edited")
 
     monkeypatch.setattr(export, "write_bundle", edited)

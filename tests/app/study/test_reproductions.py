@@ -34,13 +34,13 @@ from depthscope.app.study.small_lm import Size
 SCALE = Scale(depths=(4, 16), seeds=3)
 
 
-def rows_of(study, numbers, scale=SCALE, curve=lambda depth: []):
+def rows_of(study, numbers, scale=SCALE, curve=lambda depth: [], gains=lambda family: [1.0]):
     """Rows with these numbers, by family and depth; each seed a little off."""
     return [
         Row(cell.settings, {
             name: value * (1 + 0.01 * cell.settings["seed"])
             for name, value in numbers(cell.settings["family"], cell.settings["depth"]).items()
-        }, {"norm_start": curve(cell.settings["depth"])})
+        }, {"norm_start": curve(cell.settings["depth"]), "gain_along": gains(cell.settings["family"])})
         for cell in study.cells(scale)
     ]  # fmt: skip
 
@@ -172,11 +172,17 @@ def test_connections_follow_the_numbers():
 
     found, planted_out = verdicts(connections.STUDY, grown), verdicts(connections.STUDY, none)
     for statement in (
-        "HC's composite gain leaves 1 at 16 layers",
+        "HC's composite gain leaves 1 at 16 layers, upwards or downwards",
+        "HC's composite gain grows above 1 at 16 layers",
         "HC: the loss is below that of a plain residual network at 16 layers",
         "A gain of 1 hides that mHC's mixing makes all streams alike",
     ):
         assert (found[statement], planted_out[statement]) == ("reproduced", "not reproduced"), statement
+    # A gain that falls leaves 1 as well, and the largest one does not show it.
+    fallen = verdicts(connections.STUDY, none, gains=lambda family: [1.0, 0.6, 0.2])
+    assert fallen["HC's composite gain leaves 1 at 16 layers, upwards or downwards"] == "reproduced"
+    assert fallen["HC's composite gain grows above 1 at 16 layers"] == "not reproduced"
+    assert fallen["mHC's composite gain stays near 1 at 16 layers"] == "not reproduced"
 
 
 def test_stream_collapse_and_rescue_follow_the_numbers():
