@@ -304,6 +304,10 @@ class Metric:
         -------
         DataArray
         """
+        return value.assign_attrs(self.facts(what)).rename(self.name)
+
+    def facts(self, what: str = "") -> dict[str, str | float]:
+        """What the declaration says about a variable, as its attributes; ``what`` as of `stamp`."""
         facts: dict[str, str | float] = {
             "long_name": f"{self.description.rstrip('.')}{', ' if what else ''}{what}",
             "units": self.units,
@@ -316,7 +320,7 @@ class Metric:
         # A null that is computed is a variable of its own; a null or an error has none.
         if not (callable(self.null) or what):
             facts["null"] = self.null
-        return value.assign_attrs(facts).rename(self.name)
+        return facts
 
     def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
         """Write into the attributes of a standard error what it is of, and how it was estimated.

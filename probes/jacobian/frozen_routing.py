@@ -206,10 +206,11 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
             result = opens(*args, **kwargs)
 
         def reads(candidate: torch.Tensor) -> bool:
-            return _succeeds(lambda: family.read(site, batch_size, generic.x, generic.result, [candidate]))
+            result = generic.result
+            return _succeeds(lambda: family.read(site, batch_size, generic.x, result, [candidate], None))
 
         seen = _tensors_that_explain(watch.floating(), generic.seen, reads, name)
-        parts = family.read(site, batch_size, x.detach(), _detached(result), seen)
+        parts = family.read(site, batch_size, x.detach(), _detached(result), seen, None)
         assert parts.read is not None
         result, branch_in = _with_constants(result, x, site, batch_size, parts, name)
         call = FrozenCall(site, x, parts.read, branch_in, None)

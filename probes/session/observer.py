@@ -54,6 +54,8 @@ class Observer:
         How many tokens of a step are sampled for a live row; 0 for none.
     exact_sums : bool
         As `TokenSums.is_exact`.
+    compiled_sums : bool
+        As `TokenSums.compiles`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Observer:
         logits: LogitStatistics | None = None,
         live_tokens: int = 0,
         exact_sums: bool = False,
+        compiled_sums: bool = False,
     ):
         self.structure = structure
         self.options = options
@@ -82,10 +85,9 @@ class Observer:
         self._calls = calls
         self._sums = sums
         self._live_tokens = live_tokens
-        self._exact_sums = exact_sums
-        self._places: dict[
-            int, Place
-        ] = {}  # of the weights that are looked for, by the number of the connection
+        self._exact_sums, self._compiled_sums = exact_sums, compiled_sums
+        # Of the weights that are looked for, by the number of the connection.
+        self._places: dict[int, Place] = {}
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -126,7 +128,7 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
-        sums.is_exact = self._exact_sums
+        sums.is_exact, sums.compiles = self._exact_sums, self._compiled_sums
         self._begin_live(sums)
         if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:
             sums.add_values(depth, {WHOLE_TOKENS: forward.whole_tokens[number]})
@@ -335,15 +337,15 @@ class Observer:
         if not self._sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
+        live = self._begin_live(sums)
+        if live is not None:
+            live.add_connection(number, complete.mix, complete.read, complete.write, mask)
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
         sums.add_values(number, coefficient_sums(complete, sampled, mask, forward.rows))
         values = None if self.parameters is None else self.parameters.values(number)
         if values is not None:
             sums.latest.setdefault("connection_parameter", {})[number] = values
-        live = self._begin_live(sums) if self._live_tokens else None
-        if live is not None:
-            live.add_connection(number, complete.mix, complete.read, complete.write, mask)
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

@@ -519,6 +519,7 @@ class Session:
                 else None,
                 live_tokens=self.live_tokens,
                 exact_sums=self._exact_sums,
+                compiled_sums=loops,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward

@@ -53,6 +53,7 @@ def compiled_state(
     real_BT: torch.Tensor | None,
     previous_unit_tVD: torch.Tensor | None,
     *,
+    with_mean: bool = True,
     is_exact: bool = False,
 ) -> CompiledState:
     """Statistics of a state on the CPU, in one pass over it.
@@ -65,6 +66,8 @@ def compiled_state(
         True on real tokens; the others are taken for zeros.
     previous_unit_tVD : Tensor or None
         Unit vectors of the same tokens one depth before; overwritten by those of this one.
+    with_mean : bool
+        Whether the mean over several streams is a view too, and their cosines are added.
     is_exact : bool
         Add vectors over tokens in float64.
 
@@ -75,7 +78,7 @@ def compiled_state(
     """
     flat = _flat(x_BTND)
     B, T, N, D = flat.shape
-    t, V = B * T, N + 1 if N > 1 else 1
+    t, V = B * T, N + 1 if N > 1 and with_mean else N
     unit = previous_unit_tVD.numpy() if previous_unit_tVD is not None else np.empty((t, V, D), np.float32)
     norm, largest = np.empty((t, V)), np.empty((t, V), np.int32)
     sums, cosine, pairs, counts = np.zeros((2, V, D)), np.zeros(V), np.zeros((N, N)), np.zeros(3)
@@ -109,7 +112,9 @@ def compiled_state(
     )
 
 
-def compiled_squares(x_BTND: torch.Tensor, real_BT: torch.Tensor | None) -> torch.Tensor:
+def compiled_squares(
+    x_BTND: torch.Tensor, real_BT: torch.Tensor | None, *, with_mean: bool = True
+) -> torch.Tensor:
     """Sums of squares over features, (t, V), in float64: of the mean over several streams, then of each.
 
     Parameters
@@ -118,6 +123,8 @@ def compiled_squares(x_BTND: torch.Tensor, real_BT: torch.Tensor | None) -> torc
         A state, or the gradient of one.
     real_BT : Tensor or None
         True on real tokens; the others are taken for zeros.
+    with_mean : bool
+        Whether the mean over several streams is a view too.
 
     Returns
     -------
@@ -125,7 +132,7 @@ def compiled_squares(x_BTND: torch.Tensor, real_BT: torch.Tensor | None) -> torc
     """
     flat = _flat(x_BTND)
     B, T, N, _ = flat.shape
-    squares = np.zeros((B * T, N + 1 if N > 1 else 1))
+    squares = np.zeros((B * T, N + 1 if N > 1 and with_mean else N))
     _compiled().squares(flat.memory, flat.shape, flat.strides, _real(real_BT), squares)
     return torch.from_numpy(squares)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from depthscope.probes.statistics.compiled_gains import Products, compiled_gains, is_available
 from depthscope.probes.statistics.compiled_state import compiled_tokens
 from depthscope.probes.statistics.histograms import Histogram
 
@@ -87,7 +88,7 @@ class LiveSums:
         self.histograms: dict[str, dict[int, Histogram]] = {}
         self._drawn: dict[tuple[int, int], Places] = {}
         # Products over the connections so far, in both orders: the orientation of the matrices is proven later.
-        self._products: tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._products: tuple[int, Products] | None = None
 
     def _places(self, tensor_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> Places:
         shape = (tensor_BT.shape[0], tensor_BT.shape[1])
@@ -194,33 +195,20 @@ class LiveSums:
 
     def _add_gains(self, number: int, mix_tNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Keep the Amax gains of every token: of the matrix, and of the products in both orders."""
-        if (
-            self._products is not None
-            and self._products[0] == number - 1
-            and self._products[1].shape == mix_tNN.shape
-        ):
-            _, left, left_scale, right, right_scale = self._products
-            left, left_scale = _scaled(mix_tNN @ left, left_scale)
-            right, right_scale = _scaled(right @ mix_tNN, right_scale)
-        elif number == 0:
-            left, left_scale = _scaled(mix_tNN, torch.zeros_like(mix_tNN[:, 0, 0]))
-            right, right_scale = left, left_scale
-        else:  # a connection in between was not seen: no product from the first on is known
-            left, left_scale = torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0])
-            right, right_scale = left, left_scale
-        self._products = number, left, left_scale, right, right_scale
-        padding = None if mask_BT is None else ~mask_BT.flatten()
-        for name, matrix, log_scale in (
-            ("gain", mix_tNN, None),
-            ("product_gain", left, left_scale),
-            ("reversed_product_gain", right, right_scale),
-        ):
-            gains = amax_gains(matrix)
-            if log_scale is not None:
-                gains = gains * log_scale.exp()[:, None]
-            if padding is not None:
-                gains = gains.masked_fill(padding[:, None], PADDING)
-            self.add_values(name, number, gains)
+        known = self._products
+        before = None
+        if known is not None and known[0] == number - 1 and known[1].left.shape == mix_tNN.shape:
+            before = known[1]
+        elif number != 0:  # a connection in between was not seen: no product from the first on is known
+            undefined, zeros = torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0])
+            before = Products(undefined, zeros, undefined.clone(), zeros.clone())
+        compiles = mix_tNN.device.type == "cpu" and is_available()
+        gains, products = (compiled_gains if compiles else _gains)(mix_tNN, before)
+        self._products = number, products
+        if mask_BT is not None:
+            gains = gains.masked_fill(~mask_BT.flatten()[:, None], PADDING)
+        for name, of_name in zip(("gain", "product_gain", "reversed_product_gain"), gains, strict=True):
+            self.add_values(name, number, of_name)
 
     def end_forward(self) -> None:
         """Drop the products: the next connection belongs to another forward."""
@@ -283,6 +271,17 @@ def amax_gains(matrix_tNN: torch.Tensor) -> torch.Tensor:
     """The largest signed sums (t, 2): over the last axis of a matrix, and over the one before."""
     sums = torch.stack([matrix_tNN.sum(-1), matrix_tNN.sum(-2)], dim=1)
     return sums.abs().amax(-1)
+
+
+def _gains(mix_tNN: torch.Tensor, before: Products | None) -> tuple[torch.Tensor, Products]:
+    """As `compiled_gains`, by torch."""
+    zeros = torch.zeros_like(mix_tNN[:, 0, 0])
+    of = before or Products(mix_tNN, zeros, mix_tNN, zeros)
+    left, left_scale = _scaled(mix_tNN if before is None else mix_tNN @ of.left, of.left_scale)
+    right, right_scale = _scaled(mix_tNN if before is None else of.right @ mix_tNN, of.right_scale)
+    products = ((left, left_scale), (right, right_scale))
+    gains = [amax_gains(product) * log_scale.exp()[:, None] for product, log_scale in products]
+    return torch.stack([amax_gains(mix_tNN), *gains]), Products(left, left_scale, right, right_scale)
 
 
 def _scaled(product: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,6 +71,8 @@ class TokenSums:
         # Whether vectors are added in float64 over the tokens of a block too: then they do not depend on how tokens are
         # divided over processes.
         self.is_exact = False
+        # Whether one compiled pass takes the place of torch's: in a training, where many steps pay for the compilation.
+        self.compiles = live is not None
         self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
@@ -163,13 +165,13 @@ class TokenSums:
         mask_BT: torch.Tensor | None,
         previous: deque[torch.Tensor],
     ) -> _Profile:
-        """The same of all tokens as `_block_statistics`, in one pass, for a live row."""
-        assert self.live is not None
+        """The same of all tokens as `_block_statistics`, in one pass."""
+        before = previous.popleft() if previous else None
         found = compiled_state(
-            state_BTND, mask_BT, previous.popleft() if previous else None, is_exact=self.is_exact
+            state_BTND, mask_BT, before, with_mean=self.live is not None, is_exact=self.is_exact
         )
         self._units.append(found.unit_tVD)
-        if state_BTND.shape[2] > 1:
+        if self.live is not None and state_BTND.shape[2] > 1:
             self.live.add_stream_cosines(depth, found.stream_cosine_sums, found.pair_cosine_sum_NN)
         return _Profile(*found[:5])
 
@@ -190,8 +192,7 @@ class TokenSums:
         return blocks
 
     def _compiles(self, tensor: torch.Tensor) -> bool:
-        """Whether one compiled pass takes the place of torch's: in training, where many steps pay for the compilation."""
-        return self.live is not None and tensor.device.type == "cpu" and is_available()
+        return self.compiles and tensor.device.type == "cpu" and is_available()
 
     def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> _BlockStatistics:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
@@ -226,8 +227,8 @@ class TokenSums:
         if not gradient_BTND.numel():
             return
         is_float64 = self.is_exact and gradient_BTND.dtype is torch.float64
-        if self.live is not None and self._compiles(gradient_BTND) and not is_float64:
-            self._add_compiled_squares(depth, gradient_BTND, mask_BT, self.live)
+        if self._compiles(gradient_BTND) and not is_float64:
+            self._add_compiled_squares(depth, gradient_BTND, mask_BT)
             return
         if self.live is not None:
             self.live.sample_gradient(depth, gradient_BTND, mask_BT)
@@ -243,14 +244,15 @@ class TokenSums:
             self._add_squares(depth, largest.double().mul_(size).square_().sum((0, 2)), x_tND.shape[1])
 
     def _add_compiled_squares(
-        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None, live: LiveSums
+        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
     ) -> None:
         """By one pass, which gives the norms of the sampled tokens as well."""
         num_streams = gradient_BTND.shape[2]
-        squares_tV = compiled_squares(gradient_BTND, mask_BT)
+        squares_tV = compiled_squares(gradient_BTND, mask_BT, with_mean=self.live is not None)
         self._add_squares(depth, squares_tV.sum(0), num_streams)
-        norms_tN = squares_tV[:, -num_streams:].sqrt_()
-        live.take_gradient_norms(depth, norms_tN.unflatten(0, gradient_BTND.shape[:2]), mask_BT)
+        if self.live is not None:
+            norms_tN = squares_tV[:, -num_streams:].sqrt_()
+            self.live.take_gradient_norms(depth, norms_tN.unflatten(0, gradient_BTND.shape[:2]), mask_BT)
 
     def _add_float64_squares(
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
@@ -282,10 +284,13 @@ class TokenSums:
         """
         if not mix_BTNN.numel():
             return
-        # Sums of rows of tokens are twice as fast as of short rows
-        mix = mix_BTNN.detach().flatten(0, 1).movedim(0, -1)
-        mix = mix.to(torch.float64, memory_format=torch.contiguous_format)
-        gains = torch.stack([mix.sum(1), mix.sum(0)]).abs().amax(1)
+        if self.live is not None:  # which has them of every token
+            gains = self.live.values["gain"][connection].mT
+        else:
+            # Sums of rows of tokens are twice as fast as of short rows
+            mix = mix_BTNN.detach().flatten(0, 1).movedim(0, -1)
+            mix = mix.to(torch.float64, memory_format=torch.contiguous_format)
+            gains = torch.stack([mix.sum(1), mix.sum(0)]).abs().amax(1)
         if mask_BT is not None:
             gains = torch.where(mask_BT.flatten(), gains, 0.0)
         self._add("gain_sum", connection, gains.sum(1))

@@ -48,7 +48,7 @@ def read(
     x: torch.Tensor,
     result: Any,
     seen: list[torch.Tensor],
-    place: Place | None = None,
+    place: Place | None,
 ) -> Parts:
     """I + C, destination by source, as what reads the n predictions; nothing is written before ``correct`` runs."""
     n = site.num_streams

@@ -75,7 +75,7 @@ def read(
     x: torch.Tensor,
     result: Any,
     seen: list[torch.Tensor],
-    place: Place | None = None,
+    place: Place | None,
 ) -> Parts:
     """The weights in that matrix, of all that the module computed, that explains both the branch input and the mixed streams.
 

@@ -264,8 +264,7 @@ def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Map
     values = np.transpose(of.values, [of.dims.index(dim) for dim in dims])
     if name not in CATALOGUE:
         return dims, values, {"long_name": name.replace("_", " "), "estimator": of.estimator}
-    stamped = CATALOGUE[name].stamp(xr.DataArray(0.0)).attrs
-    return dims, values, {**stamped, **of.attrs, "estimator": of.estimator}
+    return dims, values, {**CATALOGUE[name].facts(), **of.attrs, "estimator": of.estimator}
 
 
 def group_coords(group: LiveGroup, values: Mapping[str, LiveValue]) -> dict[str, Any]:

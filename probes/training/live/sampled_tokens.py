@@ -19,6 +19,7 @@ from depthscope.diagnostics.quantities.over_sequences import fold
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import STATE
+from depthscope.probes.statistics.compiled_sample import token_sizes
 from depthscope.probes.statistics.live_sums import LiveSums, with_mean
 from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
 from depthscope.probes.training.live.group import LiveGroup
@@ -76,34 +77,34 @@ class SampledTokens:
 
     def __init__(self, live: LiveSums, group: LiveGroup) -> None:
         self._live, self._group = live, group
-        states = torch.stack([live.states[depth] for depth in group.depths])  # (L, K, N, D)
         gradients = [live.gradient_norms.get(depth) for depth in group.depths]
-        self.real = self._real(states.shape[1])
-        L, _, N, D = states.shape
-        states = states.cpu() if self.real.all() else states.cpu()[:, self.real]
-        self.count = states.shape[1]
-        views = with_mean(states.reshape(-1, N, D)).reshape(L, self.count, -1, D)
-        self.views_LKVD = views.numpy()
-        self.streams_LKND = states.numpy()
-        self.norms_LKV = torch.linalg.vector_norm(views, dim=-1, dtype=torch.float64).numpy()
-        self.gradient_norms = [None if norm is None else norm.cpu().numpy()[self.real] for norm in gradients]
-        self.medians_LV, self.massive_K = self._massive()
+        self.real = self._real(len(live.states[group.depths[0]]))
+        self.states = [self._of_real(live.states[depth]) for depth in group.depths]  # (K, N, D) by depth
+        self.count = len(self.states[0])
+        sizes = [token_sizes(states_KND) for states_KND in self.states]
+        self.mean_LKD, self.norms_LKV, self.medians_LV = (
+            np.stack(parts) for parts in zip(*sizes, strict=True)
+        )
+        self.gradient_norms = [None if norm is None else self._of_real(norm) for norm in gradients]
+        self.massive_K = self._massive()
+
+    def _of_real(self, values_K: torch.Tensor) -> np.ndarray:
+        values = values_K.cpu().numpy()
+        return values if self.real.all() else values[self.real]
 
     def _real(self, count: int) -> np.ndarray:
         real = self._live.places[self._group.depths[0]].real_K
         return np.ones(count, dtype=bool) if real is None else real.cpu().numpy()
 
-    def _massive(self) -> tuple[np.ndarray, np.ndarray]:
-        """Medians of the magnitudes that are not zero, (L, V), and which tokens have a massive activation at any depth."""
-        L, K, V, D = self.views_LKVD.shape
-        sizes = np.abs(self.views_LKVD.transpose(0, 2, 1, 3)).reshape(L, V, K * D)
-        medians = np.array([[_median(of_view) for of_view in of_depth] for of_depth in sizes])
-        found = np.zeros(K, dtype=bool)
-        limits = np.maximum(ABSOLUTE, RELATIVE * medians)
+    def _massive(self) -> np.ndarray:
+        """Which tokens have a massive activation at any depth."""
+        found = np.zeros(self.count, dtype=bool)
+        limits = np.maximum(ABSOLUTE, RELATIVE * self.medians_LV)
         for depth, view in np.argwhere(self._largest() > limits):  # none in most networks
-            if np.isfinite(sizes[depth, view]).all():
-                found |= (sizes[depth, view].reshape(K, D) > limits[depth, view]).any(axis=1)
-        return medians, found
+            sizes = np.abs(with_mean(torch.from_numpy(self.states[depth])).numpy()[:, view])
+            if np.isfinite(sizes).all():
+                found |= (sizes > limits[depth, view]).any(axis=1)
+        return found
 
     def _largest(self) -> np.ndarray:
         """The largest magnitude of every token, (L, V), at least that of the sampled ones."""
@@ -113,7 +114,7 @@ class SampledTokens:
     def mean_states(self) -> dict[str, LiveValue]:
         """Ranks, similarities and angles in the mean over streams; NaN for single streams."""
         found = {}
-        for name, (dims, values) in mean_state_metrics(self.views_LKVD[:, :, 0], ~self.massive_K).items():
+        for name, (dims, values) in mean_state_metrics(self.mean_LKD, ~self.massive_K).items():
             metric = CATALOGUE[name]
             if "stream" in metric.dims:
                 of_streams = np.full((*values.shape, len(self._group.streams) - 1), np.nan)
@@ -232,7 +233,7 @@ class SampledTokens:
 
     def _quantities(self, *, of_mean: bool) -> Quantities:
         """The quantities of a trace that has the sampled tokens as one sequence; only pooled tokens are measured."""
-        states = self.views_LKVD[:, :, :1] if of_mean else self.streams_LKND
+        states = self.mean_LKD[:, :, None] if of_mean else np.stack(self.states)
         variables = {
             "residual": (STATE, states[:, None]),
             "mask": (("sample", "token"), np.ones((1, self.count), dtype=bool)),
@@ -283,15 +284,3 @@ class SampledTokens:
 
     def _stacked(self, parts: list[torch.Tensor]) -> np.ndarray:
         return torch.stack(parts).cpu().numpy()[:, None, self.real]
-
-
-def _median(sizes: np.ndarray) -> float:
-    """The median of sizes that are not zero; NaN where all are."""
-    number = np.count_nonzero(sizes)
-    if not number:
-        return np.nan
-    # Zeros are the smallest: of a state after a ReLU most entries are, and so would the median be.
-    middle = len(sizes) - number + number // 2
-    ranked = np.partition(sizes, middle)
-    upper = float(ranked[middle])
-    return upper if number % 2 else (upper + float(ranked[:middle].max())) / 2.0

@@ -226,11 +226,9 @@ def test_without_numba_the_numbers_are_the_same(models, ids, monkeypatch):
     rows = []
     for available in (True, False):
         torch.manual_seed(0)
-        monkeypatch.setattr(
-            token_sums,
-            "is_available",
-            lambda available=available: available and compiled_state.is_available(),
-        )
+        for module in (token_sums, live_sums):
+            known = compiled_state.is_available()
+            monkeypatch.setattr(module, "is_available", lambda value=available and known: value)
         recorder = train(models["lucidrains"]("mhc"), ids, steps=1, live_tokens=16)
         rows.append(schema.chain_dataset(recorder.run, "metrics"))
     for name in rows[0].data_vars:

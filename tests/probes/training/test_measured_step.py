@@ -16,7 +16,7 @@ WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__",
 # and waits for that: a wrong matrix would be worse.
 PROOF = {("still_reads", "__bool__"), ("_still_explains", "__bool__")}
 # Reading arrays of what lies in the memory of the host: on another device torch's own functions compute it.
-ON_HOST = {"compiled_state", "compiled_squares", "compiled_tokens", "_flat", "_real"}
+ON_HOST = {"compiled_state", "compiled_squares", "compiled_tokens", "_flat", "_real", "compiled_gains"}
 
 
 @contextmanager
@@ -68,3 +68,37 @@ def test_the_hooks_of_a_measured_step_wait_for_no_device(models, ids, name, argu
             left = {key for key in counts if key[0] not in ON_HOST}
             assert left <= PROOF, left
     assert not recorder.errors
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.inner(x).relu()
+
+
+def test_compiled_code_is_neither_compiled_again_nor_broken_by_a_recorder():
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(
+        torch.nn.Embedding(8, 16), *(Block() for _ in range(3)), torch.nn.Linear(16, 8)
+    )
+    model, ids = torch.compile(plain, backend=counting), torch.arange(12).reshape(2, 6) % 8
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    numbers = []
+    with probes.record(model, every=2, gradients=True, metrics="live") as recorder:
+        for _ in range(6):
+            model(ids).square().mean().backward()
+            recorder.step()
+            numbers.append((len(graphs), sum(breaks.values())))
+    assert not recorder.errors
+    assert recorder.run["statistics"].sizes["step"] == 3
+    assert numbers == [(1, 0)] * 6

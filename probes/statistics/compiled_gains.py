@@ -1,0 +1,137 @@
+"""What do the connections so far do to each token? The gains of a matrix and of the products up to it, in one compiled pass.
+
+By numba, where it is installed; torch gives the same numbers elsewhere (`live_sums`).
+Shapes: t every token of a batch, N stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Products(NamedTuple):
+    """The products of the matrices of every token up to a connection, with the later one on the left and on the right.
+
+    Parameters
+    ----------
+    left, right : Tensor
+        (t, N, N), float64, with their largest entry at 1.
+    left_scale, right_scale : Tensor
+        (t,), the logarithms of what they were divided by.
+    """
+
+    left: torch.Tensor
+    left_scale: torch.Tensor
+    right: torch.Tensor
+    right_scale: torch.Tensor
+
+
+def is_available() -> bool:
+    """Whether numba is installed and works."""
+    return _kernel() is not None
+
+
+def compiled_gains(mix_tNN: torch.Tensor, before: Products | None) -> tuple[torch.Tensor, Products]:
+    """The largest signed sums of rows and of columns, of the matrices of one connection and of the products up to it.
+
+    Parameters
+    ----------
+    mix_tNN : Tensor
+        On the CPU.
+    before : Products or None
+        Up to the connection before, which are overwritten; None for the first one.
+
+    Returns
+    -------
+    gains : Tensor
+        (3, t, 2): of the matrix, and of both products; each over the last axis, and over the one before.
+    products : Products
+        Up to this connection.
+    """
+    kernel = _kernel()
+    assert kernel is not None
+    mix = mix_tNN.to(torch.float64, memory_format=torch.contiguous_format).contiguous()
+    zeros = torch.zeros(len(mix), dtype=torch.float64)
+    products = before or Products(torch.empty_like(mix), zeros, torch.empty_like(mix), zeros.clone())
+    gains = torch.empty(3, len(mix), 2, dtype=torch.float64)
+    left, right = products.left.numpy(), products.right.numpy()
+    scales = products.left_scale.numpy(), products.right_scale.numpy()
+    kernel(mix.numpy(), before is None, left, scales[0], right, scales[1], gains.numpy())
+    return gains, products
+
+
+@cache
+def _kernel() -> Callable[..., Any] | None:
+    """The compiled function; None where numba is not installed, or fails to compile on this machine."""
+    try:
+        import numba
+
+        options: dict[str, Any] = {"nogil": True, "cache": True}
+        kernel = numba.njit(**options)(_gains)
+        one = np.ones((1, 2, 2))
+        kernel(one, True, one.copy(), np.zeros(1), one.copy(), np.zeros(1), np.empty((3, 1, 2)))
+    except Exception:  # numba missing, too old for this Python, or without a folder to write to
+        return None
+    return kernel
+
+
+def _gains(  # noqa: C901  one loop over tokens: compiled, and a function of each part would be a call for each token
+    mix: np.ndarray,
+    is_first: bool,
+    left: np.ndarray,
+    left_scale: np.ndarray,
+    right: np.ndarray,
+    right_scale: np.ndarray,
+    gains: np.ndarray,
+) -> None:
+    tokens, n, _ = mix.shape
+    made = np.empty((n, n))
+    for t in range(tokens):
+        for part in range(3):
+            factor = 1.0
+            if part == 0:
+                for i in range(n):
+                    for j in range(n):
+                        made[i, j] = mix[t, i, j]
+            else:
+                one = mix[t] if part == 1 else right[t]
+                other = left[t] if part == 1 else mix[t]
+                size = 0.0
+                for i in range(n):
+                    for j in range(n):
+                        total = mix[t, i, j] if is_first else 0.0
+                        if not is_first:
+                            for k in range(n):
+                                total += one[i, k] * other[k, j]
+                        made[i, j] = total
+                        # NaN is larger than anything, and stays.
+                        if abs(total) > size or total != total:
+                            size = abs(total)
+                # A product of exactly zero stays zero; NaN and infinities stay what they are.
+                if not size > 0.0:
+                    size = 1.0
+                kept = left[t] if part == 1 else right[t]
+                for i in range(n):
+                    for j in range(n):
+                        made[i, j] /= size
+                        kept[i, j] = made[i, j]
+                scale = left_scale if part == 1 else right_scale
+                scale[t] += np.log(size)
+                factor = np.exp(scale[t])
+            rows, columns = 0.0, 0.0
+            for i in range(n):
+                of_row, of_column = 0.0, 0.0
+                for j in range(n):
+                    of_row += made[i, j]
+                    of_column += made[j, i]
+                if abs(of_row) > rows or of_row != of_row:
+                    rows = abs(of_row)
+                if abs(of_column) > columns or of_column != of_column:
+                    columns = abs(of_column)
+            gains[part, t, 0] = rows * factor
+            gains[part, t, 1] = columns * factor
