@@ -114,6 +114,7 @@ def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
     r"""Spectral gap of one connection: how fast repeated mixing makes the streams equal.
@@ -134,6 +135,7 @@ def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def dobrushin(mixing: Mixing) -> xr.DataArray:
     r"""Dobrushin coefficient of one connection: the share of differences between streams that may survive.

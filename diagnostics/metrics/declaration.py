@@ -133,6 +133,8 @@ class Metric:
         The number of features in, the largest number of tokens that it uses out; None uses all.
     of_steps : bool
         Whether the value at a depth compares it with the depth before: NaN at the first.
+    separable : bool
+        Whether the value at a connection depends on that connection alone, so that it can be measured without the others.
     infinite : bool
         Whether ±∞ is a value (the logarithm of zero, the condition of a singular matrix), not only an overflow.
     per_step : bool
@@ -163,6 +165,7 @@ class Metric:
     smooth: bool = True
     most_tokens: Callable[[int], int] | None = None
     of_steps: bool = False
+    separable: bool = False
     infinite: bool = False
     per_step: bool = True
     better: str = ""
@@ -210,7 +213,25 @@ class Metric:
         Unavailable
             Where the run lacks what the metric needs.
         """
-        value, stderr = self.measure(source)
+        return self.finished(source.call(self.function), source)
+
+    def finished(
+        self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
+    ) -> dict[str, xr.DataArray]:
+        """What the function has measured, as `evaluate` gives it.
+
+        Parameters
+        ----------
+        measured : DataArray, or two of them
+            What the function returned.
+        source : Quantities
+            For the null.
+
+        Returns
+        -------
+        dict of str to DataArray
+        """
+        value, stderr = self._folded(measured)
         # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
             value = value.assign_attrs(undefined_because=UNDEFINED)
@@ -237,9 +258,14 @@ class Metric:
         tuple of DataArray
             The error is None where the function returns neither a value of each sequence nor an error.
         """
-        found = source.call(self.function)
+        return self._folded(source.call(self.function))
+
+    @staticmethod
+    def _folded(
+        measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray],
+    ) -> tuple[xr.DataArray, xr.DataArray | None]:
         # A number over all sequences together, with the error that its function has estimated from them.
-        return found if isinstance(found, tuple) else over_sequences.fold(found)
+        return measured if isinstance(measured, tuple) else over_sequences.fold(measured)
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
@@ -357,6 +383,7 @@ def metric(
     smooth: bool = True,
     most_tokens: Callable[[int], int] | None = None,
     of_steps: bool = False,
+    separable: bool = False,
     infinite: bool = False,
     per_step: bool = True,
 ) -> Callable[[Function], Metric]:
@@ -368,7 +395,7 @@ def metric(
         As `Metric.dims`, separated by spaces.
     symbol, cite, basis, null, estimator, label, scale, units, healthy, better, null_error, default, headline, smooth
         See `Metric`.
-    most_tokens, of_steps, infinite, per_step
+    most_tokens, of_steps, separable, infinite, per_step
         See `Metric`.
 
     Returns
@@ -403,6 +430,7 @@ def metric(
             smooth=smooth,
             most_tokens=most_tokens,
             of_steps=of_steps,
+            separable=separable,
             infinite=infinite,
             per_step=per_step,
         )

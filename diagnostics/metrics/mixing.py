@@ -42,6 +42,7 @@ def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
     estimator=PER_TOKEN,
     headline=True,
     better="nearer 1",
+    separable=True,
 )
 def mixing_gain(mixing: Mixing) -> xr.DataArray:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
@@ -125,6 +126,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     estimator=PER_TOKEN,
     headline=True,
     better="lower",
+    separable=True,
 )
 def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
@@ -193,6 +195,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
     better="nearer 1",
+    separable=True,
 )
 def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     r"""Weakest sum of one connection: the stream, or the gradient, that it fades most.
@@ -236,6 +239,7 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
     null=0.0,
     estimator=PER_TOKEN,
     headline=True,
+    separable=True,
 )
 def identity_distance(mixing: Mixing) -> xr.DataArray:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
@@ -277,6 +281,7 @@ def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
     null=_uniform_entropy,
     estimator=PER_TOKEN,
     headline=True,
+    separable=True,
 )
 def mixing_entropy(mixing: Mixing) -> xr.DataArray:
     """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""

@@ -27,6 +27,7 @@ NOT_EXPANDING = Range(high=1.05, source=OURS)
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
     """Singular values of one connection, the largest first.
@@ -59,6 +60,7 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
     """Magnitudes of the eigenvalues of one connection, the largest first.
@@ -105,6 +107,7 @@ def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.DataAr
     null=1.0,
     estimator=PER_TOKEN,
     better="nearer 1",
+    separable=True,
 )
 def operator_gain(mixing: Mixing) -> xr.DataArray:
     r"""Operator norms of one connection: what signed sums can hide by cancellation.
@@ -146,6 +149,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
     infinite=True,
+    separable=True,
 )
 def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
     r"""Condition number of one connection: infinite where it loses a combination of streams.
@@ -164,6 +168,7 @@ def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Data
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def henrici(mixing: Mixing) -> xr.DataArray:
     r"""Departure from normality of one connection: how far its powers can outgrow its eigenvalues.
@@ -182,6 +187,7 @@ def henrici(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
     default=False,  # a search over angles for every token, where others take one decomposition
+    separable=True,
 )
 def numerical_radius(mixing: Mixing) -> xr.DataArray:
     r"""Numerical radius of one connection: the most that a step can amplify before its powers settle.

@@ -53,6 +53,7 @@ def _equal_share(mixing: Mixing) -> xr.DataArray:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
+    separable=True,
 )
 def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     """Share of each stream in what a connection reads.
@@ -69,6 +70,7 @@ def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
+    separable=True,
 )
 def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     """Share of each stream in what a connection writes."""
@@ -82,6 +84,7 @@ def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
+    separable=True,
 )
 def signal_share(
     mixing: Mixing, read_weights: np.ndarray, h_pre: xr.DataArray, residual: xr.DataArray, mask: xr.DataArray
@@ -264,6 +267,7 @@ def _streams_in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=_all_streams,
     estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+    separable=True,
 )
 def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     r"""Streams that a connection reads: 1 where one stream gives all, n where all give alike.
@@ -280,6 +284,7 @@ def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=_all_streams,
     estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+    separable=True,
 )
 def write_streams(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     r"""Streams that a connection writes to: 1 where one stream takes all, n where all take alike.

@@ -21,7 +21,8 @@ def channel_statistics(residual_states: States) -> xr.DataArray:
     """Average channel squared mean and average channel variance, by depth and stream."""
 
     def measure(views: np.ndarray) -> np.ndarray:
-        return np.stack(kernel.signal_propagation(residual_states.rows(views)), axis=1)
+        rows = residual_states.rows(views)
+        return np.stack([kernel.signal_propagation(of_view) for of_view in rows])  # each in float64, not all
 
     return residual_states.over_depth(measure, ("statistic",))
 

@@ -32,6 +32,7 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArray:
     """Distance of a connection from the matrix of its initial static logits: 0 where it has not moved."""
@@ -45,6 +46,7 @@ def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArr
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    separable=True,
 )
 def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArray:
     r"""Distance of a connection from what weight decay alone makes of its initial static logits.

@@ -384,13 +384,13 @@ def _stream_weights(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read weights (C, N, V, n) and write weights (C, N, n, V)."""
     if h_pre is not None:
-        reads = require_finite(real_tokens(h_pre, mask), "h_pre")[:, :, None]
+        reads = require_finite(real_tokens(h_pre, mask), h_pre)[:, :, None]
     elif read is not None:
         reads = real_tokens(read.transpose(..., "view_in", "stream"), mask)
     else:
         raise missing("h_pre")
     if h_post is not None:
-        writes = require_finite(real_tokens(h_post, mask), "h_post")[..., None]
+        writes = require_finite(real_tokens(h_post, mask), h_post)[..., None]
     elif write is not None:
         writes = real_tokens(write.transpose(..., "stream", "view_out"), mask)
     else:
@@ -492,16 +492,16 @@ def _factor(
     """Scale times gate of every real token, (C, N) or (C, N, D); ones where the run has neither."""
     found = np.ones((like.sizes["connection"], int(mask.sum())))
     if scale is not None:
-        found = require_finite(real_tokens(scale, mask), str(scale.name))
+        found = require_finite(real_tokens(scale, mask), scale)
     if gate is not None:
-        found = found[..., None] * require_finite(real_tokens(gate, mask), str(gate.name))
+        found = found[..., None] * require_finite(real_tokens(gate, mask), gate)
     if not mask.any():
         raise Unavailable("the mask leaves no token: every position is marked as padding")
     return found
 
 
 def _source_paths(depth_read: xr.DataArray, mask: xr.DataArray) -> SourcePaths:
-    weights = require_finite(real_tokens(depth_read, mask), "depth_read")
+    weights = require_finite(real_tokens(depth_read, mask), depth_read)
     _require_all_sources(depth_read)
     for number in range(len(weights)):
         if weights[number, :, number + 1 :].any():
@@ -526,7 +526,7 @@ def _carried_paths(
 ) -> SourcePaths:
     """Each branch reads the state that the connection before made: what that kept, and its own output."""
     _require_all_sources(depth_carry)
-    kept = require_finite(real_tokens(depth_carry, mask), "depth_carry")
+    kept = require_finite(real_tokens(depth_carry, mask), depth_carry)
     written = np.ones(kept.shape[:2]) if branch_scale is None else real_tokens(branch_scale, mask)
     weights = np.zeros_like(kept)
     weights[0, :, 0] = 1.0

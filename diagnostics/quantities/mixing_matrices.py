@@ -410,25 +410,25 @@ def read_weights(
 
     Equal streams do not tell by which weights they are read: such tokens count for no share.
     """
-    weights = require_finite(real_tokens(h_pre, mask), "h_pre")
+    weights = require_finite(real_tokens(h_pre, mask), h_pre)
     return weights if read_known is None else weights * real_tokens(read_known, mask)[..., None]
 
 
 @quantity
 def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection writes to the streams, (C, N, n)."""
-    return require_finite(real_tokens(h_post, mask), "h_post")
+    return require_finite(real_tokens(h_post, mask), h_post)
 
 
-def require_finite(weights: np.ndarray, name: str) -> np.ndarray:
+def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:
     """Weights (C, N, ...) of connections that are all finite.
 
     Parameters
     ----------
     weights : ndarray
         By connection and token.
-    name : str
-        Of the variable, for the message.
+    of : DataArray
+        The variable that they are of, for the message.
 
     Returns
     -------
@@ -442,7 +442,8 @@ def require_finite(weights: np.ndarray, name: str) -> np.ndarray:
     """
     bad = ~np.isfinite(weights).reshape(len(weights), -1).all(axis=1)
     if bad.any():
-        raise Unavailable(f"{name} is not finite at connection {int(np.argmax(bad))}")
+        label = connection_coords(of)["connection"].values[np.argmax(bad)]
+        raise Unavailable(f"{of.name} is not finite at connection {label}")
     return weights
 
 

@@ -6,7 +6,7 @@ Shapes: ``V`` views of the streams (their mean, then each of several), ``S`` seq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,21 @@ class States:
         Dims (sample, token), true on real tokens.
     cache_bytes : int
         Most bytes of depths that are kept for the next metric.
+    finite : ndarray of bool, optional
+        Where these are some sequences of more: which streams of each depth (L, n) are finite in all of them.
     """
 
-    def __init__(self, states: xr.DataArray, mask: xr.DataArray, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        states: xr.DataArray,
+        mask: xr.DataArray,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        finite: np.ndarray | None = None,
+    ) -> None:
         self._states = states.transpose(*STATE)
         self._cache_bytes = cache_bytes
+        self._finite_in_all = finite
         self.mask = mask.transpose("sample", "token").values.astype(bool)
         if not self.mask.any():
             raise Unavailable("the mask leaves no token: every position is marked as padding")
@@ -58,6 +68,11 @@ class States:
     def coords(self) -> dict[str, Any]:
         """Coordinates of the depth."""
         return {str(name): c for name, c in self._states.coords.items() if c.dims == ("depth",)}
+
+    @property
+    def finite_streams(self) -> np.ndarray:
+        """Which streams of each depth are finite, (L, n)."""
+        return np.stack([self.load(depth)[1][-self.num_streams :] for depth in range(len(self))])
 
     @property
     def not_finite(self) -> dict[str, dict[str, int]]:
@@ -94,6 +109,9 @@ class States:
         if not finite.all():
             bad_tokens = ~np.isfinite(streams).all(axis=(0, 3))
             self._num_not_finite[str(self._states["depth"].values[depth])] = int(bad_tokens.sum())
+        if self._finite_in_all is not None:
+            finite = finite & self._finite_in_all[depth]
+        if not finite.all():
             # Kernels refuse what is not finite. Zeros pass, and `over_depth` sets their results to NaN.
             streams = np.where(finite[:, None, None, None], streams, 0)
         if len(streams) > 1:
@@ -167,9 +185,15 @@ class States:
         DataArray
             Dims (depth, stream, *dims); NaN where either state is not finite.
         """
-        return self._over_steps(
-            lambda before, after: measure(before.astype(np.float64), after.astype(np.float64)), dims, **coords
-        )
+
+        def of_step(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+            # View by view: in float64 all of them take several times what is stored.
+            views = [slice(view, view + 1) for view in range(len(before))]
+            return np.concatenate(
+                [measure(before[v].astype(np.float64), after[v].astype(np.float64)) for v in views]
+            )
+
+        return self._over_steps(of_step, dims, **coords)
 
     def over_token_steps(
         self,
@@ -178,7 +202,7 @@ class States:
         dims: tuple[str, ...] = (),
         **coords: Any,
     ) -> xr.DataArray:
-        """As `over_steps`, for what is measured token by token: a few of them at a time, which is faster and takes less memory.
+        """As `over_steps`, of what is measured token by token: a few at a time, which is faster and takes less memory.
 
         Parameters
         ----------
@@ -249,11 +273,25 @@ class States:
         kinds = masks.transpose("tokens", "sample", "token").values
 
         def measure_kinds(views: np.ndarray) -> np.ndarray:
-            found = by_kind(kinds, lambda counted: measure(views, mask_or_none(counted)))
+            found = by_kind(kinds, lambda counted: _by_sequences(measure, views, counted))
             return np.stack(found, axis=1)
 
         found = self.over_depth(measure_kinds, ("tokens", "sequence"), tokens=masks["tokens"])
         return found.transpose("tokens", "depth", "stream", "sequence")
+
+    def at(self, depths: Sequence[int]) -> States:
+        """The states of some depths, which are read once for both.
+
+        Parameters
+        ----------
+        depths : sequence of int
+            Positions on the depth axis.
+
+        Returns
+        -------
+        States
+        """
+        return _PartOfStates(self, depths)
 
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
         """Put the chain's coordinates on values.
@@ -278,6 +316,33 @@ class States:
             known["other_depth"] = ("other_depth", np.asarray(self._states["depth"].values))
         known.update(coords)
         return xr.DataArray(values, dims=dims, coords=known)
+
+
+class _PartOfStates(States):
+    """Some depths of states, which those read and keep."""
+
+    def __init__(self, whole: States, depths: Sequence[int]) -> None:
+        super().__init__(
+            whole._states.isel(depth=list(depths)), xr.DataArray(whole.mask, dims=("sample", "token"))
+        )
+        self._whole, self._depths = whole, list(depths)
+
+    def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one depth, which the whole keeps."""
+        found = self._whole.load(self._depths[depth])
+        name = str(self._states["depth"].values[depth])
+        if name in self._whole._num_not_finite:
+            self._num_not_finite[name] = self._whole._num_not_finite[name]
+        return found
+
+
+def _by_sequences(
+    measure: Callable[[np.ndarray, np.ndarray | None], np.ndarray], views: np.ndarray, counted: np.ndarray
+) -> np.ndarray:
+    """Values (V, S) of views (V, S, T, D), a few sequences at a time: no sequence is measured with another."""
+    size = max(1, BLOCK * len(counted) // views.size)
+    parts = [slice(start, start + size) for start in range(0, len(counted), size)]
+    return np.concatenate([measure(views[:, part], mask_or_none(counted[part])) for part in parts], axis=1)
 
 
 def row_blocks(rows: np.ndarray) -> list[slice]:

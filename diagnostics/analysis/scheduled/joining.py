@@ -1,4 +1,4 @@
-"""How do values of blocks of depths become the values of all depths? Along depth, and as blocks of a matrix for pairs."""
+"""How do values of parts become those of the whole? Along depths, connections or sequences; of pairs as blocks of a matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.analysis.scheduled.tasks import PAIR, WHOLE, Measured, Task
+from depthscope.diagnostics.analysis.scheduled.tasks import (
+    CONNECTION,
+    PAIR,
+    SEQUENCE,
+    WHOLE,
+    Measured,
+    Task,
+)
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
+from depthscope.diagnostics.quantities.registry import Quantities
 
 UNDEFINED_BECAUSE = "undefined_because"
 
@@ -38,21 +48,33 @@ def joined(
             for name, value in found.items():
                 by_variable.setdefault(name, []).append((task, value))
                 owners[name] = metric
-    variables = {name: _one(of) for name, of in by_variable.items() if owners[name] not in reasons}
+    variables: dict[str, xr.DataArray] = {}
+    for name, of in by_variable.items():
+        if owners[name] in reasons:
+            continue
+        if of[0][0].kind == SEQUENCE:
+            whole = _along("sequence", of)
+            # Their mean over sequences, with its error; such a metric has no null that is computed.
+            variables |= CATALOGUE[name].finished(whole, Quantities(xr.Dataset()))
+        else:
+            variables[name] = _one(of)
     return variables, reasons
 
 
 def _one(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
     task, first = parts[0]
+    axis = "connection" if task.kind == CONNECTION else "depth"
     # A null may depend on the number of tokens alone.
-    if task.kind == WHOLE or len(parts) == 1 or "depth" not in first.dims:
+    if task.kind == WHOLE or len(parts) == 1 or axis not in first.dims:
         return first
-    if task.kind == PAIR and "other_depth" in first.dims:
-        whole = _matrix(parts)
-    else:
-        ordered = [value for _, value in sorted(parts, key=lambda part: part[0].keep)]
-        whole = xr.concat(ordered, "depth", coords="minimal", compat="override", combine_attrs="override")
-    whole.attrs = _attributes([value for _, value in parts], whole)
+    return _matrix(parts) if task.kind == PAIR and "other_depth" in first.dims else _along(axis, parts)
+
+
+def _along(axis: str, parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
+    """Parts one after the other."""
+    ordered = [value for _, value in sorted(parts, key=lambda part: part[0].keep)]
+    whole = xr.concat(ordered, axis, coords="minimal", compat="override", combine_attrs="override")
+    whole.attrs = _attributes(ordered, whole)
     return whole
 
 
@@ -60,12 +82,12 @@ def _matrix(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
     """A matrix of its blocks: each task has those of two groups of depths with each other and with themselves."""
     first = parts[0][1]
     dims = [dim for dim in first.dims if dim not in ("depth", "other_depth")]
-    count = 1 + max(max(task.depths) for task, _ in parts)
+    count = 1 + max(max(task.positions) for task, _ in parts)
     values = np.full((*(first.sizes[dim] for dim in dims), count, count), np.nan)
     along: dict[str, dict[int, Any]] = {}
     for task, value in parts:
         block = value.transpose(*dims, "depth", "other_depth").values
-        at = np.array(task.depths)
+        at = np.array(task.positions)
         is_first = np.isin(at, task.keep)
         # What a block has with itself is in one task alone; of others only what is between the two.
         for rows, columns in (
@@ -74,7 +96,9 @@ def _matrix(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
             values[..., at[rows][:, None], at[columns]] = block[..., rows, :][..., columns]
         for name, coord in value.coords.items():
             if coord.dims == ("depth",):
-                along.setdefault(str(name), {}).update(zip(task.depths, coord.values.tolist(), strict=True))
+                along.setdefault(str(name), {}).update(
+                    zip(task.positions, coord.values.tolist(), strict=True)
+                )
     coords: dict[str, Any] = {
         name: ("depth", np.array([of[i] for i in range(count)], first[name].dtype))
         for name, of in along.items()
@@ -84,15 +108,19 @@ def _matrix(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
         str(name): of for name, of in first.coords.items() if not {"depth", "other_depth"} & set(of.dims)
     }
     matrix = xr.DataArray(values, coords, (*dims, "depth", "other_depth"), first.name, dict(first.attrs))
+    matrix.attrs = _attributes([value for _, value in parts], matrix)
     return matrix.transpose(*first.dims)
 
 
 def _attributes(parts: Sequence[xr.DataArray], whole: xr.DataArray) -> dict[str, Any]:
-    """The attributes of all parts: those by depth together, and a reason for NaN only where all is NaN."""
+    """The attributes of all parts: those by depth or connection together, and a reason for NaN only where all is NaN."""
     found: dict[str, Any] = {}
     for part in parts:
         for name, value in part.attrs.items():
-            if isinstance(value, dict):
+            if name == LARGEST_TOKEN:  # by the first dim, then by connection
+                before = found.get(name, [[] for _ in value])
+                found[name] = [[*own, *more] for own, more in zip(before, value, strict=True)]
+            elif isinstance(value, dict):
                 found[name] = {**found.get(name, {}), **value}
             else:
                 found.setdefault(str(name), value)

@@ -1,4 +1,4 @@
-"""How are runs measured by workers? Massive tokens first, then every task, then what one lost is tried metric by metric."""
+"""How are runs measured by workers? Facts of the whole first, then every task, then what one lost, metric by metric."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.analysis.scheduled.joining import joined
+from depthscope.diagnostics.analysis.scheduled.splitting import COPIES, MOST_POSITIONS, Chain, tasks_of
 from depthscope.diagnostics.analysis.scheduled.tasks import (
-    COPIES,
+    SEQUENCE,
+    Facts,
     Measured,
     Task,
+    blocks_of,
     chain_trace,
-    depth_blocks,
-    find_massive,
+    find_facts,
     needed_quantities,
     run_task,
-    tasks_of,
 )
 from depthscope.diagnostics.analysis.scheduled.workers import LostWorker, run_all, task_budget
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.tokens import Massive
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,54 +75,57 @@ def measure_chains(
     """
     budget = task_budget(client)
     tasks: list[tuple[ChainOfRun, Task]] = []
+    refused: list[dict[str, str]] = []
     for chain in chains:
         with chain_trace(chain.path, chain.chain, chain.attrs) as trace:
-            tasks += [
-                (chain, task) for task in tasks_of(chain.run, chain.path, chain.chain, trace, metrics, budget)
-            ]
-    massive = _massive_tokens(client, chains, [task for _, task in tasks], budget, progress)
+            of_chain, too_large = tasks_of(Chain(chain.run, chain.path, chain.chain, trace, budget), metrics)
+        tasks += [(chain, task) for task in of_chain]
+        refused.append(too_large)
+    facts = _facts(client, chains, [task for _, task in tasks], budget, progress)
     # Sent once to each worker, and not with every task.
-    sent = {number: client.scatter(found) for number, found in massive.items()}
+    sent = {number: client.scatter(found) for number, found in facts.items()}
     arguments = [(task, chain.attrs, sent.get(chains.index(chain))) for chain, task in tasks]
     results = run_all(client, run_task, arguments, _reporter("metrics", len(tasks), progress))
     results = _one_by_one(client, arguments, results, progress)
-    return [
-        joined([(task, found) for (of, task), found in zip(tasks, results, strict=True) if of is chain])
-        for chain in chains
-    ]
+    found: list[Found] = []
+    for chain, too_large in zip(chains, refused, strict=True):
+        variables, reasons = joined(
+            [(task, result) for (of, task), result in zip(tasks, results, strict=True) if of is chain]
+        )
+        found.append((variables, {**reasons, **too_large}))
+    return found
 
 
 def _reporter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
     return lambda done: progress(what, done, total) if progress else None
 
 
-def _massive_tokens(
+def _facts(
     client: Any, chains: Sequence[ChainOfRun], tasks: Sequence[Task], budget: int, progress: Progress | None
-) -> dict[int, Massive]:
-    """Which tokens are massive at any depth, by the number of the chain; of those whose metrics ask for it."""
+) -> dict[int, Facts]:
+    """What parts have to know of the whole, by the number of the chain; of those whose metrics ask for it."""
     arguments: list[tuple[Any, ...]] = []
     owners: list[int] = []
     for number, chain in enumerate(chains):
-        names = {
-            name
-            for task in tasks
-            if (task.run, task.chain) == (chain.run, chain.chain)
-            for name in task.metrics
-        }
-        if not any("massive" in needed_quantities(CATALOGUE[name].function) for name in names):
+        own = [task for task in tasks if (task.run, task.chain) == (chain.run, chain.chain)]
+        names = {name for task in own for name in task.metrics}
+        has_massive = any("massive" in needed_quantities(CATALOGUE[name].function) for name in names)
+        if not has_massive and not any(task.kind == SEQUENCE for task in own):
             continue
         with chain_trace(chain.path, chain.chain, chain.attrs) as trace:
             one_depth = max(1, trace["residual"].nbytes // trace.sizes["depth"])
-            blocks = depth_blocks(trace.sizes["depth"], max(1, min(8, budget // (COPIES * one_depth))))
-        arguments += [(chain.path, chain.chain, chain.attrs, block) for block in blocks]
+            blocks = blocks_of(
+                trace.sizes["depth"], max(1, min(MOST_POSITIONS, budget // (COPIES * one_depth)))
+            )
+        arguments += [(chain.path, chain.chain, chain.attrs, block, has_massive) for block in blocks]
         owners += [number] * len(blocks)
-    parts = run_all(client, find_massive, arguments, _reporter("massive tokens", len(arguments), progress))
-    found: dict[int, Massive] = {}
+    parts = run_all(client, find_facts, arguments, _reporter("all depths", len(arguments), progress))
+    found: dict[int, Facts] = {}
     for number in dict.fromkeys(owners):
         of_chain = [part for owner, part in zip(owners, parts, strict=True) if owner == number]
         # Without it each task of the chain looks for itself, and says why it cannot.
-        if all(isinstance(part, Massive) for part in of_chain):
-            found[number] = Massive.joined(of_chain)
+        if all(isinstance(part, Facts) for part in of_chain):
+            found[number] = Facts.joined(of_chain)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which tasks make an analysis? Metrics by blocks of depths where each depth, step or pair stands alone, else over all.
+"""Which tasks make an analysis? Blocks of depths, pairs, connections or sequences where these stand alone, else all at once.
 
 A task names a run by its path, and the worker that runs it reads what the task needs: no array of states is sent.
 """
@@ -6,35 +6,36 @@ A task names a run by its path, and the worker that runs it reads what the task 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities import registry
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
+from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema.opening import open_group
 
-DEPTH, STEP, PAIR, WHOLE = "depth", "step", "pair", "whole"
+KINDS = ("depth", "step", "pair", "connection", "sequence", "whole")
+DEPTH, STEP, PAIR, CONNECTION, SEQUENCE, WHOLE = KINDS
 
-# Quantities that compare a depth with the first, the last or all of them.
-OVER_ALL_DEPTHS = frozenset(("token_steps", "gradient_norms"))
+# Of these two a value depends on the last depth, or on the sum over all of them.
+LAST_DEPTH, ALL_STEPS = "gradient_norms", "token_steps"
 STATES = frozenset(("residual", "gradient"))
-# What float64 copies of one depth's states take, in sizes of its stored states: measured on `token_steps`, the largest.
-COPIES = 10
-MOST_DEPTHS = 8  # of one task, so that progress is shown and a lost worker loses little. Heuristic.
 
 Measured = tuple[dict[str, xr.DataArray], str]
 """The variables of one metric and "", or none and the reason."""
 
 
 def separable_by(metric: Metric) -> str:
-    """Whether a metric's value at one depth, step or pair of depths depends on those states alone.
+    """Of what a part of a metric's values is computed alone.
 
     Parameters
     ----------
@@ -44,13 +45,16 @@ def separable_by(metric: Metric) -> str:
     Returns
     -------
     str
-        ``"depth"``, ``"step"`` or ``"pair"``; ``"whole"`` where it needs all depths, or is of connections or weights. Which
-        tokens are massive depends on all depths, and is found before.
+        ``"depth"``, ``"step"`` (two depths in a row), ``"pair"`` (two depths), ``"connection"``, ``"sequence"`` (all depths of
+        it), or ``"whole"``. Which tokens are massive depends on all depths, and is found before.
     """
-    if "depth" not in metric.dims or not set(metric.roots) <= STATES:
+    if metric.separable:
+        return CONNECTION
+    needed = needed_quantities(metric.function)
+    if "depth" not in metric.dims or not set(metric.roots) <= STATES or LAST_DEPTH in needed:
         return WHOLE
-    if OVER_ALL_DEPTHS & needed_quantities(metric.function):
-        return WHOLE
+    if ALL_STEPS in needed:
+        return SEQUENCE
     if metric.pairwise:
         return PAIR
     return STEP if metric.of_steps else DEPTH
@@ -77,7 +81,7 @@ def needed_quantities(function: Callable[..., Any]) -> set[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """Some metrics of some depths of one chain of a run.
+    """Some metrics of a part of one chain of a run.
 
     Parameters
     ----------
@@ -88,13 +92,15 @@ class Task:
     chain : str
         Empty where the run has one.
     kind : str
-        As of `separable_by`.
+        As of `separable_by`; ``"depth"`` also for steps, which read the same depths and the one before.
     metrics : tuple of str
         By name.
-    depths : tuple of int
-        Positions on the depth axis; of a step with the one before, of a pair both blocks. Empty for all.
+    positions : tuple of int
+        What is read: positions on the axis of depths, connections or sequences; of a pair both blocks. Empty for all.
     keep : tuple of int
         Positions whose values are kept; of a pair of blocks those of the first one.
+    cache_bytes : int
+        Most bytes of states that are kept from one metric to the next.
     """
 
     run: str
@@ -102,11 +108,13 @@ class Task:
     chain: str
     kind: str
     metrics: tuple[str, ...]
-    depths: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     keep: tuple[int, ...] = ()
+    cache_bytes: int = 0
 
     def __str__(self) -> str:
-        where = f" at depths {self.depths[0]} to {self.depths[-1]}" if self.depths else ""
+        what = "depth" if self.kind == PAIR else self.kind
+        where = f" at {what}s {self.positions[0]} to {self.positions[-1]}" if self.positions else ""
         chain = f" of {self.chain}" if self.chain else ""
         return f"{', '.join(self.metrics)}{where}{chain} of {self.run}"
 
@@ -136,11 +144,19 @@ def chain_trace(
     except (FileNotFoundError, ValueError):  # a run may have none
         statistics = None
     found = registry.sources(registry.with_facts(trace, attrs), statistics)
+    # Of a part the labels stay those of the whole.
+    found = found.assign_coords(
+        {
+            name: np.arange(found.sizes[name])
+            for name in ("depth", "connection")
+            if name in found.sizes and name not in found.coords
+        }
+    )
     found.set_close(trace.close)
     return found
 
 
-def run_task(task: Task, attrs: Mapping[str, Any], massive: Massive | None) -> dict[str, Measured]:
+def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, Measured]:
     """Measure the metrics of one task, on whichever worker it lands.
 
     Parameters
@@ -149,38 +165,104 @@ def run_task(task: Task, attrs: Mapping[str, Any], massive: Massive | None) -> d
         The task.
     attrs : mapping
         Attributes of the run.
-    massive : Massive or None
-        Which tokens are massive at any depth, where a metric needs that.
+    facts : Facts or None
+        What it has to know of the whole run, where a metric needs that.
 
     Returns
     -------
     dict of str to Measured
     """
+    massive = None if facts is None else facts.massive
     with chain_trace(task.path, task.chain, attrs) as trace:
-        part = trace.isel(depth=list(task.depths)) if task.depths else trace
-        source = Quantities(part)
+        if task.kind == DEPTH:
+            return _measure_depths(task, trace, massive)
+        axis = {CONNECTION: "connection", SEQUENCE: "sample"}.get(task.kind, "depth")
+        source = Quantities(trace.isel({axis: list(task.positions)}) if task.positions else trace)
         if massive is not None:
-            source.give("massive", massive.at(list(task.depths) or None))
+            source.give("massive", massive.at(list(task.positions) if task.kind == PAIR else None))
+        if task.kind == SEQUENCE and facts is not None:
+            part = source.trace
+            source.give("residual_states", States(part["residual"], part["mask"], finite=facts.finite))
         return {name: _measured(CATALOGUE[name], source, task) for name in task.metrics}
+
+
+def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> dict[str, Measured]:
+    """Metrics of depths and of steps: the latter also read the depth before, and each depth is read once."""
+    sources = {}
+    for kind, positions in ((STEP, list(task.positions)), (DEPTH, list(task.keep))):
+        sources[kind] = Quantities(trace.isel(depth=positions))
+        if massive is not None:
+            sources[kind].give("massive", massive.at(positions))
+    with suppress(Unavailable):  # then each metric tells why
+        states = States(sources[STEP].trace["residual"], sources[STEP]["mask"], cache_bytes=task.cache_bytes)
+        sources[STEP].give("residual_states", states)
+        kept = [task.positions.index(position) for position in task.keep]
+        sources[DEPTH].give("residual_states", states.at(kept))
+    found = {}
+    for name in task.metrics:
+        kind = separable_by(CATALOGUE[name])
+        values, reason = _measured(CATALOGUE[name], sources[kind], task)
+        if kind == STEP:  # not the depth that the first step begins at
+            values = {
+                key: value.isel(depth=slice(len(task.positions) - len(task.keep), None))
+                if "depth" in value.dims
+                else value
+                for key, value in values.items()
+            }
+        found[name] = values, reason
+    return found
 
 
 def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
     try:
-        found = metric.evaluate(source)
+        # Values of each sequence are joined before their mean is taken.
+        found = (
+            {metric.name: source.call(metric.function)} if task.kind == SEQUENCE else metric.evaluate(source)
+        )
     except Unavailable as reason:
         return {}, str(reason)
-    return {name: _kept(value, task).load() for name, value in found.items()}, ""
+    return {name: value.load() for name, value in found.items()}, ""
 
 
-def _kept(value: xr.DataArray, task: Task) -> xr.DataArray:
-    """What a task keeps of a value: not the depth that a step begins at."""
-    if not task.depths or "depth" not in value.dims or task.kind == PAIR:
-        return value
-    return value.isel(depth=[task.depths.index(position) for position in task.keep])
+@dataclass(frozen=True)
+class Facts:
+    """What each part of a run has to know of the whole.
+
+    Parameters
+    ----------
+    massive : Massive or None
+        Which tokens are massive at any depth; None where that is not defined, or not asked for.
+    finite : ndarray of bool
+        Which streams of each depth are finite, (L, n).
+    """
+
+    massive: Massive | None
+    finite: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Facts]) -> Facts:
+        """The facts of blocks of depths together.
+
+        Parameters
+        ----------
+        parts : sequence of Facts
+            In depth order, of the same tokens.
+
+        Returns
+        -------
+        Facts
+        """
+        massive = [part.massive for part in parts if part.massive is not None]
+        return cls(
+            Massive.joined(massive) if len(massive) == len(parts) else None,
+            np.concatenate([part.finite for part in parts]),
+        )
 
 
-def find_massive(path: str, chain: str, attrs: Mapping[str, Any], depths: Sequence[int]) -> Massive | None:
-    """The massive activations of some depths, on whichever worker this lands.
+def find_facts(
+    path: str, chain: str, attrs: Mapping[str, Any], depths: Sequence[int], has_massive: bool
+) -> Facts | None:
+    """What some depths tell of the whole, on whichever worker this lands.
 
     Parameters
     ----------
@@ -190,27 +272,30 @@ def find_massive(path: str, chain: str, attrs: Mapping[str, Any], depths: Sequen
         Its attributes.
     depths : sequence of int
         Positions on the depth axis.
+    has_massive : bool
+        Whether massive tokens are looked for.
 
     Returns
     -------
-    Massive or None
-        None where it is not defined, as of a run without a real token: the metrics that need it say why.
+    Facts or None
+        None of a run without a real token: the metrics say so.
     """
     with chain_trace(path, chain, attrs) as trace:
+        source = Quantities(trace.isel(depth=list(depths)))
         try:
-            found: Massive = Quantities(trace.isel(depth=list(depths)))["massive"]
+            finite = source["residual_states"].finite_streams
         except Unavailable:
             return None
-        return found
+        return Facts(source["massive"] if has_massive else None, finite)
 
 
-def depth_blocks(num_depths: int, size: int) -> list[list[int]]:
-    """Positions on the depth axis in blocks of about equal size, each of at most ``size``.
+def blocks_of(count: int, size: int) -> list[list[int]]:
+    """Positions on an axis in blocks of about equal size, each of at most ``size``.
 
     Parameters
     ----------
-    num_depths, size : int
-        How many depths there are, and how many a block may have.
+    count, size : int
+        How many positions there are, and how many a block may have.
 
     Returns
     -------
@@ -218,63 +303,9 @@ def depth_blocks(num_depths: int, size: int) -> list[list[int]]:
 
     Examples
     --------
-    >>> depth_blocks(5, 2)
+    >>> blocks_of(5, 2)
     [[0], [1, 2], [3, 4]]
     """
-    count = -(-num_depths // size)
-    cuts = [number * num_depths // count for number in range(count + 1)]
+    num_blocks = -(-count // size)
+    cuts = [number * count // num_blocks for number in range(num_blocks + 1)]
     return [list(range(a, b)) for a, b in pairwise(cuts)]
-
-
-def tasks_of(
-    run: str, path: str, chain: str, trace: xr.Dataset, metrics: Iterable[str], budget: int
-) -> list[Task]:
-    """The tasks of one chain; those that take longest first.
-
-    Parameters
-    ----------
-    run, path, chain : str
-        Which chain of which run.
-    trace : Dataset
-        Its trace, of which only sizes are read.
-    metrics : iterable of str
-        Their names.
-    budget : int
-        Bytes that a task may take.
-
-    Returns
-    -------
-    list of Task
-    """
-    kinds: dict[str, list[str]] = {DEPTH: [], STEP: [], PAIR: [], WHOLE: []}
-    for name in metrics:
-        kinds[separable_by(CATALOGUE[name])].append(name)
-    num_depths = trace.sizes["depth"]
-    tasks = [
-        Task(run, path, chain, WHOLE, tuple(names)) for names in _with_common_roots(kinds[WHOLE]).values()
-    ]
-    one_depth = max(1, trace["residual"].nbytes // num_depths)
-    blocks = depth_blocks(num_depths, min(MOST_DEPTHS, max(1, budget // (COPIES * one_depth))))
-    if kinds[PAIR]:
-        # All states of both blocks at once, the mean over streams alone, and float64 copies of them.
-        pair_bytes = COPIES * one_depth // trace.sizes["stream"]
-        in_pairs = depth_blocks(num_depths, max(1, budget // (2 * pair_bytes)))
-        for first, second in combinations_with_replacement(in_pairs, 2):
-            both = first if first is second else [*first, *second]
-            tasks.append(Task(run, path, chain, PAIR, tuple(kinds[PAIR]), tuple(both), tuple(first)))
-    for block in blocks:
-        for kind, before in ((DEPTH, []), (STEP, [block[0] - 1] if block[0] else [])):
-            if kinds[kind]:
-                tasks.append(
-                    Task(run, path, chain, kind, tuple(kinds[kind]), (*before, *block), tuple(block))
-                )
-    return tasks
-
-
-def _with_common_roots(names: Iterable[str]) -> dict[str, list[str]]:
-    """Metrics over all depths by what they read first, so that those of one task share quantities."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        roots = CATALOGUE[name].roots
-        groups.setdefault("h_res" if "h_res" in roots else "".join(roots[:1]), []).append(name)
-    return groups

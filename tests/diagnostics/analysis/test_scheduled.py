@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
 
 from depthscope import CATALOGUE, analyze, save_run
 from depthscope.diagnostics.analysis.analyze import analyze_saved
-from depthscope.diagnostics.analysis.scheduled import scheduled, tasks
+from depthscope.diagnostics.analysis.scheduled import scheduled, splitting, tasks
 from depthscope.diagnostics.analysis.scheduled.workers import LostWorker, run_all, task_budget, workers
 from tests.models.synthetic_run import synthetic_run
 
@@ -38,8 +39,8 @@ def _is_equal(name, found, expected):
 
 @pytest.mark.parametrize("family", ["residual", "mhc"])
 def test_every_metric_in_blocks_is_the_metric_of_the_whole(family, client, monkeypatch, tmp_path):
-    # One depth a block, and every pair of depths a task of its own: a metric that looks further must not be cut.
-    monkeypatch.setattr(tasks, "COPIES", 10**9)
+    # One depth, pair, connection or sequence a task: a metric that looks further must not be cut.
+    monkeypatch.setattr(splitting, "blocks_of", lambda count, size: [[number] for number in range(count)])
     run = synthetic_run(family, layers=3 if family == "residual" else 1)
     values = run.trace.residual.values
     values[2, 0, 3, 0, 5] = 1e4  # massive at one depth: no other block sees it
@@ -52,7 +53,7 @@ def test_every_metric_in_blocks_is_the_metric_of_the_whole(family, client, monke
         _is_equal(name, found[name], expected.get(name, variable))
     assert found.attrs == expected.attrs
     kinds = {tasks.separable_by(CATALOGUE[name]) for name in expected.data_vars if name in CATALOGUE}
-    assert kinds == {"depth", "step", "pair", "whole"}
+    assert kinds == set(tasks.KINDS) - ({"connection"} if family == "residual" else set())
 
 
 def test_several_runs_and_a_run_in_memory(client, tmp_path):
@@ -75,20 +76,35 @@ def test_several_runs_and_a_run_in_memory(client, tmp_path):
         analyze(paths["a"], scheduler="everywhere")
 
 
-def test_a_block_is_as_large_as_a_task_may_be(tmp_path):
+def _split(run, names, budget):
+    return splitting.tasks_of(splitting.Chain("r", "r.zarr", "", run.trace.to_dataset(), budget), names)
+
+
+def test_a_block_is_as_large_as_a_task_may_be():
     run = synthetic_run("mhc", layers=4)
-    trace = run.trace.to_dataset()
-    one_depth = trace.residual.nbytes // trace.sizes["depth"]
-    found = tasks.tasks_of(
-        "r", "r.zarr", "", trace, ["token_cosine", "cka", "mixing_gain"], 2 * 10 * one_depth
+    one_depth = run.trace.residual.nbytes // run.trace.sizes["depth"]
+    names = ["token_cosine", "adjacent_cosine", "cka", "mixing_gain", "effective_depth"]
+    # Two depths and the one before are kept, beside what one of them takes in float64.
+    found, refused = _split(run, names, 6 * one_depth + 3 * one_depth * 5 // 4)
+    assert refused == {}
+    kinds = {kind: [task for task in found if task.kind == kind] for kind in tasks.KINDS}
+    assert [depth for task in kinds["depth"] for depth in task.keep] == list(range(9))
+    assert max(len(task.keep) for task in kinds["depth"]) == 2
+    assert all(len(task.positions) == len(task.keep) + 1 for task in kinds["depth"][1:])
+    assert {position for task in kinds["connection"] for position in task.keep} == set(range(8))
+    assert [task.keep for task in kinds["sequence"]] == [(0,), (1,)]
+
+
+def test_what_fits_in_no_part_is_refused_with_its_bytes():
+    run = synthetic_run("mhc", layers=4)
+    one_depth = run.trace.residual.nbytes // run.trace.sizes["depth"]
+    found, refused = _split(run, ["residual_norm", "intrinsic_dimension", "composite_gain"], 9 * one_depth)
+    assert {name for task in found for name in task.metrics} == {"residual_norm", "composite_gain"}
+    assert list(refused) == ["intrinsic_dimension"]
+    assert re.fullmatch(
+        r"it takes about \S+ GiB for one depth, and a worker has \S+ GiB for a task: .*",
+        refused["intrinsic_dimension"],
     )
-    own = [task for task in found if task.kind == "depth"]
-    assert [depth for task in own for depth in task.depths] == list(range(9))
-    assert max(len(task.depths) for task in own) == 2
-    # The mean over streams is a quarter of the states, and a pair has two blocks.
-    pairs = [task for task in found if task.kind == "pair"]
-    assert max(len(task.depths) for task in pairs) <= 8
-    assert [task.metrics for task in found if task.kind == "whole"] == [("mixing_gain",)]
 
 
 def test_what_a_lost_worker_measured_is_named_and_the_rest_is_kept(client, monkeypatch, tmp_path):
