@@ -97,9 +97,9 @@ def visits(folder: str, pages: list[str]) -> dict[str, dict[str, tuple[float, fl
 def _changed(test: AppTest) -> Callable[[], Any]:
     """A run of the page after another choice in its first control with several; the same page again where it has none."""
     for control in test.selectbox:
-        others = [option for option in control.options if option != control.value]
-        if others:
-            return control.select(others[-1]).run
+        # By its place: options are listed by the words that are shown, which are no values.
+        if len(control.options) > 1:
+            return control.select_index((control.index + 1) % len(control.options)).run
     return test.run
 
 
@@ -114,6 +114,10 @@ def text(results: dict[str, Any], *, wall: bool) -> str:
     """The tables of all cases."""
     found = []
     for case, (first, second) in results["cases"].items():
+        reasons = [str(each["reason"]) for each in (first, second) if "reason" in each]
+        if reasons:
+            found.append((f"{CASES[case][0]}: {reasons[0]}", ["page"], []))
+            continue
         rows = []
         for page, times in first.items():
             every = [times["visit"], second[page]["visit"], times["again"], times["control"]]
