@@ -95,11 +95,10 @@ def visits(folder: str, pages: list[str]) -> dict[str, dict[str, tuple[float, fl
 
 
 def _changed(test: AppTest) -> Callable[[], Any]:
-    """A run of the page after another choice in its first control with several; the same page again where it has none."""
-    for control in test.selectbox:
-        # By its place: options are listed by the words that are shown, which are no values.
-        if len(control.options) > 1:
-            return control.select_index((control.index + 1) % len(control.options)).run
+    """A run of the page after another choice: relative depth where its charts have that axis, else another depth pinned."""
+    if "axis" in test.session_state:
+        test.session_state["axis"] = "relative"
+    test.query_params["pin"] = "3"
     return test.run
 
 
@@ -112,7 +111,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 def text(results: dict[str, Any], *, wall: bool) -> str:
     """The tables of all cases."""
-    found = []
+    found: list[tables.Table] = []
     for case, (first, second) in results["cases"].items():
         reasons = [str(each["reason"]) for each in (first, second) if "reason" in each]
         if reasons:
