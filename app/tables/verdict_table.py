@@ -273,15 +273,6 @@ def _row(
         if name not in shown and name not in ABOUT_THE_RUN
     ]
     printed[OTHERS] = _other_words(others)
-    for _, standing in others:
-        finding = standing.finding
-        if (
-            standing.state == "INFO"
-            and finding is not None
-            and finding.axis == "depth"
-            and finding.first >= 0
-        ):
-            opened.setdefault(OTHERS, finding.first)
     return printed, behind, opened
 
 
