@@ -42,6 +42,13 @@ SHARED = ("model", "family", "n_streams", "num_blocks", "num_parameters", "block
 """Attributes in which the seeds of one experiment agree."""
 
 
+OTHERS = "other verdicts"
+"""Column of all verdicts that have none of their own."""
+
+MOST_NOTED = 2
+"""Notes that the column names: a cell is one line."""
+
+
 @dataclass(frozen=True)
 class VerdictTable:
     """A table of verdicts, ready to be drawn.
@@ -191,7 +198,7 @@ def verdict_table(
         *([STATUS] if statuses else []),
         *([group_by] if group_by else []),
         *map(spoken, shown),
-        "other verdicts",
+        OTHERS,
     ]
     return VerdictTable(
         pd.DataFrame(cells, columns=columns),
@@ -260,12 +267,12 @@ def _row(
         if worst.finding is not None and worst.finding.axis == "depth" and worst.finding.first >= 0:
             opened[column] = worst.finding.first
     others = [
-        standing.state
+        (name, standing)
         for summary in row
         for name, standing in summary.standings.items()
         if name not in shown and name not in ABOUT_THE_RUN
     ]
-    printed["other verdicts"] = _count_words(others)
+    printed[OTHERS] = _other_words(others)
     return printed, behind, opened
 
 
@@ -284,7 +291,12 @@ def _cell(worst: Standing, found: Sequence[Standing]) -> str:
     return " ".join(parts)
 
 
-def _count_words(states: Sequence[str]) -> str:
-    words: Mapping[str, str] = {"INFO": "noted", "PASS": "passed", NOT_JUDGED: "not judged"}
+def _other_words(others: Sequence[tuple[str, Standing]]) -> str:
+    """The names of what was noted, the first ones, and how many passed or were not judged."""
+    noted = list(dict.fromkeys(spoken(name) for name, standing in others if standing.state == "INFO"))
+    more = [f"{len(noted) - MOST_NOTED} more"] if len(noted) > MOST_NOTED else []
+    states = [standing.state for _, standing in others]
+    words: Mapping[str, str] = {"PASS": "passed", NOT_JUDGED: "not judged"}
     counts = {word: states.count(state) for state, word in words.items()}
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    told = [f"{SIGNS['INFO']} {', '.join([*noted[:MOST_NOTED], *more])}"] if noted else []
+    return "; ".join([*told, *(f"{count} {word}" for word, count in counts.items() if count)])

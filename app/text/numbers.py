@@ -26,6 +26,8 @@ def number(value: float, *, digits: int = 3) -> str:
     --------
     >>> number(1234.5), number(0.04567), number(3.2e-7), number(float("nan"))
     ('1234', '0.0457', '3.2e-7', '–')
+    >>> number(0.9996), number(0.0123)
+    ('1.00', '0.0123')
     """
     if math.isnan(value):
         return UNDEFINED
@@ -35,8 +37,10 @@ def number(value: float, *, digits: int = 3) -> str:
         return "0"
     if not 1e-3 <= abs(value) < 1e5:  # plain notation would be longer than scientific
         return _scientific(value, digits)
+    # Rounded first: 0.9996 is 1.00 and not 1.000.
+    rounded = abs(float(f"{value:.{digits - 1}e}"))
     # Digits before the point; zeros after it count against the digits, negatively.
-    before = len(str(int(abs(value)))) if abs(value) >= 1 else math.floor(math.log10(abs(value))) + 1
+    before = len(str(int(rounded))) if rounded >= 1 else math.floor(math.log10(rounded)) + 1
     return _signed(f"{value:.{max(digits - before, 0)}f}")
 
 

@@ -95,11 +95,10 @@ def visits(folder: str, pages: list[str]) -> dict[str, dict[str, tuple[float, fl
 
 
 def _changed(test: AppTest) -> Callable[[], Any]:
-    """A run of the page after another choice in its first control with several; the same page again where it has none."""
-    for control in test.selectbox:
-        others = [option for option in control.options if option != control.value]
-        if others:
-            return control.select(others[-1]).run
+    """A run of the page after another choice: relative depth where its charts have that axis, else another depth pinned."""
+    if "axis" in test.session_state:
+        test.session_state["axis"] = "relative"
+    test.query_params["pin"] = "3"
     return test.run
 
 
@@ -112,8 +111,12 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 def text(results: dict[str, Any], *, wall: bool) -> str:
     """The tables of all cases."""
-    found = []
+    found: list[tables.Table] = []
     for case, (first, second) in results["cases"].items():
+        reasons = [str(each["reason"]) for each in (first, second) if "reason" in each]
+        if reasons:
+            found.append((f"{CASES[case][0]}: {reasons[0]}", ["page"], []))
+            continue
         rows = []
         for page, times in first.items():
             every = [times["visit"], second[page]["visit"], times["again"], times["control"]]

@@ -112,9 +112,9 @@ def card(
     # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
     with st.container(border=True, gap="xsmall"):
-        left, right = st.columns([3, 1], vertical_alignment="center")
-        left.markdown(f"**{escaped(shown.title)}**")
-        with right, st.container(horizontal=True, horizontal_alignment="right"):
+        # No columns: in a narrow card one of them would cut the button's word.
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**{escaped(shown.title)}**")
             _numbers(figure, key)
         drawing = to_plotly(shown, mark=mark).to_json()
         show_drawing(

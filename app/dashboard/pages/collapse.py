@@ -87,7 +87,9 @@ def _show_versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, An
     for column, (title, choices) in zip(st.columns(len(versions)), versions.items(), strict=True):
         with column:
             figure = _scaled(build(kind, chosen.analyses, {**selection, **choices}), scale)
-            figure = replace(figure, title=f"{figure.title.removesuffix(' across depth')}, {title}")
+            # Shorter than the label: a title of two lines would move its plot out of line.
+            short = title.removesuffix(" tokens")
+            figure = replace(figure, title=f"{figure.title.removesuffix(' across depth')}, {short}")
             card(figure, key=f"version_{title}", height=260)
 
 
