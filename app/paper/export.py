@@ -11,7 +11,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_word
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, further_fonts, write_word
 from depthscope.app.drawing.matplotlib.many_figures import Drawing, write_figures
 from depthscope.app.figures import Figure, Heatmap, Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
@@ -274,6 +274,8 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "software": software(),
         "commit": source_commit(),
+        # Beside those of matplotlib, for names in other alphabets.
+        "fonts": further_fonts(reading.name for reading in contents.readings),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),

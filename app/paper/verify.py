@@ -14,7 +14,7 @@ from typing import Any
 
 from depthscope.app.figures import Selection
 from depthscope.app.paper.export import make_bundle, write_files
-from depthscope.app.paper.replaced_folder import MANIFEST, manifest_of, sha256
+from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, manifest_of, sha256
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
 
@@ -35,7 +35,7 @@ class Verification:
     same : tuple of str
         Files that are the same, byte for byte.
     redrawn : tuple of str
-        Drawings with other bytes, whose numbers are the same: another version of a library draws them.
+        Drawings with other bytes, whose numbers are the same: another version of a library or other fonts draw them.
     changed : mapping of str to str
         Files whose numbers or words do not follow, with what was written and what follows now.
     edited : tuple of str
@@ -47,7 +47,7 @@ class Verification:
     facts : mapping of str to str
         Statements of the manifest that do not follow, such as a caption.
     notes : tuple of str
-        What differs and decides nothing: versions and the commit.
+        What differs and decides nothing: versions, fonts, the commit, and files of others.
     """
 
     same: tuple[str, ...]
@@ -129,6 +129,10 @@ def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> 
         changed = {name: words for name, words in changed.items() if words}
         redrawn = [name for name in others if _is_drawing(name) and name not in edited]
         changed |= {name: "its numbers are others" for name in redrawn if _has_other_numbers(name, changed)}
+        if not list(_other_software(manifest, made)) and not made["commit"].endswith("-dirty"):
+            # The same code and libraries draw the same numbers in the same bytes.
+            same = (name for name in redrawn if name not in changed and not _has_other_numbers(name, others))
+            changed |= dict.fromkeys(same, "has other bytes than the same versions draw")
         return Verification(
             same=tuple(name for name in there if name not in others),
             redrawn=tuple(name for name in redrawn if name not in changed),
@@ -138,7 +142,7 @@ def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> 
             new=tuple(name for name in written if name not in now),
             runs=dict(_runs(manifest["runs"], made["runs"])),
             facts=dict(_facts(manifest, made)),
-            notes=tuple(_notes(manifest, made)),
+            notes=(*_other_software(manifest, made), *_others(folder)),
         )
 
 
@@ -150,8 +154,13 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         if "depths" in choice:
             choice["depths"] = tuple(choice["depths"])
         view = Selection.of(choice)
-        if not isinstance(manifest["runs"], dict) or not set(formats) <= {"pdf", "svg", "pgf", "png"}:
-            raise ValueError("runs or formats")
+        described = [manifest["runs"], manifest.get("software") or {}, *manifest["runs"].values()]
+        if not all(isinstance(part, dict) for part in described) or not isinstance(
+            manifest.get("fonts") or [], list
+        ):
+            raise ValueError("runs, software or fonts")
+        if not set(formats) <= {"pdf", "svg", "pgf", "png"}:
+            raise ValueError("formats")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"the settings in {MANIFEST} cannot be repeated ({error}): it is of another version, or was edited; "
@@ -254,10 +263,23 @@ def _facts(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str
                 yield f"{part}/{name}", "is not what follows from the runs"
 
 
-def _notes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _others(folder: Path) -> Iterator[str]:
+    """Files that no export wrote, which say nothing about the runs."""
+    found = [str(name) for name in foreign_files(folder, force=True)]
+    if found:
+        more = f" and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else ""
+        yield f"not written by an export, and not compared: {', '.join(found[:MOST_LISTED])}{more}"
+
+
+def _other_software(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(set(was.get("software") or {}) | set(now["software"])):
         before, after = ((each.get("software") or {}).get(name, "none") for each in (was, now))
         if before != after:
             yield f"written with {name} {before}, recomputed with {after}"
+    if was.get("fonts") != now["fonts"]:
+        before, after = (
+            ", ".join(map(str, each.get("fonts") or [])) or "matplotlib's fonts" for each in (was, now)
+        )
+        yield f"names drawn with {before}, recomputed with {after}"
     if was.get("commit") != now["commit"]:
         yield f"written at commit {was.get('commit') or 'unknown'}, recomputed at {now['commit'] or 'unknown'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pandas as pd
@@ -29,15 +30,22 @@ def to_markdown(table: Table) -> str:
     str
     """
     columns = [str(column) for column in table.printed.columns]
-    cells = table.printed.map(visible).to_numpy().tolist()
+    cells = table.printed.map(_no_markup).to_numpy().tolist()
     for row, name in table.best:
         cells[row][columns.index(name)] = f"**{cells[row][columns.index(name)]}**"
-    rows = [columns, ["---"] * len(columns), *cells]
-    lines = [
-        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in rows
-    ]
+    rows = [[_no_markup(column) for column in columns], ["---"] * len(columns), *cells]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = ["", " ".join(table.notes)] if table.notes else []
-    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines, *notes]) + "\n"
+    return "\n".join([f"**{table.title}.** {_no_markup(table.caption)}", "", *lines, *notes]) + "\n"
+
+
+# An underscore within a word is none for Markdown.
+_MARKUP = re.compile(r"[\\`*\[\]<&~|$]|(?<!\w)_|_(?!\w)")
+
+
+def _no_markup(text: object) -> str:
+    """Text that Markdown shows as it is: no emphasis, link, HTML or mathematics, and no end of a cell."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", " "))
 
 
 def to_csv(table: Table) -> str:

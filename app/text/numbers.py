@@ -37,11 +37,13 @@ def number(value: float, *, digits: int = 3) -> str:
         return "0"
     if not 1e-3 <= abs(value) < 1e5:  # plain notation would be longer than scientific
         return _scientific(value, digits)
-    # Rounded first: 0.9996 is 1.00 and not 1.000.
-    rounded = abs(float(f"{value:.{digits - 1}e}"))
-    # Digits before the point; zeros after it count against the digits, negatively.
-    before = len(str(int(rounded))) if rounded >= 1 else math.floor(math.log10(rounded)) + 1
-    return _signed(f"{value:.{max(digits - before, 0)}f}")
+    return _signed(f"{value:.{_places(value, digits)}f}")
+
+
+def _places(value: float, digits: int) -> int:
+    """Places after the point that show so many significant digits, of the rounded value: 9.996 is 10.0."""
+    exponent = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
+    return max(digits - 1 - exponent, 0)
 
 
 def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> str:
@@ -79,7 +81,7 @@ def _with_error(value: float, stderr: float) -> str:
     ):
         return f"{number(value)} ± {number(stderr, digits=2)}"
     # The error has two significant digits, and the value as many places as the error.
-    places = max(1 - math.floor(math.log10(stderr)), 0)
+    places = _places(stderr, 2)
     return f"{_signed(f'{value:.{places}f}')} ± {stderr:.{places}f}"
 
 
@@ -91,6 +93,9 @@ def _scientific(value: float, digits: int) -> str:
 
 
 def _signed(text: str) -> str:
+    # What rounds to nothing has no sign.
+    if text.startswith("-") and not text.strip("-0."):
+        return text[1:]
     # The minus sign: a hyphen is narrower than the digits, and is read as one.
     return "−" + text[1:] if text.startswith("-") else text
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
+from depthscope.app.drawing.matplotlib.fonts import further_fonts
 from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE, draw_heatmap
-from depthscope.app.drawing.matplotlib.paper_figure import UNDATED
 from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style, pgf_style
 from depthscope.app.drawing.matplotlib.words import write_word
 from depthscope.app.figures.composed import Composed, Points
@@ -31,6 +31,7 @@ __all__ = [
     "draw_composed",
     "draw_into",
     "figure_style",
+    "further_fonts",
     "to_matplotlib",
     "to_svg",
     "write_figure",
@@ -90,7 +91,7 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
         for path in paths:
             ending = path.suffix.removeprefix(".")
             if ending != "pgf":
-                canvas.savefig(path, metadata=UNDATED.get(ending))
+                canvas.savefig(path)
                 continue
             # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
             # would print as they are.
@@ -212,7 +213,7 @@ def to_svg(figure: Figure, *, width: str = "neurips", page: bool = False) -> str
     buffer = io.StringIO()
     with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE if page else {}):
         canvas = _laid_out(_drawn(figure, size, dense=DENSE_ON_A_PAGE if page else DENSE))
-        canvas.savefig(buffer, format="svg", metadata=UNDATED["svg"], transparent=page)
+        canvas.savefig(buffer, format="svg", transparent=page)
     text = buffer.getvalue()
     if page:
         text = _for_any_page(text)

@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 
-__all__ = ["FONTS", "can_draw", "points_across", "set_fonts"]
+__all__ = ["FONTS", "can_draw", "further_fonts", "points_across", "set_fonts"]
 
 FONTS = ("STIXGeneral", "DejaVu Sans")
 """Fonts of figures, which come with matplotlib; the second one has the signs that the first one lacks."""
@@ -42,6 +42,23 @@ def can_draw(letter: str) -> bool:
         matplotlib cannot order or join.
     """
     return _family_of(letter) is not None
+
+
+def further_fonts(texts: Iterable[str]) -> list[str]:
+    """The installed fonts that draw what `FONTS` lack.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        Such as the names of runs.
+
+    Returns
+    -------
+    list of str
+        Families, sorted.
+    """
+    letters = sorted({letter for text in texts for letter in text if not letter.isascii()})
+    return sorted({family for family in map(_family_of, letters) if family is not None} - set(FONTS))
 
 
 def set_fonts(root: Artist) -> None:

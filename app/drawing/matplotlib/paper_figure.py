@@ -40,7 +40,8 @@ class PaperFigure(Figure):
         figsize: tuple[float, float],
         layout: Literal["constrained", "compressed"] = "constrained",
     ) -> None:
-        self._size = size
+        # As they are now: a figure for a page of HTML has some of its own.
+        self._settings = {name: mpl.rcParams[name] for name in settings_of(size)}
         super().__init__(figsize=figsize, layout=layout)
 
     def draw(self, renderer: RendererBase) -> None:
@@ -51,7 +52,7 @@ class PaperFigure(Figure):
         renderer : matplotlib.backend_bases.RendererBase
             See `matplotlib.figure.Figure.draw`.
         """
-        with mpl.rc_context(settings_of(self._size)):
+        with mpl.rc_context(self._settings):
             super().draw(renderer)
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
@@ -66,6 +67,7 @@ class PaperFigure(Figure):
         """
         ending = Path(fname).suffix.removeprefix(".") if isinstance(fname, str | PathLike) else ""
         ending = str(kwargs.get("format") or ending or mpl.rcParams["savefig.format"])
-        kwargs.setdefault("metadata", UNDATED.get(ending))
-        with mpl.rc_context(settings_of(self._size)):
+        if ending in UNDATED:
+            kwargs.setdefault("metadata", UNDATED[ending])
+        with mpl.rc_context(self._settings):
             super().savefig(fname, **kwargs)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, to_svg, write_figure
+from depthscope.app.drawing.matplotlib import WIDTHS, further_fonts, to_matplotlib, to_svg, write_figure
+from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw
 from depthscope.app.drawing.matplotlib.matrices import edges
 from depthscope.app.figures import Heatmap, Line, Lines
 from tests.app.example_figures import CURVES, MAP, X
@@ -116,3 +117,44 @@ def test_pgf_without_latex_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="need pdflatex"):
         write_figure(CURVES, tmp_path / "c.pgf")
+
+
+def test_many_lines_of_many_runs_are_named_by_run_and_by_variant(tmp_path):
+    runs = [f"run-{place} " + "words " * 8 for place in range(14)]
+    lines = [Line(X, X + 1, f"{run} · depth {depth}", group=run) for run in runs for depth in (0, 4)]
+    canvas = to_matplotlib(Lines("many", "Title", "x", "y", tuple(lines)), width="icml")
+    (legend,) = canvas.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == 16
+    assert labels[14:] == ["depth 0", "depth 4"]
+    assert [label[: len("run-0")] for label in labels[:2]] == ["run-0", "run-1"]
+    assert canvas.get_size_inches()[1] < 5
+
+
+def test_letters_are_drawn_by_a_font_that_has_them_or_escaped():
+    assert not any(map(can_draw, "\u200d\ue000\U0010ffff"))  # a joiner, a letter of private use, none
+    assert all(map(can_draw, "aπлش"))
+    name = "模型 \ue000"
+    canvas = to_matplotlib(replace(CURVES, x_label=name))
+    (axes,) = canvas.axes
+    label = axes.xaxis.label
+    if can_draw("模"):
+        assert label.get_text() == "模型 \\ue000"
+        assert label.get_fontfamily()[-1:] == further_fonts([name])
+    else:
+        assert label.get_text() == r"\u6a21\u578b \ue000"
+    assert axes.yaxis.label.get_fontfamily() == list(FONTS)
+
+
+def test_a_font_of_last_resort_draws_no_letter():
+    # It has one box for all letters of a block; matplotlib comes with one.
+    assert "Last Resort High-Efficiency" not in further_fonts(map(chr, range(0x4E00, 0x5000)))
+
+
+def test_a_figure_that_is_saved_later_is_fit_for_a_venue(tmp_path):
+    files = [tmp_path / "a.pdf", tmp_path / "b.pdf"]
+    for file in files:
+        to_matplotlib(CURVES).savefig(file)
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    assert b"/Type3" not in first

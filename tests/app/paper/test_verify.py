@@ -99,6 +99,17 @@ def test_changed_words_figures_and_files_are_named(bundle, runs):
     assert words.endswith("not everything follows")
 
 
+def test_another_drawing_under_the_right_hash_is_named(bundle, runs, monkeypatch):
+    monkeypatch.setattr(export, "source_commit", lambda: "a" * 40)
+    _change(bundle / "manifest.json", '"commit": "', '"commit": "' + "a" * 40 + '", "was": "')
+    (bundle / "figures" / "gains.pdf").write_bytes(b"%PDF another figure")
+    _hide(bundle, "figures/gains.pdf")
+    (bundle / "notes.txt").write_text("mine")
+    checked = verify_bundle(bundle, runs)
+    assert checked.changed == {"figures/gains.pdf": "has other bytes than the same versions draw"}
+    assert checked.notes == ("not written by an export, and not compared: notes.txt",)
+
+
 def test_other_runs_are_named(bundle, runs, make_run):
     other = read_runs({"m": make_run("mhc", layers=2, seed=5)})
     checked = verify_bundle(bundle, [runs[0], *other])
@@ -123,6 +134,7 @@ def test_a_changed_caption_in_the_manifest_is_named(bundle, runs):
         ('"formats": [', '"formats": ["exe", '),
         ('"selection": {', '"selection": {"x": 1, '),
         ('"by": ""', '"by": "colour"'),
+        ('"software": {', '"software": [], "was": {'),
     ],
 )
 def test_settings_that_cannot_be_repeated_are_refused(bundle, runs, old, new):

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from depthscope.app.figures.specification import Selection
@@ -16,7 +17,7 @@ from depthscope.app.tables.best import best_of
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
-from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
+from depthscope.app.tables.tables import Table, depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
 from depthscope.app.text.venues import VENUES
@@ -266,3 +267,32 @@ def test_best_cells_are_bold_in_latex_and_markdown(readings):
     assert "**" in to_markdown(table).splitlines()[5]
     assert r"\textbf" in to_latex(table, {})
     assert any("Bold" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((9.9996,), "10.0"),
+        ((0.99996,), "1.00"),
+        ((1.234, 9.995), "1 ± 10"),
+        ((1.234, 0.0996), "1.23 ± 0.10"),
+        ((-0.0001, 0.4), "0.00 ± 0.40"),
+        ((3.0, 1e-12), "3.00 ± 1e-12"),
+        ((np.inf, 0.1), "∞ ± 0.10"),
+        ((2.0, 0.0), "2.00"),
+        ((np.nan, 0.1), "–"),
+    ],
+)
+def test_digits_are_those_of_the_rounded_number(numbers, said):
+    assert quantity(*numbers) == said
+
+
+def test_numbers_that_are_printed_alike_are_best_alike():
+    nan = float("nan")
+    assert best_of("composite_gain", [1.0001, 1.0002, 3.0], [nan] * 3, better="nearer 1") == {0, 1}
+
+
+def test_markdown_shows_names_as_they_are():
+    printed = pd.DataFrame({"run": ["<i>a|b</i> *c* _d_ m_1"]})
+    table = Table(name="t", title="T", caption="c", data=printed, printed=printed)
+    assert r"| \<i>a\|b\</i> \*c\* \_d\_ m_1 |" in to_markdown(table)

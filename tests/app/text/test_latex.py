@@ -14,6 +14,8 @@ from depthscope.app.text.latex import pictured_words, tex
         ("łódź ß", r"\l{}\'{o}d\'{z} \ss{}"),
         ("“a” … «b»", r"``a'' \dots{} \guillemotleft{}b\guillemotright{}"),
         ("e\u0301", r"\'{e}"),
+        ("ộ", r"\d{\^{o}}"),  # the mark below goes around: TeX sets one mark on a letter
+        ("ố", r"\protect\depthscopeword{7889}\allowbreak{}"),
         ("мы", r"\protect\depthscopeword{1084-1099}\allowbreak{}"),
         ("模型", r"\protect\depthscopeword{27169}\allowbreak{}\protect\depthscopeword{22411}\allowbreak{}"),
         ("x模y", r"x\protect\depthscopeword{27169}\allowbreak{}y"),
