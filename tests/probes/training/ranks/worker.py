@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depthscope import diagnostics, probes
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.training.live import live as live_module
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.recorder import ProbeWarning
+from tests.probes.training.beside import Beside
 
 EQUAL = 1e-10
 # Of numbers that come from a spectrum or an angle of float32 states, whose order differs.
@@ -198,9 +201,12 @@ def learning(world, folder):
 
 
 def streams(world, folder):
+    """Connections between streams; the first process has its rows completed beside the training."""
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0]]
     near = (*OF_GRADIENTS, *QUANTILES)
-    recorder = compared(lambda: built(Streams), 2, counts, near=near)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_module, "AnalysisProcess", Beside)
+        recorder = compared(lambda: built(Streams), 2, counts, near=near, analysis="process")
     if dist.get_rank() == 0:
         one = trained(built(Streams), 2, counts=counts, group="none")
         for name in ("mixing_gain", "composite_gain"):
