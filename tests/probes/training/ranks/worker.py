@@ -240,6 +240,35 @@ def sharded(world, folder):
         assert list(recorder.run.trace["module"].values.astype(str))[1] == "blocks.0"
 
 
+class Exchanging(Plain):
+    """A model that exchanges something in its forward, as mixtures of experts do."""
+
+    def forward(self, ids):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return super().forward(ids) * total.item()
+
+
+def compiled(world, folder):
+    """A compiled model inside of the wrapper; refused where its forward exchanges something, which nobody waits for."""
+    counts = [[3, 1][:world], [2, 0][:world]]
+
+    def wrap(model):
+        if dist.get_world_size() > 1:
+            return DistributedDataParallel(torch.compile(model, backend="eager"))
+        return model
+
+    recorder = compared(built, 2, counts, wrap=wrap, near=OF_GRADIENTS)
+    if dist.get_rank() == 0:
+        assert "DistributedDataParallel" in recorder.run.attrs["processes_chosen"]
+    for kind, words in ((Exchanging, "exchange something"), (Plain, "can be recorded")):
+        model = torch.compile(built(kind) if kind is Exchanging else wrap(built()), backend="eager")
+        sentences = warned(lambda model=model: trained(model, 1, counts=[[1] * world], group="world"))
+        assert len(sentences) == 1, sentences
+        assert words in sentences[0], sentences
+    torch._dynamo.reset()
+
+
 def warned(action):
     """The sentences of our warnings."""
     with warnings.catch_warnings(record=True) as caught:
@@ -524,6 +553,7 @@ SCENARIOS = {
         stopping,
         token_shards,
         parts_of_sequences,
+        compiled,
     ),
     4: (uneven, learning, sharded, other_model, empty_first, missing, parts_and_shards),
 }
