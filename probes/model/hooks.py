@@ -22,6 +22,7 @@ from depthscope.probes.model.user_modes import outside_function_modes, outside_u
 
 INERT = "a hook of a probe was here"  # marks what copies of our hooks are
 REENTRANT_FORWARD = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+PIPELINE_INFERENCE = ("_forward_metadata_inference", "_shape_inference")  # as releases of torch name it
 Report: TypeAlias = Callable[[Exception], None]
 
 
@@ -399,6 +400,22 @@ def in_reentrant_checkpoint() -> bool:
         if frame.f_code is REENTRANT_FORWARD:
             return True
         frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def in_pipeline_inference() -> bool:
+    """Whether torch's pipeline runs a stage only to learn the shapes of what it returns.
+
+    Before its first step a schedule calls each stage once more, on memory that holds no data, and runs a backward of ones
+    through it: a forward like any other, and no part of the training.
+    """
+    stage = sys.modules.get("torch.distributed.pipelining.stage")
+    frame = None if stage is None else sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in PIPELINE_INFERENCE and code.co_filename == getattr(stage, "__file__", None):
+            return True
+        frame = frame.f_back
     return False
 
 

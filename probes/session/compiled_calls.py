@@ -31,6 +31,7 @@ from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
+from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -344,7 +345,8 @@ class CompiledCalls:
                 "a compiled model was called by two threads at once; record one thread at a time, or do not compile it"
             )
         try:
-            with preserved_state(module), preserved_attributes(module), eager(), own_call(self._owner):
+            own = own_call(self._owner)
+            with preserved_state(module), preserved_attributes(module), eager(), own, without_exchange():
                 yield
         finally:
             self._lock.release()
@@ -374,17 +376,7 @@ def _advised(error: RuntimeError) -> Exception:
 
 def _require_repeatable(module: nn.Module) -> None:
     """Refuse a model whose forward cannot run once more without any effect."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise CaptureError(
-                "a compiled model is measured by one more forward, which could wait for the other processes for ever; record "
-                "it in one process, or uncompiled"
-            )
-        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in module.modules()):
-            raise CaptureError(
-                "a compiled model is measured by one more forward, which DistributedDataParallel would count as the user's; "
-                "record the module inside of it, or do not compile it"
-            )
+    require_no_exchange(module)
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters()):
         raise CaptureError("the model has parameters without a shape yet; call it once before it is measured")
 

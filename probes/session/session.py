@@ -22,6 +22,7 @@ from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import (
     Attachment,
     CompilerLog,
+    in_pipeline_inference,
     in_reentrant_checkpoint,
     num_running_calls,
 )
@@ -337,6 +338,8 @@ class Session:
             return  # part of it as well, whose tensors nobody can read
         current.clear()
         self._unseen = False
+        if in_pipeline_inference():
+            return
         # No part of a step that will be left out, and no forward without gradients of a step that measures these.
         if self.errors or not self._may_have_gradients() or not self._is_of_the_step(module):
             return

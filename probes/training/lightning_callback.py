@@ -45,6 +45,7 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         self._module = module
         self._options = {"gradients": True, **options}
         self._global_step = 0
+        self._losses: list[Any] = []  # of the batches of the present step
         self.recorder: Recorder | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -62,11 +63,18 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End a step where the optimiser has made one."""
-        if self.recorder is None or trainer.global_step == self._global_step:
+        if self.recorder is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is not None and self.recorder.measuring:
+            self._losses.append(loss)
+        if trainer.global_step == self._global_step:
             return
         self._global_step = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self.recorder.step(loss)
+        losses, self._losses = self._losses, []
+        # Lightning has divided each of them by the number of batches, where it accumulates them itself.
+        share = 1 if pl_module.automatic_optimization else max(len(losses), 1)
+        self.recorder.step(sum(losses) / share if losses else None)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish the store."""

@@ -138,7 +138,8 @@ def record(
         is one or two measured steps later at most, or at the end of the block. Where two rows wait already, the next one
         gets no metrics; its statistics stay, and the attribute ``live_rows_dropped`` has the number of such rows. The first
         seconds, until the process has started, are computed in the training, and so is the rest where it dies. ``"auto"``
-        takes the process where the training may use more cores than torch has threads.
+        takes the process where the training may use more cores than torch has threads. Of several processes that measure
+        together only the one that writes has such a process, which takes the sums of all.
     group : ProcessGroup, DeviceMesh or str, optional
         Which processes train this model together, each on its part of the data (docs/many_processes.md): their statistics are
         added, and the first of them writes, prints and has the ``run``. By default those of the model's wrapper
@@ -163,8 +164,8 @@ def record(
     Raises
     ------
     ValueError
-        For a loss reduction, a scaler or a place of the analysis of another kind, where several processes run and it cannot
-        be known which of them train the model together, and for an analysis beside the training of several processes.
+        For a loss reduction, a scaler or a place of the analysis of another kind, and where several processes run and it
+        cannot be known which of them train the model together, or they are not all that share sequences.
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
@@ -172,13 +173,6 @@ def record(
     require_module(model)
     together = data_group(model, group)
     model = inner_model(model)
-    if together is not None:
-        if analysis == "process":
-            raise ValueError(
-                f"analysis='process' came with {together.size} processes that measure together, whose sums are added in the "
-                "training; leave it out"
-            )
-        analysis = "inline" if analysis == "auto" else analysis
     given: dict[str, Any] = {
         "sinks": list(sinks),
         "on_finding": on_finding,

@@ -17,7 +17,7 @@ from depthscope.probes.statistics.live_sums import LiveSums, Places
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.live.row import Begun
 
-OF_TOKENS = ("places", "states", "gradient_norms", "mixes", "reads", "writes", "sums", "values")
+OF_TOKENS = ("places", "states", "gradient_norms", "mixes", "reads", "writes", "sums", "values", "histograms")
 NOT_READ = ("feature_sum",)  # no metric of a row is computed from it
 
 

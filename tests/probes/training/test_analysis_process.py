@@ -19,10 +19,9 @@ from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.probes.training.live import live as live_module
-from depthscope.probes.training.live.analysis_process import completed
 from depthscope.probes.training.live.findings import TrainingStopped
-from depthscope.probes.training.live.row_input import RowInput
 from depthscope.probes.training.recorder import ProbeWarning
+from tests.probes.training.beside import Beside
 from tests.probes.training.killed_trainers import Stack
 
 pytestmark = pytest.mark.skipif(
@@ -102,32 +101,6 @@ def test_rows_come_from_the_process_are_dropped_where_it_is_behind_and_go_on_whe
     for name in expected.data_vars:
         np.testing.assert_array_equal(live[name].values, expected[name].values, err_msg=name)
         np.testing.assert_array_equal(written[name].values, expected[name].values, err_msg=name)
-
-
-class Beside:
-    """In the place of the process: rows are completed when it is told to go on."""
-
-    def __init__(self, metrics, attrs):
-        self.dropped, self.ended, self.is_starting, self.goes_on = [], "", False, False
-        self._metrics, self._attrs, self._waiting = metrics, attrs, []
-
-    def hand_over(self, step, sums, begun):
-        self._waiting.append((step, RowInput(step, list(sums), begun)))
-
-    @property
-    def awaited(self):
-        return {step for step, _ in self._waiting}
-
-    def arrived(self):
-        arriving, self._waiting = (self._waiting, []) if self.goes_on else ([], self._waiting)
-        return [completed(self._metrics, self._attrs, step, given) for step, given in arriving]
-
-    def finish(self):
-        self.goes_on = True
-        return self.arrived()
-
-    def close(self):
-        pass
 
 
 @pytest.mark.parametrize("ends", [False, True])

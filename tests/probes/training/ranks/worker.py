@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from depthscope import diagnostics, probes
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.training.live import live as live_module
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.recorder import ProbeWarning
+from tests.probes.training.beside import Beside
 
 EQUAL = 1e-10
 # Of numbers that come from a spectrum or an angle of float32 states, whose order differs.
@@ -198,9 +201,12 @@ def learning(world, folder):
 
 
 def streams(world, folder):
+    """Connections between streams; the first process has its rows completed beside the training."""
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0]]
     near = (*OF_GRADIENTS, *QUANTILES)
-    recorder = compared(lambda: built(Streams), 2, counts, near=near)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_module, "AnalysisProcess", Beside)
+        recorder = compared(lambda: built(Streams), 2, counts, near=near, analysis="process")
     if dist.get_rank() == 0:
         one = trained(built(Streams), 2, counts=counts, group="none")
         for name in ("mixing_gain", "composite_gain"):
@@ -232,6 +238,35 @@ def sharded(world, folder):
     if dist.get_rank() == 0:
         assert "fully_shard" in recorder.run.attrs["processes_chosen"]
         assert list(recorder.run.trace["module"].values.astype(str))[1] == "blocks.0"
+
+
+class Exchanging(Plain):
+    """A model that exchanges something in its forward, as mixtures of experts do."""
+
+    def forward(self, ids):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return super().forward(ids) * total.item()
+
+
+def compiled(world, folder):
+    """A compiled model inside of the wrapper; refused where its forward exchanges something, which nobody waits for."""
+    counts = [[3, 1][:world], [2, 0][:world]]
+
+    def wrap(model):
+        if dist.get_world_size() > 1:
+            return DistributedDataParallel(torch.compile(model, backend="eager"))
+        return model
+
+    recorder = compared(built, 2, counts, wrap=wrap, near=OF_GRADIENTS)
+    if dist.get_rank() == 0:
+        assert "DistributedDataParallel" in recorder.run.attrs["processes_chosen"]
+    for kind, words in ((Exchanging, "exchange something"), (Plain, "can be recorded")):
+        model = torch.compile(built(kind) if kind is Exchanging else wrap(built()), backend="eager")
+        sentences = warned(lambda model=model: trained(model, 1, counts=[[1] * world], group="world"))
+        assert len(sentences) == 1, sentences
+        assert words in sentences[0], sentences
+    torch._dynamo.reset()
 
 
 def warned(action):
@@ -518,6 +553,7 @@ SCENARIOS = {
         stopping,
         token_shards,
         parts_of_sequences,
+        compiled,
     ),
     4: (uneven, learning, sharded, other_model, empty_first, missing, parts_and_shards),
 }
