@@ -43,6 +43,13 @@ def add_max_bytes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """``--layers``: where the blocks are, as ``args.layers``."""
+    parser.add_argument(
+        "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
+    )
+
+
 def add_out(
     parser: argparse.ArgumentParser, kind: OutputFile, *, metavar: str, about: str, required: bool = True
 ) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from depthscope.app.cli.arguments import add_layers
 from depthscope.app.cli.paths import InputPath
 from depthscope.app.cli.values import Checked, Number, OneOf, quoted
 from depthscope.app.text.terminal import working
@@ -76,9 +77,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
         "smollm2",
     )
     parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
-    parser.add_argument(
-        "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
-    )
+    add_layers(parser)
     parser.add_argument(
         "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
     )

@@ -127,6 +127,27 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def signals_as_python_has_them() -> Iterator[None]:
+    """Run code of the user's, which may have its own idea of what Ctrl-C and SIGTERM mean, such as to save a checkpoint first.
+
+    Yields
+    ------
+    None
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if isinstance(getattr(ours[signal.SIGINT], "__self__", None), Interrupts):  # and not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
 def _without_interrupts(unraisable: Any) -> None:
     """What Python prints of an exception that nothing can catch; an interrupt there is said once, at the end."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):

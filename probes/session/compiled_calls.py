@@ -70,19 +70,22 @@ def compiled_callers(
     list of Module
     """
     around = (
-        [m for m in _living_modules() if _is_compiled(m) and _contains(m, model)] if search else list(known)
+        [m for m in living_modules() if is_compiled(m) and _contains(m, model)] if search else list(known)
     )
-    if around or any(_is_compiled(module) for module in model.modules()):
+    if around or any(is_compiled(module) for module in model.modules()):
         return [*around, model]
     return []
 
 
-def _living_modules() -> list[nn.Module]:
-    # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's.
-    return [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+def living_modules() -> list[nn.Module]:
+    """All modules of the process."""
+    # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's. One whose
+    # __init__ has not run yet is none.
+    return [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the call of a module runs compiled."""
     if vars(module).get(COMPILED_CALL) is not None or COMPILED_FROM in vars(module):
         return True
     # From the dictionaries: to ask a class of TorchScript's, or a property of the user's, would run code of theirs.

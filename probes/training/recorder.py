@@ -42,6 +42,8 @@ from depthscope.probes.training.ranks.sequence_parts import put_together
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
+MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are told one by one
+
 _open: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
 
@@ -136,6 +138,10 @@ class Recorder:
         self._ranks = ranks
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
+        self._not_measured, self._missing = (
+            "",
+            list[int](),
+        )  # why the last measured steps are missing, and which
         self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
@@ -257,6 +263,11 @@ class Recorder:
         return since >= 0 and since % self._every == 0 and (self._end is None or self.position < self._end)
 
     @property
+    def measured_steps(self) -> list[int]:
+        """The steps that were measured so far."""
+        return [row.step for row in self._rows]
+
+    @property
     def run(self) -> xr.DataTree:
         """The run so far.
 
@@ -311,6 +322,7 @@ class Recorder:
                 if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
                 self._collect(finish=True)
+                self._say_how_many()
                 if self._live is not None:
                     self._live.judge(self._say)
                     self._live.say_too_late(self._say)
@@ -500,7 +512,29 @@ class Recorder:
             action(*args)
         except (Exception, GeneratorExit) as error:
             self._session.drop()
-            self._say(f"step {self.position} was not measured: {error or type(error).__name__}", error)
+            self._say_not_measured(error)
+        else:
+            self._say_how_many()
+
+    def _say_not_measured(self, error: BaseException) -> None:
+        """Say why the present step is missing; of a reason that holds at every step, at last only for which it held."""
+        reason = str(error) or type(error).__name__
+        if reason != self._not_measured:
+            self._say_how_many()
+        self._not_measured = reason
+        self._missing.append(self.position)
+        if len(self._missing) > MOST_ALIKE:
+            return
+        more = "; further steps for which that holds are told together" * (len(self._missing) == MOST_ALIKE)
+        self._say(f"step {self.position} was not measured: {reason}{more}", error)
+
+    def _say_how_many(self) -> None:
+        """Say which steps in a row were missing without a sentence of their own."""
+        missing, self._missing, self._not_measured = self._missing[MOST_ALIKE:], [], ""
+        if missing:
+            self._say(
+                f"steps {missing[0]} to {missing[-1]} were not measured for the same reason ({len(missing)} of them)"
+            )
 
     def _say(self, message: str, error: BaseException | None = None) -> None:
         """Note a sentence for the end of the step."""

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import gc
+import os
 import runpy
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from depthscope.probes.model.hooks import Attachment
+from depthscope.probes.session.compiled_calls import is_compiled, living_modules
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
+Reference: TypeAlias = Callable[[], Any]  # a weak one
+
+
+def _nothing() -> None:
+    """A reference to no object."""
+
 
 class ScriptWatch:
-    """Record the first model that a script trains, from the step after the first one of its optimiser on.
+    """Record the first model that a script trains, from the third step of its optimiser on.
 
-    The model is, of all modules that were called in training mode with a graph, the one with most of the parameters that the
-    first optimiser updates; of several with the same, the one that was called first. A step is one of that optimiser; the
-    first one only shows the model, so that steps are counted from 1. Gradients are divided by the scale of the script's
-    GradScaler.
+    The first step shows the modules that have parameters which it updated. In the second one they have hooks, and the model
+    is, of those that were called with a graph, the one with most of these parameters; of several with the same one that was
+    called in training mode, and of these the one that was called first. Hooks on every module there is, which would show it in
+    the first step, are noticed by torch's compiler: it warns, and compiles anew when they leave. So steps are counted from 2.
+    Where another optimiser takes the place of the first one, as in a second phase of the same training, its steps are counted
+    from its second one on. Gradients are divided by the scale of the script's GradScaler.
 
     Parameters
     ----------
@@ -37,91 +47,140 @@ class ScriptWatch:
 
     def __init__(self, **options: Any) -> None:
         self._options = options
-        self._called: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._calls: Any = None  # the handle of the hook on every module, until the model is found
+        self._hooks: Attachment | None = None  # on the modules that may be the model
+        # Modules with parameters that are updated, and whether each was in training mode, in the order of their calls.
+        self._called: list[tuple[nn.Module, bool]] = []
+        self._model = nn.Module()  # until it is found
+        self._optimizer: Reference = _nothing
+        self._other: Reference = _nothing  # that stepped since the one that counts did
         self.recorder: Recorder | None = None
         self.model = ""
         """Name of the class of the model that is recorded; empty before it is found."""
         self.error = ""
 
-    def run(self, script: Path, arguments: Sequence[str]) -> None:
+    def run(self, script: Path | str, arguments: Sequence[str], *, is_module: bool = False) -> None:
         """Run a script as ``python SCRIPT ARGUMENTS`` would; the store is finished when it ends, however it ends.
 
         Parameters
         ----------
-        script : Path
-            A Python file.
+        script : path-like
+            A Python file, or the name of a module.
         arguments : sequence of str
             Its own.
+        is_module : bool
+            Whether a module is run, as ``python -m`` does.
         """
-        self._calls = register_module_forward_pre_hook(self._note_call)
         steps = register_optimizer_step_post_hook(self._end_step)
         try:
-            with _as_main(script, arguments):
-                runpy.run_path(str(script), run_name="__main__")
+            with _as_main(script, arguments, is_module=is_module):
+                if is_module:
+                    runpy.run_module(str(script), run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(str(script), run_name="__main__")
         finally:
             steps.remove()
-            self._calls.remove()
+            self._remove_hooks()
             if self.recorder is not None:
                 self.recorder.__exit__(*sys.exc_info())
 
-    def _note_call(self, module: nn.Module, args: Any) -> None:
-        if module.training and torch.is_grad_enabled() and module not in self._called:
-            self._called[module] = len(self._called)
-
     def _end_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.recorder is not None:
-            # Of several optimisers of one model, one counts the steps.
-            if self._optimizer is not None and self._optimizer() is optimizer:
+            if self._counts(optimizer):
                 self.recorder.step()
             return
         if self.error:
             return
         try:
-            self._begin(optimizer)
+            if self._optimizer() is optimizer:
+                self._begin(optimizer)
+            elif self._optimizer() is None:
+                self._look(optimizer)
         except Exception as error:  # the script goes on
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        self._remove_hooks()
+        if not self.error:
             self.error = f"nothing is recorded: {error}"
             warnings.warn(self.error, ProbeWarning, stacklevel=2)
 
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put hooks on the modules whose parameters an optimiser updates, for one step."""
+        self._remove_hooks()
+        self._optimizer = weakref.ref(optimizer)
+        modules = living_modules()
+        compiled = [module for module in modules if is_compiled(module)]
+        # Inside of compiled code nothing of ours runs; the call of a module that was compiled in place is such code itself.
+        inside = {id(each) for outer in compiled for each in outer.modules() if each is not outer}
+        self._called = [(module, module.training) for module in compiled if _num_updated(module, optimizer)]
+        self._hooks = Attachment(self._report)
+        for module in modules:
+            if id(module) not in inside and _num_updated(module, optimizer):
+                self._hooks.before(module, self._note_call, computes=False)
+
+    def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled() and not any(module is known for known, _ in self._called):
+            self._called.append((module, module.training))
+
+    def _remove_hooks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks, self._called = None, []
+
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
-        model = self._trained_by(optimizer)
-        if model is None:
+        counts = [(_num_updated(module, optimizer), training, module) for module, training in self._called]
+        found = max(counts, key=lambda each: each[:2], default=None)  # the first of those with the most
+        if found is None:
             return
-        self._calls.remove()
+        self._remove_hooks()
+        model = found[2]
+        while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
         # By their type: isinstance asks the objects themselves, some of which answer with a warning.
         scalers: list[Any] = [
             found for found in gc.get_objects() if issubclass(type(found), torch.amp.GradScaler)
         ]
         enabled = [scaler for scaler in scalers if scaler.is_enabled()]
-        options = {"first_step": 1, **self._options}
+        options = {"first_step": 2, **self._options}
+        if options.get("metrics") is not None:
+            options["optimizer"] = optimizer
         if len(enabled) == 1:
             options["scaler"] = enabled[0]
         elif enabled:
             options["gradients"] = False  # whose scale they have, nobody can tell
         self.recorder = record(model, **options).__enter__()
-        self.model, self._optimizer = type(model).__name__, weakref.ref(optimizer)
+        self._model = model
+        self.model = type(
+            getattr(model, "_orig_mod", model)
+        ).__name__  # and not that of what torch.compile returned
 
-    def _trained_by(self, optimizer: torch.optim.Optimizer) -> nn.Module | None:
-        updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        counts = {
-            module: sum(id(parameter) in updated for parameter in module.parameters())
-            for module in sorted(self._called, key=self._called.__getitem__)
-        }
-        found = max(counts, key=counts.__getitem__, default=None)  # the first of those with the most
-        if found is None or not counts[found]:
-            return None
-        while isinstance(found, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            found = found.module
-        return found
+    def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of an optimiser ends one of the training: of several of one model, one counts the steps."""
+        if self._optimizer() is not optimizer:
+            other, self._other = self._other(), weakref.ref(optimizer)
+            if other is not optimizer or not _num_updated(self._model, optimizer):
+                return False
+            # Twice in a row: the one that counted is not used any more.
+            self._optimizer = self._other
+        self._other = _nothing
+        return True
+
+
+def _num_updated(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """How many parameters of a model an optimiser updates."""
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return sum(id(parameter) in updated for parameter in model.parameters())
 
 
 @contextmanager
-def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
-    """What a script finds that Python itself runs: its arguments, and its folder first among those of modules."""
+def _as_main(script: Path | str, arguments: Sequence[str], *, is_module: bool) -> Iterator[None]:
+    """What a script finds that Python itself runs: its arguments, and its folder first among those of modules.
+
+    That of a module is the folder in which the command runs.
+    """
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
+    sys.path.insert(0, os.getcwd() if is_module else str(Path(script).resolve().parent))
     try:
         yield
     finally:

@@ -7,11 +7,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.arguments import add_out_folder
-from depthscope.app.cli.command import FINE, FOUND, Command
-from depthscope.app.cli.paths import InputText
+from depthscope.app.cli.arguments import add_layers, add_out_folder
+from depthscope.app.cli.command import FINE, FOUND, INTERRUPTED, Command
+from depthscope.app.cli.paths import InputPath
+from depthscope.app.cli.process import signals_as_python_has_them
 from depthscope.app.cli.values import Number, Text
 from depthscope.app.text.terminal import command_line, printable
 
@@ -19,8 +20,19 @@ if TYPE_CHECKING:
     from depthscope.probes.training.watched_script import ScriptWatch
 
 
+class Script(InputPath):
+    """A Python file; with ``-m`` the name of a module."""
+
+    def check(self, value: str, option: str, args: argparse.Namespace) -> None:
+        """Refuse what is no file; see `Checked.check`."""
+        if not args.module:
+            super().check(value, option, args)
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("script", metavar="SCRIPT", type=InputText(), help="Python file of the training")
+    parser.add_argument(
+        "script", metavar="SCRIPT", type=Script(), help="Python file of the training, or with -m a module"
+    )
     parser.add_argument(
         "arguments",
         metavar="ARGS",
@@ -38,6 +50,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure one step in so many (default 50)",
     )
     parser.add_argument(
+        "-m",
+        "--module",
+        action="store_true",
+        help="SCRIPT is the name of a module, such as package.train, that is run as python -m does",
+    )
+    add_layers(parser)
+    parser.add_argument(
+        "--stop-on",
+        choices=("warn", "fail"),
+        default=None,
+        help="end the training, with exit code 1, at the first step with a finding as severe",
+    )
+    parser.add_argument(
         "--no-gradients", dest="gradients", action="store_false", help="measure forwards alone"
     )
     parser.add_argument("--weights", action="store_true", help="measure updates of the weights too")
@@ -53,10 +78,18 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics.schema import is_live_store
     from depthscope.diagnostics.schema.live_store import require_live_place
     from depthscope.diagnostics.schema.live_store_history import read_history
+    from depthscope.probes.training.live.findings import TrainingStopped
     from depthscope.probes.training.watched_script import ScriptWatch
 
     require_live_place(args.out, resume=args.resume, force=args.force)
-    options = {"every": args.every, "gradients": args.gradients, "weights": args.weights}
+    options: dict[str, Any] = {
+        "every": args.every,
+        "gradients": args.gradients,
+        "weights": args.weights,
+        "metrics": "live",
+        "stop_on": args.stop_on,
+        "layers": args.layers,
+    }
     # Under torchrun every rank runs the script, and one of them writes.
     if os.environ.get("RANK", "0") == "0":
         options |= {"store": args.out, "resume": args.resume, "force": args.force}
@@ -65,24 +98,39 @@ def _run(args: argparse.Namespace) -> int:
         options["first_step"] = 1 if last is None else last + 1
     watch = ScriptWatch(**options)
     try:
-        watch.run(Path(args.script), args.arguments)
-    except Exception:  # the script's, told as Python tells it; SystemExit is its exit code
-        traceback.print_exc()
+        with signals_as_python_has_them():
+            watch.run(args.script, args.arguments, is_module=args.module)
+    except TrainingStopped as stopped:
+        sys.stderr.write(f"depthscope: {printable(str(stopped))}\n")
         return FOUND
+    except (Exception, KeyboardInterrupt) as error:
+        # The script's, told as Python tells it; SystemExit is its exit code.
+        traceback.print_exc()
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FOUND
     finally:
         sys.stderr.write(f"depthscope: {printable(_outcome(watch, args.out))}\n")
-    return FINE if watch.model else FOUND
+    return FINE if watch.recorder is not None and watch.recorder.measured_steps else FOUND
 
 
 def _outcome(watch: ScriptWatch, out: str) -> str:
     if watch.error:
         return watch.error
-    if not watch.model:
+    recorder = watch.recorder
+    if recorder is None:
         return (
-            "nothing was recorded: no optimiser updated the parameters of a module that had been called in training mode; "
-            "record it from within, with depthscope.record"
+            "nothing was recorded: no optimiser updated the parameters of a module that had been called with a graph, outside "
+            "of compiled functions; record it from within, with depthscope.record"
         )
-    return f"recorded {watch.model}; read it with: {command_line('check', out)}"
+    num_steps = len(recorder.measured_steps)
+    if num_steps:
+        # A loop that was resumed may have begun with more.
+        return f"recorded {num_steps} steps of {watch.model}; read them with: {command_line('check', out)}"
+    if recorder.errors:
+        return f"no step of {watch.model} was measured: {recorder.errors[0]}"
+    return (
+        f"no step of {watch.model} was measured: the script ended at step {recorder.position}, before one that was to be "
+        "measured; choose a smaller --every"
+    )
 
 
 COMMAND = Command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 
@@ -77,13 +78,14 @@ def test_a_script_gives_the_same_with_and_without_and_is_recorded(script, tmp_pa
     assert main(words) == 0
     said = capfd.readouterr()
     assert said.out == plain.stdout
-    assert "recorded Model" in said.err
+    assert "recorded 2 steps of Model" in said.err
     with schema.open_run(out) as run:
         assert run.attrs["model"] == "Model"
         assert run.attrs[schema.LIVE]["state"] == "finished"
         assert run.statistics.step.values.tolist() == [2, 4]
         assert run.statistics.sequence_count.values.tolist() == [2, 2]
         assert run.statistics.loss_scale.values.tolist() == [64, 64]
+        assert run.metrics.learning_rate.values.tolist() == [0.01, 0.01]
     assert main(words) == 2
     assert "has a run already" in capfd.readouterr().err
 
@@ -97,3 +99,67 @@ def test_an_error_of_the_script_is_told_as_python_tells_it(script, tmp_path, cap
     idle.write_text("print('nothing to train')")
     assert main(["watch", "--out", str(tmp_path / "b"), str(idle)]) == 1
     assert "nothing was recorded: no optimiser updated" in capfd.readouterr().err
+
+
+COMPILED = """
+import os, signal, sys, torch
+from torch import nn
+from .beside import Block
+
+torch._dynamo.reset()
+torch.manual_seed(0)
+model = nn.Sequential(Block(), Block())
+model.compile(backend=lambda graph, inputs: built.append(1) or graph, fullgraph=True, dynamic=False)
+built = []
+
+def train(optimizer, steps):
+    for _ in range(steps):
+        model(torch.ones(2, 5, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+train(torch.optim.SGD(model.parameters(), lr=0.1), 3)
+train(torch.optim.SGD(model.parameters(), lr=0.01), 3)  # a second phase
+print(len(built), sum(p.double().sum().item() for p in model.parameters()))
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("saved")
+sys.exit(3)
+"""
+
+
+@pytest.mark.filterwarnings("ignore", "error:.*global hooks")
+def test_a_module_that_compiles_trains_in_two_phases_and_catches_an_interrupt(tmp_path, capfd, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(COMPILED)
+    block = SCRIPT[SCRIPT.index("class Block") : SCRIPT.index("class Model")]
+    (package / "beside.py").write_text(f"from torch import nn\n\n{block}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        runpy.run_module("package.train", run_name="__main__", alter_sys=True)
+    plain = capfd.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "watch",
+                "--out",
+                "a",
+                "--every",
+                "1",
+                "--no-gradients",
+                "--layers",
+                "{i}",
+                "-m",
+                "package.train",
+            ]
+        )
+    said = capfd.readouterr()
+    # Nor was anything compiled once more for a hook of ours.
+    assert (left.value.code, said.out) == (3, plain)
+    with schema.open_run("a") as run:
+        assert run.attrs["model"] == "Sequential"
+        assert run.statistics.step.values.tolist() == [2, 3, 4]
