@@ -62,7 +62,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="tiny networks and two steps: to see that a study runs"
     )
-    add_seeds(parser, about="which share the time of families (default 1; of a study 3)", default=None)
+    add_seeds(parser, about="which share the time of families (default 1; of a study 5)", default=None)
     add_json(parser)
 
 
