@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depthscope.diagnostics.kernels.mixing._compiled_jacobi import compiled_rotations
+
 # Added to divisors that may be zero; too small to change any other: entries are at most 1.
 TINY = 1e-290
 # Matrices are doubtful where the squared volume of the rows of R at length 1 is below this: errors grow with its inverse.
@@ -30,6 +32,11 @@ SAMPLE = 256
 
 # Two consecutive pairs of 4×4 share no index: they are rotated at once.
 PAIRS = {3: ((0, 1), (0, 2), (1, 2)), 4: ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))}
+# The number of the pair of each entry above the diagonal or below it; on it none is asked for.
+PLACES = {
+    n: np.array([[pairs.index((min(i, j), max(i, j))) if i != j else 0 for j in range(n)] for i in range(n)])
+    for n, pairs in PAIRS.items()
+}
 
 
 class Turn(NamedTuple):
@@ -79,15 +86,19 @@ ROUNDS = {
 }
 
 
-def small_singular_values(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def small_singular_values(a: np.ndarray, *, compiled: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Singular values (n, B), descending, of matrices (n, n, B) with entries up to 1; and where they are doubtful (B,).
 
-    The matrices are overwritten.
+    The matrices are overwritten; ``compiled``: by numba, where it works.
     """
     _triangle(a)
     diagonal, off_diagonal = _gram(a)
     doubtful = _volume(a, diagonal) < VOLUME
-    _diagonalise(diagonal, off_diagonal)
+    rotate = compiled_rotations() if compiled else None
+    if rotate is None:
+        _diagonalise(diagonal, off_diagonal)
+    else:
+        rotate(diagonal, off_diagonal, PLACES[len(a)], SWEEPS, ROUNDING, NOISE, TINY)
     values = np.sqrt(np.maximum(_sorted(diagonal), 0.0))
     return values, doubtful | ~np.isfinite(values).all(axis=0)
 

@@ -6,6 +6,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from depthscope.diagnostics.kernels._arrays import Array, peak
+from depthscope.diagnostics.kernels.mixing._compiled_jacobi import worth_compiling
 from depthscope.diagnostics.kernels.mixing._jacobi import ROUNDS, small_singular_values
 from depthscope.diagnostics.kernels.mixing._matrices import as_given, square_in_memory
 
@@ -64,7 +65,7 @@ def _of_many(p: np.ndarray) -> np.ndarray:
     """Singular values of matrices of 2×2 to 4×4 in blocks with the batch last; doubtful ones again by LAPACK."""
     n = p.shape[-1]
     flat = p.reshape(-1, n * n)
-    found = np.empty((len(flat), n))
+    found, compiled = np.empty((len(flat), n)), worth_compiling(len(flat))
     for start in range(0, len(flat), BLOCK):
         part = flat[start : start + BLOCK]
         entries = np.ascontiguousarray(part.T)
@@ -75,7 +76,7 @@ def _of_many(p: np.ndarray) -> np.ndarray:
             for column, value in enumerate(_of_two(np, *entries)):
                 np.multiply(value, top, out=found[start : start + BLOCK, column])
             continue
-        values, doubtful = small_singular_values(entries.reshape(n, n, -1))
+        values, doubtful = small_singular_values(entries.reshape(n, n, -1), compiled=compiled)
         values *= top
         found[start : start + BLOCK] = values.T
         if doubtful.any():

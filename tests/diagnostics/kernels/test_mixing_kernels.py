@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from depthscope.app.study.reproductions.figure_8 import matrices
 from depthscope.diagnostics.kernels import mixing, rank
+from depthscope.diagnostics.kernels.mixing import singular
 
 FIGURE = {family: matrices(family) for family in ("HC", "mHC")}
 
@@ -110,6 +111,28 @@ def test_small_singular_values_by_numpy(array, rng, n):
     expected = np.linalg.svd(p, compute_uv=False)
     got = np.asarray(mixing.singular_values(array(p)))
     assert (np.abs(got - expected) <= 1e-14 * expected[:, :1]).all()
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_singular_values_of_many_matrices_with_and_without_numba(rng, n, monkeypatch):
+    uniform, identity = np.full((n, n), 1.0 / n), np.eye(n)
+    kinds = [
+        rng.normal(size=(300, n, n)),
+        identity + 1e-9 * rng.normal(size=(300, n, n)),
+        uniform + 1e-9 * rng.normal(size=(300, n, n)),
+        rng.normal(size=(300, n, n)) * 10.0 ** -rng.integers(0, 14, size=(300, n, 1)),  # rows of other sizes
+        np.stack([rng.permutation(identity) for _ in range(300)])
+        * 10.0 ** rng.integers(-150, 150, (300, 1, 1)),
+        np.zeros((2, n, n)),
+    ]
+    p = np.concatenate(kinds)
+    expected = np.linalg.svd(p, compute_uv=False)
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(singular, "worth_compiling", lambda size, value=compiled: value)
+        found.append(mixing.singular_values(p))
+        assert (np.abs(found[-1] - expected) <= 1e-14 * expected[:, :1]).all()
+    np.testing.assert_allclose(*found, rtol=1e-10, atol=1e-290)
 
 
 def test_cyclic_permutation(array):
