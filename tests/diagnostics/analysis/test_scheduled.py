@@ -145,7 +145,7 @@ def test_a_cluster_without_workers_or_of_another_version_is_told(client, monkeyp
         run_all(client, _sleep, [(0.5,)], lambda done: None)
     monkeypatch.undo()
     missing = scheduled.ChainOfRun("a", str(tmp_path / "a.nc"), "", {})
-    with pytest.raises(FileNotFoundError, match="a worker does not find the run .*a.nc"):
+    with pytest.raises(FileNotFoundError, match=r"a worker does not find the run .*a\.nc"):
         run_all(client, tasks.find_facts, [(missing.path, "", {}, [0], False)], lambda done: None)
 
 
