@@ -19,3 +19,7 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:  # an optional package
         return None
+
+
+DEPTHSCOPE = package_versions(["depthscope"]).get("depthscope", "0+source")
+"""The installed version of this package; ``"0+source"`` where the code runs without being installed."""

@@ -109,6 +109,8 @@ class Mixing:
     @property
     def finite(self) -> np.ndarray:
         """Which connections are finite, (C,)."""
+        if not self._seen.all() and self.fits:
+            assert len(self.matrices)  # read here, and kept
         for position in np.flatnonzero(~self._seen).tolist():
             self._read(slice(position, position + 1))
         return ~np.isin(np.arange(len(self)), list(self._bad))

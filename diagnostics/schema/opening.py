@@ -120,11 +120,15 @@ def open_group(
 
     Raises
     ------
+    FileNotFoundError
+        Where the path does not exist.
     SchemaError
         For what `open_run` refuses, and where there is no such group.
     """
     source = Path(path)
     suffix = suffix_of(source)
+    if not source.exists():
+        raise FileNotFoundError(f"no run at {source}")
     try:
         require_ordinary(source, folder=suffix == ".zarr")
         _CHECKS[suffix](source, max_bytes)

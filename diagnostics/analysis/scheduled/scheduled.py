@@ -74,24 +74,25 @@ def measure_chains(
         For each chain the variables, and the reasons of metrics that were not computed.
     """
     budget = task_budget(client)
-    tasks: list[tuple[ChainOfRun, Task]] = []
+    tasks: list[tuple[int, Task]] = []
     refused: list[dict[str, str]] = []
-    for chain in chains:
+    for number, chain in enumerate(chains):
         with chain_trace(chain.path, chain.chain, chain.attrs) as trace:
             of_chain, too_large = tasks_of(Chain(chain.run, chain.path, chain.chain, trace, budget), metrics)
-        tasks += [(chain, task) for task in of_chain]
+        tasks += [(number, task) for task in of_chain]
         refused.append(too_large)
-    facts = _facts(client, chains, [task for _, task in tasks], budget, progress)
+    facts = _facts(client, chains, tasks, budget, progress)
     # Sent once to each worker, and not with every task.
     sent = {number: client.scatter(found) for number, found in facts.items()}
-    arguments = [(task, chain.attrs, sent.get(chains.index(chain))) for chain, task in tasks]
+    arguments = [(task, chains[number].attrs, sent.get(number)) for number, task in tasks]
     results = run_all(client, run_task, arguments, _reporter("metrics", len(tasks), progress))
     results = _one_by_one(client, arguments, results, progress)
+    parts: list[list[tuple[Task, dict[str, Measured]]]] = [[] for _ in chains]
+    for (number, task), result in zip(tasks, results, strict=True):
+        parts[number].append((task, result))
     found: list[Found] = []
-    for chain, too_large in zip(chains, refused, strict=True):
-        variables, reasons = joined(
-            [(task, result) for (of, task), result in zip(tasks, results, strict=True) if of is chain]
-        )
+    for of_one, too_large in zip(parts, refused, strict=True):
+        variables, reasons = joined(of_one)
         found.append((variables, {**reasons, **too_large}))
     return found
 
@@ -101,13 +102,20 @@ def _reporter(what: str, total: int, progress: Progress | None) -> Callable[[int
 
 
 def _facts(
-    client: Any, chains: Sequence[ChainOfRun], tasks: Sequence[Task], budget: int, progress: Progress | None
+    client: Any,
+    chains: Sequence[ChainOfRun],
+    tasks: Sequence[tuple[int, Task]],
+    budget: int,
+    progress: Progress | None,
 ) -> dict[int, Facts]:
     """What parts have to know of the whole, by the number of the chain; of those whose metrics ask for it."""
     arguments: list[tuple[Any, ...]] = []
     owners: list[int] = []
+    of_chains: list[list[Task]] = [[] for _ in chains]
+    for number, task in tasks:
+        of_chains[number].append(task)
     for number, chain in enumerate(chains):
-        own = [task for task in tasks if (task.run, task.chain) == (chain.run, chain.chain)]
+        own = of_chains[number]
         names = {name for task in own for name in task.metrics}
         has_massive = any("massive" in needed_quantities(CATALOGUE[name].function) for name in names)
         if not has_massive and not any(task.kind == SEQUENCE for task in own):

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import logging
 import os
+import pydoc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from depthscope.diagnostics.package_versions import DEPTHSCOPE
 
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes that a task may take on a worker that states no limit. Heuristic."""
 
 SECONDS_TO_CONNECT = 20
+SECONDS_WITHOUT_WORKERS = (
+    30  # a worker that was lost is back by then, where something starts it again. Heuristic.
+)
+SECONDS_BETWEEN_LOOKS = 0.02
+
+# A task that took too much once takes it again. Samples of what a worker's threads do took a third of its processor time on a
+# busy machine, and nobody reads them here.
+_OF_OWN_WORKERS = {
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.worker.profile.enabled": False,
+}
+
+_AGAIN = "look at it and call this again, nothing was saved"
 
 Report = Callable[[int], None]
 """Takes the number of tasks that are done."""
@@ -47,6 +67,7 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
     """
     import dask
     import distributed
+    from distributed.utils import silence_logging_cmgr
 
     if isinstance(scheduler, distributed.Client):
         yield scheduler
@@ -54,9 +75,9 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
     if scheduler in ("threads", "processes"):
         processes = scheduler == "processes"
         number = count or os.cpu_count() or 1
-        # A task that took too much once takes it again. Nothing listens on any port but to this machine.
+        # Nothing listens on any port but to this machine.
         with (
-            dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+            dask.config.set(_OF_OWN_WORKERS),
             distributed.LocalCluster(
                 n_workers=number if processes else 1,
                 threads_per_worker=1 if processes else number,
@@ -80,8 +101,34 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
         raise OSError(
             f"no scheduler answers at {scheduler} within {SECONDS_TO_CONNECT} s; start one with: dask scheduler"
         ) from error
-    with client:
+    # Of a scheduler that is gone dask logs a page: it is said once, in a sentence.
+    with silence_logging_cmgr(logging.CRITICAL + 1), client:
+        require_same_version(client)
         yield client
+
+
+def require_same_version(client: Any) -> None:
+    """Refuse workers that have another version of this package, or none: they would measure something else.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+
+    Raises
+    ------
+    ValueError
+        With the workers and what they have.
+    """
+    # By a function of Python itself, which every worker has.
+    found = client.run(pydoc.locate, "depthscope.diagnostics.package_versions.DEPTHSCOPE", on_error="return")
+    other = {address: version or "none" for address, version in found.items() if version != DEPTHSCOPE}
+    if other:
+        address, version = next(iter(other.items()))
+        raise ValueError(
+            f"{len(other)} of {len(found)} workers have another depthscope: {version} at {address}, and {DEPTHSCOPE} here; "
+            "start them in the same environment"
+        )
 
 
 def task_budget(client: Any) -> int:
@@ -130,30 +177,66 @@ def run_all(
     list
         In the order of the arguments: what was returned, or a `LostWorker` where the worker died.
     """
-    import distributed
-
     futures = [client.submit(function, *of_one, pure=False) for of_one in arguments]
     positions = {future.key: number for number, future in enumerate(futures)}
     results: list[Any] = [None] * len(futures)
     try:
-        for done, future in enumerate(distributed.as_completed(futures), 1):
-            try:
-                results[positions[future.key]] = future.result()
-            except distributed.KilledWorker as error:
-                results[positions[future.key]] = LostWorker(str(error))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"a worker does not find the run ({error}); it must be where every worker reads it, under the same path"
-                ) from error
+        for done, future in enumerate(_as_completed(client, futures), 1):
+            results[positions[future.key]] = _result(future)
             report(done)
         for position, result in enumerate(results):
             if isinstance(result, LostWorker):
                 # With a worker goes whatever waited there: each once more, alone, tells which one it was.
                 again = client.submit(function, *arguments[position], pure=False)
                 futures.append(again)
-                with suppress(distributed.KilledWorker):
-                    results[position] = again.result()
+                (finished,) = _as_completed(client, [again])
+                results[position] = _result(finished)
     finally:
-        # Where one raised, the others are of no use.
-        client.cancel(futures, force=True)
+        # Where one raised, the others are of no use; a scheduler that is gone has forgotten them.
+        with suppress(Exception):
+            client.cancel(futures, force=True)
     return results
+
+
+def _as_completed(client: Any, futures: Sequence[Any]) -> Iterator[Any]:
+    """Futures as they end.
+
+    Raises
+    ------
+    OSError
+        Where the scheduler is gone, or no worker has been there for `SECONDS_WITHOUT_WORKERS`: they would never end.
+    """
+    import distributed
+
+    waiting = distributed.as_completed(futures)
+    last_seen = time.monotonic()
+    while not waiting.is_empty():
+        ended = waiting.next_batch(block=False)
+        yield from ended
+        if ended:
+            last_seen = time.monotonic()
+            continue
+        if client.status != "running":
+            raise OSError(f"the scheduler does not answer any more (the client is {client.status}): {_AGAIN}")
+        if time.monotonic() - last_seen > SECONDS_WITHOUT_WORKERS:
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise OSError(f"the cluster has had no worker for {SECONDS_WITHOUT_WORKERS} s: {_AGAIN}")
+            last_seen = time.monotonic()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _result(future: Any) -> Any:
+    """What a task returned, or a `LostWorker`."""
+    import distributed
+
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        return LostWorker(str(error))
+    except (concurrent.futures.CancelledError, asyncio.CancelledError) as error:
+        # Of Python's own, which is no Exception: nobody here has cancelled it.
+        raise OSError(f"the scheduler has dropped a task, as one does that is stopped: {_AGAIN}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"a worker does not find the run ({error}); it must be where every worker reads it, under the same path"
+        ) from error

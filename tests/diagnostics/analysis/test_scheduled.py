@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from depthscope import CATALOGUE, analyze, save_run
 from depthscope.diagnostics.analysis.analyze import analyze_saved
 from depthscope.diagnostics.analysis.scheduled import scheduled, splitting, tasks
+from depthscope.diagnostics.analysis.scheduled import workers as running
 from depthscope.diagnostics.analysis.scheduled.workers import LostWorker, run_all, task_budget, workers
 from tests.models.synthetic_run import synthetic_run
 
@@ -127,6 +129,24 @@ def test_what_a_lost_worker_measured_is_named_and_the_rest_is_kept(client, monke
     assert "the worker was lost" in reason
     assert "token_cosine at depths 0 to" in reason
     assert str(path) in reason
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_a_cluster_without_workers_or_of_another_version_is_told(client, monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "DEPTHSCOPE", "0.0.1")
+    with pytest.raises(ValueError, match=r"1 of 1 workers have another depthscope: .* and 0\.0\.1 here"):
+        running.require_same_version(client)
+    monkeypatch.setattr(running, "SECONDS_WITHOUT_WORKERS", 0.1)
+    monkeypatch.setattr(client, "scheduler_info", lambda **_: {"workers": {}})
+    with pytest.raises(OSError, match=r"the cluster has had no worker for 0\.1 s"):
+        run_all(client, _sleep, [(0.5,)], lambda done: None)
+    monkeypatch.undo()
+    missing = scheduled.ChainOfRun("a", str(tmp_path / "a.nc"), "", {})
+    with pytest.raises(FileNotFoundError, match=r"a worker does not find the run .*a\.nc"):
+        run_all(client, tasks.find_facts, [(missing.path, "", {}, [0], False)], lambda done: None)
 
 
 def _die(number: int) -> int:
