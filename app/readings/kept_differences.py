@@ -35,7 +35,7 @@ def keep_differences(
     differences : sequence of Difference
         The result.
     """
-    text = json.dumps([_document(each) for each in differences], allow_nan=True)
+    text = json.dumps([_document(each) for each in differences], default=str)
     for place in _places(versions, question):
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
