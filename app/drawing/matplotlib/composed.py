@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
@@ -104,12 +106,35 @@ def draw_into(
         set_fonts(ax)
     if legend and drawn:
         entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
+        canvas = axes[drawn[0].key].get_figure(root=True)
+        assert canvas is not None
         if len(entries) > 1:
-            handles, labels = zip(*entries, strict=True)
-            canvas = axes[drawn[0].key].get_figure(root=True)
-            assert canvas is not None
-            # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
-            set_fonts(canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3))
+            _add_legend(canvas, entries)
+
+
+OUR_LEGEND = "depthscope-legend"
+
+
+def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+    """A legend below somebody's figure: a second call adds its entries to those of the first."""
+    for before in [legend for legend in canvas.legends if legend.get_gid() == OUR_LEGEND]:
+        labels = [text.get_text() for text in before.get_texts()]
+        known = list(zip(before.legend_handles, labels, strict=True))
+        entries = [
+            *known,
+            *(entry for entry in entries if _mark_of(*entry) not in {_mark_of(*e) for e in known}),
+        ]
+        before.remove()
+    handles, labels = map(list, zip(*entries, strict=True))
+    # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
+    legend = canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
+    legend.set_gid(OUR_LEGEND)
+    set_fonts(legend)
+
+
+def _mark_of(handle: Any, label: str) -> tuple[str, str]:
+    """What tells entries of a legend from each other: runs of two calls may share a name and not a colour."""
+    return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
 
 
 def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> None:

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from depthscope.app.drawing.matplotlib.style import Width, settings_of
 
-__all__ = ["UNDATED", "PaperFigure"]
+__all__ = ["PaperFigure"]
 
 # A date in the file would change its bytes on every export.
-UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+_UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 class PaperFigure(Figure):
@@ -67,7 +67,7 @@ class PaperFigure(Figure):
         """
         ending = Path(fname).suffix.removeprefix(".") if isinstance(fname, str | PathLike) else ""
         ending = str(kwargs.get("format") or ending or mpl.rcParams["savefig.format"])
-        if ending in UNDATED:
-            kwargs.setdefault("metadata", UNDATED[ending])
+        if ending in _UNDATED:
+            kwargs.setdefault("metadata", _UNDATED[ending])
         with mpl.rc_context(self._settings):
             super().savefig(fname, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,8 +101,11 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     low, high : float
         Its limits.
     """
-    # Over more than about one and a half decades, powers of ten are read faster than plain numbers.
-    if not 0 < low < high or high / low > 30:
+    if not 0 < low < high:
+        return
+    # Over more than about one and a half decades, powers of ten are read faster than plain numbers, where there are two.
+    powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
+    if high / low > 30 and powers > 1:
         return
     few = high / low < 4  # 1-2-5 ticks would leave one or two
     axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))

@@ -25,6 +25,11 @@ MOST_MAPS = 3
 """Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
 page: a heuristic of ours."""
 
+NO_MATRICES = (
+    "no run has streams whose mixing matrices are stored; of a run in memory give the run itself, "
+    "since its analysis has none"
+)
+
 MOST_MATRICES = 2
 """Runs whose matrices are in a composed figure: each takes six panels."""
 
@@ -296,7 +301,7 @@ class Matrices:
         """Six panels a run, or the reason why there is none."""
         del view  # means over all real tokens, whatever slice other figures show
         if not subjects.matrices:
-            return "no run has streams whose mixing matrices are stored"
+            return NO_MATRICES
         panels = []
         part = first_of("Matrices", MOST_MATRICES, len(subjects.matrices))
         for place, (run, found) in enumerate(list(subjects.matrices.items())[:MOST_MATRICES]):
@@ -382,7 +387,7 @@ class Clouds:
                     [points.get(name, np.zeros(0)), np.linalg.eigvals(finite).ravel()]
                 )
         if not points:
-            return "no run has streams whose mixing matrices are stored"
+            return NO_MATRICES
         radii = {run: float(np.abs(values).max()) for run, values in points.items()}
         cloud = Points(
             name=self.key,

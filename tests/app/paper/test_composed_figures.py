@@ -95,6 +95,14 @@ def test_own_axes_are_filled_and_returned(readings):
     gain = mhc.analysis["composite_gain"].sel(direction="forward", reduction="mean").isel(step=0)
     drawn = next(line for line in first.lines if line.get_label() == "mhc")
     np.testing.assert_array_equal(drawn.get_ydata(), gain)
+    # A second call adds to the legend of the first.
+    (before,) = canvas.legends
+    labels = {text.get_text() for text in before.get_texts()}
+    figures.collapse([mhc], axes={"token_cosine": first})
+    (legend,) = canvas.legends
+    both = [text.get_text() for text in legend.get_texts()]
+    assert labels < set(both)
+    assert len(both) == len(set(both))
     grid = Canvas().subplots(2, 3)
     assert list(figures.collapse([mhc], axes=grid)) == list(figures.panels("collapse", [mhc]))
 
