@@ -245,7 +245,7 @@ class Live:
         try:
             self._watched.tell(step, new)
         except Exception as error:
-            say(f"step {step} was not judged: {error}", error)
+            say(f"on_finding failed at step {step}: {type(error).__name__}: {error}", error)
 
     def stop_if_severe(self) -> None:
         """Raise `TrainingStopped` where the last row has a new finding as severe as was asked for."""
