@@ -96,8 +96,11 @@ def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr
 
     What a network computes changes by at most about the product over its layers of one plus this, less one
     (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimiser ran during the step, 0
-    where it ran and left the module as it was.
+    where it ran and left the module as it was. NaN too for the step in which a module leaves zero, where all of it is change:
+    so begin adapters, gates and output projections on purpose.
     """
     frozen = weight_update_square_norm.attrs.get(FROZEN_MODULES)
-    ratio = _norm_ratio(weight_update_square_norm, weight_square_norm)
+    # Sums over the same numbers, hence equal to the last bit where the weights before were zero, and not otherwise.
+    from_zero = weight_update_square_norm == weight_square_norm
+    ratio = _norm_ratio(weight_update_square_norm, weight_square_norm).where(~from_zero)
     return ratio.assign_attrs({FROZEN_MODULES: frozen}) if frozen else ratio

@@ -69,6 +69,8 @@ def open_run(
     source = Path(path)
     if is_live_store(source):
         return _open_live(source, verify=verify, max_bytes=max_bytes)
+    if not source.suffix and not source.exists():
+        raise FileNotFoundError(f"no run at {source}; a live store is there from its first measured step on")
     suffix = suffix_of(source)
     if not source.exists():
         beside = live_log_of(source)

@@ -79,6 +79,7 @@ class Forward:
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
+    gradients_undefined: bool = False  # several backwards went through it
     cancelled: bool = False  # its step ended, or its hooks left, before it did
 
     @property

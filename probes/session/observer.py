@@ -264,6 +264,7 @@ class Observer:
             sampled = sampled + forward.gradients[number, depth]
             complete = len(forward.rows) == forward.batch_size
             values = sampled if complete else torch.full_like(values, torch.nan)
+            forward.gradients_undefined |= not complete
         forward.gradients[number, depth] = sampled
         if depth != FINAL:
             mask = forward.masks.get(number)

@@ -130,6 +130,7 @@ class Session:
         self._kind = 0  # of the calls of the step that count, see `_is_of_the_step`
         self._num_measured = 0  # of the forwards that `_measured` adds up
         self.num_left_out = 0  # evaluations within steps of training
+        self.gradients_undefined = False  # of forwards since the last fold but one
 
     def _new_reservoir(self) -> Reservoir:
         return Reservoir(self.options.max_sequences, self.options.seed, self.options.first_sequence)
@@ -573,6 +574,7 @@ class Session:
             Where a state or connection did not show, or no gradient arrived; none of these forwards counts then.
         """
         with self._lock:
+            self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
             self._absorb()
             done, self._measured, self._num_measured = self._measured, [], 0
         if not done:

@@ -138,10 +138,10 @@ class Recorder:
         self._ranks = ranks
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
-        self._not_measured, self._missing = (
-            "",
-            list[int](),
-        )  # why the last measured steps are missing, and which
+        self._told_undefined = False  # that several backwards through one forward leave no gradients
+        # Why the last measured steps in a row are missing, and which.
+        self._not_measured = ""
+        self._missing: list[int] = []
         self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
@@ -391,6 +391,7 @@ class Recorder:
             if not num_tokens(parts):
                 raise CaptureError("no batch of it had a real token; nothing to measure")
         self._trained = self._session.trains
+        self._tell_undefined_gradients()
         complete = _added_up(parts)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
@@ -412,6 +413,17 @@ class Recorder:
             self._measure_live(self._live, complete, value, weights, overflowed)
         if self._store is not None:
             self._write_store(self._store)
+
+    def _tell_undefined_gradients(self) -> None:
+        """Say once where the gradients of the present step are undefined, which their forwards tell."""
+        if self._told_undefined or not self._session.gradients_undefined:
+            return
+        self._told_undefined = True
+        self._say(
+            f"gradients are NaN in the row of step {self.position}, and in others like it: several backwards went through "
+            "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
+            "record with max_sequences of at least the batch"
+        )
 
     def _of_all_processes(
         self, ranks: Ranks, loss: float | None, loss_terms: float | None, weights: WeightNorms | None

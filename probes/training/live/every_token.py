@@ -12,6 +12,7 @@ import torch
 
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 from depthscope.diagnostics.quantities.registry import LABELS
+from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.statistics.histograms import BINS, OF_GAINS, Histogram
 from depthscope.probes.statistics.live_sums import PADDING, LiveSums
@@ -23,7 +24,7 @@ PROFILE = ("depth", "stream")
 ABSOLUTE, RELATIVE = 100.0, 1000.0
 
 
-def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, LiveValue]:
+def state_metrics(sums: TokenSums, depths: Sequence[int], cut: Sequence[int] = ()) -> dict[str, LiveValue]:
     """Sizes, directions and gradients by depth and view.
 
     Parameters
@@ -32,6 +33,8 @@ def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, LiveValue
         Of all forwards of the step, of one chain.
     depths : sequence of int
         Of the group.
+    cut : sequence of int
+        As in `LiveGroup`.
 
     Returns
     -------
@@ -55,7 +58,11 @@ def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, LiveValue
     if not np.isnan(square).all():
         norm = np.sqrt(square)
         last = norm[-1:]
-        found["gradient_norm"] = LiveValue(PROFILE, norm)
+        # Without these a gradient that no backward gives, such as that of an input, would look like a broken one.
+        missing = [depth for depth in depths if depth not in sums.sums["gradient_square_norm_sum"]]
+        listed = {WITHOUT_GRADIENT: missing, CUT_GRADIENT: [depth for depth in cut if depth in missing]}
+        attrs = {name: of for name, of in listed.items() if of}
+        found["gradient_norm"] = LiveValue(PROFILE, norm, attrs=attrs)
         found["backward_gain"] = LiveValue(PROFILE, norm / np.where(last > 0, last, np.nan))
     return found
 

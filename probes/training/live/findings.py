@@ -133,14 +133,25 @@ class Watched:
             Of the training.
         findings : list of Finding
             The new ones.
+
+        Raises
+        ------
+        Exception
+            What the user's function raised first, after all are told.
         """
+        failed: list[Exception] = []
         for finding in findings:
             if finding.severity >= Severity.WARN:
                 sys.stderr.write(
                     f"depthscope: {self._of}step {step}: {finding.severity.name}: {finding.sentence}\n"
                 )
             if self._on_finding is not None:
-                self._on_finding(step, finding)
+                try:
+                    self._on_finding(step, finding)
+                except Exception as error:  # the other findings are still to be told
+                    failed.append(error)
+        if failed:
+            raise failed[0]
 
     def severe(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
         """Those findings that are as severe as ``stop_on``; none where nothing is to stop the training."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.schema import CUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Reading, gather_evidence
@@ -42,6 +43,8 @@ class LiveGroup:
         How the matrix of each connection is read; None where it is not the one that the model applies.
     dtype : torch.dtype
         In which states are multiplied.
+    cut : list of int
+        Depths that had a graph in the first measured step, and got no gradient.
     """
 
     chain: str
@@ -54,6 +57,7 @@ class LiveGroup:
     attrs: Mapping[str, Any]
     readings: tuple[Reading, ...] | None
     dtype: torch.dtype
+    cut: list[int]
 
     @property
     def streams(self) -> list[str]:
@@ -132,6 +136,7 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
                     attrs={str(name): value for name, value in (run.attrs | trace.attrs).items()},
                     readings=readings,
                     dtype=session.observer.precision,
+                    cut=list(trace["gradient"].attrs.get(CUT_GRADIENT, [])) if "gradient" in trace else [],
                 )
             )
     return found

@@ -247,7 +247,7 @@ class Live:
         try:
             self._watched.tell(step, new)
         except Exception as error:
-            say(f"step {step} was not judged: {error}", error)
+            say(f"on_finding failed at step {step}: {type(error).__name__}: {error}", error)
 
     def stop_if_severe(self, step: int) -> None:
         """Raise `TrainingStopped` where a row has a new finding as severe as was asked for.

@@ -171,7 +171,7 @@ class LiveMetrics:
         live = sums.live
         assert live is not None
         tokens = SampledTokens(live, group)
-        found = every_token.state_metrics(sums, group.depths) | tokens.relative_gradient()
+        found = every_token.state_metrics(sums, group.depths, group.cut) | tokens.relative_gradient()
         if set(OF_MEAN) & set(self.names):
             found |= tokens.mean_states()
         found |= every_token.stream_metrics(live, group.depths)

@@ -341,6 +341,32 @@ def test_a_callback_or_a_sink_that_fails_never_ends_the_training(models, ids):
     assert len(recorder.run["metrics"]["step"]) == 3
 
 
+def test_an_input_without_a_gradient_and_gates_that_begin_at_zero_are_no_findings():
+    torch.manual_seed(0)
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.gate = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return x + self.gate * torch.tanh(self.inner(x))
+
+    model, findings = torch.nn.Sequential(*[Gated() for _ in range(3)]), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    options = {"gradients": True, "weights": True, "metrics": "live", "live_tokens": 24}
+    with probes.record(model, on_finding=lambda _, finding: findings.append(finding), **options) as recorder:
+        loss = model(torch.randn(4, 6, 8)).square().mean()
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss)
+    metrics = schema.chain_dataset(recorder.run, "metrics")
+    assert metrics["gradient_norm"].attrs["without_gradient"] == [0]
+    gates = metrics["update_ratio"].sel(weight=["0", "1", "2"])  # modules of nothing but their gate
+    assert gates.isnull().all()
+    assert not {"gradient_not_finite", "large_update"} & {finding.verdict for finding in findings}
+
+
 def test_padding_and_states_that_are_not_finite(models, text_batch):
     torch.manual_seed(0)
     model = models["deepseek"]()

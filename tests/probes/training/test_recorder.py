@@ -126,6 +126,36 @@ def test_two_backwards_through_one_forward_add_up(models):
             recorder.step()
         runs.append(recorder.run.trace.gradient.values)
     np.testing.assert_allclose(runs[1], 2 * runs[0], rtol=1e-5, atol=1e-9)
+    with probes.record(model, gradients=True, max_sequences=1) as recorder:  # not the whole batch
+        for _ in range(2):
+            loss = model(**batch).loss
+            loss.backward(retain_graph=True)
+            loss.backward()
+            if recorder.position == 0:
+                with pytest.warns(probes.ProbeWarning, match="gradients are NaN in the row of step 0"):
+                    recorder.step()
+            else:
+                recorder.step()  # said once
+
+
+def test_a_reason_that_lasts_is_told_three_times_and_then_together(models):
+    model, (batch,) = models["llama"](), batches(1)
+    recorder = probes.record(model, gradients=True)
+
+    def train():
+        with recorder:
+            for _ in range(6):
+                recorder.step()
+            model(**batch).loss.backward()
+            recorder.step()
+
+    with pytest.warns(probes.ProbeWarning, match="not measured") as said:
+        train()
+    told = [str(warning.message) for warning in said]
+    assert all(f"step {step} was not measured" in told[step] for step in range(3))
+    assert "told together" in told[2]
+    assert told[3:] == ["steps 3 to 5 were not measured for the same reason (3 of them)"]
+    assert recorder.measured_steps == [6]
 
 
 def test_a_step_without_a_forward_or_a_backward_is_reported(models):
