@@ -74,7 +74,7 @@ class Mixing:
     def _read(self, connections: slice) -> np.ndarray:
         """Matrices of some connections (c, N, n, n) in float64."""
         matrices = self._h_res[connections].values[:, self._real].astype(np.float64)
-        bad = ~np.isfinite(matrices).all(axis=(2, 3))
+        bad: np.ndarray = np.logical_not(np.isfinite(matrices).all(axis=(2, 3)))
         for position, of_one in zip(range(len(self))[connections], bad, strict=True):
             self._seen[position] = True
             if of_one.any():
@@ -109,8 +109,8 @@ class Mixing:
     @property
     def finite(self) -> np.ndarray:
         """Which connections are finite, (C,)."""
-        if not self._seen.all() and self.fits:
-            assert len(self.matrices)  # read here, and kept
+        if self.fits:
+            _ = self.matrices  # read here where no metric has, and kept
         for position in np.flatnonzero(~self._seen).tolist():
             self._read(slice(position, position + 1))
         return ~np.isin(np.arange(len(self)), list(self._bad))

@@ -18,17 +18,20 @@ DEFAULT_BUDGET = 2 * 2**30
 """Bytes that a task may take on a worker that states no limit. Heuristic."""
 
 SECONDS_TO_CONNECT = 20
-SECONDS_WITHOUT_WORKERS = (
-    30  # a worker that was lost is back by then, where something starts it again. Heuristic.
-)
+SECONDS_WITHOUT_WORKERS = 30  # a worker that was lost is back by then, where it is started again. Heuristic.
 SECONDS_BETWEEN_LOOKS = 0.02
 
-# A task that took too much once takes it again. Samples of what a worker's threads do took a third of its processor time on a
-# busy machine, and nobody reads them here.
 _OF_OWN_WORKERS = {
+    # A task that took too much once takes it again.
     "distributed.scheduler.allowed-failures": 0,
+    # Samples of what a worker's threads do took a third of its processor time on a busy machine, and nobody reads them here.
     "distributed.worker.profile.enabled": False,
+    # By default dask lets the C library give each array of 128 KiB back at once: measured, 93 000 page faults in place of
+    # 129, and 2.7 times the processor time of a metric that goes through its tokens block by block.
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 16 * 2**20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 * 2**20,
 }
+"""Settings of dask for workers that are started here."""
 
 _AGAIN = "look at it and call this again, nothing was saved"
 
