@@ -113,8 +113,8 @@ def card(
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
     with st.container(border=True, gap="xsmall"):
         # No columns: in a narrow card one of them would cut the button's word.
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f"**{escaped(shown.title)}**")
+        with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+            st.markdown(f"**{escaped(shown.title)}**", width="content")
             _numbers(figure, key)
         drawing = to_plotly(shown, mark=mark).to_json()
         show_drawing(

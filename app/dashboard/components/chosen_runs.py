@@ -50,9 +50,11 @@ def choose_runs() -> None:
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
     st.sidebar.caption("Key g: next chart; arrow keys: inside it.")
+    # A run that is deleted while the page is open leaves the field without a word.
+    wanted = st.session_state.get(_KEY, []) if asked is None else asked
+    unknown = [name for name in wanted if name not in listed]
     st.session_state[_KEY] = chosen[:MOST_RUNS]
-    if asked is not None:
-        unknown = [name for name in asked if name not in listed]
+    if asked is not None or unknown:
         st.session_state[_UNKNOWN] = (chosen, unknown)
 
 
@@ -64,7 +66,7 @@ def _asked_for() -> list[str] | None:
 
 
 def say_unknown_runs() -> None:
-    """Runs of the address that are not here, until others are chosen."""
+    """Runs that the address names, or that were chosen, and are not here, until others are chosen."""
     chosen, unknown = st.session_state.get(_UNKNOWN, ([], []))
     if not unknown or chosen != st.session_state[_KEY]:
         st.session_state.pop(_UNKNOWN, None)
@@ -72,8 +74,8 @@ def say_unknown_runs() -> None:
     shown = ", ".join(f"“{escaped(visible(name, longest=LONGEST_NAME))}”" for name in unknown[:MOST_NAMED])
     more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
     st.warning(
-        f"Not here: {shown}{more}, which the address names. They were deleted or renamed, or are in another folder than the "
-        "dashboard was started with.",
+        f"Not here: {shown}{more}, chosen before or named by the address. They were deleted or renamed, or are in another "
+        "folder than the dashboard was started with.",
         icon="⚠️",
     )
 

@@ -74,6 +74,16 @@ def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
     assert set(after.results) == {"lens"}
 
 
+def test_a_run_that_is_deleted_while_its_page_is_open_is_said(saved, root):
+    place = root / "a.nc"
+    put(saved[".nc"][0], place)
+    test = open_page("tokens", [root], runs=["a"])
+    place.unlink()
+    test.run()
+    assert not test.exception
+    assert "Not here: “a”" in words(test)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_replaced_run_is_read_again_also_with_the_same_date_and_size(suffix, saved, root):
     place = root / f"a{suffix}"
