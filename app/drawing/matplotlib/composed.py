@@ -162,8 +162,8 @@ def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
         return 3  # three single ones, and three products below them
     if len(panels) == 4 and most == 3:
         return 2
-    # Four columns of six or nine panels would leave a gap.
-    return 3 if most == 4 and len(panels) % 4 and len(panels) % 3 == 0 else most
+    # Of four and three columns those that leave the smaller gap in the last row.
+    return min((4, 3), key=lambda columns: -len(panels) % columns) if most == 4 else most
 
 
 def _height(panels: Sequence[LetteredPanel], across: float) -> float:

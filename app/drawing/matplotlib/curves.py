@@ -185,7 +185,7 @@ def _limit(axes: Axes, figure: Lines) -> None:
     """Limits from the measured values, not from distant laws and thresholds; ticks as plain as possible."""
     # Depths are counted: there is no depth 2.5.
     if not figure.log_x and all(are_whole(line.x) for line in figure.lines):
-        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
     axes.autoscale_view()
     _widen_flat_limits(axes, figure)

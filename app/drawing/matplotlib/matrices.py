@@ -82,7 +82,10 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
         axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values)))
+        # Of a single position there is one tick, and none between whole numbers.
+        axis.set_major_locator(
+            MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values), min_n_ticks=1)
+        )
     if figure.printed:
         _print_cells(axes, figure, mesh)
     return mesh

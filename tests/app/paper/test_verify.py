@@ -134,7 +134,7 @@ def test_a_changed_caption_in_the_manifest_is_named(bundle, runs):
         ('"formats": [', '"formats": ["exe", '),
         ('"selection": {', '"selection": {"x": 1, '),
         ('"by": ""', '"by": "colour"'),
-        ('"software": {', '"software": [], "was": {'),
+        ('"software": {', '"software": ["x"], "was": {'),
     ],
 )
 def test_settings_that_cannot_be_repeated_are_refused(bundle, runs, old, new):
