@@ -181,8 +181,8 @@ def record(
     model = inner_model(model)
     if weights and together is not None and has_flat_weights(model):
         raise ValueError(
-            "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; leave "
-            "it out, or shard the model by fully_shard, whose weights are measured"
+            "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
+            "leave it out, or shard the model by fully_shard, whose weights are measured"
         )
     given: dict[str, Any] = {
         "sinks": list(sinks),

@@ -154,7 +154,7 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
 
 
 def has_flat_weights(model: nn.Module) -> bool:
-    """Whether the weights of a model are parts of flat vectors, as FullyShardedDataParallel makes: none has a module of its own."""
+    """Whether the weights of many modules are in one flat vector, as FullyShardedDataParallel makes it."""
     return any(type(module).__name__ == FULLY_SHARDED for module in model.modules())
 
 
