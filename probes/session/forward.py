@@ -54,9 +54,8 @@ class Forward:
     row_data: torch.Tensor | None  # its sampled sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     part: slice | None = None  # of the tokens of each sequence, where other processes have the others
-    whole_tokens: dict[int, torch.Tensor] = field(
-        default_factory=dict
-    )  # real ones of these sequences, by chain
+    # Real tokens of these sequences in all processes, by chain.
+    whole_tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: set[Key] = field(default_factory=set)

@@ -41,7 +41,7 @@ def require_no_exchange(module: nn.Module) -> None:
     if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
         raise CaptureError(
             "a compiled model is measured by one more forward, which DistributedDataParallel would count as the user's; "
-            "record the module inside of it, or do not compile it: DistributedDataParallel(torch.compile(model)) can be recorded"
+            "record the module inside of it, or compile that: DistributedDataParallel(torch.compile(model)) can be recorded"
         )
 
 

@@ -335,12 +335,10 @@ class Session:
         if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
-        if current.is_running and in_transformation():
-            return  # part of it as well, whose tensors nobody can read
+        if (current.is_running and in_transformation()) or in_pipeline_inference():
+            return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
         self._unseen = False
-        if in_pipeline_inference():
-            return
         # No part of a step that will be left out, and no forward without gradients of a step that measures these.
         if self.errors or not self._may_have_gradients() or not self._is_of_the_step(module):
             return

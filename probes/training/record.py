@@ -21,7 +21,13 @@ from depthscope.probes.training.live.findings import OnFinding
 from depthscope.probes.training.live.live import TOKENS, Live, live_names, place_of_analysis
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.group import DataGroup, data_group, inner_model, weight_share
+from depthscope.probes.training.ranks.group import (
+    DataGroup,
+    data_group,
+    has_flat_weights,
+    inner_model,
+    weight_share,
+)
 from depthscope.probes.training.recorder import Recorder
 from depthscope.probes.training.sinks import Sink
 
@@ -173,6 +179,11 @@ def record(
     require_module(model)
     together = data_group(model, group)
     model = inner_model(model)
+    if weights and together is not None and has_flat_weights(model):
+        raise ValueError(
+            "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
+            "leave it out, or shard the model by fully_shard, whose weights are measured"
+        )
     given: dict[str, Any] = {
         "sinks": list(sinks),
         "on_finding": on_finding,

@@ -434,19 +434,21 @@ class Recorder:
         sequences = partial_sequences(self._session)
         try:
             together = ranks.exchange(self.position, local, weights, num_modules, failure)
-            if together is None:
-                return None
-            step, weights = together
-            if sequences and ranks.shards is not None:
-                if local is None or step.parts is None:
+            if together is not None and sequences and ranks.shards is not None:
+                if together[0].parts is None:
                     raise CaptureError(
                         "the process that writes has no part of the sequences that others share"
                     )
-                put_together(sequences, step.parts, len(ranks.shards.ranks))
-        finally:
-            # Of the others nobody asks again; here they are whole by now, or lost.
-            if any(sequence.part is not None for sequence in sequences):
-                self._session.reservoir.forget()
+                put_together(sequences, together[0].parts, len(ranks.shards.ranks))
+        except BaseException:
+            if sequences:
+                self._session.reservoir.forget()  # they stay parts
+            raise
+        for sequence in sequences:
+            sequence.part = None  # in the other processes too: nobody asks for it again
+        if together is None:
+            return None
+        step, weights = together
         stamp = self._session.present_stamp
         return [Measured(stamp, round(step.sequences), step.sums)], step.loss, weights
 

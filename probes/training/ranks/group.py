@@ -12,6 +12,7 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 
 WORLD, NONE = "world", "none"
+FULLY_SHARDED = "FullyShardedDataParallel"
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,13 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
         if state is not None:  # `fully_shard`: the module's class has this method
             mesh = _fsdp_mesh(module)
             yield "fully_shard", sorted(mesh.mesh.flatten().tolist())
-        elif type(module).__name__ == "FullyShardedDataParallel":
-            yield "FullyShardedDataParallel", _ranks_of(module.process_group)
+        elif type(module).__name__ == FULLY_SHARDED:
+            yield FULLY_SHARDED, _ranks_of(module.process_group)
+
+
+def has_flat_weights(model: nn.Module) -> bool:
+    """Whether the weights of many modules are in one flat vector, as FullyShardedDataParallel makes it."""
+    return any(type(module).__name__ == FULLY_SHARDED for module in model.modules())
 
 
 def _fsdp_mesh(module: nn.Module) -> Any:

@@ -93,5 +93,3 @@ def put_together(sequences: Many[Sequence], joined: torch.Tensor, num_processes:
         )
     for sequence, name, key, tensor in whole:
         getattr(sequence, name)[key] = tensor.clone()
-    for sequence in sequences:
-        sequence.part = None

@@ -596,3 +596,26 @@ def test_a_loop_that_only_evaluates_is_measured():
             recorder.step()
     assert list(recorder.run.statistics.step.values) == [0, 1]
     assert "evaluations_left_out" not in recorder.run.attrs
+
+
+def test_a_mask_that_is_given_by_its_position_counts_from_the_first_forward_on():
+    class Masked(nn.Sequential):
+        def forward(self, ids, attention_mask=None):
+            return super().forward(ids)
+
+    model = Masked(nn.Embedding(9, 4), *(Residual() for _ in range(2)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with probes.record(model) as recorder:
+        for _ in range(2):
+            model(torch.zeros(2, 5, dtype=torch.long), mask)
+            recorder.step()
+    assert recorder.run.statistics["token_count"].values.tolist() == [8.0, 8.0]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.mlp(x)

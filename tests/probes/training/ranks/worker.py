@@ -504,6 +504,57 @@ def parts_and_shards(world, folder):
         assert together.run.trace["residual"].sizes["token"] == LENGTH
 
 
+class Stage(nn.Module):
+    """One of two stages of a model of four blocks."""
+
+    def __init__(self, number):
+        super().__init__()
+        whole = built(layers=4)
+        self.embed = whole.embed if number == 0 else nn.Identity()
+        self.blocks = nn.ModuleDict({str(at): whole.blocks[at] for at in (0, 1, 2, 3) if at // 2 == number})
+        self.head = whole.head if number == 1 else nn.Identity()
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks.values():
+            x = block(x)
+        return self.head(x)
+
+
+def pipeline(world, folder):
+    """Micro-batches of a schedule are one step; its first look at the shapes, on memory without data, is none."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank = dist.get_rank()
+    model, ids = Stage(rank), batches([4])[0]
+
+    def loss_of_part(logits, target):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    schedule = ScheduleGPipe(
+        PipelineStage(model, rank, world, torch.device("cpu")), 2, loss_fn=loss_of_part, scale_grads=False
+    )
+    store = folder / f"stage{rank}.nc"
+    with probes.record(
+        model, gradients=True, stage=(rank, world), group="none", max_sequences=4, store=store
+    ) as recorder:
+        schedule.step(*((ids,) if rank == 0 else ()), **({"target": ids} if rank == 1 else {}))
+        recorder.step()
+    dist.barrier()
+    if rank == 0:
+        joined = probes.merge_runs(
+            [diagnostics.open_run(folder / f"stage{number}.nc") for number in range(2)]
+        )
+        one = built(layers=4)
+        with probes.record(one, gradients=True, group="none", max_sequences=4) as recorder:
+            for part in ids.chunk(2):
+                loss_of(one, part).backward()
+            recorder.step()
+        for name in ("token_count", "norm_sum", "gradient_square_norm_sum"):
+            np.testing.assert_allclose(joined.statistics[name], recorder.run.statistics[name], rtol=NEAR)
+        np.testing.assert_allclose(joined.trace["residual"], recorder.run.trace["residual"], rtol=NEAR)
+
+
 def token_shards(world, folder):
     """Tokens that sequence or context parallelism spreads over processes are refused, also where they are plain tensors."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -554,6 +605,7 @@ SCENARIOS = {
         token_shards,
         parts_of_sequences,
         compiled,
+        pipeline,
     ),
     4: (uneven, learning, sharded, other_model, empty_first, missing, parts_and_shards),
 }
