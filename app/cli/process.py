@@ -128,24 +128,24 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def signals_as_python_has_them() -> Iterator[None]:
-    """Run code of the user's, which may have its own idea of what Ctrl-C and SIGTERM mean, such as to save a checkpoint first.
+def interrupts_as_python_has_them() -> Iterator[None]:
+    """Run code of the user's, which may have its own idea of what Ctrl-C means, such as to save a checkpoint first.
 
     Yields
     ------
     None
     """
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(
+        getattr(handler, "__self__", None), Interrupts
+    ):  # ignored as by nohup, or of somebody else
         yield
         return
-    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if isinstance(getattr(ours[signal.SIGINT], "__self__", None), Interrupts):  # and not ignored, as by nohup
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _without_interrupts(unraisable: Any) -> None:

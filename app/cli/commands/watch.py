@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from depthscope.app.cli.arguments import add_layers, add_out_folder
 from depthscope.app.cli.command import FINE, FOUND, INTERRUPTED, Command
 from depthscope.app.cli.paths import InputPath
-from depthscope.app.cli.process import signals_as_python_has_them
+from depthscope.app.cli.process import interrupts_as_python_has_them
 from depthscope.app.cli.values import Number, Text
 from depthscope.app.text.terminal import command_line, printable
 
@@ -95,10 +95,11 @@ def _run(args: argparse.Namespace) -> int:
         options |= {"store": args.out, "resume": args.resume, "force": args.force}
     if args.resume and is_live_store(args.out):
         last = read_history(Path(args.out))[0].last_step
-        options["first_step"] = 1 if last is None else last + 1
+        if last is not None:
+            options["first_step"] = last + 1
     watch = ScriptWatch(**options)
     try:
-        with signals_as_python_has_them():
+        with interrupts_as_python_has_them():
             watch.run(args.script, args.arguments, is_module=args.module)
     except TrainingStopped as stopped:
         sys.stderr.write(f"depthscope: {printable(str(stopped))}\n")
@@ -123,7 +124,6 @@ def _outcome(watch: ScriptWatch, out: str) -> str:
         )
     num_steps = len(recorder.measured_steps)
     if num_steps:
-        # A loop that was resumed may have begun with more.
         return f"recorded {num_steps} steps of {watch.model}; read them with: {command_line('check', out)}"
     if recorder.errors:
         return f"no step of {watch.model} was measured: {recorder.errors[0]}"
