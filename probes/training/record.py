@@ -122,8 +122,9 @@ def record(
         Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
         set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
         shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
-        are of the sampled tokens; the attribute ``estimator`` of each says which. One complete sequence is then stored raw,
-        unless ``max_sequences`` asks for more.
+        are of the sampled tokens; the attribute ``estimator`` of each says which. ``"live"`` has the ranks in the mean over
+        streams alone, the others those of each stream too. One complete sequence is then stored raw, unless ``max_sequences``
+        asks for more.
     live_tokens : int
         Number of tokens of a step that are sampled for these, drawn uniformly from its first forward by ``seed``: the same
         positions at every step as long as batches have one shape and mask, which ``same_sampled_tokens`` of each row tells.

@@ -47,9 +47,7 @@ def mean_state_metrics(states_LKD: np.ndarray, ordinary_K: np.ndarray) -> Tables
     """
     every = _of_tokens(states_LKD)
     ordinary = every if ordinary_K.all() else _of_tokens(states_LKD[:, ordinary_K])
-    found: Tables = {}
-    for name in (*RANKS, "corrected_participation_ratio"):
-        found[name] = (RANK_DIMS, np.stack([every[name], ordinary[name]])[None])
+    found = _rank_tables(states_LKD, ordinary_K, every, ordinary)
     tables = np.stack([every["cka"], ordinary["cka"]])
     adjacent = np.full(tables.shape[:-1], np.nan)
     adjacent[:, 1:] = np.diagonal(tables, offset=-1, axis1=-2, axis2=-1)
@@ -59,6 +57,27 @@ def mean_state_metrics(states_LKD: np.ndarray, ordinary_K: np.ndarray) -> Tables
     found["angular_distance"] = (("tokens", "depth", "other_depth"), angles)
     influences = np.stack([every["block_influence"], ordinary["block_influence"]])
     found["block_influence"] = (("tokens", "depth"), influences)
+    return found
+
+
+def rank_metrics(states_LKD: np.ndarray, ordinary_K: np.ndarray) -> Tables:
+    """The ranks of `mean_state_metrics` alone, such as those of a single stream; same parameters."""
+    every = _of_tokens(states_LKD, ranks_only=True)
+    ordinary = every if ordinary_K.all() else _of_tokens(states_LKD[:, ordinary_K], ranks_only=True)
+    return _rank_tables(states_LKD, ordinary_K, every, ordinary)
+
+
+def _rank_tables(
+    states_LKD: np.ndarray,
+    ordinary_K: np.ndarray,
+    every: dict[str, np.ndarray],
+    ordinary: dict[str, np.ndarray],
+) -> Tables:
+    """Ranks of all tokens and of the ordinary ones, and of how many tokens each is."""
+    found: Tables = {
+        name: (RANK_DIMS, np.stack([every[name], ordinary[name]])[None])
+        for name in (*RANKS, "corrected_participation_ratio")
+    }
     counts = np.array([[states_LKD.shape[1], ordinary_K.sum()]], dtype=float)
     repeated = np.repeat(np.where(counts > 0, counts, np.nan)[..., None], len(states_LKD), axis=-1)
     found["num_tokens"] = (("scope", "tokens", "depth"), repeated)
@@ -83,26 +102,30 @@ class _Products(NamedTuple):
         return cls(products + along + along.swapaxes(1, 2) + square, products)
 
 
-def _of_tokens(states_LKD: np.ndarray) -> dict[str, np.ndarray]:
+def _of_tokens(states_LKD: np.ndarray, *, ranks_only: bool = False) -> dict[str, np.ndarray]:
     """Numbers of some tokens; NaN at depths that are not finite, and where there are too few tokens."""
     depths, count, _ = states_LKD.shape
     if not count:
         empty = np.full((depths, depths), np.nan)
         ranks = dict.fromkeys((*RANKS, "corrected_participation_ratio"), np.full((2, depths), np.nan))
-        return {**ranks, "cka": empty, "angular_distance": empty, "block_influence": empty[0]}
+        return ranks | (
+            {} if ranks_only else {"cka": empty, "angular_distance": empty, "block_influence": empty[0]}
+        )
     finite = np.isfinite(states_LKD).all(axis=(1, 2))
     if not finite.all():  # kernels refuse what is not finite
         states_LKD = np.where(finite[:, None, None], states_LKD, np.float32(0.0))
     products = _Products.of(states_LKD)
     found = _ranks(states_LKD, products)
-    found["cka"] = _cka(products.centered)
-    found["angular_distance"], found["block_influence"] = _angles(states_LKD)
+    if not ranks_only:
+        found["cka"] = _cka(products.centered)
+        found["angular_distance"], found["block_influence"] = _angles(states_LKD)
     broken = ~finite
     for name, values in found.items():
         values[..., broken] = np.nan
         if name in ("cka", "angular_distance"):
             values[broken] = np.nan
-    found["block_influence"][1:][broken[:-1]] = np.nan
+    if not ranks_only:
+        found["block_influence"][1:][broken[:-1]] = np.nan
     return found
 
 

@@ -39,7 +39,7 @@ LIVE = (
     *OF_MEAN,
     *OF_CONNECTIONS,
 )
-"""Metrics of ``metrics="live"``."""
+"""Metrics of ``metrics="live"``, with ranks in the mean over streams alone."""
 
 Begun = tuple[dict[str, LiveValue], dict[str, Any]]
 """Values of a group, and coordinates of theirs."""
@@ -173,7 +173,7 @@ class LiveMetrics:
         tokens = SampledTokens(live, group)
         found = every_token.state_metrics(sums, group.depths, group.cut) | tokens.relative_gradient()
         if set(OF_MEAN) & set(self.names):
-            found |= tokens.mean_states()
+            found |= tokens.mean_states(each_stream=self.names != LIVE)
         found |= every_token.stream_metrics(live, group.depths)
         found |= every_token.massive_tokens(
             live,

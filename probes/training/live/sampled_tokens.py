@@ -24,7 +24,7 @@ from depthscope.probes.statistics.live_sums import LiveSums, with_mean
 from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
 from depthscope.probes.training.live.group import LiveGroup
 from depthscope.probes.training.live.live_value import LiveValue, sampled
-from depthscope.probes.training.live.mean_states import mean_state_metrics
+from depthscope.probes.training.live.mean_states import mean_state_metrics, rank_metrics
 from depthscope.probes.training.live.mixing_products import mixing_metrics
 
 # Of the mean over streams, whose tokens of all depths are compared.
@@ -111,14 +111,30 @@ class SampledTokens:
         values = [self._live.values["largest"][depth].amax(0) for depth in self._group.depths]
         return torch.stack(values).double().cpu().numpy()
 
-    def mean_states(self) -> dict[str, LiveValue]:
-        """Ranks, similarities and angles in the mean over streams; NaN for single streams."""
+    def mean_states(self, *, each_stream: bool) -> dict[str, LiveValue]:
+        """Ranks, similarities and angles in the mean over streams.
+
+        Parameters
+        ----------
+        each_stream : bool
+            Ranks of each of several streams too, which cost as much again for each; NaN otherwise.
+
+        Returns
+        -------
+        dict of str to LiveValue
+        """
         found = {}
+        streams = range(len(self._group.streams) - 1)
+        single = []
+        if each_stream:
+            states_LKND = np.stack(self.states)
+            single = [rank_metrics(states_LKND[:, :, stream], ~self.massive_K) for stream in streams]
         for name, (dims, values) in mean_state_metrics(self.mean_LKD, ~self.massive_K).items():
             metric = CATALOGUE[name]
             if "stream" in metric.dims:
-                of_streams = np.full((*values.shape, len(self._group.streams) - 1), np.nan)
-                dims, values = (*dims, "stream"), np.concatenate([values[..., None], of_streams], axis=-1)
+                unknown = [np.full(values.shape, np.nan) for _ in streams]
+                of_streams = [of_one[name][1] for of_one in single if name in of_one] or unknown
+                dims, values = (*dims, "stream"), np.stack([values, *of_streams], axis=-1)
             found[name] = LiveValue(dims, values, sampled(self.count, metric.estimator))
         return found
 

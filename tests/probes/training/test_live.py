@@ -245,8 +245,9 @@ def test_every_default_metric_or_some_by_name(models, ids):
     every = train(models["deepseek"](), ids, steps=1, metrics="all", live_tokens=ids.numel(), max_sequences=8)
     row = schema.chain_dataset(every.run, "metrics").isel(step=0)
     assert {"alpha_req", "henrici", "effective_streams", "channel_variance"} <= set(row.data_vars)
-    missing = OF_MEAN | dict.fromkeys(
+    missing = dict.fromkeys(
         (
+            *("relative_gradient", "token_cosine"),
             "numerical_rank",
             "top_energy",
             "alpha_req",
