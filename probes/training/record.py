@@ -75,7 +75,8 @@ def record(
     memory; the states are those of the same weights and batch, under dropout masks of their own; random states, buffers
     and attributes of modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a
     counter) happens twice. Refused with a sentence, and without any effect on the training: reentrant checkpoints and
-    optimizers inside of the backward (with gradients), several processes, arguments that cannot be copied.
+    optimizers inside of the backward (with gradients), weights that are sharded over processes or a forward that exchanges
+    something with others, arguments that cannot be copied.
 
     A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
 
