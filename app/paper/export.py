@@ -12,7 +12,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, further_fonts, write_word
-from depthscope.app.drawing.matplotlib.many_figures import Drawing, write_figures
+from depthscope.app.drawing.matplotlib.many_figures import FigureFiles, write_figures
 from depthscope.app.figures import Figure, Heatmap, Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
 from depthscope.app.figures.numbers import figure_table
@@ -179,9 +179,9 @@ def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -
     half = Width(0.485 * bundle.venue.text, FIGURE_POINTS)
     figures, supplement = folder / "figures", folder / "supplement"
     drawings = [
-        *(Drawing(one, _paths(figures, one.name, bundle.formats), across) for one in bundle.shown),
+        *(FigureFiles(one, _paths(figures, one.name, bundle.formats), across) for one in bundle.shown),
         *(
-            Drawing(one, _paths(supplement, one.name, bundle.formats), half)
+            FigureFiles(one, _paths(supplement, one.name, bundle.formats), half)
             for one in bundle.contents.figures
         ),
     ]

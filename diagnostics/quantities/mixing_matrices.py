@@ -83,7 +83,9 @@ class Mixing:
         matrices[bad.any(axis=1)] = np.eye(matrices.shape[-1])
         # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
         # run along the tokens and vectorise.
-        return np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
+        ordered = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
+        ordered.flags.writeable = False  # they are kept: a metric that wrote to them would change all later ones
+        return ordered
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The matrices (c, N, n, n) from the first connection on, a few connections at a time."""

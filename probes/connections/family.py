@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
-from depthscope.probes.connections.tensor_watch import Place, Watch
+from depthscope.probes.connections.tensor_watch import Watch, WeightPlace
 
 MOST_STREAMS = 64  # heuristic: a larger axis is one of features, not of streams
 Seen = Callable[[], list[torch.Tensor]]  # the tensors that the connection computed, the last one first
@@ -154,7 +154,7 @@ class PairedFamily(Family):
     branch_argument: int
     detect: Callable[[nn.Module, torch.Tensor, int], Site | None]
     watch: Callable[[Site, torch.Tensor], Watch]
-    read: Callable[[Site, int, torch.Tensor, Any, list[torch.Tensor], Place | None], Parts]
+    read: Callable[[Site, int, torch.Tensor, Any, list[torch.Tensor], WeightPlace | None], Parts]
     close: Callable[[Site, Parts, torch.Tensor, Any, list[torch.Tensor]], Parts] = with_branch_output
     watch_closing: Callable[[Site, torch.Tensor], Watch] | None = None
     rewrites_output: bool = False

@@ -22,7 +22,7 @@ from depthscope.probes.connections.read_weights import (
     least_squares_read,
     still_reads,
 )
-from depthscope.probes.connections.tensor_watch import Place, Watch
+from depthscope.probes.connections.tensor_watch import Watch, WeightPlace
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
@@ -49,7 +49,7 @@ def read_returned(
     output: Any,
     rows: torch.Tensor,
     computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
-    place: Place | None = None,
+    place: WeightPlace | None = None,
     every_token: bool = False,
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
@@ -66,7 +66,7 @@ def read_returned(
         Indices of the sampled sequences.
     computed : callable
         Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
-    place : Place, optional
+    place : WeightPlace, optional
         Where H_pre was among these in the forward before.
     every_token : bool
         Whether H_pre is wanted of every token, where the module computes it.
@@ -125,7 +125,7 @@ def watched_read(
     branch_in: torch.Tensor,
     seen: list[torch.Tensor],
     write: torch.Tensor | None = None,
-    place: Place | None = None,
+    place: WeightPlace | None = None,
 ) -> torch.Tensor | None:
     """H_pre of the sampled sequences, (K, T, N), among the tensors that the module computed.
 
@@ -144,7 +144,7 @@ def watched_read(
     write : Tensor, optional
         H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models begin with equal
         streams, and there all weights of the same sum explain it alike.
-    place : Place, optional
+    place : WeightPlace, optional
         Where it was in the forward before, which is tried first, and is noted for the next one.
 
     Returns
@@ -162,7 +162,7 @@ def _watched(
     branch_in: torch.Tensor,
     seen: list[torch.Tensor],
     write: torch.Tensor | None,
-    place: Place | None,
+    place: WeightPlace | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """H_pre of the sampled sequences, as `watched_read`, and of all where the module computed it for all, (B, T, N)."""
     streams = canonical_streams(site, x)
@@ -211,7 +211,7 @@ class Opening:
         The streams that it took.
     key : object
         Whose opening it is, for the caller's own use.
-    place : Place, optional
+    place : WeightPlace, optional
         Which of the tensors that the opening method computes were its weights in the forward before.
     """
 
@@ -220,7 +220,7 @@ class Opening:
     x: torch.Tensor
     key: Any = None
     parts: Parts | None = None
-    place: Place | None = None
+    place: WeightPlace | None = None
 
     @property
     def family(self) -> PairedFamily:

@@ -32,7 +32,7 @@ CONFIRMING_TOKENS = 16
 
 
 @dataclass
-class Place:
+class WeightPlace:
     """Which of the candidates explained an output in the forward before, among how many; among none where that is not known.
 
     Parameters
@@ -120,7 +120,7 @@ class Watch(TorchFunctionMode):
 
 
 def explaining(
-    candidates: Sequence[tuple[T, Explanation]], *goal: torch.Tensor, place: Place | None = None
+    candidates: Sequence[tuple[T, Explanation]], *goal: torch.Tensor, place: WeightPlace | None = None
 ) -> T | None:
     """The candidate whose explanation comes nearest to a goal, if it comes near enough; the search ends at an exact one.
 
@@ -130,7 +130,7 @@ def explaining(
         What to return, and a function from token indices to what it explains at these.
     *goal : Tensor
         (B, T, …); several are joined along their third axis.
-    place : Place, optional
+    place : WeightPlace, optional
         Which one it was in the forward before: as many candidates again, and the same code has run, so that this one is taken
         where it still explains the goal as well. It is noted for the next forward.
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.logits import Handled, LogitWatch
 from depthscope.probes.connections.reading import canonical_streams, read_returned
-from depthscope.probes.connections.tensor_watch import Place
+from depthscope.probes.connections.tensor_watch import WeightPlace
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
@@ -87,7 +87,7 @@ class Observer:
         self._live_tokens = live_tokens
         self._exact_sums, self._compiled_sums = exact_sums, compiled_sums
         # Of the weights that are looked for, by the number of the connection.
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, WeightPlace] = {}
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -272,9 +272,9 @@ class Observer:
 
     # --- connections ---
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> WeightPlace:
         """Where the weights of a connection, which no returned tensor shows, were in the forward before."""
-        return self._places.setdefault(number, Place())
+        return self._places.setdefault(number, WeightPlace())
 
     def logit_watch(self, number: int, x: torch.Tensor) -> LogitWatch | None:
         """What watches a call of a connection, which took ``x``, for the logits of its matrix; None where nothing does."""

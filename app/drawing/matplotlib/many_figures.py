@@ -21,7 +21,7 @@ from depthscope.app.figures.specification import Figure
 MANY = 24
 
 
-class Drawing(NamedTuple):
+class FigureFiles(NamedTuple):
     """A figure, the files that it is written to, and its width."""
 
     figure: Figure | Composed
@@ -29,12 +29,12 @@ class Drawing(NamedTuple):
     width: Width
 
 
-def write_figures(drawings: Sequence[Drawing], *, second_process: bool = False) -> None:
+def write_figures(drawings: Sequence[FigureFiles], *, second_process: bool = False) -> None:
     """Write figures, the same bytes whoever draws them.
 
     Parameters
     ----------
-    drawings : sequence of Drawing
+    drawings : sequence of FigureFiles
         What `write_figure` takes, for each.
     second_process : bool
         Leave half of them to a process of its own where they are many and there is a core for it: matplotlib uses one,
@@ -68,7 +68,7 @@ def write_figures(drawings: Sequence[Drawing], *, second_process: bool = False) 
         _write(theirs)
 
 
-def _write(drawings: Sequence[Drawing]) -> None:
+def _write(drawings: Sequence[FigureFiles]) -> None:
     for figure, paths, width in drawings:
         write_figure(figure, *paths, width=width)
 

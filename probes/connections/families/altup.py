@@ -17,7 +17,14 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import MOST_STREAMS, PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.tensor_watch import Explanation, Place, Watch, explaining, few_of, mixing
+from depthscope.probes.connections.tensor_watch import (
+    Explanation,
+    Watch,
+    WeightPlace,
+    explaining,
+    few_of,
+    mixing,
+)
 from depthscope.probes.model.tensors import tensors_in
 
 # --- in a forward
@@ -48,7 +55,7 @@ def read(
     x: torch.Tensor,
     result: Any,
     seen: list[torch.Tensor],
-    place: Place | None,
+    place: WeightPlace | None,
 ) -> Parts:
     """I + C, destination by source, as what reads the n predictions; nothing is written before ``correct`` runs."""
     n = site.num_streams

@@ -16,7 +16,7 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.family import PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.tensor_watch import Place, Watch, explaining, mixing
+from depthscope.probes.connections.tensor_watch import Watch, WeightPlace, explaining, mixing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
 
@@ -75,7 +75,7 @@ def read(
     x: torch.Tensor,
     result: Any,
     seen: list[torch.Tensor],
-    place: Place | None,
+    place: WeightPlace | None,
 ) -> Parts:
     """The weights in that matrix, of all that the module computed, that explains both the branch input and the mixed streams.
 

@@ -112,7 +112,7 @@ def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_pa
 
 def test_a_run_without_states_has_none(mhc_run, tmp_path):
     trace = mhc_run["trace"].to_dataset().drop_vars(["residual", "gradient"], errors="ignore")
-    with pytest.raises(schema.SchemaError):
+    with pytest.raises(FileNotFoundError, match=r"missing\.nc"):
         schema.open_group(tmp_path / "missing.nc", "trace")
     run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
     save_run(run, tmp_path / "m.nc")

@@ -104,10 +104,10 @@ def test_a_depth_is_read_once_for_all_metrics(make_run, monkeypatch):
 def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatch):
     run = make_run("hc", layers=2)
     whole = diagnostics.analyze(run)
-    monkeypatch.setattr(
-        diagnostics.quantities.states, "CACHE_BYTES", 2 * 5 * 2 * 16 * 32 * 4
-    )  # two depths of five views
-    reads = count_calls(monkeypatch, diagnostics.quantities.states.States, ["_read"])
+    states = diagnostics.quantities.states.States
+    two_depths = 2 * 5 * 2 * 16 * 32 * 4  # of five views
+    monkeypatch.setitem(states.__init__.__kwdefaults__, "cache_bytes", two_depths)
+    reads = count_calls(monkeypatch, states, ["_read"])
     xr.testing.assert_identical(diagnostics.analyze(run), whole)
     assert reads["_read"] > 2 * 5
 

@@ -35,7 +35,7 @@ def recorded(monkeypatch, *, remembered: bool):
         patch.setattr(reading, "still_reads", of_one)
         if not remembered:
             patch.setattr(
-                tensor_watch.Place, "__setattr__", lambda self, name, value: vars(self).update(among=0)
+                tensor_watch.WeightPlace, "__setattr__", lambda self, name, value: vars(self).update(among=0)
             )
         with ds.record(model, every=1) as recorder:
             for _ in range(STEPS):
@@ -83,7 +83,7 @@ def test_the_candidate_of_the_forward_before_is_taken_only_where_it_explains_the
         named = [(number, explanation(each)) for number, each in enumerate(candidates)]
         return tensor_watch.explaining(named, wanted, place=place), asked
 
-    place = tensor_watch.Place()
+    place = tensor_watch.WeightPlace()
     assert found([other, matrix], goal, place) == (1, [18, 18])
     assert place.among == 2
     assert found([other, matrix], goal, place) == (1, [tensor_watch.CONFIRMING_TOKENS])

@@ -272,7 +272,7 @@ def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, los
     plain, _ = trained(build, loss=loss)
     probed, recorder = train(build, {"gradients": True}, loss=loss)
     require_same(plain, probed)
-    assert len(recorder.errors) == 4
+    assert len(recorder.errors) == 3  # of four steps: the same reason is said three times at most
     assert reason in str(recorder.errors[0])
 
 

@@ -261,6 +261,7 @@ def test_a_generator_that_is_closed_early_leaves_nothing_on(ids, probe, steps):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
+@pytest.mark.filterwarnings("ignore:steps .* for the same reason:depthscope.probes.ProbeWarning")
 def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
     plain = train(ids, probe=None)
 
