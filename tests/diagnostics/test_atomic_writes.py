@@ -419,8 +419,7 @@ def test_a_run_whose_writer_is_killed_is_the_former_or_the_new():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nc", "zarr", "zarr.zip", "analyze", "export", "report", "study", "cache"])
 def test_a_writer_killed_at_random_moments_leaves_the_former_or_the_new(kind):
-    # A bundle and a report take seconds to write, the others a fraction of one.
-    moments = sample_or_every(2 if kind in ("export", "report", "study") else 6, 200)
+    moments = sample_or_every(2, 200)
     counts = killed(kind, moments)
     assert counts.get("former", 0) + counts.get("new", 0) == moments, counts
     assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)
