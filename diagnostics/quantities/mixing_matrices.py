@@ -84,7 +84,9 @@ class Mixing:
         # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
         # run along the tokens and vectorise.
         ordered = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
-        ordered.flags.writeable = False  # they are kept: a metric that wrote to them would change all later ones
+        ordered.flags.writeable = (
+            False  # they are kept: a metric that wrote to them would change all later ones
+        )
         return ordered
 
     def blocks(self) -> Iterator[np.ndarray]:

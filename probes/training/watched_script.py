@@ -23,6 +23,7 @@ from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
 Reference: TypeAlias = Callable[[], Any]  # a weak one
+NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimiser; there is no public name
 
 
 def _nothing() -> None:
@@ -141,6 +142,9 @@ class ScriptWatch:
             found for found in gc.get_objects() if issubclass(type(found), torch.amp.GradScaler)
         ]
         enabled = [scaler for scaler in scalers if scaler.is_enabled()]
+        if len(enabled) > 1:  # this runs inside of the step of one of them, which has noted its optimiser
+            stepping = [found for found in enabled if id(optimizer) in getattr(found, NOTED, {})]
+            enabled = stepping or enabled
         options = {"first_step": 2, **self._options}
         if options.get("metrics") is not None:
             options["optimizer"] = optimizer

@@ -262,7 +262,7 @@ def test_a_second_process_draws_the_same_bytes_and_what_it_cannot_is_told_here(t
         folder = tmp_path / str(asked)
         folder.mkdir()
         drawings = [
-            many_figures.Drawing(one, [folder / f"{one.name}.pdf"], many_figures.Width(3.0, 8))
+            many_figures.FigureFiles(one, [folder / f"{one.name}.pdf"], many_figures.Width(3.0, 8))
             for one in figures
         ]
         many_figures.write_figures(drawings, second_process=asked)
