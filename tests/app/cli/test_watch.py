@@ -75,7 +75,9 @@ def test_a_script_gives_the_same_with_and_without_and_is_recorded(script, tmp_pa
     )
     out = tmp_path / "runs" / "a"
     words = ["watch", "--out", str(out), "--every", "2", str(script), "--", "--rate", "0.01"]
+    another = torch.amp.GradScaler("cpu")  # of another model; the loss scale is not its
     assert main(words) == 0
+    assert another.is_enabled()
     said = capfd.readouterr()
     assert said.out == plain.stdout
     assert "recorded 2 steps of Model" in said.err
