@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
