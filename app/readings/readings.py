@@ -61,6 +61,11 @@ class Reading:
     results: Mapping[str, xr.Dataset] = field(default_factory=dict)
 
     @property
+    def run(self) -> str:
+        """The run's name alone, which all of its chains share."""
+        return self.name.removesuffix(f"/{self.chain}") if self.chain else self.name
+
+    @property
     def not_computed(self) -> dict[str, list[str]]:
         """Metrics that the run could not feed, by the reason."""
         # By the reason: many metrics lack for the same one, which is printed once.

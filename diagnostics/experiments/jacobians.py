@@ -7,6 +7,8 @@ from typing import Any
 
 import xarray as xr
 
+MOMENTS = ("mean_square", "mean_square_error", "square_variance", "square_variance_error")
+
 
 def jacobian_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     """One row a Jacobian with plain values, the whole chain's last: None for what is not known.
@@ -20,35 +22,23 @@ def jacobian_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     -------
     list of dict
     """
-    spans = [(depth - 1, depth) for depth in result["depth"].values.tolist()]
-    last = spans[-1][1]
-    rows = []
-    for position, (start, stop) in enumerate([*spans, (0, last)]):
-        whole = position == len(spans)
+    depths = result["depth"].values.tolist()
+    blocks = [_row(result.isel(depth=at), "", depth - 1, depth) for at, depth in enumerate(depths)]
+    return [*blocks, _row(result, "whole_", 0, depths[-1])]
 
-        def plain(name: str, whole: bool = whole, position: int = position) -> Any:
-            values = result[f"whole_{name}"] if whole else result[name].isel(depth=position)
-            found = values.values.tolist()
-            return [_plain(each) for each in found] if isinstance(found, list) else _plain(found)
 
-        rows.append(
-            {
-                "start": start,
-                "stop": stop,
-                "singular_values": plain("singular_value"),
-                "errors": plain("singular_value_error"),
-                **{
-                    name: plain(name)
-                    for name in (
-                        "mean_square",
-                        "mean_square_error",
-                        "square_variance",
-                        "square_variance_error",
-                    )
-                },
-            }
-        )
-    return rows
+def _row(result: xr.Dataset, prefix: str, start: int, stop: int) -> dict[str, Any]:
+    def plain(name: str) -> Any:
+        values = result[prefix + name].values.tolist()
+        return [_plain(each) for each in values] if isinstance(values, list) else _plain(values)
+
+    return {
+        "start": start,
+        "stop": stop,
+        "singular_values": plain("singular_value"),
+        "errors": plain("singular_value_error"),
+        **{name: plain(name) for name in MOMENTS},
+    }
 
 
 def _plain(value: float) -> float | None:

@@ -143,9 +143,7 @@ def read_again(reading: Reading) -> Reading | None:
     Reading or None
         The same one where there is nothing new; None where it cannot be read any more.
     """
-    path = Path(reading.path)
-    name = reading.name.removesuffix(f"/{reading.chain}") if reading.chain else reading.name
-    found = read_growing(name, path, None)
+    found = read_growing(reading.run, Path(reading.path), None)
     if isinstance(found, UnreadableRun):
         return None
     return next((each for each in found if each.chain == reading.chain), None)

@@ -156,8 +156,7 @@ def measure(
     str
         Why it is not possible; empty where it was done.
     """
-    path = Path(reading.path)
-    name = reading.name.removesuffix(f"/{reading.chain}") if reading.chain else reading.name
+    name, path = reading.run, Path(reading.path)
     if growing_runs.is_growing(path):
         return f"{name} is being written: its states are of another step at every moment. Measure it when it has ended."
     try:
