@@ -14,8 +14,8 @@ import xarray as xr
 from markupsafe import Markup
 
 from depthscope.app.drawing.matplotlib import to_svg
-from depthscope.app.drawing.plotly import to_plotly
-from depthscope.app.figures import Figure, Lines, Selection
+from depthscope.app.drawing.plotly import reduction_words, to_plotly
+from depthscope.app.figures import Figure, Heatmap, Lines, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
@@ -188,7 +188,12 @@ def _plot(figure: Figure) -> Markup:
     drawing = to_plotly(figure).to_json()
     # Inside a script element nothing ends it but "</": as JSON the sign may be written as its number.
     data = Markup(drawing.replace("<", "\\u003c"))
-    return Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
+    note = reduction_words(figure) if isinstance(figure, Heatmap) else ""
+    words = Markup('<p class="facts">On a screen {}.</p>').format(note) if note else Markup()
+    return (
+        Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
+        + words
+    )
 
 
 def _no_plot(figure: Figure) -> Markup:

@@ -15,6 +15,7 @@ from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotl
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
+from depthscope.app.drawing.plotly import reduction_words, shrink
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
     Bar,
@@ -340,7 +341,11 @@ def _token_panel(close_up: CloseUp, view: View) -> Panel:
         # Norms of massive tokens are a hundred times those of the others.
         log_z=view.measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
         y_text=tokens[:last],
+        # As the map of the page Tokens.
+        of_block="largest" if view.measure == "norm" else "mean",
     )
+    note = reduction_words(figure)
+    figure = replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
     # The names of the tokens that stand out; the others are named where the mouse is.
     largest = np.nan_to_num(np.abs(z[:last]), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))

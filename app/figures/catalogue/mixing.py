@@ -89,6 +89,7 @@ pair_gain = MatrixFigure(
     columns="connection",
     x_label="from connection",
     y_label="through connection",
+    of_block="largest",  # as a gain is judged
     note="Product of H_res from the one through the other.",
     question="mixing",
     section="Gains",
