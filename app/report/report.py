@@ -22,7 +22,7 @@ from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.app.text.cards import Card
+from depthscope.app.text.cards import ABOUT_THE_READING, Card
 from depthscope.app.text.causes import cause_svg
 from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
@@ -154,6 +154,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         names=", ".join(reading.name for reading in readings),
         shown=evidence.shown,
         nothing=NOTHING,
+        about_the_reading=ABOUT_THE_READING,
         # Only these scripts run, by their digests: no text of a run does, whatever it contains.
         script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
         scripts=scripts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,9 +71,16 @@ def place_of(finding: Finding) -> str:
     elif finding.last == finding.first:
         place = f"{finding.axis} {finding.first}"
     else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
+        place = f"{finding.axis} {finding.first}–{finding.last}{_worst_words(finding)}"
     # The mean over streams is not one of them.
     return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
+def _worst_words(finding: Finding) -> str:
+    """Where a finding is worst; empty where its numbers are equal."""
+    judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
+    is_somewhere = finding.worst >= 0 and len(judged) > 1 and min(judged) < max(judged)
+    return f", worst at {finding.worst}" if is_somewhere else ""
 
 
 def cause_svg(findings: Sequence[Finding]) -> Markup:

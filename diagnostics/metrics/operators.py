@@ -55,7 +55,6 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"|\lambda_i(H)|",
     dims="connection component reduction",
-    healthy=NOT_EXPANDING,
     cite="seneta2006nonnegative",
     basis="stream",
     null=1.0,
@@ -143,7 +142,6 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     dims="connection reduction",
     scale="log",
     # An inverse loses three digits, all that bfloat16 has.
-    healthy=Range(high=1e3, source=OURS),
     cite="golub2013matrix",
     basis="stream",
     null=1.0,
@@ -181,7 +179,6 @@ def henrici(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"r(H)",
     dims="connection reduction",
-    healthy=NOT_EXPANDING,
     cite="horn1991topics",
     basis="stream",
     null=1.0,

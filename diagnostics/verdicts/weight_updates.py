@@ -26,7 +26,11 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
     """
-    yield Profile(update_ratio, "the change of the weights in one step, relative to the weights, is")
+    yield Profile(
+        update_ratio,
+        "the change of the weights in one step, relative to the weights, is",
+        metric="update_ratio",
+    )
 
 
 @verdict(metric="update_ratio", limits=Limits(warn=0.0))
@@ -75,4 +79,8 @@ def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimiser
     has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
     """
-    yield Profile(update_ratio, "the change of the weights in one step, relative to the weights, is")
+    yield Profile(
+        update_ratio,
+        "the change of the weights in one step, relative to the weights, is",
+        metric="update_ratio",
+    )

@@ -14,6 +14,9 @@ export default function (component) {
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
+  box.onpointerdown = (event) => {
+    if (!event.target.closest(".modebar")) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from it
+  };
   offerSkip();
   const figure = JSON.parse(data.figure);
   // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
@@ -44,23 +47,6 @@ export default function (component) {
     if (drawn.z) return drawn.x?.some((x) => inside(xs, x)) && drawn.y.some((y) => inside(ys, y));
     return Array.from(drawn.y).some((y, j) => Number.isFinite(y) && inside(ys, y) && inside(xs, drawn.x[j]));
   });
-  // Arrow keys go from number to number, as the mouse does; enter opens the one that is shown.
-  box.onkeydown = (event) => {
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-    const drawn = box._fullData?.find((trace) => trace.visible === true && trace.y?.length > 1);
-    if (!drawn) return;
-    const [xs, ys] = [drawn.x, drawn.z ? drawn.y : [0]];
-    if (event.key === "Escape") window.Plotly.Fx.unhover(box);
-    else if (event.key === "Enter" && data.clickable && box.at) setTriggerValue("clicked", { x: xs[box.at[0]], y: ys[box.at[1]] });
-    else if (move) {
-      const last = [xs.length - 1, ys.length - 1];
-      box.at = (box.at ?? [-1, 0]).map((place, i) => Math.min(Math.max(place + move[i], 0), last[i]));
-      const axes = box._fullLayout;
-      const y = drawn.z ? ys[box.at[1]] : drawn.y[box.at[0]];
-      window.Plotly.Fx.hover(box, { xval: axes.xaxis.d2l(xs[box.at[0]]), yval: axes.yaxis.d2l(y) });
-    } else return;
-    event.preventDefault();
-  };
   load(data.plotly).then((Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
     const layout = () => {
@@ -89,12 +75,10 @@ export default function (component) {
       box.removeAllListeners?.("plotly_click");
       box.removeAllListeners?.("plotly_relayout");
       box.on("plotly_relayout", zoomed);
-      if (data.clickable) {
-        box.on("plotly_click", (event) => {
-          const point = event.points[0];
-          setTriggerValue("clicked", { x: point.x, y: point.y });
-        });
-      }
+      box.on("plotly_click", (event) => {
+        startAt(event.points[0], box);
+        if (data.clickable) setTriggerValue("clicked", { x: event.points[0].x, y: event.points[0].y });
+      });
       box.onkeydown = (event) => step(event, box, data.clickable ? setTriggerValue : null);
       if (!box.depthscopeResize) {
         box.depthscopeResize = new ResizeObserver(() => {
@@ -114,9 +98,19 @@ export default function (component) {
 // Left and right go from point to point, up and down to the next curve or row, Enter opens a cell that a click would open.
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
 
+const traces = (box) => box._fullData.filter((trace) => trace.visible === true && trace.hoverinfo !== "skip");
+
+// The keys go on from the point that was clicked.
+function startAt(point, box) {
+  const [row, column] = Array.isArray(point.pointNumber)
+    ? point.pointNumber
+    : [traces(box).findIndex((trace) => trace.index === point.curveNumber), point.pointNumber];
+  if (row >= 0) box.depthscopeAt = { row, column, cell: { x: point.x, y: point.y } };
+}
+
 function step(event, box, open) {
   if (event.target !== box || event.ctrlKey || event.metaKey || event.altKey) return;
-  const drawn = box._fullData.filter((trace) => trace.visible === true && trace.hoverinfo !== "skip");
+  const drawn = traces(box);
   const at = box.depthscopeAt ?? { row: 0, column: -1 };
   if (event.key in STEPS && drawn.length > 0) {
     event.preventDefault();

@@ -34,6 +34,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 __all__ = [
     "View",
@@ -140,23 +141,21 @@ def _axis_of(metric: str, reading: Reading) -> str:
     return next((axis for axis in ("depth", "connection") if axis in dims), "")
 
 
-def first_pin(reading: Reading, close_up: CloseUp | None) -> int:
-    """The depth that is pinned before the visitor pins one: where the worst finding begins, else the last one.
+def first_pin(reading: Reading) -> int:
+    """The depth that is pinned before the visitor pins one: where the worst finding is worst, else the last one.
 
     Parameters
     ----------
     reading : Reading
         Under the microscope.
-    close_up : CloseUp or None
-        Its states.
 
     Returns
     -------
     int
     """
     last = max(len(depth_names(reading)) - 1, 0)
-    places = (_range_of(finding, reading, close_up) for finding in reading.findings)
-    return next((min(max(where[0], 0), last) for where in places if where is not None), last)
+    places = (worst_depth(finding, reading.analysis) for finding in reading.findings)
+    return next((min(max(depth, 0), last) for depth in places if depth is not None), last)
 
 
 def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> None:

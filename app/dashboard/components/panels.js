@@ -85,6 +85,7 @@ export default function (component) {
   const options = { capture: true, signal: box.listening.signal };
   plot.addEventListener("mousedown", (event) => {
     box.pressed = event.target.closest?.(".modebar") ? null : event.clientX;
+    if (box.pressed !== null) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from the panels
   }, options);
   window.addEventListener("mouseup", (event) => {
     const pressed = box.pressed ?? null;
