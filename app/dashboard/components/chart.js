@@ -49,16 +49,21 @@ export default function (component) {
   });
   load(data.plotly).then((Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
+    const zooms = () => ["xaxis", "yaxis"].flatMap((axis, i) => {
+      const [from, to] = box.zoom?.slice(2 * i, 2 * i + 2) ?? [null, null];
+      return from === null ? [] : [[axis, [from, to]]];
+    });
     const layout = () => {
       const dressed = dress({ ...figure.layout, height: data.height, autosize: true }, box);
-      ["xaxis", "yaxis"].forEach((axis, i) => {
-        const [from, to] = box.zoom?.slice(2 * i, 2 * i + 2) ?? [null, null];
-        const zoom = from === null ? {} : { range: [from, to], autorange: false };
-        // Another revision each time: plotly would bring back a zoom that was given up.
-        dressed[axis] = { ...dressed[axis], ...zoom, uirevision: Math.random() };
-      });
+      // Another revision each time: plotly would bring back a zoom that was given up.
+      for (const axis of ["xaxis", "yaxis"]) dressed[axis] = { ...dressed[axis], uirevision: Math.random() };
+      for (const [axis, range] of isFirst ? [] : zooms()) Object.assign(dressed[axis], { range, autorange: false });
       return dressed;
     };
+    // A zoom of the address comes after the first drawing: what plotly draws first is what a double click goes back to.
+    const isFirst = !box._fullLayout;
+    const addressed = () => (isFirst && box.zoom
+      ? Plotly.relayout(box, Object.fromEntries(zooms().map(([axis, range]) => [`${axis}.range`, range]))) : box);
     // A zoom is one of these axes: of others it would show anything, or nothing.
     if (box.axes !== undefined && box.axes !== data.axes) {
       box.zoom = null;
@@ -66,7 +71,7 @@ export default function (component) {
     }
     box.axes = data.axes;
     // react, not newPlot: what is hidden stays hidden when the numbers change
-    return Plotly.react(box, figure.data, layout(), config).then(() => {
+    return Plotly.react(box, figure.data, layout(), config).then(addressed).then(() => {
       if (!box.zoom || showsSomething()) return box;
       box.zoom = null;
       keepZoom(data.key, box);

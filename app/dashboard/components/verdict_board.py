@@ -154,7 +154,7 @@ def _show_table(by_run: Mapping[str, Sequence[Summary]], live: Mapping[str, str]
         alt="Verdicts of every run, the worst first: a click on a cell, or Enter, opens the run at that depth.",
     )
     _table_keys(
-        data={"table": _KEY, "by": _input()},
+        data={"table": _KEY},
         key=_INPUT,
         on_by_change=lambda: None,
         on_opened_change=lambda: _open(table, listed_as),

@@ -274,8 +274,11 @@ def test_a_zoom_of_the_microscope_is_in_the_address_survives_a_pin_and_is_restor
 def test_after_a_click_in_a_panel_the_arrow_keys_move_the_pin(page, address):
     open_microscope(page, address)
     area = page.locator(f"{MICROSCOPE} .nsewdrag").first.bounding_box()
-    page.mouse.click(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
-    wait_for(lambda: "pin=" in page.url, 10)
+    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    page.wait_for_timeout(300)
+    page.mouse.down()
+    page.mouse.up()
+    wait_for(lambda: "pin=" in page.url, 30)
     pinned = int(page.evaluate(PINNED))
     page.keyboard.press("ArrowRight")
     wait_for(lambda: page.evaluate(PINNED) == str(pinned + 1), 5)
@@ -319,5 +322,8 @@ def test_keys_move_in_the_table_of_runs_and_enter_opens(page, address):
     page.wait_for_timeout(1000)
     assert "microscope" not in page.url
     area = canvas.bounding_box()
-    page.mouse.click(area["x"] + 40, area["y"] + 38 + 50)
+    page.mouse.move(area["x"] + 150, area["y"] + 90)
+    page.wait_for_timeout(300)
+    page.mouse.down()
+    page.mouse.up()
     wait_for(lambda: "/microscope" in page.url, 20)
