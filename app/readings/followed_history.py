@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from depthscope.app.readings.definitions import is_still_defined_so
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.saved_history import SavedHistory, cells_of
 from depthscope.app.readings.training_history import (
@@ -164,7 +165,9 @@ class FollowedHistory(TrainingHistory):
                 ("step", *dims), values[None], dict(self._store.variables[full].attrs)
             )
             for full, (dims, values) in self._store.row(position).items()
-            if full.startswith(prefix) and "/" not in full.removeprefix(prefix)
+            if full.startswith(prefix)
+            and "/" not in (name := full.removeprefix(prefix))
+            and is_still_defined_so(name, self._store.variables[full].attrs)
         }
 
     def analysis_at(self, position: int) -> xr.Dataset:

@@ -138,6 +138,8 @@ class Verdict:
         Other verdicts that explain this one, and where, see `causes`; it is then no more than INFO.
     about : {"network", "reading"}
         What it is about, see `Finding`.
+    drawn_on : tuple of str
+        Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Verdict:
     not_for: tuple[str, ...] = ()
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
     about: str = "network"
+    drawn_on: tuple[str, ...] = ()
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -195,7 +198,7 @@ class Verdict:
         -------
         list of Limits
         """
-        if metric not in (self.metric, *self.needs, *self.wants):
+        if metric not in self.drawn_on:
             return []
         found = [each.limits or self.limits for each in self.profiles(analysis) if each.metric == metric]
         return list(dict.fromkeys(found))
@@ -280,6 +283,7 @@ def verdict(
     not_for: tuple[str, ...] = (),
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
+    drawn_on: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
 
@@ -293,7 +297,7 @@ def verdict(
         Families of connections that it does not judge.
     follows_from : mapping of str to function, optional
         See `Verdict`.
-    about : {"network", "reading"}
+    about, drawn_on
         See `Verdict`.
 
     Returns
@@ -317,6 +321,7 @@ def verdict(
             not_for=not_for,
             follows_from=follows_from or {},
             about=about,
+            drawn_on=drawn_on,
         )
 
     return declare

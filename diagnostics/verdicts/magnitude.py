@@ -179,6 +179,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
     not_for=ALTUP,
     follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
+    drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
     composite_gain: xr.DataArray, composite_operator_gain: xr.DataArray | None = None
@@ -192,7 +193,11 @@ def gain_explosion(
     yield from _gain_profiles(composite_gain, composite_operator_gain, words)
 
 
-@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED))
+@verdict(
+    metric="mixing_gain",
+    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
+    drawn_on=("mixing_gain", "operator_gain"),
+)
 def single_gain_explosion(
     mixing_gain: xr.DataArray, operator_gain: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -246,6 +251,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     limits=Limits(warn=FADED, fail=0.05, above=False),
     not_for=ALTUP,
     follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
+    drawn_on=("composite_attenuation",),
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]

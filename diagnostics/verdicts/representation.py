@@ -124,6 +124,7 @@ def _limits_of_rank(null: float) -> Limits | None:
     metric="participation_ratio",
     limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
     follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
+    drawn_on=("participation_ratio",),
 )
 def one_direction(
     participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray
@@ -156,6 +157,7 @@ def one_direction(
     metric="token_cosine",
     limits=Limits(warn=0.98, fail=0.995, source=CALIBRATED, scale="cosine"),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
+    drawn_on=("token_cosine",),
 )
 def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
     """All tokens share one vector, beside which they hardly differ.

@@ -79,7 +79,11 @@ SUM_ERROR = 1e-2
 
 # Over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300: so where most matrices have it, as
 # of too few iterations.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=SUM_ERROR, fail=1e-1))
+@verdict(
+    metric="doubly_stochastic_violation",
+    limits=Limits(warn=SUM_ERROR, fail=1e-1),
+    drawn_on=("doubly_stochastic_violation",),
+)
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -151,12 +155,8 @@ def expansive_mixing(
         for values in (mixing_singular_value, composite_singular_value)
     )
     return [
-        Profile(single, "the spectral norm of one connection is", metric="mixing_singular_value"),
-        Profile(
-            composed,
-            "the spectral norm of the mixing from the embedding on is",
-            metric="composite_singular_value",
-        ),
+        Profile(single, "the spectral norm of one connection is"),
+        Profile(composed, "the spectral norm of the mixing from the embedding on is"),
     ]
 
 
@@ -165,6 +165,7 @@ def expansive_mixing(
     limits=Limits(warn=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
+    drawn_on=("relative_deflated_gain",),
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
@@ -239,7 +240,12 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), not_for=UNMIXED)
+@verdict(
+    metric="identity_distance",
+    limits=Limits(info=STUCK, above=False),
+    not_for=UNMIXED,
+    drawn_on=("identity_distance",),
+)
 def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
     """Some connections do not mix the streams.
 
@@ -386,6 +392,7 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         "passing_streams": anywhere,
         "loud_stream": anywhere,
     },
+    drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
     stream_cosine: xr.DataArray,
@@ -461,7 +468,12 @@ def passing_streams(
     ]
 
 
-@verdict(metric="read_mass", limits=Limits(warn=0.01, above=False, source=CALIBRATED), not_for=ALTUP)
+@verdict(
+    metric="read_mass",
+    limits=Limits(warn=0.01, above=False, source=CALIBRATED),
+    not_for=ALTUP,
+    drawn_on=("read_mass",),
+)
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """No later connection reads what a sublayer writes.
 

@@ -19,7 +19,11 @@ NUM_NAMED = 3  # modules in a sentence
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
 # module completely has 1.
-@verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5))
+@verdict(
+    metric="update_ratio",
+    limits=Limits(warn=0.1, fail=0.5),
+    drawn_on=("update_ratio",),
+)
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One step of the optimiser rewrites much of a module.
 
@@ -72,7 +76,11 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
 
 
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
-@verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False))
+@verdict(
+    metric="update_ratio",
+    limits=Limits(warn=1e-7, above=False),
+    drawn_on=("update_ratio",),
+)
 def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """A step of the optimiser leaves a module as it was.
 

@@ -29,7 +29,8 @@ def test_what_is_judged_as_a_metric_is_that_metric_in_its_units(analyses):
     for analysis, verdict, profile in _profiles(analyses):
         if not profile.metric:
             continue
-        assert profile.metric in CATALOGUE, verdict.name
+        assert profile.metric in CATALOGUE
+        assert profile.metric in verdict.drawn_on, verdict.name
         known = profile.values.values[np.isfinite(profile.values.values)]
         assert np.isin(known, last_step(analysis)[profile.metric].values).all(), verdict.name
         seen.add(profile.metric)
