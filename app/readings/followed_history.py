@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from depthscope.app.readings.definitions import is_still_defined_so
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.saved_history import SavedHistory, cells_of
 from depthscope.app.readings.training_history import (
@@ -23,6 +22,7 @@ from depthscope.app.readings.training_history import (
 )
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.training_curves import STEPWISE_SUMS, curves_of_sums
+from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
 __all__ = ["FollowedHistory", "history_of"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.readings.definitions import with_definitions_of_today
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 from depthscope.diagnostics.experiments import results_beside, with_lens
+from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
@@ -178,7 +179,8 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
             raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
-    return found
+    # Stored metrics may be those of an earlier version.
+    return {chain: with_definitions_of_today(part) for chain, part in found.items()}
 
 
 def _no_analysis(came: str) -> ValueError:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from depthscope.app.readings.readings import COMPLETE, read_runs
-from depthscope.diagnostics import analyze, schema
+from depthscope.diagnostics import analyze, judge, schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 
@@ -35,3 +35,13 @@ def test_without_states_it_is_left_out_with_the_reason(mhc_run):
     assert "deflated_gain" not in reading.analysis
     assert "earlier version" in reading.analysis.attrs["not_computed"]["deflated_gain"]
     assert "composite_gain" in reading.analysis
+
+
+def test_judge_takes_no_logarithm_for_a_share(mhc_run):
+    """A gain of −0.5 was «below 0.01» at the first connection: FAIL of a network that passes."""
+    analysis, run = stored_by_an_earlier_version(mhc_run)
+    stored = run["metrics"].to_dataset()
+    earlier = stored["deflated_gain"].attrs
+    stored["relative_deflated_gain"] = stored["deflated_gain"].assign_attrs(earlier)
+    assert not {"uniform_mixing", "stream_collapse"} & {each.verdict for each in judge(stored, passed=True)}
+    assert "stream_collapse" in {each.verdict for each in judge(analysis, passed=True)}
