@@ -97,35 +97,14 @@ def not_judged(found: Mapping[str, Standing], state: str = NOT_JUDGED) -> dict[s
 
 
 def counts_of(found: Iterable[Standing]) -> dict[str, int]:
-    """How many verdicts are in each state; the same numbers in the terminal and in the table of runs.
-
-    Parameters
-    ----------
-    found : iterable of Standing
-        Of `standings`.
-
-    Returns
-    -------
-    dict of str to int
-        ``judged``, ``not judged`` and ``do not apply``.
-    """
+    """How many verdicts are in each state; the same numbers in the terminal and in the table of runs."""
     counts = Counter(standing.state for standing in found)
     missing, idle = counts[NOT_JUDGED], counts[DOES_NOT_APPLY]
     return {"judged": counts.total() - missing - idle, "not judged": missing, "do not apply": idle}
 
 
 def counts_words(found: Iterable[Standing]) -> str:
-    """The counts in a line, such as ``41 judged, 3 not judged, 11 do not apply``.
-
-    Parameters
-    ----------
-    found : iterable of Standing
-        Of `standings`.
-
-    Returns
-    -------
-    str
-    """
+    """The counts in a line, such as ``41 judged, 3 not judged, 11 do not apply``."""
     counts = counts_of(found)
     return ", ".join(f"{count} {words}" for words, count in counts.items() if count or words == "judged")
 

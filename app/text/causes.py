@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding, Severity
 
 if TYPE_CHECKING:  # an extra: the terminal's graph needs none
@@ -77,9 +78,9 @@ def place_of(finding: Finding) -> str:
 
 
 def _worst_words(finding: Finding) -> str:
-    """Where a finding is worst; empty where its numbers are equal."""
+    """Where a finding is worst; empty where a reader sees the same number everywhere."""
     judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
-    is_somewhere = finding.worst >= 0 and len(judged) > 1 and min(judged) < max(judged)
+    is_somewhere = finding.worst >= 0 and len(judged) > 1 and number(min(judged)) != number(max(judged))
     return f", worst at {finding.worst}" if is_somewhere else ""
 
 

@@ -15,36 +15,13 @@ REASON = "stored by an earlier version, which defined it otherwise: analyze the 
 
 
 def is_still_defined_so(variable: str, attrs: Mapping[str, Any]) -> bool:
-    """Whether a variable of stored metrics has the definition of the catalogue; true for what is no metric.
-
-    Parameters
-    ----------
-    variable : str
-        Its name, of a null or a standard error too.
-    attrs : mapping
-        Its attributes; without a symbol it is taken as it is.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a variable of stored metrics has the definition of the catalogue; true for what is no metric."""
     metric = CATALOGUE.get(variable.removesuffix("_stderr").removesuffix("_null"))
     return metric is None or attrs.get("symbol", metric.symbol) == metric.symbol
 
 
 def with_definitions_of_today(stored: xr.Dataset) -> xr.Dataset:
-    """Stored metrics without those that are something else today; the reason is under ``not_computed``.
-
-    Parameters
-    ----------
-    stored : Dataset
-        The /metrics of a run.
-
-    Returns
-    -------
-    Dataset
-        No longer marked as complete where one was left out, so that it is computed again where that is possible.
-    """
+    """Stored metrics without those that are something else today; the reason is under ``not_computed``."""
     other = [
         str(name) for name, each in stored.data_vars.items() if not is_still_defined_so(str(name), each.attrs)
     ]

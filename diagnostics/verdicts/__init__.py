@@ -128,17 +128,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
 
 
 def last_step(analysis: xr.Dataset) -> xr.Dataset:
-    """What verdicts judge: arrays without steps. The earlier ones are for the curves.
-
-    Parameters
-    ----------
-    analysis : Dataset
-        Of one chain.
-
-    Returns
-    -------
-    Dataset
-    """
+    """What verdicts judge: arrays without steps. The earlier ones are for the curves."""
     return analysis.isel(step=-1) if "step" in analysis.dims else analysis
 
 

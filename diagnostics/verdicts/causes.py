@@ -80,20 +80,7 @@ def _explained(
 
 
 def worst_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
-    """The depth at which to look at a finding: where it is worst, of a connection the depth that it writes.
-
-    Parameters
-    ----------
-    finding : Finding
-        Of one chain.
-    analysis : Dataset
-        Of that chain.
-
-    Returns
-    -------
-    int or None
-        None for a finding about the run or a module.
-    """
+    """The depth at which to look at a finding: where it is worst, of a connection the depth that it writes."""
     if finding.axis not in ("depth", "connection") or finding.first < 0:
         return None
     at = finding.worst if finding.worst >= 0 else finding.first

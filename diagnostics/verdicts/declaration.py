@@ -185,19 +185,7 @@ class Verdict:
         return list(self.function(**arguments) or ())
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
-        """The limits that one chain's values of a metric are compared with, for its figures.
-
-        Parameters
-        ----------
-        metric : str
-            Of the catalogue.
-        analysis : Dataset
-            What `diagnostics.analyze` gives, without ``step``.
-
-        Returns
-        -------
-        list of Limits
-        """
+        """The limits that one chain's values of a metric are compared with, for its figures."""
         if metric not in self.drawn_on:
             return []
         found = [each.limits or self.limits for each in self.profiles(analysis) if each.metric == metric]

@@ -50,17 +50,7 @@ def shrink(figure: Heatmap) -> Heatmap:
 
 
 def reduction_words(figure: Heatmap) -> str:
-    """What a cell on a screen is of a figure that is too large for one; empty where it is a cell of the figure.
-
-    Parameters
-    ----------
-    figure : Heatmap
-        Any size.
-
-    Returns
-    -------
-    str
-    """
+    """What a cell on a screen is of a figure that is too large for one; empty where it is a cell of the figure."""
     labels = (figure.x_label, figure.y_label)
     reduced = [
         f"{bins.largest} along {label.partition(' (')[0]}"

@@ -14,20 +14,7 @@ _WORDS = {Severity.INFO: "note", Severity.WARN: "warn", Severity.FAIL: "fail"}
 
 
 def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits]]:
-    """The limits of every run that is judged by its values of a metric.
-
-    Parameters
-    ----------
-    metric : str
-        Of the catalogue.
-    analyses : mapping
-        Run name → analysis.
-
-    Returns
-    -------
-    dict of str to frozenset of Limits
-        A run of another family may have other limits, or none: then it is left out.
-    """
+    """The limits of every run that is judged by its values of a metric."""
     found = {}
     for run, analysis in analyses.items():
         last = last_step(analysis)
@@ -38,18 +25,7 @@ def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits
 
 
 def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
-    """Every limit with its label, such as ``warn: 10``, once.
-
-    Parameters
-    ----------
-    judged : dict
-        Of `judged_limits`.
-
-    Returns
-    -------
-    list of (float, str)
-        In growing order.
-    """
+    """Every limit with its label, such as ``warn: 10``, once."""
     levels = {
         (value, f"{_WORDS[severity]}: {number(value)}")
         for limits in judged.values()
@@ -60,18 +36,7 @@ def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]
 
 
 def passing_range(judged: dict[str, frozenset[Limits]]) -> tuple[float, float] | None:
-    """The values that no verdict reports, ±inf where it is open.
-
-    Parameters
-    ----------
-    judged : dict
-        Of `judged_limits`.
-
-    Returns
-    -------
-    tuple of float or None
-        None where nothing is judged, or the runs are judged by different limits.
-    """
+    """The values that no verdict reports, ±inf where it is open."""
     if len(set(judged.values())) != 1:
         return None
     (limits,) = set(judged.values())
