@@ -99,7 +99,7 @@ deflated_gain = _streams(
 relative_deflated_gain = _streams(
     "relative_deflated_gain",
     "Stream collapse relative to what streams have in common",
-    "gain of differences / gain of the common part",
+    "differences / common part",
     note="Below 0.01 every stream carries the same signal.",
 )
 suffix_deflated_gain = _streams(
