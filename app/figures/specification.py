@@ -86,6 +86,8 @@ class Heatmap:
     """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
 
     `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
+    Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
+    that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and stay apart.
     ``printed`` writes the number of every cell, with the sum of each row and column beside it.
     """
 
@@ -109,6 +111,8 @@ class Heatmap:
     run: str = ""
     square: bool = True
     printed: bool = False
+    categorical: tuple[Literal["x", "y"], ...] = ()
+    of_block: Literal["mean", "largest"] = "mean"
 
 
 Figure = Lines | Heatmap

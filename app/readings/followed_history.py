@@ -22,6 +22,7 @@ from depthscope.app.readings.training_history import (
 )
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.training_curves import STEPWISE_SUMS, curves_of_sums
+from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
 __all__ = ["FollowedHistory", "history_of"]
@@ -164,7 +165,9 @@ class FollowedHistory(TrainingHistory):
                 ("step", *dims), values[None], dict(self._store.variables[full].attrs)
             )
             for full, (dims, values) in self._store.row(position).items()
-            if full.startswith(prefix) and "/" not in full.removeprefix(prefix)
+            if full.startswith(prefix)
+            and "/" not in (name := full.removeprefix(prefix))
+            and is_still_defined_so(name, self._store.variables[full].attrs)
         }
 
     def analysis_at(self, position: int) -> xr.Dataset:

@@ -225,6 +225,7 @@ def _summary_document(summary: Summary) -> dict[str, Any]:
             verdict: {
                 "state": standing.state,
                 "reason": standing.reason,
+                "depth_out": standing.depth_out,
                 "finding": standing.finding.as_dict() if standing.finding else None,
             }
             for verdict, standing in summary.standings.items()
@@ -237,7 +238,7 @@ def _summary(document: Mapping[str, Any]) -> Summary:
         document["name"],
         document["attrs"],
         {
-            verdict: Standing(each["state"], _finding(each["finding"]), each["reason"])
+            verdict: Standing(each["state"], _finding(each["finding"]), each["reason"], each["depth_out"])
             for verdict, each in document["standings"].items()
         },
         int(document["depths"]),

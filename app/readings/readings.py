@@ -14,6 +14,7 @@ import xarray as xr
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 from depthscope.diagnostics.experiments import results_beside, with_lens
+from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
@@ -243,7 +244,9 @@ def _analyses(
             chain: dataset.isel(step=[-1]) if dataset is not None and "step" in dataset.dims else dataset
             for chain, dataset in stored.items()
         }
-    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
+    known = {
+        chain: with_definitions_of_today(dataset) for chain, dataset in stored.items() if dataset is not None
+    }
     if not _suffices(run, stored, known):
         fresh = by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}

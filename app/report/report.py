@@ -14,15 +14,15 @@ import xarray as xr
 from markupsafe import Markup
 
 from depthscope.app.drawing.matplotlib import to_svg
-from depthscope.app.drawing.plotly import to_plotly
-from depthscope.app.figures import Figure, Lines, Selection
+from depthscope.app.drawing.plotly import reduction_words, to_plotly
+from depthscope.app.figures import Figure, Heatmap, Lines, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.app.text.cards import Card
+from depthscope.app.text.cards import ABOUT_THE_READING, Card
 from depthscope.app.text.causes import cause_svg
 from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
@@ -154,6 +154,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         names=", ".join(reading.name for reading in readings),
         shown=evidence.shown,
         nothing=NOTHING,
+        about_the_reading=ABOUT_THE_READING,
         # Only these scripts run, by their digests: no text of a run does, whatever it contains.
         script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
         scripts=scripts,
@@ -188,7 +189,12 @@ def _plot(figure: Figure) -> Markup:
     drawing = to_plotly(figure).to_json()
     # Inside a script element nothing ends it but "</": as JSON the sign may be written as its number.
     data = Markup(drawing.replace("<", "\\u003c"))
-    return Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
+    note = reduction_words(figure) if isinstance(figure, Heatmap) else ""
+    words = Markup('<p class="facts">On a screen {}.</p>').format(note) if note else Markup()
+    return (
+        Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
+        + words
+    )
 
 
 def _no_plot(figure: Figure) -> Markup:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from depthscope.app.readings.kept_readings import Summary
-from depthscope.app.readings.standings import NOT_JUDGED, Standing
+from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, Standing, counts_words
 from depthscope.app.tables.tables import spoken
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
@@ -24,7 +24,7 @@ __all__ = [
     "verdict_table",
 ]
 
-SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–"}
+SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–", DOES_NOT_APPLY: "∅"}
 """State → sign: colours alone are the same to some readers."""
 
 MOST_VALUES = 24
@@ -44,6 +44,9 @@ SHARED = ("model", "family", "n_streams", "num_blocks", "num_parameters", "block
 
 OTHERS = "other verdicts"
 """Column of all verdicts that have none of their own."""
+
+MILD = ("PASS", NOT_JUDGED, DOES_NOT_APPLY)
+"""States without a finding: of several seeds the first of these that one has stands for all."""
 
 MOST_NOTED = 2
 """Notes that the column names: a cell is one line."""
@@ -237,7 +240,7 @@ def _told_verdicts(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _severity(standing: Standing) -> int:
-    return 0 if standing.state == NOT_JUDGED else int(Severity[standing.state])
+    return int(Severity[standing.state]) if standing.state in Severity.__members__ else 0
 
 
 def _badness(row: Sequence[Summary]) -> tuple[int, ...]:
@@ -259,27 +262,21 @@ def _row(
     for name in shown:
         found = [summary.standings.get(name, Standing(NOT_JUDGED)) for summary in row]
         worst = max(found, key=_severity)
-        if not _severity(worst) and any(each.state == "PASS" for each in found):
-            worst = next(each for each in found if each.state == "PASS")
+        if not _severity(worst):
+            worst = min(found, key=lambda each: MILD.index(each.state))
         column = spoken(name)
         printed[column] = _cell(worst, found)
         behind[column] = worst.state
-        if worst.finding is not None and worst.finding.axis == "depth" and worst.finding.first >= 0:
-            opened[column] = worst.finding.first
-    others = [
-        (name, standing)
-        for summary in row
-        for name, standing in summary.standings.items()
-        if name not in shown and name not in ABOUT_THE_RUN
-    ]
-    printed[OTHERS] = _other_words(others)
+        if worst.depth is not None:
+            opened[column] = worst.depth
+    printed[OTHERS] = _other_words(row, shown)
     return printed, behind, opened
 
 
 def _cell(worst: Standing, found: Sequence[Standing]) -> str:
     """Sign and place, and in how many seeds."""
     sign = SIGNS[worst.state]
-    if worst.state in ("PASS", NOT_JUDGED) or worst.finding is None:
+    if worst.state in ("PASS", NOT_JUDGED, DOES_NOT_APPLY) or worst.finding is None:
         return sign
     parts = [sign]
     if worst.finding.axis != "run" and worst.finding.first >= 0:
@@ -291,12 +288,15 @@ def _cell(worst: Standing, found: Sequence[Standing]) -> str:
     return " ".join(parts)
 
 
-def _other_words(others: Sequence[tuple[str, Standing]]) -> str:
-    """The names of what was noted, the first ones, and how many passed or were not judged."""
-    noted = list(dict.fromkeys(spoken(name) for name, standing in others if standing.state == "INFO"))
-    more = [f"{len(noted) - MOST_NOTED} more"] if len(noted) > MOST_NOTED else []
-    states = [standing.state for _, standing in others]
-    words: Mapping[str, str] = {"PASS": "passed", NOT_JUDGED: "not judged"}
-    counts = {word: states.count(state) for state, word in words.items()}
-    told = [f"{SIGNS['INFO']} {', '.join([*noted[:MOST_NOTED], *more])}"] if noted else []
-    return "; ".join([*told, *(f"{count} {word}" for word, count in counts.items() if count)])
+def _other_words(row: Sequence[Summary], shown: Sequence[str]) -> str:
+    """The names of what was noted elsewhere, the first ones, and the counts of all verdicts as the terminal has them."""
+    noted = dict.fromkeys(
+        spoken(name)
+        for summary in row
+        for name, standing in summary.standings.items()
+        if standing.state == "INFO" and name not in shown and name not in ABOUT_THE_RUN
+    )
+    names = [*noted][:MOST_NOTED] + ([f"{len(noted) - MOST_NOTED} more"] if len(noted) > MOST_NOTED else [])
+    # Of the seeds of one experiment every run has its own.
+    counts = dict.fromkeys(counts_words(summary.standings.values()) for summary in row)
+    return "; ".join([*([f"{SIGNS['INFO']} {', '.join(names)}"] if names else []), " / ".join(counts)])

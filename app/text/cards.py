@@ -16,7 +16,10 @@ from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
 
-__all__ = ["CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
+__all__ = ["ABOUT_THE_READING", "CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
+
+ABOUT_THE_READING = "About the reading of the network"
+"""Heads the findings that say how far a run can be trusted, after those about the network."""
 
 CARD_SCHEMA = "depthscope.finding/1"
 """Name and version of the form in ``--json``: a key that goes or changes its meaning makes a new version."""
@@ -208,7 +211,11 @@ def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
         After them what follows from what.
     """
     cards = list(cards)
-    parts = ["\n".join(card_lines(card, width=width)) for card in cards]
+    parts = []
+    for card in cards:
+        if card.finding.about == "reading" and ABOUT_THE_READING not in parts:
+            parts.append(ABOUT_THE_READING)
+        parts.append("\n".join(card_lines(card, width=width)))
     graph = cause_lines([card.finding for card in cards])
     if graph:
         parts.append("\n".join(["What follows from what", *(f"      {line}" for line in graph)]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding, Severity
 
 if TYPE_CHECKING:  # an extra: the terminal's graph needs none
@@ -70,9 +72,16 @@ def place_of(finding: Finding) -> str:
     elif finding.last == finding.first:
         place = f"{finding.axis} {finding.first}"
     else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
+        place = f"{finding.axis} {finding.first}–{finding.last}{_worst_words(finding)}"
     # The mean over streams is not one of them.
     return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
+def _worst_words(finding: Finding) -> str:
+    """Where a finding is worst; empty where a reader sees the same number everywhere."""
+    judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
+    is_somewhere = finding.worst >= 0 and len(judged) > 1 and number(min(judged)) != number(max(judged))
+    return f", worst at {finding.worst}" if is_somewhere else ""
 
 
 def cause_svg(findings: Sequence[Finding]) -> Markup:

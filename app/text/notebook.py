@@ -65,12 +65,17 @@ def card_html(card: Any) -> Markup:
 
 
 def _findings_html(findings: Iterable[Any]) -> str:
-    from depthscope.app.text.cards import card_of
+    from depthscope.app.text.cards import ABOUT_THE_READING, card_of
     from depthscope.app.text.causes import cause_svg
 
     findings = list(findings)
-    cards = [card_html(card_of(finding)) for finding in findings]
-    shown = Markup("").join(cards) or Markup("<p>Nothing found: no metric crossed its threshold.</p>")
+    parts: list[Markup] = []
+    heading = Markup("<p>{}</p>").format(ABOUT_THE_READING)
+    for finding in findings:
+        if finding.about == "reading" and heading not in parts:
+            parts.append(heading)
+        parts.append(card_html(card_of(finding)))
+    shown = Markup("").join(parts) or Markup("<p>Nothing found: no metric crossed its threshold.</p>")
     return Markup('<div class="depthscope"><style>{}{}</style>{}{}</div>').format(
         _STYLE, card_style(), shown, cause_svg(findings)
     )

@@ -201,8 +201,6 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     dims="tokens depth stream",
     label="Dong residual",
     scale="log",
-    # As in the verdict `rank_collapse`.
-    healthy=Range(low=0.15, source=OURS),
     cite="dong2021attention",
     basis="feature",  # the 1-norm and the ∞-norm add up magnitudes of single features
     null="none in closed form: it depends on the feature basis; compare with depth 0",
@@ -234,8 +232,8 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
 @metric(
     symbol=r"\overline{\cos}",
     dims="scope tokens centering depth stream",
-    # An angle of 18° between any two tokens.
-    healthy=Range(high=0.95, source=OURS),
+    # As in the verdict `common_vector`: an angle of 11° between any two tokens.
+    healthy=Range(high=0.98, source=OURS),
     cite="ethayarajh2019contextual",
     basis="stream",
     null=_cosine_of_noise,

@@ -14,97 +14,99 @@ from depthscope.diagnostics.quantities.registry import quantity
 
 @quantity
 def left_of_differences(mixing: Mixing) -> np.ndarray:
-    """Log₁₀ of what every product from the embedding on leaves of the differences between streams, (C, N)."""
+    """Logarithm of what every product from the embedding on leaves of the differences between streams, (C, N)."""
     return _left_of_differences(mixing)
 
 
 @metric(
-    symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
+    symbol=r"\sigma_1(P|_{1^\perp})",
     dims="connection reduction",
-    # A hundredth of the differences is left.
-    healthy=Range(low=-2.0, source=OURS),
+    scale="log",
     cite="seneta2006nonnegative",
     basis="stream",
-    null=0.0,
+    null=1.0,
     estimator=PER_PRODUCT,
-    infinite=True,
     headline=True,
     better="higher",
 )
 def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
-    r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
+    r"""What is left of the differences between streams: the product's norm off the mean.
 
-    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
+    .. math:: \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
 
-    −inf for exactly nothing. Where sums are 1, below −2 all streams carry the same part of the embedding; else compare with
-    the gain of what they have in common: `relative_deflated_gain`.
+    0 for exactly nothing, and below 1e-308. Where sums are 1, below 0.01 all streams carry the same part of the embedding;
+    else compare with the gain of what they have in common: `relative_deflated_gain`.
     """
-    return mixing.reduced(left_of_differences, depends_on="earlier")
+    return mixing.reduced(gain_of(left_of_differences), depends_on="earlier")
 
 
 @metric(
-    symbol=r"\log_{10} (\sigma_1(P|_{1^\perp}) / \bar{p})",
+    symbol=r"\sigma_1(P|_{1^\perp}) / \bar{p}",
     dims="connection reduction",
-    # A hundredth of the differences is left.
-    healthy=Range(low=-2.0, source=OURS),
+    scale="log",
+    healthy=Range(low=0.01, source=OURS),
     cite=OURS,
     basis="stream",
-    null=0.0,
+    null=1.0,
     estimator=PER_PRODUCT,
     infinite=True,
     better="higher",
 )
 def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
-    r"""What is left of the differences between streams beside what they have in common, in log₁₀.
+    r"""What is left of the differences between streams, relative to what is left of a signal that they share.
 
-    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big) - \log_{10} \bar{p}, \quad \bar{p} = |1^\top P\, 1| / n
+    .. math:: \sigma_1\Big(\prod_l U^\top H_l U\Big) / \bar{p}, \quad \bar{p} = |1^\top P\, 1| / n
 
     The deflated gain over the gain of a signal that all streams share: the same number where sums are 1. Connections that
-    fade or amplify everything alike leave it at 0; +inf where the common part cancels to nothing.
+    fade or amplify everything equally leave it at 1; +inf where the common part cancels to nothing.
     """
     return mixing.reduced(left_beside_common(mixing, left_of_differences), depends_on="earlier")
 
 
 def left_beside_common(mixing: Mixing, left_of_differences: np.ndarray) -> np.ndarray:
-    """What is left of differences over what is left of a signal that all streams share, log₁₀, (C, N)."""
+    """What is left of differences over what is left of a signal that all streams share, (C, N)."""
     # −∞ less −∞: both are nothing, and their ratio is not known.
     with np.errstate(invalid="ignore"):
-        return left_of_differences - mixing.each_product(_common_gain)
+        return gain_of(left_of_differences - mixing.each_product(_common_gain))
+
+
+def gain_of(logarithm: np.ndarray) -> np.ndarray:
+    """The gain of a natural logarithm: 0 of −∞ and below 1e-308, infinite beyond float64."""
+    with np.errstate(over="ignore"):
+        return np.exp(logarithm)
 
 
 def _common_gain(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     sums = np.abs(products.sum(axis=(-2, -1))) / products.shape[-1]
     # A sum of exactly zero is −∞, as the logarithm of nothing.
     with np.errstate(divide="ignore"):
-        return (np.log(sums) + log_scale) / np.log(10.0)
+        return np.log(sums) + log_scale
 
 
 @metric(
-    symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
+    symbol=r"\sigma_1(S|_{1^\perp})",
     dims="connection reduction",
-    healthy=Range(low=-2.0, source=OURS),  # as `deflated_gain`
+    scale="log",
     cite="seneta2006nonnegative",
     basis="stream",
-    null=0.0,
+    null=1.0,
     estimator=PER_PRODUCT,
-    infinite=True,
     better="higher",
 )
 def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
     r"""What is left of a difference between streams on its way to the head: the product from a connection on.
 
-    .. math:: S = H_C \cdots H_{c+1} H_c, \quad \log_{10} \sigma_1\big(U^\top S\, U\big) \text{ by products of } U^\top H U
+    .. math:: S = H_C \cdots H_{c+1} H_c, \quad \sigma_1\big(U^\top S\, U\big) \text{ by products of } U^\top H U
 
-    Below −2 what a connection writes to one stream reaches the head as if written to all.
+    Below 0.01 what a connection writes to one stream reaches the head as if written to all.
     """
-    return mixing.reduced(_left_of_differences(mixing, reverse=True), depends_on="later")
+    return mixing.reduced(gain_of(_left_of_differences(mixing, reverse=True)), depends_on="later")
 
 
 def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray:
-    """Log₁₀ of the deflated gain (C, N), a block of tokens at a time."""
+    """Logarithm of the deflated gain (C, N), a block of tokens at a time."""
     parts = [kernel.deflated_gain(h, reverse=reverse) for h in mixing.token_blocks()]
-    # The kernel gives natural logarithms; powers of ten are read more easily.
-    return np.concatenate(parts, axis=1) / np.log(10.0)
+    return np.concatenate(parts, axis=1)
 
 
 @metric(

@@ -1,4 +1,4 @@
-"""How much of the depth is used? The turn of each step beside that of independent branches, and how the variance grows."""
+"""How much of the depth is used? The turn of each step against that of independent branches, and how the variance grows."""
 
 from __future__ import annotations
 
@@ -63,24 +63,28 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArra
 
 
 @metric(
-    symbol=r"\textstyle\sum_{k \le l} \min(1, \angle_k / \angle_{\mathrm{ind}})",
+    symbol=r"\textstyle\sum_{k \le l} \min(1, \angle_k / \arctan \sqrt{1/k})",
     dims="depth stream",
     cite=OURS,
     basis="stream",
-    null="the number of steps, for branches of one size that are independent of the state",
+    null="the number of steps, for branches of the size of the first state that are independent of the state",
     estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
     headline=True,
 )
-def effective_depth(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArray:
-    r"""Effective depth: how many steps so far turn the state as much as independent branches of that size would.
+def effective_depth(token_steps: Steps) -> xr.DataArray:
+    r"""Effective depth: how many steps so far turn the state as much as independent branches of its first size would.
 
-    .. math:: \textstyle\sum_{k \le l} \min\big(1, \angle(x_{k-1}, x_k) / \angle_{\mathrm{ind}, k}\big)
+    .. math:: \textstyle\sum_{k \le l} \min\big(1, \angle(x_{k-1}, x_k) / \arctan \sqrt{1/k}\big)
 
-    A step that turns the state by half of what an independent branch would counts half, so that steps which lie on the law
-    do not count by chance; see `relative_turn`. A step is a block, or half of one where the run shows states inside blocks.
+    Independent branches of the size of the first state turn it by arctan √(1/k) in step k. A step that turns it by half of
+    that counts half. Unlike `relative_turn`, which compares the steps with one another, it is near 0 for a network whose
+    branches are all small. A step is a block, or half of one where the run shows states inside blocks.
     """
-    counted = np.minimum(np.nan_to_num(relative_turns, nan=0.0), 1.0)
-    reached = np.cumsum(counted, axis=0)
+    is_branch = token_steps.is_branch[:, None, None]
+    number = np.cumsum(is_branch, axis=0)
+    turned = token_steps.by_sequence(np.where(is_branch, token_steps.angle, np.nan))
+    expected = np.arctan(np.sqrt(1.0 / np.maximum(number, 1)))
+    reached = np.cumsum(np.minimum(np.nan_to_num(turned / expected, nan=0.0), 1.0), axis=0)
     # A sequence without tokens, or with a state that is not finite, has no depth either.
     unknown = np.isnan(token_steps.by_sequence(token_steps.square))
     return _labelled(token_steps, np.where(unknown, np.nan, reached))

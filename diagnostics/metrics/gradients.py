@@ -7,7 +7,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, row_blocks
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
@@ -88,8 +88,6 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     symbol=r"\|\delta_l\| / \|\delta_D\|",
     dims="depth stream",
     scale="log",
-    # A rule of thumb: within a factor of 10 across depth.
-    healthy=Range(low=0.1, high=10.0, source=OURS),
     cite="pascanu2013difficulty",
     basis="stream",
     null=1.0,

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.metrics.mixing import PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import (
     REDUCTIONS,
@@ -51,8 +51,6 @@ def _by_connection(values: np.ndarray, like: xr.DataArray) -> xr.DataArray:
     symbol=r"\overline{\max_j \tilde H_{ij} - \min_j \tilde H_{ij}}",
     dims="connection reduction",
     units="nat",
-    # Truncated Sinkhorn of a wider range is far from doubly stochastic.
-    healthy=Range(high=30.0, source=OURS),
     cite=OURS,
     basis="stream",
     null=0.0,

@@ -9,20 +9,17 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import GAIN, LARGEST_TOKEN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
 
 # In the order of the labels of the dim `norm`; the values are those of the kernel's `order`.
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
-# Singular values and eigenvalues of doubly stochastic matrices are at most 1; the margin of 5 % is ours.
-NOT_EXPANDING = Range(high=1.05, source=OURS)
 
 
 @metric(
     symbol=r"\sigma_i(H)",
     dims="connection component reduction",
-    healthy=NOT_EXPANDING,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -41,7 +38,6 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
     symbol=r"\sigma_i(P)",
     dims="connection component reduction",
     scale="log",
-    healthy=NOT_EXPANDING,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -55,7 +51,6 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"|\lambda_i(H)|",
     dims="connection component reduction",
-    healthy=NOT_EXPANDING,
     cite="seneta2006nonnegative",
     basis="stream",
     null=1.0,
@@ -143,7 +138,6 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     dims="connection reduction",
     scale="log",
     # An inverse loses three digits, all that bfloat16 has.
-    healthy=Range(high=1e3, source=OURS),
     cite="golub2013matrix",
     basis="stream",
     null=1.0,
@@ -181,7 +175,6 @@ def henrici(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"r(H)",
     dims="connection reduction",
-    healthy=NOT_EXPANDING,
     cite="horn1991topics",
     basis="stream",
     null=1.0,

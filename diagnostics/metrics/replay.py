@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.metrics.contraction import gain_of
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
@@ -59,20 +60,19 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 
 
 @metric(
-    symbol=r"\log_{10} \sigma_1(P_{\eta\lambda}|_{1^\perp})",
+    symbol=r"\sigma_1(P_{\eta\lambda}|_{1^\perp})",
     # No dim `reduction`: static matrices are the same for every token.
     dims="connection",
+    scale="log",
     cite="seneta2006nonnegative",
     basis="stream",
-    null=0.0,
+    null=1.0,
     estimator="static matrices in float64",
-    infinite=True,  # logits of zero give uniform matrices, which leave nothing
 )
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray
 ) -> xr.DataArray:
-    """What initialisation and weight decay alone leave of the differences between streams: log₁₀, as `deflated_gain`."""
-    # The kernel gives natural logarithms.
-    left = kernel.deflated_gain(replayed_matrices) / np.log(10.0)
+    """What initialisation and weight decay alone leave of the differences between streams, as `deflated_gain`."""
+    left = gain_of(kernel.deflated_gain(replayed_matrices))
     # The decay goes with it: the verdict `decayed_mixing` names it.
     return mixing.labelled(left, ("connection",)).assign_attrs(decay=initial_logits.attrs["decay"])

@@ -82,8 +82,8 @@ def weight_gradient_ratio(
     symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
     dims="weight",
     scale="log",
-    # Around the rule of thumb of 1e-3; how far around is ours.
-    healthy=Range(low=1e-5, high=1e-2, source=OURS),
+    # As in the verdicts `lost_update` and `large_update`.
+    healthy=Range(low=1e-7, high=0.1, source=OURS),
     cite="bernstein2020distance",
     basis="invariant",
     null="none: the learning rate decides; the rule of thumb is 1e-3 (Stanford CS231n, course notes)",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
@@ -90,8 +91,8 @@ VERDICTS: dict[str, Verdict] = {
     )
 }
 
-ABOUT_THE_RUN = {
-    each.name for each in (reading.nothing_measured, reading.unproven_reading, representation.small_sample)
+ABOUT_THE_RUN = {reading.nothing_measured.name} | {
+    each.name for each in VERDICTS.values() if each.about == "reading"
 }
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
 
@@ -109,8 +110,8 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     Returns
     -------
     Findings
-        A list of Finding. Within a severity the furthest beyond its threshold first. What follows from another finding is
-        INFO and names it.
+        A list of Finding. Within a severity the furthest beyond its threshold first; those about the reading after all about
+        the network. What follows from another finding is INFO and names it.
 
     Raises
     ------
@@ -126,9 +127,13 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     return Findings(sorted(reported, key=_severity_order))
 
 
+def last_step(analysis: xr.Dataset) -> xr.Dataset:
+    """What verdicts judge: arrays without steps. The earlier ones are for the curves."""
+    return analysis.isel(step=-1) if "step" in analysis.dims else analysis
+
+
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
-    # Verdicts take arrays without steps; the earlier ones are for the curves.
-    last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
+    last = last_step(analysis)
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
@@ -141,9 +146,11 @@ def _of_chain(sentence: str, chain: str) -> str:
     return f"{sentence} This is chain {chain}." if chain else sentence
 
 
-def _severity_order(finding: Finding) -> tuple[float, bool, float]:
+def _severity_order(finding: Finding) -> tuple[bool, float, bool, float]:
     """Sort key: the worst first, those that follow from another one last, passed ones in the order of VERDICTS."""
-    return -finding.severity, bool(finding.because), -finding.excess if finding.severity else 0.0
+    if not finding.severity:
+        return True, 0.0, False, 0.0
+    return finding.about == "reading", -finding.severity, bool(finding.because), -finding.excess
 
 
 def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
@@ -162,7 +169,8 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
             raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
-    return found
+    # Stored metrics may be those of an earlier version.
+    return {chain: with_definitions_of_today(part) for chain, part in found.items()}
 
 
 def _no_analysis(came: str) -> ValueError:

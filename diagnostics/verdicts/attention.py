@@ -24,5 +24,5 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
     yield Profile(
         most,
         "the largest entropy of attention over the heads, as a share of uniform attention, is",
-        first=True,
+        begins=True,
     )

@@ -79,6 +79,14 @@ def _explained(
     return finding
 
 
+def worst_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
+    """The depth at which to look at a finding: where it is worst, of a connection the depth that it writes."""
+    if finding.axis not in ("depth", "connection") or finding.first < 0:
+        return None
+    at = finding.worst if finding.worst >= 0 else finding.first
+    return depths_of(replace(finding, first=at, last=at), analysis)[0]
+
+
 def depths_of(finding: Finding, analysis: xr.Dataset) -> Span:
     """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all.
 

@@ -37,8 +37,8 @@ class Limits:
         Whether values above the limits are bad, or values below.
     source : str
         A key of ``references.bib``, ``"this project"``, or `calibration.CALIBRATED`.
-    display : function, optional
-        A limit or value as people read it, where they are in another form of it, such as a logarithm.
+    scale : {"ratio", "cosine"}
+        On which scale a number is far from its limit, see `Finding.excess`.
     """
 
     info: float | None = None
@@ -46,7 +46,7 @@ class Limits:
     fail: float | None = None
     above: bool = True
     source: str = OURS
-    display: Callable[[float], float] | None = None
+    scale: str = "ratio"
 
     @property
     def levels(self) -> list[tuple[Severity, float]]:
@@ -58,13 +58,7 @@ class Limits:
     def words(self) -> str:
         """From which values on each severity is reported, such as ``WARN above 0.95, FAIL above 0.99``."""
         side = "above" if self.above else "below"
-        return ", ".join(
-            f"{severity.name} {side} {number(self.displayed(limit))}" for severity, limit in self.levels
-        )
-
-    def displayed(self, value: float) -> float:
-        """A limit or value as people read it."""
-        return float(value if self.display is None else self.display(value))
+        return ", ".join(f"{severity.name} {side} {number(limit)}" for severity, limit in self.levels)
 
     def beyond(self, values: np.ndarray, limit: float) -> np.ndarray:
         """Which values are beyond a limit; NaN is beyond none."""
@@ -88,8 +82,8 @@ class Profile:
         What the number is, to be followed by it: ``"the forward gain is"``.
     stream : str, optional
         The stream that it belongs to.
-    first : bool
-        Report the first position beyond the limits, not the worst.
+    begins : bool
+        Whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
     ceiling : Severity
         The worst severity that it may get.
     note : str
@@ -98,16 +92,20 @@ class Profile:
         The complete sentence, in place of the one made of `words`, number and position.
     limits : Limits, optional
         In place of the verdict's, where another kind of network has others; its source is the verdict's.
+    metric : str
+        The metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made of
+        several, or compared with another position.
     """
 
     values: xr.DataArray
     words: str
     stream: str | None = None
-    first: bool = False
+    begins: bool = False
     ceiling: Severity = Severity.FAIL
     note: str = ""
     sentence: str = ""
     limits: Limits | None = None
+    metric: str = ""
 
     @property
     def quantity(self) -> str:
@@ -138,6 +136,10 @@ class Verdict:
         Families of connections for which the question has no meaning.
     follows_from : mapping of str to function
         Other verdicts that explain this one, and where, see `causes`; it is then no more than INFO.
+    about : {"network", "reading"}
+        What it is about, see `Finding`.
+    drawn_on : tuple of str
+        Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
     """
 
     name: str
@@ -150,6 +152,8 @@ class Verdict:
     wants: tuple[str, ...] = ()
     not_for: tuple[str, ...] = ()
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
+    about: str = "network"
+    drawn_on: tuple[str, ...] = ()
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -165,6 +169,11 @@ class Verdict:
             PASS among them; one for each stream where several numbers are beyond; empty where the question
             does not apply.
         """
+        found = [self._judge(profile) for profile in self.profiles(analysis)]
+        return _merged_by_stream([finding for finding in found if finding is not None])
+
+    def profiles(self, analysis: xr.Dataset) -> list[Profile]:
+        """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
         if self.missing(analysis) or analysis.attrs.get("family") in self.not_for:
             return []
         arguments: dict[str, Any] = {}
@@ -173,8 +182,14 @@ class Verdict:
                 arguments[name] = analysis.attrs
             elif name in analysis:
                 arguments[name] = analysis[name]
-        found = [self._judge(profile) for profile in self.function(**arguments) or ()]
-        return _merged_by_stream([finding for finding in found if finding is not None])
+        return list(self.function(**arguments) or ())
+
+    def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
+        """The limits that one chain's values of a metric are compared with, for its figures."""
+        if metric not in self.drawn_on:
+            return []
+        found = [each.limits or self.limits for each in self.profiles(analysis) if each.metric == metric]
+        return list(dict.fromkeys(found))
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
         """Variables without which it cannot judge, and that an analysis does not have.
@@ -197,10 +212,7 @@ class Verdict:
         limits = profile.limits or self.limits
         mildest = limits.levels[0][1]
         beyond = np.flatnonzero(limits.beyond(values, mildest))
-        if profile.first and len(beyond):
-            at = int(beyond[0])
-        else:
-            at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
+        at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
         severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
@@ -212,9 +224,9 @@ class Verdict:
             verdict=self.name,
             severity=severity,
             sentence=self._sentence(profile, values[at], limit, severity, at, beyond),
-            metric=self.metric,
-            value=limits.displayed(values[at]),
-            threshold=limits.displayed(limit),
+            metric=profile.metric or self.metric,
+            value=float(values[at]),
+            threshold=float(limit),
             source=self.limits.source,
             axis=axis,
             first=first,
@@ -223,7 +235,10 @@ class Verdict:
             stream=profile.stream,
             quantity=profile.quantity,
             above=limits.above,
-            profile=tuple(limits.displayed(each) for each in values) if profile.values.dims else (),
+            worst=-1 if axis == "run" else at,
+            scale=limits.scale,
+            about=self.about,
+            profile=tuple(values.tolist()) if profile.values.dims else (),
         )
 
     def _sentence(
@@ -233,14 +248,18 @@ class Verdict:
             return profile.sentence
         limits = profile.limits or self.limits
         side = "above" if limits.above else "below"
-        compared = f"{'' if severity else 'not '}{side} {number(limits.displayed(limit))}"
+        compared = f"{'' if severity else 'not '}{side} {number(limit)}"
         where = f" {place(profile.values, at)}" if profile.values.dims else ""
-        sentence = (
-            f"{profile.words} {number(limits.displayed(value))}{where}, {compared} ({self.limits.source})"
-        )
+        sentence = f"{profile.words} {number(value)}{where}, {compared} ({self.limits.source})"
         if severity and len(beyond) > 1:
-            mildest = number(limits.displayed(limits.levels[0][1]))
-            sentence += f"; it is {side} {mildest} {span(profile.values, beyond)}"
+            begins = ""
+            if profile.begins and beyond[0] != at:
+                first = int(beyond[0])
+                begins = (
+                    f"begins with {number(float(profile.values[first]))} {place(profile.values, first)} and "
+                )
+            mildest = number(limits.levels[0][1])
+            sentence += f"; it {begins}is {side} {mildest} {span(profile.values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"
 
@@ -251,6 +270,8 @@ def verdict(
     limits: Limits,
     not_for: tuple[str, ...] = (),
     follows_from: Mapping[str, Relation] | None = None,
+    about: str = "network",
+    drawn_on: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
 
@@ -263,6 +284,8 @@ def verdict(
     not_for : tuple of str
         Families of connections that it does not judge.
     follows_from : mapping of str to function, optional
+        See `Verdict`.
+    about, drawn_on
         See `Verdict`.
 
     Returns
@@ -285,6 +308,8 @@ def verdict(
             wants=tuple(each.name for each in parameters if each.default is None),
             not_for=not_for,
             follows_from=follows_from or {},
+            about=about,
+            drawn_on=drawn_on,
         )
 
     return declare

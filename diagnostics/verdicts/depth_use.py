@@ -34,7 +34,10 @@ FEWEST_STEPS = 8
     },
 )
 def curse_of_depth(
-    relative_turn: xr.DataArray, attrs: Mapping[str, Any], variance_growth: xr.DataArray | None = None
+    relative_turn: xr.DataArray,
+    attrs: Mapping[str, Any],
+    variance_growth: xr.DataArray | None = None,
+    effective_depth: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """The later blocks hardly turn the state, which the earlier ones made large.
 
@@ -50,7 +53,7 @@ def curse_of_depth(
     values = np.full(turned.sizes["depth"], np.nan)
     values[late] = counted[late].mean()
     start = young(attrs)
-    effective = f"The effective depth is {number(counted[steps].sum())} of {len(steps)} steps.{_growth(variance_growth)}"
+    effective = f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}"
     words = "the turn of the later half of the steps, as a share of that of independent branches,"
     yield Profile(
         turned.copy(data=values),
@@ -58,6 +61,13 @@ def curse_of_depth(
         ceiling=Severity.INFO if start else Severity.FAIL,
         note=f"{effective} {start}".rstrip(),
     )
+
+
+def _effective(effective_depth: xr.DataArray | None, steps: int) -> str:
+    if effective_depth is None:
+        return ""
+    reached = float(effective_depth.sel(stream="mean").isel(depth=-1))
+    return f"The effective depth is {number(reached)} of {steps} steps."
 
 
 def _growth(variance_growth: xr.DataArray | None) -> str:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
+COSINE_ROUNDING = 1e-12
+"""1 − cosine of states that are the same numbers but for the rounding of float64."""
+
 
 class Severity(IntEnum):
     """How bad a finding is; PASS is given only where passed verdicts are requested."""
@@ -32,13 +35,13 @@ class Finding:
     metric : str
         The metric that the number comes from.
     value, threshold : float
-        The number found and the limit that it is compared with.
+        The worst number found and the limit that it is compared with.
     source : str
         Where the threshold comes from: a key of ``references.bib``, or ``"this project"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int
-        First and last position on the axis, inclusive; −1 for a run.
+        First and last position on the axis beyond the limit, inclusive: where it begins and ends; −1 for a run.
     advice : str
         What to try.
     stream : str, optional
@@ -55,6 +58,12 @@ class Finding:
         What the number is, in words: ``"mean cosine between streams"``. The metric may be another one that it is made of.
     above : bool
         Whether numbers above the threshold are bad, or those below.
+    worst : int
+        Position on the axis of the number; −1 for a run.
+    scale : {"ratio", "cosine"}
+        How far the number is from its limit: by their ratio, or, of cosines, by the ratio of their angles.
+    about : {"network", "reading"}
+        Whether it is about the network, or only about how far the run can be trusted.
     profile : tuple of float
         The numbers that were judged, one for each position on the axis, in the units of `value`; NaN where undefined.
     """
@@ -77,6 +86,9 @@ class Finding:
     undecided: str = ""
     quantity: str = ""
     above: bool = True
+    worst: int = -1
+    scale: str = "ratio"
+    about: str = "network"
     # Not compared: NaN is not equal to itself, and two findings with the same number at the same place are the same.
     profile: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
@@ -84,6 +96,9 @@ class Finding:
     def excess(self) -> float:
         """By which factor the number is beyond the threshold; infinite where one of them is zero."""
         sizes = abs(self.value), abs(self.threshold)
+        if self.scale == "cosine":
+            # 0.9999 and 0.99 are nearly the same number, and angles of 0.8° and 8°.
+            sizes = _angle(self.value), _angle(self.threshold)
         return max(sizes) / min(sizes) if min(sizes) > 0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,6 +116,11 @@ class Finding:
             if not math.isfinite(plain[name]):
                 plain[name] = None
         return plain
+
+
+def _angle(cosine: float) -> float:
+    """The angle, not below what the rounding of 1 − cosine leaves of it."""
+    return math.acos(min(max(cosine, -1.0), 1.0 - COSINE_ROUNDING))
 
 
 class Findings(list[Finding]):

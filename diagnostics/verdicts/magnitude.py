@@ -6,6 +6,7 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     or exploded weights. Rerun that block in float32 and lower the learning rate.
     """
     yield Profile(
-        _not_finite(residual_norm, "depth"), "the number of tokens whose state is not finite is", first=True
+        _not_finite(residual_norm, "depth"), "the number of tokens whose state is not finite is", begins=True
     )
 
 
@@ -69,7 +70,7 @@ def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     yield Profile(
         _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # training curves have no quantiles
         "the number of tokens whose mixing matrix is not finite is",
-        first=True,
+        begins=True,
     )
 
 
@@ -86,7 +87,6 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     yield Profile(
         (norm == 0).astype(float).where(norm.notnull()),
         "the number of depths at which the state is zero is",
-        first=True,
         sentence=f"The state is zero {where}, where any size above 0 is expected ({OURS})." if where else "",
     )
 
@@ -179,6 +179,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
     not_for=ALTUP,
     follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
+    drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
     composite_gain: xr.DataArray, composite_operator_gain: xr.DataArray | None = None
@@ -192,7 +193,11 @@ def gain_explosion(
     yield from _gain_profiles(composite_gain, composite_operator_gain, words)
 
 
-@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED))
+@verdict(
+    metric="mixing_gain",
+    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
+    drawn_on=("mixing_gain", "operator_gain"),
+)
 def single_gain_explosion(
     mixing_gain: xr.DataArray, operator_gain: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -214,12 +219,13 @@ def _gain_profiles(signed: xr.DataArray, norms: xr.DataArray | None, words: str)
             signed.sel(direction=direction, drop=True), words.format(f"{direction} gain"), number
         )
         amplifies |= bool((profile.values > GAIN_LIMIT).any())
-        yield profile
+        yield replace(profile, metric=str(signed.name))
     # Differences between streams may grow while all signed sums stay 1: the norm sees both.
-    if norms is not None and not amplifies:
+    if norms is not None:
         name = "spectral norm, which also sees what signed sums cancel,"
         two = norms["norm"].values.tolist().index("two")
-        yield _gain_profile(norms.isel(norm=two, drop=True), words.format(name), two)
+        profile = _gain_profile(norms.isel(norm=two, drop=True), words.format(name), two)
+        yield replace(profile, values=profile.values.where(not amplifies), metric=str(norms.name))
 
 
 def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
@@ -245,6 +251,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     limits=Limits(warn=FADED, fail=0.05, above=False),
     not_for=ALTUP,
     follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
+    drawn_on=("composite_attenuation",),
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
@@ -272,6 +279,7 @@ def attenuation(
             ceiling=Severity.INFO if cancelled else Severity.FAIL,
             note=CANCELLED if cancelled else "",
             limits=limits,
+            metric="composite_attenuation",
         )
 
 

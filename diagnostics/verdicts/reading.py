@@ -16,7 +16,7 @@ from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
 
 
-@verdict(metric="residual_norm", limits=Limits(info=0.0))
+@verdict(metric="residual_norm", limits=Limits(info=0.0), about="reading")
 def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """What the run says of the network's connections is not proven.
 

@@ -124,6 +124,7 @@ def _limits_of_rank(null: float) -> Limits | None:
     metric="participation_ratio",
     limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
     follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
+    drawn_on=("participation_ratio",),
 )
 def one_direction(
     participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray
@@ -145,6 +146,7 @@ def one_direction(
     yield Profile(
         value,
         "the number of directions that share the variance over the data (participation ratio) is",
+        metric="participation_ratio",
         note=f"One direction then has about {100.0 * float(value.min()) ** -0.5:.0f} % of it; noise has {number(null)}.",
     )
 
@@ -153,8 +155,9 @@ def one_direction(
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=0.98, fail=0.995, source=CALIBRATED),
+    limits=Limits(warn=0.98, fail=0.995, source=CALIBRATED, scale="cosine"),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
+    drawn_on=("token_cosine",),
 )
 def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
     """All tokens share one vector, beside which they hardly differ.
@@ -173,6 +176,7 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
     yield Profile(
         raw,
         "the mean cosine between any two tokens of the data is",
+        metric="token_cosine",
         note=f"Without their common mean it is {number(float(centred[at]))}.",
     )
 
@@ -287,7 +291,7 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
 
 
 # Half of the range of CKA: fewer tokens than features. Heuristic.
-@verdict(metric="cka_null", limits=Limits(info=0.5))
+@verdict(metric="cka_null", limits=Limits(info=0.5), about="reading")
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
 
@@ -300,7 +304,7 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
 
 
-@verdict(metric="num_tokens", limits=Limits(info=0.0))
+@verdict(metric="num_tokens", limits=Limits(info=0.0), about="reading")
 def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """The sample is small for some of the questions.
 

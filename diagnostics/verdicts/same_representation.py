@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 # What grows or fades at every connection leaves all states alike beside it: then that is the finding.
 @verdict(
     metric="cka",
-    limits=Limits(warn=ALIKE, fail=SAME),
+    limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
     follows_from={
         "gain_explosion": overlapping,
         "single_gain_explosion": from_there_on,
@@ -101,7 +102,9 @@ def same_representation(
     for failing, together, share in kinds:
         first, last = longest_range(together)
         if last - first >= max(FEWEST_STEPS, share * steps):
-            yield _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
+            found = _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
+            # On the axis of all depths: the finding is where it says, and undefined inside a block.
+            yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
     # Nothing found: the two ends are what a reader asks for.
     yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
@@ -113,7 +116,7 @@ def _between_blocks(table: xr.DataArray) -> xr.DataArray:
     keep = np.arange(table.sizes["depth"])
     if "site" in table.coords:
         keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
-    return table.isel(depth=keep, other_depth=keep)
+    return table.isel(depth=keep, other_depth=keep).assign_coords(depth=keep)
 
 
 def _one_representation(
@@ -132,15 +135,14 @@ def _one_representation(
     least = float(table.min())
     step = 180.0 * float(np.diagonal(turned, offset=1).max())
     limit = SAME if failing else ALIKE
+    begins, ends = alike["depth"].values[[first, last]].tolist()
     sentence = (
-        f"{_all(alike, first, last)} hold one representation: every two states from depth {first} to depth "
-        f"{last} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
+        f"{_all(alike, first, last)} hold one representation: every two states from depth {begins} to depth "
+        f"{ends} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
         f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
         f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
     )
-    told, moving = _prediction(
-        attrs, *(alike["depth"].values[[first, last]].tolist() if "depth" in alike.coords else (first, last))
-    )
+    told, moving = _prediction(attrs, begins, ends)
     sentence += told
     why = _by_construction(turned, attrs)
     if why:

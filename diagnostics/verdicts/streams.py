@@ -31,12 +31,12 @@ PARTED = 0.99
 # step of training.
 SAME = 1e-12
 
-COLLAPSED = -2.0  # log₁₀ of a hundredth
+COLLAPSED = 0.01
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
 # Mean cosine over all pairs of streams: what is not common to them is 3 % of them. Healthy trained mHC-lite has 0.994.
 COPIED = 0.999
 PAIRED = 0.9999
-PAIR = Limits(warn=PAIRED)  # of one pair, which may well be close while the others are not
+PAIR = Limits(warn=PAIRED, scale="cosine")  # of one pair, which may well be close while the others are not
 
 # 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
 DIFFER = 1e-9
@@ -46,9 +46,8 @@ PARTING = 1e-12
 # The same of streams that are well on their way, in a network of any age.
 PARTED_BY_DEPTH = 1e-4
 
-# Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second replaces −∞.
-ROUNDING = -14.0
-NOTHING = -300.0
+# Of the differences between streams: what is smaller is what rounding leaves of 1.
+ROUNDING = 1e-14
 
 # An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection. Heuristic.
 STUCK = 0.05
@@ -57,11 +56,6 @@ STUCK = 0.05
 SATURATED = 0.005
 # A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
 ONE_STEP = 1e-4
-
-
-def power_of_ten(logarithm: float) -> float:
-    """The share whose logarithm is judged: people read shares."""
-    return 10.0**logarithm
 
 
 UNTRAINED = (
@@ -85,7 +79,11 @@ SUM_ERROR = 1e-2
 
 # Over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300: so where most matrices have it, as
 # of too few iterations.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=SUM_ERROR, fail=1e-1))
+@verdict(
+    metric="doubly_stochastic_violation",
+    limits=Limits(warn=SUM_ERROR, fail=1e-1),
+    drawn_on=("doubly_stochastic_violation",),
+)
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -110,7 +108,12 @@ def sinkhorn_not_converged(
     )
     limits = Limits(info=SUM_ERROR, warn=1e-1, fail=3e-1) if usual < SUM_ERROR else None
     sides = ((worst.sel(kind=kind, drop=True), kind) for kind in ("row", "column"))
-    return [Profile(values, f"the worst error of a {kind} sum is", limits=limits) for values, kind in sides]
+    return [
+        Profile(
+            values, f"the worst error of a {kind} sum is", limits=limits, metric="doubly_stochastic_violation"
+        )
+        for values, kind in sides
+    ]
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
@@ -159,9 +162,10 @@ def expansive_mixing(
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(warn=COLLAPSED, above=False, display=power_of_ten),
+    limits=Limits(warn=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
+    drawn_on=("relative_deflated_gain",),
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
@@ -175,7 +179,8 @@ def stream_collapse(
     yield Profile(
         left,
         "of the differences between the streams of the embedding, beside what all streams have in common, there is left",
-        first=True,
+        metric="relative_deflated_gain",
+        begins=True,
         **_info_if(_parted_by_writes(stream_cosine) or _mixed_from_the_start(left, attrs, stream_cosine)),
     )
 
@@ -193,7 +198,7 @@ def _mixed_from_the_start(
     collapsed = np.flatnonzero(left.values < COLLAPSED)
     if not note or not len(collapsed):
         return ""
-    rate = 10.0 ** (float(left[collapsed[0]]) / (int(collapsed[0]) + 1))
+    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1))
     copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
     return note if rate > SLOW or (copies and rate > FAST) else ""
 
@@ -216,7 +221,7 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(fail=COLLAPSED, above=False, display=power_of_ten),
+    limits=Limits(fail=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )
@@ -226,17 +231,21 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     A zero-bias initialisation of mHC does this: exp(0) is uniform. Put a bias on the diagonal of the logits.
     """
     left = relative_deflated_gain.sel(reduction="median", drop=True)
-    before = left.shift(connection=1, fill_value=0.0)
+    before = left.shift(connection=1, fill_value=1.0)
     # What is left after earlier connections may be rounding already, and its ratios mean nothing.
-    step = (left - before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf))
     yield Profile(
-        step.where(np.isfinite(step) | step.isnull(), NOTHING),
+        (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
         "one connection alone leaves of the differences between streams, beside what they have in common,",
-        first=True,
+        begins=True,
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), not_for=UNMIXED)
+@verdict(
+    metric="identity_distance",
+    limits=Limits(info=STUCK, above=False),
+    not_for=UNMIXED,
+    drawn_on=("identity_distance",),
+)
 def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
     """Some connections do not mix the streams.
 
@@ -246,7 +255,7 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     typical = identity_distance.sel(reduction="median", drop=True)
     if bool((typical < STUCK).all()):  # then it is a question of their product, see `stuck_at_identity`
         return None
-    return [Profile(typical, "the distance of H_res from the identity is")]
+    return [Profile(typical, "the distance of H_res from the identity is", metric="identity_distance")]
 
 
 @verdict(
@@ -376,13 +385,14 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 @verdict(
     metric="stream_cosine",
-    limits=Limits(warn=COPIED),
+    limits=Limits(warn=COPIED, scale="cosine"),
     follows_from={
         "uniform_mixing": from_there_on,
         "stream_collapse": overlapping,
         "passing_streams": anywhere,
         "loud_stream": anywhere,
     },
+    drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
     stream_cosine: xr.DataArray,
@@ -402,7 +412,7 @@ def copied_streams(
     # Copies that have begun to part are on their way; exact ones that are read alike are symmetric, and stay so.
     if not note and bool((1.0 - stream_cosine > PARTING).any()):
         note = young(attrs) or _parting(stream_cosine)
-    yield Profile(judged, "the mean cosine between streams is", **_info_if(note))
+    yield Profile(judged, "the mean cosine between streams is", metric="stream_cosine", **_info_if(note))
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
     if closest_stream_cosine is None or not judged.notnull().any():
@@ -415,7 +425,8 @@ def copied_streams(
             f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
         )
         words = "the cosine of the two streams that are most alike is"
-        yield Profile(two, words, limits=PAIR, sentence=sentence if apart < 1.0 - PAIRED else "")
+        told = sentence if apart < 1.0 - PAIRED else ""
+        yield Profile(two, words, limits=PAIR, sentence=told, metric="closest_stream_cosine")
 
 
 def _parting(stream_cosine: xr.DataArray) -> str:
@@ -457,7 +468,12 @@ def passing_streams(
     ]
 
 
-@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source=CALIBRATED), not_for=ALTUP)
+@verdict(
+    metric="read_mass",
+    limits=Limits(warn=0.01, above=False, source=CALIBRATED),
+    not_for=ALTUP,
+    drawn_on=("read_mass",),
+)
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """No later connection reads what a sublayer writes.
 
@@ -465,10 +481,11 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """
     table = depth_kernel.transpose("connection", "other_connection")
     mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
-    yield Profile(mass, "all later connections together read of a sublayer's output a weight of")
+    words = "all later connections together read of a sublayer's output a weight of"
+    yield Profile(mass, words, metric="read_mass")
 
 
-@verdict(metric="mixing_gain", limits=Limits(info=1.0))
+@verdict(metric="mixing_gain", limits=Limits(info=1.0), about="reading")
 def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """Whether rows or columns of H_res are destinations could not be proved.
 

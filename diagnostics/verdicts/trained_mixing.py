@@ -15,8 +15,8 @@ from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number,
 
 # Logarithm of half: a contraction by less needs no explanation. Heuristic.
 HALF = float(np.log10(0.5))
-# Replaces −∞, the logarithm of exactly nothing, so that differences of it are finite.
-NOTHING = -300.0
+# Replaces exactly nothing, so that its logarithm is finite.
+NOTHING = 1e-300
 # Saturation of a projection whose logits are too far apart: those of −8 off the diagonal have 0.998. Heuristic.
 NEARLY_PERMUTATIONS = 0.99
 
@@ -46,8 +46,8 @@ def decayed_mixing(
     Training has not shaped the mixing: leave its logits out of weight decay, give them a higher learning rate, and
     look at their gradient.
     """
-    measured = deflated_gain.sel(reduction="median", drop=True).clip(min=NOTHING)
-    replayed = replayed_deflated_gain.clip(min=NOTHING)
+    measured = np.log10(deflated_gain.sel(reduction="median", drop=True).clip(min=NOTHING))
+    replayed = np.log10(replayed_deflated_gain.clip(min=NOTHING))
     total = float(np.fmin(measured[-1], replayed[-1]))
     if not total < HALF:  # hardly anything is lost, or it is not known (NaN)
         return None

@@ -114,7 +114,7 @@ def write_calibration(calibration: Mapping[str, Any], table: str) -> None:
 `{calibration["command"]}` measured the worst value of every judged number in {calibration["networks"]} healthy networks,
 {calibration["each"]} of each kind above, of a draw that is not scored (`diagnostics/verdicts/calibration.json`). Half, 90 %
 and 99 % of them are no worse than the columns say. A value beyond a limit is a note where the verdict knows that it is so by
-construction, and a limit of −2 is the logarithm (base 10) of a share.
+construction.
 
 {table}
 """

@@ -31,7 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import live_sentence
-    from depthscope.app.readings.standings import not_judged, standings
+    from depthscope.app.readings.standings import DOES_NOT_APPLY, not_judged, standings
     from depthscope.app.tables.findings import cards_of
 
     lowest, verdicts = _limits(args.fail_on)
@@ -53,6 +53,7 @@ def _run(args: argparse.Namespace) -> int:
                 "findings": [card.as_dict() for card in cards_of(reading)],
                 "passed": sorted({finding.verdict for finding in reading.passed}),
                 "not_judged": not_judged(standings(reading)),
+                "does_not_apply": not_judged(standings(reading), DOES_NOT_APPLY),
             }
             for reading in readings
         ]
@@ -122,13 +123,12 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
 
 def _judged_words(reading: Reading) -> str:
     """How many verdicts were judged, and why most of the others were not: what was not judged has not passed."""
-    from depthscope.app.readings.standings import not_judged, standings
+    from depthscope.app.readings.standings import counts_words, not_judged, standings
 
     found = standings(reading)
     reasons = not_judged(found)
-    left = sum(map(len, reasons.values()))
-    words = f"{len(found) - left} judged, {left} not judged"
-    return f"{words} ({printable(next(iter(reasons)))})" if left else words
+    words = counts_words(found.values())
+    return f"{words} (not judged: {printable(next(iter(reasons)))})" if reasons else words
 
 
 COMMAND = Command("check", "judge runs in plain words; exit 1 where one fails", _add_arguments, _run)

@@ -14,6 +14,9 @@ export default function (component) {
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
+  box.onpointerdown = (event) => {
+    if (!event.target.closest(".modebar")) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from it
+  };
   offerSkip();
   const figure = JSON.parse(data.figure);
   // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
@@ -44,35 +47,23 @@ export default function (component) {
     if (drawn.z) return drawn.x?.some((x) => inside(xs, x)) && drawn.y.some((y) => inside(ys, y));
     return Array.from(drawn.y).some((y, j) => Number.isFinite(y) && inside(ys, y) && inside(xs, drawn.x[j]));
   });
-  // Arrow keys go from number to number, as the mouse does; enter opens the one that is shown.
-  box.onkeydown = (event) => {
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-    const drawn = box._fullData?.find((trace) => trace.visible === true && trace.y?.length > 1);
-    if (!drawn) return;
-    const [xs, ys] = [drawn.x, drawn.z ? drawn.y : [0]];
-    if (event.key === "Escape") window.Plotly.Fx.unhover(box);
-    else if (event.key === "Enter" && data.clickable && box.at) setTriggerValue("clicked", { x: xs[box.at[0]], y: ys[box.at[1]] });
-    else if (move) {
-      const last = [xs.length - 1, ys.length - 1];
-      box.at = (box.at ?? [-1, 0]).map((place, i) => Math.min(Math.max(place + move[i], 0), last[i]));
-      const axes = box._fullLayout;
-      const y = drawn.z ? ys[box.at[1]] : drawn.y[box.at[0]];
-      window.Plotly.Fx.hover(box, { xval: axes.xaxis.d2l(xs[box.at[0]]), yval: axes.yaxis.d2l(y) });
-    } else return;
-    event.preventDefault();
-  };
   load(data.plotly).then((Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
+    const zooms = () => ["xaxis", "yaxis"].flatMap((axis, i) => {
+      const [from, to] = box.zoom?.slice(2 * i, 2 * i + 2) ?? [null, null];
+      return from === null ? [] : [[axis, [from, to]]];
+    });
     const layout = () => {
       const dressed = dress({ ...figure.layout, height: data.height, autosize: true }, box);
-      ["xaxis", "yaxis"].forEach((axis, i) => {
-        const [from, to] = box.zoom?.slice(2 * i, 2 * i + 2) ?? [null, null];
-        const zoom = from === null ? {} : { range: [from, to], autorange: false };
-        // Another revision each time: plotly would bring back a zoom that was given up.
-        dressed[axis] = { ...dressed[axis], ...zoom, uirevision: Math.random() };
-      });
+      // Another revision each time: plotly would bring back a zoom that was given up.
+      for (const axis of ["xaxis", "yaxis"]) dressed[axis] = { ...dressed[axis], uirevision: Math.random() };
+      for (const [axis, range] of isFirst ? [] : zooms()) Object.assign(dressed[axis], { range, autorange: false });
       return dressed;
     };
+    // A zoom of the address comes after the first drawing: what plotly draws first is what a double click goes back to.
+    const isFirst = !box._fullLayout;
+    const addressed = () => (isFirst && box.zoom
+      ? Plotly.relayout(box, Object.fromEntries(zooms().map(([axis, range]) => [`${axis}.range`, range]))) : box);
     // A zoom is one of these axes: of others it would show anything, or nothing.
     if (box.axes !== undefined && box.axes !== data.axes) {
       box.zoom = null;
@@ -80,7 +71,7 @@ export default function (component) {
     }
     box.axes = data.axes;
     // react, not newPlot: what is hidden stays hidden when the numbers change
-    return Plotly.react(box, figure.data, layout(), config).then(() => {
+    return Plotly.react(box, figure.data, layout(), config).then(addressed).then(() => {
       if (!box.zoom || showsSomething()) return box;
       box.zoom = null;
       keepZoom(data.key, box);
@@ -89,12 +80,10 @@ export default function (component) {
       box.removeAllListeners?.("plotly_click");
       box.removeAllListeners?.("plotly_relayout");
       box.on("plotly_relayout", zoomed);
-      if (data.clickable) {
-        box.on("plotly_click", (event) => {
-          const point = event.points[0];
-          setTriggerValue("clicked", { x: point.x, y: point.y });
-        });
-      }
+      box.on("plotly_click", (event) => {
+        startAt(event.points[0], box);
+        if (data.clickable) setTriggerValue("clicked", { x: event.points[0].x, y: event.points[0].y });
+      });
       box.onkeydown = (event) => step(event, box, data.clickable ? setTriggerValue : null);
       if (!box.depthscopeResize) {
         box.depthscopeResize = new ResizeObserver(() => {
@@ -114,9 +103,19 @@ export default function (component) {
 // Left and right go from point to point, up and down to the next curve or row, Enter opens a cell that a click would open.
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
 
+const traces = (box) => box._fullData.filter((trace) => trace.visible === true && trace.hoverinfo !== "skip");
+
+// The keys go on from the point that was clicked.
+function startAt(point, box) {
+  const [row, column] = Array.isArray(point.pointNumber)
+    ? point.pointNumber
+    : [traces(box).findIndex((trace) => trace.index === point.curveNumber), point.pointNumber];
+  if (row >= 0) box.depthscopeAt = { row, column, cell: { x: point.x, y: point.y } };
+}
+
 function step(event, box, open) {
   if (event.target !== box || event.ctrlKey || event.metaKey || event.altKey) return;
-  const drawn = box._fullData.filter((trace) => trace.visible === true && trace.hoverinfo !== "skip");
+  const drawn = traces(box);
   const at = box.depthscopeAt ?? { row: 0, column: -1 };
   if (event.key in STEPS && drawn.length > 0) {
     event.preventDefault();

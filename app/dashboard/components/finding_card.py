@@ -18,7 +18,7 @@ from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import depths_of
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 __all__ = ["show_card", "show_causes", "tally"]
 
@@ -80,9 +80,8 @@ def show_card(card: Card, *, of: Reading | None = None) -> None:
 
 
 def _offer_microscope(finding: Finding, reading: Reading) -> None:
-    """A button that opens the run at the first depth of a finding."""
-    is_somewhere = finding.first >= 0 and finding.axis in ("depth", "connection")
-    depth = depths_of(finding, reading.analysis)[0] if is_somewhere else None
+    """A button that opens the run where a finding is worst."""
+    depth = worst_depth(finding, reading.analysis)
     st.button(
         "Microscope" if depth is None else f"Microscope at depth {depth}",
         key=f"open_{reading.name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}",

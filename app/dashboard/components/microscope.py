@@ -15,6 +15,7 @@ from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotl
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
+from depthscope.app.drawing.plotly import reduction_words, shrink
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
     Bar,
@@ -33,6 +34,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 __all__ = [
     "View",
@@ -139,23 +141,21 @@ def _axis_of(metric: str, reading: Reading) -> str:
     return next((axis for axis in ("depth", "connection") if axis in dims), "")
 
 
-def first_pin(reading: Reading, close_up: CloseUp | None) -> int:
-    """The depth that is pinned before the visitor pins one: where the worst finding begins, else the last one.
+def first_pin(reading: Reading) -> int:
+    """The depth that is pinned before the visitor pins one: where the worst finding is worst, else the last one.
 
     Parameters
     ----------
     reading : Reading
         Under the microscope.
-    close_up : CloseUp or None
-        Its states.
 
     Returns
     -------
     int
     """
     last = max(len(depth_names(reading)) - 1, 0)
-    places = (_range_of(finding, reading, close_up) for finding in reading.findings)
-    return next((min(max(where[0], 0), last) for where in places if where is not None), last)
+    places = (worst_depth(finding, reading.analysis) for finding in reading.findings)
+    return next((min(max(depth, 0), last) for depth in places if depth is not None), last)
 
 
 def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> None:
@@ -340,7 +340,11 @@ def _token_panel(close_up: CloseUp, view: View) -> Panel:
         # Norms of massive tokens are a hundred times those of the others.
         log_z=view.measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
         y_text=tokens[:last],
+        # As the map of the page Tokens.
+        of_block="largest" if view.measure == "norm" else "mean",
     )
+    note = reduction_words(figure)
+    figure = replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
     # The names of the tokens that stand out; the others are named where the mouse is.
     largest = np.nan_to_num(np.abs(z[:last]), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))

@@ -85,6 +85,7 @@ export default function (component) {
   const options = { capture: true, signal: box.listening.signal };
   plot.addEventListener("mousedown", (event) => {
     box.pressed = event.target.closest?.(".modebar") ? null : event.clientX;
+    if (box.pressed !== null) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from the panels
   }, options);
   window.addEventListener("mouseup", (event) => {
     const pressed = box.pressed ?? null;
@@ -145,8 +146,12 @@ export default function (component) {
     const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
     // Another revision each time: plotly would bring back a zoom that was given up.
     layout.xaxis = { ...layout.xaxis, uirevision: Math.random() };
-    if (box.zoom) layout.xaxis = { ...layout.xaxis, range: [...box.zoom], autorange: false };
-    return Plotly.react(plot, figure.data, layout, config).then(() => {
+    // A zoom of the address comes after the first drawing: what plotly draws first is what a double click goes back to.
+    const isFirst = !plot._fullLayout;
+    const zoom = box.zoom ? { range: [...box.zoom], autorange: false } : {};
+    if (!isFirst) layout.xaxis = { ...layout.xaxis, ...zoom };
+    return Plotly.react(plot, figure.data, layout, config)
+      .then(() => (isFirst && box.zoom ? Plotly.relayout(plot, { "xaxis.range": [...box.zoom] }) : null)).then(() => {
       plot.removeAllListeners?.("plotly_relayout");
       plot.on("plotly_relayout", zoomed);
       show();

@@ -13,8 +13,10 @@ function load(source) {
   return window.depthscopePlotly;
 }
 
-// Colours and font of Streamlit's theme, light or dark, which Python does not know.
-function dress(layout, box) {
+// The layout in colours and font of Streamlit's theme, light or dark, which Python does not know. A copy of all of it: plotly
+// writes the ends of a zoom into the arrays that it is given.
+function dress(given, box) {
+  const layout = structuredClone(given);
   const style = getComputedStyle(box);
   const ink = style.getPropertyValue("--st-text-color").trim() || "#333";
   const paper = style.getPropertyValue("--st-background-color").trim() || "#fff";

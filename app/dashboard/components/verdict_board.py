@@ -44,7 +44,12 @@ ROW, HEAD, MOST_HEIGHT = 35, 38, 460
 """Pixels of a row, of the head, and of the table, which scrolls."""
 
 _KEY = "verdict_board"
+_INPUT = "verdict_board_input"
 _WAITED = "verdict_board_waited"
+
+_table_keys = st.components.v2.component(
+    "depthscope_table_keys", js=Path(__file__).with_name("table_keys.js").read_text(encoding="utf-8")
+)
 
 
 def show_verdict_board() -> None:
@@ -144,16 +149,22 @@ def _show_table(by_run: Mapping[str, Sequence[Summary]], live: Mapping[str, str]
         height=min(HEAD + ROW * len(table.cells), MOST_HEIGHT),
         row_height=ROW,
         key=_KEY,
-        on_select=lambda: _open(table, listed_as),
+        on_select=lambda: None if _input() == "keys" else _open(table, listed_as),
         selection_mode="single-cell",
-        alt="Verdicts of every run, the worst first: a click on a cell opens the run at that depth.",
+        alt="Verdicts of every run, the worst first: a click on a cell, or Enter, opens the run at that depth.",
+    )
+    _table_keys(
+        data={"table": _KEY},
+        key=_INPUT,
+        on_by_change=lambda: None,
+        on_opened_change=lambda: _open(table, listed_as),
     )
     words = ", ".join(
         f"{sign} {state.lower()}" for state, sign in SIGNS.items() if state not in ("INFO", "PASS")
     )
     st.caption(
         f"{words}, {SIGNS['INFO']} note, {SIGNS['PASS']} passed; a number is the depth. Not judged is not passed. "
-        "A click on a cell opens the run there."
+        "A click on a cell, or Enter, opens the run there."
     )
 
 
@@ -199,8 +210,13 @@ def _tints(cells: pd.DataFrame, table: VerdictTable) -> pd.DataFrame:
     return table.states.map(lambda state: f"background-color: {TINTS[state]}" if state in TINTS else "")
 
 
+def _input() -> str:
+    """By what a cell was selected last: ``pointer`` or ``keys``."""
+    return str((st.session_state.get(_INPUT) or {}).get("by") or "pointer")
+
+
 def _open(table: VerdictTable, listed_as: Mapping[str, str]) -> None:
-    """Open the microscope at the run and depth of the cell that was clicked."""
+    """Open the microscope at the run and depth of the cell that is selected."""
     cells = st.session_state[_KEY]["selection"]["cells"]
     if cells:
         row, column = cells[0]

@@ -119,7 +119,7 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
             )
     last = len(depth_names(reading)) - 1
     pin, other = _depth_of("pin", last), _depth_of("against", last)
-    pin = first_pin(reading, close_up) if pin is None else pin
+    pin = first_pin(reading) if pin is None else pin
     return View(tuple(strips), measure, sequence, stream, pin, None if other == pin else other)
 
 

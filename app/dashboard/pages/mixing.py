@@ -159,6 +159,7 @@ def _cells(
         y_text=[f"to {i} from {j}" for i in range(n) for j in range(n)],
         run=run,
         square=False,
+        categorical=("y",),
     )
 
 

@@ -23,7 +23,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of, findings_table
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.tables.verdict_table import experiments_of, groupable, plain_attributes
-from depthscope.app.text.cards import Card
+from depthscope.app.text.cards import ABOUT_THE_READING, Card
 from depthscope.app.text.visible import visible
 
 FIRST_FIGURES = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
@@ -106,16 +106,17 @@ def _show_key(by: str, order: Sequence[str | int | float | bool]) -> None:
 def _show_one_run(reading: Reading) -> None:
     """The worst findings in columns, the others folded."""
     _show_name(reading)
-    cards = cards_of(reading)
+    cards = _about(reading, "network")
     worst = cards[:COLUMNS]
-    if not worst:
+    if worst:
+        for column, finding in zip(st.columns(len(worst)), worst, strict=True):
+            with column:
+                show_card(finding, of=reading)
+    else:
         _show_nothing_found()
-        return
-    for column, finding in zip(st.columns(len(worst)), worst, strict=True):
-        with column:
-            show_card(finding, of=reading)
     show_causes(reading.findings)
     _show_folded(cards[COLUMNS:], reading)
+    _show_about_the_reading(reading)
 
 
 def _show_several_runs(readings: Sequence[Reading]) -> None:
@@ -124,12 +125,28 @@ def _show_several_runs(readings: Sequence[Reading]) -> None:
     for column, reading in zip(columns, readings, strict=True):
         with column:
             _show_name(reading)
-            cards = cards_of(reading)
+            cards = _about(reading, "network")
             if cards:
                 show_card(cards[0], of=reading)
                 _show_folded(cards[1:], reading)
             else:
                 _show_nothing_found()
+            _show_about_the_reading(reading)
+
+
+def _about(reading: Reading, what: str) -> list[Card]:
+    """The cards about the network, or those about how far the run can be trusted."""
+    return [card for card in cards_of(reading) if card.finding.about == what]
+
+
+def _show_about_the_reading(reading: Reading) -> None:
+    """A line of its own: what could not be proved is no finding about the network."""
+    cards = _about(reading, "reading")
+    if cards:
+        titles = " · ".join(escaped(card.title.rstrip(".")) for card in cards)
+        with st.expander(f"{ABOUT_THE_READING}: {titles}"):
+            for card in cards:
+                show_card(card, of=reading)
 
 
 def _show_name(reading: Reading) -> None:

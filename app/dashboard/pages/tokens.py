@@ -138,6 +138,8 @@ def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, ru
         y_text=[f"“{text}”" for text in texts[: len(z)]],
         run=run,
         square=False,
+        # A mean would hide the one massive token among its neighbours.
+        of_block="largest" if measure == "norm" else "mean",
     )
 
 

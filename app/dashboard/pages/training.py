@@ -30,6 +30,7 @@ from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory, UntilStep
 from depthscope.app.tables.tables import spoken
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 MOST_MEASURES = 10
 """Panels below each other. A heuristic of ours."""
@@ -236,7 +237,7 @@ def _list_findings(reading: Reading, begun: Sequence[Begun]) -> None:
                 st.button(
                     "Pin the step", key=f"begun_{number}", on_click=_pin, args=(each.step,), type="tertiary"
                 )
-                depth = finding.first if finding.axis == "depth" else None
+                depth = worst_depth(finding, reading.analysis)
                 st.button(
                     "Open the microscope",
                     key=f"microscope_{number}",
@@ -256,7 +257,7 @@ def _open(reading: Reading, depth: int | None) -> None:
     open_microscope(
         st.session_state.get("runs", ()),
         look_at=reading.name,
-        depth=depth if depth is None or depth >= 0 else None,
+        depth=depth,
     )
 
 

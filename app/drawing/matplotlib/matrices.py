@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
-from depthscope.app.figures.specification import Array, Heatmap
+from depthscope.app.figures.build.bins import edges
+from depthscope.app.figures.specification import Heatmap
 
 # Cells from which a mesh is rasterised inside the vector file: as vectors, each is a path that viewers draw one by one.
 DENSE = 400
@@ -172,29 +171,3 @@ def _norm(figure: Heatmap) -> Normalize:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
     # Values cannot be scaled to a range of no width.
     return Normalize(low, high if high > low else low + 1e-6)
-
-
-def edges(centres: Array) -> Array:
-    """Borders between the cells around positions; one more than there are positions.
-
-    Parameters
-    ----------
-    centres : numpy.ndarray
-        Positions in growing order.
-
-    Returns
-    -------
-    numpy.ndarray
-
-    Examples
-    --------
-    >>> edges(np.array([0.0, 1.0, 3.0])).tolist()
-    [-0.5, 0.5, 2.0, 4.0]
-    """
-    centres = np.asarray(centres, dtype=np.float64)
-    # A single cell has no neighbour to take its width from.
-    if centres.size < 2:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = np.array([(a + b) / 2 for a, b in pairwise(centres)])
-    first, last = centres[0] - (middle[0] - centres[0]), centres[-1] + (centres[-1] - middle[-1])
-    return np.concatenate([[first], middle, [last]])

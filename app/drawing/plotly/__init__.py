@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, shrink
+from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, reduction_words, shrink
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Heatmap, Lines
 
-__all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]
+__all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
 
 
 def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:

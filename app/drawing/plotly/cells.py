@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,9 @@ import plotly.graph_objects as go
 from depthscope.app.drawing.plotly.colours import DIVERGING
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Heatmap
-from depthscope.app.figures.build.values import reduce_blocks
+from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
 
-__all__ = ["LARGEST_SIDE", "draw_heatmap", "shrink"]
+__all__ = ["LARGEST_SIDE", "draw_heatmap", "reduction_words", "shrink"]
 
 # 300 × 300 numbers of float32 are 480 kB in the JSON of a figure; the names of 64 × 64 cells are about 120 kB of text.
 LARGEST_SIDE = 300
@@ -21,7 +22,7 @@ LARGEST_NAMED = 64
 
 
 def shrink(figure: Heatmap) -> Heatmap:
-    """Heat map small enough for a screen: block means, which the caption states.
+    """Heat map small enough for a screen: neighbours along a long axis are one cell, which the caption states.
 
     Parameters
     ----------
@@ -33,21 +34,49 @@ def shrink(figure: Heatmap) -> Heatmap:
     Heatmap
         The same one where nothing had to be reduced.
     """
-    z, side = reduce_blocks(figure.z, LARGEST_SIDE)
-    if side == 1:
+    note = reduction_words(figure)
+    if not note:
         return figure
-    note = (
-        f"Reduced for the screen: each cell is the mean of a {side} × {side} block; the table has every cell."
-    )
+    across, up = _bins(figure)
     return replace(
         figure,
-        x=figure.x[::side],
-        y=figure.y[::side],
-        z=z,
-        x_text=None if figure.x_text is None else list(figure.x_text)[::side],
-        y_text=None if figure.y_text is None else list(figure.y_text)[::side],
-        caption=f"{figure.caption} {note}".strip(),
+        x=across.centres,
+        y=up.centres,
+        z=reduce_blocks(figure.z, up, across, by=figure.of_block),
+        x_text=_block_names(figure.x_text, across),
+        y_text=_block_names(figure.y_text, up),
+        caption=f"{figure.caption} Reduced for the screen: {note}; the table has every cell.".strip(),
     )
+
+
+def reduction_words(figure: Heatmap) -> str:
+    """What a cell on a screen is of a figure that is too large for one; empty where it is a cell of the figure."""
+    labels = (figure.x_label, figure.y_label)
+    reduced = [
+        f"{bins.largest} along {label.partition(' (')[0]}"
+        for bins, label in zip(_bins(figure), labels, strict=True)
+        if bins.largest > 1
+    ]
+    return f"each cell is the {figure.of_block} of up to {' by '.join(reduced)}" if reduced else ""
+
+
+def _bins(figure: Heatmap) -> tuple[Bins, Bins]:
+    """Of the horizontal and the vertical axis, each by itself."""
+    across, up = (
+        Bins.of(values, len(values) if axis in figure.categorical else LARGEST_SIDE)
+        for axis, values in (("x", figure.x), ("y", figure.y))
+    )
+    return across, up
+
+
+def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
+    if names is None:
+        return None
+    ends = [*bins.starts[1:], len(names)]
+    return [
+        names[first] if end - first == 1 else f"{names[first]} to {names[end - 1]}"
+        for first, end in zip(bins.starts, ends, strict=True)
+    ]
 
 
 def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go.Figure:
@@ -136,13 +165,17 @@ def _hover(figure: Heatmap) -> str:
 
 
 def _ring(drawn: go.Figure, figure: Heatmap, mark: tuple[float, float]) -> None:
-    """Outline of one cell."""
-    half_x, half_y = (float(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (figure.x, figure.y))
+    """Outline of the cell that a position is in: of a reduced map it has neighbours of the position in it too."""
+    ends = []
+    for axis, place in zip((figure.x, figure.y), mark, strict=True):
+        cell = int(np.argmin(np.abs(axis - place)))
+        borders = edges(axis)
+        ends += [float(borders[cell]), float(borders[cell + 1])]
     drawn.add_shape(
         type="rect",
-        x0=mark[0] - half_x,
-        x1=mark[0] + half_x,
-        y0=mark[1] - half_y,
-        y1=mark[1] + half_y,
+        x0=ends[0],
+        x1=ends[1],
+        y0=ends[2],
+        y1=ends[3],
         line={"color": "#EE6677", "width": 2.5},
     )

@@ -9,12 +9,12 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.judged_limits import judged_limits, limit_labels, passing_range
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
 from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.metrics.declaration import Range
 
 __all__ = ["CurveFigure", "axis_title"]
 
@@ -64,7 +64,7 @@ class CurveFigure(FigureKind):
     component : str
         Label of one component, with braces for its number.
     thresholds : tuple of (float, str)
-        Values drawn as dotted lines, with their labels.
+        Values drawn as dotted lines, with their labels, beside the limits of the verdicts that judge the metric.
     scope : str
         Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
     around : str
@@ -135,7 +135,8 @@ class CurveFigure(FigureKind):
         overlays = [(curve.line.group, overlay) for curve in curves for overlay in curve.laws]
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
-        healthy = _ends(declared.healthy)
+        judged = {} if self.derive else judged_limits(self.metric, analyses)
+        healthy = passing_range(judged)
         # One sentence is enough for four streams.
         remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
         return Lines(
@@ -143,14 +144,19 @@ class CurveFigure(FigureKind):
             title=self.title,
             x_label=axis_title(declared.axis, choice.axis),
             y_label=measurement.axis_label(self.y_label),
-            lines=(*lines, *self._threshold_lines(lines)),
+            lines=(*lines, *_threshold_lines(lines, [*self.thresholds, *limit_labels(judged)])),
             log_y=declared.scale == "log",
             healthy=healthy,
             caption=measurement.caption(
                 lines,
                 # Weights are not measured on tokens: there is nothing to count.
                 scope="" if declared.axis == "weight" else self.scope,
-                remarks=[*remarks, law_words(overlays), "Green: healthy." if healthy else "", self.note],
+                remarks=[
+                    *remarks,
+                    law_words(overlays),
+                    "Green: within the limits of the verdicts." if healthy else "",
+                    self.note,
+                ],
             ),
             alt=describe_lines(lines, self.title, declared.axis),
             metric=self.metric,
@@ -213,21 +219,12 @@ class CurveFigure(FigureKind):
             for run, _, values in reference.slices():
                 yield Curve(reference.curve(run, values, axis=str(values.dims[0]), label=label).line)
 
-    def _threshold_lines(self, lines: Sequence[Line]) -> list[Line]:
-        ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))]
-        # Without a curve a threshold still needs two ends.
-        span = np.array([min(ends, default=0.0), max(ends, default=1.0)])
-        return [Line(span, np.full(2, value), label, role="threshold") for value, label in self.thresholds]
 
-
-def _ends(healthy: Range | None) -> tuple[float, float] | None:
-    """Ends of a healthy range, ±inf where it is open."""
-    if healthy is None or (healthy.low is None and healthy.high is None):
-        return None
-    return (
-        -np.inf if healthy.low is None else float(healthy.low),
-        np.inf if healthy.high is None else float(healthy.high),
-    )
+def _threshold_lines(lines: Sequence[Line], labelled: Sequence[tuple[float, str]]) -> list[Line]:
+    ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))]
+    # Without a curve a threshold still needs two ends.
+    span = np.array([min(ends, default=0.0), max(ends, default=1.0)])
+    return [Line(span, np.full(2, value), label, role="threshold") for value, label in labelled]
 
 
 def _without_repeated_nulls(lines: Sequence[Line]) -> list[Line]:

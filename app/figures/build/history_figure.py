@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.step_bins import StepBins
+from depthscope.app.figures.build.bins import Bins
 from depthscope.app.figures.build.values import names_of
 from depthscope.app.figures.specification import Figure, Heatmap, Line, Lines
 from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, TrainingHistory
@@ -89,7 +89,7 @@ def history_figure(
         first, last = np.searchsorted(steps, span, side="left")
         shown = slice(max(int(first) - 1, 0), int(last) + 1)
     values = history.values(name, choice)[shown]
-    bins = StepBins.of(steps[shown], MOST_COLUMNS)
+    bins = Bins.of(steps[shown], MOST_COLUMNS)
     words = ", ".join(
         f"{dim} {label}" for dim, label in measure.labels(choice).items() if len(measure.choices[dim]) > 1
     )
@@ -127,7 +127,7 @@ def history_figure(
     )
 
 
-def _reduction(bins: StepBins, words: str) -> str:
+def _reduction(bins: Bins, words: str) -> str:
     return words.format(bins.largest) if bins.largest > 1 else ""
 
 

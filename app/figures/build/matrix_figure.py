@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from depthscope.app.text.numbers import number, sentence
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 __all__ = ["MatrixFigure"]
+
+ORDERED = ("depth", "connection", "order", "component")
+"""Axes along which neighbours may be drawn as one; heads and modules are names."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class MatrixFigure(FigureKind):
         Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
     counts : bool
         Whether the number is taken from the sampled tokens, so that the caption counts them.
+    of_block : {"mean", "largest"}
+        What stands for several cells on a screen, see `Heatmap`.
     note : str
         Sentence of the caption.
     """
@@ -50,6 +56,7 @@ class MatrixFigure(FigureKind):
     below: bool = False
     error: str = ""
     counts: bool = True
+    of_block: Literal["mean", "largest"] = "mean"
     note: str = ""
 
     @property
@@ -97,6 +104,10 @@ class MatrixFigure(FigureKind):
         if self.below:
             z = np.where(np.tri(len(z), z.shape[1], -1, dtype=bool), z, np.nan)
         rows, columns = names_of(array, self.rows), names_of(array, self.columns)
+        bases: dict[Literal["x", "y"], str] = {
+            "x": self.columns.removeprefix("other_"),
+            "y": self.rows.removeprefix("other_"),
+        }
         return Heatmap(
             name=self.name,
             # Of several runs the matrix is of one: the title says which.
@@ -104,8 +115,8 @@ class MatrixFigure(FigureKind):
             x=positions(array, self.columns, choice.axis),
             y=positions(array, self.rows, choice.axis),
             z=z,
-            x_label=self.x_label or self.columns.removeprefix("other_"),
-            y_label=self.y_label or self.rows.removeprefix("other_"),
+            x_label=self.x_label or bases["x"],
+            y_label=self.y_label or bases["y"],
             z_label=measurement.axis_label(self.z_label),
             limits=self._colour_limits(z),
             log_z=CATALOGUE[self.metric].scale == "log",
@@ -118,7 +129,9 @@ class MatrixFigure(FigureKind):
             x_text=columns,
             y_text=rows,
             run=run,
-            square=self.rows.removeprefix("other_") == self.columns.removeprefix("other_"),
+            square=bases["x"] == bases["y"],
+            categorical=tuple(axis for axis, base in bases.items() if base not in ORDERED),
+            of_block=self.of_block,
         )
 
     def _colour_limits(self, z: Array) -> tuple[float, float] | None:

@@ -16,7 +16,6 @@ __all__ = [
     "names_of",
     "pick",
     "positions",
-    "reduce_blocks",
     "streams_of",
 ]
 
@@ -201,32 +200,3 @@ def streams_of(analyses: Analyses) -> list[str]:
     # As numbers: "10" comes after "9".
     numbered = sorted((s for s in found if s.isdigit()), key=int)
     return (["mean"] if "mean" in found or not numbered else []) + numbered
-
-
-def reduce_blocks(matrix: Array, largest: int = 300) -> tuple[Array, int]:
-    """Matrix small enough for a screen: means over square blocks, NaN left out.
-
-    Parameters
-    ----------
-    matrix : numpy.ndarray
-        Shape (rows, columns).
-    largest : int
-        Most rows or columns of the result.
-
-    Returns
-    -------
-    tuple
-        The matrix (float32) and the side of a block, 1 where nothing was reduced.
-    """
-    side = -(-max(matrix.shape) // largest)  # rounded up
-    if side <= 1:
-        return np.asarray(matrix, dtype=np.float32), 1
-    rows, columns = (-(-size // side) for size in matrix.shape)
-    # Padded with NaN, which the means leave out, so that the last blocks may be smaller.
-    padded = np.full((rows * side, columns * side), np.nan)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    blocks = padded.reshape(rows, side, columns, side)
-    count = np.isfinite(blocks).sum(axis=(1, 3))
-    total = np.nansum(blocks, axis=(1, 3))
-    means = np.divide(total, count, out=np.full((rows, columns), np.nan), where=count > 0)
-    return means.astype(np.float32), side

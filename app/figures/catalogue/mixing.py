@@ -5,8 +5,8 @@ from functools import partial
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 
-# 1 is the gain of every doubly stochastic matrix; 10 and 100 are the limits of the verdict `gain_explosion`.
-_GAIN_LIMITS = ((1.0, "1"), (10.0, "warn: 10"), (100.0, "fail: 100"))
+# The gain of every doubly stochastic matrix.
+_UNCHANGED = ((1.0, "1"),)
 
 _gains = partial(CurveFigure, question="mixing", section="Gains")
 _streams = partial(CurveFigure, question="mixing", section="Streams")
@@ -19,7 +19,7 @@ mixing_gain = _gains(
     "Gain of each connection",
     "Amax gain",
     over="direction",
-    thresholds=_GAIN_LIMITS,
+    thresholds=_UNCHANGED,
     note="Largest signed row sum (forward) or column sum (backward) of H_res.",
 )
 composite_gain = _gains(
@@ -27,17 +27,15 @@ composite_gain = _gains(
     "Composite gain from the embedding",
     "Amax gain of the product",
     over="direction",
-    thresholds=_GAIN_LIMITS,
+    thresholds=_UNCHANGED,
     note="Product of H_res from the first connection through this one, later layers on the left; "
     "multiplied for each token, then reduced.",
 )
-# Below 0.5 less than half of a sum is left, the limit of the verdict on the composite. A heuristic of ours.
 mixing_attenuation = _gains(
     "mixing_attenuation",
     "Attenuation of each connection",
     "least sum of H_res",
     over="direction",
-    thresholds=((0.5, "attenuated: 0.5"),),
     note="Smallest signed row sum (forward) or column sum (backward) of H_res.",
 )
 composite_attenuation = _gains(
@@ -45,7 +43,6 @@ composite_attenuation = _gains(
     "Attenuation of the composite",
     "least sum of the product",
     over="direction",
-    thresholds=((0.5, "attenuated: 0.5"),),
     note="Smallest signed row sum (forward) or column sum (backward) of the product: the gain hides it.",
 )
 # ln 2 is 0.69: a sum that has doubled or halved.
@@ -56,13 +53,11 @@ composite_deviation = _gains(
     thresholds=((0.7, "a factor of two: 0.7"),),
     note="Of the rows and columns of the product: up as the gain, down as the attenuation.",
 )
-# 0.01 warns in the verdict: over 60 connections that error in every sum is a gain of 1.8.
 doubly_stochastic_violation = _gains(
     "doubly_stochastic_violation",
     "Distance from doubly stochastic",
     "violation",
     over="kind",
-    thresholds=((0.01, "column limit: 0.01"),),
     note="Row error, column error and negativity of H_res, separately.",
 )
 operator_gain = _gains(
@@ -70,7 +65,7 @@ operator_gain = _gains(
     "Operator norms of each connection",
     "norm of H_res",
     over="norm",
-    thresholds=_GAIN_LIMITS,
+    thresholds=_UNCHANGED,
     note="Without the cancellation that signed sums can hide.",
 )
 composite_operator_gain = _gains(
@@ -78,7 +73,7 @@ composite_operator_gain = _gains(
     "Operator norms of the composite",
     "norm of the product",
     over="norm",
-    thresholds=_GAIN_LIMITS,
+    thresholds=_UNCHANGED,
 )
 # The later connection is on the vertical axis, since rows of a product are destinations.
 pair_gain = MatrixFigure(
@@ -89,32 +84,29 @@ pair_gain = MatrixFigure(
     columns="connection",
     x_label="from connection",
     y_label="through connection",
+    of_block="largest",  # as a gain is judged
     note="Product of H_res from the one through the other.",
     question="mixing",
     section="Gains",
 )
-# −2 is the limit of the verdict `stream_collapse`: 1 % of a difference between streams is left.
 deflated_gain = _streams(
     "deflated_gain",
     "Stream collapse of the composite",
-    "log₁₀ σ₁ of the product on 1⊥",
-    thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
+    "σ₁ of the product on 1⊥",
     reference=("replayed_deflated_gain", "initialisation and weight decay alone"),
-    note="Below −2 every stream carries the same signal.",
+    note="Below 0.01 every stream carries the same signal.",
 )
 relative_deflated_gain = _streams(
     "relative_deflated_gain",
-    "Stream collapse beside what streams have in common",
-    "log₁₀ of the relative gain of differences",
-    thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
-    note="Below −2 every stream carries the same signal.",
+    "Stream collapse relative to what streams have in common",
+    "differences / common part",
+    note="Below 0.01 every stream carries the same signal.",
 )
 suffix_deflated_gain = _streams(
     "suffix_deflated_gain",
     "Stream collapse on the way to the head",
-    "log₁₀ σ₁ of the product on 1⊥",
-    thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
-    note="Product of H_res from this connection through the last: below −2 the head cannot tell to "
+    "σ₁ of the product on 1⊥",
+    note="Product of H_res from this connection through the last: below 0.01 the head cannot tell to "
     "which stream a connection wrote.",
 )
 effective_streams = _streams(
@@ -147,18 +139,15 @@ mixing_entropy = _streams(
     "row entropy",
     note="0 is a permutation, ln n is the uniform average.",
 )
-# At 0.05 each of four streams gives 1.4 % of itself to every other, the limit of `some_connections_stuck`.
 identity_distance = _streams(
     "identity_distance",
     "Distance from the identity",
     "‖H_res − I‖ / √n",
-    thresholds=((0.05, "stuck at identity: 0.05"),),
 )
 composite_identity_distance = _streams(
     "composite_identity_distance",
     "Distance of the composite from the identity",
     "‖P / p − I‖ / √n",
-    thresholds=((0.05, "stuck at identity: 0.05"),),
     note="Product of H_res from the first connection through this one, without its scale p.",
 )
 initial_distance = _streams(

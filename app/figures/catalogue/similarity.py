@@ -137,19 +137,15 @@ block_influence = _steps(
     "1 − cos(in, out)",
     note="Near 0: the block hardly changes the state.",
 )
-# 0.99 is the warning of the verdict on this metric.
 stream_cosine = _steps(
     "stream_cosine",
     "Cosine between streams across depth",
     "mean cosine of two streams",
-    thresholds=((0.999, "copied streams: 0.999"),),
 )
-# 0.9999 is the warning of the verdict `copied_streams` about two of several.
 closest_stream_cosine = _steps(
     "closest_stream_cosine",
     "Cosine of the two most similar streams across depth",
     "largest mean cosine of two streams",
-    thresholds=((0.9999, "copies: 0.9999"),),
 )
 first_checkpoint_cka = _steps(
     "first_checkpoint_cka",
@@ -246,5 +242,5 @@ effective_depth = _steps(
     "effective_depth",
     "Effective depth: steps that turn the state as independent branches would",
     "steps",
-    note="A step that turns the state half as much as an independent branch counts half.",
+    note="Against independent branches of the size of the first state; half of their turn counts half.",
 )

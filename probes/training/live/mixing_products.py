@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.contraction import left_beside_common, left_of_differences
+from depthscope.diagnostics.metrics.contraction import gain_of, left_beside_common, left_of_differences
 from depthscope.diagnostics.metrics.mixing import (
     scaled_identity_distance,
     violations,
@@ -49,7 +49,7 @@ def mixing_metrics(mixing: Mixing) -> Tables:
         ),
     }
     products = {
-        "deflated_gain": left,
+        "deflated_gain": gain_of(left),
         "relative_deflated_gain": left_beside_common(mixing, left),
         "composite_identity_distance": mixing.each_product(scaled_identity_distance),
     }

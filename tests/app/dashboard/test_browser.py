@@ -229,3 +229,101 @@ def test_the_keyboard_reaches_a_chart_and_its_points(page, address):
     page.get_by_text("Depth 2 against depth 2").wait_for(timeout=20_000)
     assert watch.errors == []
     assert watch.outside == []
+
+
+MICROSCOPE = ".depthscope-microscope"
+RANGE = f"() => document.querySelector('{MICROSCOPE} .plot')?._fullLayout?.xaxis?.range.map(Number)"
+PINNED = f"() => document.querySelector('{MICROSCOPE} .line.pin').dataset.depth"
+
+
+def open_microscope(page, address: str, more: str = "") -> None:
+    page.goto(f"{address}/microscope?runs=mhc{more}")
+    page.wait_for_selector(f"{MICROSCOPE} .main-svg", timeout=60_000)
+    page.wait_for_timeout(1500)
+
+
+def drag(page, first: float, last: float, selector: str = f"{MICROSCOPE} .nsewdrag") -> None:
+    area = page.locator(selector).first.bounding_box()
+    y = area["y"] + area["height"] / 2
+    page.mouse.move(area["x"] + first * area["width"], y)
+    page.mouse.down()
+    page.mouse.move(area["x"] + last * area["width"], y, steps=8)
+    page.mouse.up()
+
+
+def test_a_zoom_of_the_microscope_is_in_the_address_survives_a_pin_and_is_restored(page, address):
+    open_microscope(page, address)
+    whole = page.evaluate(RANGE)
+    drag(page, 0.2, 0.6)
+    wait_for(lambda: page.evaluate(RANGE)[1] < whole[1] - 1, 10)
+    zoomed = page.evaluate(RANGE)
+    wait_for(lambda: "zoom_microscope=" in page.evaluate("() => location.href"), 10)
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(2500)  # the server has answered, and Streamlit has written the address anew
+    assert page.evaluate(RANGE) == pytest.approx(zoomed, abs=1e-6)
+    link = page.evaluate("() => location.href")
+    assert "zoom_microscope=" in link
+    page.goto(link)
+    page.wait_for_selector(f"{MICROSCOPE} .main-svg", timeout=60_000)
+    wait_for(lambda: page.evaluate(RANGE) == pytest.approx(zoomed, abs=1e-4), 20)
+    page.locator(f"{MICROSCOPE} .nsewdrag").first.dblclick()
+    wait_for(lambda: page.evaluate(RANGE) == pytest.approx(whole), 10)
+    wait_for(lambda: "zoom_microscope" not in page.evaluate("() => location.href"), 10)
+
+
+def test_after_a_click_in_a_panel_the_arrow_keys_move_the_pin(page, address):
+    open_microscope(page, address)
+    area = page.locator(f"{MICROSCOPE} .nsewdrag").first.bounding_box()
+    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    page.wait_for_timeout(300)
+    page.mouse.down()
+    page.mouse.up()
+    wait_for(lambda: "pin=" in page.url, 30)
+    pinned = int(page.evaluate(PINNED))
+    page.keyboard.press("ArrowRight")
+    wait_for(lambda: page.evaluate(PINNED) == str(pinned + 1), 5)
+    wait_for(lambda: f"pin={pinned + 1}" in page.url, 10)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    wait_for(lambda: f"pin={pinned - 1}" in page.url, 10)
+
+
+def test_after_a_click_in_a_chart_the_arrow_keys_go_on_from_there(page, address):
+    page.goto(f"{address}/similarity?runs=mhc")
+    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_timeout(1000)
+    click_cell(page, 5, 3)
+    page.get_by_text("Depth 3 against depth 5").wait_for(timeout=20_000)
+    page.wait_for_timeout(800)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.get_by_text("Depth 3 against depth 6").wait_for(timeout=20_000)
+
+
+def test_keys_move_in_the_table_of_runs_and_enter_opens(page, address):
+    page.goto(address)
+    table = page.get_by_test_id("stDataFrame").first
+    table.wait_for(timeout=60_000)
+    page.wait_for_timeout(2500)
+    canvas = table.locator("canvas").first
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowRight", "ArrowDown", "ArrowUp"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(700)
+        assert "microscope" not in page.url, key
+    page.keyboard.press("Enter")
+    wait_for(lambda: "/microscope" in page.url, 20)
+    # A click leads on at once, after keys too.
+    page.goto(address)
+    table.wait_for(timeout=60_000)
+    page.wait_for_timeout(2500)
+    canvas.focus()
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(1000)
+    assert "microscope" not in page.url
+    area = canvas.bounding_box()
+    page.mouse.move(area["x"] + 150, area["y"] + 90)
+    page.wait_for_timeout(300)
+    page.mouse.down()
+    page.mouse.up()
+    wait_for(lambda: "/microscope" in page.url, 20)

@@ -9,7 +9,6 @@ import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
-from depthscope.app.figures.build.values import reduce_blocks
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
 from depthscope.diagnostics import CATALOGUE, analyze
@@ -295,15 +294,6 @@ def test_an_unknown_selection_is_refused(choice, message):
 def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
     with pytest.raises(ValueError, match="'plain' has no pair_gain; mhc can feed pair_gain"):
         FIGURES["pair_gain"].build(both, run="plain")
-
-
-def test_blocks_are_means_of_what_is_defined():
-    matrix = np.arange(16.0).reshape(4, 4)
-    matrix[0, 0] = np.nan
-    reduced, side = reduce_blocks(matrix, largest=2)
-    assert side == 2
-    np.testing.assert_allclose(reduced, [[10 / 3, 4.5], [10.5, 12.5]], rtol=1e-6)
-    assert reduce_blocks(matrix, largest=4)[1] == 1
 
 
 def test_the_register_needs_no_renderer_and_no_torch():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.readings.readings import read_runs
-from depthscope.app.readings.standings import NOT_JUDGED, not_judged, standings
+from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, counts_of, not_judged, standings
 from depthscope.diagnostics import analyze, judge, schema
 from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -26,6 +26,21 @@ def test_every_verdict_has_a_state_and_one_that_could_not_look_says_why(make_run
     assert sorted(name for names in not_judged(found).values() for name in names) == sorted(
         name for name, standing in found.items() if standing.state == NOT_JUDGED
     )
+
+
+def test_what_has_no_meaning_for_a_network_does_not_apply_and_is_not_called_not_judged(make_run):
+    plain, free, mhc = (
+        standings(reading)
+        for reading in read_runs({name: make_run(name) for name in ("residual", "hc", "mhc")})
+    )
+    for name in ("stream_collapse", "gain_explosion", "transposed_mixing", "copied_streams", "loud_stream"):
+        assert plain[name].state == DOES_NOT_APPLY, name
+        assert mhc[name].state != DOES_NOT_APPLY, name
+    # Free matrices claim no sums.
+    assert free["sinkhorn_not_converged"].state == DOES_NOT_APPLY
+    assert mhc["sinkhorn_not_converged"].state not in (DOES_NOT_APPLY, NOT_JUDGED)
+    for found in (plain, free, mhc):
+        assert sum(counts_of(found.values()).values()) == len(VERDICTS)
 
 
 def test_a_finding_stands_with_its_severity(make_run):

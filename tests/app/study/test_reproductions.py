@@ -165,10 +165,10 @@ def test_connections_follow_the_numbers():
     def grown(family, depth):
         gain = 40.0 if family == "hc" else 1.01
         loss = 3.0 if family == "residual" else 2.5
-        return {"gain_forward": gain, "gain_backward": 1.0, "loss": loss, "stream_differences": -3.0}
+        return {"gain_forward": gain, "gain_backward": 1.0, "loss": loss, "stream_differences": 1e-3}
 
     def none(family, depth):
-        return {"gain_forward": 1.0, "gain_backward": 1.0, "loss": 2.5, "stream_differences": -0.1}
+        return {"gain_forward": 1.0, "gain_backward": 1.0, "loss": 2.5, "stream_differences": 0.8}
 
     found, planted_out = verdicts(connections.STUDY, grown), verdicts(connections.STUDY, none)
     for statement in (

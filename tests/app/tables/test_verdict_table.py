@@ -1,9 +1,10 @@
 """The table of verdicts: the worst run first, seeds in one row, and what was not judged is no pass."""
 
-from depthscope.app.readings.kept_readings import Summary
+from depthscope.app.readings.kept_readings import Summary, summary_of
+from depthscope.app.readings.readings import read_runs
 from depthscope.app.readings.standings import NOT_JUDGED, Standing
 from depthscope.app.tables.verdict_table import groupable, has_seeds, verdict_table
-from depthscope.diagnostics import Finding, Severity
+from depthscope.diagnostics import Finding, Severity, save_run
 from depthscope.diagnostics.verdicts import VERDICTS
 
 
@@ -38,6 +39,52 @@ def test_not_judged_is_shown_as_neither_passed_nor_failed():
     table = verdict_table([HEALTHY, told])
     assert table.cells["stream collapse"].tolist() == ["✕ 0–3", "–"]
     assert table.states["stream collapse"].tolist() == ["FAIL", NOT_JUDGED]
+
+
+def test_the_counts_are_those_of_the_terminal_and_a_connection_opens_the_depth_it_writes(
+    make_run, tmp_path, capsys
+):
+    from depthscope.app.cli.main import main
+
+    path = tmp_path / "mhc.nc"
+    save_run(make_run("mhc"), path)
+    main(["check", str(path)])
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  verdicts ")]
+    (reading,) = read_runs({"mhc": make_run("mhc")})
+    found = summary_of(reading)
+    table = verdict_table([found])
+    assert said.removeprefix("  verdicts ").partition(" (")[0] in table.cells["other verdicts"][0]
+    outs = reading.analysis["depth_out"].values
+    placed = {
+        name: standing
+        for name, standing in found.standings.items()
+        if standing.finding is not None and standing.finding.axis == "connection"
+    }
+    assert placed
+    for standing in placed.values():
+        assert standing.depth == outs[standing.finding.worst]
+
+
+def test_a_cell_about_connections_opens_its_worst_depth():
+    finding = Finding(
+        "stream_collapse",
+        Severity.FAIL,
+        "It is.",
+        "m",
+        1.0,
+        2.0,
+        "this project",
+        "connection",
+        7,
+        15,
+        "Do.",
+        worst=12,
+    )
+    told = summary("streams")
+    told.standings["stream_collapse"] = Standing("FAIL", finding, depth_out=13)
+    table = verdict_table([told])
+    assert table.cells["stream collapse"].tolist() == ["✕ connection 7–15"]
+    assert table.depths == [{"stream collapse": 13}]
 
 
 def test_groups_stand_together_and_only_attributes_with_few_values_group():

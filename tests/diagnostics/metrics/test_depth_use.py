@@ -79,6 +79,7 @@ def test_a_loop_over_tokens_gives_the_same():
     found, analysis = measured(run_of(states, sites, mask))
     steps = [1, 2, 4, 5]
     turns, growth = np.full((7, 3), np.nan), np.full((7, 3), np.nan)
+    counts = np.zeros((7, 3))
     for sequence in range(3):
         angles, laws, ratios = np.zeros(7), np.zeros(7), np.zeros(7)
         tokens = [token for token in range(4) if mask[sequence, token]]
@@ -97,11 +98,12 @@ def test_a_loop_over_tokens_gives_the_same():
                 total += np.sum((x[depth] - x[depth - 1]) ** 2)
                 ratios[depth] += x[depth] @ x[depth] / total
         turns[steps, sequence] = angles[steps] / laws[steps]
+        equal = np.arctan(1 / np.sqrt([1, 2, 3, 4]))
+        counts[steps, sequence] = np.minimum(angles[steps] / len(tokens) / equal, 1)
         growth[[0, *steps], sequence] = ratios[[0, *steps]] / len(tokens)
     np.testing.assert_allclose(found["relative_turn"], turns.mean(1), rtol=1e-5)
     np.testing.assert_allclose(found["variance_growth"], growth.mean(1), rtol=1e-5)
-    counted = np.cumsum(np.nan_to_num(np.minimum(turns, 1)), axis=0)
-    np.testing.assert_allclose(found["effective_depth"], counted.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(found["effective_depth"], np.cumsum(counts, axis=0).mean(1), rtol=1e-5)
     np.testing.assert_allclose(
         analysis["relative_turn_stderr"].isel(step=0, depth=1).item(),
         turns[1].std(ddof=1) / 3**0.5,
@@ -134,8 +136,24 @@ def test_early_blocks_that_write_most_of_the_stream_curse_the_later_ones():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_it_is_of_the_branches_among_themselves(scale):
+def test_the_relative_turn_is_of_the_branches_among_themselves(scale):
     """Small branches at the start of training, or large ones, are no curse: other verdicts judge their size."""
-    states = independent([1.0, *[scale] * 12])
-    analysis = diagnostics.analyze(run_of(states), metrics=NAMES)
-    assert float(analysis["effective_depth"].isel(step=0, depth=-1, stream=0)) > 11
+    analysis = diagnostics.analyze(run_of(independent([1.0, *[scale] * 12])), metrics=NAMES)
+    late = analysis["relative_turn"].isel(step=0, stream=0, depth=slice(2, None))
+    assert float(late.min()) > 0.8
+
+
+def test_a_network_that_hardly_turns_its_state_has_no_effective_depth():
+    """14.6 of 16 steps beside a FAIL which says that all layers hold one representation."""
+    states = independent([1.0, *[1e-4] * 16])
+    analysis = diagnostics.analyze(run_of(states))
+    whole = analysis["angular_distance"].sel(tokens="all").isel(step=0, depth=-1, other_depth=0)
+    assert 180.0 * float(whole) < 0.05  # degrees
+    reached = analysis["effective_depth"].isel(step=0, stream=0)
+    assert float(reached[-1]) < 0.01
+    found = {each.verdict: each for each in diagnostics.judge(analysis)}
+    assert found["same_representation"].severity is Severity.FAIL
+    # The same steps of the size of the first state reach nearly all of the depth, larger ones all but the last of it.
+    for size, least in ((1.0, 15.0), (30.0, 14.0)):
+        other = diagnostics.analyze(run_of(independent([1.0, *[size] * 16])), metrics=NAMES)
+        assert least < float(other["effective_depth"].isel(step=0, stream=0, depth=-1)) <= 16.0

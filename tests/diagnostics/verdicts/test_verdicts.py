@@ -284,9 +284,11 @@ def test_slow_collapse_says_at_which_connection(mixed):
     assert "uniform_mixing" not in found
     collapse = found["stream_collapse"][0]
     assert (collapse.severity, collapse.first, collapse.last) == (Severity.WARN, 6, 11)
-    assert collapse.value == pytest.approx(0.5**7, rel=1e-4)
+    assert collapse.value == pytest.approx(0.5**12, rel=1e-4)
+    assert collapse.worst == 11
     assert collapse.threshold == pytest.approx(0.01)
-    assert "0.00781 at connection 6" in collapse.sentence
+    assert "0.000244 at connection 11" in collapse.sentence
+    assert "begins with 0.00781 at connection 6" in collapse.sentence
 
 
 def test_stuck_at_identity(mixed):

@@ -1,0 +1,130 @@
+"""Is a large heat map that is drawn small still the same map? Each drawn cell is recomputed by plain loops."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from depthscope.app.dashboard.components.microscope import View, _token_panel
+from depthscope.app.dashboard.pages.mixing import cells_figure
+from depthscope.app.dashboard.pages.tokens import token_figure
+from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
+from depthscope.app.figures import FIGURES, Heatmap
+from depthscope.app.figures.build.bins import Bins, reduce_blocks
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+
+
+@pytest.mark.parametrize(("by", "of"), [("mean", np.nanmean), ("largest", np.nanmax)])
+@pytest.mark.parametrize("shape", [(16, 437), (1024, 33), (299, 301), (2, 3)])
+def test_each_axis_is_reduced_by_itself(by, of, shape):
+    z = np.random.default_rng(0).standard_normal(shape)
+    z[1, :1] = np.nan
+    rows, columns = (Bins.of(np.arange(float(size)), LARGEST_SIDE) for size in shape)
+    reduced = reduce_blocks(z, rows, columns, by=by)
+    assert reduced.shape == tuple(min(size, LARGEST_SIDE) for size in shape)
+    up, across = (np.split(np.arange(len(bins.positions)), bins.starts[1:]) for bins in (rows, columns))
+    blocks = [[z[np.ix_(row, column)] for column in across] for row in up]
+    expected = [[np.nan if np.isnan(each).all() else of(each) for each in row] for row in blocks]
+    np.testing.assert_allclose(reduced, expected, atol=1e-14)
+    np.testing.assert_array_equal(rows.centres, [row.mean() for row in up])
+    np.testing.assert_array_equal(columns.centres, [column.mean() for column in across])
+
+
+def test_an_infinite_number_is_not_left_out_of_a_mean():
+    z = np.array([[1.0, np.inf, 2.0, np.nan]])
+    (row,) = reduce_blocks(z, Bins.of(np.arange(1), 1), Bins.of(np.arange(4), 2), by="mean")
+    assert row.tolist() == [np.inf, 2.0]
+
+
+@pytest.mark.parametrize("connections", [300, 301, 437, 900])
+def test_the_cells_of_h_res_are_never_averaged_with_one_another(connections):
+    """«to 0 from 0» was drawn as a mean over itself and «to 0 from 1»: a categorical axis has no neighbours."""
+    rng = np.random.default_rng(1)
+    means = 0.02 * rng.standard_normal((connections, 4, 4)) + 0.9 * np.eye(4)
+    close_up = SimpleNamespace(connection_name=lambda i: f"connection {i}")
+    drawn = to_plotly(cells_figure(means, close_up, "run")).data[0]
+    assert drawn.z.shape == (16, min(connections, LARGEST_SIDE))
+    for cell, row in enumerate(np.asarray(drawn.z)):
+        true = means[:, cell // 4, cell % 4]
+        for at, value in zip(np.asarray(drawn.x), row, strict=True):
+            # Both neighbours of the centre of a cell are in it, and nothing from farther away.
+            near = true[np.abs(np.arange(connections) - at) <= connections / LARGEST_SIDE]
+            assert near.min() - 1e-6 <= value <= near.max() + 1e-6
+
+
+class _Tokens:
+    """1024 tokens at 33 depths; token 700 is massive from depth 17 on, and position 5 at depth 20 alone."""
+
+    num_depths, num_sequences, has_texts = 33, 1, True
+    mask = np.ones((1, 1024), dtype=bool)
+
+    def __init__(self) -> None:
+        self.z = np.random.default_rng(2).uniform(1.0, 2.0, (1024, 33))
+        self.z[700, 17:] = 3000.0
+        self.z[5, 20] = 500.0
+
+    def token_map(self, measure, sequence, stream):
+        return self.z
+
+    def texts(self, sequence):
+        return [f"t{i}" for i in range(1024)]
+
+
+def _norms(drawn) -> np.ndarray:
+    """What a heat map of plotly shows: of a logarithmic one the numbers are custom data."""
+    return np.asarray(drawn.z if drawn.customdata is None else drawn.customdata)
+
+
+@pytest.mark.parametrize("measure", ["norm", "distance"])
+def test_a_long_sequence_keeps_its_depths_and_its_massive_tokens(measure):
+    tokens = _Tokens()
+    figure = token_figure(tokens, measure, 0, "mean", "run")
+    drawn = to_plotly(figure).data[0]
+    shown = _norms(drawn)
+    assert shown.shape == (300, 33)
+    assert np.asarray(drawn.x).tolist() == list(range(33))
+    streak = np.flatnonzero(shown.max(axis=0) > 250.0)
+    assert streak.tolist() == list(range(17, 33))  # not two depths early
+    if measure == "norm":
+        np.testing.assert_allclose(shown.max(axis=0), tokens.z.max(axis=0), rtol=1e-6)
+        assert (shown == 500.0).sum() == 1
+        row = int(np.argmax(shown[:, 30]))
+        assert abs(np.asarray(drawn.y)[row] - 700) <= 1.5
+    assert "of up to 4 along position;" in shrink(figure).caption
+
+
+def test_the_microscope_shows_the_same_map_as_the_page_tokens():
+    tokens = _Tokens()
+    panel = _token_panel(tokens, View((), "norm", 0, "mean", 0, None))
+    page = shrink(token_figure(tokens, "norm", 0, "mean", "run"))
+    np.testing.assert_array_equal(panel.figure.z, page.z)
+    np.testing.assert_array_equal(panel.figure.y, page.y)
+    assert "largest of up to 4 along position" in panel.figure.title
+
+
+@pytest.mark.parametrize("size", [301, 450, 599, 1000])
+def test_an_axis_of_depths_never_has_fewer_than_300_cells(size):
+    axis = np.arange(float(size))
+    small = shrink(Heatmap("cka", "CKA", axis, axis, np.eye(size), "depth", "depth", "cka"))
+    assert small.z.shape == (300, 300)
+    assert np.all(np.abs(np.diff(small.x) - size / 300) <= 1.0)
+    assert (small.x[0] < 2 * size / 300, small.x[-1] > size - 1 - 2 * size / 300) == (True, True)
+
+
+def test_the_ring_is_around_the_cell_that_is_drawn():
+    axis = np.arange(700.0)
+    figure = Heatmap("cka", "CKA", axis, axis, np.eye(700), "depth", "depth", "cka")
+    (ring,) = to_plotly(figure, mark=(699.0, 350.0)).layout.shapes
+    assert ring.x0 < 699.0 < ring.x1
+    assert ring.y0 < 350.0 < ring.y1
+    assert max(ring.x1 - ring.x0, ring.y1 - ring.y0) <= 3.0
+
+
+def test_every_matrix_says_which_of_its_axes_have_neighbours(whole):
+    """Heads and modules are names; a new axis is one too until it is declared to have an order."""
+    for kind in FIGURES.values():
+        if isinstance(kind, MatrixFigure):
+            categorical = {"x"} if kind.columns == "head" else set()
+            able = {name: data for name, data in whole.items() if kind.metric in data}
+            if able and all(data[kind.metric].notnull().any() for data in able.values()):
+                assert set(kind.build(able).categorical) == categorical, kind.name

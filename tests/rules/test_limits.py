@@ -1,0 +1,104 @@
+"""Do picture, declaration and judge use one limit? What is drawn is what `judge` compares with, in its units."""
+
+import numpy as np
+import pytest
+
+from depthscope import diagnostics
+from depthscope.app.figures import FIGURES, Lines
+from depthscope.app.figures.build.judged_limits import judged_limits, passing_range
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.verdicts import VERDICTS, last_step
+from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+
+
+@pytest.fixture(scope="module")
+def analyses(whole, hc_run, mhc_run):
+    return {**whole, "hc": diagnostics.analyze(hc_run), "small": diagnostics.analyze(mhc_run)}
+
+
+def _profiles(analyses):
+    for analysis in analyses.values():
+        for verdict in VERDICTS.values():
+            for profile in verdict.profiles(last_step(analysis)):
+                yield analysis, verdict, profile
+
+
+def test_what_is_judged_as_a_metric_is_that_metric_in_its_units(analyses):
+    """«deflated gain» was a logarithm in tables and a share in its verdict."""
+    seen = set()
+    for analysis, verdict, profile in _profiles(analyses):
+        if not profile.metric:
+            continue
+        assert profile.metric in CATALOGUE
+        assert profile.metric in verdict.drawn_on, verdict.name
+        known = profile.values.values[np.isfinite(profile.values.values)]
+        assert np.isin(known, last_step(analysis)[profile.metric].values).all(), verdict.name
+        seen.add(profile.metric)
+    assert {"composite_gain", "relative_deflated_gain", "stream_cosine", "token_cosine", "read_mass"} <= seen
+
+
+def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
+    judged = {
+        name: {passing_range({"run": limits}) for limits in judged_limits(name, analyses).values()}
+        for name, metric in CATALOGUE.items()
+        if metric.healthy is not None
+    }
+    unjudged = {name for name, ranges in judged.items() if not ranges}
+    # Which networks of several claim to be doubly stochastic, or come with updates, is theirs.
+    assert unjudged <= {
+        "update_ratio",
+        "mixing_singular_value",
+        "composite_singular_value",
+        "closest_stream_cosine",
+    }
+    for name in set(judged) - unjudged:
+        healthy = CATALOGUE[name].healthy
+        low = -np.inf if healthy.low is None else healthy.low
+        high = np.inf if healthy.high is None else healthy.high
+        assert (low, high) in judged[name], name
+
+
+def test_a_finding_on_a_drawn_metric_has_its_limit_in_the_figure(analyses):
+    compared = 0
+    for run, analysis in analyses.items():
+        for finding in diagnostics.judge(analysis, passed=True):
+            profiles = VERDICTS[finding.verdict].profiles(last_step(analysis))
+            if finding.metric not in FIGURES or finding.metric not in {each.metric for each in profiles}:
+                continue
+            figure = FIGURES[finding.metric].build({run: analysis})
+            if isinstance(figure, Lines):
+                drawn = {float(line.y[0]) for line in figure.lines if line.role == "threshold"}
+                assert finding.threshold in drawn, finding.verdict
+                compared += 1
+    assert compared > 10
+
+
+def test_the_picture_of_the_backward_gain_contradicts_no_verdict():
+    """A Pre-LN network has 120 × the gradient at its embedding, whose states are as much smaller: nothing explodes."""
+    size = np.linspace(1.0, 120.0, 9)[:, None, None, None]
+    analysis = diagnostics.analyze(residual_run(walk(8) * size, walk(8, seed=1) / size))
+    assert float(analysis["backward_gain"].max()) > 30
+    assert not {"exploding_gradient", "vanishing_gradient"} & {
+        each.verdict for each in diagnostics.judge(analysis)
+    }
+    figure = FIGURES["backward_gain"].build({"run": analysis})
+    assert figure.healthy is None
+    assert not [line for line in figure.lines if line.role == "threshold"]
+    assert "Pre-LN" in figure.caption
+
+
+def test_a_network_with_other_limits_is_drawn_with_them(make_run):
+    """Free matrices may fade to a tenth; a picture said 0.5 of all."""
+    free, held = (diagnostics.analyze(make_run(kind)) for kind in ("hc", "mhc"))
+
+    def drawn(analysis):
+        lines = FIGURES["composite_attenuation"].build({"run": analysis}).lines
+        return {float(line.y[0]) for line in lines if line.role == "threshold"}
+
+    assert drawn(held) == {0.5, 0.05}
+    assert drawn(free) != drawn(held)
+    assert max(drawn(free)) <= 0.1 + 1e-12 or max(drawn(free)) == pytest.approx(
+        free.sizes["connection"] ** -0.5
+    )
+    both = FIGURES["composite_attenuation"].build({"free": free, "held": held})
+    assert both.healthy is None
