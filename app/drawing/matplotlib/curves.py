@@ -13,10 +13,11 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from depthscope.app.drawing.matplotlib.fitting import fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.legends import fits_inside, named_apart, num_columns
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
-from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks, wrapped
+from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.palette import RUN_COLOURS
 from depthscope.app.figures.specification import Line, Lines
@@ -52,10 +53,10 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     canvas = PaperFigure(size, (size.inches, _height(size, [*names, *_others(figure)])))
     axes = canvas.add_subplot()
     plot_lines(axes, figure, looks)
-    axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
+    labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * _axes_height(size)))
     _legend(canvas, axes, figure, size, named)
     set_fonts(canvas)
+    fit_labels(canvas, labels)
     return canvas
 
 
