@@ -20,7 +20,7 @@ from depthscope.app.drawing.matplotlib.curves import (
     MARK,
     NULL,
     THEORY,
-    look,
+    keywords_of,
     plot_lines,
 )
 from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
@@ -30,6 +30,7 @@ from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
+from depthscope.app.figures.palette import look_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines
 
 __all__ = ["draw_composed", "draw_into"]
@@ -198,7 +199,7 @@ def _variants(figure: Composed) -> list[str]:
 def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
     variants = _variants(figure)
     return {
-        id(line): look(figure.runs[line.group], variants.index(variant_of(line)))
+        id(line): keywords_of(look_of(figure.runs[line.group], variants.index(variant_of(line))))
         for line in content.lines
         if line.role == "measured"
     }
@@ -212,7 +213,7 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
     drawn |= {run for content in contents if isinstance(content, Points) for run in content.points}
     for run, number in figure.runs.items():
         if run in drawn:
-            yield Line2D([], [], **look(number, 0)), legend_name(run, len(figure.runs))
+            yield Line2D([], [], **keywords_of(look_of(number))), legend_name(run, len(figure.runs))
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
@@ -269,7 +270,7 @@ def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
     axes.axvline(0, color="0.85", linewidth=0.5, zorder=0)
     shown = {run: _placed(values, content.radial_log) for run, values in content.points.items()}
     for run, values in shown.items():
-        style = look(figure.runs[run], 0) | {"linestyle": "", "markersize": 2.8}
+        style = keywords_of(look_of(figure.runs[run])) | {"linestyle": "", "markersize": 2.8}
         axes.plot(values.real, values.imag, alpha=0.8, **style)
     reach = max([1.1, *(1.1 * float(np.abs(values).max()) for values in shown.values())])
     axes.set_xlim(-reach, reach)

@@ -61,7 +61,9 @@ def fit_labels(canvas: Figure, labels: Sequence[Label]) -> None:
             wrapped(label.words, room / canvas.dpi, label.text.get_fontsize())
             for room, label in zip(rooms, labels, strict=True)
         ]
-        changed = [label.text for label, text in zip(labels, lines, strict=True) if label.text.get_text() != text]
+        changed = [
+            label.text for label, text in zip(labels, lines, strict=True) if label.text.get_text() != text
+        ]
         for label, text in zip(labels, lines, strict=True):
             label.text.set_text(text)
         if not changed:
@@ -85,9 +87,7 @@ def _room(label: Label, taken: Mapping[Axes, Bbox]) -> float:
     row = {axes: box for axes, box in taken.items() if axes is not label.axes and _are_level(box, own)}
     left = max([gap, *(box.x1 + gap for box in row.values() if box.x1 <= own.x0)])
     # Above its own colour bar a title may go on.
-    ends = [
-        box.x0 - gap for axes, box in row.items() if box.x0 >= own.x1 and axes.get_label() != COLOUR_BAR
-    ]
+    ends = [box.x0 - gap for axes, box in row.items() if box.x0 >= own.x1 and axes.get_label() != COLOUR_BAR]
     right = min([canvas.bbox.width - gap, *ends])
     if label.text is label.axes.xaxis.label:
         middle = (own.x0 + own.x1) / 2
