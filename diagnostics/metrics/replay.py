@@ -71,7 +71,7 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray
 ) -> xr.DataArray:
-    """What initialisation and weight decay alone leave of the differences between streams: log₁₀, as `deflated_gain`."""
+    """What initialisation and weight decay alone leave of the differences between streams: log₁₀, as the deflated gain."""
     # The kernel gives natural logarithms.
     left = kernel.deflated_gain(replayed_matrices) / np.log(10.0)
     # The decay goes with it: the verdict `decayed_mixing` names it.

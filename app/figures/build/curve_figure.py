@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
 from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
@@ -136,8 +136,10 @@ class CurveFigure(FigureKind):
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         healthy = _ends(declared.healthy)
-        # One sentence is enough for four streams.
-        remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
+        remarks = remarks_by_run(
+            ((curve.line.group, remark) for curve in curves for remark in curve.remarks),
+            {curve.line.group for curve in curves},
+        )
         return Lines(
             name=self.name,
             title=self.title,
