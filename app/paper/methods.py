@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from depthscope.app.figures.build.captions import selection_words
+from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.provenance import depthscope_version
 from depthscope.app.readings.readings import Reading
@@ -229,13 +229,9 @@ def _slices(
         if name in reading.analysis
         for dim in reading.analysis[name].dims
     }
-    words = selection_words(dims, view)
+    words = versions_words(dims, view)
     if words:
-        yield (
-            f"Of metrics with several versions the text shows, unless a caption says otherwise: {words}",
-            (),
-            "",
-        )
+        yield f"Unless a caption says otherwise, the text shows {words}", (), ""
     errors = [
         NamedError(reading.name, spoken(name), reading.analysis[f"{name}_stderr"])
         for reading in readings

@@ -96,7 +96,7 @@ def why_not_ranked(readings: Sequence[Reading], view: Selection) -> str:
     reasons = [
         f"the text of {', '.join(unknown)} is not known" if unknown else "",
         "the runs have read different texts" if len(set(digests.values()) - {None}) > 1 else "",
-        "the runs have different numbers of tokens" if len(sizes) > 1 else "",
+        "their numbers of tokens differ" if len(sizes) > 1 else "",
     ]
     return ", and ".join(filter(None, reasons)) if len(readings) > 1 else ""
 

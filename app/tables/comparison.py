@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthscope.app.figures.build.captions import selection_words
+from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
@@ -206,7 +206,7 @@ def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
 
 
 def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
-    parts = [selection_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
+    parts = [versions_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
     return " ".join(filter(None, (sentence(parts), _unproven(readings))))
 
 
@@ -331,7 +331,7 @@ def comparison_table(
                 None,
                 (
                     "Runs side by side at the measured depth nearest to the relative depth.",
-                    sentence([selection_words(_dims(readings, used), view)]),
+                    sentence([versions_words(_dims(readings, used), view)]),
                     _unproven(readings),
                 ),
             )

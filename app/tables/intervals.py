@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import xarray as xr
@@ -33,16 +33,20 @@ def interval_words(errors: Iterable[NamedError]) -> str:
     str
         Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
     """
-    kinds: dict[str, list[NamedError]] = {}
-    for each in errors:
-        if each.error is not None and bool(each.error.notnull().any()):
-            kinds.setdefault(margin(each.error)[1], []).append(each)
+    kinds: dict[str, dict[str, dict[str, None]]] = {}
+    for run, metric, error in errors:
+        if error is not None and bool(error.notnull().any()):
+            kinds.setdefault(margin(error)[1], {}).setdefault(run, {})[metric] = None
     if len(kinds) < 2:
         return next(iter(kinds), "")
-    runs = [{each.run for each in of_kind} for of_kind in kinds.values()]
-    # Of one run, or where a run has several kinds, metrics tell them apart.
-    by_run = sum(map(len, runs)) == len(set().union(*runs))
+    runs = [run for of_kind in kinds.values() for run in of_kind]
+    return ", ".join(f"{words} for {_whose(of_kind, runs)}" for words, of_kind in kinds.items())
+
+
+def _whose(metrics: Mapping[str, Collection[str]], runs: Sequence[str]) -> str:
+    """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
+    if len(set(runs)) == 1:
+        return ", ".join(*metrics.values())
     return ", ".join(
-        f"{words} for {', '.join(dict.fromkeys(each.run if by_run else each.metric for each in of_kind))}"
-        for words, of_kind in kinds.items()
+        run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
     )

@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
-from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.captions import token_count_words, versions_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
@@ -366,7 +366,7 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
-        selection_words(dims, view),
+        versions_words(dims, view),
         token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
     ]

@@ -10,7 +10,14 @@ from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
-__all__ = ["describe_lines", "describe_matrix", "remarks_by_run", "selection_words", "token_count_words"]
+__all__ = [
+    "describe_lines",
+    "describe_matrix",
+    "remarks_by_run",
+    "selection_words",
+    "token_count_words",
+    "versions_words",
+]
 
 # In the order in which a caption names them: which tokens, what was done to them, how they became one number.
 _LABEL_WORDS = {
@@ -51,6 +58,23 @@ def selection_words(dims: Iterable[str], choice: Selection) -> str:
     if "stream" in known and choice.stream not in ("mean", "each"):
         phrases.append(f"stream {choice.stream}")
     return "; ".join(phrases)
+
+
+def versions_words(dims: Iterable[str], choice: Selection) -> str:
+    """As `selection_words`, of several metrics, which have not all of these dimensions.
+
+    Parameters
+    ----------
+    dims, choice
+        See `selection_words`.
+
+    Returns
+    -------
+    str
+        Empty where no metric has several versions.
+    """
+    words = selection_words(dims, choice)
+    return f"of metrics with several versions: {words}" if words else ""
 
 
 def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:

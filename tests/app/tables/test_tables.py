@@ -165,10 +165,10 @@ def test_latex_is_escaped_cited_and_ruled(readings):
     text = to_latex(depth_table(found), cites)
     assert r"m\_1 \& $<$2$>$" in text
     assert r"\toprule" in text
-    assert r"\cite{roy2007effective}" in text
+    assert r"\citep{roy2007effective}" in text
     assert r"$\pm$" in text
     rows = to_latex(findings_table([found]), cites)
-    assert rows.count(r"\cite{dong2021attention}") == 2  # the column and the sentence
+    assert rows.count(r"\citep{dong2021attention}") == 2  # the column and the sentence
 
 
 @pytest.mark.parametrize(
