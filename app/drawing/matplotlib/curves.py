@@ -51,7 +51,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     looks = {line: keywords_of(look) for line, look in looks_of(figure).items()}
     named = list(named_apart(measured, looks))
     names = [name for _, name in named] or [line.label for line in measured]
-    canvas = PaperFigure(size, (size.inches, _height(size, [*names, *_others(figure)])))
+    canvas = PaperFigure(size, (size.inches, _height(size, figure, [*names, *_others(figure)])))
     axes = canvas.add_subplot()
     plot_lines(axes, figure, looks)
     labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * _axes_height(size)))
@@ -92,8 +92,13 @@ def _others(figure: Lines) -> list[str]:
     return [label for _, label in sorted(others)]
 
 
-def _height(size: Width, entries: Sequence[str]) -> float:
-    below = 0 if fits_inside(entries) else math.ceil(len(entries) / num_columns(entries, size))
+def _is_inside(figure: Lines, entries: Sequence[str]) -> bool:
+    """Whether the legend goes into the axes, where it would cover the name of a threshold."""
+    return fits_inside(entries) and not any(line.role == "threshold" for line in figure.lines)
+
+
+def _height(size: Width, figure: Lines, entries: Sequence[str]) -> float:
+    below = 0 if _is_inside(figure, entries) else math.ceil(len(entries) / num_columns(entries, size))
     return _axes_height(size) + below * 1.45 * size.points / 72
 
 
@@ -313,7 +318,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
     # The caption names what a single line shows.
     if len(handles) < 2:
         return
-    if fits_inside(labels):
+    if _is_inside(figure, labels):
         axes.legend(handles, labels, loc="best")
     else:
         canvas.legend(handles, labels, loc="outside lower center", ncols=num_columns(labels, size))
