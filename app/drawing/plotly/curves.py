@@ -146,9 +146,8 @@ def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Sca
 
 def _mark(look: Look) -> dict[str, Any]:
     """A mark in the shape of a run, with an edge that is seen on every page."""
-    shape = f"{look.shape}-open" if look.hollow else look.shape
-    edge = {"color": look.colour, "width": 1.6} if look.hollow else {"color": MARK_EDGE, "width": 0.7}
-    return {"symbol": shape, "size": 6.5, "color": look.colour, "line": edge}
+    inside = "white" if look.hollow else look.colour
+    return {"symbol": look.shape, "size": 5.5, "color": inside, "line": {"color": MARK_EDGE, "width": 0.9}}
 
 
 def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:

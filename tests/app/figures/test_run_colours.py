@@ -119,7 +119,7 @@ def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):
     chosen = {reading.name: reading.analysis for reading in readings[:11]}
     figure = FIGURES["residual_norm"].build(chosen)
     on_screen = {
-        trace.name: (trace.line.color, trace.marker.symbol.removesuffix("-open"))
+        trace.name: (trace.line.color, trace.marker.symbol)
         for trace in to_plotly(figure).data
         if trace.name in chosen and "markers" in trace.mode
     }
@@ -130,6 +130,12 @@ def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):
         if line.get_label() in chosen
     }
     assert on_screen == on_paper
+    edges = {
+        trace.marker.line.color
+        for trace in to_plotly(figure).data
+        if trace.name in chosen and trace.marker.size
+    }
+    assert edges == {MARK_EDGE}
     assert len(on_paper) == len(set(on_paper.values())) == 11
 
 
@@ -145,4 +151,4 @@ def test_many_lines_have_marks_on_the_screen_and_the_legend_has_them_too():
     assert all("markers" in trace.mode and trace.marker.maxdisplayed == 12 for trace in drawn)
     assert len({(trace.line.color, trace.line.dash) for trace in drawn}) == len(lines)
     legend = {trace.name: trace.marker.symbol for trace in traces if trace.showlegend is not False}
-    assert [legend[f"run{number}"] for number in range(2)] == ["circle", "square-open"]
+    assert [legend[f"run{number}"] for number in range(2)] == ["circle", "square"]
