@@ -11,7 +11,6 @@ from depthscope.app.figures import Figure, FigureKind, Lines, Selection, availab
 from depthscope.app.figures.build.jacobian_figures import jacobian_figures, jacobian_maps
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
@@ -122,7 +121,7 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Fi
     list of (str, Lines or Heatmap)
         In display order.
     """
-    analyses = analyses_of(readings)
+    analyses = {reading.name: reading.analysis for reading in readings}
     drawn = [
         (kind.question, figure)
         for kind in available(analyses).values()

@@ -142,7 +142,7 @@ def _drawn(name: str, runs: Runs, axes: Any, venue: str, by: str, selection: Map
         with figure_style(Width(page.text, 8)) as size:
             return draw_composed(figure, size)
     given = _by_key(figure, axes)
-    draw_into(figure, given, legend=True)
+    draw_into(figure, given)
     return given
 
 

@@ -9,7 +9,7 @@ from depthscope.app.figures import Figure
 from depthscope.app.figures.composed import Composed
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import Latex, unicode_declarations
+from depthscope.app.text.latex import CITEP, Latex, unicode_declarations
 from depthscope.app.text.templates import latex_template
 from depthscope.app.text.venues import Venue
 
@@ -17,11 +17,12 @@ _HERE = "depthscope.app.paper"
 PACKAGES = "amsmath,array,booktabs,graphicx"
 # Words of other alphabets are pictures, one line high: see `drawing.matplotlib.words`.
 HEAD = (
+    f"{CITEP}\n"
     "\\providecommand{\\depthscopepath}{.}\n"
     "\\providecommand{\\depthscopeword}[1]"
     "{\\raisebox{-0.25em}{\\includegraphics[height=1.2em]{\\depthscopepath/words/#1.pdf}}}\n"
 )
-_CITE = re.compile(r"\\cite\{([^}]+)\}")
+_CITE = re.compile(r"\\citep\{([^}]+)\}")
 # Floats that LaTeX holds back until there is a page for them are limited: it places these first.
 _TABLES_A_PAGE = 4
 
@@ -150,6 +151,7 @@ def main_tex(venue: Venue, *, cites: bool) -> str:
         ),
         packages=PACKAGES,
         cites=cites,
+        natbib=venue.author_year,
         two_columns=venue.two_columns,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from depthscope.app.figures.build.captions import selection_words
+from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.provenance import depthscope_version
 from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.intervals import NamedError, interval_words
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.bibliography import keys_of, source_words
 from depthscope.app.text.evidence import proof_sentence
@@ -16,7 +18,6 @@ from depthscope.app.text.latex import Latex, cite, tex
 from depthscope.app.text.numbers import number, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics import CATALOGUE
-from depthscope.diagnostics.metrics.intervals import margin
 
 __all__ = ["methods_latex", "methods_text"]
 
@@ -95,7 +96,7 @@ def _paragraphs(
     paragraphs = [
         [*_runs(readings), *_capture(readings)],
         [*_slices(readings, view, shown, by)],
-        [_definition(name) for name in shown],
+        [_definition(name, _has_null(readings, name)) for name in shown],
         [*_verdicts(readings)],
     ]
     return [paragraph for paragraph in paragraphs if paragraph]
@@ -120,43 +121,102 @@ def _described(reading: Reading) -> str:
         f"{layers} layers" if layers else "",
         f"{streams} residual streams" if streams != 1 else "one residual stream",
         f"computed in {attrs['dtype']}" if attrs.get("dtype") else "",
-        f"seed {attrs['seed']}" if attrs.get("seed") is not None else "",
+        _training_words(attrs),
     ]
     return f"{reading.name} ({', '.join(filter(None, parts))})"
 
 
+def _training_words(attrs: Mapping[str, Any]) -> str:
+    """How a run's model was trained, where its maker says so; of other runs a seed may be that of anything."""
+    training = attrs.get("training")
+    if not isinstance(training, Mapping):
+        return ""
+    seed = f" from seed {attrs['seed']}" if "seed" in attrs else ""
+    return f"trained for {training['steps']} steps{seed}" if "steps" in training else ""
+
+
+def _sample_words(attrs: Mapping[str, Any]) -> str:
+    """How many of the sequences were kept, where it was not all of them."""
+    sampling = attrs.get("sampling")
+    if not isinstance(sampling, Mapping):
+        return ""
+    seen, kept = sampling.get("sequences_seen"), sampling.get("sequences_kept")
+    if seen is None or kept is None or seen == kept:
+        return ""
+    return f"{kept} of {seen} sequences, drawn with seed {sampling['seed']}"
+
+
 def _capture(readings: Sequence[Reading]) -> Iterable[Sentence]:
     counts = {
-        float(reading.analysis["num_tokens"].sel(scope="data").max())
+        reading.name: float(reading.analysis["num_tokens"].sel(scope="data").max())
         for reading in readings
         if "num_tokens" in reading.analysis and "scope" in reading.analysis["num_tokens"].dims
     }
-    counts = {count for count in counts if math.isfinite(count)}
+    counts = {run: count for run, count in counts.items() if math.isfinite(count)}
     if counts:
-        tokens = " to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)}))
+        tokens = " to ".join(f"{count:g}" for count in sorted({min(counts.values()), max(counts.values())}))
         yield (
             f"The residual state before the first block and after every step of a block was kept for {tokens} real tokens "
-            "of every run; padding was left out",
+            f"of {_those(counts, readings)}; padding was left out",
             (),
             "",
         )
-    digests = {str(reading.attrs.get("data_digest")) for reading in readings} - {"None", ""}
-    if len(readings) > 1 and len(digests) > 1:
-        yield "The runs have not all seen the same data", (), ""
-    elif len(readings) > 1 and digests:
-        yield "All runs have seen the same data", (), ""
-    errors = [reading.attrs.get("reconstruction_error") for reading in readings]
-    known = [float(error) for error in errors if isinstance(error, int | float)]
-    if known:
-        yield (
-            "H_res[i, j] carries stream j to stream i, and products have the later connection on the left; each reading was "
-            f"checked by recomputing the next state from its parts (largest relative error {number(max(known))})",
-            ("xie2025mhc",),
-            "",
-        )
+    samples = {reading.name: words for reading in readings if (words := _sample_words(reading.attrs))}
+    if samples:
+        listed = "; ".join(f"{run}: {words}" for run, words in samples.items())
+        yield f"They are those of a uniform sample of the sequences ({listed})", (), ""
+    yield from _same_data(readings)
+    yield from _checked(readings)
     unproven = proof_sentence({reading.name: reading.attrs for reading in readings})
     if unproven:
         yield unproven, (), ""
+
+
+def _those(names: Collection[str], readings: Sequence[Reading]) -> str:
+    """Some of the runs, in words."""
+    if len(names) == len(readings):
+        return "every run" if len(readings) > 1 else "the run"
+    return ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} of the {len(readings)} runs"
+
+
+def _same_data(readings: Sequence[Reading]) -> Iterable[Sentence]:
+    """Whether the runs have seen the same data; nothing of a run alone."""
+    if len(readings) < 2:
+        return
+    digests = {reading.name: reading.attrs.get("data_digest") for reading in readings}
+    unknown = [run for run, digest in digests.items() if digest is None]
+    if len(set(digests.values()) - {None}) > 1:
+        yield "The runs have not all seen the same data", (), ""
+    elif unknown:
+        yield f"What data {_those(unknown, readings)} have seen is not recorded", (), ""
+    else:
+        yield "All runs have seen the same data", (), ""
+
+
+def _checked(readings: Sequence[Reading]) -> Iterable[Sentence]:
+    """Which way matrices act, and how large the error of recomputed states is, of the runs of which it is known."""
+    known = {
+        reading.name: float(error)
+        for reading in readings
+        if isinstance(error := reading.attrs.get("reconstruction_error"), int | float)
+    }
+    if not known:
+        return
+    yield (
+        "H_res[i, j] carries stream j to stream i, and products have the later connection on the left; of "
+        f"{_those(known, readings)} the next state was recomputed from the parts that were read (largest relative error "
+        f"{number(max(known.values()))})",
+        ("xie2025mhc",),
+        "",
+    )
+    open_runs = [reading.name for reading in readings if reading.attrs.get("orientation") == "ambiguous"]
+    if open_runs:
+        yield (
+            f"Of {_those(open_runs, readings)} the states fit H_res and its transpose alike, so that forward and backward may "
+            "be exchanged there",
+            (),
+            "",
+        )
 
 
 def _slices(
@@ -169,26 +229,23 @@ def _slices(
         if name in reading.analysis
         for dim in reading.analysis[name].dims
     }
-    words = selection_words(dims, view)
+    words = versions_words(dims, view)
     if words:
-        yield f"Unless a caption says otherwise, numbers are: {words}", (), ""
+        yield f"Unless a caption says otherwise, the text shows {words}", (), ""
     errors = [
-        reading.analysis[f"{name}_stderr"]
+        NamedError(reading.name, spoken(name), reading.analysis[f"{name}_stderr"])
         for reading in readings
         for name in metrics
         if f"{name}_stderr" in reading.analysis
     ]
-    known = sorted({margin(error)[1] for error in errors if bool(error.notnull().any())})
-    if known:
+    if intervals := interval_words(errors):
+        jackknife = any("jackknife" in str(each.error.attrs.get("estimator", "")) for each in errors)
+        how = "; that of a metric which is no mean over sequences is from the jackknife over them" * jackknife
+        yield f"An error, where a number has one, is {intervals}{how}", (), ""
+    if any(_has_null(readings, name) for name in metrics):
         yield (
-            f"Errors are {' or '.join(known)}, from the jackknife over sequences where a metric is no mean over them",
-            (),
-            "",
-        )
-    if any(f"{name}_null" in reading.analysis for reading in readings for name in metrics):
-        yield (
-            "Each rank and similarity is shown with its null, the value expected of independent entries at the same number of "
-            "tokens and features",
+            "A null is what a metric would be without structure, at the same numbers of tokens and features; the definition "
+            "of each metric that has one says of what",
             (),
             "",
         )
@@ -203,26 +260,39 @@ def _slices(
         yield "Runs of different depth are compared at the same share of their depth", (), ""
 
 
-def _definition(name: str) -> Sentence:
+def _has_null(readings: Sequence[Reading], name: str) -> bool:
+    return any(f"{name}_null" in reading.analysis for reading in readings)
+
+
+# Of names that begin a description.
+_CAPITALS = ("Amax", "Dobrushin", "Lyapunov")
+
+
+def _definition(name: str, has_null: bool) -> Sentence:
     metric = CATALOGUE[name]
-    title, _, rest = metric.description.partition(":")
-    meaning = rest.strip() or title.strip()
-    meaning = meaning[:1].lower() + meaning[1:] if meaning[1:2].islower() else meaning
-    text = sentence([f"{spoken(name)}: {meaning.removesuffix('.')}", metric.estimator])
+    label = spoken(name)
+    title, _, rest = metric.description.removesuffix(".").partition(":")
+    # "Effective rank: effective rank, how many …" says it twice.
+    parts = [rest.strip() if title.casefold() == label.casefold() and rest else title, rest.strip()]
+    meaning = ", ".join(dict.fromkeys(filter(None, parts)))
+    if meaning[1:2].islower() and not meaning.startswith(_CAPITALS):
+        meaning = meaning[0].lower() + meaning[1:]
+    null = (metric.null.__doc__ or "").partition("\n")[0] if has_null and callable(metric.null) else ""
+    null = null.removesuffix(".")
+    null = null[0].lower() + null[1:] if null[1:2].islower() else null
+    text = sentence([f"{label}: {meaning}", metric.estimator, f"null: {null}" if null else ""])
     return text, tuple(keys_of([metric.cite])), metric.symbol
 
 
 def _verdicts(readings: Sequence[Reading]) -> Iterable[Sentence]:
-    found = [
-        finding for reading in readings for finding in reading.findings if finding.severity.name != "INFO"
-    ]
+    # Notes too: their numbers have crossed a limit as well.
+    found = [finding for reading in readings for finding in reading.findings]
     if found:
-        keys = tuple(keys_of(finding.source for finding in found))
         yield (
-            "Verdicts compare these numbers with fixed limits; the table of findings has each with its limit and its source, "
-            "which is this project where no publication states one",
-            keys,
+            "Verdicts compare these numbers with fixed limits; the table of findings has each number that crossed one, with "
+            "the limit and its source, which is this project where no publication states one",
+            tuple(keys_of(finding.source for finding in found)),
             "",
         )
-    else:
+    elif any(reading.passed for reading in readings):
         yield "No number crossed the limit of a verdict", (), ""

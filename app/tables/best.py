@@ -5,32 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["best_of"]
+__all__ = ["are_comparable", "best_of", "why_not_ranked"]
 
 
-def best_of(metric: str, values: Sequence[float], margins: Sequence[float], *, better: str = "") -> set[int]:
+def best_of(
+    metric: str,
+    values: Sequence[float],
+    margins: Sequence[float],
+    nulls: Sequence[float],
+    *,
+    better: str = "",
+) -> set[int]:
     """Which of some numbers are the best: the extreme one, and those that are not told apart from it.
 
     Parameters
     ----------
     metric : str
         Name in the catalogue, whose declaration says what is better.
-    values, margins : sequence of float
-        Numbers, and half of their intervals; NaN where there is none.
+    values, margins, nulls : sequence of float
+        Numbers, half of their intervals, and what noise would give; NaN where there is none.
     better : str
         In place of the declared direction.
 
     Returns
     -------
     set of int
-        Empty where the metric says of no number that it is better, and where all are alike.
+        Empty where the metric says of no number that it is better, where all are alike, and where nulls differ: a rank of
+        107 where noise has 240 is no better than one of 15 where it has 84.
     """
     better = better or (CATALOGUE[metric].better if metric in CATALOGUE else "")
     known = [place for place, value in enumerate(values) if math.isfinite(value)]
-    if not better or len(known) < 2:
+    if not better or len(known) < 2 or not are_comparable([nulls[place] for place in known]):
         return set()
     worse = {place: _worse(values[place], better) for place in known}
     first = min(known, key=worse.__getitem__)
@@ -43,6 +54,51 @@ def best_of(metric: str, values: Sequence[float], margins: Sequence[float], *, b
         or number(values[place]) == number(values[first])
     }
     return alike if len(alike) < len(known) else set()
+
+
+def are_comparable(nulls: Sequence[float]) -> bool:
+    """Whether numbers have the same null, or none of them has one.
+
+    Parameters
+    ----------
+    nulls : sequence of float
+        NaN where there is none.
+
+    Returns
+    -------
+    bool
+    """
+    unknown = {math.isnan(null) for null in nulls}
+    return unknown == {True} or (
+        unknown == {False} and all(math.isclose(null, nulls[0], rel_tol=1e-6) for null in nulls)
+    )
+
+
+def why_not_ranked(readings: Sequence[Reading], view: Selection) -> str:
+    """Why no number of some runs may be called the best: numbers of other text or of more tokens are no better or worse.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+    view : Selection
+        Slice whose tokens are counted.
+
+    Returns
+    -------
+    str
+        Empty where all have read the same text, and as many tokens.
+    """
+    digests = {reading.name: reading.attrs.get("data_digest") for reading in readings}
+    unknown = [run for run, digest in digests.items() if digest is None]
+    counts = [pick(reading.analysis, "num_tokens", view, stream="mean") for reading in readings]
+    sizes = {float(count.max()) if count is not None else math.nan for count in counts}
+    reasons = [
+        f"the text of {', '.join(unknown)} is not known" if unknown else "",
+        "the runs have read different texts" if len(set(digests.values()) - {None}) > 1 else "",
+        "their numbers of tokens differ" if len(sizes) > 1 else "",
+    ]
+    return ", and ".join(filter(None, reasons)) if len(readings) > 1 else ""
 
 
 def _worse(value: float, better: str) -> float:

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthscope.app.figures.build.captions import selection_words
+from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.best import best_of
+from depthscope.app.tables.best import are_comparable, best_of, why_not_ranked
+from depthscope.app.tables.intervals import NamedError
 from depthscope.app.tables.tables import (
     NULL_NOTE,
     UNDEFINED_NOTE,
     Column,
     Table,
     column_of,
-    margin_words,
+    interval_note,
     units_note,
 )
 from depthscope.app.text.evidence import proof_sentence
@@ -92,15 +93,15 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
     shown: list[str] = []
-    best: set[tuple[int, str]] = set()
-    all_columns: list[Column | None] = []
+    marked = _Marked(why_not_ranked(readings, view))
+    errors: list[NamedError] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
         # The heading and the symbol are the same for all runs: those of the first one that has the metric.
         known = next((column for column in columns if column is not None), None)
         if known is None:
             continue
-        all_columns += columns
+        errors += _errors(readings, columns)
         cells = [_at_extreme(column, extreme.place) for column in columns]
         key = f"{known.key}_{extreme.place}"
         data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
@@ -108,8 +109,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
         # A span has no interval, and is best where a signal keeps its size.
         direction = "nearer 1" if extreme.place == "span" else ""
-        values, margins = ([cell[part] for cell in cells] for part in ("", "_margin"))
-        best |= {(row, heading) for row in best_of(extreme.metric, values, margins, better=direction)}
+        marked.best |= {(row, heading) for row in marked.among(extreme.metric, cells, direction)}
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
     printed = printed.drop(columns="model")  # the widest cell; it stays in the data
@@ -128,8 +128,8 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
         stacked=True,
-        notes=_summary_notes(shown, margin_words(all_columns), marked=bool(best)),
-        best=frozenset(best),
+        notes=_summary_notes(shown, interval_note(errors), marked.notes),
+        best=frozenset(marked.best),
     )
 
 
@@ -206,16 +206,25 @@ def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
 
 
 def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
-    parts = [selection_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
+    parts = [versions_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
     return " ".join(filter(None, (sentence(parts), _unproven(readings))))
 
 
-def _summary_notes(shown: Sequence[str], margins: str, *, marked: bool) -> tuple[str, ...]:
+def _errors(readings: Sequence[Reading], columns: Sequence[Column | None]) -> list[NamedError]:
+    """The standard errors of one metric of several runs."""
+    return [
+        NamedError(reading.name, column.label, column.stderr)
+        for reading, column in zip(readings, columns, strict=True)
+        if column is not None
+    ]
+
+
+def _summary_notes(shown: Sequence[str], intervals: str, marks: Sequence[str]) -> tuple[str, ...]:
     notes = (
-        sentence([margins]),
+        intervals,
         NULL_NOTE,
         "@: the depth or connection of the extreme.",
-        BEST_NOTE if marked else "",
+        *marks,
         "Fail and warn count findings.",
         units_note(shown),
         UNDEFINED_NOTE,
@@ -223,9 +232,33 @@ def _summary_notes(shown: Sequence[str], margins: str, *, marked: bool) -> tuple
     return tuple(filter(None, notes))
 
 
-BEST_NOTE = (
-    "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
-)
+@dataclass
+class _Marked:
+    """The cells of a table that are the best, and why others are not ranked."""
+
+    why_not: str
+    best: set[tuple[int, str]] = field(default_factory=set)
+    nulls_differ: bool = False
+
+    def among(self, metric: str, cells: Sequence[Mapping[str, float]], better: str = "") -> set[int]:
+        """Which numbers of one metric are the best."""
+        values, margins, nulls = ([cell[part] for cell in cells] for part in ("", "_margin", "_null"))
+        if self.why_not:
+            return set()
+        if not are_comparable(
+            [null for null, value in zip(nulls, values, strict=True) if math.isfinite(value)]
+        ):
+            self.nulls_differ = True
+        return best_of(metric, values, margins, nulls, better=better)
+
+    @property
+    def notes(self) -> list[str]:
+        """What bold means here, or why nothing is."""
+        if self.why_not:
+            return [f"Nothing is bold: {self.why_not}."]
+        bold = "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
+        apart = "Where the null differs between runs, no number is called the best."
+        return [bold] * bool(self.best) + [apart] * self.nulls_differ
 
 
 def _unproven(readings: Sequence[Reading]) -> str:
@@ -268,13 +301,13 @@ def comparison_table(
     view = view or Selection()
     where = np.linspace(0.0, 1.0, points)
     rows: list[dict[str, Any]] = []
-    all_columns: list[Column] = []
+    errors: list[NamedError] = []
     text: list[dict[str, str]] = []
-    best: set[tuple[int, str]] = set()
+    marked = _Marked(why_not_ranked(readings, view))
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
-        all_columns += known
+        errors += _errors(readings, list(columns.values()))
         # A metric that no run has would be rows of dashes; without any row the table is refused below.
         for fraction in where if known else ():
             cells = {run: _nearest(column, fraction) for run, column in columns.items()}
@@ -282,9 +315,8 @@ def comparison_table(
             rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in _WRITTEN})
             printed = {run: quantity(cell[""], cell["_margin"], cell["_null"]) for run, cell in cells.items()}
             text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
-            values, margins = ([cell[part] for cell in cells.values()] for part in ("", "_margin"))
             runs = list(cells)
-            best |= {(len(text) - 1, runs[at]) for at in best_of(metric, values, margins)}
+            marked.best |= {(len(text) - 1, runs[at]) for at in marked.among(metric, list(cells.values()))}
     if not rows:
         raise ValueError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
@@ -299,7 +331,7 @@ def comparison_table(
                 None,
                 (
                     "Runs side by side at the measured depth nearest to the relative depth.",
-                    sentence([selection_words(_dims(readings, used), view)]),
+                    sentence([versions_words(_dims(readings, used), view)]),
                     _unproven(readings),
                 ),
             )
@@ -312,14 +344,14 @@ def comparison_table(
             filter(
                 None,
                 (
-                    sentence([margin_words(all_columns)]),
+                    interval_note(errors),
                     NULL_NOTE,
-                    BEST_NOTE if best else "",
+                    *marked.notes,
                     units_note(used),
                 ),
             )
         ),
-        best=frozenset(best),
+        best=frozenset(marked.best),
     )
 
 

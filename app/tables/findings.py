@@ -104,6 +104,8 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     Table
     """
     found = [(reading.name, finding) for reading in readings for finding in reading.findings]
+    # `sorted` is stable: within a severity, run by run as each was judged.
+    found = sorted(found, key=lambda each: -each[1].severity)
     data = pd.DataFrame(
         [{"run": run} | _named_number(finding) for run, finding in found],
         # Without findings pandas has no columns, and the CSV would be an empty file.
@@ -115,7 +117,8 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     )
     metrics = tuple(dict.fromkeys(finding.metric for _, finding in found))
     caption = (
-        "Findings, worst first: the number, the threshold that it crossed and where the threshold comes from."
+        "Findings, failures first, then warnings, then notes; of one severity run by run. The number, the threshold that it "
+        "crossed and where the threshold comes from."
     )
     return Table(
         "findings",

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import Latex, cite, tex
+from depthscope.app.text.bibliography import keys_of, source_words
+from depthscope.app.text.latex import CITEP, Latex, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.venues import VENUES, Venue
 
@@ -75,6 +75,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
     ]
     return latex_template("depthscope.app.tables", "table.tex.jinja").render(
         table=table,
+        citep=CITEP,
         environment="table*" if venue.two_columns else "table",
         definitions=[
             (spoken(metric), symbol, keys_of([cites.get(metric, "")]))
@@ -95,7 +96,8 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
             cell == UNDEFINED or _NUMBER.match(cell) for cell in values
         )
         heading = tuple(textwrap.wrap(name, HEADING_WIDTH)) or ("",)
-        longest = max((len(cell) for cell in values), default=0)
+        shown = [_as_cited(cell, venue) for cell in cells] if name in table.cited else values
+        longest = max((len(cell) for cell in shown), default=0)
         widest = max(map(len, heading))
         if is_number and any(cell != UNDEFINED for cell in values):
             # A null that stands in the cell takes its room.
@@ -110,9 +112,16 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
             share = 0.36 if name in table.wrapped else 0.24
             kind, width = "words", share * across
         else:
-            kind, width = "text", max(longest if name not in table.cited else 5, widest) * _LETTER
+            kind, width = "text", max(longest, widest) * _LETTER
         columns.append(_Column(name, heading, cells, null, kind, width))
     return columns
+
+
+def _as_cited(cell: str, venue: Venue) -> str:
+    """About what a bibliography style prints for a source."""
+    if not keys_of([cell]):
+        return cell
+    return f"({source_words(cell)})" if venue.author_year else "[12]"
 
 
 def _without_shared_null(cells: Sequence[str]) -> tuple[tuple[str, ...], str]:

@@ -14,10 +14,11 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
-from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.captions import token_count_words, versions_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.intervals import NamedError, interval_words
 from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
@@ -365,7 +366,7 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
-        selection_words(dims, view),
+        versions_words(dims, view),
         token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
     ]
@@ -373,7 +374,15 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     return " ".join(filter(None, (sentence(parts), unproven)))
 
 
-NULL_NOTE = "Null: the value expected of independent entries."
+NULL_NOTE = "Null: the value expected without structure, such as of independent entries."
+
+
+def interval_note(errors: Iterable[NamedError]) -> str:
+    """What follows ± in a table; empty where no number has an error."""
+    words = interval_words(errors)
+    return f"± is {words}; of a number without ± no error is estimated." if words else ""
+
+
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined or not measured."
 
 
@@ -384,7 +393,7 @@ def _notes(reading: Reading, columns: Sequence[Column]) -> tuple[str, ...]:
         filter(
             None,
             (
-                sentence([margin_words(columns)]),
+                interval_note(NamedError(reading.name, column.label, column.stderr) for column in columns),
                 NULL_NOTE if any(column.null is not None for column in columns) else "",
                 units_note([column.metric for column in columns]),
                 UNDEFINED_NOTE if undefined else "",
@@ -412,24 +421,6 @@ def units_note(metrics: Iterable[str]) -> str:
         if units != "1":
             by_units.setdefault(units, []).append(spoken(name))
     return sentence([f"in units of {units}: {', '.join(names)}" for units, names in by_units.items()])
-
-
-def margin_words(columns: Iterable[Column | None]) -> str:
-    """What the numbers after ± are.
-
-    Parameters
-    ----------
-    columns : iterable of Column or None
-        Of one table.
-
-    Returns
-    -------
-    str
-        Empty where no column has an error.
-    """
-    known = [column.stderr for column in columns if column is not None and column.stderr is not None]
-    words = dict.fromkeys(margin(error)[1] for error in known if error.notnull().any())
-    return f"± is {' or '.join(words)}" if words else ""
 
 
 def _cells(values: np.ndarray) -> list[str]:

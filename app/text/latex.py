@@ -247,9 +247,14 @@ def cite(keys: Iterable[str]) -> Latex:
     Examples
     --------
     >>> cite(["roy2007effective", "xie2025mhc"])
-    '\\cite{roy2007effective,xie2025mhc}'
+    '\\citep{roy2007effective,xie2025mhc}'
     """
-    return Latex(rf"\cite{{{','.join(keys)}}}")
+    # In brackets: with natbib, which most venues load, \cite makes the authors part of the sentence.
+    return Latex(rf"\citep{{{','.join(keys)}}}")
+
+
+CITEP = Latex("\\providecommand{\\citep}{\\cite}")
+"""What a document without natbib needs before a citation."""
 
 
 def unicode_declarations() -> Latex:

@@ -23,6 +23,8 @@ class Venue:
         Inches of text on a page, at most.
     body : int
         Type size of the text in points.
+    author_year : bool
+        Whether its style loads natbib, which cites by authors and years.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Venue:
     column: float
     height: float
     body: int
+    author_year: bool = False
 
     @property
     def two_columns(self) -> bool:
@@ -47,10 +50,10 @@ VENUES: dict[str, Venue] = {
     for venue in (
         # The style files: icml2025.sty, neurips_2025.sty, iclr2025_conference.sty, acl.sty (16 cm across two columns of
         # 7.7 cm), cvpr.sty, IEEEtran.cls (516 pt and 252 pt). `plain` is an article on letter paper with margins of an inch.
-        Venue("icml", 6.75, 3.25, 9.0, 10),
-        Venue("neurips", 5.5, 5.5, 9.0, 10),
-        Venue("iclr", 5.5, 5.5, 9.0, 10),
-        Venue("acl", 16.0 / 2.54, 7.7 / 2.54, 24.7 / 2.54, 11),
+        Venue("icml", 6.75, 3.25, 9.0, 10, author_year=True),
+        Venue("neurips", 5.5, 5.5, 9.0, 10, author_year=True),
+        Venue("iclr", 5.5, 5.5, 9.0, 10, author_year=True),
+        Venue("acl", 16.0 / 2.54, 7.7 / 2.54, 24.7 / 2.54, 11, author_year=True),
         Venue("cvpr", 6.875, 3.25, 8.875, 10),
         Venue("ieee", 516 / _INCH, 252 / _INCH, 9.25, 10),
         Venue("plain", 6.5, 6.5, 9.0, 10),

@@ -75,7 +75,7 @@ def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
     of_steps=True,
 )
 def branch_variance(residual_states: States) -> xr.DataArray:
-    r"""Average channel variance of what a step adds; NaN at the embedding.
+    r"""Average channel variance of what a step adds; undefined at the embedding.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \mathrm{Var}_i\,(x_l - x_{l-1})_{ic}
 
@@ -110,7 +110,7 @@ def _mean_where_defined(values: np.ndarray) -> np.ndarray:
     of_steps=True,
 )
 def branch_share(residual_states: States) -> xr.DataArray:
-    r"""Size of what a step adds relative to the state that it is added to; NaN at the embedding.
+    r"""Size of what a step adds relative to the state that it is added to; undefined at the embedding.
 
     .. math:: \|x_l - x_{l-1}\| / \|x_{l-1}\|
 
@@ -147,7 +147,7 @@ def _mean_and_quantiles(cosines: np.ndarray) -> np.ndarray:
     of_steps=True,
 )
 def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
-    r"""Mean cosine of a token's state with its state at the depth before; NaN at the embedding.
+    r"""Mean cosine of a token's state with its state at the depth before; undefined at the embedding.
 
     .. math:: \cos(x_{l-1}, x_l)
 
@@ -162,7 +162,7 @@ def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     cite="zhu2024hyper",
     basis="stream",
     null="none: the quantiles of noise spread around 0 by one over the root of the number of features",
-    estimator="quantiles over real tokens, along the dim quantile",
+    estimator="quantiles over real tokens",
     smooth=False,
     of_steps=True,
 )

@@ -73,7 +73,7 @@ def _cka_of_noise(
     cite="kornblith2019similarity",
     basis="stream",
     null=_cka_of_noise,
-    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+    estimator="biased HSIC₀ or unbiased HSIC₁, which may be negative",
     null_error=0.02,
 )
 def cka(cka_table: xr.DataArray) -> xr.DataArray:
@@ -93,13 +93,13 @@ def cka(cka_table: xr.DataArray) -> xr.DataArray:
     cite="kornblith2019similarity",
     basis="stream",
     null=_cka_of_noise,
-    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+    estimator="biased HSIC₀ or unbiased HSIC₁, which may be negative",
     null_error=0.02,
     of_steps=True,
     headline=True,
 )
 def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
-    """Linear CKA of each depth with the one before; NaN at the embedding."""
+    """Linear CKA of each depth with the one before; undefined at the embedding."""
     table = cka_table.transpose("estimator", "tokens", "depth", "other_depth")
     values = np.full(table.shape[:-1], np.nan)
     values[..., 1:] = np.diagonal(table.values, offset=-1, axis1=-2, axis2=-1)
@@ -158,7 +158,7 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
 def block_influence(
     residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
 ) -> xr.DataArray:
-    """Block influence: how far the step to a depth turns the states, 1 − cos; NaN at the embedding.
+    """Block influence: how far the step to a depth turns the states, 1 − cos; undefined at the embedding.
 
     0 for a step that does nothing but scale. Independent unit branches give 1 − √(l/(l+1)).
     """

@@ -26,7 +26,7 @@ from depthscope.diagnostics.quantities.tokens import for_each_count
 RESOLVED = 1e-3
 # What the rounding of the products adds to the relative error of any rank; the spacing of float32 is 1.2e-7.
 OF_FLOAT32 = 2e-7
-OF_SUMS = f"plug-in over every token; NaN where float32 sums leave more than {RESOLVED:g} of it open"
+OF_SUMS = f"plug-in over every token; undefined where float32 sums leave more than {RESOLVED:g} of it open"
 
 
 @quantity
@@ -250,7 +250,7 @@ def _cka(hsic: xr.DataArray) -> xr.DataArray:
     cite="song2012feature",
     basis="invariant",
     null=0.0,  # HSIC1 is unbiased, so that few tokens raise nothing
-    estimator="unbiased HSIC1 from a signed row sketch and the heaviest tokens; its error is streamed_cka_error",
+    estimator="unbiased HSIC₁ from a signed row sketch and the heaviest tokens",
 )
 def streamed_cka(hsic: xr.DataArray) -> xr.DataArray:
     r"""Linear CKA between depths over every token seen: 1 for the same geometry of tokens.

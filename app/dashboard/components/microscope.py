@@ -14,7 +14,6 @@ import xarray as xr
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotly_component, show_drawing
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.state import run_library
 from depthscope.app.drawing.plotly import reduction_words, shrink
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
@@ -26,7 +25,6 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, Selection, available
 from depthscope.app.figures.build.values import names_of, pick
-from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
@@ -130,7 +128,7 @@ def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
 
 
 def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
-    return analyses_of([reading], run_library.colours_of([reading]))
+    return {reading.name: reading.analysis}
 
 
 def _axis_of(metric: str, reading: Reading) -> str:

@@ -8,11 +8,9 @@ from functools import cached_property
 
 import xarray as xr
 
-from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.figures import FigureKind, available
 from depthscope.app.figures.build.values import feeds
-from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.readings import Reading
 
 
@@ -33,9 +31,8 @@ class ChosenRuns:
 
     @cached_property
     def analyses(self) -> dict[str, xr.Dataset]:
-        """Run name → analysis, with the colour of the run."""
-        readings = list(self.readings.values())
-        return analyses_of(readings, run_library.colours_of(readings))
+        """Run name → analysis, in the order of the runs' colours."""
+        return {name: reading.analysis for name, reading in self.readings.items()}
 
     def figures(self, question: str) -> dict[str, FigureKind]:
         """Figures of one question that the chosen runs can feed.

@@ -10,14 +10,12 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from threading import RLock
 
 import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
-from depthscope.app.figures.run_colours import colour_places
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
@@ -30,7 +28,6 @@ from depthscope.diagnostics import schema
 __all__ = [
     "allow",
     "close_up_of",
-    "colours_of",
     "list_runs",
     "measure",
     "mixing_history_of",
@@ -264,36 +261,6 @@ def mixing_history_of(reading: Reading) -> xr.DataArray | None:
     except (schema.SchemaError, OSError):
         return None
     return found[0]
-
-
-def colours_of(readings: Sequence[Reading]) -> dict[str, int]:
-    """The numbers of the colours of some readings: a run keeps the colour that it was first shown in.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Those that are shown together.
-
-    Returns
-    -------
-    dict of str to int
-        See `colour_places`.
-    """
-    with _colours_lock:
-        kept = {
-            reading.name: _colours[reading.path, reading.chain]
-            for reading in readings
-            if (reading.path, reading.chain) in _colours
-        }
-        places = colour_places(readings, kept)
-        for reading in readings:
-            _colours.setdefault((reading.path, reading.chain), places[reading.name])
-    return places
-
-
-_colours: dict[tuple[str, str], int] = {}
-
-_colours_lock = RLock()
 
 
 def _kept_or_read(

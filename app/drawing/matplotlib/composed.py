@@ -20,15 +20,17 @@ from depthscope.app.drawing.matplotlib.curves import (
     MARK,
     NULL,
     THEORY,
-    look,
+    keywords_of,
     plot_lines,
 )
+from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.legends import legend_name, num_columns, variant_of
 from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
+from depthscope.app.figures.palette import look_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines
 
 __all__ = ["draw_composed", "draw_into"]
@@ -68,18 +70,17 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     axes: dict[str, Axes] = {}
     for place, panel in enumerate(figure.panels):
         axes[panel.key] = canvas.add_subplot(rows, columns, place + 1, label=panel.key)
-    draw_into(figure, axes, across=across)
+    labels = _draw_panels(figure, axes, 0.76 * across)
     if lines:
-        handles, labels = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
-        canvas.legend(handles, labels, loc="outside lower center", ncols=beside, frameon=False)
-        set_fonts(canvas)
+        handles, names = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
+        canvas.legend(handles, names, loc="outside lower center", ncols=beside, frameon=False)
+    set_fonts(canvas)
+    fit_labels(canvas, labels)
     return canvas
 
 
-def draw_into(
-    figure: Composed, axes: Mapping[str, Axes], *, across: float = 0.0, legend: bool = False
-) -> None:
-    """Draw panels into axes, lettered in the order of the panels.
+def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
+    """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
 
     Parameters
     ----------
@@ -87,29 +88,30 @@ def draw_into(
         What to draw.
     axes : mapping of str to Axes
         By the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
-    across : float
-        Inches that a panel has, for its titles; those of the axes by default.
-    legend : bool
-        Whether their figure gets the legend, below all that it contains.
     """
-    drawn = [panel for panel in figure.panels if panel.key in axes]
-    for place, panel in enumerate(drawn):
+    _draw_panels(figure, axes)
+    for ax in axes.values():
+        set_fonts(ax)
+    entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
+    if axes and len(entries) > 1:
+        canvas = next(iter(axes.values())).get_figure(root=True)
+        assert canvas is not None
+        _add_legend(canvas, entries)
+
+
+def _draw_panels(figure: Composed, axes: Mapping[str, Axes], inches: float = 0.0) -> list[Label]:
+    """Draw panels with their titles, wrapped to so many inches, by default those of their axes."""
+    labels = []
+    for place, panel in enumerate(panel for panel in figure.panels if panel.key in axes):
         ax = axes[panel.key]
-        inches = across or inches_of(ax)[0]
-        _draw_panel(figure, panel, ax, 0.55 * inches)
+        room = inches or inches_of(ax)[0]
+        labels += _draw_panel(figure, panel, ax, 0.72 * room)
         points = mpl.rcParams["legend.fontsize"]
         points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
-        # Axes with ticks at their left have about so much of the width of their panel at their right.
-        room = 0.76 * across or inches
-        title = wrapped(f"({letter(place)}) {panel.title}", room, points)
-        ax.set_title(title, loc="left", fontsize=points)
-        set_fonts(ax)
-    if legend and drawn:
-        entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
-        canvas = axes[drawn[0].key].get_figure(root=True)
-        assert canvas is not None
-        if len(entries) > 1:
-            _add_legend(canvas, entries)
+        title = f"({letter(place)}) {panel.title}"
+        artist = ax.set_title(wrapped(title, room, points), loc="left", fontsize=points)
+        labels.append(Label(ax, artist, title))
+    return labels
 
 
 OUR_LEGEND = "depthscope-legend"
@@ -137,20 +139,21 @@ def _mark_of(handle: Any, label: str) -> tuple[str, str]:
     return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
 
 
-def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> None:
+def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> list[Label]:
     content = panel.content
+    labels = []
     if isinstance(content, Heatmap):
         mesh = plot_heatmap(axes, content)
         if not content.printed:
             axes.set_aspect("auto")
-            add_bar(axes, mesh, plain(content.z_label))
+            labels.append(add_bar(axes, mesh, content.z_label))
     elif isinstance(content, Points):
         _plot_points(axes, content, figure)
     else:
         plot_lines(axes, content, _looks(figure, content))
         _mark_differences(axes, panel)
-    axes.set_xlabel(plain(content.x_label.partition(" (")[0]))
-    axes.set_ylabel(wrapped(content.y_label, height))
+    across = content.x_label.partition(" (")[0]
+    return [*labels, *label_axes(axes, across, content.y_label, (2 * height, height))]
 
 
 def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
@@ -196,7 +199,7 @@ def _variants(figure: Composed) -> list[str]:
 def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
     variants = _variants(figure)
     return {
-        id(line): look(figure.runs[line.group], variants.index(variant_of(line)))
+        id(line): keywords_of(look_of(figure.runs[line.group], variants.index(variant_of(line))))
         for line in content.lines
         if line.role == "measured"
     }
@@ -210,7 +213,7 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
     drawn |= {run for content in contents if isinstance(content, Points) for run in content.points}
     for run, number in figure.runs.items():
         if run in drawn:
-            yield Line2D([], [], **look(number, 0)), legend_name(run, len(figure.runs))
+            yield Line2D([], [], **keywords_of(look_of(number))), legend_name(run, len(figure.runs))
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
@@ -267,7 +270,7 @@ def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
     axes.axvline(0, color="0.85", linewidth=0.5, zorder=0)
     shown = {run: _placed(values, content.radial_log) for run, values in content.points.items()}
     for run, values in shown.items():
-        style = look(figure.runs[run], 0) | {"linestyle": "", "markersize": 2.8}
+        style = keywords_of(look_of(figure.runs[run])) | {"linestyle": "", "markersize": 2.8}
         axes.plot(values.real, values.imag, alpha=0.8, **style)
     reach = max([1.1, *(1.1 * float(np.abs(values).max()) for values in shown.values())])
     axes.set_xlim(-reach, reach)

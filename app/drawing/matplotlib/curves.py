@@ -13,15 +13,17 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from depthscope.app.drawing.matplotlib.fitting import fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.legends import fits_inside, named_apart, num_columns
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
-from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks, wrapped
+from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
-from depthscope.app.figures.palette import RUN_COLOURS
+from depthscope.app.figures.line_looks import looks_of
+from depthscope.app.figures.palette import MARK_EDGE, SHAPES, Look
 from depthscope.app.figures.specification import Line, Lines
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
+MARKERS = dict(zip(SHAPES, ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">"), strict=True))
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
@@ -46,16 +48,16 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     matplotlib.figure.Figure
     """
     measured = [line for line in figure.lines if line.role == "measured"]
-    looks = _looks(figure, measured)
+    looks = {line: keywords_of(look) for line, look in looks_of(figure).items()}
     named = list(named_apart(measured, looks))
     names = [name for _, name in named] or [line.label for line in measured]
-    canvas = PaperFigure(size, (size.inches, _height(size, [*names, *_others(figure)])))
+    canvas = PaperFigure(size, (size.inches, _height(size, figure, [*names, *_others(figure)])))
     axes = canvas.add_subplot()
     plot_lines(axes, figure, looks)
-    axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
+    labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * _axes_height(size)))
     _legend(canvas, axes, figure, size, named)
     set_fonts(canvas)
+    fit_labels(canvas, labels)
     return canvas
 
 
@@ -69,7 +71,7 @@ def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]
     figure : Lines
         What to draw.
     looks : mapping of int to mapping
-        By the ``id`` of each measured line: the keywords that draw it, see `look`.
+        By the ``id`` of each measured line: the keywords that draw it, see `keywords_of`.
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     # On a log axis without a positive value matplotlib warns and draws nothing.
@@ -90,8 +92,13 @@ def _others(figure: Lines) -> list[str]:
     return [label for _, label in sorted(others)]
 
 
-def _height(size: Width, entries: Sequence[str]) -> float:
-    below = 0 if fits_inside(entries) else math.ceil(len(entries) / num_columns(entries, size))
+def _is_inside(figure: Lines, entries: Sequence[str]) -> bool:
+    """Whether the legend goes into the axes, where it would cover the name of a threshold."""
+    return fits_inside(entries) and not any(line.role == "threshold" for line in figure.lines)
+
+
+def _height(size: Width, figure: Lines, entries: Sequence[str]) -> float:
+    below = 0 if _is_inside(figure, entries) else math.ceil(len(entries) / num_columns(entries, size))
     return _axes_height(size) + below * 1.45 * size.points / 72
 
 
@@ -100,50 +107,26 @@ def _axes_height(size: Width) -> float:
     return 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
 
 
-def _looks(figure: Lines, lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
-    """Colour by run where several are shown together, else by line; lines of one colour differ in their dashes."""
-    runs = dict(figure.runs) or {
-        run: at for at, run in enumerate(dict.fromkeys(line.group for line in lines))
-    }
-    if len(runs) < 2:
-        first = next(iter(runs.values()), 0)
-        return {id(line): look(first + place, 0) for place, line in enumerate(lines)}
-    num_drawn = dict.fromkeys([*runs, *(line.group for line in lines)], 0)
-    looks = {}
-    for line in lines:
-        # A mean over seeds has a name of its own.
-        number = runs.setdefault(line.group, len(runs))
-        looks[id(line)] = look(number, num_drawn[line.group])
-        num_drawn[line.group] += 1
-    return looks
-
-
-def look(number: int, variant: int) -> dict[str, Any]:
+def keywords_of(look: Look) -> dict[str, Any]:
     """How a measured line is drawn.
 
     Parameters
     ----------
-    number : int
-        Of its run's colour.
-    variant : int
-        Which of the lines of its run, for the dashes.
+    look : Look
+        Of the palette.
 
     Returns
     -------
     dict of str to object
         Keywords of matplotlib.
     """
-    colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-    # From the eleventh run on colours recur, with other markers.
-    place = number + number // len(RUN_COLOURS)
     return {
-        "color": colour,
-        "linestyle": DASHES[variant % len(DASHES)],
-        # Steps of three: neighbouring variants of a run do not get the marker of the next run.
-        "marker": MARKERS[(place + 3 * variant) % len(MARKERS)],
-        # Every other line has hollow markers: they differ where colours are printed in grey.
-        "markerfacecolor": "white" if (place + variant) % 2 else colour,
-        "markeredgewidth": 0.7,
+        "color": look.colour,
+        "linestyle": DASHES[look.variant % len(DASHES)],
+        "marker": MARKERS[look.shape],
+        "markerfacecolor": "white" if look.hollow else look.colour,
+        "markeredgecolor": MARK_EDGE,
+        "markeredgewidth": 0.5,
     }
 
 
@@ -335,7 +318,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
     # The caption names what a single line shows.
     if len(handles) < 2:
         return
-    if fits_inside(labels):
+    if _is_inside(figure, labels):
         axes.legend(handles, labels, loc="best")
     else:
         canvas.legend(handles, labels, loc="outside lower center", ncols=num_columns(labels, size))

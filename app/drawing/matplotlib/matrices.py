@@ -10,6 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
@@ -41,10 +42,10 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     canvas = PaperFigure(size, (size.inches, 0.82 * across), "compressed")
     axes = canvas.add_subplot()
     mesh = plot_heatmap(axes, figure, dense=dense)
-    axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(plain(figure.y_label))
-    add_bar(axes, mesh, plain(figure.z_label))
+    labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * across))
+    labels.append(add_bar(axes, mesh, figure.z_label))
     set_fonts(canvas)
+    fit_labels(canvas, labels)
     return canvas
 
 
@@ -90,7 +91,7 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
     return mesh
 
 
-def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> None:
+def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> Label:
     """The colour bar of a matrix, to the right of its axes.
 
     Parameters
@@ -101,11 +102,16 @@ def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> None:
         The matrix.
     label : str
         What the colours are.
+
+    Returns
+    -------
+    Label
     """
-    bar = axes.figure.colorbar(mesh, ax=axes, label=label, fraction=0.06, pad=0.03)
+    bar = axes.figure.colorbar(mesh, ax=axes, label=plain(label), fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
     if isinstance(mesh.norm, LogNorm):
         plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
+    return Label(bar.ax, bar.ax.yaxis.label, label)
 
 
 # Streams up to which a cell has room for its number; a matrix of more shows colours, and sums as far as they fit.

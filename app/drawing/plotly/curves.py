@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.line_looks import looks_of
+from depthscope.app.figures.palette import MARK_EDGE, Look
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 
 __all__ = ["draw_lines"]
@@ -32,23 +34,23 @@ def draw_lines(figure: Lines) -> go.Figure:
     plotly.graph_objects.Figure
     """
     drawn = go.Figure()
-    looks = _looks(figure.lines, figure.runs)
+    looks = _drawn_as(figure)
     # Dashes appear where a run has several lines: the legend then lists runs and variants instead of every line.
-    crowded = any(look.dash != DASHES[0] for look in looks if look.measured)
+    crowded = any(look.dash != DASHES[0] for look in looks if look.look)
     num_bands = sum(line.lower is not None for line in figure.lines)
     for line, look in zip(figure.lines, looks, strict=True):
         if line.lower is not None and line.upper is not None:
             # Bands add up where they overlap: many of them are fainter.
             drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
-    num_measured = sum(look.measured for look in looks)
+    num_measured = sum(look.look is not None for look in looks)
     laws = {line.law: None for line in figure.lines if line.role == "theory"}
     for line, look in zip(figure.lines, looks, strict=True):
         drawn.add_trace(
             _curve(
                 line,
                 look,
-                # Markers of many or long lines run into each other. The limits are heuristics of ours.
-                marked=num_measured <= 4 and len(line.x) <= 40 and not figure.log_x,
+                # Marks of many or long lines run into each other: about twelve of each tell them apart. Heuristics of ours.
+                most_marks=0 if num_measured <= 4 and len(line.x) <= 40 else 12,
                 named=(num_measured > 1 or bool(laws)) and not crowded,
             )
         )
@@ -97,57 +99,55 @@ def _on_axis(values: np.ndarray, log_y: bool) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """How one line is drawn."""
+class _Drawn:
+    """How one line is drawn; only measured ones have a look of their own."""
 
     colour: str
     dash: str
-    measured: bool
+    look: Look | None = None
 
 
-def _looks(lines: Sequence[Line], runs: Mapping[str, int]) -> list[_Look]:
-    """Colour and dash of every line: a run keeps one colour; its lines differ in their dashes."""
-    # With runs that this figure lacks: the others keep their colours.
-    numbers = dict(runs)
-    for line in lines:
-        if line.role == "measured":
-            numbers.setdefault(line.group, len(numbers))
-    several = len(numbers) > 1
-    num_drawn: dict[str, int] = {}
-    looks: list[_Look] = []
-    for line in lines:
-        if line.role == "threshold":
-            looks.append(_Look(GREY, "dot", measured=False))
-        elif line.role in ("null", "theory"):
-            colour = looks[-1].colour if looks else PALETTE[0]
-            looks.append(_Look(colour, "dash" if line.role == "null" else THEORY, measured=False))
+def _drawn_as(figure: Lines) -> list[_Drawn]:
+    """Colour and dash of every line: nulls and laws have the colour of the measured line before them."""
+    looks = looks_of(figure)
+    colour = PALETTE[0]
+    found = []
+    for line in figure.lines:
+        look = looks.get(id(line))
+        colour = look.colour if look else colour
+        if look:
+            found.append(_Drawn(colour, DASHES[look.variant % len(DASHES)], look))
+        elif line.role == "threshold":
+            found.append(_Drawn(GREY, "dot"))
         else:
-            rank = num_drawn.get(line.group, 0)
-            num_drawn[line.group] = rank + 1
-            # Colour distinguishes the lines of one run, from its own on; of several runs it is taken, and dashes do.
-            own = numbers[line.group]
-            colour = PALETTE[(own if several else own + rank) % len(PALETTE)]
-            looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))
-    return looks
+            found.append(_Drawn(colour, "dash" if line.role == "null" else THEORY))
+    return found
 
 
-def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
+def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Scatter:
+    look = drawn.look
     return go.Scatter(
         x=line.x,
         y=line.y,
         name=words(line.label),
-        mode="lines+markers" if look.measured and marked else "lines",
-        line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
-        marker={"size": 4.5},
-        error_y=_whiskers(line, look.colour),
-        opacity=1.0 if look.measured else 0.7,
+        mode="lines+markers" if look else "lines",
+        line={"color": drawn.colour, "dash": drawn.dash, "width": 2.2 if look else 1.3},
+        marker=_mark(look) | {"maxdisplayed": most_marks} if look else None,
+        error_y=_whiskers(line, drawn.colour),
+        opacity=1.0 if look else 0.7,
         # Lines of one legend group are hidden together: all those of a law, or a line with its null and band.
         legendgroup=line.law or (line.label if named else line.group),
         text=None if line.text is None else list(map(words, line.text)),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
         hoverinfo="skip" if line.role == "threshold" else None,
-        showlegend=look.measured and named,
+        showlegend=look is not None and named,
     )
+
+
+def _mark(look: Look) -> dict[str, Any]:
+    """A mark in the shape of a run, with an edge that is seen on every page."""
+    inside = "white" if look.hollow else look.colour
+    return {"symbol": look.shape, "size": 5.5, "color": inside, "line": {"color": MARK_EDGE, "width": 0.9}}
 
 
 def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
@@ -157,23 +157,34 @@ def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
     return {"type": "data", "array": line.error, "color": colour, "thickness": 1.2, "width": 2}
 
 
-def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
-    """Legend of many lines: one entry for each run by colour, one for each variant by dash."""
-    entries: dict[str, dict[str, Any]] = {}
-    variants: dict[str, dict[str, Any]] = {}
-    for line, look in zip(lines, looks, strict=True):
-        if look.measured:
-            entries.setdefault(line.group, {"color": look.colour, "width": 4})
-            # Labels are "run · variant"; in this legend the run has an entry of its own.
-            variant = line.label.removeprefix(f"{line.group} · ")
-            variants.setdefault(variant, {"color": GREY, "width": 1.8, "dash": look.dash})
-    return [_legend_entry(name, style) for name, style in (entries | variants).items()]
+def _key(lines: Sequence[Line], drawn: Sequence[_Drawn]) -> list[go.Scatter]:
+    """Legend of many lines: one entry for each run by colour and mark, one for each variant by dash."""
+    runs: dict[str, go.Scatter] = {}
+    variants: dict[str, go.Scatter] = {}
+    for line, each in zip(lines, drawn, strict=True):
+        if not each.look:
+            continue
+        if line.group not in runs:
+            style = {"color": each.colour, "width": 4}
+            runs[line.group] = _legend_entry(line.group, style, _mark(each.look))
+        # Labels are "run · variant"; in this legend the run has an entry of its own.
+        variant = line.label.removeprefix(f"{line.group} · ")
+        variants.setdefault(variant, _legend_entry(variant, {"color": GREY, "width": 1.8, "dash": each.dash}))
+    # The plain line of a run is named like the run.
+    return list((runs | {name: entry for name, entry in variants.items() if name not in runs}).values())
 
 
-def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
+def _legend_entry(name: str, style: dict[str, Any], mark: dict[str, Any] | None = None) -> go.Scatter:
     """An entry of the legend without a line of its own."""
     return go.Scatter(
-        x=[None], y=[None], mode="lines", name=words(name), line=style, legendgroup=name, hoverinfo="skip"
+        x=[None],
+        y=[None],
+        mode="lines+markers" if mark else "lines",
+        name=words(name),
+        line=style,
+        marker=mark,
+        legendgroup=name,
+        hoverinfo="skip",
     )
 
 

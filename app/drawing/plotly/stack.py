@@ -14,6 +14,7 @@ from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Lines
+from depthscope.app.figures.palette import MARK_EDGE, look_of
 
 __all__ = ["SEVERITY_COLOURS", "Bar", "Panel", "draw_stack", "stack_height"]
 
@@ -311,7 +312,8 @@ def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]]) -> go.Figure:
             showlegend=False,
         )
     )
-    for name, values in eigenvalues.items():
+    for number, (name, values) in enumerate(eigenvalues.items()):
+        look = look_of(number)
         found = np.asarray(list(values), dtype=complex)
         drawn.add_trace(
             go.Scatter(
@@ -319,7 +321,13 @@ def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]]) -> go.Figure:
                 y=found.imag,
                 mode="markers",
                 name=words(name),
-                marker={"size": 8, "opacity": 0.75},
+                marker={
+                    "size": 8,
+                    "opacity": 0.75,
+                    "symbol": look.shape,
+                    "color": look.colour,
+                    "line": {"color": MARK_EDGE, "width": 0.7},
+                },
                 hovertemplate=f"{words(name)}<br>%{{x:.4f}} + %{{y:.4f}} i<extra></extra>",
             )
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,14 @@ from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
-__all__ = ["describe_lines", "describe_matrix", "selection_words", "token_count_words"]
+__all__ = [
+    "describe_lines",
+    "describe_matrix",
+    "remarks_by_run",
+    "selection_words",
+    "token_count_words",
+    "versions_words",
+]
 
 # In the order in which a caption names them: which tokens, what was done to them, how they became one number.
 _LABEL_WORDS = {
@@ -51,6 +58,23 @@ def selection_words(dims: Iterable[str], choice: Selection) -> str:
     if "stream" in known and choice.stream not in ("mean", "each"):
         phrases.append(f"stream {choice.stream}")
     return "; ".join(phrases)
+
+
+def versions_words(dims: Iterable[str], choice: Selection) -> str:
+    """As `selection_words`, of several metrics, which have not all of these dimensions.
+
+    Parameters
+    ----------
+    dims, choice
+        See `selection_words`.
+
+    Returns
+    -------
+    str
+        Empty where no metric has several versions.
+    """
+    words = selection_words(dims, choice)
+    return f"of metrics with several versions: {words}" if words else ""
 
 
 def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
@@ -154,3 +178,31 @@ def describe_matrix(
     lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))
     highest = cell(int(np.argmax(np.where(known, matrix, -np.inf))))
     return f"{size}: lowest {lowest}, highest {highest}, median {number(float(np.median(matrix[known])))}."
+
+
+def remarks_by_run(remarks: Iterable[tuple[str, str]], runs: Collection[str]) -> list[str]:
+    """Remarks about some runs, each once; those that are not about all of them name theirs.
+
+    Parameters
+    ----------
+    remarks : iterable of (str, str)
+        Run, and a sentence about it, such as "Band: ± …".
+    runs : collection of str
+        All that are drawn.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> remarks_by_run([("a", "Band: wide."), ("b", "Band: wide."), ("b", "No error: one sequence.")], "ab")
+    ['Band: wide.', 'No error of b: one sequence.']
+    """
+    runs_of: dict[str, dict[str, None]] = {}
+    for run, remark in remarks:
+        runs_of.setdefault(remark, {})[run] = None
+    return [
+        remark if set(known) == set(runs) else remark.replace(":", f" of {', '.join(known)}:", 1)
+        for remark, known in runs_of.items()
+    ]

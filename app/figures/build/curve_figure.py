@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
 from depthscope.app.figures.build.judged_limits import judged_limits, limit_labels, passing_range
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
@@ -137,8 +137,10 @@ class CurveFigure(FigureKind):
         declared = CATALOGUE[self.metric]
         judged = {} if self.derive else judged_limits(self.metric, analyses)
         healthy = passing_range(judged)
-        # One sentence is enough for four streams.
-        remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
+        remarks = remarks_by_run(
+            ((curve.line.group, remark) for curve in curves for remark in curve.remarks),
+            {curve.line.group for curve in curves},
+        )
         return Lines(
             name=self.name,
             title=self.title,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
 from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import LABELLED, names_of, pick
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Line, Lines, Selection
@@ -71,7 +71,7 @@ class SpectrumFigure(FigureKind):
         bands = any(line.lower is not None for line in lines)
         remarks = [
             "Of the mean over streams." if several else "",
-            f"Band: ± {_margin_words(self.metric, analyses)}." if bands else "",
+            *(_bands(self.metric, analyses) if bands else ()),
             NOISE_WORDS if noise else "",
             self.note,
         ]
@@ -119,10 +119,12 @@ class SpectrumFigure(FigureKind):
                 yield Line(*self.curve(orders, noise), f"{label} · null", role="null", group=run)
 
 
-def _margin_words(metric: str, analyses: Mapping[str, xr.Dataset]) -> str:
+def _bands(metric: str, analyses: Mapping[str, xr.Dataset]) -> list[str]:
     """What the bands are, of every number of sequences that there is."""
-    errors = [data[f"{metric}_stderr"] for data in analyses.values() if f"{metric}_stderr" in data]
-    return " or ".join(dict.fromkeys(margin(error)[1] for error in errors))
+    errors = {run: data[f"{metric}_stderr"] for run, data in analyses.items() if f"{metric}_stderr" in data}
+    return remarks_by_run(
+        ((run, f"Band: ± {margin(error)[1]}.") for run, error in errors.items()), analyses.keys()
+    )
 
 
 def _depths(size: int, choice: Selection) -> list[int]:

@@ -41,7 +41,7 @@ gradient_rank = _states(
     "gradient_rank",
     "Rank of the gradients across depth",
     "effective rank",
-    note="How many directions the gradients of the tokens use.",
+    note="How many directions the gradients of the sequences use.",
 )
 gradient_cosine = _states(
     "gradient_cosine",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import xarray as xr
@@ -122,17 +121,36 @@ _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+(?=[A-Z±«(])")
 
 
 def _caption(panels: Sequence[LetteredPanel]) -> str:
-    """What each panel shows, and after it once what several of them say."""
+    """What each panel shows, and after it once what several of them say, with their letters."""
     said = [
         _BETWEEN_SENTENCES.split(panel.content.caption) if panel.content.caption else [] for panel in panels
     ]
-    counts = Counter(sentence for sentences in said for sentence in dict.fromkeys(sentences))
+    places: dict[str, list[int]] = {}
+    for place, sentences in enumerate(said):
+        for sentence in dict.fromkeys(sentences):
+            places.setdefault(sentence, []).append(place)
     parts = []
     for place, (panel, sentences) in enumerate(zip(panels, said, strict=True)):
-        own = [sentence for sentence in sentences if counts[sentence] == 1]
+        own = [sentence for sentence in sentences if len(places[sentence]) == 1]
         parts.append(" ".join([f"({letter(place)}) {_capital(panel.title)}.", *own]))
-    shared = [sentence for sentence, count in counts.items() if count > 1]
-    return " ".join([*parts, *shared])
+    shared: dict[str, list[str]] = {}
+    for sentence, among in places.items():
+        if len(among) > 1:
+            shared.setdefault("all" if len(among) == len(panels) else _letters(among), []).append(sentence)
+    return " ".join([*parts, *(f"({which}) {' '.join(sentences)}" for which, sentences in shared.items())])
+
+
+def _letters(places: Sequence[int]) -> str:
+    """The letters of some panels, as ranges where three or more follow on each other: a-c, e."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return ", ".join(
+        f"{letter(run[0])}–{letter(run[-1])}" if len(run) > 2 else ", ".join(map(letter, run)) for run in runs
+    )
 
 
 def _capital(text: str) -> str:

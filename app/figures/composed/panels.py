@@ -14,7 +14,6 @@ from depthscope.app.figures.build.values import fed
 from depthscope.app.figures.composed.groups import differing_ranges, grouped
 from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, history_of, matrices_of
@@ -61,7 +60,7 @@ class Subjects:
     @cached_property
     def analyses(self) -> dict[str, xr.Dataset]:
         """Analysis by run."""
-        return analyses_of(self.readings)
+        return {reading.name: reading.analysis for reading in self.readings}
 
     @cached_property
     def matrices(self) -> dict[str, MixingMatrices]:

@@ -13,7 +13,6 @@ from depthscope.app.drawing.matplotlib import Width, write_figure
 from depthscope.app.figures import FIGURES
 from depthscope.app.figures.composed import QUESTIONS, compose
 from depthscope.app.figures.palette import RUN_COLOURS
-from depthscope.app.figures.run_colours import colour_places
 from depthscope.app.paper import figures
 from depthscope.app.readings.readings import judged, read_runs
 
@@ -62,7 +61,7 @@ def test_panels_are_lettered_and_above_no_legend(runs, readings, name):
 
 
 def test_a_run_has_one_colour_in_all_figures(readings):
-    expected = {name: RUN_COLOURS[place] for name, place in colour_places(readings).items()}
+    expected = dict(zip((reading.name for reading in readings), RUN_COLOURS, strict=False))
     for name in ("collapse", "gains", "gradients"):
         canvas = figures.__dict__[name](readings)
         for axes in canvas.axes:

@@ -90,7 +90,7 @@ def test_the_methods_tell_settings_and_definitions_in_words(bundle):
     assert "4 residual streams" in text
     assert "how many directions carry the size of the signal" in text
     assert "(Roy & Vetterli 2007)" in text
-    assert r"\cite{roy2007effective}" in (bundle / "methods.tex").read_text()
+    assert r"\citep{roy2007effective}" in (bundle / "methods.tex").read_text()
 
 
 def test_every_text_is_ascii_latex(bundle):
@@ -116,7 +116,7 @@ def test_no_type_3_fonts(bundle):
 def test_bibliography_holds_exactly_what_is_cited(bundle):
     written = set(entries((bundle / "metrics.bib").read_text()))
     text = "".join(path.read_text() for path in bundle.rglob("*.tex"))
-    assert {key for group in re.findall(r"\\cite\{([^}]+)\}", text) for key in group.split(",")} == written
+    assert {key for group in re.findall(r"\\citep\{([^}]+)\}", text) for key in group.split(",")} == written
     from depthscope.diagnostics import CATALOGUE
 
     figures = json.loads((bundle / "manifest.json").read_text())["figures"].values()

@@ -12,7 +12,7 @@ from depthscope.app.paper import contents, export
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.paper.replaced_folder import sha256
 from depthscope.app.paper.verify import verify_bundle
-from depthscope.app.readings.readings import read_runs
+from depthscope.app.readings.readings import read_paths, read_runs
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,17 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path, runs):
     (tmp_path / "a.txt").write_text("mine")
     with pytest.raises(ValueError, match="did not write"):
         verify_bundle(tmp_path, runs)
+
+
+def test_what_lies_beside_the_runs_changes_nothing(make_run, tmp_path):
+    """An unrelated file in their folder recoloured the runs, and 72 of 184 files did not follow any more."""
+    from depthscope.diagnostics import save_run
+
+    paths = [tmp_path / "mhc.nc", tmp_path / "zz.nc"]
+    save_run(make_run("mhc", layers=2), paths[0])
+    save_run(make_run("residual", layers=2), paths[1])
+    bundle = write_bundle(read_paths([*map(str, paths)])[0], tmp_path / "paper", formats=("pdf",))
+    save_run(make_run("hc", layers=2), tmp_path / "a.nc")
+    checked = verify_bundle(bundle, read_paths([*map(str, paths)])[0])
+    assert checked.follows, checked.in_words()
+    assert not checked.redrawn

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from depthscope.app.figures import FIGURES
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
@@ -165,10 +166,10 @@ def test_latex_is_escaped_cited_and_ruled(readings):
     text = to_latex(depth_table(found), cites)
     assert r"m\_1 \& $<$2$>$" in text
     assert r"\toprule" in text
-    assert r"\cite{roy2007effective}" in text
+    assert r"\citep{roy2007effective}" in text
     assert r"$\pm$" in text
     rows = to_latex(findings_table([found]), cites)
-    assert rows.count(r"\cite{dong2021attention}") == 2  # the column and the sentence
+    assert rows.count(r"\citep{dong2021attention}") == 2  # the column and the sentence
 
 
 @pytest.mark.parametrize(
@@ -247,16 +248,16 @@ def test_wide_and_long_tables_go_to_parts_that_fit(readings):
 
 def test_the_best_is_marked_where_a_metric_has_one():
     nan = math.nan
-    assert best_of("effective_rank", [3.0, 5.0, 4.0], [nan] * 3) == {1}
-    assert best_of("token_cosine", [0.3, 0.5], [nan] * 2) == {0}
-    assert best_of("composite_gain", [3.0, 0.9, 1.2], [nan] * 3) == {
+    assert best_of("effective_rank", [3.0, 5.0, 4.0], [nan] * 3, [nan] * 3) == {1}
+    assert best_of("token_cosine", [0.3, 0.5], [nan] * 2, [nan] * 2) == {0}
+    assert best_of("composite_gain", [3.0, 0.9, 1.2], [nan] * 3, [nan] * 3) == {
         1
     }  # a third more is farther than a tenth less
     # The intervals do not tell the two apart from each other, and both from the last.
-    assert best_of("effective_rank", [5.0, 4.9, 2.0], [0.1, 0.1, 0.1]) == {0, 1}
-    assert best_of("effective_rank", [5.0, 4.9], [0.1, 0.1]) == set()
-    assert best_of("residual_norm", [1.0, 2.0], [nan] * 2) == set()
-    assert best_of("effective_rank", [1.0, nan], [nan] * 2) == set()
+    assert best_of("effective_rank", [5.0, 4.9, 2.0], [0.1, 0.1, 0.1], [nan] * 3) == {0, 1}
+    assert best_of("effective_rank", [5.0, 4.9], [0.1, 0.1], [nan] * 2) == set()
+    assert best_of("residual_norm", [1.0, 2.0], [nan] * 2, [nan] * 2) == set()
+    assert best_of("effective_rank", [1.0, nan], [nan] * 2, [nan] * 2) == set()
 
 
 def test_best_cells_are_bold_in_latex_and_markdown(readings):
@@ -267,6 +268,76 @@ def test_best_cells_are_bold_in_latex_and_markdown(readings):
     assert "**" in to_markdown(table).splitlines()[5]
     assert r"\textbf" in to_latex(table, {})
     assert any("Bold" in note for note in table.notes)
+
+
+def test_numbers_with_other_nulls_are_not_ranked():
+    nan = math.nan
+    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [240.0, 84.1]) == set()
+    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [84.1, nan]) == set()
+    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [84.1, 84.1]) == {0}
+    # A run that lacks the number lacks its null too.
+    assert best_of("effective_rank", [107.0, 15.5, nan], [nan] * 3, [84.1, 84.1, nan]) == {0}
+
+
+def _marked(first, second, **changed):
+    """The tables of two runs of which the second is the best by far, with one thing about it changed."""
+    analysis = second.analysis.assign(effective_rank=second.analysis["effective_rank"] * 3)
+    analysis = analysis.drop_vars("effective_rank_stderr").assign(changed.pop("numbers", {}))
+    other = replace(second, analysis=analysis, attrs={**second.attrs, **changed})
+    return [table([first, other]) for table in (summary_table, comparison_table)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"data_digest": "another"}, "Nothing is bold: the runs have read different texts."),
+        ({"data_digest": None}, "Nothing is bold: the text of m_1 & <2> is not known."),
+        ({"numbers": {"num_tokens": 2}}, "Nothing is bold: their numbers of tokens differ."),
+    ],
+)
+def test_only_runs_of_the_same_text_and_size_are_ranked(readings, changed, why):
+    for table in _marked(*readings):
+        assert table.best
+    if "numbers" in changed:
+        changed = {"numbers": {"num_tokens": readings[1].analysis["num_tokens"] * 2}}
+    for table in _marked(*readings, **changed):
+        assert not table.best
+        assert why in table.notes
+        assert not any(note.startswith("Bold") for note in table.notes)
+
+
+def test_where_nulls_differ_nothing_is_bold_and_the_note_says_so(readings):
+    null = readings[1].analysis["effective_rank_null"] / 2
+    for table in _marked(*readings, numbers={"effective_rank_null": null}):
+        ranked = {table.printed.iloc[row, 0] for row, _ in table.best} | {name for _, name in table.best}
+        assert not any(str(name).startswith("effective rank") for name in ranked)
+        assert "Where the null differs between runs, no number is called the best." in table.notes
+
+
+def test_findings_are_listed_by_severity_over_all_runs(readings):
+    note = replace(FINDING, severity=Severity.INFO, verdict="small_sample")
+    warning = replace(FINDING, severity=Severity.WARN, verdict="one_direction")
+    table = findings_table(
+        [replace(readings[0], findings=(warning, note)), replace(readings[1], findings=(FINDING, note))]
+    )
+    assert table.printed["severity"].tolist() == table.data["severity"].str.lower().tolist()
+    assert table.printed["severity"].tolist() == ["fail", "warn", "info", "info"]
+    assert table.printed["run"].tolist() == ["m_1 & <2>", "plain", "plain", "m_1 & <2>"]
+
+
+def test_intervals_name_their_runs_where_they_differ(make_run):
+    several = read_runs(
+        {"many": make_run("residual", layers=2, samples=6), "few": make_run(layers=2, samples=3)}
+    )
+    of = "half of a 95 % interval (Student's t over {} sequences)"
+    apart = (
+        f"± is {of.format(6)} for many, {of.format(3)} for few; of a number without ± no error is estimated."
+    )
+    for table in (summary_table(several), comparison_table(several)):
+        assert apart in table.notes
+    assert f"± is {of.format(3)}; of a number" in " ".join(depth_table(several[1]).notes)
+    caption = FIGURES["effective_rank"].build({each.name: each.analysis for each in several}).caption
+    assert f"Band of many: ± {of.format(6)}. Band of few: ± {of.format(3)}." in caption
 
 
 @pytest.mark.parametrize(
@@ -289,7 +360,7 @@ def test_digits_are_those_of_the_rounded_number(numbers, said):
 
 def test_numbers_that_are_printed_alike_are_best_alike():
     nan = float("nan")
-    assert best_of("composite_gain", [1.0001, 1.0002, 3.0], [nan] * 3, better="nearer 1") == {0, 1}
+    assert best_of("composite_gain", [1.0001, 1.0002, 3.0], [nan] * 3, [nan] * 3, better="nearer 1") == {0, 1}
 
 
 def test_markdown_shows_names_as_they_are():

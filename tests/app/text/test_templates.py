@@ -43,9 +43,11 @@ def test_latex_is_escaped(template):
 
 def test_latex_that_is_marked_is_code(template):
     page = template(templates.latex_template, "<< code >> << keys|cite >> << 3.5 >>")
-    assert page.render(code=Latex(r"\alpha_1"), keys=["a2020", "b2021"]) == r"\alpha_1 \cite{a2020,b2021} 3.5"
+    assert (
+        page.render(code=Latex(r"\alpha_1"), keys=["a2020", "b2021"]) == r"\alpha_1 \citep{a2020,b2021} 3.5"
+    )
     assert tex(tex("50%")) == tex("50%") == r"50\%"
-    assert cite(["a"]) == r"\cite{a}"
+    assert cite(["a"]) == r"\citep{a}"
 
 
 @pytest.mark.parametrize("kind", [templates.html_template, templates.latex_template])
