@@ -1,4 +1,4 @@
-"""Which parameter is a small constant of a forward, and by which functions was it made of it?
+"""Which parameter is a small constant of a forward, and by which functions was it made of it? Noted as the forward runs.
 
 A scale is applied as it is stored (``gamma * branch``), as a view of it, cast, or as a function of it (``1 + w``).
 """

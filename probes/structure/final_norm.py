@@ -13,6 +13,9 @@ from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain
 from depthscope.probes.structure.plain_proof import states_of
 from depthscope.probes.structure.tape import Call, Tape, is_norm, same_values
 
+# Operations that give the size of what a norm divides by, or its inverse.
+SIZES = frozenset(("rsqrt", "sqrt", "pow", "reciprocal", "linalg_vector_norm", "norm", "std", "std_mean"))
+
 
 def final_norm(tape: Tape, chain: Chain, streams: int = 1) -> tuple[Call | None, str]:
     """The call that normalises the last state of a chain, or what its streams are collapsed to.
@@ -96,9 +99,15 @@ def _operands(trace: Trace, value: Value) -> tuple[Sequence[Value], bool]:
     if step.rule.product and len(step.operands) == 2:
         carrier = carrier_of(step)
         (other,) = [operand for operand in step.operands if operand is not carrier] or [carrier]
-        statistic = other.shape[-1:] == (1,) and trace.depends(other, carrier)
-        return (carrier,), statistic
+        return (carrier,), _is_size(other) and trace.depends(other, carrier)
     return step.operands, False
+
+
+def _is_size(value: Value) -> bool:
+    """Whether a value is a root or a norm, apart from what is added to it, as what a norm divides by is."""
+    while value.step is not None and len(value.step.operands) == 1:
+        (value,) = value.step.operands
+    return value.func is not None and str(value.func).split(".")[1] in SIZES
 
 
 def _where(trace: Trace, later: Sequence[Call], state: Value) -> str:
