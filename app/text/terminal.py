@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,16 @@ from depthscope.app.text.visible import visible
 
 SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
 """rich's style of a line that begins with a severity."""
+
+LEAST_COLUMNS = 40
+"""A narrower terminal wraps by itself: below, a card has more lines than anybody reads."""
+
+ASCII = dict(zip("▁▂▃▄▅▆▇█·–—−×…└σπλαβγκχρτΔ√≤≥≈→°±²³₁₂‖’‘“”«»", (
+    "_", ",", "-", "~", "=", "+", "*", "#", ".", "-", "-", "-", "x", "...", "`-", "sigma", "pi", "lambda", "alpha", "beta",
+    "gamma", "kappa", "chi", "rho", "tau", "Delta", "sqrt", "<=", ">=", "~", "->", " deg", "+-", "^2", "^3", "_1", "_2", "|",
+    "'", "'", '"', '"', '"', '"',
+), strict=True))  # fmt: skip
+"""What is printed for a sign of ours that the encoding of the terminal lacks."""
 
 QUIET_SECONDS = 3.0
 """Seconds of work after which a log is told what goes on. A heuristic of ours: a damaged run is refused in less."""
@@ -85,6 +96,50 @@ def command_line(*words: str | Path) -> str:
     return shlex.join(["depthscope", *plain])
 
 
+def columns(most: int = 100) -> int:
+    """How many columns text may take: those of the terminal (or of COLUMNS) up to some; all of these where there is none.
+
+    Parameters
+    ----------
+    most : int
+        Longer lines are hard to read.
+
+    Returns
+    -------
+    int
+    """
+    return max(LEAST_COLUMNS, min(most, shutil.get_terminal_size((most, 24)).columns))
+
+
+def encodable(text: str) -> str:
+    """Text for the encoding of stdout: blocks of a curve, signs and Greek letters that it lacks in ASCII.
+
+    Parameters
+    ----------
+    text : str
+        Any.
+
+    Returns
+    -------
+    str
+        What has no replacement stays, and is printed as an escape.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(ASCII.get(sign, sign) if not _is_in(sign, encoding) else sign for sign in text)
+    return text
+
+
+def _is_in(sign: str, encoding: str) -> bool:
+    try:
+        sign.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def say(text: str = "") -> None:
     """Print text for people on stdout; severities are coloured on a terminal.
 
@@ -94,7 +149,7 @@ def say(text: str = "") -> None:
         Plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody else
         goes through `printable` before it becomes part of the text.
     """
-    text = printable(text, lines=True)
+    text = encodable(printable(text, lines=True))
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return

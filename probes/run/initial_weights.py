@@ -7,6 +7,8 @@ not been trained yet then holds one representation in all layers. Only the weigh
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +26,9 @@ SMALL_FACTOR = 0.2
 # Times the root of the fan-in, the size of an output for an input of size 1: 1 or so keeps the size, 0.16 is that of weights
 # of standard deviation 0.02 and width 64. This project.
 SMALL_GAIN = 0.35
+# The matrices of one name in all blocks are drawn alike, or smaller by the root of the depth at most: about 10. This project.
+OUT_OF_LINE = 30.0
+SAMPLED = 4096  # numbers of a matrix that tell its size
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
@@ -41,7 +46,8 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
     -------
     dict
         Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the largest
-        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence.
+        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the matrices of
+        one block are far larger than those of the others.
     """
     with torch.no_grad():
         # A block may have been taken out since it was measured, such as by layer drop of the user's own.
@@ -49,6 +55,9 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
         modules = [known[path] for path in chain.blocks if path in known]
         by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
+            return {}
+        # A block that was drawn many times as large as the others is no start by construction, whatever else is.
+        if _out_of_line(modules):
             return {}
         of_blocks = [p for block in by_block for p in block]
         facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
@@ -86,6 +95,17 @@ def _is_readable(parameter: nn.Parameter) -> bool:
         and parameter.layout == torch.strided
         and parameter.numel() > 0
     )
+
+
+def _out_of_line(modules: Sequence[nn.Module]) -> bool:
+    """Whether a matrix of some block is far larger than those of the same name in the other blocks."""
+    sizes: dict[str, list[float]] = defaultdict(list)
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if _is_readable(parameter) and parameter.ndim > 1:
+                some = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)]
+                sizes[name].append(_root_mean_square(some))
+    return any(max(of) > OUT_OF_LINE * statistics.median(of) > 0 for of in sizes.values() if len(of) > 2)
 
 
 # Vectors of fewer numbers may be weights of streams, which begin at anything.

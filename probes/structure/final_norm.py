@@ -75,7 +75,7 @@ def _norms_on_the_way(trace: Trace, value: Value, state: Value, *, sums: bool = 
             continue
         if current.number < state.number or (_is_sum(current) and not sums):
             continue
-        before, norm = _operands(trace, current)
+        before, norm = _operands(trace, current, state)
         for operand in before:
             following = operand, normed or norm
             if (operand.number, following[1]) not in seen:
@@ -88,8 +88,8 @@ def _is_sum(value: Value) -> bool:
     return value.step is not None and value.step.rule.sums
 
 
-def _operands(trace: Trace, value: Value) -> tuple[Sequence[Value], bool]:
-    """From what a value was made linearly or by a norm, and whether that is a norm: also a product by a statistic of it."""
+def _operands(trace: Trace, value: Value, state: Value) -> tuple[Sequence[Value], bool]:
+    """From what a value was made linearly or by a norm, and whether that is a norm, such as a quotient by the state's size."""
     step = value.step
     if step is None:
         return (), False
@@ -99,7 +99,7 @@ def _operands(trace: Trace, value: Value) -> tuple[Sequence[Value], bool]:
     if step.rule.product and len(step.operands) == 2:
         carrier = carrier_of(step)
         (other,) = [operand for operand in step.operands if operand is not carrier] or [carrier]
-        return (carrier,), _is_size(other) and trace.depends(other, carrier)
+        return (carrier,), _is_size(other) and trace.depends(other, state)
     return step.operands, False
 
 
