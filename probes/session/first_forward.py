@@ -313,12 +313,12 @@ def find_structure(
     if not sites:  # a known connection tells its own layout
         for chain, layout in zip(chains, layouts, strict=True):
             _require_all_sequences(chain.shapes[0], layout, forward.batch_size, named_streams)
-    chains = [replace(chain, scales=branch_scales(tape, chain, model)) for chain in chains]
+    chains = tuple([replace(chain, scales=branch_scales(tape, chain, model)) for chain in chains])
     options.selection.require(chains)  # only now is it known which sites the model has
     if shards is not None:
         _require_plain_tokens(chains, layouts, sites)
     return Structure(
-        chains=tuple(chains),
+        chains=chains,
         layouts=layouts,
         sites=sites,
         named_streams=named_streams,

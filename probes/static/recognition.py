@@ -282,8 +282,9 @@ def _decided(rivals: Sequence[Candidate], known: Sizes, *, with_head: bool) -> F
     note = (first.dialect.note,) if first.dialect.note else ()
     if len(kinds) > 1:
         agreed = sizes if all(each == sizes for _, each in options) else None
-        rivals = tuple(dict.fromkeys(one.dialect for one, _ in options if one.dialect is not first.dialect))
-        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes), rivals)
+        others = dict.fromkeys(each.dialect for each, _ in options)
+        rows = tuple(row for row in others if row is not first.dialect)
+        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes), rows)
     lags = {one.dialect.read_lag for one, _ in options}
     lag: int | None = first.dialect.read_lag
     if len(lags) > 1:
