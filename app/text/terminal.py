@@ -97,47 +97,16 @@ def command_line(*words: str | Path) -> str:
 
 
 def columns(most: int = 100) -> int:
-    """How many columns text may take: those of the terminal (or of COLUMNS) up to some; all of these where there is none.
-
-    Parameters
-    ----------
-    most : int
-        Longer lines are hard to read.
-
-    Returns
-    -------
-    int
-    """
+    """How many columns text may take: those of the terminal (or of COLUMNS) up to ``most``; as many where there is none."""
     return max(LEAST_COLUMNS, min(most, shutil.get_terminal_size((most, 24)).columns))
 
 
 def encodable(text: str) -> str:
-    """Text for the encoding of stdout: blocks of a curve, signs and Greek letters that it lacks in ASCII.
-
-    Parameters
-    ----------
-    text : str
-        Any.
-
-    Returns
-    -------
-    str
-        What has no replacement stays, and is printed as an escape.
-    """
+    """Text with ASCII for the blocks and signs of ours that the encoding of stdout lacks; others become escapes in print."""
     encoding = sys.stdout.encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return "".join(ASCII.get(sign, sign) if not _is_in(sign, encoding) else sign for sign in text)
-    return text
-
-
-def _is_in(sign: str, encoding: str) -> bool:
-    try:
-        sign.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
+    if text.encode(encoding, "ignore").decode(encoding) == text:
+        return text
+    return "".join(sign if sign.encode(encoding, "ignore") else ASCII.get(sign, sign) for sign in text)
 
 
 def say(text: str = "") -> None:

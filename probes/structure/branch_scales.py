@@ -23,18 +23,10 @@ THIRD = frozenset(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_no
 
 @dataclass(frozen=True)
 class BranchScale:
-    """A parameter that multiplies a branch, after some functions.
+    """A parameter that multiplies a branch, after some functions."""
 
-    Parameters
-    ----------
-    name : str
-        Of the parameter, in the model.
-    functions : tuple of Applied
-        First to last.
-    """
-
-    name: str
-    functions: tuple[Applied, ...] = ()
+    name: str  # in the model
+    functions: tuple[Applied, ...] = ()  # first to last
 
     def value(self, model: nn.Module) -> torch.Tensor | None:
         """What multiplies the branch at present; None where the parameter is gone or elsewhere."""
@@ -54,22 +46,7 @@ Term = tuple[Origin, ...]  # what multiplies one thing that is added to the stat
 
 
 def branch_scales(tape: Tape, chain: Chain, model: nn.Module) -> tuple[tuple[BranchScale, ...], ...]:
-    """The scales of everything that a chain adds to its state.
-
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        The chain.
-    model : Module
-        The model.
-
-    Returns
-    -------
-    tuple of tuple of BranchScale
-        One tuple for each branch; empty where not every step is known to be a sum with the state.
-    """
+    """The scales of each branch that a chain adds; empty where not every step is known to be a sum with the state."""
     if tape.trace is None or tape.trace.error is not None or chain.has_streams or chain.history:
         return ()
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -18,23 +18,9 @@ SIZES = frozenset(("rsqrt", "sqrt", "pow", "reciprocal", "linalg_vector_norm", "
 
 
 def final_norm(tape: Tape, chain: Chain, streams: int = 1) -> tuple[Call | None, str]:
-    """The call that normalises the last state of a chain, or what its streams are collapsed to.
+    """The call that normalises a chain's last state, or what its streams are collapsed to; or None, and why there is none.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls.
-    chain : Chain
-        The chain.
-    streams : int
-        Number of its streams, where no connection on the tape tells.
-
-    Returns
-    -------
-    call : Call or None
-        None where no module gives the normalised state of every token.
-    why : str
-        Why there is none.
+    ``streams`` is their number where no connection on the tape tells it.
     """
     point = chain.points[-1]
     end = tape.by_key()[point.path, point.method, point.index]

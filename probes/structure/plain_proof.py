@@ -77,18 +77,7 @@ def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[V
 def plain_path(
     before: Value, after: Value
 ) -> tuple[list[LinearDependence], list[Value], float | None] | None:
-    """Linear maps from a state back to the one before it, the norms and activations between these maps, and the scale.
-
-    Parameters
-    ----------
-    before, after : Value
-        The two states.
-
-    Returns
-    -------
-    tuple of (list of LinearDependence, list of Value, float or None), or None
-        None where the state is not carried from one to the other.
-    """
+    """Linear maps from the next state back to the one before, the functions between them, and the scale; depth first."""
     waiting: list[tuple[list[LinearDependence], list[Value]]] = [([LinearDependence(after, [before])], [])]
     while waiting:
         maps, functions = waiting.pop()
