@@ -54,7 +54,8 @@ class ParameterConstants:
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note an operation that took no value of the forward."""
         tensors = [at for at, each in enumerate(args) if isinstance(each, torch.Tensor)]
-        if len(tensors) != 1 or not isinstance(result, torch.Tensor) or not _is_vector(result):
+        others = any(isinstance(each, (torch.Tensor, list, tuple)) for each in kwargs.values())
+        if len(tensors) != 1 or others or not isinstance(result, torch.Tensor) or not _is_vector(result):
             return
         (position,) = tensors
         origin = self.origin(args[position])
