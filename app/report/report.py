@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
-        cards=cards_of,
+        cards=partial(cards_of, sent=True),
         counts=count_words,
         csv=to_csv,
         fact=_fact,

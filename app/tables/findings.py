@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,13 +19,15 @@ from depthscope.diagnostics import Finding, Severity
 NOTHING = "Nothing found: no metric crossed its threshold."
 
 
-def cards_of(reading: Reading) -> list[Card]:
+def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
     """The findings of a run as cards, with the experiment that would settle each, and its result once it was run.
 
     Parameters
     ----------
     reading : Reading
         One chain of one run.
+    sent : bool
+        Whether they are sent around: commands then name the file alone, not where it is on the machine that made them.
 
     Returns
     -------
@@ -32,7 +35,8 @@ def cards_of(reading: Reading) -> list[Card]:
     """
     from depthscope.diagnostics.experiments import experiment_for
 
-    target = shlex.quote(reading.path) if reading.path else "RUN"
+    path = Path(reading.path).name if sent else reading.path
+    target = shlex.quote(path) if path else "RUN"
     return [
         card_of(
             finding,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ CARD_SCHEMA = "depthscope.finding/1"
 
 MOST_LINES = 12
 """A card that is longer is not read."""
+
+WIDTH, LABELS = 100, 15
+"""Columns of a card where nothing says how many there are, and those of its labels."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,8 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
     )
 
 
-def card_lines(card: Card, *, width: int = 100) -> list[str]:
-    """A card as text of at most twelve lines.
+def card_lines(card: Card, *, width: int = WIDTH, shown: Callable[[str], str] = str) -> list[str]:
+    """A card as text of at most twelve lines; narrower ones have more.
 
     Parameters
     ----------
@@ -150,60 +154,82 @@ def card_lines(card: Card, *, width: int = 100) -> list[str]:
         Of `card_of`.
     width : int
         Columns.
+    shown : callable
+        Gives a text as the terminal can print it, such as `terminal.encodable`.
 
     Returns
     -------
     list of str
     """
     explained = f", follows from {card.follows}" if card.follows else ""
+    blocks = curve_blocks(card.finding)
     rows = [
         ("Where", f"{card.where}{explained}", 1),
-        ("Curve", f"{curve_blocks(card.finding)}  {card.curve}".strip(), 1),
-        ("Why", f"{card.why} {card.limit}".rstrip(), 5 - bool(card.unproven) - bool(card.curve)),
+        ("Curve", f"{blocks}  {card.curve}" if blocks else "", 1),
+        ("Why", f"{card.why} {card.limit}".rstrip(), 5 - bool(card.unproven) - bool(blocks)),
         ("Unproven", card.unproven, 1),
         ("Next", card.next, 3),
-        ("", card.experiment, 1),
         ("Result", card.result, 1),
     ]
-    lines = [f"{card.severity:<4}  {card.title}"]
+    lines = _wrapped(shown(f"{card.severity:<4}  {card.title}"), width, "", " " * 6)
     for label, text, most in rows:
         if text:
-            lines += _part(label, text, most, width)
+            room = math.ceil(most * (WIDTH - LABELS) / max(width - LABELS, 1))
+            lines += _part(label, shown(text), room, width, shown(" …"))
+        if label == "Next" and card.experiment:
+            lines += _command(shown(card.experiment), width)
     return lines
 
 
-def _part(label: str, text: str, most: int, width: int) -> list[str]:
+def _wrapped(words: str, width: int, first: str, later: str) -> list[str]:
+    return textwrap.wrap(
+        words,
+        width,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=width < WIDTH,
+        break_on_hyphens=False,
+    )
+
+
+def _part(label: str, text: str, most: int, width: int, more: str) -> list[str]:
     """One part of a card under its label; what does not fit into its lines is left out, whole sentences where possible."""
 
     def wrapped(words: str) -> list[str]:
-        return textwrap.wrap(
-            words,
-            width,
-            initial_indent=f"      {label:<9}",
-            subsequent_indent=" " * 15,
-            break_long_words=False,
-        )
+        return _wrapped(words, width, f"      {label:<9}", " " * LABELS)
 
     lines = wrapped(text)
     # Half a sentence may say the contrary of all of it; the rest is in `depthscope explain` and in the JSON.
     sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
     while len(lines) > most and len(sentences) > 1:
         sentences.pop()
-        lines = wrapped(f"{' '.join(sentences)} …")
+        lines = wrapped(" ".join(sentences) + more)
     if len(lines) > most:
-        lines = [*lines[: most - 1], f"{lines[most - 1][: width - 2].rstrip()} …"]
+        lines = [*lines[: most - 1], lines[most - 1][: width - len(more)].rstrip() + more]
     return lines
 
 
-def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
+def _command(command: str, width: int) -> list[str]:
+    """A command over as many lines as it needs, to copy as it stands: a word, such as a path, is never broken."""
+    lines: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        fits = lines and len(lines[-1]) + len(word) + 3 <= width
+        if fits or (lines and len(word) > width - LABELS):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(" " * LABELS + word)
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[str], str] = str) -> str:
     """Cards one below the other, with an empty line between them.
 
     Parameters
     ----------
     cards : iterable of Card
         In the order to print.
-    width : int
-        Columns.
+    width, shown
+        As `card_lines` takes them.
 
     Returns
     -------
@@ -214,9 +240,10 @@ def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
     parts = []
     for card in cards:
         if card.finding.about == "reading" and ABOUT_THE_READING not in parts:
-            parts.append(ABOUT_THE_READING)
-        parts.append("\n".join(card_lines(card, width=width)))
+            parts.append(shown(ABOUT_THE_READING))
+        parts.append("\n".join(card_lines(card, width=width, shown=shown)))
     graph = cause_lines([card.finding for card in cards])
     if graph:
-        parts.append("\n".join(["What follows from what", *(f"      {line}" for line in graph)]))
+        lines = [_wrapped(shown(line), width, " " * 6, " " * 12) for line in graph]
+        parts.append("\n".join(["What follows from what", *(part for line in lines for part in line)]))
     return "\n\n".join(parts)

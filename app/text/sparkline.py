@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,9 @@ MOST_BLOCKS, MOST_POINTS = 28, 240
 WIDTH, HEIGHT, MARGIN = 240, 40, 3
 """Of the SVG, in its own units."""
 
+ROUNDING = 1e-12
+"""Of a number near 1, in float64 after some sums."""
+
 DECADES = 1.5
 """From so many powers of ten on the curve is drawn over logarithms: a gain of 1000 would hide all others."""
 
@@ -41,16 +45,14 @@ def curve_words(finding: Finding) -> str:
     str
         Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
     """
-    values = _values(finding)
-    if values is None:
+    curve = _curve(finding)
+    if curve is None:
         return ""
-    known = values[np.isfinite(values)]
-    missing = len(values) - len(known)
-    side = "above" if finding.above else "below"
-    words = (
-        f"{finding.axis} 0–{len(values) - 1}: {number(float(known.min()))} to {number(float(known.max()))}, "
-        f"worse {side} {number(finding.threshold)}"
-    )
+    missing = len(curve.values) - len(curve.known)
+    side = "above" if curve.above else "below"
+    low, high = (number(float(end)) for end in (curve.known.min(), curve.known.max()))
+    reach = f"{low} throughout" if curve.is_flat else f"{curve.of}{low} to {high}"
+    words = f"{finding.axis} 0–{len(curve.values) - 1}: {reach}, worse {side} {number(curve.limit)}"
     return f"{words}; {missing} undefined" if missing else words
 
 
@@ -65,12 +67,12 @@ def curve_blocks(finding: Finding) -> str:
     Returns
     -------
     str
-        At most `MOST_BLOCKS` characters; empty where the verdict judged a single number.
+        At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
     """
-    values = _values(finding)
-    if values is None:
+    curve = _curve(finding)
+    if curve is None or curve.is_flat:
         return ""
-    heights = _heights(_worst_of_parts(values, MOST_BLOCKS, finding.above), finding.threshold)[0]
+    heights = _heights(_worst_of_parts(curve.values, MOST_BLOCKS, curve.above), curve.limit)[0]
     return "".join(
         UNDEFINED_BLOCK if math.isnan(height) else BLOCKS[min(int(height * len(BLOCKS)), len(BLOCKS) - 1)]
         for height in heights
@@ -92,25 +94,25 @@ def curve_svg(finding: Finding) -> Markup:
     """
     from markupsafe import Markup
 
-    values = _values(finding)
-    if values is None:
+    curve = _curve(finding)
+    if curve is None:
         return Markup()
-    drawn = _worst_of_parts(values, MOST_POINTS, finding.above)
-    heights, limit = _heights(drawn, finding.threshold)
+    drawn = _worst_of_parts(curve.values, MOST_POINTS, curve.above)
+    heights, limit = _heights(drawn, curve.limit)
     x = np.linspace(MARGIN, WIDTH - MARGIN, len(drawn))
     y = _down(heights)
     shade = ""
     if limit is not None:
         edge = float(_down(np.array([limit]))[0])
-        top, bottom = (0.0, edge) if finding.above else (edge, float(HEIGHT))
+        top, bottom = (0.0, edge) if curve.above else (edge, float(HEIGHT))
         shade = (
             f'<rect class="worse" x="0" y="{top:.1f}" width="{WIDTH}" height="{bottom - top:.1f}"/>'
             f'<line class="limit" x1="0" x2="{WIDTH}" y1="{edge:.1f}" y2="{edge:.1f}"/>'
         )
     # Half a position on both sides: a finding at one position has a width too.
-    scale, half = (WIDTH - 2 * MARGIN) / (len(values) - 1), 0.4
+    scale, half = (WIDTH - 2 * MARGIN) / (len(curve.values) - 1), 0.4
     start = MARGIN + scale * max(finding.first - half, 0)
-    end = MARGIN + scale * min(finding.last + half, len(values) - 1)
+    end = MARGIN + scale * min(finding.last + half, len(curve.values) - 1)
     place = f'<line class="place" x1="{start:.1f}" x2="{end:.1f}" y1="{HEIGHT - 1}" y2="{HEIGHT - 1}"/>'
     return Markup(
         '<svg class="curve {}" xmlns="http://www.w3.org/2000/svg" role="img" '
@@ -128,10 +130,36 @@ def curve_svg(finding: Finding) -> Markup:
     )
 
 
-def _values(finding: Finding) -> np.ndarray | None:
-    """The numbers of a curve; None where there are not two that are known."""
-    values = np.asarray(finding.profile, dtype=np.float64)
-    return values if np.isfinite(values).sum() > 1 else None
+@dataclass(frozen=True)
+class _Curve:
+    """What is drawn: the numbers that were judged, or how far they are from 1."""
+
+    values: np.ndarray
+    limit: float
+    above: bool
+    of: str = ""
+
+    @property
+    def known(self) -> np.ndarray:
+        """The numbers that are defined."""
+        return self.values[np.isfinite(self.values)]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all numbers read the same."""
+        return len({number(float(value)) for value in self.known}) == 1
+
+
+def _curve(finding: Finding) -> _Curve | None:
+    """The curve of a finding; None where there are not two numbers that are known."""
+    plain = _Curve(np.asarray(finding.profile, dtype=np.float64), finding.threshold, finding.above)
+    if len(plain.known) < 2:
+        return None
+    # Cosines and similarities may all read 1.00: what differs is their distance from 1, unless that is rounding.
+    distance = _Curve(1.0 - plain.values, 1.0 - plain.limit, not plain.above, "1 − x from ")
+    near = plain.is_flat and number(float(plain.known[0])) == number(1.0)
+    differs = near and not distance.is_flat and np.abs(distance.known).max() > ROUNDING
+    return distance if differs else plain
 
 
 def _worst_of_parts(values: np.ndarray, most: int, above: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,16 @@ from depthscope.app.text.visible import visible
 
 SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
 """rich's style of a line that begins with a severity."""
+
+LEAST_COLUMNS = 40
+"""A narrower terminal wraps by itself: below, a card has more lines than anybody reads."""
+
+ASCII = dict(zip("▁▂▃▄▅▆▇█·–—−×…└σπλαβγκχρτΔ√≤≥≈→°±²³₁₂‖’‘“”«»", (
+    "_", ",", "-", "~", "=", "+", "*", "#", ".", "-", "-", "-", "x", "...", "`-", "sigma", "pi", "lambda", "alpha", "beta",
+    "gamma", "kappa", "chi", "rho", "tau", "Delta", "sqrt", "<=", ">=", "~", "->", " deg", "+-", "^2", "^3", "_1", "_2", "|",
+    "'", "'", '"', '"', '"', '"',
+), strict=True))  # fmt: skip
+"""What is printed for a sign of ours that the encoding of the terminal lacks."""
 
 QUIET_SECONDS = 3.0
 """Seconds of work after which a log is told what goes on. A heuristic of ours: a damaged run is refused in less."""
@@ -85,6 +96,19 @@ def command_line(*words: str | Path) -> str:
     return shlex.join(["depthscope", *plain])
 
 
+def columns(most: int = 100) -> int:
+    """How many columns text may take: those of the terminal (or of COLUMNS) up to ``most``; as many where there is none."""
+    return max(LEAST_COLUMNS, min(most, shutil.get_terminal_size((most, 24)).columns))
+
+
+def encodable(text: str) -> str:
+    """Text with ASCII for the blocks and signs of ours that the encoding of stdout lacks; others become escapes in print."""
+    encoding = sys.stdout.encoding or "utf-8"
+    if text.encode(encoding, "ignore").decode(encoding) == text:
+        return text
+    return "".join(sign if sign.encode(encoding, "ignore") else ASCII.get(sign, sign) for sign in text)
+
+
 def say(text: str = "") -> None:
     """Print text for people on stdout; severities are coloured on a terminal.
 
@@ -94,7 +118,7 @@ def say(text: str = "") -> None:
         Plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody else
         goes through `printable` before it becomes part of the text.
     """
-    text = printable(text, lines=True)
+    text = encodable(printable(text, lines=True))
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return

@@ -374,13 +374,19 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
     ranked = np.sort(sizes.values, axis=1)
     # Beside the median of the others: of two streams, the other one.
-    others = np.median(ranked[:, :-1], axis=1)
-    ratio = sizes.isel(stream=0, drop=True).copy(data=ranked[:, -1] / np.where(others > 0, others, np.nan))
+    loudest, others = ranked[:, -1], np.median(ranked[:, :-1], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = loudest / others  # infinite where the others are zero, undefined where all are
+    # Streams may begin as zeros, which the first connections fill.
+    values[:1] = np.where(others[:1] > 0, values[:1], np.nan)
+    ratio = sizes.isel(stream=0, drop=True).copy(data=values)
     if ratio.isnull().all():
         return
-    at = int(np.nanargmax(ratio.values))
+    at = int(np.nanargmax(values))
     name = str(streams[int(np.argmax(sizes.values[at]))])
-    yield Profile(ratio, f"the size of stream {name}, relative to the median of the others, is", stream=name)
+    words = f"the size of stream {name}, relative to the median of the others, is"
+    note = "" if np.isfinite(values[at]) else "The median of the others is zero."
+    yield Profile(ratio, words, stream=name, note=note)
 
 
 @verdict(

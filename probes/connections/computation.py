@@ -181,8 +181,8 @@ class ComputedForward:
         In order.
     reductions : sequence of Reduction
         Normalisations and sums of small tensors.
-    parameters : frozenset of int
-        Numbers of the model's parameters in the trace.
+    parameters : mapping of int to Tensor
+        The model's parameters, by their numbers in the trace.
     outputs : list of Tensor
         What the model returned.
     batch_size, tokens : int
@@ -204,7 +204,7 @@ class ComputedForward:
     trace: Trace
     values: Sequence[ComputedValue]
     reductions: Sequence[Reduction]
-    parameters: frozenset[int]
+    parameters: Mapping[int, torch.Tensor]
     outputs: list[torch.Tensor]
     batch_size: int
     tokens: int
@@ -246,14 +246,16 @@ class ComputedForward:
         return flat[spread(len(flat), COMPARED).to(flat.device)].double().cpu()
 
     def states(self, x: torch.Tensor) -> list[ComputedValue]:
-        """Every value that is this state, (K, T, N, D) of the sampled sequences."""
+        """Every value that is this state, (K, T, N, D) of the sampled sequences; those with the very same numbers, if any."""
         wanted = self._few(x)
         limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        return [
-            value
+        apart = [
+            (value, float((few - wanted).abs().max()))
             for value, few in self._states
-            if len(few) == len(wanted) and (few - wanted).abs().max() <= limit
+            if len(few) == len(wanted)
         ]
+        # After an explosion the next states differ by less than a rounding of the largest number.
+        return [value for value, gap in apart if gap == 0] or [value for value, gap in apart if gap <= limit]
 
     def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
@@ -319,12 +321,12 @@ class ComputedForward:
             known = self._firsts[id(wanted)] = wanted[0, 0].flatten().tolist(), wanted
         return known[0]
 
-    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
-        """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor."""
+    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float | None]:
+        """The largest gradients of a random combination of the outputs; None where autograd has no path to a tensor."""
         generator = torch.Generator().manual_seed(0)
         carrying = [output for output in self.outputs if output.requires_grad]
         wanted = [position for position, tensor in enumerate(tensors) if tensor.requires_grad]
-        found = [0.0] * len(tensors)
+        found: list[float | None] = [None] * len(tensors)
         if not carrying or not wanted:
             return found
         total = torch.stack(
@@ -337,7 +339,7 @@ class ComputedForward:
             total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True
         )
         for position, gradient in zip(wanted, gradients, strict=True):
-            found[position] = 0.0 if gradient is None else float(gradient.abs().max())
+            found[position] = None if gradient is None else float(gradient.abs().max())
         return found
 
 
@@ -349,9 +351,9 @@ class Origin:
     ----------
     learned : bool
         Whether the matrix was computed from parameters.
-    gradients : tuple of float, optional
-        The largest gradient of the matrix's logits, and of the write weights, for a random combination of the model's outputs.
-        Known where the matrix is uniform, or carries no gradient.
+    gradients : tuple of (float or None, float), optional
+        The largest gradient of the matrix's logits, and of the write weights, for a random combination of the model's outputs;
+        None where autograd has no path to the logits. Known where the matrix is uniform, or some copy of it has no graph.
     other_states : mapping of str to tuple of int
         By weights (H_res, H_pre, H_post): at which connections the states are that they were computed from though they are
         not this connection's own; −1 for the model's input.
@@ -379,7 +381,7 @@ class Origin:
     """
 
     learned: bool = False
-    gradients: tuple[float, float] | None = None
+    gradients: tuple[float | None, float] | None = None
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
     later: bool = False
@@ -420,11 +422,25 @@ def trace_origins(search: Search) -> list[Origin]:
     numbers = range(len(search.applied))
     origins = [search.origin(number) for number in numbers]
     # One backward for all of them, and none where every matrix carries a gradient and is not uniform.
-    pairs = {number: pair for number in numbers if (pair := search.doubtful(number)) is not None}
-    sizes = search.forward.gradients([tensor for pair in pairs.values() for tensor in pair]) if pairs else []
-    for number, found in zip(pairs, zip(sizes[::2], sizes[1::2], strict=True), strict=True):
-        origins[number] = replace(origins[number], gradients=found)
+    asked = {number: found for number in numbers if (found := search.doubtful(number)) is not None}
+    tensors = [tensor for logits, write in asked.values() for tensor in (*logits, write)]
+    sizes = iter(search.forward.gradients(tensors) if tensors else [])
+    for number, (logits, _) in asked.items():
+        known = [size for _ in logits if (size := next(sizes)) is not None]
+        write = next(sizes)
+        # Without a path to either, such as where the model itself turns gradients off, nothing is known.
+        gradients = None if write is None else (max(known, default=None), write)
+        origins[number] = replace(origins[number], gradients=gradients)
     return origins
+
+
+def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """The values of each state together with those of all states that it shares some with, which may be any of them."""
+    groups: list[frozenset[int]] = []
+    for own in states:
+        shared = [group for group in groups if group & own]
+        groups = [group for group in groups if group not in shared] + [own.union(*shared)]
+    return [next((group for group in groups if group & own), own) for own in states]
 
 
 class Search:
@@ -447,7 +463,7 @@ class Search:
         self.forward = forward
         self.applied = applied
         self.states = [forward.states(each.x_in) for each in applied]
-        self.numbers = [frozenset(value.number for value in found) for found in self.states]
+        self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
         self.every = frozenset[int]().union(*self.numbers)
         self.found: list[dict[str, list[ComputedValue]]] = [
             self._find(number) for number in range(len(applied))
@@ -490,7 +506,7 @@ class Search:
         first = [v.number for v in self.squares(number, (0, window[1])) if v.number in behind]
         chain = self.forward.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         return Origin(
-            learned=bool(behind & self.forward.parameters),
+            learned=bool(behind & self.forward.parameters.keys()),
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
             other_tokens=share,
             later=later,
@@ -588,12 +604,11 @@ class Search:
         start = [value for value in values if value.number not in self.every][:1]
         reached = self.behind(start)
         own = self.numbers[number]
-        # States with the same values, as where a connection changes nothing, are not told apart.
         others = [at for at, of in enumerate(self.numbers) if at != number and reached & (of - own)]
         if others or not number or reached & own:
             return tuple(others)
         # Without any state behind them they may come from parameters alone, or from the model's input.
-        inputs = {n for n in reached if not self.forward.trace.parents[n]} - self.forward.parameters
+        inputs = {n for n in reached if not self.forward.trace.parents[n]} - self.forward.parameters.keys()
         return (-1,) if inputs else ()
 
     def _other_tokens(self, number: int) -> tuple[float, bool]:
@@ -641,13 +656,15 @@ class Search:
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
         if behind & branch:
             return None
-        if not behind & forward.parameters:
+        if not behind & forward.parameters.keys():
             return None
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
         # weights in one tensor. The gradient tells these apart.
         earlier = [v for v in self.squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
         used = [v for v in earlier if v.number in behind and v.number in forward.used]
-        if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
+        if used and not (
+            used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor])[0] in (0.0, None)
+        ):
             return None
         matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
         if matrix is None:
@@ -678,15 +695,15 @@ class Search:
                     return float(ratio.mean())
         return None
 
-    def doubtful(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def doubtful(self, number: int) -> tuple[Sequence[torch.Tensor], torch.Tensor] | None:
         """The logits and the write weights of a connection whose matrix may not learn."""
         found, matrix = self.found[number], self.applied[number].mix
         mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
         window = self._window(number)
         if not mix or not write or window is None:
             return None
-        behind = self.behind(mix[:1])
-        if not behind & self.forward.parameters:
+        parameters = self.behind(mix[:1]) & self.forward.parameters.keys()
+        if not parameters:
             return None
         size = mix[0].tensor.numel()
         # A copy that a log keeps is not used, and may carry none.
@@ -696,5 +713,10 @@ class Search:
         )
         if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
             return None
-        logits = next((v for v in self.squares(number, (0, window[1])) if v.number in behind), mix[0])
-        return logits.tensor, write[-1].tensor
+        # An autograd function computes without a graph inside, and its result has one.
+        behind = self.behind(mix)
+        squares = (v for v in self.squares(number, (0, window[1])) if v.number in behind)
+        logits = next((v.tensor for v in squares if v.tensor.requires_grad), None)
+        # Where one function computes all of it, only the parameters tell whether there is a path.
+        of = [logits] if logits is not None else [self.forward.parameters[i] for i in sorted(parameters)]
+        return of, write[-1].tensor

@@ -433,13 +433,17 @@ def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
 
 def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
-    # Measured where H_res is uniform, or carries no gradient.
     measured = {
         i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients
     }
-    still = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
-    uniform = [i for i in still if _from_uniform(facts[i]) <= UNIFORM]
-    at = [i for i in still if i not in uniform]
+    # Where there is a path, a gradient of zero is algebra: rows that sum to 1 leave copies as they are, and a mean over the
+    # streams takes away what columns that sum to 1 did. Only where all are uniform does it stay so.
+    at = [i for i, (logits, _) in measured.items() if logits is None]
+    uniform = [
+        i
+        for i, (logits, write) in measured.items()
+        if logits is not None and logits < NO_GRADIENT * write and _from_uniform(facts[i]) <= UNIFORM
+    ]
     # The mean over streams takes away what the last mixing does, in every design: one connection is no finding.
     uniform = uniform if 2 * len(uniform) > len(measured) else []
     apart = max((_from_uniform(facts[i]) for i in uniform), default=0.0)
@@ -450,7 +454,7 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     severed = "the graph is cut before it is applied (detach, no_grad or .data)"
     for chosen, what, why in ((at, "computed from parameters", severed), (uniform, "uniform", alike)):
         if chosen:
-            logits, write = (max(measured[i][side] for i in chosen) for side in (0, 1))
+            logits, write = (max(measured[i][side] or 0.0 for i in chosen) for side in (0, 1))
             yield Remark(
                 "unlearnable_mixing",
                 f"H_res is {what} and its logits get no gradient {_places(facts, chosen)}: for a random combination of the "

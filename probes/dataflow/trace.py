@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
 from depthscope.probes.dataflow.known_modules import Notes, known_modules, runs_alone
 from depthscope.probes.dataflow.operations import PATCH, Rule, rule_of
+from depthscope.probes.dataflow.parameters import ParameterConstants
 from depthscope.probes.dataflow.values import NONE, Coefficient, Step, Value, carrier_of, times_written
 from depthscope.probes.model.hooks import without_frames
 
@@ -47,6 +48,8 @@ class Trace(TorchDispatchMode):
         Whether operations are those of the probe itself.
     error : Exception or None
         Why nothing was noted from some point on: the trace then proves nothing.
+    constants : ParameterConstants
+        What was computed from one parameter each, and from no value.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class Trace(TorchDispatchMode):
         self.on_value: Callable[[Value, torch.Tensor], None] | None = None
         # Called with every operation, what it took and what it gave; raises nothing.
         self.on_operation: Callable[[Any, Any, Any, Any], None] | None = None
+        self.constants = ParameterConstants()
         self.parents: list[tuple[int, ...]] = []
         self.calls: list[int] = []  # of the values, by number
         self.most_merged: Value | None = None
@@ -101,11 +105,13 @@ class Trace(TorchDispatchMode):
         except Exception as error:  # the user's operation must run all the same
             self.error, operands = without_frames(error), []
         result = func(*args, **kwargs)
-        if operands:
-            try:
+        try:
+            if operands:
                 self._note(func, args, kwargs, (found, named, operands), result)
-            except Exception as error:
-                self.error = without_frames(error)
+            else:
+                self.constants.note(func, args, kwargs, result)
+        except Exception as error:
+            self.error = without_frames(error)
         if self.on_operation is not None:
             self.on_operation(func, args, kwargs, result)
         return result

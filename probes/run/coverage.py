@@ -112,7 +112,7 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
         why = NO_SUMS if selection.inside_blocks else NOT_REQUESTED
         yield Coverage(MID_NAME, "mid", "", -1, chain.name, 0, 0, why)
     if chain.final is None:
-        yield Coverage(FINAL_NAME, "final", "", -1, chain.name, 0, 0, "no norm takes the last state")
+        yield Coverage(FINAL_NAME, "final", "", -1, chain.name, 0, 0, chain.without_final)
     else:
         times = count if (number, FINAL) in captured else 0
         why = "" if (number, FINAL) in captured else NOT_REQUESTED

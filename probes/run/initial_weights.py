@@ -6,68 +6,81 @@ not been trained yet then holds one representation in all layers. Only the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.probes.structure.branch_scales import BranchScale
+from depthscope.probes.structure.chain import Chain
+
 # Weights of a norm begin at 1, and move by about the learning rate in a step: within 0.3 of 1 a network is young, after a
 # hundred steps or so. This project.
 YOUNG = 0.3
-# A factor of a branch below this is small: LayerScale begins between 1e-6 and 0.1, ReZero at 0. This project.
+# A scale of a branch below this is small: LayerScale begins between 1e-6 and 0.1, ReZero at 0. This project.
 SMALL_FACTOR = 0.2
 # Times the root of the fan-in, the size of an output for an input of size 1: 1 or so keeps the size, 0.16 is that of weights
 # of standard deviation 0.02 and width 64. This project.
 SMALL_GAIN = 0.35
+# The matrices of one name in all blocks are drawn alike, or smaller by the root of the depth at most: about 10. This project.
+OUT_OF_LINE = 30.0
+SAMPLED = 4096  # numbers of a matrix that tell its size
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
-def start_facts(model: nn.Module, blocks: Iterable[str], *, plain: bool = True) -> dict[str, Any]:
+def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
     """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
     Parameters
     ----------
     model : Module
         The model.
-    blocks : iterable of str
-        Paths of the blocks of one chain.
-    plain : bool
-        Whether it has one stream: connections of several have small factors of their own, which scale no branch.
+    chain : Chain
+        One of its chains.
 
     Returns
     -------
     dict
         Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the largest
-        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence.
+        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the matrices of
+        one block are far larger than those of the others.
     """
     with torch.no_grad():
         # A block may have been taken out since it was measured, such as by layer drop of the user's own.
         known = dict(model.named_modules())
-        modules = [known[path] for path in blocks if path in known]
+        modules = [known[path] for path in chain.blocks if path in known]
         by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
+            return {}
+        # A block that was drawn many times as large as the others is no start by construction, whatever else is.
+        if _out_of_line(modules):
             return {}
         of_blocks = [p for block in by_block for p in block]
         facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
         moved = _distance_from_one(of_blocks)
         if moved is not None:
             facts["norms_moved"] = moved
-        # Without norms nothing tells the age: its factors are small today.
-        if plain and (moved is None or moved <= YOUNG):
-            why = _small_by_construction(model, modules, by_block, moved)
+        # Connections of several streams have small factors of their own. Without norms nothing tells the age.
+        if not chain.has_streams and (moved is None or moved <= YOUNG):
+            why = _small_by_construction(model, by_block, chain.scales, moved)
             facts |= {"small_start": why} if why else {}
         return facts
 
 
 def _small_by_construction(
-    model: nn.Module, modules: list[nn.Module], by_block: list[list[nn.Parameter]], moved: float | None
+    model: nn.Module,
+    by_block: list[list[nn.Parameter]],
+    scales: Iterable[Sequence[BranchScale]],
+    moved: float | None,
 ) -> str:
-    factors = [_smallest_factor(module) for module in modules]
-    known = [factor for factor in factors if factor is not None]
-    if len(known) == len(factors):
+    largest = _largest_scale(model, scales)
+    if largest is not None and largest < SMALL_FACTOR:
         age = "" if moved is None else f", and its norms are within {moved:.2g} of 1"
-        return f"every block multiplies a branch by at most {max(known):.2g}{age}"
+        return f"every branch is multiplied by a learned scale of at most {largest:.2g}{age}"
     if moved == 0.0 and _drawn_small(model, by_block):
         return "all weights were drawn small, and its norms are 1"
     return ""
@@ -82,6 +95,17 @@ def _is_readable(parameter: nn.Parameter) -> bool:
         and parameter.layout == torch.strided
         and parameter.numel() > 0
     )
+
+
+def _out_of_line(modules: Sequence[nn.Module]) -> bool:
+    """Whether a matrix of some block is far larger than those of the same name in the other blocks."""
+    sizes: dict[str, list[float]] = defaultdict(list)
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if _is_readable(parameter) and parameter.ndim > 1:
+                some = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)]
+                sizes[name].append(_root_mean_square(some))
+    return any(max(of) > OUT_OF_LINE * statistics.median(of) > 0 for of in sizes.values() if len(of) > 2)
 
 
 # Vectors of fewer numbers may be weights of streams, which begin at anything.
@@ -130,37 +154,23 @@ def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     return distances[len(distances) // 2] if distances else None
 
 
-def _smallest_factor(block: nn.Module) -> float | None:
-    """The size of a parameter that multiplies a branch by little: one number, a vector of its own, or a matrix of zeros."""
-    small = []
-    for part in block.modules():
-        own = [p for p in part.parameters(recurse=False) if _is_readable(p)]
-        # A vector beside a matrix of as many rows, or beside a weight of a norm, is a bias, which multiplies nothing.
-        added = {p.shape[0] for p in own if p.ndim > 1 and not _is_vector(p)}
-        normed = any(
-            _is_vector(p) and p.numel() > 1 and abs(float(p.float().mean()) - 1.0) < 0.5 for p in own
-        )
-        for parameter in own:
-            if _is_vector(parameter):
-                multiplies = parameter.numel() == 1 or not (normed or parameter.numel() in added)
-            else:
-                # It is read whole only where it begins with a zero: all of a large model's would take seconds.
-                multiplies = float(parameter.reshape(-1)[0]) == 0.0 and not bool(parameter.any())
-            if multiplies and (size := _root_mean_square(parameter)) < SMALL_FACTOR:
-                small.append(size)
-    return min(small, default=None)
-
-
-def _is_vector(parameter: nn.Parameter) -> bool:
-    """Whether it is a vector, also one of the shape (C, 1, 1)."""
-    return parameter.numel() == max(parameter.shape, default=1)
+def _largest_scale(model: nn.Module, scales: Iterable[Sequence[BranchScale]]) -> float | None:
+    """The root mean square of what multiplies a branch, of the branch with the largest one; None where one has none."""
+    sizes = []
+    for factors in scales:
+        values = [factor.value(model) for factor in factors]
+        if not values or any(value is None for value in values):
+            return None
+        sizes.append(math.prod(_root_mean_square(value) for value in values if value is not None))
+    return max(sizes, default=None)
 
 
 def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
     """Whether all matrices have about the same size, and those of the blocks one that makes any output small."""
     sizes = [_root_mean_square(p) for p in model.parameters() if _is_readable(p) and p.ndim > 1]
     gains = [
-        _root_mean_square(p) * (p.numel() / p.shape[0]) ** 0.5
+        # Linear stores its outputs first, and Conv1D of transformers its inputs: the larger count is the safe one.
+        _root_mean_square(p) * max(p.numel() / p.shape[0], p.shape[0]) ** 0.5
         for block in by_block
         for p in block
         if p.ndim > 1
@@ -168,5 +178,5 @@ def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
     return bool(gains) and max(gains) < SMALL_GAIN and max(sizes) < SAME_SCALE * min(sizes)
 
 
-def _root_mean_square(parameter: nn.Parameter) -> float:
+def _root_mean_square(parameter: torch.Tensor) -> float:
     return float(parameter.float().square().mean().sqrt())

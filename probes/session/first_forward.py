@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
+from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
@@ -311,6 +313,7 @@ def find_structure(
     if not sites:  # a known connection tells its own layout
         for chain, layout in zip(chains, layouts, strict=True):
             _require_all_sequences(chain.shapes[0], layout, forward.batch_size, named_streams)
+    chains = tuple([replace(chain, scales=branch_scales(tape, chain, model)) for chain in chains])
     options.selection.require(chains)  # only now is it known which sites the model has
     if shards is not None:
         _require_plain_tokens(chains, layouts, sites)

@@ -92,9 +92,7 @@ def follow(
         trace=trace,
         values=computation.values,
         reductions=computation.reductions,
-        parameters=frozenset(
-            value.number for weight in weights if (value := trace.value(weight)) is not None
-        ),
+        parameters={value.number: weight for weight in weights if (value := trace.value(weight)) is not None},
         outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
         batch_size=batch_size,
         tokens=tokens,

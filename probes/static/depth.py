@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ OPEN_READ = "which read is applied here depends on a sub-block whose connection 
 
 
 def applied_reads(
-    connections: Sequence[StaticConnection],
+    connections: Sequence[StaticConnection], lacking: Collection[str] = ()
 ) -> tuple[list[StaticConnection], list[StaticConnection]]:
     """Connections with the reads that are applied at them, where the sub-block before computes them.
 
@@ -26,6 +26,8 @@ def applied_reads(
     ----------
     connections : sequence of StaticConnection
         In the order of depth, with the reads that they compute.
+    lacking : collection of str
+        Chains some of whose connections are in files that are not there.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def applied_reads(
         first = _first_read(members) if chain == main else None
         reads = [first, *(one.h_pre for one in members[:-1])]
         # With a gap, the sub-block before is not the one that is listed before.
-        whole = not missing_places(members)
+        whole = chain not in lacking and not missing_places(members)
         for one, read in zip(members, reads, strict=True):
             kept = read if whole else None
             note = one.note if kept is not None else f"{one.note}; {OPEN_READ}".removeprefix("; ")
@@ -57,7 +59,9 @@ def applied_reads(
         last, family="head", branch="head", h_res=None, h_post=None, logits=None, sinkhorn={}, mixing=None, biases={},
         note=COLLAPSE, parameters=(), gates={}, read_lag=0, constraint="",
     )  # fmt: skip
-    return [shifted.get(id(one), one) for one in connections], [head] if last.h_pre is not None else []
+    return [shifted.get(id(one), one) for one in connections], [
+        head
+    ] if last.h_pre is not None and main not in lacking else []
 
 
 def _first_read(members: Sequence[StaticConnection]) -> np.ndarray | None:

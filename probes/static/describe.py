@@ -79,7 +79,8 @@ def describe_weights(
     ----------
     path : str or Path
         A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
-        or an index. Shards that contain no connection may be missing.
+        or an index. Shards may be missing: the connections in them are left out, and
+        ``warnings`` names the shards.
     dialect_file : str or Path, optional
         A TOML file with your own rows: how your checkpoint names its connections and what they compute (docs/dialects.md).
     as_dialect : str, optional
@@ -94,8 +95,8 @@ def describe_weights(
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, torn or of another format, lacks a shard that contains a connection, is of an unknown
-        model type and has the names of a known one, or if a row of the file is malformed.
+        If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, is of an
+        unknown model type and has the names of a known one, or if a row of the file is malformed.
     """
     path = given_path(path)
     rows = (*(read_dialects(dialect_file) if dialect_file is not None else ()), *known_dialects())
@@ -105,14 +106,15 @@ def describe_weights(
         config = _configuration(path if path.is_dir() else path.parent)
     found = recognise(inventory.tensors, rows, Context(config, as_dialect or ""))
     everything = (*found.connections, *found.heads)
-    _require_no_absent_connection(path, inventory, everything)
+    absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
     values = read_values(tensor for one in everything for tensor in _read_tensors(one).values())
     described = [_connection(one, values, settings[one.dialect], inventory, config) for one in everything]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
-    connections, collapse = applied_reads(described[: len(found.connections)])
-    broken = {place_of(one.name).chain for one in found.unrecognised}
+    lacking = {place_of(name).chain for name in absent}
+    connections, collapse = applied_reads(described[: len(found.connections)], lacking)
+    broken = lacking | {place_of(one.name).chain for one in found.unrecognised}
     products = tuple(composites(connections, broken))
     shown = {name: value for each in settings.values() for name, value in each.shown.items()}
     return StaticDescription(
@@ -131,7 +133,10 @@ def describe_weights(
         connections=tuple(connections),
         heads=(*described[len(found.connections) :], *collapse),
         composites=products,
-        warnings=tuple(remarks(connections, products, _first_number(config, *STREAM_SETTINGS))),
+        warnings=(
+            *_absence(absent),
+            *remarks(connections, products, _first_number(config, *STREAM_SETTINGS)),
+        ),
         looked_for=tuple(row.looked_for for row in rows if not row.head),
         unrecognised=found.unrecognised,
     )
@@ -140,20 +145,31 @@ def describe_weights(
 # --- the files
 
 
-def _require_no_absent_connection(path: Path, inventory: Inventory, found: Sequence[Found]) -> None:
-    """Refuse where a missing shard contains a tensor that is named like a connection's, but for the numbers."""
-    if not inventory.absent:
-        return
+def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]) -> dict[str, str]:
+    """The files of the tensors in missing shards that are named like a recognised connection's, but for the numbers.
+
+    Where no connection was found at all, every missing shard may contain one, which is refused.
+    """
+    if inventory.absent and not found:
+        files = sorted(set(inventory.absent.values()))
+        listed = ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
+        raise CheckpointError(
+            f"'{path}': shards that may hold connections (none is in the others) and are not there: {listed}; complete the "
+            "download"
+        )
     kinds = {_without_numbers(name) for one in found for name in one.candidate.tensors}
-    # where no connection was found at all, every missing shard may contain one
-    lacking = sorted(
-        {file for name, file in inventory.absent.items() if _without_numbers(name) in kinds or not found}
-    )
-    if not lacking:
-        return
-    listed = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
-    what = "hold connections and are" if found else "may hold connections (none is in the others) and are"
-    raise CheckpointError(f"'{path}': shards that {what} not there: {listed}; complete the download")
+    return {name: file for name, file in inventory.absent.items() if _without_numbers(name) in kinds}
+
+
+def _absence(absent: Mapping[str, str]) -> list[str]:
+    if not absent:
+        return []
+    files = sorted(set(absent.values()))
+    listed = ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
+    return [
+        f"{len(absent)} tensors of connections are in shards that are not there ({listed}): their connections are left out, "
+        "and nothing is said of products over their chain; complete the download"
+    ]
 
 
 def _without_numbers(name: str) -> str:
@@ -195,12 +211,12 @@ def _connection(
         chain=place.chain,
         layer=place.layer,
         branch=place.branch,
-        family=row.family,
+        family=" or ".join(dict.fromkeys(each.family for each in (row, *found.rivals))),
         style=row.style,
         streams=found.streams,
         fractions=found.fractions,
         width=found.width,
-        constrained=row.doubly_stochastic,
+        constrained=all(each.doubly_stochastic for each in (row, *found.rivals)),
         learns_mixing=row.learns_mixing,
         composes=row.composes,
         parameters=tuple(_parameters(found)),
@@ -216,7 +232,7 @@ def _connection(
         if weights.res is None
         else constraint_of([weights.res], weights.sinkhorn.get("floor", 0.0)),
         note="; ".join(filter(None, (found.withheld, *found.notes, *settings.notes))),
-        dialect=row.name,
+        dialect=" or ".join(each.name for each in (row, *found.rivals)),
         read_lag=found.read_lag,
         unused=tuple(sorted(tensor.name for tensor in candidate.unused)),
         depth=None

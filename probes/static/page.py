@@ -72,11 +72,9 @@ def heading(found: StaticDescription) -> str:
     absent = f", {len(found.absent_files)} of them not there" if found.absent_files else ""
     name = found.checkpoint + (f" ({found.model_type})" if found.model_type else "")
     if not found.connections:
+        none = "no stream connection that a dialect knows" if found.unrecognised else "no stream connection"
         return "\n".join(
-            [
-                f"{name}: no stream connection in {found.num_tensors} tensors of {files}{absent}",
-                *_why_none(found),
-            ]
+            [f"{name}: {none} in {found.num_tensors} tensors of {files}{absent}", *_why_none(found)]
         )
     lines = [
         f"{name}: {', '.join(_connection_kinds(found.connections))}",

@@ -44,6 +44,8 @@ class Found:
         Why no weights are given; empty where they are.
     notes : tuple of str
         What was assumed.
+    rivals : tuple of Dialect
+        Other rows that fit as well and compute something else.
     """
 
     candidate: Candidate
@@ -51,6 +53,7 @@ class Found:
     read_lag: int | None
     withheld: str = ""
     notes: tuple[str, ...] = ()
+    rivals: tuple[Dialect, ...] = ()
 
     @property
     def dialect(self) -> Dialect:
@@ -279,7 +282,9 @@ def _decided(rivals: Sequence[Candidate], known: Sizes, *, with_head: bool) -> F
     note = (first.dialect.note,) if first.dialect.note else ()
     if len(kinds) > 1:
         agreed = sizes if all(each == sizes for _, each in options) else None
-        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes))
+        others = dict.fromkeys(each.dialect for each, _ in options)
+        rows = tuple(row for row in others if row is not first.dialect)
+        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes), rows)
     lags = {one.dialect.read_lag for one, _ in options}
     lag: int | None = first.dialect.read_lag
     if len(lags) > 1:

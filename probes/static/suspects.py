@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -91,6 +92,7 @@ def unrecognised(
         for extra in extra_tensors(one, names)
     }
     suspects = {name for group in names.alike for name in _suspects(group, names.tensors, modules, width)}
+    suspects.update(_projections(names))
     for one in sorted(misfits, key=lambda one: len(one.roles)):
         reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
     for name in sorted((suspects | reasons.keys()) - owned):
@@ -110,6 +112,33 @@ def _suspects(
             _has_shape(tensors[name].shape, width) and not HARMLESS.search(name)
         ):
             yield name
+
+
+def _projections(names: Names) -> Iterator[str]:
+    """Matrices of one module from n·D to n, n² or n (n + 2) numbers next to an n × n matrix, whatever they are called."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in names.tensors.items():
+        if len(tensor.shape) > 1 and not HARMLESS.search(name):
+            module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
+            # Those of all layers may be in a list next to one bias for all of them.
+            modules[module.rpartition(".")[0] if leaf.isdigit() else module].append(name)
+    for members in modules.values():
+        sides = {name: _matrix(names.tensors[name].shape) for name in members}
+        for n in {few for few, many in sides.values() if few == many and 1 < few <= MOST_STREAMS}:
+            found = [name for name, (few, many) in sides.items() if _projects(few, many, n)]
+            # A layer with n outputs alone is next to n heads that are mixed, as in talking heads.
+            if any(sides[name][0] > n for name in found):
+                yield from (*found, *(name for name in members if sides[name] == (n, n)))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The smaller and the larger of the last two sizes, without axes of size one."""
+    sizes = [size for size in shape if size != 1][-2:]
+    return (min(sizes), max(sizes)) if len(sizes) == 2 else (0, 0)
+
+
+def _projects(outputs: int, inputs: int, n: int) -> bool:
+    return outputs in (n, n * n, n * (n + 2)) and inputs % n == 0 and inputs // n > n
 
 
 def _has_words(name: str, modules: AbstractSet[str]) -> bool:

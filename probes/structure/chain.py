@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
+NO_FINAL_NORM = "no norm takes the last state"
 DEPTH = "depth"  # the style of a branch that reads a sum over depth
 
 
@@ -52,9 +53,11 @@ class Chain:
     block_class: str
     shapes: tuple[tuple[int, ...], ...]
     final: HookPoint | None = None  # after the last norm
+    without_final: str = NO_FINAL_NORM  # why there is none
     history: bool = False  # connected to earlier depths, not to streams
     family: str = ""  # of a chain with connections over depth
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
+    scales: tuple[Any, ...] = ()  # of each branch that a plain chain adds: the parameters that multiply it
 
     @property
     def has_streams(self) -> bool:

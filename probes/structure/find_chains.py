@@ -18,12 +18,13 @@ from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
+from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.history_chain import history_chain
 from depthscope.probes.structure.plain_proof import plain_step
 from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
-from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
+from depthscope.probes.structure.tape import Call, ChainError, Tape, same_tensor
 from depthscope.probes.structure.tracks import split_tracks
 from depthscope.probes.structure.value_chain import unchanged_origin
 
@@ -83,11 +84,11 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
 
 def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
     """The chain with the hook point after its last norm, where there is one."""
-    last = chain.points[-1]
-    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams)
+    norm, why = final_norm(tape, chain, streams)
     if norm is None:
-        return chain
-    return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))
+        return replace(chain, without_final=why)
+    layer = chain.points[-1].layer
+    return replace(chain, final=HookPoint(norm.path, norm.index, "output", layer, "final", norm.path))
 
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:

@@ -47,7 +47,7 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
         return "the state is one and the same value before and after: no block changes it"
     if not trace.depends(after, before):
         return "the next state is not computed from the one before"
-    path = _path(before, after)
+    path = plain_path(before, after)
     if path is None:
         return "the state is not carried on: the next one is computed from it by operations that are no sum with it"
     maps, functions, scale = path
@@ -74,7 +74,9 @@ def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[V
     )
 
 
-def _path(before: Value, after: Value) -> tuple[list[LinearDependence], list[Value], float | None] | None:
+def plain_path(
+    before: Value, after: Value
+) -> tuple[list[LinearDependence], list[Value], float | None] | None:
     """Linear maps from the next state back to the one before, the functions between them, and the scale; depth first."""
     waiting: list[tuple[list[LinearDependence], list[Value]]] = [([LinearDependence(after, [before])], [])]
     while waiting:

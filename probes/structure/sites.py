@@ -241,7 +241,7 @@ def _why_missing(chains: Sequence[Chain], request: Request) -> str:
     if request.state is not None:
         return f"the model has the hidden states 0 … {blocks}"
     if "final" in request.kinds:
-        return "no norm takes the last state"
+        return chains[-1].without_final
     if {"h_pre", "h_post", "h_res", "hc_in"} & set(request.kinds):
         return "the model has no stream connections of that kind"
     if request.kinds == ("mid",) and any(chain.connections for chain in chains):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -245,8 +244,8 @@ class Tape:
             call.output = output
             self._note_connection(call)
         self._note_branch(call)
-        # A norm outside of all numbered blocks may be the one after the last state.
-        if call.x_shape == call.y_shape and is_norm(call.module) and not re.search(r"\d", call.path):
+        # What has no parts and lies outside of all numbered blocks may be the norm after the last state.
+        if call.x_shape == call.y_shape and not module._modules and not re.search(r"\d", call.path):
             call.pinned = True
         if self._on_block is not None:
             self._search_inside(call, self._on_block)
@@ -470,38 +469,6 @@ def _parameter_names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
         number = next(i for i, t in enumerate(tensors) if t is tensor)
         names.append(f"{name}{number}" if len(tensors) > 1 or name == "track" else name)
     return names
-
-
-def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) -> Call | None:
-    """The norm that takes the last state of a chain, or what its streams are collapsed to.
-
-    Parameters
-    ----------
-    tape : Tape
-        The calls.
-    last : key
-        The call that shows the last state.
-    shape : tuple of int
-        Shape of that state.
-    streams : int
-        Number of its streams, where no connection on the tape tells.
-
-    Returns
-    -------
-    Call or None
-    """
-    end = tape.by_key()[last]
-    sites = [call.site for call in tape.connection_calls() if call.site is not None]
-    # Streams are collapsed to one before the norm (fractions of a stream are not), so no tensor can be compared.
-    collapsed = sites[0].num_streams // sites[0].fractions if sites else streams
-    for call in tape.calls:
-        after = call.order > end.order and not call.inside(end)
-        if not after or call.y is None or not is_norm(call.module) or call.x_shape != call.y_shape:
-            continue
-        fits = math.prod(call.x_shape) * collapsed == math.prod(shape)
-        if fits and (collapsed > 1 or same_values(call.x, end.value) or same_values(call.x, end.x)):
-            return call
-    return None
 
 
 def _returned(earlier: Call, call: Call) -> bool:

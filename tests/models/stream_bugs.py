@@ -55,6 +55,10 @@ class Wiring:
         Whether blocks take streams (n, B, T, D) instead of (B, T, n, D).
     dtype : dtype
         Of the parameters and states; coefficients are computed in float32.
+    custom : bool
+        Whether Sinkhorn is an autograd function that runs its rounds without a graph, as that of Megatron-Core does.
+    copies : bool
+        Whether the streams begin as copies: then no gradient of the first matrix is left, whose rows sum to 1.
     """
 
     style: str = "returned"
@@ -65,6 +69,8 @@ class Wiring:
     spread: float = 1.0
     first: bool = False
     dtype: torch.dtype = torch.float32
+    custom: bool = False
+    copies: bool = False
 
     @property
     def right(self) -> Wiring:
@@ -79,6 +85,21 @@ def sinkhorn(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
         matrix = matrix / matrix.sum(-2, keepdim=True)
         matrix = matrix / matrix.sum(-1, keepdim=True)
     return matrix
+
+
+class SinkhornFunction(torch.autograd.Function):
+    """The rounds without a graph; the backward runs them once more with one."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return sinkhorn(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            logits = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(sinkhorn(logits), logits, gradient)[0]
 
 
 def along_rows_only(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
@@ -134,7 +155,9 @@ class Coefficients(nn.Module):
             raw, scale = nn.functional.linear(flat, self.project.weight.float()), self.scale.float()
         parts = zip(raw.split([n, n, n * n], -1), base.split([n, n, n * n], -1), scale, strict=True)
         pre, post, logits = (part * factor + bias for part, bias, factor in parts)
-        constrain = CONSTRAINTS.get(self.wiring.bug, sinkhorn)
+        constrain = CONSTRAINTS.get(
+            self.wiring.bug, SinkhornFunction.apply if self.wiring.custom else sinkhorn
+        )
         return torch.sigmoid(pre), constrain(logits.unflatten(-1, (n, n))), 2 * torch.sigmoid(post)
 
 
@@ -290,7 +313,7 @@ class Network(nn.Module):
         super().__init__()
         self.wiring = wiring
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        shift = 0.0 if wiring.logits == "zero" else 0.5
+        shift = 0.0 if wiring.logits == "zero" or wiring.copies else 0.5
         self.offsets = nn.Parameter(shift * torch.randn(wiring.streams, WIDTH))
         self.blocks = nn.ModuleList(Block(wiring, layer) for layer in range(layers))
         self.head = nn.Linear(WIDTH, VOCABULARY)

@@ -10,7 +10,7 @@ from depthscope.app.cli.arguments import add_json, add_runs
 from depthscope.app.cli.command import Command
 from depthscope.app.cli.several_runs import exit_code, read_several
 from depthscope.app.cli.values import Names
-from depthscope.app.text.terminal import emit, printable, say
+from depthscope.app.text.terminal import columns, emit, encodable, printable, say
 
 if TYPE_CHECKING:
     from depthscope.app.readings.readings import Reading
@@ -115,7 +115,7 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
             say(f"  memory {printable(memory)}")
         say(f"  verdicts {_judged_words(reading)}")
         say()
-        say(cards_text(cards_of(reading)) or NOTHING)
+        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
         say()
     result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")

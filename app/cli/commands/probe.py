@@ -14,7 +14,16 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import InputText
 from depthscope.app.cli.values import Number, Part
-from depthscope.app.text.terminal import command_line, emit, printable, remark, say, working
+from depthscope.app.text.terminal import (
+    columns,
+    command_line,
+    emit,
+    encodable,
+    printable,
+    remark,
+    say,
+    working,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -223,7 +232,7 @@ def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], args
         say()
         say(f"{printable(reading.name)}: {count_words(reading.findings)}")
         say()
-        say(cards_text(cards_of(reading)) or NOTHING)
+        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
     say()
     say(f"Next: {command_line('check', path)}")
     say(f"      {command_line('dashboard', path)}")

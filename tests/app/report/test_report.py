@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthscope.app.readings.readings import read_runs
+from depthscope.app.readings.readings import read_paths, read_runs
 from depthscope.app.report.report import to_html, write_report
+from depthscope.diagnostics import save_run
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -186,3 +187,18 @@ def test_an_interactive_report_runs_only_the_scripts_whose_digests_it_names(inte
 def test_without_it_nothing_runs(page):
     assert "script-src 'none'" in html.unescape(page)
     assert "plotly" not in page.partition("Provenance")[0].casefold()
+
+
+def test_a_report_does_not_say_where_its_runs_are(make_run, tmp_path):
+    folder = tmp_path / "a private folder"
+    folder.mkdir()
+    run = make_run("hc", layers=2)
+    run["trace"]["residual"].load().values[2:, :, :, 2] *= 1e5
+    save_run(run, folder / "loud run.nc")
+    readings, _ = read_paths([str(folder / "loud run.nc")])
+    page = to_html(readings)
+    assert "depthscope" in page
+    commands = re.findall(r"<code>(depthscope [^<]*)</code>", html.unescape(page))
+    assert any("'loud run.nc'" in command for command in commands)
+    assert str(tmp_path) not in html.unescape(page)
+    assert folder.name not in html.unescape(page)

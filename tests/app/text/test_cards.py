@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import jsonschema
 import pytest
 
 from depthscope.app.cli.main import main
-from depthscope.app.text.cards import CARD_SCHEMA, MOST_LINES, card_lines, card_of, place_of
+from depthscope.app.text.cards import CARD_SCHEMA, MOST_LINES, card_lines, card_of, cards_text, place_of
 from depthscope.app.text.explanations import explanation, names
+from depthscope.app.text.terminal import encodable, say
 from depthscope.diagnostics import Finding, Severity, analyze, judge, save_run
 from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -64,6 +67,41 @@ def test_no_card_has_more_than_twelve_lines(verdict):
     # What is cut is cut at the end of a sentence, and says so.
     why = " ".join(line.strip() for line in lines[2:6])
     assert why.endswith("It is so here. …")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_a_card_fits_a_narrow_terminal_and_says_the_same(verdict, width):
+    found = replace(
+        FINDING, verdict=verdict, advice=VERDICTS[verdict].advice, because="gain_explosion", profile=(0.1, 0.5, 0.02)
+    )  # fmt: skip
+    card = card_of(found, experiment="depthscope ablate run.nc --do skip --depths 5-7 --out 'my effects.nc'")
+    lines = card_lines(card, width=width)
+    assert max(map(len, lines)) <= width
+    words = [word for line in lines for word in line.split() if word != "\\"]
+    assert words == [word for line in card_lines(card) for word in line.split()]
+
+
+def test_a_command_on_several_lines_is_one_for_a_shell():
+    command = "depthscope ablate 'my runs/a b.nc' --do skip --depths 5-7"
+    lines = card_lines(card_of(FINDING, experiment=command), width=50)
+    script = "\n".join(line.strip() for line in lines[lines.index(next(x for x in lines if "ablate" in x)) :])
+    assert "\\\n" in script
+    assert shlex.split(script.replace("\\\n", "")) == shlex.split(command)
+
+
+def test_a_terminal_without_blocks_gets_ascii(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    found = replace(FINDING, profile=(0.1, 0.5, float("nan"), 0.02), sentence="Below 0.1 ± 0.02, σ₂ …")
+    text = cards_text([card_of(found)], width=60, shown=encodable)
+    say(text)
+    stream.flush()
+    printed = stream.buffer.getvalue().decode("ascii")
+    assert printed == text + "\n"
+    assert "\\u" not in printed
+    (curve,) = [line for line in printed.splitlines() if line.startswith("      Curve")]
+    assert len(curve.split()[1]) == 4
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)

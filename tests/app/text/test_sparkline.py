@@ -43,7 +43,22 @@ def test_a_single_number_has_no_curve(profile):
 
 def test_blocks_rise_with_the_numbers_and_leave_gaps():
     assert curve_blocks(finding([0.0, NAN, 1.0], threshold=0.5)) == "▁·█"
-    assert curve_blocks(finding([1.0, 1.0, 1.0], threshold=1.0)) == "▁▁▁"
+
+
+def test_one_repeated_number_is_no_curve():
+    repeated = finding([0.05, 0.05, NAN, 0.05], threshold=0.2, above=False)
+    assert curve_blocks(repeated) == ""
+    assert curve_words(repeated) == "depth 0–3: 0.0500 throughout, worse below 0.200; 1 undefined"
+
+
+def test_of_numbers_that_all_read_one_the_distance_from_one_is_drawn():
+    alike = finding([1.0 - 1e-6, 1.0 - 4e-5, 1.0 - 2e-6], threshold=0.99)
+    assert curve_words(alike) == "depth 0–2: 1 − x from 1e-6 to 4e-5, worse below 0.0100"
+    assert max(curve_blocks(alike)) == curve_blocks(alike)[1] > curve_blocks(alike)[0]
+    (line,) = points_of(curve_svg(alike))
+    assert min(line, key=lambda point: point[1]) == line[1]
+    # What is left of a rounded 1 is no curve.
+    assert curve_blocks(finding([1.0, 1.0 - 1e-16, 1.0], threshold=0.99)) == ""
 
 
 def test_many_numbers_keep_their_worst_one():

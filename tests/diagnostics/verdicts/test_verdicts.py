@@ -555,6 +555,27 @@ def test_a_stream_that_is_larger_than_the_others(make_run):
     assert loud.value == pytest.approx(60.0, rel=0.5)
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_stream_beside_which_all_others_are_zero(make_run, start):
+    run = make_run("hc")
+    trace = run["trace"].to_dataset().load()
+    trace["residual"].values[start:, :, :, [0, 1, 3]] = 0.0
+    (loud,) = findings(schema.create_run(trace, attrs=run.attrs))["loud_stream"]
+    # All but one of the streams may begin as zeros: only later is it a finding.
+    assert (loud.severity, loud.stream, loud.first) == (Severity.FAIL, "2", max(start, 1))
+    assert loud.value == float("inf")
+    assert "The median of the others is zero" in loud.sentence
+    assert loud.as_dict()["value"] is None
+
+
+def test_streams_that_begin_as_zeros_are_no_finding(make_run):
+    run = make_run("hc")
+    trace = run["trace"].to_dataset().load()
+    trace["residual"].values[0, :, :, [0, 1, 3]] = 0.0
+    found = findings(schema.create_run(trace, attrs=run.attrs))
+    assert all(not each.severity for each in found.get("loud_stream", ()))
+
+
 def test_a_fading_that_spares_the_differences_is_no_collapse(mixed):
     found = findings(mixed([0.85 * (0.95 * np.eye(4) + 0.05 * UNIFORM)] * 24))
     assert "stream_collapse" not in found

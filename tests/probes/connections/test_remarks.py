@@ -11,6 +11,7 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 
 from depthscope import diagnostics, probes
+from depthscope.probes.connections.computation import _distinguishable
 from tests.models import stream_bugs
 from tests.models.stream_bugs import BUGS, STYLES, Wiring, network, tokens
 from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
@@ -119,6 +120,44 @@ def test_a_bug_is_told_with_other_sizes_and_in_half_precision(wired):
 
 
 RIGHT = [Wiring(style=style, dynamic=dynamic) for style in STYLES for dynamic in (True, False)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_gradient_that_algebra_takes_is_no_cut_graph(style, copies):
+    """Megatron-Core's Sinkhorn has no graph inside, and copies are left as they are by rows that sum to 1."""
+    wired = Wiring(style=style, custom=True, copies=copies, spread=0.3)
+    assert told(wired) == ()
+    (remark,) = told(replace(wired, bug="detached"))
+    assert remark["kind"] == "unlearnable_mixing"
+    assert "at all 6 connections" in remark["sentence"]
+    assert "the graph is cut" in remark["sentence"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("loud", [0, 1])
+def test_after_an_explosion_coefficients_are_those_of_their_own_streams(style, loud):
+    """Later states differ by less than a rounding of their largest number, and fresh connections have equal weights."""
+    net = network(Wiring(style=style))
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, stream_bugs.Coefficients):
+                module.scale.zero_()
+                module.base.zero_()
+        for parameter in net.blocks[loud].attention.branch.net[2].parameters():
+            parameter.mul_(1e6)
+    remarks = probes.describe(net, tokens()).remarks
+    assert "foreign_coefficients" not in {remark["kind"] for remark in remarks}
+
+
+def test_states_that_share_a_value_are_not_told_apart():
+    states = [frozenset({1, 2}), frozenset({2, 3}), frozenset({7}), frozenset()]
+    assert _distinguishable(states) == [
+        frozenset({1, 2, 3}),
+        frozenset({1, 2, 3}),
+        frozenset({7}),
+        frozenset(),
+    ]
 
 
 @pytest.mark.parametrize("wired", RIGHT, ids=name)

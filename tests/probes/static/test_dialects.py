@@ -305,3 +305,117 @@ def test_names_of_one_code_are_read_under_any_model_type_and_that_is_said(tmp_pa
 def test_what_the_matrices_satisfy_is_measured(name, words, tmp_path):
     found = probes.describe_weights(write(CASES[name](), tmp_path, "safetensors"))
     assert [one.constraint[: len(words)] for one in found.connections] == [words] * len(found.connections)
+
+
+# --- names that several public codes share
+
+
+def x_transformers(layer: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A connection of x-transformers: since its mHC under the names of the hyper-connections that it had before."""
+    random, path = Random(seed + layer), f"attn_layers.layers.{layer}.2"
+    return {
+        f"{path}.static_alpha": random(N, N + 1),
+        f"{path}.static_beta": random(N),
+        f"{path}.dynamic_alpha_fn": random(D, N + 1),
+        f"{path}.dynamic_alpha_scale": torch.tensor(0.01),
+        f"{path}.dynamic_beta_fn": random(D),
+        f"{path}.dynamic_beta_scale": torch.tensor(0.02),
+        f"{path}.norm.weight": torch.ones(D),
+    }
+
+
+def test_names_that_two_codes_share_are_listed_with_both_and_without_weights(tmp_path):
+    tensors = x_transformers(0) | x_transformers(1)
+    found = probes.describe_weights(write_safetensors(tmp_path, tensors, {}))
+    assert [one.dialect for one in found.connections] == ["x-transformers-hc or x-transformers-mhc"] * 2
+    assert {one.family for one in found.connections} == {"hc or mhc"}
+    assert all(one.h_pre is one.h_post is one.h_res is None for one in found.connections)
+    assert not any(one.constrained for one in found.connections)
+    assert "--as x-transformers-hc (or x-transformers-mhc)" in str(found)
+
+
+def test_the_mhc_of_x_transformers(tmp_path):
+    tensors = x_transformers(0)
+    write_safetensors(tmp_path, tensors, {})
+    (one,) = probes.describe_weights(tmp_path, as_dialect="x-transformers-mhc").connections
+    alpha, beta = (tensors[f"attn_layers.layers.0.2.static_{name}"] for name in ("alpha", "beta"))
+    same(one.h_pre, torch.sigmoid(alpha[:, 0]))
+    same(one.h_post, 2 * torch.sigmoid(beta + 0.02))
+    # Its Sinkhorn is given (…, 1, n), and divides every entry by itself at the end.
+    rows = torch.softmax(alpha[:, None, 1:], dim=-2)
+    for _ in range(5):
+        rows = rows / rows.sum(-1, keepdim=True)
+        rows = rows / rows.sum(-2, keepdim=True)
+    same(one.h_res, rows[:, 0].T)
+    (free,) = probes.describe_weights(tmp_path, as_dialect="x-transformers-hc").connections
+    same(free.h_pre, alpha[:, 0])
+
+
+def equation_7(
+    path: str, names: tuple[str, str], *, turned: bool, square: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """mHC with a projection, a bias and a gate for each part, as several public codes store it."""
+    random, (project, bias) = Random(5), names
+    counts = {"pre": N, "post": N, "res": N * N}
+    projections = {
+        f"{path}{project}_{part}{'' if turned else '.weight'}": random(N * D, n)
+        if turned
+        else random(n, N * D)
+        for part, n in counts.items()
+    }
+    biases = {f"{path}{bias}_{part}": random(N) for part in ("pre", "post")}
+    gates = {f"{path}alpha_{part}": torch.tensor(0.01) for part in counts}
+    return {**projections, **biases, **gates, f"{path}{bias}_res": random(*square)}
+
+
+@pytest.mark.parametrize("square", [(N, N), (N * N,), (1, N, N), (1, 1, N, N)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("names", [("phi", "b"), ("proj", "bias")], ids="-".join)
+def test_the_symbols_of_the_paper_prove_no_order_of_sinkhorn(names, turned, square, tmp_path):
+    tensors = equation_7("layers.0.mixer.", names, turned=turned, square=square)
+    folder = write_safetensors(tmp_path, tensors, {})
+    (one,) = probes.describe_weights(folder).connections
+    assert (one.dialect, one.streams, one.width) == ("mhc-equation-7 or mhc-equation-7-columns", N, D)
+    assert one.h_res is None
+    assert one.gates == {part: pytest.approx(0.01) for part in ("pre", "post", "res")}
+    for name, last in (("mhc-equation-7", -1), ("mhc-equation-7-columns", -2)):
+        (one,) = probes.describe_weights(folder, as_dialect=name).connections
+        matrix = tensors[f"layers.0.mixer.{names[1]}_res"].double().reshape(N, N).exp()
+        for _ in range(20):
+            matrix = matrix / matrix.sum(-3 - last, keepdim=True)
+            matrix = matrix / matrix.sum(last, keepdim=True)
+        same(one.h_res, matrix)
+        same(one.h_post, 2 * torch.sigmoid(tensors[f"layers.0.mixer.{names[1]}_post"]))
+
+
+OTHER_NAMES = {
+    "one projection": {"map.weight": (N * (N + 2), N * D), "pre_bias": (N,), "res_bias": (N, N)},
+    "one projection, turned": {"fused": (N * D, N * (N + 2)), "start": (N, N)},
+    "three projections": {
+        "a.weight": (N, N * D),
+        "b.weight": (N, N * D),
+        "c.weight": (N * N, N * D),
+        "d": (N, N),
+    },
+    "all layers stacked": {"p": (6, N * D, N), "q": (6, N * D, N * N), "r": (6, N, N)},
+    "a list of layers": {
+        "map.0.weight": (N * (N + 2), N * D),
+        "map.1.weight": (N * (N + 2), N * D),
+        "r": (2, N, N),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_projections_next_to_a_square_bias_are_named_whatever_they_are_called(name, tmp_path):
+    random = Random(0)
+    tensors = {f"blocks.0.{leaf}": random(*shape) for leaf, shape in OTHER_NAMES[name].items()}
+    # The embedding may be as wide as all streams together, under a name that is none of an embedding's.
+    found = probes.describe_weights(
+        write_safetensors(tmp_path, {**tensors, "tokens.table": random(50, N * D)}, {})
+    )
+    assert found.connections == ()
+    matrices = {name for name, value in tensors.items() if value.ndim > 1}
+    assert {one.name for one in found.unrecognised} == matrices
+    assert "no stream connection that a dialect knows" in str(found)
+    assert "They look like a connection" in str(found)
