@@ -49,6 +49,15 @@ def _storable(text: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\N{SYMBOL FOR NULL}")
 
 
+def storable_texts(content: Any) -> Any:
+    """What was read from JSON, with each text in it as every format can store it."""
+    if isinstance(content, dict):
+        return {_storable(key): storable_texts(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [storable_texts(value) for value in content]
+    return _storable(content)
+
+
 def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
     """An encoded run with the digest of what is read from it.
 

@@ -83,6 +83,14 @@ class Limit:
             raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
 
 
+def require_dense(path: Path, entry: os.stat_result) -> None:
+    """Refuse a file with far more bytes than the disk holds of it: a hole of a terabyte takes no room there."""
+    # Windows does not know. 16 MiB and 8 times: a file system may compress what is in it.
+    held = 512 * getattr(entry, "st_blocks", entry.st_size)
+    if entry.st_size > (16 << 20) + _RATIO * held:
+        raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")
+
+
 def require_ordinary(path: Path, *, folder: bool) -> None:
     """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end.
 

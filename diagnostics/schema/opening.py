@@ -17,7 +17,7 @@ from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.live_store_files import has_older_rows, is_live_store, live_log_of
+from depthscope.diagnostics.schema.live_store_files import COLUMNS, files_of, is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_reading import open_live
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
@@ -152,7 +152,7 @@ def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTr
         run = open_live(store, open_state, verify=verify, max_bytes=max_bytes)
     except SchemaError as error:
         raise SchemaError(f"{store}: {error}") from None
-    if verify and has_older_rows(store):
+    if verify and any(name.startswith(COLUMNS) for name in files_of(store)[0]):
         run.encoding[_INTEGRITY] += "; the columns of older rows when they are read"
     return run
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store, live_store_following
+from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_store_history import History
 
 
 def numbers(step: int) -> dict:
@@ -79,10 +80,8 @@ def test_only_new_bytes_are_read(begun, monkeypatch):
     followed = FollowedStore(path)
     followed.column("statistics/loss")
     read = []
-    whole = live_store_following.scan
-    monkeypatch.setattr(
-        live_store_following, "scan", lambda content: read.append(len(content)) or whole(content)
-    )
+    replay = History.replay
+    monkeypatch.setattr(History, "replay", lambda self, added: read.append(len(added)) or replay(self, added))
     store.append(100, numbers(100))
     followed.refresh()
     (size,) = read

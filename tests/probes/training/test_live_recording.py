@@ -20,6 +20,7 @@ from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_store_log import RowLog
 from depthscope.probes.training import live_recording
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -218,7 +219,7 @@ def test_a_full_disk_is_said_once_and_the_steps_come_later(tmp_path, monkeypatch
     with training.record(store=tmp_path / "a") as recorder:
         training.steps(recorder, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(LiveStore, "_write", full)
+            patch.setattr(RowLog, "write", full)
             with pytest.warns(
                 probes.ProbeWarning, match=r"No space left .* every measured step tries again"
             ) as said:
