@@ -21,8 +21,8 @@ from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.limits import MAX_ATTRIBUTES, MAX_JSON_DEPTH
 from depthscope.diagnostics.schema.live_store_frames import MAX_PAYLOAD
 
-MAX_JSON = 8 << 20
-"""Bytes of JSON in one frame, and of all that is kept of it: parsed, they take up to 27 times as much memory."""
+MAX_JSON = 4 << 20
+"""Bytes of JSON in one frame, and of all that is kept of it: parsed, they take up to 27 times as much memory, and twice that while texts are replaced."""
 
 _GROUP = rf"({'|'.join(GROUPS)})(/[^/\x00]{{1,200}})?"
 _PATH = re.compile(rf"({_GROUP})?")

@@ -257,7 +257,7 @@ def small(tmp_path_factory, one_step) -> Path:
         "metrics/depth": ("depth", [0, 1, 2]),
         "metrics/site": ("depth", ["a", "b", "c"], {"units": "1"}),
     }
-    store.append(6, {**row(6.0), "metrics/mine": ("depth", np.zeros(3), {"units": "1"})}, coords=labels)
+    store.append(6, {**row(6.0), "metrics/residual_norm": (("depth", "stream"), np.ones((3, 1)), {"units": "1"})}, coords=labels)
     store.note({"evaluations_left_out": 3, "model": "x"})
     store.note({"complete": True}, "metrics")
     store.close()
