@@ -138,6 +138,31 @@ def _encode_value(value: Any) -> Any:
     return value if is_number or is_text else _JSON + json.dumps(value, default=json_default)
 
 
+def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Attributes that a caller asks for, refused at once where they could not be saved.
+
+    Parameters
+    ----------
+    attrs : mapping or None
+        By name.
+
+    Returns
+    -------
+    dict of str to object
+
+    Raises
+    ------
+    ValueError
+        For a value that JSON cannot express, with its name.
+    """
+    for name, value in (attrs or {}).items():
+        try:
+            json.dumps(value, default=json_default)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"attrs[{name!r}] cannot be saved: {error}") from None
+    return dict(attrs or {})
+
+
 def json_default(value: Any) -> Any:
     """What an attribute that JSON has no word for is written as.
 

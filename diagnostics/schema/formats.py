@@ -24,11 +24,11 @@ def suffix_of(path: Path) -> str:
     Raises
     ------
     SchemaError
-        Where it ends in none of them.
+        Where it ends in none of them, or has nothing before the ending.
     """
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
+        if path.name.endswith(suffix) and path.name != suffix:
             return suffix
     raise SchemaError(
-        f"a run's name ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
+        f"a run is a name and {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
     )

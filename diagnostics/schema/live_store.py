@@ -13,10 +13,9 @@ import socket
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import kind_of, remove_litter, require_writable
-from depthscope.diagnostics.schema.live_store_columns import OlderRows, columns_name, write_columns
+from depthscope.diagnostics.schema.live_store_compaction import write_rows
 from depthscope.diagnostics.schema.live_store_files import (
     COLUMNS,
     LOCK,
@@ -67,19 +66,7 @@ Numbers = Mapping[str, Any]
 def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> None:
     """Refuse a folder in which no live store can or may be written, before anything runs; writes nothing.
 
-    Parameters
-    ----------
-    path : path-like
-        Of the folder.
-    resume : bool
-        Whether a store that is there goes on.
-    force : bool
-        Whether a store that is there is begun anew, and its rows are lost.
-
-    Raises
-    ------
-    OSError
-        Where nothing can be written there; FileExistsError where what is there must stay.
+    Raises OSError where nothing can be written there, and FileExistsError where what is there must stay.
     """
     place = require_writable(path)
     if not os.path.lexists(place):
@@ -265,21 +252,9 @@ class LiveStore:
             self._compact()
 
     def add_later(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
-        """Add numbers to a row that is not complete; those that it has already are replaced.
+        """Add numbers to a row that is not complete, or none; they replace those that it has. Raises as `append` does.
 
-        Parameters
-        ----------
-        step : int
-            Of the row; nothing happens where it was superseded.
-        numbers, coords : mapping
-            As of `append`; empty where nothing comes after all.
-
-        Raises
-        ------
-        ValueError
-            As of `append`.
-        OSError
-            Where it was not written; the store is as it was before.
+        Nothing happens where the row was superseded.
         """
         if step not in self._awaited:
             return
@@ -349,15 +324,7 @@ class LiveStore:
         return data
 
     def note(self, attrs: Mapping[str, Any], path: str = "") -> None:
-        """Note attributes of the run or of a group, which replace those of the same name.
-
-        Parameters
-        ----------
-        attrs : mapping
-            What JSON can express.
-        path : str
-            Of a group, such as ``"metrics"``; empty for the run.
-        """
+        """Note attributes of the run, or of a group such as ``"metrics"``; they replace those of the same name."""
         known = self.attrs.get(path, {})
         changed = {name: value for name, value in attrs.items() if name not in known or known[name] != value}
         if not changed:
@@ -370,13 +337,7 @@ class LiveStore:
         self._history.take_note(note)
 
     def save_state(self, run: xr.DataTree) -> None:
-        """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes.
-
-        Parameters
-        ----------
-        run : DataTree
-            Of its statistics only the last step is saved.
-        """
+        """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes."""
         self._log.require_present()
         require_no_link(self.path, STATES)
         name = f"{STATES}/{self._next_number(STATES):06d}.nc"
@@ -442,46 +403,14 @@ class LiveStore:
 
     def _write_columns(self) -> None:
         require_no_link(self.path, COLUMNS)
-        history, known = read_history(self.path), list(self._history.variables.values())
-        rows = history.rows
+        history = read_history(self.path)
         # Rows that get more numbers stay in the log, where these are put into them.
-        num = bisect_left(rows.steps, min(self._awaited)) if self._awaited else len(rows)
-        kept = [rows.payload(history.content, at, known, history.ends) for at in range(num, len(rows))]
-        # A file for each stretch of rows with as many variables: what was not measured yet takes no room.
-        parts, start = [], 0
-        for num_variables, stretch in groupby(rows.counts()[:num].tolist()):
-            end = start + len(list(stretch))
-            parts.append(self._write_part(history, start, end, num_variables))
-            start = end
-        history.older += parts
+        num = bisect_left(history.rows.steps, min(self._awaited)) if self._awaited else len(history.rows)
+        kept = [history.row_payload(at) for at in range(num, len(history.rows))]
+        history.older += write_rows(history, num, self._next_number(COLUMNS), self._name_file)
         history.files = {*self._own_files(STATES), *self._own_files(COLUMNS)}
         self._start_log(history, kept)
         self._remove_unused_columns()
-
-    def _write_part(self, history: History, start: int, end: int, num_variables: int) -> OlderRows:
-        number = self._next_number(COLUMNS)
-        self._name_file(columns_name(number))
-        steps, first = np.array(history.rows.steps[start:end], "<i8"), history.num_older + start
-
-        def columns() -> Iterator[np.ndarray]:
-            yield steps
-            yield np.array(history.rows.times[start:end], "<f8")
-            for name in list(history.variables)[:num_variables]:
-                yield history.values(name, start=first)[: end - start]
-
-        checksum = write_columns(self.path, history.run, number, end - start, num_variables, columns())
-        return OlderRows(
-            *(
-                self.path,
-                history.run,
-                number,
-                end - start,
-                num_variables,
-                history.ends[num_variables],
-                checksum,
-            ),
-            *(end - start, int(steps[0]), int(steps[-1])),
-        )
 
     def _remove_unused_columns(self) -> None:
         """Remove files that the log names and does not begin with: of a writer that died meanwhile, or superseded."""

@@ -119,11 +119,14 @@ def open_inside(store: Path, name: str) -> IO[bytes]:
             file = os.fdopen(os.open(target, os.O_RDONLY | flags, dir_fd=descriptor), "rb")
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, error.strerror, str(store / name)) from None
-    entry = os.fstat(file.fileno())
-    if not stat.S_ISREG(entry.st_mode):
+    try:
+        entry = os.fstat(file.fileno())
+        if not stat.S_ISREG(entry.st_mode):
+            raise SchemaError(f"{store / name} is {kind_of(entry.st_mode)}; expected a file")
+        require_dense(store / name, entry)
+    except SchemaError:
         file.close()
-        raise SchemaError(f"{store / name} is {kind_of(entry.st_mode)}; expected a file")
-    require_dense(store / name, entry)
+        raise
     return file
 
 

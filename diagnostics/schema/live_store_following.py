@@ -12,11 +12,11 @@ import numpy as np
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import LOG, files_of, open_inside
 from depthscope.diagnostics.schema.live_store_history import (
-    MAX_LOG,
     History,
     read_history,
     refuse_damage,
     require_own_files,
+    rest_of,
 )
 from depthscope.diagnostics.schema.live_store_reading import Status, refuse_foreign, status_of
 from depthscope.diagnostics.schema.live_store_rows import Cells
@@ -109,8 +109,7 @@ class FollowedStore:
             entry = os.fstat(file.fileno())
             is_same = (entry.st_dev, entry.st_ino) == self._inode and entry.st_size >= history.end
             if is_same:
-                file.seek(history.end)
-                added = file.read(MAX_LOG + 1 - history.end)
+                added = rest_of(file, history.end)
         if not is_same:
             self._read_again()
             return True

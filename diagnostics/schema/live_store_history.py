@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -162,6 +163,10 @@ class History:
             )
         }
 
+    def row_payload(self, at: int) -> bytes:
+        """One row of the log as a frame has it, with what came later."""
+        return self.rows.payload(self.content, at, list(self.variables.values()), self.ends)
+
     def check_size(self, max_bytes: int | None = None) -> None:
         """Refuse rows that need far more memory than their files have bytes."""
         stored = len(self.content) + sum(part.num_bytes for part in self.older)
@@ -180,11 +185,7 @@ class History:
         if self.ends[-1] + sum(declared.num_bytes for declared in variables.values()) > MAX_PAYLOAD:
             raise ValueError(f"a row of more than {MAX_PAYLOAD} bytes")
         sizes = dict(self._sizes)
-        shapes = [(name, of.dims, of.shape) for name, of in variables.items()]
-        for name, dims, shape in [
-            *shapes,
-            *((name, of["dims"], of["values"].shape) for name, of in coords.items()),
-        ]:
+        for name, dims, shape in _shapes(variables, coords):
             group = name.rpartition("/")[0]
             if name in self.variables or name in self.coords or (name in variables and name in coords):
                 raise ValueError(f"{name} is declared twice")
@@ -200,14 +201,9 @@ class History:
             self._places[name] = len(self.variables)
             self.variables[name] = declared
             self.ends.append(self.ends[-1] + declared.num_bytes)
-            self._know_sizes(name, declared.dims, declared.shape)
-        for name, fields in coords.items():
-            self.coords[name] = fields
-            self._know_sizes(name, fields["dims"], fields["values"].shape)
-
-    def _know_sizes(self, name: str, dims: Iterable[str], shape: Iterable[int]) -> None:
-        group = name.rpartition("/")[0]
-        self._sizes.update({(group, dim): size for dim, size in zip(dims, shape, strict=True)})
+        self.coords.update(coords)
+        for name, dims, shape in _shapes(variables, coords):
+            self._sizes.update(zip(((name.rpartition("/")[0], dim) for dim in dims), shape, strict=True))
 
     def require_text(self, num_bytes: int) -> None:
         """Refuse more JSON than may be in memory."""
@@ -395,6 +391,15 @@ class History:
         self.declare(variables, coords)
 
 
+def _shapes(
+    variables: Mapping[str, Declared], coords: Mapping[str, Any]
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    return [
+        *((name, of.dims, of.shape) for name, of in variables.items()),
+        *((name, of["dims"], of["values"].shape) for name, of in coords.items()),
+    ]
+
+
 def read_history(store: Path, *, despite_damage: bool = False) -> History:
     """Read the log of a store; with ``despite_damage`` what is before the damage, where there is some.
 
@@ -402,9 +407,7 @@ def read_history(store: Path, *, despite_damage: bool = False) -> History:
     """
     history = History(store)
     with open_inside(store, LOG) as file:
-        content = file.read(MAX_LOG + 1)
-    if len(content) > MAX_LOG:
-        raise SchemaError(f"its row log has more than {MAX_LOG} bytes; depthscope writes no such log")
+        content = rest_of(file)
     if content.startswith(b"DSr1"):
         raise SchemaError(
             "its row log has version 1, in which files of another run go unnoticed; open it with the depthscope that wrote "
@@ -418,6 +421,15 @@ def read_history(store: Path, *, despite_damage: bool = False) -> History:
     if not despite_damage:
         refuse_damage(history)
     return history
+
+
+def rest_of(log: IO[bytes], start: int = 0) -> bytes:
+    """What an opened log has from a byte on at this moment."""
+    size = os.fstat(log.fileno()).st_size
+    if size > MAX_LOG:
+        raise SchemaError(f"its row log has more than {MAX_LOG} bytes; depthscope writes no such log")
+    log.seek(start)
+    return log.read(max(0, size - start))
 
 
 def refuse_damage(history: History) -> None:

@@ -22,7 +22,7 @@ from depthscope.diagnostics.schema.limits import MAX_ATTRIBUTES, MAX_JSON_DEPTH
 from depthscope.diagnostics.schema.live_store_frames import MAX_PAYLOAD
 
 MAX_JSON = 4 << 20
-"""Bytes of JSON in one frame, and of all that is kept of it: parsed, they take up to 27 times as much memory, and twice that while texts are replaced."""
+"""Bytes of JSON in a frame, and of all that is in memory: parsed, they take up to 54 times as much."""
 
 _GROUP = rf"({'|'.join(GROUPS)})(/[^/\x00]{{1,200}})?"
 _PATH = re.compile(rf"({_GROUP})?")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import time
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ import xarray as xr
 
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store, live_store_frames
+from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
-from depthscope.diagnostics.schema.live_store_frames import DECLARE, LATER, NOTE, ROW
+from depthscope.diagnostics.schema.live_store_frames import BEGIN, LATER, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import read_history
 from depthscope.diagnostics.schema.live_store_rows import LATER_HEAD, ROW_HEAD
 from tests.diagnostics.schema.live_logs import begins, chained, payloads, row, written
@@ -177,7 +177,7 @@ def test_frames_that_are_removed_doubled_swapped_or_replayed_are_noticed(two_run
     log = tmp_path / "c" / schema.LOG
     whole = log.read_bytes()
     places = [*begins(whole), len(whole)]
-    frames = [whole[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+    frames = [whole[begin:end] for begin, end in pairwise(places)]
     cases = rearranged(frames)
     cases["of another run"] = [*frames, (two_runs[0] / schema.LOG).read_bytes()[-80:]]
     for name, case in cases.items():
@@ -257,7 +257,11 @@ def small(tmp_path_factory, one_step) -> Path:
         "metrics/depth": ("depth", [0, 1, 2]),
         "metrics/site": ("depth", ["a", "b", "c"], {"units": "1"}),
     }
-    store.append(6, {**row(6.0), "metrics/residual_norm": (("depth", "stream"), np.ones((3, 1)), {"units": "1"})}, coords=labels)
+    store.append(
+        6,
+        {**row(6.0), "metrics/residual_norm": (("depth", "stream"), np.ones((3, 1)), {"units": "1"})},
+        coords=labels,
+    )
     store.note({"evaluations_left_out": 3, "model": "x"})
     store.note({"complete": True}, "metrics")
     store.close()
@@ -283,8 +287,7 @@ def test_every_forged_statement_is_refused_in_a_sentence_or_read(small, tmp_path
             for variable in history.variables:
                 assert len(followed.column(variable)) == history.num_rows, name
             read += 1
-        except SchemaError as error:
-            assert str(error).encode(), name
+        except SchemaError:
             refused += 1
     assert read > 100
     assert refused > 1000
@@ -305,3 +308,124 @@ def test_forged_statements_are_answered_by_the_commands(small, tmp_path, capsys)
         assert "Traceback" not in printed.err, name
         codes.add(code)
     assert 2 in codes
+
+
+# --- memory and time
+
+MEGABYTE = 1 << 20
+
+
+def begun(**fields: object) -> tuple[int, bytes]:
+    begin = {"format": "depthscope live run", "version": 2, "run": "0" * 32, "created": "2026-01-01T00:00:00"}
+    lists = {name: [] for name in ("columns", "files", "attempts")}
+    mappings = {name: {} for name in ("variables", "coords", "attrs")}
+    return BEGIN, json.dumps({**begin, **lists, **mappings, "finished": False, **fields}).encode()
+
+
+def number(shape: list[int]) -> dict[str, object]:
+    dims = ["x", "y"][: len(shape)]
+    return {"statistics/x": {"dims": dims, "shape": shape, "dtype": "<f4", "attrs": {}}}
+
+
+def row_frame(step: int, count: int = 0, data: bytes = b"") -> tuple[int, bytes]:
+    return ROW, ROW_HEAD.pack(step, 1.0, count) + data
+
+
+LISTS = b'{"note": "attributes", "attrs": {"": {"%d": [%s[]]}}}'
+FLOODS = {
+    "rows without numbers": lambda n: [begun(), *(row_frame(step) for step in range(n // 40))],
+    "rows": lambda n: [
+        begun(variables=number([])),
+        *(row_frame(step, 1, bytes(4)) for step in range(n // 44)),
+    ],
+    "one row that comes again": lambda n: [
+        begun(variables=number([])),
+        *[row_frame(0, 1, bytes(4))] * (n // 44),
+    ],
+    "numbers that come later": lambda n: [
+        begun(variables=number([])),
+        row_frame(0, 1, bytes(4)),
+        *[(LATER, LATER_HEAD.pack(0, 0, 1) + bytes(4))] * (n // 40),
+    ],
+    "a large row whose numbers come later, one by one": lambda n: [
+        begun(variables=number([n // 8]) | {"statistics/y": number([])["statistics/x"]}),
+        row_frame(0, 1, bytes(n // 8 * 4)),
+        *[(LATER, LATER_HEAD.pack(0, 1, 2) + bytes(4))] * (n // 80),
+    ],
+    "attempts": lambda n: [
+        begun(),
+        *[(NOTE, b'{"note": "opened", "time": 0, "pid": 0, "host": ""}')] * (n // 75),
+    ],
+    "lists": lambda n: [
+        begun(),
+        *((NOTE, LISTS % (at, b"[]," * (n // 4))) for at in range(4)),
+    ],
+    "escaped texts": lambda n: [begun(attrs={"": {"a": ["\0"] * 400_000}})],
+    "labels of unlike lengths": lambda n: [
+        begun(
+            coords={"metrics/x": {"dims": ["x"], "values": ["x" * MEGABYTE] + ["a"] * 500_000, "attrs": {}}}
+        )
+    ],
+    "rows without a large variable": lambda n: [
+        begun(variables=number([MEGABYTE])),
+        *(row_frame(step) for step in range(550)),
+    ],
+    "a variable that nobody has room for": lambda n: [begun(variables=number([1 << 40])), row_frame(0)],
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_no_log_takes_more_memory_than_its_bytes_account_for(flood, tmp_path):
+    """8 times the bytes, and 256 MiB for declarations and notes, for whoever looks at it."""
+    content = chained(FLOODS[flood](MEGABYTE))
+    free = (
+        256 * MEGABYTE if flood in ("lists", "escaped texts", "rows without a large variable") else MEGABYTE
+    )
+    (tmp_path / schema.LOG).write_bytes(content)
+    for door in (FollowedStore, read_history):
+        tracemalloc.start()
+        try:
+            opened = door(tmp_path)
+            if isinstance(opened, FollowedStore) and len(opened.steps):
+                for name in opened.variables:
+                    opened.column(name)
+                    opened.row(len(opened.steps) - 1)
+            del opened
+        except SchemaError:
+            pass
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < free + 8 * len(content)
+
+
+def test_a_hole_in_a_file_is_refused(pair):
+    store, _ = pair
+    with (store / schema.LOG).open("r+b") as log:
+        log.truncate(1 << 29)
+    for door in READERS:
+        with pytest.raises(SchemaError, match="of which the disk holds"):
+            door(store)
+
+
+def test_time_grows_with_the_bytes_of_a_log_and_not_with_its_frames_times_a_row(tmp_path):
+    """Numbers that come later were each copied with their row."""
+
+    def seconds(num: int) -> float:
+        folder = tmp_path / str(num)
+        folder.mkdir()
+        variables = number([num * 100]) | {"statistics/y": number([])["statistics/x"]}
+        later = [(LATER, LATER_HEAD.pack(0, 1, 2) + bytes(4))] * num
+        (folder / schema.LOG).write_bytes(
+            chained([begun(variables=variables), row_frame(0, 1, bytes(num * 400)), *later])
+        )
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            read_history(folder)
+            best = min(best, time.process_time() - start)
+        return best
+
+    seconds(1000)
+    small, large = seconds(2000), seconds(16_000)
+    assert large < 8 * 3 * small  # 64 times, were it frames × row

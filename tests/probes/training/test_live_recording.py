@@ -293,3 +293,15 @@ def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
     done = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "kills 6" in done.stdout
+
+
+@pytest.mark.parametrize("value", [object(), {"a": {1, Stack}}, [torch.zeros(1)]])
+def test_attributes_that_cannot_be_saved_are_refused_at_the_start(value, tmp_path):
+    for start in (
+        lambda attrs: probes.record(Stack(), store=tmp_path / "a", attrs=attrs),
+        lambda attrs: probes.record(Stack(), attrs=attrs),
+        lambda attrs: probes.capture(Stack(), IDS, gradients=False, attrs=attrs),
+    ):
+        with pytest.raises(ValueError, match=r"attrs\['config'\] cannot be saved: .* expected text, numbers"):
+            start({"commit": "1", "config": value})
+    assert not list(tmp_path.iterdir())
