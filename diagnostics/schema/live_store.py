@@ -356,6 +356,7 @@ class LiveStore:
 
     def _own_files(self, folder: str) -> list[str]:
         """Files in one of the folders that the log names, oldest first."""
+        self._log.require_present()
         names = self._history.files.intersection(files_of(self.path)[0])
         return sorted((name for name in names if name.startswith(folder)), key=number_of)
 

@@ -18,7 +18,8 @@ def write_rows(
 
     What was not measured yet in a stretch of rows takes no room in its file.
     """
-    parts, start = [], 0
+    parts: list[OlderRows] = []
+    start = 0
     for num_variables, stretch in groupby(history.rows.counts()[:num_rows].tolist()):
         end = start + len(list(stretch))
         number = first_number + len(parts)

@@ -236,8 +236,7 @@ class History:
             self._num_text += size - self._text.get((path, name), 0)
             self._text[path, name] = size
         self.require_text(0)
-        attributes_of(path, known := self.attrs.get(path, {}) | attrs)
-        self.attrs[path] = known
+        self.attrs[path] = attributes_of(path, {**self.attrs.get(path, {}), **attrs})
         if len(self.attrs) > MAX_GROUPS:
             raise ValueError(f"attributes of more than {MAX_GROUPS} groups")
 
