@@ -26,9 +26,11 @@ def suffix_of(path: Path) -> str:
     SchemaError
         Where it ends in none of them, or has nothing before the ending.
     """
+    if path.name in SUFFIXES:
+        raise SchemaError(f"{path.name!r} is an ending without a name; put one before it")
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix) and path.name != suffix:
+        if path.name.endswith(suffix):
             return suffix
     raise SchemaError(
-        f"a run is a name and {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
+        f"a run's name ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
     )

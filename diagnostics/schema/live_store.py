@@ -43,9 +43,9 @@ from depthscope.diagnostics.schema.live_store_frames import (
     NOTE,
     ROW,
 )
-from depthscope.diagnostics.schema.live_store_history import History, read_history, require_own_files
+from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.live_store_log import RowLog
-from depthscope.diagnostics.schema.live_store_reading import RUN_ID
+from depthscope.diagnostics.schema.live_store_reading import RUN_ID, require_own_files
 from depthscope.diagnostics.schema.live_store_rows import LATER_HEAD, ROW_HEAD
 from depthscope.diagnostics.schema.live_store_statements import (
     Declared,
@@ -360,10 +360,11 @@ class LiveStore:
         names = self._history.files.intersection(files_of(self.path)[0])
         return sorted((name for name in names if name.startswith(folder)), key=number_of)
 
+    def _named(self, folder: str) -> list[str]:
+        return [name for name in self._history.files if name.startswith(folder)]
+
     def _next_number(self, folder: str) -> int:
-        return 1 + max(
-            (number_of(name) for name in self._history.files if name.startswith(folder)), default=0
-        )
+        return 1 + max(map(number_of, self._named(folder)), default=0)
 
     def finish(self) -> None:
         """Note that the training ended, and end writing."""
@@ -409,7 +410,9 @@ class LiveStore:
         num = bisect_left(history.rows.steps, min(self._awaited)) if self._awaited else len(history.rows)
         kept = [history.row_payload(at) for at in range(num, len(history.rows))]
         history.older += write_rows(history, num, self._next_number(COLUMNS), self._name_file)
-        history.files = {*self._own_files(STATES), *self._own_files(COLUMNS)}
+        # Those that were removed are forgotten, but for the last number: none is given twice.
+        last = {max(names, key=number_of) for folder in (STATES, COLUMNS) if (names := self._named(folder))}
+        history.files = {*self._own_files(STATES), *self._own_files(COLUMNS), *last}
         self._start_log(history, kept)
         self._remove_unused_columns()
 

@@ -15,10 +15,14 @@ from depthscope.diagnostics.schema.live_store_history import (
     History,
     read_history,
     refuse_damage,
-    require_own_files,
     rest_of,
 )
-from depthscope.diagnostics.schema.live_store_reading import Status, refuse_foreign, status_of
+from depthscope.diagnostics.schema.live_store_reading import (
+    Status,
+    refuse_foreign,
+    require_own_files,
+    status_of,
+)
 from depthscope.diagnostics.schema.live_store_rows import Cells
 from depthscope.diagnostics.schema.live_store_statements import Declared
 from depthscope.diagnostics.schema.validation import SchemaError

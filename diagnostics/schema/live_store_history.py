@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,11 +105,8 @@ class History:
     @property
     def last_time(self) -> float | None:
         """When the last row was written, in seconds since 1970; else when the last attempt began."""
-        if len(self.rows):
-            return self.rows.times[-1]
-        if self.older:
-            return float(self.older[-1].times[self.older[-1].num_rows - 1])
-        return self.attempts[-1]["time"] if self.attempts else None
+        times = self.times() if self.num_rows else [attempt["time"] for attempt in self.attempts]
+        return float(times[-1]) if len(times) else None
 
     @property
     def torn(self) -> int:
@@ -442,16 +439,3 @@ def refuse_damage(history: History) -> None:
         else "no row is before it"
     )
     raise SchemaError(f"its {LOG} is damaged at byte {history.end}, in row {history.num_rows}; {known}")
-
-
-def require_own_files(names: Iterable[str], history: History) -> None:
-    """Refuse files that the log does not name: of another run that was copied into the folder.
-
-    ``names`` were listed before the log was read, since a writer names a file before it writes it.
-    """
-    foreign = sorted(set(names) - history.files)
-    if foreign:
-        raise SchemaError(
-            f"it contains {foreign[0]}, which its log does not name: files of two runs are mixed; move it away, or copy the "
-            "whole folder again to a place where nothing is"
-        )

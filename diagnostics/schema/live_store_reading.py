@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from depthscope.diagnostics.schema.live_store_files import (
     number_of,
     open_inside,
 )
-from depthscope.diagnostics.schema.live_store_history import History, read_history, require_own_files
+from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 
 RUN_ID = "live_run"
@@ -151,6 +151,22 @@ def refuse_foreign(name: str | None) -> None:
     """Refuse a folder with something in it that no live store has."""
     if name is not None:
         raise SchemaError(f"it contains {name}, which is no part of a live run; move it away")
+
+
+def require_own_files(names: Iterable[str], history: History) -> None:
+    """Refuse files that the log does not name: of another run that was copied into the folder.
+
+    ``names`` were listed before the log was read, since a writer names a file before it writes it. What has gone since then
+    was this run's: a new log does not name what its writer had removed.
+    """
+    foreign = sorted(set(names) - history.files)
+    if foreign:
+        foreign = sorted(files_of(history.store)[0].intersection(foreign))
+    if foreign:
+        raise SchemaError(
+            f"it contains {foreign[0]}, which its log does not name: files of two runs are mixed; move it away, or copy the "
+            "whole folder again to a place where nothing is"
+        )
 
 
 def _newest_state(

@@ -77,7 +77,7 @@ def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
 
 def test_an_ending_without_a_name_is_no_place_for_a_run(make_run, tmp_path):
     for name in (".nc", ".zarr", ".zarr.zip"):
-        with pytest.raises(schema.SchemaError, match="a run is a name and"):
+        with pytest.raises(schema.SchemaError, match="is an ending without a name"):
             schema.save_run(make_run("residual"), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

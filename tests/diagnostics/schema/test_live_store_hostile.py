@@ -16,7 +16,7 @@ import xarray as xr
 
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store
+from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store, live_store_reading
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_frames import BEGIN, LATER, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import read_history
@@ -142,6 +142,31 @@ def test_a_store_that_is_copied_onto_an_older_one_is_refused_and_nothing_is_remo
         with pytest.raises(SchemaError, match=r"contains columns/000007\.cols, which its log does not name"):
             door(store)
     assert sorted(store.rglob("*")) == before
+
+
+def test_a_file_that_its_writer_removes_while_the_store_is_opened_is_no_foreign_one(
+    pair, one_step, monkeypatch
+):
+    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", 4)
+    path, _ = pair
+    read = live_store_reading.read_history
+
+    def read_later(store, **options):
+        monkeypatch.setattr(live_store_reading, "read_history", read)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(live_store, "read_history", read)
+            writer = LiveStore(path, resume=True)
+            for step in range(9):  # supersedes all rows, whose files go
+                writer.append(step, row(float(step)))
+            writer.close()
+        return read(store, **options)
+
+    names = {entry.name for entry in (path / "columns").iterdir()}
+    monkeypatch.setattr(live_store_reading, "read_history", read_later)
+    with schema.open_run(path) as run:
+        np.testing.assert_array_equal(run.statistics.step.values, range(9))
+    # And no number is given twice.
+    assert not names & {entry.name for entry in (path / "columns").iterdir()}
 
 
 def test_what_is_left_of_a_store_without_its_log_is_not_begun_in(pair):
