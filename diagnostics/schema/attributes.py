@@ -18,17 +18,7 @@ _JSON = "json:"
 
 
 def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy of a dataset that every format can store.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Any attributes that JSON can express, on the dataset and on its variables.
-
-    Returns
-    -------
-    Dataset
-    """
+    """A copy of a dataset that every format can store; its attributes are what JSON can express."""
     encoded = dataset.copy()
     encoded.attrs = _encode_attrs(dataset.attrs)
     for name, variable in encoded.variables.items():
@@ -59,17 +49,7 @@ def storable_texts(content: Any) -> Any:
 
 
 def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
-    """An encoded run with the digest of what is read from it.
-
-    Parameters
-    ----------
-    encoded : DataTree
-        What `encode_dataset` made of each group.
-
-    Returns
-    -------
-    DataTree
-    """
+    """A run that `encode_dataset` made, with the digest of what is read from it."""
     run = encoded.copy()
     # Of the decoded run, which is what is compared: tuples come back as lists.
     decoded = encoded.map_over_datasets(decode_dataset)
@@ -79,17 +59,7 @@ def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
 
 
 def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """The inverse of `encode_dataset`.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        As read from disk.
-
-    Returns
-    -------
-    Dataset
-    """
+    """The inverse of `encode_dataset`."""
     decoded = dataset.copy()
     decoded.attrs = decode_attrs(dataset.attrs)
     for name, variable in decoded.variables.items():
@@ -98,17 +68,7 @@ def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """Attributes as they were before `encode_dataset`.
-
-    Parameters
-    ----------
-    attrs : mapping
-        As read from disk.
-
-    Returns
-    -------
-    dict of str to object
-    """
+    """Attributes as they were before `encode_dataset`."""
     decoded = {}
     for key, value in attrs.items():
         if isinstance(value, str) and value.startswith(_JSON):
@@ -139,22 +99,7 @@ def _encode_value(value: Any) -> Any:
 
 
 def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Attributes that a caller asks for, refused at once where they could not be saved.
-
-    Parameters
-    ----------
-    attrs : mapping or None
-        By name.
-
-    Returns
-    -------
-    dict of str to object
-
-    Raises
-    ------
-    ValueError
-        For a value that JSON cannot express, with its name.
-    """
+    """Attributes that a caller asks for; ValueError, with the name, for one that could not be saved."""
     for name, value in (attrs or {}).items():
         try:
             json.dumps(value, default=json_default)
@@ -164,23 +109,7 @@ def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def json_default(value: Any) -> Any:
-    """What an attribute that JSON has no word for is written as.
-
-    Parameters
-    ----------
-    value : object
-        A number or array of numpy, a path, a tuple or a set.
-
-    Returns
-    -------
-    object
-        A number, text or list.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    """
+    """What an attribute that JSON has no word for is written as: arrays, numbers of numpy, paths, tuples and sets."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

@@ -46,19 +46,7 @@ class Limit:
 
     @classmethod
     def of(cls, stored: int, max_bytes: int | None) -> Limit:
-        """The limit that was asked for, or else what the bytes on disk can account for.
-
-        Parameters
-        ----------
-        stored : int
-            Bytes on disk.
-        max_bytes : int or None
-            As asked for.
-
-        Returns
-        -------
-        Limit
-        """
+        """The limit that was asked for, or else what the bytes on disk can account for."""
         if max_bytes is not None:
             return cls(max_bytes, f"the limit of {max_bytes} bytes that was asked for")
         allowed = _FREE_BYTES + _RATIO * stored
@@ -67,18 +55,7 @@ class Limit:
         )
 
     def check(self, declared: int) -> None:
-        """Refuse arrays that are larger than the limit.
-
-        Parameters
-        ----------
-        declared : int
-            Bytes of all arrays by their shapes and dtypes.
-
-        Raises
-        ------
-        SchemaError
-            Where they exceed the limit.
-        """
+        """Refuse arrays whose shapes and dtypes ask for more bytes than the limit."""
         if declared > self.max_bytes:
             raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
 
@@ -92,20 +69,7 @@ def require_dense(path: Path, entry: os.stat_result) -> None:
 
 
 def require_ordinary(path: Path, *, folder: bool) -> None:
-    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end.
-
-    Parameters
-    ----------
-    path : Path
-        May be a link to a file or folder.
-    folder : bool
-        Whether a folder is expected.
-
-    Raises
-    ------
-    SchemaError
-        For a pipe, a device, a socket, or a folder in place of a file and vice versa.
-    """
+    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end; links are followed."""
     mode = os.stat(path).st_mode
     expected = "a folder" if folder else "a file"
     if (folder and stat.S_ISDIR(mode)) or (not folder and stat.S_ISREG(mode)):

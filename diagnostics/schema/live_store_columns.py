@@ -32,18 +32,8 @@ STEP_AND_TIME = 16
 class OlderRows:
     """The first rows of a file of columns, as the log names it.
 
-    Parameters
-    ----------
-    store, run : Path and str
-        The folder and the run's id.
-    number, size : int
-        Of the file, and its rows.
-    num_variables, row_bytes : int
-        How many of the declared variables it has, and their bytes in one row.
-    checksum : int
-        CRC-32C of all that is before its columns.
-    num_rows, first, last : int
-        How many of its rows count, and the steps of the first and the last one.
+    ``size`` rows are in the file, of which the first ``num_rows`` count, from step ``first`` to ``last``. ``checksum`` is the
+    CRC-32C of all that is before its columns.
     """
 
     store: Path
