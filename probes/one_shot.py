@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
@@ -79,7 +80,7 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    all_attrs = {**stage_attribute(stage), **(attrs or {})}
+    all_attrs = {**stage_attribute(stage), **storable_attributes(attrs)}
     return measure(model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs)
 
 

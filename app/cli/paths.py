@@ -190,6 +190,8 @@ class OutputFile(Checked):
             raise ValueError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")
         require_text(value)
         path = Path(value)
+        if path.name in self.endings():
+            raise ValueError(f"{option} {quoted(value)} is an ending without a name; put one before it")
         sources = [
             source for source in (getattr(args, "run", None), *(getattr(args, "runs", None) or ())) if source
         ]

@@ -12,10 +12,10 @@ from typing import Any
 import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
-from depthscope.diagnostics import Finding, analyze, judge, schema
+from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
-from depthscope.diagnostics.quantities.registry import FACTS, with_facts
+from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 COMPLETE = "complete"
@@ -247,6 +247,8 @@ def _analyses(
     known = {
         chain: with_definitions_of_today(dataset) for chain, dataset in stored.items() if dataset is not None
     }
+    for dataset in known.values():
+        _require_own_dims(dataset)
     if not _suffices(run, stored, known):
         fresh = by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
@@ -255,6 +257,16 @@ def _analyses(
         (chain, with_facts(dataset.load(), run.attrs))
         for chain, dataset in with_joined_stages(known).items()
     ]
+
+
+def _require_own_dims(stored: xr.Dataset) -> None:
+    """Refuse a metric of the catalogue along other dims: verdicts and figures name those that it is declared with."""
+    for name in CATALOGUE.keys() & stored.data_vars.keys():
+        dims = stored[name].dims
+        if CATALOGUE[name].axis not in dims or set(dims) - {"step", *DIMS}:
+            raise schema.SchemaError(
+                f"its metric {name} has the dims {', '.join(map(repr, dims))}; expected {', '.join(CATALOGUE[name].dims)}"
+            )
 
 
 def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:

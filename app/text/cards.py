@@ -237,10 +237,10 @@ def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[st
         After them what follows from what.
     """
     cards = list(cards)
-    parts = []
+    parts, heading = [], shown(ABOUT_THE_READING)
     for card in cards:
-        if card.finding.about == "reading" and ABOUT_THE_READING not in parts:
-            parts.append(shown(ABOUT_THE_READING))
+        if card.finding.about == "reading" and heading not in parts:
+            parts.append(heading)
         parts.append("\n".join(card_lines(card, width=width, shown=shown)))
     graph = cause_lines([card.finding for card in cards])
     if graph:

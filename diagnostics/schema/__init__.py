@@ -1,5 +1,6 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
+from depthscope.diagnostics.schema.attributes import storable_attributes
 from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
@@ -102,5 +103,6 @@ __all__ = [
     "open_run",
     "require_replaceable",
     "save_run",
+    "storable_attributes",
     "validate",
 ]

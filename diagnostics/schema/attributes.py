@@ -18,17 +18,7 @@ _JSON = "json:"
 
 
 def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy of a dataset that every format can store.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Any attributes that JSON can express, on the dataset and on its variables.
-
-    Returns
-    -------
-    Dataset
-    """
+    """A copy of a dataset that every format can store; its attributes are what JSON can express."""
     encoded = dataset.copy()
     encoded.attrs = _encode_attrs(dataset.attrs)
     for name, variable in encoded.variables.items():
@@ -49,18 +39,17 @@ def _storable(text: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\N{SYMBOL FOR NULL}")
 
 
+def storable_texts(content: Any) -> Any:
+    """What was read from JSON, with each text in it as every format can store it."""
+    if isinstance(content, dict):
+        return {_storable(key): storable_texts(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [storable_texts(value) for value in content]
+    return _storable(content)
+
+
 def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
-    """An encoded run with the digest of what is read from it.
-
-    Parameters
-    ----------
-    encoded : DataTree
-        What `encode_dataset` made of each group.
-
-    Returns
-    -------
-    DataTree
-    """
+    """A run that `encode_dataset` made, with the digest of what is read from it."""
     run = encoded.copy()
     # Of the decoded run, which is what is compared: tuples come back as lists.
     decoded = encoded.map_over_datasets(decode_dataset)
@@ -70,17 +59,7 @@ def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
 
 
 def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """The inverse of `encode_dataset`.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        As read from disk.
-
-    Returns
-    -------
-    Dataset
-    """
+    """The inverse of `encode_dataset`."""
     decoded = dataset.copy()
     decoded.attrs = decode_attrs(dataset.attrs)
     for name, variable in decoded.variables.items():
@@ -89,17 +68,7 @@ def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """Attributes as they were before `encode_dataset`.
-
-    Parameters
-    ----------
-    attrs : mapping
-        As read from disk.
-
-    Returns
-    -------
-    dict of str to object
-    """
+    """Attributes as they were before `encode_dataset`."""
     decoded = {}
     for key, value in attrs.items():
         if isinstance(value, str) and value.startswith(_JSON):
@@ -129,24 +98,18 @@ def _encode_value(value: Any) -> Any:
     return value if is_number or is_text else _JSON + json.dumps(value, default=json_default)
 
 
+def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Attributes that a caller asks for; ValueError, with the name, for one that could not be saved."""
+    for name, value in (attrs or {}).items():
+        try:
+            json.dumps(value, default=json_default)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"attrs[{name!r}] cannot be saved: {error}") from None
+    return dict(attrs or {})
+
+
 def json_default(value: Any) -> Any:
-    """What an attribute that JSON has no word for is written as.
-
-    Parameters
-    ----------
-    value : object
-        A number or array of numpy, a path, a tuple or a set.
-
-    Returns
-    -------
-    object
-        A number, text or list.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-    """
+    """What an attribute that JSON has no word for is written as: arrays, numbers of numpy, paths, tuples and sets."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

@@ -24,8 +24,10 @@ def suffix_of(path: Path) -> str:
     Raises
     ------
     SchemaError
-        Where it ends in none of them.
+        Where it ends in none of them, or has nothing before the ending.
     """
+    if path.name in SUFFIXES:
+        raise SchemaError(f"{path.name!r} is an ending without a name; put one before it")
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return suffix

@@ -46,19 +46,7 @@ class Limit:
 
     @classmethod
     def of(cls, stored: int, max_bytes: int | None) -> Limit:
-        """The limit that was asked for, or else what the bytes on disk can account for.
-
-        Parameters
-        ----------
-        stored : int
-            Bytes on disk.
-        max_bytes : int or None
-            As asked for.
-
-        Returns
-        -------
-        Limit
-        """
+        """The limit that was asked for, or else what the bytes on disk can account for."""
         if max_bytes is not None:
             return cls(max_bytes, f"the limit of {max_bytes} bytes that was asked for")
         allowed = _FREE_BYTES + _RATIO * stored
@@ -67,37 +55,21 @@ class Limit:
         )
 
     def check(self, declared: int) -> None:
-        """Refuse arrays that are larger than the limit.
-
-        Parameters
-        ----------
-        declared : int
-            Bytes of all arrays by their shapes and dtypes.
-
-        Raises
-        ------
-        SchemaError
-            Where they exceed the limit.
-        """
+        """Refuse arrays whose shapes and dtypes ask for more bytes than the limit."""
         if declared > self.max_bytes:
             raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
 
 
+def require_dense(path: Path, entry: os.stat_result) -> None:
+    """Refuse a file with far more bytes than the disk holds of it: a hole of a terabyte takes no room there."""
+    # Windows does not know. 16 MiB and 8 times: a file system may compress what is in it.
+    held = 512 * getattr(entry, "st_blocks", entry.st_size)
+    if entry.st_size > (16 << 20) + _RATIO * held:
+        raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")
+
+
 def require_ordinary(path: Path, *, folder: bool) -> None:
-    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end.
-
-    Parameters
-    ----------
-    path : Path
-        May be a link to a file or folder.
-    folder : bool
-        Whether a folder is expected.
-
-    Raises
-    ------
-    SchemaError
-        For a pipe, a device, a socket, or a folder in place of a file and vice versa.
-    """
+    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end; links are followed."""
     mode = os.stat(path).st_mode
     expected = "a folder" if folder else "a file"
     if (folder and stat.S_ISDIR(mode)) or (not folder and stat.S_ISREG(mode)):

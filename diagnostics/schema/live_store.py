@@ -7,13 +7,13 @@ new log takes the place of the former one in one step. Large arrays are in runs 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,35 +22,39 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.atomic_writes import kind_of, replaced_file, require_writable
-from depthscope.diagnostics.schema.attributes import json_default
-from depthscope.diagnostics.schema.live_store_columns import STEP, TIME, read_index, write_columns
+from depthscope.diagnostics.atomic_writes import kind_of, remove_litter, require_writable
+from depthscope.diagnostics.schema.live_store_compaction import write_rows
 from depthscope.diagnostics.schema.live_store_files import (
     COLUMNS,
     LOCK,
     LOG,
     STATES,
     WriterLock,
-    foreign_file,
+    files_of,
     is_live_store,
-    numbered,
+    number_of,
+    remove_inside,
+    require_no_link,
 )
-from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, LATER, NOTE, ROW, packed, scan
-from depthscope.diagnostics.schema.live_store_history import (
-    LATER_HEAD,
-    ROW_HEAD,
+from depthscope.diagnostics.schema.live_store_frames import (
+    BEGIN,
+    DECLARE,
+    LATER,
+    NOTE,
+    ROW,
+)
+from depthscope.diagnostics.schema.live_store_history import History, read_history
+from depthscope.diagnostics.schema.live_store_log import RowLog
+from depthscope.diagnostics.schema.live_store_reading import RUN_ID, require_own_files
+from depthscope.diagnostics.schema.live_store_rows import LATER_HEAD, ROW_HEAD
+from depthscope.diagnostics.schema.live_store_statements import (
     Declared,
-    History,
-    OlderRows,
-    Row,
-    columns_path,
-    read_history,
-    require_declarable,
+    as_json,
+    attributes_of,
+    coordinate_of,
+    declared_of,
 )
 from depthscope.diagnostics.schema.saving import save_run
-
-SYNC_SECONDS = 10.0
-"""The log is flushed to the disk at most this often: a killed process loses nothing, a power cut the rows of these seconds."""
 
 MAX_LOG_BYTES, MAX_LOG_ROWS = 16 << 20, 8192
 """A log that has more becomes a file of columns: as much as is read in 20 ms when a run is opened. Heuristics of ours."""
@@ -62,19 +66,7 @@ Numbers = Mapping[str, Any]
 def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> None:
     """Refuse a folder in which no live store can or may be written, before anything runs; writes nothing.
 
-    Parameters
-    ----------
-    path : path-like
-        Of the folder.
-    resume : bool
-        Whether a store that is there goes on.
-    force : bool
-        Whether a store that is there is begun anew, and its rows are lost.
-
-    Raises
-    ------
-    OSError
-        Where nothing can be written there; FileExistsError where what is there must stay.
+    Raises OSError where nothing can be written there, and FileExistsError where what is there must stay.
     """
     place = require_writable(path)
     if not os.path.lexists(place):
@@ -83,10 +75,14 @@ def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, fo
         raise FileExistsError(
             f"{place} is {kind_of(place.lstat().st_mode)}, but a live run is a folder; name another path"
         )
-    foreign = foreign_file(place)
+    names, foreign = files_of(place)
     if foreign is not None:
         raise FileExistsError(
             f"{place} contains {foreign}, which is no part of a live run; move it away, or name another path"
+        )
+    if names and not is_live_store(place) and not force:
+        raise FileExistsError(
+            f"{place} contains {min(names)} of a live run whose log is gone; remove it with force=True, or name another path"
         )
     if is_live_store(place) and not (resume or force):
         raise FileExistsError(
@@ -125,15 +121,16 @@ class LiveStore:
         require_live_place(path, resume=resume, force=force)
         self.path = Path(os.path.realpath(path))
         self.path.mkdir(parents=True, exist_ok=True)
-        self._descriptor: int | None = None
-        self._log_size, self._num_log_rows, self._full = 0, 0, MAX_LOG_BYTES
+        self._log = RowLog(self.path)
+        self._num_log_rows, self._full = 0, MAX_LOG_BYTES
         self._keep_states = max(2, keep_states + 1)
         self._awaited: set[int] = set()  # steps whose rows get more numbers later
         self._lock = self._locked()
         try:
             # Once more, now that nobody else writes.
             require_live_place(self.path, resume=resume, force=force)
-            if is_live_store(self.path) and not resume:
+            self._is_resumed = resume and is_live_store(self.path)
+            if not self._is_resumed:
                 self._remove_everything()
             self._begin()
         except BaseException:
@@ -146,32 +143,45 @@ class LiveStore:
         except BlockingIOError:
             who = "another recorder"
             with suppress(Exception):  # what is said is enough where its log cannot be read at this moment
-                last = read_history(self.path, despite_damage=True)[0].attempts[-1]
+                last = read_history(self.path, despite_damage=True).attempts[-1]
                 who += f" (process {last['pid']} on {last['host']}, since {_clock(last['time'])})"
             raise BlockingIOError(
                 f"{self.path} is being written by {who}; end it, or name another path"
             ) from None
 
-    def _remove_everything(self) -> None:
-        (self.path / LOG).unlink()  # first: without it the folder is no store
-        for folder in (COLUMNS, STATES):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
-
     def _begin(self) -> None:
-        attempt = {"time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
-        self._is_resumed = is_live_store(self.path)
         if self._is_resumed:
-            self._history, found = read_history(self.path)
-            self._open_log(found.end)
-            self._num_log_rows = len(self._history.rows)
+            history = read_history(self.path)
+            require_own_files(files_of(self.path)[0], history)
+            history.steps()  # refused where a file of older rows is missing, or of another run
+            self._log.open(history.end, history.checksum)
+            self._num_log_rows, self._full = len(history.rows), history.end + MAX_LOG_BYTES
+            self._last_step = history.last_step
+            self._know_history(history)
         else:
-            self._history = History(created=datetime.now(UTC).isoformat(timespec="seconds"))
-            self._start_log()
-        self._last_step = self._history.last_step
-        self._history.rows = []  # their numbers are on the disk
-        self._write(packed(NOTE, _json({"note": "opened", **attempt})))
-        self._history.take_note({"note": "opened", **attempt})
+            history = History(self.path)
+            history.run, history.created = uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")
+            self._last_step = None
+            self._start_log(history, [])
+        attempt = {"note": "opened", "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+        self._log.write([(NOTE, as_json(attempt))])
+        self._history.take_note(attempt)
         self._remove_unused_columns()
+
+    def _know_history(self, history: History) -> None:
+        """Write on from a history, whose rows are on the disk and not needed in memory."""
+        history.forget_rows()
+        self._history = history
+
+    def _remove_everything(self) -> None:
+        names = files_of(self.path)[0]
+        for name in (LOG, *names):  # the log first: without it the folder is no store
+            remove_inside(self.path, name)
+        for folder in (COLUMNS, STATES):
+            with suppress(OSError):  # files of others stay
+                require_no_link(self.path, folder)
+                remove_litter(self.path / folder)
+                (self.path / folder).rmdir()
 
     # --- writing
 
@@ -188,7 +198,7 @@ class LiveStore:
     @property
     def has_state(self) -> bool:
         """Whether a run with the arrays of one step was saved; without one nobody can open the store."""
-        return bool(numbered(self.path / STATES, ".nc"))
+        return bool(self._own_files(STATES))
 
     def append(
         self,
@@ -225,38 +235,26 @@ class LiveStore:
         variables = self._history.variables
         declared, added = self._declaration(numbers, coords or {})
         data = self._row_data(numbers, {**variables, **declared} if declared else variables)
-        row = packed(ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data]))
-        frames = [*self._declared_frames(declared, added), row]
+        row = b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data])
+        frames = [*self._declared_frames(declared, added), (ROW, row)]
         if self._is_resumed:
             # With the first row and not before: an attempt that measures nothing supersedes nothing.
-            frames.insert(0, packed(NOTE, _json({"note": "resumed", "step": step})))
-        self._write(b"".join(frames))
-        self._know(declared, added)
+            frames.insert(0, (NOTE, as_json({"note": "resumed", "step": int(step)})))
+        self._log.write(frames)
+        self._history.declare(declared, added)
         self._is_resumed = False
         self._last_step = step
         self._awaited = {earlier for earlier in self._awaited if earlier < step}
         if not complete:
             self._awaited.add(step)
         self._num_log_rows += 1
-        if self._num_log_rows >= MAX_LOG_ROWS or self._log_size >= self._full:
+        if self._num_log_rows >= MAX_LOG_ROWS or self._log.size >= self._full:
             self._compact()
 
     def add_later(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
-        """Add numbers to a row that is not complete; those that it has already are replaced.
+        """Add numbers to a row that is not complete, or none; they replace those that it has. Raises as `append` does.
 
-        Parameters
-        ----------
-        step : int
-            Of the row; nothing happens where it was superseded.
-        numbers, coords : mapping
-            As of `append`; empty where nothing comes after all.
-
-        Raises
-        ------
-        ValueError
-            As of `append`.
-        OSError
-            Where it was not written; the store is as it was before.
+        Nothing happens where the row was superseded.
         """
         if step not in self._awaited:
             return
@@ -271,46 +269,43 @@ class LiveStore:
         for end in range(1, len(places) + 1):
             if end == len(places) or places[end] != places[end - 1] + 1:
                 head = LATER_HEAD.pack(step, places[start], places[end - 1] + 1)
-                frames.append(packed(LATER, b"".join([head, *data[start:end]])))
+                frames.append((LATER, b"".join([head, *data[start:end]])))
                 start = end
         if frames:
-            self._write(b"".join(frames))
-        self._know(declared, added)
+            self._log.write(frames)
+        self._history.declare(declared, added)
         self._awaited.discard(step)
 
-    def _declared_frames(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> list[bytes]:
+    def _declared_frames(
+        self, declared: Mapping[str, Declared], added: Mapping[str, Any]
+    ) -> list[tuple[int, bytes]]:
         if not declared and not added:
             return []
         described = {name: one.as_dict() for name, one in declared.items()}
-        return [packed(DECLARE, _json({"variables": described, "coords": added}))]
-
-    def _know(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> None:
-        """Take in what was declared, now that it is written: before, it is not known to readers either."""
-        for name, known in declared.items():
-            self._history.add_variable(name, known)
-        self._history.coords.update(added)
+        payload = as_json({"variables": described, "coords": added})
+        self._history.require_declarable(declared, added)
+        self._history.require_text(len(payload))
+        return [(DECLARE, payload)]
 
     def _declaration(
         self, numbers: Numbers, coords: Mapping[str, Any]
-    ) -> tuple[dict[str, Declared], dict[str, Any]]:
+    ) -> tuple[dict[str, Declared], dict[str, dict[str, Any]]]:
         """The variables and coordinates that come for the first time."""
         known = self._history
-        declared = {}
-        for name in numbers.keys() - known.variables.keys():
+        declared, added = {}, {}
+        for name in [name for name in numbers if name not in known.variables]:
             if not isinstance(numbers[name], tuple):
                 raise ValueError(f"{name} came for the first time without its dims; give (dims, array)")
             dims, values, *attrs = numbers[name]
             array = np.asarray(values)
-            single = array.dtype == np.float32
-            dims = (dims,) if isinstance(dims, str) else tuple(dims)
-            declared[name] = Declared(dims, array.shape, "<f4" if single else "<f8", dict(*attrs))
-            require_declarable(name, declared[name])
-        added = {}
-        for name in coords.keys() - known.coords.keys():
+            dtype = "<f4" if array.dtype == np.float32 else "<f8"
+            fields = {"dims": _dims(dims), "shape": array.shape, "dtype": dtype, "attrs": dict(*attrs)}
+            declared[name] = declared_of(name, fields)
+        for name in [name for name in coords if name not in known.coords]:
             dims, values, *attrs = coords[name]
-            dims = [dims] if isinstance(dims, str) else list(dims)
-            added[name] = {"dims": dims, "values": np.asarray(values).tolist(), "attrs": dict(*attrs)}
-        return {name: declared[name] for name in numbers if name in declared}, added
+            fields = {"dims": _dims(dims), "values": np.asarray(values).tolist(), "attrs": dict(*attrs)}
+            added[name] = coordinate_of(name, fields)
+        return declared, added
 
     def _row_data(self, numbers: Numbers, variables: Mapping[str, Declared]) -> list[bytes]:
         data = []
@@ -329,46 +324,56 @@ class LiveStore:
         return data
 
     def note(self, attrs: Mapping[str, Any], path: str = "") -> None:
-        """Note attributes of the run or of a group, which replace those of the same name.
-
-        Parameters
-        ----------
-        attrs : mapping
-            What JSON can express.
-        path : str
-            Of a group, such as ``"metrics"``; empty for the run.
-        """
-        if all(self.attrs.get(path, {}).get(name) == value for name, value in attrs.items()):
+        """Note attributes of the run, or of a group such as ``"metrics"``; they replace those of the same name."""
+        known = self.attrs.get(path, {})
+        changed = {name: value for name, value in attrs.items() if name not in known or known[name] != value}
+        if not changed:
             return
-        note = {"note": "attributes", "attrs": {path: dict(attrs)}}
-        self._write(packed(NOTE, _json(note)))
+        note = {"note": "attributes", "attrs": {path: changed}}
+        payload = as_json(note)
+        attributes_of(path, known | changed)
+        self._history.require_text(len(payload))
+        self._log.write([(NOTE, payload)])
         self._history.take_note(note)
 
     def save_state(self, run: xr.DataTree) -> None:
-        """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes.
+        """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes."""
+        self._log.require_present()
+        require_no_link(self.path, STATES)
+        name = f"{STATES}/{self._next_number(STATES):06d}.nc"
+        self._name_file(name)
+        state = run.map_over_datasets(_last_step_alone)
+        state.attrs = {**run.attrs, RUN_ID: self._history.run}
+        save_run(state, self.path / name)
+        for old in self._own_files(STATES)[: -self._keep_states]:
+            remove_inside(self.path, old)
 
-        Parameters
-        ----------
-        run : DataTree
-            Of its statistics only the last step is saved.
-        """
-        self._require_present()
-        folder = self.path / STATES
-        number = max(numbered(folder, ".nc"), default=0) + 1
-        save_run(run.map_over_datasets(_last_step_alone), folder / f"{number:06d}.nc")
-        for old in list(numbered(folder, ".nc").values())[: -self._keep_states]:
-            old.unlink(missing_ok=True)
+    def _name_file(self, name: str) -> None:
+        """Name a file in the log before it is written: what the log does not name is of another run, and is never removed."""
+        note = {"note": "file", "name": name}
+        self._log.write([(NOTE, as_json(note))])
+        self._history.take_note(note)
+
+    def _own_files(self, folder: str) -> list[str]:
+        """Files in one of the folders that the log names, oldest first."""
+        self._log.require_present()
+        names = self._history.files.intersection(files_of(self.path)[0])
+        return sorted((name for name in names if name.startswith(folder)), key=number_of)
+
+    def _named(self, folder: str) -> list[str]:
+        return [name for name in self._history.files if name.startswith(folder)]
+
+    def _next_number(self, folder: str) -> int:
+        return 1 + max(map(number_of, self._named(folder)), default=0)
 
     def finish(self) -> None:
         """Note that the training ended, and end writing."""
-        self._write(packed(NOTE, b'{"note": "finished"}'), sync=True)
+        self._log.write([(NOTE, b'{"note": "finished"}')], sync=True)
         self.close()
 
     def close(self) -> None:
         """End writing; a store that was not finished looks like that of a killed writer. Calling it twice is fine."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._log.close()
         if hasattr(self, "_lock"):
             self._lock.release()
 
@@ -380,115 +385,50 @@ class LiveStore:
             (self.path / LOCK).unlink(missing_ok=True)
             self.path.rmdir()
 
-    # --- the log as a file
+    # --- older rows
 
-    def _open_log(self, size: int) -> None:
-        """Append to the log from a size on; what is after it was torn."""
-        flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-        former, self._descriptor = (
-            self._descriptor,
-            os.open(self.path / LOG, flags | getattr(os, "O_BINARY", 0)),
-        )
-        if former is not None:
-            os.close(former)
-        os.ftruncate(self._descriptor, size)
-        self._log_size, self._full = size, size + MAX_LOG_BYTES
-        self._synced = time.monotonic()
-
-    def _start_log(self, rows: Iterable[Row] = ()) -> None:
+    def _start_log(self, history: History, rows: Sequence[bytes]) -> None:
         """A log of no rows, or of a few, takes the place of the one that is there."""
-        begin = b"".join([packed(BEGIN, self._history.begin_frame()), *(row.frame() for row in rows)])
-        with replaced_file(self.path / LOG) as fresh:
-            fresh.write_bytes(begin)
-        self._open_log(len(begin))
-        self._num_log_rows = 0
-
-    def _require_present(self) -> tuple[int, int]:
-        """The log's descriptor and size, refused where the log at its path is another one or none."""
-        if self._descriptor is None:
-            raise ValueError(f"{self.path} is closed")
-        mine = os.fstat(self._descriptor)
-        try:
-            here = os.path.samestat(os.stat(self.path / LOG), mine)
-        except OSError:
-            here = False
-        if not here:
-            raise FileNotFoundError(f"{self.path} has gone, or another one is in its place")
-        return self._descriptor, mine.st_size
-
-    def _write(self, content: bytes, *, sync: bool = False) -> None:
-        descriptor, size = self._require_present()
-        if size != self._log_size:
-            # What an interrupt kept from being counted, or a full disk from being undone: whole frames count.
-            self._log_size = scan((self.path / LOG).read_bytes()).end
-            os.ftruncate(descriptor, self._log_size)
-        left = memoryview(content)
-        try:
-            while left:  # once, but where the disk is almost full
-                left = left[os.write(descriptor, left) :]
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(descriptor, self._log_size)
-            raise
-        self._log_size += len(content)
-        if sync or time.monotonic() - self._synced >= SYNC_SECONDS:
-            os.fsync(descriptor)
-            self._synced = time.monotonic()
+        frames = [(BEGIN, as_json(history.begin_frame())), *((ROW, row) for row in rows)]
+        self._log.start(frames)
+        self._num_log_rows, self._full = len(rows), self._log.size + MAX_LOG_BYTES
+        history.begun = frozenset(part.name for part in history.older)
+        self._know_history(history)
 
     def _compact(self) -> None:
         """Write the rows of the log as columns, and begin a new log that names them."""
         try:
             self._write_columns()
-        except OSError:
+        except (OSError, ValueError):
             # Every row is in the log, which goes on growing: the next attempt is made when as much again is in it.
-            self._num_log_rows, self._full = 0, self._log_size + MAX_LOG_BYTES
+            self._num_log_rows, self._full = 0, self._log.size + MAX_LOG_BYTES
 
     def _write_columns(self) -> None:
-        found = scan((self.path / LOG).read_bytes())
-        history = History()
-        history.replay(found.frames, self.path)
+        require_no_link(self.path, COLUMNS)
+        history = read_history(self.path)
         # Rows that get more numbers stay in the log, where these are put into them.
-        kept = [row for row in history.rows if self._awaited and row.step >= min(self._awaited)]
-        history.rows = history.rows[: len(history.rows) - len(kept)]
-        if history.rows:
-            number = max(numbered(self.path / COLUMNS, ".cols"), default=0) + 1
-            write_columns(columns_path(self.path, number), _columns(history))
-            file = read_index(columns_path(self.path, number))
-            steps = np.array([row.step for row in history.rows], dtype=np.int64)
-            history.older.append(OlderRows(number, file, steps, len(history.rows)))
-            history.rows = []
-        history.begun = frozenset(part.number for part in history.older)
-        self._history = history
-        self._start_log(kept)
-        self._num_log_rows = len(kept)
+        num = bisect_left(history.rows.steps, min(self._awaited)) if self._awaited else len(history.rows)
+        kept = [history.row_payload(at) for at in range(num, len(history.rows))]
+        history.older += write_rows(history, num, self._next_number(COLUMNS), self._name_file)
+        # Those that were removed are forgotten, but for the last number: none is given twice.
+        last = {max(names, key=number_of) for folder in (STATES, COLUMNS) if (names := self._named(folder))}
+        history.files = {*self._own_files(STATES), *self._own_files(COLUMNS), *last}
+        self._start_log(history, kept)
         self._remove_unused_columns()
 
     def _remove_unused_columns(self) -> None:
-        """Remove files that the log does not begin with: of a writer that died before it named them, or superseded."""
-        for number, path in numbered(self.path / COLUMNS, ".cols").items():
-            if number not in self._history.begun:
-                path.unlink(missing_ok=True)
+        """Remove files that the log names and does not begin with: of a writer that died meanwhile, or superseded."""
+        for name in self._own_files(COLUMNS):
+            if name not in self._history.begun:
+                remove_inside(self.path, name)
 
 
-def _columns(history: History) -> dict[str, np.ndarray]:
-    older, history.older = history.older, []  # the rows of the log alone
-    try:
-        found = {
-            STEP: history.steps(),
-            TIME: np.array([row.time for row in history.rows]),
-            **{name: history.values(name) for name in history.variables},
-        }
-    finally:
-        history.older = older
-    return found
+def _dims(dims: Any) -> list[str]:
+    return [dims] if isinstance(dims, str) else list(dims)
 
 
 def _last_step_alone(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.isel(step=[-1]) if dataset.sizes.get("step", 1) > 1 else dataset
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, default=json_default).encode()
 
 
 def _clock(seconds: float) -> str:

@@ -8,10 +8,13 @@ import re
 import stat
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from depthscope.diagnostics.atomic_writes import NO_LOCKS, SCRATCH, entries_below, kind_of
+from depthscope.diagnostics.atomic_writes import NO_LOCKS, SCRATCH, kind_of
+from depthscope.diagnostics.schema.limits import require_dense
 from depthscope.diagnostics.schema.validation import SchemaError
 
 LOG = "depthscope-rows.log"
@@ -21,22 +24,12 @@ LOCK = "writer.lock"
 COLUMNS, STATES = "columns", "states"
 """Folders of the files with older rows, and of the runs with the arrays of one step."""
 
-_OWN = re.compile(rf"{re.escape(LOG)}|{LOCK}|{COLUMNS}/\d{{6,9}}\.cols|{STATES}/\d{{6,9}}\.nc")
+NUMBERED = re.compile(rf"({COLUMNS}/(\d{{6,9}})\.cols|{STATES}/(\d{{6,9}})\.nc)")
 _ON_WINDOWS = os.name == "nt"
 
 
 def is_live_store(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the folder of a live store, finished or not.
-
-    Parameters
-    ----------
-    path : path-like
-        Anything.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a path is the folder of a live store, finished or not."""
     try:
         return stat.S_ISREG((Path(path) / LOG).lstat().st_mode)
     except OSError:
@@ -44,122 +37,111 @@ def is_live_store(path: str | os.PathLike[str]) -> bool:
 
 
 def live_log_of(path: Path) -> Path:
-    """Where the rows of a run are that is written as a file when the training ends.
-
-    Parameters
-    ----------
-    path : Path
-        Of the file.
-
-    Returns
-    -------
-    Path
-        A live store next to it, as long as there is no file.
-    """
+    """The live store next to a file that is written when the training ends; it is there as long as the file is not."""
     return path.with_name(f"{path.name}.live")
 
 
-def numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """The files of one of the store's folders by their number, in order.
-
-    Parameters
-    ----------
-    folder : Path
-        `COLUMNS` or `STATES` of a store.
-    suffix : str
-        ``".cols"`` or ``".nc"``.
-
-    Returns
-    -------
-    dict of int to Path
-    """
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    found = [name for name in names if re.fullmatch(rf"\d{{6,9}}{re.escape(suffix)}", name)]
-    return {int(name.removesuffix(suffix)): folder / name for name in found}
+def number_of(name: str) -> int:
+    """The number of a file of columns or of a state, from its path below the store."""
+    return int(Path(name).stem)
 
 
 def newest_state(store: Path) -> Path | None:
-    """The newest file with the arrays of one step.
+    """The newest file with the arrays of one step; None where none was saved yet."""
+    states = [name for name in files_of(store)[0] if name.startswith(STATES)]
+    return store / max(states, key=number_of) if states else None
 
-    Parameters
-    ----------
-    store : Path
-        The folder.
 
-    Returns
-    -------
-    Path or None
-        None where none was saved yet.
+def files_of(store: Path) -> tuple[set[str], str | None]:
+    """The numbered files in a folder, and one thing in it that no live store has, by their paths below the folder."""
+    names: set[str] = set()
+    foreign = None
+    with _opened_folders(store) as (place, _):
+        for entry, is_folder, is_file in _entries(place):
+            if entry in (COLUMNS, STATES) and is_folder:
+                with _opened_folders(store, entry) as (inner, _):
+                    for name, _, is_inner_file in _entries(inner):
+                        full = f"{entry}/{name}"
+                        if NUMBERED.fullmatch(full) and is_inner_file:
+                            names.add(full)
+                        else:
+                            foreign = full
+            elif not (entry in (LOG, LOCK) and is_file):
+                foreign = entry
+    return names, foreign
+
+
+def _entries(place: int | Path) -> Iterator[tuple[str, bool, bool]]:
+    """Name, whether it is a folder, and whether it is an ordinary file, of what is in a folder; links are neither."""
+    with os.scandir(place) as entries:
+        for entry in entries:
+            # Of a writer that was killed while it replaced a file; and what NFS makes of a removed file that is being read.
+            if not entry.name.startswith((SCRATCH, ".nfs")):
+                yield entry.name, entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False)
+
+
+@contextmanager
+def _opened_folders(store: Path, folder: str = "") -> Iterator[tuple[Any, int | None]]:
+    """A store, or a folder in it, for `os.scandir`, and its descriptor for ``dir_fd``; a link inside the store is refused.
+
+    What was opened is what is read: a folder that is replaced by a link meanwhile leads nowhere. Windows has no descriptors
+    of folders, and is asked before.
     """
-    return next(reversed(numbered(store / STATES, ".nc").values()), None)
+    path = store / folder if folder else store
+    if folder and not stat.S_ISDIR(mode := path.lstat().st_mode):
+        raise SchemaError(f"{path} is {kind_of(mode)}; expected a folder")
+    if os.open not in os.supports_dir_fd:
+        yield path, None
+        return
+    with ExitStack() as stack:
+        opened = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, opened)
+        if folder:
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=opened)
+            stack.callback(os.close, opened)
+        yield opened, opened
 
 
-def has_older_rows(store: Path) -> bool:
-    """Whether some rows of a store are in files of columns.
+def open_inside(store: Path, name: str) -> IO[bytes]:
+    """Open a file of a store for reading: an ordinary one, to which no link in the store leads.
 
-    Parameters
-    ----------
-    store : Path
-        The folder.
-
-    Returns
-    -------
-    bool
+    Raises SchemaError where it is a link, a pipe or anything else, and OSError where it cannot be opened.
     """
-    return bool(numbered(store / COLUMNS, ".cols"))
+    folder, _, leaf = name.rpartition("/")
+    with _opened_folders(store, folder) as (_, descriptor):
+        target = leaf if descriptor is not None else store / name
+        try:
+            mode = os.stat(target, dir_fd=descriptor, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                raise SchemaError(f"{store / name} is {kind_of(mode)}; expected a file")
+            # A link or a pipe may have come meanwhile. Windows has neither flag.
+            flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            file = os.fdopen(os.open(target, os.O_RDONLY | flags, dir_fd=descriptor), "rb")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, error.strerror, str(store / name)) from None
+    try:
+        entry = os.fstat(file.fileno())
+        if not stat.S_ISREG(entry.st_mode):
+            raise SchemaError(f"{store / name} is {kind_of(entry.st_mode)}; expected a file")
+        require_dense(store / name, entry)
+    except SchemaError:
+        file.close()
+        raise
+    return file
 
 
-def foreign_file(store: Path) -> str | None:
-    """What is in a folder and in no live store.
-
-    Parameters
-    ----------
-    store : Path
-        A folder.
-
-    Returns
-    -------
-    str or None
-        Path below the folder of the first one.
-    """
-    for entry in entries_below(store):
-        name = entry.as_posix()
-        # What a writer leaves that was killed while it replaced a file, and the folders that it had just made.
-        if any(part.startswith(SCRATCH) for part in entry.parts) or name in (COLUMNS, STATES):
-            continue
-        if not (_OWN.fullmatch(name) and stat.S_ISREG((store / entry).lstat().st_mode)):
-            return name
-    return None
+def require_no_link(store: Path, folder: str) -> None:
+    """Refuse to write into a folder of a store that is a link, or no folder."""
+    path = store / folder
+    if os.path.lexists(path) and not stat.S_ISDIR(mode := path.lstat().st_mode):
+        raise FileExistsError(f"{path} is {kind_of(mode)}, expected a folder; move it away")
 
 
-def open_inside(path: Path) -> IO[bytes]:
-    """Open a file of a store for reading: an ordinary one, which no link leads to.
-
-    Parameters
-    ----------
-    path : Path
-        Of the file.
-
-    Returns
-    -------
-    file
-
-    Raises
-    ------
-    SchemaError
-        Where it is a link, a pipe or anything else.
-    OSError
-        Where it cannot be opened.
-    """
-    mode = path.lstat().st_mode
-    if not stat.S_ISREG(mode):
-        raise SchemaError(f"{path} is {kind_of(mode)}; expected a file")
-    # Again while it is opened: a link or a pipe may have come meanwhile. Windows has neither flag.
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+def remove_inside(store: Path, name: str) -> None:
+    """Remove a file of a store where it is there; what links in the store lead to stays."""
+    folder, _, leaf = name.rpartition("/")
+    with suppress(FileNotFoundError), _opened_folders(store, folder) as (_, descriptor):
+        os.unlink(leaf if descriptor is not None else store / name, dir_fd=descriptor)
 
 
 # --- the writer's lock
@@ -168,15 +150,7 @@ def open_inside(path: Path) -> IO[bytes]:
 class WriterLock:
     """A kernel lock on a store, which ends with the process that holds it, however that ends.
 
-    Parameters
-    ----------
-    store : Path
-        The folder, which exists.
-
-    Raises
-    ------
-    BlockingIOError
-        Where another recorder holds it, of this process or of another one.
+    Raises BlockingIOError where another recorder holds it, of this process or of another one.
     """
 
     def __init__(self, store: Path) -> None:
@@ -237,19 +211,9 @@ def _lock(descriptor: int, *, shared: bool = False) -> None:
 
 
 def is_being_written(store: Path) -> bool:
-    """Whether a process holds the lock of a store; false too where the file system has no locks.
-
-    Parameters
-    ----------
-    store : Path
-        The folder.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a process holds the lock of a store; false too where the file system has no locks."""
     try:
-        with open_inside(store / LOCK) as file:
+        with open_inside(store, LOCK) as file:
             _lock(file.fileno(), shared=True)
     except BlockingIOError:
         return True

@@ -1,157 +1,84 @@
-"""What is a row log? Frames, each with its length and a checksum, that are only ever appended."""
+"""What is a row log? Frames that are only ever appended, each with its length and checksum, and that of the one before."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import google_crc32c
 
-MAGIC = b"DSr1"
-_HEAD = struct.Struct(
-    "<4sIII"
-)  # magic, kind, bytes of the payload, CRC-32C of the kind, that number and the payload
-_CHECKED = struct.Struct("<II")
+MAGIC = b"DSr2"
+_HEAD = struct.Struct("<4sIIII")
+"""Magic, checksum, kind, bytes of the payload, checksum of the frame before: CRC-32C of what follows it in the frame."""
+
+_CHECKED = struct.Struct("<III")
 BEGIN, DECLARE, ROW, NOTE, LATER = 1, 2, 3, 4, 5
 """Kinds of frames: what a log goes on from, further variables, a step's numbers, what happened, numbers that came later."""
 
 MAX_PAYLOAD = 256 << 20
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One frame whose checksum fits.
+class Frame(NamedTuple):
+    """Where one frame is whose checksum fits: its payload is ``content[start:end]``."""
 
-    Parameters
-    ----------
-    offset : int
-        Byte of the log at which it begins.
-    kind : int
-        One of `BEGIN`, `DECLARE`, `ROW`, `NOTE` and `LATER`.
-    payload : memoryview
-        What it carries.
-    """
-
-    offset: int
     kind: int
-    payload: memoryview
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The frames of a log up to the first byte that is none.
-
-    Parameters
-    ----------
-    frames : list of Frame
-        In their order.
-    end : int
-        Bytes that they take.
-    torn : int
-        Bytes after them where no whole frame follows: a frame whose writer died.
-    damaged : bool
-        Whether whole frames follow after bytes that are none.
-    """
-
-    frames: list[Frame]
+    start: int
     end: int
-    torn: int
-    damaged: bool
+    checksum: int
+    before: int
 
 
-def packed(kind: int, payload: bytes) -> bytes:
-    """One frame as bytes.
-
-    Parameters
-    ----------
-    kind : int
-        One of `BEGIN`, `DECLARE`, `ROW`, `NOTE` and `LATER`.
-    payload : bytes
-        What it carries.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    ValueError
-        For a payload above `MAX_PAYLOAD`.
-    """
+def packed(kind: int, payload: bytes, before: int) -> tuple[bytes, int]:
+    """One frame as bytes, after one with the checksum ``before`` (0: none), and its own checksum."""
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"a frame of {len(payload)} bytes; expected at most {MAX_PAYLOAD}")
-    return _HEAD.pack(MAGIC, kind, len(payload), _checksum(kind, payload)) + payload
+    checksum = _checksum(kind, payload, before)
+    return _HEAD.pack(MAGIC, checksum, kind, len(payload), before) + payload, checksum
 
 
-def _checksum(kind: int, payload: bytes | memoryview) -> int:
-    begun = google_crc32c.value(_CHECKED.pack(kind, len(payload)))
-    return int(google_crc32c.extend(begun, bytes(payload)))
+def _checksum(kind: int, payload: bytes, before: int) -> int:
+    return int(google_crc32c.extend(google_crc32c.value(_CHECKED.pack(kind, len(payload), before)), payload))
 
 
-def scan(content: bytes) -> Scan:
-    """Read the frames of a log.
-
-    Parameters
-    ----------
-    content : bytes
-        Of the whole file.
-
-    Returns
-    -------
-    Scan
+def frames_from(content: bytes, at: int = 0, before: int = 0) -> Iterator[Frame]:
+    """The frames of a log from a byte on, after one with the checksum ``before``, up to the first byte that is none.
 
     Examples
     --------
-    >>> log = packed(NOTE, b"one") + packed(NOTE, b"two")
-    >>> [bytes(frame.payload) for frame in scan(log).frames], scan(log).torn
-    ([b'one', b'two'], 0)
-    >>> cut = scan(log[:-1])
-    >>> len(cut.frames), cut.torn, cut.damaged
-    (1, 18, False)
-    >>> scan(b"?" + log[1:]).damaged
-    True
+    >>> one, checksum = packed(NOTE, b"one", 0)
+    >>> two, _ = packed(NOTE, b"two", checksum)
+    >>> [(one + two)[frame.start : frame.end] for frame in frames_from(one + two)]
+    [b'one', b'two']
+    >>> len(list(frames_from(one + two[:-1]))), is_damaged(one + two[:-1], len(one))
+    (1, False)
+    >>> len(list(frames_from(two))), is_damaged(two, 0)  # the one before it is missing
+    (0, True)
     """
-    view = memoryview(content)
-    frames: list[Frame] = []
-    end = 0
-    while (found := _frame_at(view, end)) is not None:
-        frames.append(found)
-        end += _HEAD.size + len(found.payload)
-    return Scan(frames, end, len(content) - end, _any_later(content, view, end))
+    while (frame := _frame_at(content, at)) is not None and frame.before == before:
+        yield frame
+        at, before = frame.end, frame.checksum
 
 
-def _frame_at(view: memoryview, offset: int) -> Frame | None:
-    if len(view) - offset < _HEAD.size:
+def _frame_at(content: bytes, at: int) -> Frame | None:
+    if len(content) - at < _HEAD.size:
         return None
-    magic, kind, size, checksum = _HEAD.unpack_from(view, offset)
-    start = offset + _HEAD.size
-    if magic != MAGIC or size > min(MAX_PAYLOAD, len(view) - start):
+    magic, checksum, kind, size, before = _HEAD.unpack_from(content, at)
+    start = at + _HEAD.size
+    if magic != MAGIC or size > min(MAX_PAYLOAD, len(content) - start):
         return None
-    payload = view[start : start + size]
-    return Frame(offset, kind, payload) if _checksum(kind, payload) == checksum else None
+    fits = _checksum(kind, content[start : start + size], before) == checksum
+    return Frame(kind, start, start + size, checksum, before) if fits else None
 
 
-def _any_later(content: bytes, view: memoryview, end: int) -> bool:
-    """Whether a whole frame follows somewhere after bytes that are none."""
+def is_damaged(content: bytes, end: int) -> bool:
+    """Whether a frame with its checksum is anywhere after the frames of a log: else what follows is torn."""
     # Bounded: a hostile log may be full of magic numbers, each with a length up to its end.
     left = 4 * len(content)
-    for offset in _occurrences(content, end + 1):
-        size = (
-            min(_HEAD.unpack_from(view, offset)[2], len(view) - offset)
-            if len(view) - offset >= _HEAD.size
-            else 0
-        )
-        left -= size
-        if left < 0:
-            return True  # no torn frame looks like this
-        if _frame_at(view, offset) is not None:
-            return True
+    at = content.find(MAGIC, end)
+    while at >= 0 and len(content) - at >= _HEAD.size:
+        left -= min(_HEAD.unpack_from(content, at)[3], len(content) - at)
+        if left < 0 or _frame_at(content, at) is not None:
+            return True  # no torn frame is full of magic numbers
+        at = content.find(MAGIC, at + 1)
     return False
-
-
-def _occurrences(content: bytes, start: int) -> Iterator[int]:
-    found = content.find(MAGIC, start)
-    while found >= 0:
-        yield found
-        found = content.find(MAGIC, found + 1)

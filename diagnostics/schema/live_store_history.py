@@ -8,521 +8,429 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from depthscope.diagnostics.schema.attributes import json_default
-from depthscope.diagnostics.schema.groups import GROUPS
-from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_TEXT, MAX_VARIABLES
-from depthscope.diagnostics.schema.live_store_columns import STEP, TIME, ColumnFile, is_count, read_index
-from depthscope.diagnostics.schema.live_store_files import COLUMNS, LOG, open_inside
+from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_GROUPS, MAX_VARIABLES, Limit
+from depthscope.diagnostics.schema.live_store_columns import OlderRows
+from depthscope.diagnostics.schema.live_store_files import LOG, NUMBERED, open_inside
 from depthscope.diagnostics.schema.live_store_frames import (
     BEGIN,
     DECLARE,
     LATER,
+    MAX_PAYLOAD,
     NOTE,
     ROW,
     Frame,
-    Scan,
-    packed,
-    scan,
+    frames_from,
+    is_damaged,
+)
+from depthscope.diagnostics.schema.live_store_rows import ROW_HEAD, Cells, LogRows
+from depthscope.diagnostics.schema.live_store_statements import (
+    MAX_JSON,
+    Declared,
+    attempt_of,
+    attributes_of,
+    coordinate_of,
+    created_of,
+    declared_of,
+    is_count,
+    parsed,
+    step_of,
 )
 from depthscope.diagnostics.schema.validation import SchemaError
 
-FORMAT, VERSION = "depthscope live run", 1
-ROW_HEAD = struct.Struct("<qdI")  # step, seconds since 1970, how many of the declared variables follow
-LATER_HEAD = struct.Struct(
-    "<qII"
-)  # step, and from which of the declared variables to before which they come later
+FORMAT, VERSION = "depthscope live run", 2
 MAX_LOG = 1 << 30
 """Bytes; the writer begins a new log long before."""
 
-# A group, perhaps a chain, and the variable.
-_NAME = re.compile(rf"({'|'.join(GROUPS)})(/[^/\x00]{{1,200}}){{1,2}}")
+_RUN = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
-class Declared:
-    """A variable that has one value a step.
+class History:
+    """What the frames of a log add up to.
 
     Parameters
     ----------
-    dims : tuple of str
-        Without the step.
-    shape : tuple of int
-        Of one step.
-    dtype : str
-        ``"<f8"`` or ``"<f4"``.
-    attrs : mapping
-        Of the variable.
+    store : Path
+        The folder that the older rows are in.
     """
 
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The dtype, made once: a row is written every few milliseconds."""
-        return np.dtype(self.dtype)
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.run = self.created = ""
+        self.variables: dict[str, Declared] = {}
+        self.coords: dict[str, dict[str, Any]] = {}
+        self.attrs: dict[str, dict[str, Any]] = {}
+        self.attempts: list[dict[str, Any]] = []
+        self.finished = False
+        self.files: set[str] = set()  # that the run has written, by their paths below the store
+        self.older: list[OlderRows] = []
+        self.begun: frozenset[str] = (
+            frozenset()
+        )  # files of columns that the log begins with; it may supersede some later
+        self.rows = LogRows()
+        self.ends = [0]  # where in a row each variable begins, and the last one ends: bytes
+        self.content, self.end, self.checksum = b"", 0, 0  # the log, and up to where it was replayed
+        self._places: dict[str, int] = {}
+        self._sizes: dict[tuple[str, str], int] = {}  # by group and dim
+        self._text: dict[tuple[str, str], int] = {}  # bytes of JSON by group and attribute
+        self._num_text = 0  # of all that is in memory
 
     @property
-    def num_bytes(self) -> int:
-        """Of one step."""
-        return math.prod(self.shape) * int(self.dtype[-1])
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"dims": self.dims, "shape": self.shape, "dtype": self.dtype, "attrs": dict(self.attrs)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """The numbers of one step, in the order in which the variables were declared."""
-
-    step: int
-    time: float
-    num_variables: int
-    data: bytes
-
-    def frame(self) -> bytes:
-        """As it is in a log."""
-        return packed(ROW, ROW_HEAD.pack(self.step, self.time, self.num_variables) + self.data)
-
-
-@dataclass
-class OlderRows:
-    """The first rows of a file of columns."""
-
-    number: int
-    file: ColumnFile
-    steps: np.ndarray
-    num_rows: int
-
-
-@dataclass
-class History:
-    """What the frames of a log add up to."""
-
-    created: str = ""
-    variables: dict[str, Declared] = field(default_factory=dict)
-    coords: dict[str, Any] = field(default_factory=dict)
-    attrs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    finished: bool = False
-    older: list[OlderRows] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    ends: list[int] = field(default_factory=lambda: [0])
-    """Where in a row each variable begins, and the last one ends: bytes."""
-    _tables: list[tuple[int, np.ndarray]] | None = None
-    begun: frozenset[int] = frozenset()
-    """The files of columns that the log itself names, some of which it may have superseded since."""
+    def num_older(self) -> int:
+        """How many rows are in files of columns."""
+        return sum(part.num_rows for part in self.older)
 
     @property
     def num_rows(self) -> int:
         """Of all steps."""
-        return sum(part.num_rows for part in self.older) + len(self.rows)
+        return self.num_older + len(self.rows)
 
     @property
     def last_step(self) -> int | None:
         """Of the last row; None where there is none."""
-        if self.rows:
-            return self.rows[-1].step
-        return int(self.older[-1].steps[self.older[-1].num_rows - 1]) if self.older else None
+        if len(self.rows):
+            return self.rows.steps[-1]
+        return self.older[-1].last if self.older else None
 
     @property
     def last_time(self) -> float | None:
         """When the last row was written, in seconds since 1970; else when the last attempt began."""
-        if self.rows:
-            return self.rows[-1].time
-        if self.older:
-            times = self.older[-1].file.read(TIME)
-            return None if times is None else float(times[self.older[-1].num_rows - 1])
-        return self.attempts[-1]["time"] if self.attempts else None
+        times = self.times() if self.num_rows else [attempt["time"] for attempt in self.attempts]
+        return float(times[-1]) if len(times) else None
+
+    @property
+    def torn(self) -> int:
+        """Bytes after the last frame of the log, of one whose writer died or is writing it."""
+        return len(self.content) - self.end
 
     def steps(self) -> np.ndarray:
         """The step of every row."""
         parts = [part.steps[: part.num_rows] for part in self.older]
-        return np.concatenate([*parts, np.array([row.step for row in self.rows], dtype=np.int64)])
+        return np.concatenate([*parts, np.array(self.rows.steps, dtype=np.int64)])
 
-    def values(self, name: str) -> np.ndarray:
-        """One variable of every row; NaN in rows that do not have it.
+    def times(self) -> np.ndarray:
+        """Seconds since 1970 at which each row was written."""
+        parts = [part.times[: part.num_rows] for part in self.older]
+        return np.concatenate([*parts, np.array(self.rows.times)])
 
-        Parameters
-        ----------
-        name : str
-            Of the variable.
-
-        Returns
-        -------
-        ndarray
-        """
-        declared = self.variables[name]
-        found = np.full((self.num_rows, *declared.shape), math.nan, declared.dtype)
-        start = 0
+    def values(self, name: str, cells: Cells = (), *, start: int = 0, dtype: Any = None) -> np.ndarray:
+        """One variable of every row from one on, rows first; NaN in rows that do not have it."""
+        declared, place = self.variables[name], self._places[name]
+        chosen = tuple(slice(None) if cell is None else cell for cell in cells)
+        shape = [
+            size for size, cell in zip(declared.shape, (*cells, *[None] * 64), strict=False) if cell is None
+        ]
+        found = np.full((self.num_rows - start, *shape), math.nan, dtype or declared.dtype)
+        at = -start  # of the first row of a part, in `found`
         for part in self.older:
-            values = part.file.read(name)
-            if values is not None:
-                if values.dtype != found.dtype or values.shape[1:] != declared.shape:
-                    raise SchemaError(
-                        f"{part.file.path}: {name} is no {declared.dtype} of shape {declared.shape}"
-                    )
-                found[start : start + part.num_rows] = values[: part.num_rows]
-            start += part.num_rows
-        place = list(self.variables).index(name)
-        for num_variables, table in self._row_tables():
-            if place < num_variables:
-                cells = np.ascontiguousarray(table[:, self.ends[place] : self.ends[place + 1]])
-                shape = (len(table), *declared.shape)
-                found[start : start + len(table)] = cells.view(declared.dtype).reshape(shape)
-            start += len(table)
+            first, end = max(-at, 0), at + part.num_rows
+            if end > 0 and place < part.num_variables:
+                values = part.values(place, self.ends[place], declared.numpy_dtype, declared.shape)
+                found[at + first : end] = values[(slice(first, None), *chosen)]
+            at = end
+        if 0 not in declared.shape:
+            self.rows.fill(found[max(at, 0) :], self.content, declared, place, self.ends, chosen)
         return found
 
-    def _row_tables(self) -> list[tuple[int, np.ndarray]]:
-        """The rows of the log as bytes, one table for each stretch of rows with the same number of variables."""
-        if self._tables is None:
-            self._tables = []
-            for num_variables, rows in groupby(self.rows, key=lambda row: row.num_variables):
-                data = [row.data for row in rows]
-                table = np.frombuffer(b"".join(data), np.uint8).reshape(len(data), self.ends[num_variables])
-                self._tables.append((num_variables, table))
-        return self._tables
-
-    def add_variable(self, name: str, declared: Declared) -> None:
-        """Add a variable, which is the last one of a row from now on.
-
-        Parameters
-        ----------
-        name : str
-            A group, perhaps a chain, and the variable.
-        declared : Declared
-            What it is.
-        """
-        self.variables[name] = declared
-        self.ends.append(self.ends[-1] + declared.num_bytes)
-
-    def supersede(self, step: int) -> int:
-        """Forget the rows of a step and of later ones.
-
-        Parameters
-        ----------
-        step : int
-            The first one.
-
-        Returns
-        -------
-        int
-            How many rows these were.
-        """
-        before, self._tables = self.num_rows, None
-        del self.rows[bisect_left(self.rows, step, key=lambda row: row.step) :]
-        for part in reversed(self.older):
-            if part.steps[part.num_rows - 1] < step:
-                break
-            part.num_rows = int(np.searchsorted(part.steps[: part.num_rows], step))
-        self.older = [part for part in self.older if part.num_rows]
-        return before - self.num_rows
-
-    def begin_frame(self) -> bytes:
-        """What a new log begins with: everything but the rows of the former one."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "created": self.created,
-                "columns": [[part.number, part.num_rows] for part in self.older],
-                "attempts": self.attempts,
-                "finished": self.finished,
-                "variables": {name: declared.as_dict() for name, declared in self.variables.items()},
-                "coords": self.coords,
-                "attrs": self.attrs,
-            },
-            default=json_default,
-        ).encode()
-
-    # --- replaying
-
-    def replay(self, frames: Iterable[Frame], store: Path, *, first: int = 0) -> None:
-        """Take in what the frames of a log say.
-
-        Parameters
-        ----------
-        frames : iterable of Frame
-            In their order.
-        store : Path
-            The folder that the older rows are in.
-        first : int
-            Number of the first of these frames in the log: above 0 where those before it were taken in already.
-        """
-        self._tables = None
-        for number, frame in enumerate(frames, start=first):
-            if (frame.kind == BEGIN) != (number == 0):
-                raise ValueError(f"frame {number} is of kind {frame.kind}")
-            if frame.kind in (ROW, LATER):
-                take = self._take_row if frame.kind == ROW else self._take_later
-                take(frame.payload)
-                continue
-            if len(frame.payload) > MAX_TEXT:
-                raise ValueError(f"{len(frame.payload)} bytes of JSON, expected at most {MAX_TEXT}")
-            content = json.loads(bytes(frame.payload))
-            if frame.kind == BEGIN:
-                self._begin(content, store)
-            elif frame.kind == DECLARE:
-                self._declare(content)
-            elif frame.kind == NOTE:
-                self.take_note(content)
-
-    def _begin(self, content: Any, store: Path) -> None:
-        if content["format"] != FORMAT or not is_count(content["version"]):
-            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
-        if content["version"] > VERSION:
-            raise SchemaError(
-                f"its row log has version {content['version']}, this depthscope reads up to {VERSION}; "
-                "upgrade with: pip install --upgrade depthscope"
+    def row(self, position: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """Dims and values of all variables that one row has."""
+        for part in self.older:
+            if position < part.num_rows:
+                return {
+                    name: (of.dims, part.values(place, self.ends[place], of.numpy_dtype, of.shape)[position])
+                    for place, (name, of) in enumerate(self.variables.items())
+                    if place < part.num_variables
+                }
+            position -= part.num_rows
+        number, data = self.rows.row(self.content, position, list(self.variables.values()), self.ends)
+        return {
+            name: (of.dims, np.frombuffer(data[begin:end], of.numpy_dtype).reshape(of.shape))
+            for (name, of), begin, end in zip(
+                list(self.variables.items())[:number], self.ends, self.ends[1:], strict=False
             )
-        self.created = str(content["created"])
-        self._declare(content)
-        for attempt in content["attempts"]:
-            self.take_note({"note": "opened", **attempt})
-        self.finished = content["finished"] is True
-        self.take_note({"note": "attributes", "attrs": content["attrs"]})
-        self._take_older(content["columns"], store)
+        }
 
-    def _take_older(self, parts: Any, store: Path) -> None:
-        if len(parts) > MAX_FILES:
-            raise ValueError(f"{len(parts)} files of columns, expected at most {MAX_FILES}")
-        last = -1
-        for number, num_rows in parts:
-            if not (is_count(number) and is_count(num_rows) and num_rows):
-                raise ValueError(f"file {number!r} with {num_rows!r} rows")
-            file = read_index(columns_path(store, number))
-            steps = file.read(STEP)
-            if (
-                steps is None
-                or len(steps) < num_rows
-                or steps[0] <= last
-                or (np.diff(steps[:num_rows]) <= 0).any()
-            ):
-                raise ValueError(f"the steps of {file.path.name} do not follow those before")
-            last = int(steps[num_rows - 1])
-            self.older.append(OlderRows(number, file, steps, num_rows))
-        self.begun = frozenset(part.number for part in self.older)
+    def row_payload(self, at: int) -> bytes:
+        """One row of the log as a frame has it, with what came later."""
+        return self.rows.payload(self.content, at, list(self.variables.values()), self.ends)
 
-    def _declare(self, content: Any) -> None:
-        for name, fields in content["variables"].items():
-            declared = Declared(
-                tuple(fields["dims"]), tuple(fields["shape"]), fields["dtype"], dict(fields["attrs"])
-            )
-            require_declarable(name, declared)
-            known = self.variables.get(name)
-            if known is None:
-                self.add_variable(name, declared)
-            elif known != declared:
-                raise ValueError(f"{name} is declared twice, as {known} and as {declared}")
-        for name, fields in content["coords"].items():
-            if not _NAME.fullmatch(name) or not all(isinstance(dim, str) for dim in fields["dims"]):
-                raise ValueError(f"the coordinate {name!r} is {fields!r}")
-            self.coords[name] = {key: fields[key] for key in ("dims", "values", "attrs")}
-        if len(self.variables) + len(self.coords) > MAX_VARIABLES:
+    def check_size(self, max_bytes: int | None = None) -> None:
+        """Refuse rows that need far more memory than their files have bytes."""
+        stored = len(self.content) + sum(part.num_bytes for part in self.older)
+        Limit.of(stored, max_bytes).check(self.num_rows * self.ends[-1])
+
+    def forget_rows(self) -> None:
+        """Drop the log and its rows from memory: a writer needs what is declared and noted alone."""
+        self.rows, self.content = LogRows(), b""
+
+    # --- what is declared and noted
+
+    def require_declarable(self, variables: Mapping[str, Declared], coords: Mapping[str, Any]) -> None:
+        """Refuse variables and coordinates that do not fit to each other, to the known ones, or into a row."""
+        if len(self.variables) + len(self.coords) + len(variables) + len(coords) > MAX_VARIABLES:
             raise ValueError(f"more than {MAX_VARIABLES} variables")
+        if self.ends[-1] + sum(declared.num_bytes for declared in variables.values()) > MAX_PAYLOAD:
+            raise ValueError(f"a row of more than {MAX_PAYLOAD} bytes")
+        sizes = dict(self._sizes)
+        for name, dims, shape in _shapes(variables, coords):
+            group = name.rpartition("/")[0]
+            if name in self.variables or name in self.coords or (name in variables and name in coords):
+                raise ValueError(f"{name} is declared twice")
+            for dim, size in zip(dims, shape, strict=True):
+                if sizes.setdefault((group, dim), size) != size:
+                    raise ValueError(
+                        f"{dim} of {name} has {size} labels, expected {sizes[group, dim]} as in /{group}"
+                    )
 
-    def take_note(self, content: Any) -> None:
-        """Take in one note.
+    def declare(self, variables: Mapping[str, Declared], coords: Mapping[str, Any]) -> None:
+        """Add variables, which are the last ones of a row from now on, and coordinates."""
+        for name, declared in variables.items():
+            self._places[name] = len(self.variables)
+            self.variables[name] = declared
+            self.ends.append(self.ends[-1] + declared.num_bytes)
+        self.coords.update(coords)
+        for name, dims, shape in _shapes(variables, coords):
+            self._sizes.update(zip(((name.rpartition("/")[0], dim) for dim in dims), shape, strict=True))
 
-        Parameters
-        ----------
-        content : dict
-            Its ``note`` is ``opened``, ``resumed``, ``finished`` or ``attributes``.
-        """
+    def require_text(self, num_bytes: int) -> None:
+        """Refuse more JSON than may be in memory."""
+        if self._num_text + num_bytes > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes of declarations and attributes")
+
+    def take_note(self, content: Mapping[str, Any]) -> None:
+        """Take in one note: ``opened``, ``resumed``, ``finished``, ``attributes`` or ``file``."""
         kind = content["note"]
         if kind == "opened":
-            attempt = {key: content[key] for key in ("time", "pid", "host")}
-            self.attempts.append(
-                {**attempt, "time": float(attempt["time"]), "resumed": content.get("resumed", [])}
-            )
+            self.attempts.append(attempt_of(content))
             self.finished = False
         elif kind == "resumed":
-            superseded = self.supersede(int(content["step"]))
-            self.attempts[-1]["resumed"] = [{"step": int(content["step"]), "superseded": superseded}]
+            step, before = step_of(content["step"]), self.num_rows
+            self._supersede(step)
+            self.attempts[-1]["resumed"] = [{"step": step, "superseded": before - self.num_rows}]
         elif kind == "finished":
             self.finished = True
         elif kind == "attributes":
             for path, attrs in content["attrs"].items():
-                self.attrs.setdefault(path, {}).update(attrs)
+                self._take_attributes(path, attributes_of(path, attrs))
+        elif kind == "file":
+            self._take_file(content["name"])
+        else:
+            raise ValueError(f"a note of the kind {kind!r}")
 
-    def _take_row(self, payload: memoryview) -> None:
-        step, time, num_variables = ROW_HEAD.unpack_from(payload)
-        data = bytes(payload[ROW_HEAD.size :])
-        if num_variables > len(self.variables) or self.ends[num_variables] != len(data):
-            raise ValueError(f"the row of step {step} has {len(data)} bytes for {num_variables} variables")
-        last = self.last_step
-        if last is not None and step <= last:
-            self.supersede(step)
-        self.rows.append(Row(step, time, num_variables, data))
+    def _take_attributes(self, path: str, attrs: Mapping[str, Any]) -> None:
+        for name, value in attrs.items():
+            size = len(name) + len(json.dumps(value, default=json_default))
+            self._num_text += size - self._text.get((path, name), 0)
+            self._text[path, name] = size
+        self.require_text(0)
+        self.attrs[path] = attributes_of(path, {**self.attrs.get(path, {}), **attrs})
+        if len(self.attrs) > MAX_GROUPS:
+            raise ValueError(f"attributes of more than {MAX_GROUPS} groups")
 
-    def _take_later(self, payload: memoryview) -> None:
-        """Put variables that were computed after their row was written into it, unless it was superseded meanwhile."""
-        step, first, last = LATER_HEAD.unpack_from(payload)
-        at = bisect_left(self.rows, step, key=lambda row: row.step)
-        if at == len(self.rows) or self.rows[at].step != step:
-            return
-        row, data = self.rows[at], bytes(payload[LATER_HEAD.size :])
-        if not first < last < len(self.ends) or self.ends[last] - self.ends[first] != len(data):
-            raise ValueError(f"{len(data)} bytes came later for variables {first} to {last} of step {step}")
-        # Variables that were declared after the row are NaN in it so far.
-        newer = list(self.variables.values())[row.num_variables : last]
-        before = b"".join(
-            [row.data, *(np.full(of.shape, math.nan, of.numpy_dtype).tobytes() for of in newer)]
+    def _take_file(self, name: Any) -> None:
+        if not isinstance(name, str) or not NUMBERED.fullmatch(name):
+            raise ValueError(f"{name!r} is no file of a live store")
+        self.files.add(name)
+        if len(self.files) > MAX_FILES:
+            raise ValueError(f"more than {MAX_FILES} files")
+
+    def _supersede(self, step: int) -> None:
+        """Forget the rows of a step and of later ones."""
+        self.rows.cut(bisect_left(self.rows.steps, step))
+        while self.older and self.older[-1].last >= step:
+            part = self.older[-1]
+            kept = int(np.searchsorted(part.steps[: part.num_rows], step)) if part.first < step else 0
+            if kept:
+                part.num_rows, part.last = kept, int(part.steps[kept - 1])
+                return
+            self.older.pop()
+
+    def begin_frame(self) -> dict[str, Any]:
+        """What a new log begins with: everything but the rows of the former one."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "run": self.run,
+            "created": self.created,
+            "columns": [
+                [
+                    part.number,
+                    part.size,
+                    part.num_variables,
+                    part.checksum,
+                    part.num_rows,
+                    part.first,
+                    part.last,
+                ]
+                for part in self.older
+            ],
+            "files": sorted(self.files),
+            "attempts": self.attempts,
+            "finished": self.finished,
+            "variables": {name: declared.as_dict() for name, declared in self.variables.items()},
+            "coords": self.coords,
+            "attrs": self.attrs,
+        }
+
+    # --- replaying
+
+    def replay(self, added: bytes) -> int:
+        """Take in what follows in the log; returns the first row that is not as it was before.
+
+        Raises SchemaError, in one sentence, for frames that depthscope does not write.
+        """
+        self.content = self.content[: self.end] + added
+        same = self.num_rows
+        try:
+            for frame in frames_from(self.content, self.end, self.checksum):
+                if (frame.kind == BEGIN) != (self.end == 0):
+                    raise ValueError(f"a frame of kind {frame.kind} at byte {self.end}")
+                same = min(same, self._take(frame))
+                self.end, self.checksum = frame.end, frame.checksum
+        except SchemaError:
+            raise
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            struct.error,
+        ) as error:
+            raise SchemaError(
+                f"its {LOG} is none that depthscope writes ({type(error).__name__}: {error})"
+            ) from None
+        return same
+
+    def _take(self, frame: Frame) -> int:
+        """Take in one frame; returns the first row that it changed."""
+        if frame.kind == ROW:
+            last, step = self.last_step, ROW_HEAD.unpack_from(self.content, frame.start)[0]
+            if last is not None and step <= last:
+                self._supersede(step)
+            self.rows.add(self.content, frame, self.ends)
+            return self.num_rows - 1
+        if frame.kind == LATER:
+            return self.num_older + self.rows.add_later(self.content, frame, self.ends)
+        content = parsed(self.content[frame.start : frame.end])
+        if frame.kind == BEGIN:
+            self._begin(content, frame.end - frame.start)
+        elif frame.kind == DECLARE:
+            self.require_text(frame.end - frame.start)
+            self._num_text += frame.end - frame.start
+            self._declare(content)
+        elif frame.kind == NOTE:
+            self.take_note(content)
+        else:
+            raise ValueError(f"a frame of kind {frame.kind}")
+        return self.num_rows
+
+    def _begin(self, content: Mapping[str, Any], num_bytes: int) -> None:
+        if content["format"] != FORMAT or not is_count(content["version"]):
+            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
+        if content["version"] > VERSION:
+            raise SchemaError(
+                f"its row log has version {content['version']}, this depthscope reads version {VERSION}; "
+                "upgrade with: pip install --upgrade depthscope"
+            )
+        self.run, self.created = content["run"], created_of(content["created"])
+        if not _RUN.fullmatch(self.run):
+            raise ValueError(f"the run's id is {self.run!r}, expected 32 hexadecimal digits")
+        self._declare(content)
+        self.attempts = [attempt_of(fields) for fields in content["attempts"]]
+        self.finished = content["finished"] is True
+        self.take_note({"note": "attributes", "attrs": content["attrs"]})
+        self._num_text = num_bytes
+        for name in content["files"]:
+            self._take_file(name)
+        for fields in content["columns"]:
+            self._take_older(*fields)
+        self.begun = frozenset(part.name for part in self.older)
+
+    def _take_older(
+        self, number: int, size: int, num_variables: int, checksum: int, num_rows: int, first: int, last: int
+    ) -> None:
+        before = self.older[-1].last if self.older else -(1 << 63) - 1
+        counts = (number, size, num_variables, checksum, num_rows)
+        if not all(map(is_count, counts)) or not 0 < num_rows <= size or number >= 1 << 32 or size >= 1 << 32:
+            raise ValueError(f"a file of columns is described as {counts}")
+        if not before < step_of(first) <= step_of(last) or num_variables >= len(self.ends):
+            raise ValueError(f"file {number} has {num_variables} variables and the steps {first} to {last}")
+        row_bytes = self.ends[num_variables]
+        self.older.append(
+            OlderRows(
+                self.store, self.run, number, size, num_variables, row_bytes, checksum, num_rows, first, last
+            )
         )
-        whole = before[: self.ends[first]] + data + before[self.ends[last] :]
-        self.rows[at] = Row(step, row.time, max(row.num_variables, last), whole)
-        self._tables = None
+        if len(self.older) > MAX_FILES or self.older[-1].name not in self.files:
+            raise ValueError(f"{self.older[-1].name} is not among its files")
+
+    def _declare(self, content: Mapping[str, Any]) -> None:
+        variables = {name: declared_of(name, fields) for name, fields in content["variables"].items()}
+        coords = {name: coordinate_of(name, fields) for name, fields in content["coords"].items()}
+        known = {name for name in variables if self.variables.get(name) == variables[name]}
+        for name in known:  # a writer that was interrupted between writing and knowing declares once more
+            del variables[name]
+        self.require_declarable(variables, coords)
+        self.declare(variables, coords)
 
 
-def columns_path(store: Path, number: int) -> Path:
-    """Where a file of columns is.
+def _shapes(
+    variables: Mapping[str, Declared], coords: Mapping[str, Any]
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    return [
+        *((name, of.dims, of.shape) for name, of in variables.items()),
+        *((name, of["dims"], of["values"].shape) for name, of in coords.items()),
+    ]
 
-    Parameters
-    ----------
-    store : Path
-        The folder.
-    number : int
-        Of the file.
 
-    Returns
-    -------
-    Path
+def read_history(store: Path, *, despite_damage: bool = False) -> History:
+    """Read the log of a store; with ``despite_damage`` what is before the damage, where there is some.
+
+    Raises SchemaError for a damaged or foreign log, and OSError where there is none.
     """
-    return store / COLUMNS / f"{number:06d}.cols"
-
-
-def require_declarable(name: str, declared: Declared) -> None:
-    """Refuse what no log may declare.
-
-    Parameters
-    ----------
-    name : str
-        Of the variable.
-    declared : Declared
-        What it is said to be.
-
-    Raises
-    ------
-    ValueError
-        For another group, unlike dims and shape, or another dtype.
-    """
-    dims = declared.dims
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a variable in {', '.join(GROUPS)}")
-    if len(dims) != len(declared.shape) or len({*dims, STEP}) != len(dims) + 1:
-        raise ValueError(f"{name} has the dims {dims} and the shape {declared.shape}")
-    if not all(isinstance(dim, str) for dim in dims) or not all(map(is_count, declared.shape)):
-        raise ValueError(f"{name} has the dims {dims} and the shape {declared.shape}")
-    if declared.dtype not in ("<f8", "<f4"):
-        raise ValueError(f"{name} has the dtype {declared.dtype!r}, expected <f8 or <f4")
-
-
-def read_history(store: Path, *, despite_damage: bool = False) -> tuple[History, Scan]:
-    """Read the log of a store.
-
-    Parameters
-    ----------
-    store : Path
-        The folder.
-    despite_damage : bool
-        Return what is before the damage, where there is some.
-
-    Returns
-    -------
-    tuple of History and Scan
-
-    Raises
-    ------
-    SchemaError
-        For a damaged or foreign log.
-    OSError
-        Where there is none.
-    """
-    with open_inside(store / LOG) as file:
-        content = file.read(MAX_LOG + 1)
-    if len(content) > MAX_LOG:
-        raise SchemaError(f"its row log has more than {MAX_LOG} bytes; depthscope writes no such log")
-    found = scan(content)
-    if not found.frames:
+    history = History(store)
+    with open_inside(store, LOG) as file:
+        content = rest_of(file)
+    if content.startswith(b"DSr1"):
+        raise SchemaError(
+            "its row log has version 1, in which files of another run go unnoticed; open it with the depthscope that wrote "
+            "it, and save it as a file"
+        )
+    history.replay(content)
+    if not history.end:
         raise SchemaError(
             f"its {LOG} is damaged at its first byte, or of another program; nothing of it can be read"
         )
-    history = History()
-    replay_or_refuse(history, found.frames, store)
     if not despite_damage:
-        refuse_damage(history, found)
-    return history, found
+        refuse_damage(history)
+    return history
 
 
-def replay_or_refuse(history: History, frames: Iterable[Frame], store: Path, *, first: int = 0) -> None:
-    """Take in what frames say, and refuse in a sentence what depthscope does not write.
-
-    Parameters
-    ----------
-    history : History
-        Is changed.
-    frames, store, first
-        See `History.replay`.
-
-    Raises
-    ------
-    SchemaError
-        For frames of somebody else, and where a file of older rows is missing.
-    """
-    try:
-        history.replay(frames, store, first=first)
-    except SchemaError:
-        raise
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-        struct.error,
-    ) as error:
-        raise SchemaError(
-            f"its {LOG} is none that depthscope writes ({type(error).__name__}: {error})"
-        ) from None
-    except FileNotFoundError as error:
-        raise SchemaError(f"a file of its older rows is missing: {error.filename}") from None
+def rest_of(log: IO[bytes], start: int = 0) -> bytes:
+    """What an opened log has from a byte on at this moment."""
+    size = os.fstat(log.fileno()).st_size
+    if size > MAX_LOG:
+        raise SchemaError(f"its row log has more than {MAX_LOG} bytes; depthscope writes no such log")
+    log.seek(start)
+    return log.read(max(0, size - start))
 
 
-def refuse_damage(history: History, found: Scan, *, before: int = 0) -> None:
-    """Refuse a log in which whole frames follow after bytes that are none.
-
-    Parameters
-    ----------
-    history : History
-        What is before the damage.
-    found : Scan
-        Of the log, or of its end.
-    before : int
-        Bytes of the log before those that were scanned.
-
-    Raises
-    ------
-    SchemaError
-        Where there is damage.
-    """
-    if not found.damaged:
+def refuse_damage(history: History) -> None:
+    """Refuse a log in which frames follow after bytes that are none, or after frames that are missing."""
+    if not history.torn or not is_damaged(history.content, history.end):
         return
     known = (
         f"the {history.num_rows} rows up to step {history.last_step} before it can be read with "
@@ -530,6 +438,4 @@ def refuse_damage(history: History, found: Scan, *, before: int = 0) -> None:
         if history.num_rows
         else "no row is before it"
     )
-    raise SchemaError(
-        f"its {LOG} is damaged at byte {before + found.end}, in row {history.num_rows}; {known}"
-    )
+    raise SchemaError(f"its {LOG} is damaged at byte {history.end}, in row {history.num_rows}; {known}")

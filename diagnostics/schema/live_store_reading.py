@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +17,19 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from depthscope.diagnostics.schema.limits import Limit, require_ordinary
+from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import (
-    LOG,
     STATES,
-    foreign_file,
+    files_of,
     is_being_written,
-    numbered,
+    number_of,
     open_inside,
 )
 from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.validation import SchemaError, validate
+
+RUN_ID = "live_run"
+"""Attribute of the runs with the arrays of one step: the id of the run that the store is of."""
 
 LIVE = "live_store"
 """Attribute of a run that was opened from a live store: the fields of `Status`."""
@@ -118,62 +121,81 @@ def open_live(
         For a damaged store, one in which no step was finished, and one with anything in it that no live store has.
     """
     require_ordinary(store, folder=True)
-    foreign = foreign_file(store)
-    if foreign is not None:
-        raise SchemaError(f"it contains {foreign}, which is no part of a live run; move it away")
+    names, foreign = files_of(store)
+    refuse_foreign(foreign)
     # Before the log: a writer saves the arrays of a step before its row.
-    run = _newest_state(store, open_state)
+    state = _newest_state(store, names, open_state)
     try:
-        history, found = read_history(store, despite_damage=not verify)
-        status = status_of(store, history, found.torn, None if run is None else _step_of(run))
-        if run is None or not history.num_rows:
+        history = read_history(store, despite_damage=not verify)
+        require_own_files(names, history)
+        status = status_of(store, history, None if state is None else _step_of(state))
+        if state is None or not history.num_rows:
             raise SchemaError(f"no step was finished in it yet ({status.sentence})")
-        _check_size(store, history, max_bytes)
-        opened = _with_rows(run, history, status)
+        if state.attrs.pop(RUN_ID, None) != history.run:
+            raise SchemaError(
+                f"its newest file in {STATES} is of another run than its log; copy the folder again from where it came"
+            )
+        steps = history.steps()
+        history.check_size(max_bytes)
+        opened = _with_rows(state, history, status, steps)
         validate(opened)
     except BaseException:
-        if run is not None:
-            run.close()
+        if state is not None:
+            state.close()
         raise
-    opened.set_close(run.close)
+    opened.set_close(state.close)
     return opened
 
 
-def _newest_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.DataTree | None:
+def refuse_foreign(name: str | None) -> None:
+    """Refuse a folder with something in it that no live store has."""
+    if name is not None:
+        raise SchemaError(f"it contains {name}, which is no part of a live run; move it away")
+
+
+def require_own_files(names: Iterable[str], history: History) -> None:
+    """Refuse files that the log does not name: of another run that was copied into the folder.
+
+    ``names`` were listed before the log was read, since a writer names a file before it writes it. What has gone since then
+    was this run's: a new log does not name what its writer had removed.
+    """
+    foreign = sorted(set(names) - history.files)
+    if foreign:
+        foreign = sorted(files_of(history.store)[0].intersection(foreign))
+    if foreign:
+        raise SchemaError(
+            f"it contains {foreign[0]}, which its log does not name: files of two runs are mixed; move it away, or copy the "
+            "whole folder again to a place where nothing is"
+        )
+
+
+def _newest_state(
+    store: Path, names: set[str], open_state: Callable[[Path], xr.DataTree]
+) -> xr.DataTree | None:
     for _ in range(5):
-        states = list(numbered(store / STATES, ".nc").values())
+        states = sorted((name for name in names if name.startswith(STATES)), key=number_of)
         if not states:
             return None
         try:
-            with open_inside(states[-1]):
-                pass  # no link, no pipe
-            return open_state(states[-1])
+            with open_inside(store, states[-1]) as file:
+                opened = open_state(store / states[-1])
+                # It was opened once more, by its path: by then a link could have been there.
+                if os.path.samestat(os.fstat(file.fileno()), (store / states[-1]).lstat()):
+                    return opened
+            opened.close()
         except (FileNotFoundError, SchemaError):
-            if states[-1].exists():
+            if os.path.lexists(store / states[-1]):
                 raise
-            # Its writer has just removed it for a newer one.
+        # Its writer has just removed it for a newer one.
+        names, foreign = files_of(store)
+        refuse_foreign(foreign)
     raise SchemaError("its files change faster than they can be opened; try again")
 
 
-def status_of(store: Path, history: History, torn: int, state_step: int | None) -> Status:
-    """What a live store is at the moment.
-
-    Parameters
-    ----------
-    store : Path
-        The folder.
-    history : History
-        Its rows.
-    torn : int
-        Bytes after the last whole frame of its log.
-    state_step : int or None
-        Of the large arrays, where they were looked at.
-
-    Returns
-    -------
-    Status
-    """
+def status_of(store: Path, history: History, state_step: int | None) -> Status:
+    """What a live store is at the moment; the step of its large arrays where they were looked at."""
     writer: dict[str, Any] = history.attempts[-1] if history.attempts else {"pid": 0, "host": ""}
+    torn = history.torn
     if is_being_written(store):
         # What looks torn is a row that is being written.
         state, torn = "growing", 0
@@ -204,15 +226,8 @@ def _step_of(run: xr.DataTree) -> int | None:
     return None
 
 
-def _check_size(store: Path, history: History, max_bytes: int | None) -> None:
-    stored = (store / LOG).stat().st_size + sum(part.file.path.stat().st_size for part in history.older)
-    row = sum(declared.num_bytes for declared in history.variables.values())
-    Limit.of(stored, max_bytes).check(history.num_rows * row)
-
-
-def _with_rows(run: xr.DataTree, history: History, status: Status) -> xr.DataTree:
+def _with_rows(run: xr.DataTree, history: History, status: Status, steps: np.ndarray) -> xr.DataTree:
     groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in run.subtree}
-    steps = history.steps()
     for path in dict.fromkeys(name.rpartition("/")[0] for name in (*history.variables, *history.coords)):
         groups[path] = _group_with_rows(path, groups.get(path, xr.Dataset()), history, steps)
         groups[path].attrs.update(dict(history.attrs.get(path, {})))
@@ -227,7 +242,10 @@ def _with_rows(run: xr.DataTree, history: History, status: Status) -> xr.DataTre
             LIVE: status.as_dict(),
         }
     )
-    opened = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+    try:
+        opened = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+    except ValueError:  # a group and a chain below it with unlike labels
+        raise SchemaError("the groups of its rows do not fit to those of its saved arrays") from None
     opened.encoding.update(run.encoding)
     return opened
 
@@ -239,9 +257,7 @@ def _group_with_rows(path: str, known: xr.Dataset, history: History, steps: np.n
     for name, fields in history.coords.items():
         group, _, label = name.rpartition("/")
         if group == path and label not in kept.variables:
-            values = np.asarray(fields["values"])
-            texts = values.astype(object) if values.dtype.kind == "U" else values
-            coords[label] = (fields["dims"], texts, dict(fields["attrs"]))
+            coords[label] = (fields["dims"], fields["values"], dict(fields["attrs"]))
     variables = {}
     for name, declared in history.variables.items():
         group, _, label = name.rpartition("/")
@@ -249,7 +265,27 @@ def _group_with_rows(path: str, known: xr.Dataset, history: History, steps: np.n
             attrs = known[label].attrs if label in known.variables else dict(declared.attrs)
             lazy = indexing.LazilyIndexedArray(_Rows(history, name))
             variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
+    _require_fitting(path, kept, variables, coords)
     return kept.assign_coords(coords).assign(variables)
+
+
+def _require_fitting(
+    path: str, kept: xr.Dataset, variables: Mapping[str, xr.Variable], coords: Mapping[str, Any]
+) -> None:
+    """Refuse rows with other labels than the saved arrays, and two things of one name."""
+    shapes = {label: (array.dims, array.shape) for label, array in variables.items()}
+    shapes |= {label: (dims, values.shape) for label, (dims, values, *_) in coords.items() if label != "step"}
+    all_dims = {*kept.sizes, *(dim for dims, _ in shapes.values() for dim in dims)}
+    for label, (dims, shape) in shapes.items():
+        if label in variables and (label in all_dims or label in kept.coords):
+            raise SchemaError(f"{path}/{label} of its rows is a coordinate of its saved arrays")
+        if label in coords and label in all_dims and dims != (label,):
+            raise SchemaError(f"the coordinate {path}/{label} has the dims {dims}, expected {label}")
+        for dim, size in zip(dims, shape, strict=True):
+            if kept.sizes.get(dim, size) != size:
+                raise SchemaError(
+                    f"{path}/{label} of its rows has {size} labels of {dim}, its saved arrays have {kept.sizes[dim]}"
+                )
 
 
 class _Rows(BackendArray):

@@ -17,7 +17,7 @@ from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.live_store_files import has_older_rows, is_live_store, live_log_of
+from depthscope.diagnostics.schema.live_store_files import COLUMNS, files_of, is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_reading import open_live
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
@@ -152,7 +152,7 @@ def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTr
         run = open_live(store, open_state, verify=verify, max_bytes=max_bytes)
     except SchemaError as error:
         raise SchemaError(f"{store}: {error}") from None
-    if verify and has_older_rows(store):
+    if verify and any(name.startswith(COLUMNS) for name in files_of(store)[0]):
         run.encoding[_INTEGRITY] += "; the columns of older rows when they are read"
     return run
 
@@ -179,24 +179,7 @@ _DAMAGED = "It is torn or of another format; copy it again from where it came, o
 
 
 def open_here(path: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree:
-    """Open a run in this process, whatever its file may do to it.
-
-    Parameters
-    ----------
-    path : Path
-        An ordinary file, or a folder.
-    verify, max_bytes
-        As in `open_run`.
-
-    Returns
-    -------
-    DataTree
-
-    Raises
-    ------
-    SchemaError
-        For what `open_run` refuses; errors of the libraries pass as they are.
-    """
+    """Open a run in this process, whatever its file may do to it; errors of the libraries pass as they are."""
     suffix = suffix_of(path)
     _CHECKS[suffix](path, max_bytes)
     run, stored_digest = _read(path, suffix)
@@ -291,19 +274,7 @@ def _compare(run: xr.DataTree, stored: Any) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """What an error of a library means for a file, in one line.
-
-    Parameters
-    ----------
-    path : Path
-        Of the run.
-    error : Exception
-        What was raised.
-
-    Returns
-    -------
-    str
-    """
+    """What an error of a library means for a file, in one line."""
     # The first line: the libraries print the rest of their state below it.
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

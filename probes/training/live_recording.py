@@ -66,7 +66,7 @@ class LiveRecording:
                 )
         require_live_place(self._folder, resume=resume, force=force)
         self.last_step = (
-            read_history(self._folder)[0].last_step if resume and is_live_store(self._folder) else None
+            read_history(self._folder).last_step if resume and is_live_store(self._folder) else None
         )
 
     @property

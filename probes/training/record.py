@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
@@ -193,6 +194,7 @@ def record(
         "optimizer": optimizer,
         "analysis": place_of_analysis(analysis) if analysis != "inline" else None,
     }
+    attrs = storable_attributes(attrs)
     names = _live_names(metrics, live_tokens, given)
     if names:
         options = {"max_sequences": 1, **options}
@@ -209,7 +211,7 @@ def record(
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    all_attrs.update(stage_attribute(stage) | dict(attrs or {}))
+    all_attrs.update(stage_attribute(stage) | attrs)
     shards = None if together is None else _shards_within(together, model)
     session = Session(
         model,

@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         options |= {"store": args.out, "resume": args.resume, "force": args.force}
     if args.resume and is_live_store(args.out):
-        last = read_history(Path(args.out))[0].last_step
+        last = read_history(Path(args.out)).last_step
         if last is not None:
             options["first_step"] = last + 1
     watch = ScriptWatch(**options)

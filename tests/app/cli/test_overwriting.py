@@ -67,3 +67,17 @@ def test_export_refuses_a_folder_of_others_before_it_analyses(run, tmp_path, mon
     assert main(["export", "run.nc", "--out", "paper"]) == USAGE
     assert "depthscope did not write" in capsys.readouterr().err
     assert (tmp_path / "paper" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["analyze", "run.nc", "--out", ".nc"],
+        ["probe", "run.nc", "--out", "below/.zarr.zip"],
+        ["report", "run.nc", "--out", ".html"],
+    ],
+)
+def test_an_ending_without_a_name_is_refused(words, run, tmp_path, capsys):
+    assert main(words) == USAGE
+    assert f"--out '{words[-1]}' is an ending without a name" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["run.nc"]

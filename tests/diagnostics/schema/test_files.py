@@ -75,6 +75,13 @@ def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
         schema.open_run(tmp_path / f"newer{suffix}")
 
 
+def test_an_ending_without_a_name_is_no_place_for_a_run(make_run, tmp_path):
+    for name in (".nc", ".zarr", ".zarr.zip"):
+        with pytest.raises(schema.SchemaError, match="is an ending without a name"):
+            schema.save_run(make_run("residual"), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_path_and_a_strange_ending(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run at"):
         schema.open_run(tmp_path / "none.nc")

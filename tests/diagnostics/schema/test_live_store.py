@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,11 @@ import xarray as xr
 from depthscope.diagnostics import analyze, schema, training_curves
 from depthscope.diagnostics.schema import live_store, live_store_frames
 from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_store_frames import frames_from
 from depthscope.diagnostics.schema.live_store_history import read_history
+from tests.diagnostics.schema.live_logs import begins, chained, payloads, row, written
 
+DOORS = (schema.open_run, schema.FollowedStore, lambda path: LiveStore(path, resume=True))
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
 
 
@@ -29,23 +31,6 @@ def one_step(make_run) -> xr.DataTree:
     run = make_run("residual", **SMALL)
     run.attrs["step"] = int(run.statistics.step.values[-1])
     return run
-
-
-def row(value: float) -> dict[str, object]:
-    return {
-        "statistics/token_count": ((), value),
-        "statistics/sequence_count": ((), 1.0),
-        "statistics/norm_sum": (("depth", "stream"), np.full((3, 1), value)),
-    }
-
-
-def written(path: Path, one_step: xr.DataTree, steps=range(5), **options) -> LiveStore:
-    store = LiveStore(path, **options)
-    if not store.has_state:
-        store.save_state(one_step)
-    for step in steps:
-        store.append(step, row(float(step)))
-    return store
 
 
 def require_rows(run: xr.DataTree, steps) -> None:
@@ -160,7 +145,7 @@ def test_rows_become_columns_that_are_read_alone(one_step, tmp_path, monkeypatch
     file.write_bytes(content)
     with schema.open_run(tmp_path / "a") as run:
         np.testing.assert_array_equal(run.statistics.token_count.values, np.arange(11.0))
-        with pytest.raises(schema.SchemaError, match="the column 'statistics/norm_sum' is damaged"):
+        with pytest.raises(schema.SchemaError, match=r"000001\.cols: bytes \d+ to \d+ are damaged"):
             _ = run.statistics.norm_sum.values
     # A file that the log names is missing.
     file.unlink()
@@ -217,12 +202,11 @@ def test_a_torn_tail_is_ignored_and_overwritten(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    frames = live_store_frames.scan(whole).frames
-    last = frames[-1].offset
+    last = begins(whole)[-1]
     for size in range(last + 1, len(whole)):
         log.write_bytes(whole[:size])
-        history, found = read_history(tmp_path / "a")
-        assert (history.last_step, found.torn) == (3, size - last)
+        history = read_history(tmp_path / "a")
+        assert (history.last_step, history.torn) == (3, size - last)
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(4))
         assert status_of(run)["torn_bytes"] == len(whole) - 1 - last
@@ -237,17 +221,19 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    third = [frame for frame in live_store_frames.scan(whole).frames if frame.kind == live_store_frames.ROW][
-        2
-    ]
+    third = [
+        at
+        for at, frame in zip(begins(whole), frames_from(whole), strict=True)
+        if frame.kind == live_store_frames.ROW
+    ][2]
     # A wrong number, a wrong length, a wrong beginning.
-    for place in (third.offset + 40, third.offset + 8, third.offset + 11, third.offset):
+    for place in (third + 40, third + 8, third + 15, third):
         damaged = bytearray(whole)
         damaged[place] ^= 0x41
         log.write_bytes(damaged)
         with pytest.raises(
             schema.SchemaError,
-            match=rf"damaged at byte {third.offset}, in row 2; the 2 rows up to step 1 .*verify=False",
+            match=rf"damaged at byte {third}, in row 2; the 2 rows up to step 1 .*verify=False",
         ):
             schema.open_run(tmp_path / "a")
     with schema.open_run(tmp_path / "a", verify=False) as run:
@@ -268,13 +254,14 @@ def test_no_flipped_bit_passes_for_data(one_step, tmp_path, monkeypatch):
             content[chance.integers(len(content))] ^= 1 << chance.integers(8)
             file.write_bytes(content)
             try:
-                history, _ = read_history(store)
+                history = read_history(store)
+                steps = history.steps().tolist()
                 found = {name: history.values(name) for name in history.variables}
             except schema.SchemaError:
                 continue
             # The last row may pass for a torn one, and be missing.
             assert history.num_rows in (5, 6)
-            assert history.steps().tolist() == list(range(history.num_rows))
+            assert steps == list(range(history.num_rows))
             for values in (found["statistics/token_count"], found["statistics/norm_sum"][:, 1, 0]):
                 np.testing.assert_array_equal(values, np.arange(float(history.num_rows)))
         file.write_bytes(whole)
@@ -283,7 +270,7 @@ def test_no_flipped_bit_passes_for_data(one_step, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2, this depthscope reads up to 1"),
+        ({"version": 3}, "has version 3, this depthscope reads version 2"),
         ({"format": "another"}, "its format is 'another'"),
         (
             {
@@ -291,7 +278,7 @@ def test_no_flipped_bit_passes_for_data(one_step, tmp_path, monkeypatch):
                     "statistics/x": {"dims": ["depth"], "shape": [1 << 40], "dtype": "<f8", "attrs": {}}
                 }
             },
-            "bytes for",
+            "has 8796093022208 bytes a row",
         ),
         (
             {"variables": {"statistics/x": {"dims": ["step"], "shape": [1], "dtype": "<f8", "attrs": {}}}},
@@ -299,27 +286,33 @@ def test_no_flipped_bit_passes_for_data(one_step, tmp_path, monkeypatch):
         ),
         (
             {"variables": {"statistics/x": {"dims": ["depth"], "shape": [-1], "dtype": "<f8", "attrs": {}}}},
-            "has the dims",
+            r"has the shape \[-1\]",
         ),
         (
             {"variables": {"statistics/x": {"dims": [], "shape": [], "dtype": "O", "attrs": {}}}},
             "has the dtype 'O'",
         ),
         ({"variables": {"/etc/x": {"dims": [], "shape": [], "dtype": "<f8", "attrs": {}}}}, "is no name"),
-        ({"columns": [["../../x", 4]]}, "file '../../x' with 4 rows"),
-        ({"columns": [[7, 4]]}, "a file of its older rows is missing"),
+        ({"columns": [["../../x", 4, 0, 0, 4, 0, 3]]}, "described as"),
+        ({"columns": [[7, 4]]}, "is none that depthscope writes"),
+        ({"columns": [[7, 4, 0, 0, 4, -9, -3]]}, r"000007\.cols is not among its files"),
+        (
+            {"columns": [[7, 4, 0, 0, 4, -9, -3]], "files": ["columns/000007.cols", "states/000001.nc"]},
+            "a file of its older rows is missing",
+        ),
+        ({"files": ["../../x"]}, "is no file of a live store"),
         ({"attempts": 3}, "is none that depthscope writes"),
+        ({"run": "7"}, "the run's id is '7'"),
+        ({"created": 3}, "is none that depthscope writes"),
     ],
 )
 def test_what_no_log_begins_with_is_refused(one_step, tmp_path, change, message):
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    first, second, *_ = live_store_frames.scan(whole).frames
-    begin = json.loads(bytes(first.payload)) | change
-    log.write_bytes(
-        live_store_frames.packed(live_store_frames.BEGIN, json.dumps(begin).encode()) + whole[second.offset :]
-    )
+    (kind, first), *others = payloads(whole)
+    begin = json.loads(first) | change
+    log.write_bytes(chained([(kind, json.dumps(begin).encode()), *others]))
     with pytest.raises(schema.SchemaError, match=message):
         schema.open_run(tmp_path / "a")
 
@@ -330,11 +323,19 @@ def test_a_declared_size_without_rows_takes_no_memory(one_step, tmp_path):
         "variables": {"statistics/x": {"dims": ["x"], "shape": [1 << 36], "dtype": "<f8", "attrs": {}}},
         "coords": {},
     }
-    with (tmp_path / "a" / schema.LOG).open("ab") as log:
-        log.write(live_store_frames.packed(live_store_frames.DECLARE, json.dumps(frame).encode()))
-    with pytest.raises(schema.SchemaError, match=r"need .* bytes, more than"):
-        schema.open_run(tmp_path / "a")
     store.close()
+    log = tmp_path / "a" / schema.LOG
+    known = payloads(log.read_bytes())
+    log.write_bytes(chained([*known, (live_store_frames.DECLARE, json.dumps(frame).encode())]))
+    for door in DOORS:
+        with pytest.raises(schema.SchemaError, match=r"statistics/x has 549755813888 bytes a row"):
+            door(tmp_path / "a")
+    # Of a size that a row may have, with rows that have none of it.
+    frame["variables"]["statistics/x"]["shape"] = [25 << 20]
+    log.write_bytes(chained([*known, (live_store_frames.DECLARE, json.dumps(frame).encode())]))
+    for door in DOORS[:2]:
+        with pytest.raises(schema.SchemaError, match=r"need .* bytes, more than"):
+            door(tmp_path / "a")
 
 
 def test_links_pipes_and_files_of_others_are_refused(one_step, tmp_path):
@@ -435,11 +436,12 @@ def test_a_full_disk_leaves_the_store_as_it_was(one_step, tmp_path, monkeypatch)
 
 def test_an_interrupt_between_writing_and_counting_loses_nothing(one_step, tmp_path):
     store = written(tmp_path / "a", one_step)
-    size = store._log_size
+    tail = store._log._tail
     store.append(5, {**row(5.0), "statistics/new": ((), 1.0)})
     # As if Ctrl-C had come right after the write: neither the bytes nor the new variable are known to the writer.
-    store._log_size = size
+    store._log._tail = tail
     del store._history.variables["statistics/new"]
+    store._history.ends.pop()
     store.append(6, {**row(6.0), "statistics/new": ((), 2.0)})
     store.close()
     with schema.open_run(tmp_path / "a") as run:
@@ -450,7 +452,7 @@ def test_an_interrupt_between_writing_and_counting_loses_nothing(one_step, tmp_p
 def test_a_writer_that_dies_between_columns_and_log_loses_nothing(one_step, tmp_path, monkeypatch):
     store = written(tmp_path / "a", one_step)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_start_log", lambda _kept: (_ for _ in ()).throw(OSError("killed here")))
+        patch.setattr(store, "_start_log", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
         store._compact()
     store.close()
     with schema.open_run(tmp_path / "a") as run:

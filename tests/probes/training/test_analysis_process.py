@@ -204,7 +204,7 @@ def test_another_place_is_refused_before_the_loop(monkeypatch):
 
 
 def rows_of(path) -> dict[int, tuple[float, list[float]]]:
-    history, _ = live_store.read_history(path)
+    history = live_store.read_history(path)
     a, b = (history.values(f"metrics/{name}") for name in "ab")
     return {int(step): (float(a[at]), b[at].tolist()) for at, step in enumerate(history.steps())}
 
@@ -231,7 +231,7 @@ def test_numbers_that_come_later_are_in_their_rows(tmp_path, monkeypatch, rows):
     assert np.isnan([a, *b]).all()
     assert found == {step: (float(step), [step + 1.0, 2.0]) for step in range(1, 8)}
     # One that was declared after the rows that it is of.
-    history, _ = live_store.read_history(tmp_path / "run")
+    history = live_store.read_history(tmp_path / "run")
     np.testing.assert_array_equal(history.values("metrics/d"), [np.nan, *range(2, 9), np.nan])
     np.testing.assert_array_equal(history.values("metrics/c"), range(9))
     # A resumed training supersedes the row that something was still to come for.

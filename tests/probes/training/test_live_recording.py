@@ -20,6 +20,7 @@ from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_store_log import RowLog
 from depthscope.probes.training import live_recording
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -218,7 +219,7 @@ def test_a_full_disk_is_said_once_and_the_steps_come_later(tmp_path, monkeypatch
     with training.record(store=tmp_path / "a") as recorder:
         training.steps(recorder, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(LiveStore, "_write", full)
+            patch.setattr(RowLog, "write", full)
             with pytest.warns(
                 probes.ProbeWarning, match=r"No space left .* every measured step tries again"
             ) as said:
@@ -292,3 +293,15 @@ def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
     done = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "kills 6" in done.stdout
+
+
+@pytest.mark.parametrize("value", [object(), {"a": {1, Stack}}, [torch.zeros(1)]])
+def test_attributes_that_cannot_be_saved_are_refused_at_the_start(value, tmp_path):
+    for start in (
+        lambda attrs: probes.record(Stack(), store=tmp_path / "a", attrs=attrs),
+        lambda attrs: probes.record(Stack(), attrs=attrs),
+        lambda attrs: probes.capture(Stack(), IDS, gradients=False, attrs=attrs),
+    ):
+        with pytest.raises(ValueError, match=r"attrs\['config'\] cannot be saved: .* expected text, numbers"):
+            start({"commit": "1", "config": value})
+    assert not list(tmp_path.iterdir())
