@@ -7,6 +7,7 @@ from dataclasses import replace
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
@@ -17,6 +18,7 @@ from depthscope.diagnostics.verdicts import (
     same_representation,
     streams,
     trained_mixing,
+    training_loss,
     uncertainty,
     weight_updates,
     wiring,
@@ -35,6 +37,8 @@ VERDICTS: dict[str, Verdict] = {
     for each in (
         same_representation.same_representation,
         reading.nothing_measured,
+        training_loss.loss_not_finite,
+        training_loss.diverged_loss,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
@@ -128,7 +132,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
 
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
-    last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
+    last = with_row_facts(analysis.isel(step=-1) if "step" in analysis.dims else analysis)
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))

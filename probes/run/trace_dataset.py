@@ -18,6 +18,7 @@ from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
 
@@ -70,15 +71,18 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = ({"proof": proof} if proof else {}) | start_facts(
-        session.model, chain.blocks, plain=not chain.has_streams
-    )
+    facts = ({"proof": proof} if proof else {}) | chain_start(session, chain)
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
     stored = [i for i, of in enumerate(chain.connections) if selection.stores_connection(chain, of)]
     return trace.isel(connection=stored)
+
+
+def chain_start(session: Session, chain: Chain) -> dict[str, Any]:
+    """What tells whether the blocks of a chain are still near their start, see `start_facts`."""
+    return start_facts(session.model, chain.blocks, plain=not chain.has_streams)
 
 
 def _gradients(

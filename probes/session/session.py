@@ -31,6 +31,7 @@ from depthscope.probes.model.sequence_shards import TokenShards, require_whole_s
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
+from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.first_forward import (
@@ -103,6 +104,7 @@ class Session:
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = self._new_reservoir()
         self._loss_scale = loss_scale
+        self.step_loss = StepLoss(loss_scale, self.report)
         self._only_own = only_own
         self._sums = sums
         self.live_tokens = live_tokens
@@ -175,6 +177,7 @@ class Session:
                 wanted=lambda: not self.errors and self._may_have_gradients(),
                 run_hooked=self._run_hooked,
                 gradients=self.options.gradients,
+                listen=self.step_loss.listen,
                 report=self.report,
             )
             self._compiled.attach()
@@ -466,6 +469,7 @@ class Session:
             elif tape is not None:
                 self._end_traced(tape, forward)
             self._add_attention(forward)
+            self.step_loss.listen(output)
             for sums in forward.sums:
                 sums.end_forward()
             forward.end()
@@ -575,6 +579,7 @@ class Session:
             self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
             self._absorb()
             done, self._measured, self._num_measured = self._measured, [], 0
+            self.step_loss.clear()
         if not done:
             raise CaptureError(self._why_nothing())
         return done
@@ -625,6 +630,7 @@ class Session:
             forward.release()
         self.forwards, self._measured, self._num_measured = [], [], 0
         self.errors.clear()
+        self.step_loss.clear()
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
