@@ -82,6 +82,7 @@ class StepLoss:
         self._roots: list[torch.Tensor] = []
         self._backwards: set[int] = set()
         self._is_scalar = True  # whether every backward began at one number
+        self._is_product = False  # whether one began at a product, as of a loss and its scale
         self._is_scaled: bool | None = None  # by a scaler that nobody named
 
     def listen(self, output: Any) -> None:
@@ -108,6 +109,7 @@ class StepLoss:
                     False  # such as a stage of a pipeline, which gets its gradient from the next one
                 )
                 return
+            self._is_product |= root.grad_fn is not None and root.grad_fn.name() == "MulBackward0"
             value = root.detach().float().reshape(())
             self._roots.append(value.clone() if scale is None else value / scale.to(value.device))
 
@@ -115,13 +117,19 @@ class StepLoss:
         """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""
         if not self._roots or not self._is_scalar:
             return None
-        if self._loss_scale is None and self._is_scaled is None:
-            self._is_scaled = bool(living_scalers())
-        return None if self._is_scaled else float(torch.stack([root.cpu() for root in self._roots]).sum())
+        if self._loss_scale is None and self._is_product:
+            if (
+                self._is_scaled is None
+            ):  # once: it takes some milliseconds for every 100 000 objects of the program
+                self._is_scaled = bool(living_scalers())
+            if self._is_scaled:
+                return None
+        return float(torch.stack([root.cpu() for root in self._roots]).sum())
 
     def clear(self) -> None:
         """Begin the next step."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._roots, self._is_scalar = [], [], True
+        self._handles, self._roots = [], []
+        self._is_scalar, self._is_product = True, False
         self._backwards.clear()

@@ -259,6 +259,11 @@ class Recorder:
             raise
 
     @property
+    def is_open(self) -> bool:
+        """Whether the block has begun and not ended."""
+        return self._state == "open"
+
+    @property
     def measuring(self) -> bool:
         """Whether the present step is measured."""
         since = self.position - self._start
@@ -581,6 +586,8 @@ class Recorder:
             if self._weights is not None:
                 self._stack.callback(self._weights.drop)
                 self._weights.begin()
+            if self._live is not None:
+                self._stack.enter_context(self._live.rate.noted())
         except Exception as error:
             self._detach()
             self._say(f"step {self.position} cannot be measured: {error}", error)

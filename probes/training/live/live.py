@@ -19,6 +19,7 @@ from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.training.learning_rate import LearningRate
 from depthscope.probes.training.live.analysis_process import AnalysisProcess, has_free_cores, is_possible
 from depthscope.probes.training.live.findings import OnFinding, TrainingStopped, Watched
 from depthscope.probes.training.live.group import live_groups
@@ -73,7 +74,7 @@ class Live:
         self.attrs: dict[str, dict[str, Any]] = {}  # of the groups, as the first step showed them
         self._session = session
         self._metrics = LiveMetrics(session, names)
-        self._optimizer = optimizer
+        self.rate = LearningRate(optimizer, session.report)
         self._sinks = list(sinks)
         self._watched = Watched(on_finding, stop_on, name)
         self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
@@ -108,14 +109,14 @@ class Live:
         LiveRow or None
             None where `collect` returns it later, or never where it is dropped.
         """
-        if not self._metrics.groups:
+        if not self._metrics.groups or self._may_orient():
             run = first_run()
             self._metrics.groups = live_groups(self._session, run)
             self.attrs = {group.chain: _lasting(group.attrs) for group in self._metrics.groups}
         if overflowed:
             _forget_gradients(sums)
         step = measured.step
-        begun = self._metrics.begin(sums, measured, self._learning_rate())
+        begun = self._metrics.begin(sums, measured, self.rate.value())
         if self._beside is not None and not self._beside.ended and not self._beside.is_starting:
             self._beside.hand_over(step, sums, begun)
             return None
@@ -125,6 +126,13 @@ class Live:
             # After the first row: what cannot be computed at all starts no process.
             self._beside = AnalysisProcess(self._metrics, self.attrs)
         return row
+
+    def _may_orient(self) -> bool:
+        """Whether to look again which way round the matrices are, as those near the identity do not show."""
+        # At the 1st, 2nd, 4th, … row: of matrices that stay symmetric nobody will ever know.
+        count = len(self.rows)
+        ambiguous = any(attrs.get("orientation") == "ambiguous" for attrs in self.attrs.values())
+        return ambiguous and self._beside is None and count & (count - 1) == 0
 
     @property
     def awaited(self) -> set[int]:
@@ -186,9 +194,6 @@ class Live:
         if self._beside is not None:
             self._beside.forget()
             self._beside = None
-
-    def _learning_rate(self) -> float | None:
-        return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
 
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         """Hand a row to the sinks, and what is new in its findings to the user.
