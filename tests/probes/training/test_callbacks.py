@@ -65,7 +65,7 @@ def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
     logged = {each["step"] - 1: each for each in second.state.log_history if "loss" in each}
     with schema.open_run(tmp_path / "run") as run:
         rows = schema.chain_dataset(run, "metrics").load()  # measured by default
-    assert sorted(logged) == [2, 3]
+    assert sorted(logged) == [0, 1, 2, 3]
     for step, row in logged.items():
         assert float(rows["loss"].sel(step=step)) == pytest.approx(row["loss"], abs=1e-4)
         assert float(rows["learning_rate"].sel(step=step)) == pytest.approx(row["learning_rate"])
@@ -102,7 +102,7 @@ def test_a_trainer_that_begins_anew_with_smaller_batches_is_one_store(models, tm
             if len(tried) == 2:
                 raise RuntimeError("CUDA out of memory.")
 
-    built, callback = trainer(models["llama"](), tmp_path, 3, metrics=None)
+    built, _ = trainer(models["llama"](), tmp_path, 3, metrics=None)
     built.args.auto_find_batch_size = True
     built.add_callback(TooLarge())
     built.train()
