@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
@@ -133,11 +134,25 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = with_row_facts(analysis.isel(step=-1) if "step" in analysis.dims else analysis)
+    last = _without_overflow(last)
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
+
+
+def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
+    """An analysis of one step without its gradients, where a scaler that looked for its scale skipped that step."""
+    overflowed = np.atleast_1d(np.asarray(analysis.attrs.get("overflowed_steps", ()), dtype=float))
+    if "step" not in analysis.coords or float(analysis["step"]) not in overflowed:
+        return analysis
+    of_gradients = [
+        name
+        for name in map(str, analysis.data_vars)
+        if name in CATALOGUE and any("gradient" in root for root in CATALOGUE[name].roots)
+    ]
+    return analysis.drop_vars(of_gradients)
 
 
 def _of_chain(sentence: str, chain: str) -> str:

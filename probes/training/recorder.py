@@ -205,7 +205,9 @@ class Recorder:
         Parameters
         ----------
         loss : float or Tensor, optional
-            The step's loss, to be stored with the statistics; of several processes that of this one.
+            The step's loss, to be stored with the statistics; of several processes that of this one. Where it is not given, it
+            is the sum of what ``backward`` was called on, of every backward that reached the model, over the loss scale. Of a
+            step that is not measured it is only looked at whether one on the CPU is finite, where `metrics` are computed.
         loss_terms : float, optional
             Of how many terms the loss of this process is the mean, such as labels that are not ignored; by default of all its
             tokens. By it the losses and gradients of several processes are weighted.
