@@ -69,10 +69,10 @@ class LiveRecording:
         require_live_place(self._folder, resume=resume, force=force)
         earlier = read_history(self._folder)[0] if resume and is_live_store(self._folder) else None
         self.last_step = None if earlier is None else earlier.last_step
-        losses = earlier is not None and LOSS in earlier.variables
-        self._earlier_losses = (
-            zip(earlier.steps().tolist(), earlier.values(LOSS).tolist(), strict=True) if losses else ()
-        )
+        self._earlier_losses: list[tuple[int, float]] = []
+        if earlier is not None and LOSS in earlier.variables:
+            steps, losses = earlier.steps().tolist(), earlier.values(LOSS).tolist()
+            self._earlier_losses = list(zip(steps, losses, strict=True))
 
     def earlier_losses(self, before: int) -> list[float]:
         """The losses of earlier attempts, of the steps before one."""

@@ -97,8 +97,8 @@ def _plan(args: argparse.Namespace) -> int:
     model = meta_model(args.checkpoint, dtype=args.dtype)
     ids = torch.empty(args.batch or 8, args.tokens or 256, dtype=torch.long, device="meta")
     with capture_errors_for_users():
-        given = {"bytes": args.bandwidth, "operations": args.speed}
-        rates = {name: rate * 1e9 for name, rate in given.items() if rate is not None}
+        per_second = {"bytes": args.bandwidth, "operations": args.speed}
+        rates = {name: rate * 1e9 for name, rate in per_second.items() if rate is not None}
         found = capture_plan(model, (ids,), processes=args.processes or 1, rates=rates)
     if args.json:
         emit({"checkpoint": args.checkpoint, **found.as_dict()})
