@@ -165,6 +165,7 @@ class Session:
         A compiled model gets none of these: see `compiled_calls`.
         """
         self.detach()
+        self.step_loss.clear()
         self._num_without_graph, self._compiler_met = 0, CompilerLog.met
         self._kind = 0
         callers = self._compiled_callers()
