@@ -1,38 +1,47 @@
-"""What would a capture of this model take? Its states, bytes, time and collectives, from a forward without values."""
+"""What would recording this model take? Its states, bytes and operations, from a forward without values.
+
+What is planned is ``record(model, gradients=True, metrics="live")``, as a training is recorded: one sequence is stored.
+Letters: L states of N streams and D features (V = N + 1 views of several streams with their mean, 1 of one), C connections, K
+sampled tokens, t tokens of a forward.
+"""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.registry import LABELS
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.modules import all_parameters, module_paths
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import call_model
-from depthscope.probes.statistics.depth_sketch import NUM_BUCKETS, NUM_HEAVY
-from depthscope.probes.statistics.streamed_sums import ALL_STREAMS_BYTES
+from depthscope.probes.training.live.live import TOKENS
+from depthscope.probes.training.live.row import LIVE
+from depthscope.probes.training.live.sampled_tokens import CHOSEN
 
 FLOAT32, FLOAT64 = 4, 8
-SECONDS_OF_TRIAL = 0.05  # of each of the two rates that a time is estimated with
-LIVE_TOKENS = 128  # that a live row takes of each step, by default
+RATES = {"bytes": "GB/s", "operations": "GFLOP/s"}
+"""What the user may say of a machine, and its unit."""
 
 UNPROVEN = "by shapes alone: a forward without values proves nothing; what mixes the streams is proven when the model runs"
 
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a capture of a model would take; prints as a page. Bytes and seconds are estimates by the formulas named there.
+    """What recording a model would take; prints as a page. Bytes and operations are estimates by the formulas named there.
 
-    ``raw`` has bytes of what is stored of the sampled sequences, ``streamed`` of what is added up over every token, ``memory``
-    the peak above the model's own, ``seconds`` of one forward's statistics on this machine, ``collectives`` the bytes of a
-    measured step by process.
+    ``raw`` has bytes of the sequences that are stored, ``memory`` by part what a measured step needs above the model's own in
+    each process, ``writer`` what the process that writes needs besides, ``work`` the bytes that a measured forward reads and
+    its operations, ``seconds`` these over the rates that were given (empty where none were), ``collectives`` the bytes that
+    processes exchange in a measured step.
     """
 
     model: str
@@ -46,12 +55,13 @@ class CapturePlan:
     sequences: int
     tokens: int
     processes: int
+    stored_sequences: int
     raw: dict[str, int]
-    streamed: dict[str, int]
-    memory: int
-    seconds: dict[str, float]
-    rates: dict[str, float]
+    memory: dict[str, int]
+    writer: dict[str, int]
+    work: dict[str, float]
     collectives: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
     proof: str = UNPROVEN
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,22 +70,24 @@ class CapturePlan:
 
     def __str__(self) -> str:
         state = f"{self.sequences} × {self.tokens} × {self.streams} × {self.width}"
+        each = "each process" if self.processes > 1 else "the process"
         lines = [
             f"{self.model}: {self.num_parameters:.3g} parameters, {self.num_blocks} × {self.block}; planned without values",
+            '  plan         record(model, gradients=True, metrics="live"), which stores '
+            f"{self.stored_sequences} of the {self.sequences} sequences",
             f"  states       {self.num_states} of sequences × tokens × streams × width = {state}",
             f"  connections  {self.num_connections} that give a matrix of {self.streams} × {self.streams} streams"
             if self.num_connections
             else "  connections  none that gives a matrix of streams",
             f"  proof        {self.proof}",
-            f"  raw          {_named_bytes(self.raw)}",
-            f"  streamed     {_named_bytes(self.streamed)}",
-            f"  memory       {_size(self.memory)} above the model's own at the peak, without streaming: what is stored and "
-            "added up, and one state in float32",
-            "  time         "
-            + ", ".join(f"{name} {_seconds(value)}" for name, value in self.seconds.items())
-            + f" a forward, from bytes and operations at {self.rates['bytes'] / 1e9:.2g} GB/s and "
-            f"{self.rates['operations'] / 1e9:.2g} GFLOP/s, as measured here",
+            f"  stored       {_named_bytes(self.raw)}; and {_size(self.writer['row'])} a measured step",
+            f"  memory       {_size(sum(self.memory.values()))} in {each} above the model's own: {_named_bytes(self.memory)}",
+            f"  work         a measured forward reads {_size(self.work['bytes'])} of states once more, and takes "
+            f"{self.work['operations']:.2g} operations; its row takes {self.work['operations of the row']:.2g}",
         ]
+        if self.seconds:
+            by_part = ", ".join(f"{name} {_seconds(value)}" for name, value in self.seconds.items())
+            lines.append(f"  time         {by_part}, at the rates that were given")
         if self.processes > 1:
             lines.append(
                 f"  collectives  of {self.processes} processes a measured step: one SUM of {_size(self.collectives['sum'])}, "
@@ -86,22 +98,31 @@ class CapturePlan:
 
 
 def capture_plan(
-    model: nn.Module, batch: Any, *, gradients: bool = False, sequences: int | None = None, processes: int = 1
+    model: nn.Module,
+    batch: Any,
+    *,
+    gradients: bool = True,
+    sequences: int = 1,
+    processes: int = 1,
+    rates: Mapping[str, float] | None = None,
 ) -> CapturePlan:
-    """Plan a capture from one forward on the meta device.
+    """Plan a recording from one forward on the meta device.
 
     Parameters
     ----------
     model : Module
         On the meta device, as built under ``torch.device("meta")``.
     batch : object
-        One batch, as in `probes.capture`; of its tensors the shapes count.
+        One batch of one process, as in `probes.capture`; of its tensors the shapes count.
     gradients : bool
-        Whether gradients are captured.
-    sequences : int, optional
-        How many are stored raw; all of the batch by default.
+        Whether gradients are measured.
+    sequences : int
+        How many are stored raw; a capture stores all that it is given.
     processes : int
         How many measure together.
+    rates : mapping of str to float, optional
+        What the machine of the training does a second: ``bytes`` that it reads and ``operations``. Without them no time is
+        planned: those of the machine that plans say nothing about another one.
 
     Returns
     -------
@@ -113,11 +134,8 @@ def capture_plan(
         Where the forward does not run without values, or no blocks whose states have one shape are found in it.
     """
     found = _states_by_shape(model, batch)
-    kept = found.sequences if sequences is None else sequences
-    raw = _raw_bytes(found, kept, gradients=gradients)
-    streamed = _streamed_bytes(found)
-    rates = _measured_rates()
-    one_state = found.sequences * found.tokens * found.streams * found.width * FLOAT32
+    stored = min(sequences, found.sequences)
+    raw, work = _raw_bytes(found, stored, gradients=gradients), _work(found)
     return CapturePlan(
         model=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in all_parameters(model)),
@@ -130,12 +148,13 @@ def capture_plan(
         sequences=found.sequences,
         tokens=found.tokens,
         processes=processes,
+        stored_sequences=stored,
         raw=raw,
-        streamed=streamed,
-        memory=sum(raw.values()) + streamed["statistics"] + one_state,
-        seconds=_seconds_by_part(found, rates),
-        rates=rates,
+        memory=_memory_bytes(found, raw),
+        writer={"row": _row_bytes(found)},
+        work=work,
         collectives=_collective_bytes(found),
+        seconds=_seconds_by_part(work, rates or {}),
     )
 
 
@@ -178,6 +197,11 @@ class _Shapes:
     def numbers(self) -> int:
         """Of one state."""
         return self.streams * self.width
+
+    @property
+    def views(self) -> int:
+        """The streams, and of several their mean."""
+        return self.streams + (self.streams > 1)
 
 
 def _states_by_shape(model: nn.Module, batch: Any) -> _Shapes:
@@ -273,9 +297,9 @@ def _of_one_shape(
     return [path for path, shape in shapes.items() if shape == usual]
 
 
-def _raw_bytes(found: _Shapes, kept: int, *, gradients: bool) -> dict[str, int]:
+def _raw_bytes(found: _Shapes, stored: int, *, gradients: bool) -> dict[str, int]:
     """What a run stores of the sampled sequences, in float32."""
-    tokens = kept * found.tokens
+    tokens = stored * found.tokens
     states = found.num_states * tokens * found.numbers * FLOAT32
     raw = {"states": states}
     if gradients:
@@ -287,54 +311,82 @@ def _raw_bytes(found: _Shapes, kept: int, *, gradients: bool) -> dict[str, int]:
     return raw
 
 
-def _streamed_bytes(found: _Shapes) -> dict[str, int]:
-    """Sums over every token in float64, and what ``streaming=True`` adds to them."""
-    moments = found.width**2 * FLOAT64
-    views = 1 + (found.streams if found.streams > 1 and found.streams * moments <= ALL_STREAMS_BYTES else 0)
+def _sum_bytes(found: _Shapes) -> int:
+    """Of what is added up, in float64: Σ x and Σ x/‖x‖ of each view, counts, norms, cosines and gradients; coefficients."""
+    n, views = found.streams, found.views
+    of_pairs = n * n + 3 if n > 1 else 0
+    of_depths = found.num_states * (2 * views * found.width + 5 * views + 1 + (n > 1) + of_pairs)
+    return (of_depths + found.num_connections * (n * n + 4 * n + 3)) * FLOAT64
+
+
+def _sampled_bytes(found: _Shapes) -> int:
+    """Of the states, norms of gradients, and coefficients at the sampled tokens."""
+    n, tokens = found.streams, min(TOKENS, found.sequences * found.tokens)
+    of_depth = found.numbers * FLOAT32 + n * FLOAT64
+    return tokens * (found.num_states * of_depth + found.num_connections * (n * n + 2 * n) * FLOAT32)
+
+
+def _memory_bytes(found: _Shapes, raw: Mapping[str, int]) -> dict[str, int]:
+    """What a measured step holds at its end, and the state that is read at the moment, in float32."""
+    tokens = found.sequences * found.tokens
+    of_tokens = tokens * (found.num_states * found.views * FLOAT32 + found.num_connections * 6 * FLOAT64)
     return {
-        # Σ x and Σ x/‖x‖ of each stream, and eight numbers of norms, cosines and gradients
-        "statistics": found.num_states * (2 * found.numbers + 8 * found.streams) * FLOAT64,
-        "moments with streaming": found.num_states * views * moments,
-        "sketch with streaming": found.num_states * (NUM_BUCKETS + NUM_HEAVY) * found.width * FLOAT64,
+        "stored sequences": sum(raw.values()),
+        "sums": _sum_bytes(found),
+        "sampled tokens": _sampled_bytes(found),
+        "numbers of every token": of_tokens,  # the largest magnitude, and three gains in both directions
+        "one state": tokens * found.numbers * FLOAT32,
     }
+
+
+def _row_bytes(found: _Shapes) -> int:
+    """What a measured step adds to the store: the numbers of the live metrics, and the sums that have one a step."""
+    sizes = {name: len(labels) for name, labels in LABELS.items()} | dict.fromkeys(CHOSEN, 1)
+    sizes |= {"depth": found.num_states, "other_depth": found.num_states, "stream": found.views}
+    sizes |= {"connection": found.num_connections, "component": found.streams}
+    live = sum(prod(sizes[dim] for dim in CATALOGUE[name].dims) for name in LIVE)
+    n = found.streams
+    sums = found.num_states * 8 * n + found.num_connections * (n * n + 2 * n + 8)
+    return (live + sums) * FLOAT64
 
 
 def _collective_bytes(found: _Shapes) -> dict[str, int]:
     """What a measured step reduces: additive sums in one flat buffer, maxima in another, sampled tokens gathered once."""
-    n, connections = found.streams, found.num_connections
-    of_depths = found.num_states * (found.numbers + 6 * n)  # Σ x/‖x‖, counts, norms, cosines, gradients
-    of_connections = connections * (n * n + 2 * n + 6)  # coefficients, gains, ranges of logits
     return {
-        "sum": (of_depths + of_connections) * FLOAT64,
-        "max": (found.num_states * 2 * n + connections * 3) * FLOAT64,
-        "sampled": found.num_states * LIVE_TOKENS * found.width * FLOAT32,
+        "sum": _sum_bytes(found),
+        "max": (found.num_states * 2 * found.views + found.num_connections * 2) * FLOAT64,
+        "sampled": _sampled_bytes(found),
     }
 
 
-def _seconds_by_part(found: _Shapes, rates: Mapping[str, float]) -> dict[str, float]:
-    """Statistics read each state twice, once with the state before; moments multiply every token with itself."""
-    tokens = found.num_states * found.sequences * found.tokens
-    operations = 2 * tokens * found.width**2
+def _work(found: _Shapes) -> dict[str, float]:
+    """Statistics read each state twice, once with the state before; a row multiplies the sampled tokens with each other."""
+    tokens, n, depths = found.sequences * found.tokens, found.streams, found.num_states
+    numbers = depths * tokens * found.numbers
+    # Of each number its square, its unit vector and its product with the one before, added up: about ten operations. The
+    # products of the connections so far, in both orders, are two of n³ multiplications and additions a token.
+    of_forward = 10.0 * numbers + 4.0 * found.num_connections * tokens * n**3
+    sampled = min(TOKENS, tokens)
+    products = 2.0 * depths * sampled**2 * found.width
+    # Eigenvalues with and without the mean are 4/3 K³ each; CKA and angles compare all pairs of depths.
+    of_row = (
+        products + depths * 8.0 / 3.0 * sampled**3 + 2.0 * depths**2 * (sampled**2 + sampled * found.width)
+    )
     return {
-        "statistics": 2 * tokens * found.numbers * found.bytes_per_number / rates["bytes"],
-        "streaming": operations / rates["operations"],
+        "bytes": float(2 * numbers * found.bytes_per_number),
+        "operations": of_forward,
+        "operations of the row": of_row,
     }
 
 
-def _measured_rates() -> dict[str, float]:
-    """Bytes that are added up, and operations of a matrix product, a second on this machine."""
-    values, matrix = torch.ones(2**22), torch.ones(512, 512)
-    seconds_of_sum = _seconds_of(lambda: values.square().sum())
-    seconds_of_product = _seconds_of(lambda: matrix @ matrix)
-    return {"bytes": values.nbytes / seconds_of_sum, "operations": 2 * 512**3 / seconds_of_product}
-
-
-def _seconds_of(work: Any) -> float:
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS_OF_TRIAL or not count:
-        work()
-        count += 1
-    return (time.perf_counter() - began) / count
+def _seconds_by_part(work: Mapping[str, float], rates: Mapping[str, float]) -> dict[str, float]:
+    """Work over the rates that were given."""
+    wrong = [name for name in rates if name not in RATES or not rates[name] > 0]
+    if wrong:
+        raise ValueError(
+            f"came the rate {wrong[0]}={rates[wrong[0]]!r}; expected {' and '.join(RATES)} a second, above 0"
+        )
+    return {name: value / rates[rate] for name, value in work.items() if (rate := name.split()[0]) in rates}
 
 
 def _named_bytes(parts: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ import xarray as xr
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.experiments import results_beside, with_lens
+from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
@@ -310,8 +311,10 @@ def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
     Dataset
         By step; where both have a number, the recorded one.
     """
-    # The stored sequences are of the weights of the last measured step.
-    joined = live.combine_first(fresh.assign_coords(step=live["step"].values[-1:]))
+    # The stored sequences are those of the last measured step; of a store that is still written, of one not long before.
+    fresh = fresh.assign_coords(step=live["step"].values[-1:])
+    filled = {name: _only_unmeasured(fresh[name], live[name]) for name in fresh.data_vars if name in live}
+    joined = live.combine_first(fresh.assign(filled))
     for name in joined.data_vars:
         attrs = {**(fresh[name].attrs if name in fresh else {}), **(live[name].attrs if name in live else {})}
         if name in fresh and name in live and "estimator" in attrs:
@@ -319,6 +322,16 @@ def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
             attrs["estimator"] = f"{attrs['estimator']}; what that lacks, of the stored sequences: {analysed}"
         joined[name].attrs = attrs
     return joined.assign_attrs({**fresh.attrs, LIVE: live.attrs[LIVE]})
+
+
+def _only_unmeasured(fresh: xr.DataArray, live: xr.DataArray) -> xr.DataArray:
+    """What an analysis has under labels that were measured in no step: elsewhere NaN is what was measured."""
+    if "step" not in live.dims:  # a null
+        return fresh
+    places = [dim for dim in live.dims if dim == "step" or str(dim).removeprefix("other_") in AXES]
+    measured = live.notnull().any(places)
+    labels = {dim: fresh[dim] for dim in measured.dims if dim in fresh.coords}
+    return fresh.where(~measured.reindex(labels, fill_value=False))
 
 
 def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import Status
 
 __all__ = [
@@ -32,8 +33,8 @@ DRIFT = "connection_parameter_drift"
 ROWS = ("cell", "depth", "connection", "weight", "parameter")
 """Dims that are the rows of a map over steps, the first one that a measure has; of the others a label is chosen."""
 
-NOT_SHOWN = ("same_sampled_tokens", "num_tokens")
-"""A flag, and what is the same at every step."""
+NOT_SHOWN = ("same_sampled_tokens", "num_tokens", "loss_not_finite", *ROW_FACTS)
+"""Flags, what is the same at every step, and what only verdicts read."""
 
 PREFERRED = {
     "centering": "raw",

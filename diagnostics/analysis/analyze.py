@@ -15,7 +15,7 @@ import xarray as xr
 from depthscope.diagnostics.analysis import sample_size
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
-from depthscope.diagnostics.analysis.training_curves import training_curves
+from depthscope.diagnostics.analysis.training_curves import losses, training_curves
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
@@ -112,10 +112,23 @@ def _of_chains(
     """The analyses of all chains as one result."""
     if metrics is None:
         expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
-        analyses = {chain: found.assign_attrs(on_request=expensive) for chain, found in analyses.items()}
+        analyses = {
+            chain: _with_losses(run, chain, found).assign_attrs(on_request=expensive)
+            for chain, found in analyses.items()
+        }
     if list(analyses) == [""]:
         return analyses[""]
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+
+
+def _with_losses(run: xr.DataTree, chain: str, analysis: xr.Dataset) -> xr.Dataset:
+    """An analysis of a trace with what the run knows of the loss at its step."""
+    statistics = chain_dataset(run, "statistics", chain)
+    if statistics is None or "loss" in analysis or "step" not in statistics.dims:
+        return analysis
+    known = xr.Dataset(losses(statistics))
+    at = np.isin(known["step"].values, analysis["step"].values) if known else np.zeros(0, dtype=bool)
+    return analysis.assign(known.isel(step=at)) if at.sum() == analysis.sizes["step"] else analysis
 
 
 def analyze_saved(

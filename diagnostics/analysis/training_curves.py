@@ -27,6 +27,12 @@ from depthscope.diagnostics.schema import POOLED_STEP, WITHOUT_GRADIENT, chain_d
 
 EXACT = "exact over every token of the step"
 
+OF_LOSSES = {
+    "loss": {"long_name": "Loss", "units": "1", "symbol": r"\mathcal{L}"},
+    "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
+    "loss_rise": {"long_name": "Rise of the loss above its lowest, over the loss at the start", "units": "1"},
+}
+
 
 def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     """Metrics by training step, from the additive statistics of a run.
@@ -45,7 +51,8 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
         ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
-        `weight_updates` (step, weight) and of `checkpoints`, the ``streamed_`` ranks with their nulls; ``loss`` (step), and
+        `weight_updates` (step, weight) and of `checkpoints`, the ``streamed_`` ranks with their nulls; ``loss`` (step) with
+        ``loss_not_finite`` and ``loss_rise``, which its verdicts judge, and
         ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far
         as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of
         the last step and NaN before it.
@@ -180,8 +187,9 @@ def _attention(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     }
 
 
-def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    return {"loss": statistics["loss"].assign_attrs(long_name="Loss", units="1", symbol=r"\mathcal{L}")}
+def losses(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    """What is known of the loss, by step; no metric of the catalogue, since it has no place in the network."""
+    return {name: statistics[name].assign_attrs(OF_LOSSES[name]) for name in OF_LOSSES if name in statistics}
 
 
 def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -242,7 +250,7 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("logit_gradient_square_sum", "mixing_gradient_square_sum"): _logit_gradients,
     ("attention_entropy_sum", "sink_mass_sum", "attention_query_count"): _attention,
     ("connection_parameter",): _parameter_drift,
-    ("loss",): _loss,
+    **{(name,): losses for name in OF_LOSSES},
     _STREAMED: _streamed_ranks,
     **{metric.needs: partial(_of_all_steps, metric) for metric in _OF_ALL_STEPS},
 }

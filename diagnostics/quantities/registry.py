@@ -49,6 +49,9 @@ DIMS = (
 FACTS = ("family", "proof", "constraint", "norms_moved", "small_start", "untouched")
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
+ROW_FACTS = ("norms_moved", "small_start", "untouched")
+"""Those of them that change with the weights: in a training every row has its own, as a number of the same name."""
+
 ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
@@ -244,6 +247,22 @@ def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
     return trace.assign_attrs(
         {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
     )
+
+
+def with_row_facts(analysis: xr.Dataset) -> xr.Dataset:
+    """An analysis of one step with what its row says of the weights at that step, in place of what holds at another one."""
+    # Of a row of a training that lacks one of them, its weights have left their start.
+    known = [name for name in ROW_FACTS if name in analysis]
+    if not known:
+        return analysis
+    attrs = {name: value for name, value in analysis.attrs.items() if name not in ROW_FACTS}
+    for name in known:
+        value = float(analysis[name])
+        if value == value:  # no NaN
+            attrs[name] = analysis[name].attrs.get("sentence", value) if name == "small_start" else value
+    found = analysis.drop_vars(known)
+    found.attrs = attrs
+    return found
 
 
 QUANTITIES: dict[str, Callable[..., Any]] = {}

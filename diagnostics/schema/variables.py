@@ -183,6 +183,16 @@ STATISTICS: dict[str, Variable] = {
     "token_count": Variable(("step",), "fiu", "real tokens of the step"),
     "sequence_count": Variable(("step",), "fiu", "sequences of the step"),
     "loss": Variable(("step",), "f", "the user's loss, where known"),
+    "loss_not_finite": Variable(
+        ("step",),
+        "f",
+        "1 where the user's loss was NaN or infinite, 0 where it was finite; NaN where none was known",
+    ),
+    "loss_rise": Variable(
+        ("step",),
+        "f",
+        "how far the loss is above the lowest one so far, over that at the start; NaN where not known",
+    ),
     "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by"),
     "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens"),
     "square_norm_sum": Variable(PROFILE, "f", "Σ ‖x‖² over tokens"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
+from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
@@ -18,6 +20,7 @@ from depthscope.diagnostics.verdicts import (
     same_representation,
     streams,
     trained_mixing,
+    training_loss,
     uncertainty,
     weight_updates,
     wiring,
@@ -36,6 +39,8 @@ VERDICTS: dict[str, Verdict] = {
     for each in (
         same_representation.same_representation,
         reading.nothing_measured,
+        training_loss.loss_not_finite,
+        training_loss.diverged_loss,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
@@ -133,12 +138,25 @@ def last_step(analysis: xr.Dataset) -> xr.Dataset:
 
 
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
-    last = last_step(analysis)
+    last = _without_overflow(with_row_facts(last_step(analysis)))
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
+
+
+def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
+    """An analysis of one step without its gradients, where a scaler that looked for its scale skipped that step."""
+    overflowed = np.atleast_1d(np.asarray(analysis.attrs.get("overflowed_steps", ()), dtype=float))
+    if "step" not in analysis.coords or float(analysis["step"]) not in overflowed:
+        return analysis
+    of_gradients = [
+        name
+        for name in map(str, analysis.data_vars)
+        if name in CATALOGUE and any("gradient" in root for root in CATALOGUE[name].roots)
+    ]
+    return analysis.drop_vars(of_gradients)
 
 
 def _of_chain(sentence: str, chain: str) -> str:

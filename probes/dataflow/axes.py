@@ -277,6 +277,12 @@ def layout_of(axes: Axes, stream: Atom | None) -> str | None:
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
+def none_noted(axis: Axis, role: int) -> None:
+    """Take back what was noted of every atom of an axis."""
+    for atom in axis:
+        atom.itself().roles &= ~role
+
+
 def all_noted(axis: Axis, role: int) -> None:
     """Note what was done along every atom of an axis."""
     for atom in axis:

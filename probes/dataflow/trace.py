@@ -19,7 +19,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
+from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes, none_noted
 from depthscope.probes.dataflow.known_modules import Notes, known_modules, runs_alone
 from depthscope.probes.dataflow.operations import PATCH, Rule, rule_of
 from depthscope.probes.dataflow.parameters import ParameterConstants
@@ -65,6 +65,7 @@ class Trace(TorchDispatchMode):
         self.parents: list[tuple[int, ...]] = []
         self.calls: list[int] = []  # of the values, by number
         self.most_merged: Value | None = None
+        self._watched: list[Value] = []  # that the model was called with
         self._entries: dict[int, _Entry] = {}
         self._forget = _forgetting(self._entries)
         self._made: dict[int, int] = {}  # how many values each call made itself
@@ -173,7 +174,18 @@ class Trace(TorchDispatchMode):
         value = self._new_value(tensor, new_axes(tensor.shape), ())
         if batch_axis is not None and tensor.ndim > batch_axis:
             all_noted(value.axes[batch_axis], BATCHED)
+        if self.call == NONE:
+            self._watched.append(value)
         self._enter(tensor, value)
+
+    def count_along(self, axis: int, size: int) -> None:
+        """Note that the sequences of what came from outside are along another axis than was assumed."""
+        for value in self._watched:
+            for other in value.axes:
+                none_noted(other, BATCHED)
+        for value in self._watched:
+            if len(value.shape) > axis and value.shape[axis] == size:
+                all_noted(value.axes[axis], BATCHED)
 
     # --- modules of which it is known what they run
 

@@ -49,7 +49,7 @@ SUMMED = frozenset(
 )
 """Statistics that add up over tokens; the cosines of pairs get those between two parts besides."""
 
-LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max"))
+LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
 OF_WEIGHTS_ALONE = frozenset(("connection_parameter", "cell_parameter"))
 """Statistics that do not depend on the data, and are equal in all parts."""
 

@@ -36,6 +36,7 @@ class StepStatistics:
     loss: float | None
     weights: WeightNorms | None = None
     scale: float | None = None
+    loss_rise: float = math.nan
 
 
 def statistics_dataset(
@@ -88,7 +89,15 @@ def step_variables(
         "token_count": ("step", stacked(sums, "token_count", depths[:1])[:, 0]),
         "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
     }
-    for name, values in (("loss", [row.loss for row in rows]), ("loss_scale", [row.scale for row in rows])):
+    losses, scales = [row.loss for row in rows], [row.scale for row in rows]
+    of_losses = {
+        "loss": losses,
+        # Apart from the loss, whose NaN may be the loss itself, or that there is none.
+        "loss_not_finite": [None if loss is None else float(not math.isfinite(loss)) for loss in losses],
+        "loss_rise": [None if row.loss is None else row.loss_rise for row in rows],
+        "loss_scale": scales,
+    }
+    for name, values in of_losses.items():
         if any(value is not None for value in values):
             variables[name] = ("step", np.array([math.nan if value is None else value for value in values]))
     variables.update(_profile_variables(sums, depths))

@@ -13,11 +13,10 @@ import copy
 import gc
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +28,7 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
+from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
 from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
@@ -37,8 +37,6 @@ COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs 
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
 IMMUTABLE = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
-RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
-Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
 STEPPED = (
     "weights change before the backward of the step has ended, as by an optimizer in a hook, so the gradients of several "
     "outputs of a compiled model cannot be followed: record it without gradients"
@@ -180,35 +178,6 @@ class SecondForward:
             self.arrived = {}
 
 
-def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
-    """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
-    waiting, seen = list(start), set()
-    while waiting:
-        edge = waiting.pop()
-        if edge[0] is None or edge in seen:
-            continue
-        seen.add(edge)
-        yield edge
-        if edge not in until:
-            waiting.extend(edge[0].next_functions)
-
-
-def running_backward() -> list[Edge] | None:
-    """The roots of the backward that runs this hook; None where they cannot be found.
-
-    torch does not tell them, but the function that runs the engine waits for it with the roots among its variables: in this
-    thread, or for tensors on another device in the one that called it.
-    """
-    for frame in (sys._getframe(), *sys._current_frames().values()):
-        place: FrameType | None = frame
-        while place is not None:
-            if place.f_code is RUN_BACKWARD:
-                roots = place.f_locals.get("t_outputs", ())
-                return [(r.grad_fn, r.output_nr) if isinstance(r, torch.Tensor) else tuple(r) for r in roots]
-            place = place.f_back
-    return None
-
-
 class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
@@ -224,6 +193,8 @@ class CompiledCalls:
         Calls a function with the session's hooks on the model; returns its result and the forward that the hooks recorded.
     gradients : bool
         Whether gradients are wanted.
+    listen : callable
+        Called with what a measured call of the user's returned.
     report : callable
         Called with every exception of ours.
     """
@@ -236,9 +207,10 @@ class CompiledCalls:
         wanted: Callable[[], bool],
         run_hooked: RunHooked,
         gradients: bool,
+        listen: Callable[[Any], None],
         report: Report,
     ):
-        self._callers = callers
+        self._callers, self._listen = callers, listen
         self._owner = owner
         self._wanted = wanted
         self._run_hooked = run_hooked
@@ -275,6 +247,8 @@ class CompiledCalls:
             second = self._stack().pop()
             if second is not None:
                 second.follow(output)
+            if not self._stack():
+                self._listen(output)
 
     @contextmanager
     def _inside_of(self, second: SecondForward | None) -> Iterator[None]:
@@ -287,8 +261,15 @@ class CompiledCalls:
     def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         if not self._is_users_call():
             return None
-        second = None if self._stack() else self._measure(module, args, kwargs)
-        done = second.follow if second is not None else _nothing
+        if self._stack():
+            return MethodWatch(self._inside_of(None), _nothing)
+        second = self._measure(module, args, kwargs)
+
+        def done(output: Any) -> None:
+            if second is not None:
+                second.follow(output)
+            self._listen(output)
+
         return MethodWatch(self._inside_of(second), done)
 
     def _stack(self) -> list[SecondForward | None]:

@@ -52,6 +52,7 @@ class Forward:
     rows: torch.Tensor  # the sampled sequences
     lead_shape: tuple[int, ...]  # of that tensor
     row_data: torch.Tensor | None  # its sampled sequences
+    lead: torch.Tensor | None = None  # that tensor, while it is not known which axis has its sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     part: slice | None = None  # of the tokens of each sequence, where other processes have the others
     # Real tokens of these sequences in all processes, by chain.
@@ -100,7 +101,7 @@ class Forward:
                 listener.handle.remove()
         self.listeners.clear()
         self.openings.clear()
-        self.arguments = {}
+        self.arguments, self.lead = {}, None
 
     def release(self) -> None:
         """Remove the gradient hooks, and drop the user's tensors as well.

@@ -31,6 +31,7 @@ from depthscope.probes.model.sequence_shards import TokenShards, require_whole_s
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
+from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.first_forward import (
@@ -100,9 +101,11 @@ class Session:
         self.last: Forward | None = None
         self.num_forwards = 0
         self.attention = AttentionPlaces()  # as the first forward shows
+        self._attention_is_known = True  # or the second one, where the first was counted along the wrong axis
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = self._new_reservoir()
         self._loss_scale = loss_scale
+        self.step_loss = StepLoss(loss_scale, self.report)
         self._only_own = only_own
         self._sums = sums
         self.live_tokens = live_tokens
@@ -162,6 +165,7 @@ class Session:
         A compiled model gets none of these: see `compiled_calls`.
         """
         self.detach()
+        self.step_loss.clear()
         self._num_without_graph, self._compiler_met = 0, CompilerLog.met
         self._kind = 0
         callers = self._compiled_callers()
@@ -175,6 +179,7 @@ class Session:
                 wanted=lambda: not self.errors and self._may_have_gradients(),
                 run_hooked=self._run_hooked,
                 gradients=self.options.gradients,
+                listen=self.step_loss.listen,
                 report=self.report,
             )
             self._compiled.attach()
@@ -209,7 +214,11 @@ class Session:
         attachment = self._attachment = Attachment(self.report)
         # The model's own pre-hook goes first and its hook last, since the model itself may be a module that shows a state.
         attachment.before(self.model, self._begin)
-        if self._observer is None or self._modules != _module_types(self.model):
+        if (
+            self._observer is None
+            or not self._attention_is_known
+            or self._modules != _module_types(self.model)
+        ):
             # Also where modules came or went since: the structure is looked for again, and must be as it was.
             self._searching, self._containers = True, _containers(self.model)
             first = FirstForward(
@@ -266,8 +275,11 @@ class Session:
 
     def _place_attention(self, tape: Tape, forward: Forward, structure: Structure) -> None:
         """Find out where the model attends, and how much of it is looked at from now on."""
-        if self._observer is not None:  # that is known
+        if (
+            self._observer is None
+        ) != self._attention_is_known:  # known already, or not to be seen in this forward
             return
+        self._attention_is_known = True
         self.attention = placed_attention(tape, forward, structure)
         named = bool(self.options.selection.requests)
         if named:
@@ -427,21 +439,41 @@ class Session:
         if self._kind == TRAINING:
             stamp = training_stamp(stamp)
         batch_axis = self._first_batch_axis if self._observer is None else self.structure.batch_axis
+        forward = Forward(
+            **self._drawn(lead, batch_axis, stamp),
+            stamp=stamp,
+            arguments=named,
+            decoding=is_decoding(named),
+            lead_shape=tuple(lead.shape),
+        )
+        forward.lead = lead if self._observer is None else None
+        return forward
+
+    def _drawn(self, lead: torch.Tensor, batch_axis: int, stamp: int) -> dict[str, Any]:
+        """The sequences of a forward that are sampled."""
         batch_size = lead.shape[batch_axis]
         slots = self.reservoir.choose(batch_size, stamp)
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
-        return Forward(
-            batch_size=batch_size,
-            batch_axis=batch_axis,
-            stamp=stamp,
-            first_index=self.reservoir.first + self.reservoir.total - batch_size,
-            slots=slots,
-            arguments=named,
-            decoding=is_decoding(named),
-            rows=rows,
-            lead_shape=tuple(lead.shape),
-            row_data=lead.detach().movedim(batch_axis, 0)[rows].clone(),
-        )
+        return {
+            "batch_size": batch_size,
+            "batch_axis": batch_axis,
+            "first_index": self.reservoir.first + self.reservoir.total - batch_size,
+            "slots": slots,
+            "rows": rows,
+            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
+        }
+
+    def _count_along_other_axis(self, tape: Tape, forward: Forward) -> None:
+        """Draw the sequences of the first forward again: they are along the second axis of what the model was called with."""
+        assert forward.lead is not None
+        assert tape.trace is not None
+        self.reservoir = self._new_reservoir()
+        for name, value in self._drawn(forward.lead, 1, forward.stamp).items():
+            setattr(forward, name, value)
+        tape.trace.count_along(1, forward.batch_size)
+        # What its tokens attend to was looked at for the wrong sequences: the next forward shows it.
+        tape.attention, forward.attention = None, {}
+        self._attention_is_known = self._first_attention is None
 
     def _new_tape(self) -> Tape:
         blocks = self.options.blocks
@@ -466,6 +498,7 @@ class Session:
             elif tape is not None:
                 self._end_traced(tape, forward)
             self._add_attention(forward)
+            self.step_loss.listen(output)
             for sums in forward.sums:
                 sums.end_forward()
             forward.end()
@@ -501,7 +534,7 @@ class Session:
         """Find the structure in a forward, and record what that forward showed of it."""
         try:
             with no_collection():
-                structure = find_structure(tape, forward, self.model, self.options, self.shards)
+                structure = self._found_structure(tape, forward)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
@@ -547,6 +580,16 @@ class Session:
                 elif self._attachment is not None:
                     self._attach()  # with the hooks of the structure, or for another first forward
 
+    def _found_structure(self, tape: Tape, forward: Forward) -> Structure:
+        try:
+            return find_structure(tape, forward, self.model, self.options, self.shards)
+        except AxisError:
+            # A forward of ours runs once more. The user's does not: its step would be lost.
+            if own_calls.owner is not None or tape.trace is None:
+                raise
+            self._count_along_other_axis(tape, forward)
+            return find_structure(tape, forward, self.model, self.options, self.shards)
+
     def _adopt(self, observer: Observer) -> None:
         self._observer, self._modules = observer, _module_types(self.model)
 
@@ -575,6 +618,7 @@ class Session:
             self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
             self._absorb()
             done, self._measured, self._num_measured = self._measured, [], 0
+            self.step_loss.clear()
         if not done:
             raise CaptureError(self._why_nothing())
         return done
@@ -625,6 +669,7 @@ class Session:
             forward.release()
         self.forwards, self._measured, self._num_measured = [], [], 0
         self.errors.clear()
+        self.step_loss.clear()
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []

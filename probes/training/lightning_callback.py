@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from depthscope.probes.training.learning_rate import num_updated, with_optimizer
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
 
@@ -26,7 +27,7 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         Path in the LightningModule of the module that ``training_step`` calls, such as ``"model"``; empty where it calls the
         LightningModule itself.
     **options
-        As of `depthscope.record`; ``gradients=True`` is the default here.
+        As of `depthscope.record`; ``gradients=True`` and ``metrics="live"`` are the defaults here.
 
     Raises
     ------
@@ -43,9 +44,8 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         if Callback is None:
             raise ImportError("LightningCallback needs Lightning; install it with: pip install lightning")
         self._module = module
-        self._options = {"gradients": True, **options}
+        self._options = {"gradients": True, "metrics": "live", **options}
         self._global_step = 0
-        self._losses: list[Any] = []  # of the batches of the present step
         self.recorder: Recorder | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -57,24 +57,19 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         if trainer.world_size > 1:  # the strategy wraps the module, and the hooks are inside
             options.setdefault("group", "world")
         self._global_step = trainer.global_step
-        self.recorder = record(pl_module.get_submodule(self._module), **options).__enter__()
+        module = pl_module.get_submodule(self._module)
+        # Of several optimizers the one that trains most of the module.
+        optimizer = max(trainer.optimizers, key=lambda each: num_updated(module, each), default=None)
+        options = with_optimizer(options, optimizer, getattr(trainer.precision_plugin, "scaler", None))
+        self.recorder = record(module, **options).__enter__()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End a step where the optimiser has made one."""
-        if self.recorder is None:
-            return
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if loss is not None and self.recorder.measuring:
-            self._losses.append(loss)
-        if trainer.global_step == self._global_step:
-            return
-        self._global_step = trainer.global_step
-        losses, self._losses = self._losses, []
-        # Lightning has divided each of them by the number of batches, where it accumulates them itself.
-        share = 1 if pl_module.automatic_optimization else max(len(losses), 1)
-        self.recorder.step(sum(losses) / share if losses else None)
+        if self.recorder is not None and trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self.recorder.step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish the store."""

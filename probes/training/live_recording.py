@@ -22,6 +22,8 @@ from depthscope.probes.training.live.row import LiveRow
 STATE_SHARE = 0.01
 """The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
 
+LOSS = "statistics/loss"
+
 BuildRun = Callable[[list[StepStatistics], Proven], xr.DataTree]
 LiveRowOf = Callable[[int], LiveRow | None]
 
@@ -65,9 +67,16 @@ class LiveRecording:
                     "which is a folder, or name another path"
                 )
         require_live_place(self._folder, resume=resume, force=force)
-        self.last_step = (
-            read_history(self._folder).last_step if resume and is_live_store(self._folder) else None
-        )
+        earlier = read_history(self._folder) if resume and is_live_store(self._folder) else None
+        self.last_step = None if earlier is None else earlier.last_step
+        self._earlier_losses: list[tuple[int, float]] = []
+        if earlier is not None and LOSS in earlier.variables:
+            steps, losses = earlier.steps().tolist(), earlier.values(LOSS).tolist()
+            self._earlier_losses = list(zip(steps, losses, strict=True))
+
+    def earlier_losses(self, before: int) -> list[float]:
+        """The losses of earlier attempts, of the steps before one."""
+        return [loss for step, loss in self._earlier_losses if step < before]
 
     @property
     def path(self) -> Path:

@@ -131,7 +131,7 @@ def record(
         Number of tokens of a step that are sampled for these, drawn uniformly from its first forward by ``seed``: the same
         positions at every step as long as batches have one shape and mask, which ``same_sampled_tokens`` of each row tells.
     optimizer : Optimizer, optional
-        Its learning rate, that of the first group of parameters, is recorded with the metrics.
+        Its learning rate, that of the first group of parameters, is recorded as it is when it makes the step.
     sinks : iterable of callable
         Each is called as ``sink(step, {name: number})`` at the end of a measured step; see `probes.training.sinks`. One that
         raises is reported, and called no more.

@@ -21,6 +21,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import Proven, build_run
@@ -145,6 +146,7 @@ class Recorder:
         self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
+        self._course = LossCourse([] if store is None else store.earlier_losses(first_step))
         self._stack = ExitStack()
         self._sentences: list[str] = []  # what the end of the step has to say
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
@@ -203,7 +205,9 @@ class Recorder:
         Parameters
         ----------
         loss : float or Tensor, optional
-            The step's loss, to be stored with the statistics; of several processes that of this one.
+            The step's loss, to be stored with the statistics; of several processes that of this one. Where it is not given, it
+            is the sum of what ``backward`` was called on, of every backward that reached the model, over the loss scale. Of a
+            step that is not measured it is only looked at whether one on the CPU is finite, where `metrics` are computed.
         loss_terms : float, optional
             Of how many terms the loss of this process is the mean, such as labels that are not ignored; by default of all its
             tokens. By it the losses and gradients of several processes are weighted.
@@ -223,6 +227,8 @@ class Recorder:
                 self._collect()
                 if self.measuring:
                     self._safely(self._end_measured_step, loss, loss_terms)
+                elif self._live is not None:
+                    self._live.look_at(self.position, loss, self._say)
                 self.position += 1
                 self._attach_if_measuring()
             else:
@@ -253,6 +259,11 @@ class Recorder:
             self._state = "new"
             _open.discard(self)
             raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block has begun and not ended."""
+        return self._state == "open"
 
     @property
     def measuring(self) -> bool:
@@ -408,9 +419,10 @@ class Recorder:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        self._rows.append(StepStatistics(self.position, sums, sequences, value, weights, scale))
+        row = StepStatistics(self.position, sums, sequences, value, weights, scale, self._course.add(value))
+        self._rows.append(row)
         if self._live is not None:
-            self._measure_live(self._live, complete, value, weights, overflowed)
+            self._measure_live(self._live, complete, row, overflowed)
         if self._store is not None:
             self._write_store(self._store)
 
@@ -456,8 +468,7 @@ class Recorder:
         self,
         live: Live,
         complete: list[TokenSums],
-        loss: float | None,
-        weights: WeightNorms | None,
+        measured: StepStatistics,
         overflowed: bool,
     ) -> None:
         """Add the live row of the present step; where it cannot be computed, the step's statistics stand."""
@@ -467,7 +478,7 @@ class Recorder:
             return build_run(self._session, self._rows, self._pooled, digests=False)
 
         try:
-            row = live.measure(step, complete, first_run, loss=loss, weights=weights, overflowed=overflowed)
+            row = live.measure(complete, measured, first_run, overflowed=overflowed)
         except Exception as error:
             self._say(f"the live metrics of step {step} were not computed: {error}", error)
             return
@@ -485,8 +496,11 @@ class Recorder:
                 self._say(sentence)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
+        """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
+        if loss is None:
+            return self._session.step_loss.value()
         try:
-            return None if loss is None else float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+            return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
             shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
             self._say(
@@ -574,6 +588,8 @@ class Recorder:
             if self._weights is not None:
                 self._stack.callback(self._weights.drop)
                 self._weights.begin()
+            if self._live is not None:
+                self._stack.enter_context(self._live.rate.noted())
         except Exception as error:
             self._detach()
             self._say(f"step {self.position} cannot be measured: {error}", error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache, wraps
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from depthscope.probes.training.learning_rate import with_optimizer
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
 
@@ -15,14 +17,15 @@ class TransformersCallback(TrainerCallback):
     """Record the model of a `transformers.Trainer` while it trains: ``Trainer(..., callbacks=[TransformersCallback(...)])``.
 
     A step is one of the optimiser, with all of its micro-batches; evaluations count to none. A training that the trainer
-    resumes from a checkpoint is counted from there on: give ``resume=True`` to go on in the same store. The trainer tells
-    nobody the loss of a step, so that it is not stored. Several processes measure together (``group="world"``, where no
-    `group` is given): all of them have the callback, and the first one has the run.
+    resumes from a checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Loss, learning rate
+    and gradient scaler are found. Where ``trainer.train()`` raises, the store is finished all the same. Several processes
+    measure together (``group="world"``, where no `group` is given): all of them have the callback, and the first one has the
+    run.
 
     Parameters
     ----------
     **options
-        As of `depthscope.record`; ``gradients=True`` is the default here.
+        As of `depthscope.record`; ``gradients=True`` and ``metrics="live"`` are the defaults here.
 
     Attributes
     ----------
@@ -31,14 +34,19 @@ class TransformersCallback(TrainerCallback):
     """
 
     def __init__(self, **options: Any) -> None:
-        self._options = {"gradients": True, **options}
+        self._options = {"gradients": True, "metrics": "live", **options}
         self.recorder: Recorder | None = None
+        _tell_when_training_raises()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to record; only the process that is the world's first writes a store."""
         options = dict(self._options)
+        if self.recorder is not None and self.recorder.is_open:
+            # The trainer begins once more by itself, with smaller batches, where memory did not suffice.
+            self.recorder.close()
+            options["resume"] = "store" in options
         if not state.is_world_process_zero:
             options.pop("store", None)
         options.setdefault("first_step", state.global_step)
@@ -46,6 +54,8 @@ class TransformersCallback(TrainerCallback):
             options.setdefault("group", "world")
             if args.average_tokens_across_devices and _takes_loss_arguments(kwargs["model"]):
                 options.setdefault("loss_reduction", "global_mean")
+        optimizer = kwargs.get("optimizer")
+        options = with_optimizer(options, optimizer, getattr(optimizer, "scaler", None))
         self.recorder = record(kwargs["model"], **options).__enter__()
 
     def on_step_end(
@@ -58,9 +68,32 @@ class TransformersCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finish the store. Where the training raises instead, it is finished when the interpreter ends."""
+        """Finish the store."""
         if self.recorder is not None:
             self.recorder.close()
+
+    def on_exception(self, error: BaseException) -> None:
+        """Finish the store with the steps that were measured; the step that raised is not."""
+        if self.recorder is not None:
+            self.recorder.__exit__(type(error), error, error.__traceback__)
+
+
+@cache
+def _tell_when_training_raises() -> None:
+    """Let `Trainer.train` tell our callbacks when it raises, which it tells no callback."""
+    train = Trainer.train
+
+    @wraps(train)
+    def told(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(self, *args, **kwargs)
+        except BaseException as error:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TransformersCallback):
+                    callback.on_exception(error)
+            raise
+
+    Trainer.train = told
 
 
 def _takes_loss_arguments(model: Any) -> bool:

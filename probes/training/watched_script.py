@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import runpy
 import sys
@@ -18,7 +17,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from depthscope.probes.model.hooks import Attachment
+from depthscope.probes.session.backward_roots import living_scalers
 from depthscope.probes.session.compiled_calls import is_compiled, living_modules
+from depthscope.probes.training.learning_rate import num_updated
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
@@ -113,10 +114,10 @@ class ScriptWatch:
         compiled = [module for module in modules if is_compiled(module)]
         # Inside of compiled code nothing of ours runs; the call of a module that was compiled in place is such code itself.
         inside = {id(each) for outer in compiled for each in outer.modules() if each is not outer}
-        self._called = [(module, module.training) for module in compiled if _num_updated(module, optimizer)]
+        self._called = [(module, module.training) for module in compiled if num_updated(module, optimizer)]
         self._hooks = Attachment(self._report)
         for module in modules:
-            if id(module) not in inside and _num_updated(module, optimizer):
+            if id(module) not in inside and num_updated(module, optimizer):
                 self._hooks.before(module, self._note_call, computes=False)
 
     def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -129,7 +130,7 @@ class ScriptWatch:
         self._hooks, self._called = None, []
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
-        counts = [(_num_updated(module, optimizer), training, module) for module, training in self._called]
+        counts = [(num_updated(module, optimizer), training, module) for module, training in self._called]
         found = max(counts, key=lambda each: each[:2], default=None)  # the first of those with the most
         if found is None:
             return
@@ -137,11 +138,7 @@ class ScriptWatch:
         model = found[2]
         while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        # By their type: isinstance asks the objects themselves, some of which answer with a warning.
-        scalers: list[Any] = [
-            found for found in gc.get_objects() if issubclass(type(found), torch.amp.GradScaler)
-        ]
-        enabled = [scaler for scaler in scalers if scaler.is_enabled()]
+        enabled = living_scalers()
         if len(enabled) > 1:  # this runs inside of the step of one of them, which has noted its optimiser
             stepping = [found for found in enabled if id(optimizer) in getattr(found, NOTED, {})]
             enabled = stepping or enabled
@@ -162,18 +159,12 @@ class ScriptWatch:
         """Whether a step of an optimiser ends one of the training: of several of one model, one counts the steps."""
         if self._optimizer() is not optimizer:
             other, self._other = self._other(), weakref.ref(optimizer)
-            if other is not optimizer or not _num_updated(self._model, optimizer):
+            if other is not optimizer or not num_updated(self._model, optimizer):
                 return False
             # Twice in a row: the one that counted is not used any more.
             self._optimizer = self._other
         self._other = _nothing
         return True
-
-
-def _num_updated(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """How many parameters of a model an optimiser updates."""
-    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return sum(id(parameter) in updated for parameter in model.parameters())
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from depthscope.app.text.terminal import emit, say, show_rows, working
 # One small forward: it finds the structure and proves the connections, and measures nothing.
 SEQUENCES, LENGTH = 2, 32
 
+OF_PLAN = ("batch", "tokens", "processes", "bandwidth", "speed")
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
@@ -37,12 +39,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="what a capture would take, from shapes alone: of a folder only config.json is read, nothing is allocated",
+        help="what recording a training would take, from shapes alone: of a folder only config.json is read, nothing is "
+        "allocated",
     )
     for name, highest, metavar, about in (
         ("batch", 100_000, "B", "sequences a forward (default 8)"),
         ("tokens", 2**20, "T", "tokens a sequence (default 256)"),
         ("processes", 10**6, "R", "processes that measure together (default 1)"),
+        ("bandwidth", 10**9, "GB/S", "bytes that the machine of the training reads a second, for a time"),
+        ("speed", 10**9, "GFLOP/S", "operations that it does a second, for a time"),
     ):
         parser.add_argument(
             f"--{name}", type=Number(1, highest), metavar=metavar, help=f"with --plan: {about}"
@@ -53,7 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.plan:
         return _plan(args)
-    of_plan = [name for name in ("batch", "tokens", "processes") if getattr(args, name) is not None]
+    of_plan = [name for name in OF_PLAN if getattr(args, name) is not None]
     if of_plan:
         raise ValueError(f"--{of_plan[0]} is of a plan; add --plan, or leave it out")
     if args.weights_only:
@@ -92,7 +97,9 @@ def _plan(args: argparse.Namespace) -> int:
     model = meta_model(args.checkpoint, dtype=args.dtype)
     ids = torch.empty(args.batch or 8, args.tokens or 256, dtype=torch.long, device="meta")
     with capture_errors_for_users():
-        found = capture_plan(model, (ids,), gradients=True, processes=args.processes or 1)
+        per_second = {"bytes": args.bandwidth, "operations": args.speed}
+        rates = {name: rate * 1e9 for name, rate in per_second.items() if rate is not None}
+        found = capture_plan(model, (ids,), processes=args.processes or 1, rates=rates)
     if args.json:
         emit({"checkpoint": args.checkpoint, **found.as_dict()})
     else:

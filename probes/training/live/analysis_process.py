@@ -96,7 +96,9 @@ def read_at(descriptor: int, start: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def completed(metrics: LiveMetrics, attrs: dict[str, Any], step: int, given: RowInput) -> Completed:
+def completed(
+    metrics: LiveMetrics, attrs: dict[str, dict[str, Any]], step: int, given: RowInput
+) -> Completed:
     """A row, and all findings about it."""
     row = None
     try:
@@ -121,8 +123,8 @@ class AnalysisProcess:
     ----------
     metrics : LiveMetrics
         What a row has; its groups are known.
-    attrs : mapping
-        Of the run.
+    attrs : mapping of str to mapping
+        Of its groups.
 
     Attributes
     ----------
@@ -132,7 +134,7 @@ class AnalysisProcess:
         Why the process ended before its time; empty while it runs.
     """
 
-    def __init__(self, metrics: LiveMetrics, attrs: dict[str, Any]) -> None:
+    def __init__(self, metrics: LiveMetrics, attrs: dict[str, dict[str, Any]]) -> None:
         self.dropped: list[int] = []
         self.ended = ""
         self._metrics, self._attrs = metrics, attrs

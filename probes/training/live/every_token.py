@@ -13,6 +13,7 @@ import torch
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 from depthscope.diagnostics.quantities.registry import LABELS
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
+from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.statistics.histograms import BINS, OF_GAINS, Histogram
 from depthscope.probes.statistics.live_sums import PADDING, LiveSums
@@ -54,12 +55,11 @@ def state_metrics(sums: TokenSums, depths: Sequence[int], cut: Sequence[int] = (
     found["token_cosine"] = LiveValue(dims, variants)
     adjacent = _views(sums, "adjacent_cosine_sum", depths) / count
     found["adjacent_cosine"] = LiveValue(PROFILE, adjacent)
-    square = _views(sums, "gradient_square_norm_sum", depths)
-    if not np.isnan(square).all():
-        norm = np.sqrt(square)
+    if _has_any(sums, GRADIENT, depths):
+        norm = np.sqrt(_views(sums, GRADIENT, depths))
         last = norm[-1:]
         # Without these a gradient that no backward gives, such as that of an input, would look like a broken one.
-        missing = [depth for depth in depths if depth not in sums.sums["gradient_square_norm_sum"]]
+        missing = [depth for depth in depths if depth not in sums.sums[GRADIENT]]
         listed = {WITHOUT_GRADIENT: missing, CUT_GRADIENT: [depth for depth in cut if depth in missing]}
         attrs = {name: of for name, of in listed.items() if of}
         found["gradient_norm"] = LiveValue(PROFILE, norm, attrs=attrs)
@@ -219,22 +219,27 @@ def logit_metrics(sums: TokenSums, connections: Sequence[int], transposed: bool)
         Of the range over the tokens the mean alone: its quantiles would need the logits of every token.
     """
     found = {}
-    count = _stacked(sums.sums.get("logit_token_count", {}), connections)[:, 0]
-    if (count > 0).any():
+    if _has_any(sums, "logit_token_count", connections):
+        count = _stacked(sums.sums["logit_token_count"], connections)[:, 0]
         total = _stacked(sums.sums["logit_range_sum"], connections)[:, int(transposed)]
         ranges = np.full((len(connections), len(LABELS["reduction"])), np.nan)
         ranges[:, LABELS["reduction"].index("mean")] = total / np.where(count > 0, count, np.nan)
         found["logit_range"] = LiveValue(("connection", "reduction"), ranges)
     names = {"logit_gradient": LOGIT_GRADIENT, "mixing_gradient": MIXING_GRADIENT}
-    squares = {name: _stacked(sums.sums.get(source, {}), connections)[:, 0] for name, source in names.items()}
-    for name, square in squares.items():
-        if not np.isnan(square).all():
+    for name, source in names.items():
+        if _has_any(sums, source, connections):
+            square = _stacked(sums.sums[source], connections)[:, 0]
             found[name] = LiveValue(("connection",), np.sqrt(square))
     if names.keys() <= found.keys():
         arrived = found["mixing_gradient"].values
         share = found["logit_gradient"].values / np.where(arrived > 0, arrived, np.nan)
         found["logit_gradient_share"] = LiveValue(("connection",), share)
     return found
+
+
+def _has_any(sums: TokenSums, name: str, keys: Sequence[int]) -> bool:
+    """Whether a statistic was measured at all: its values do not say so, since NaN is one of them."""
+    return any(key in sums.sums.get(name, {}) for key in keys)
 
 
 def _gains_by_histogram(known: Sequence[Histogram], transposed: bool) -> LiveValue:

@@ -18,8 +18,8 @@ OnFinding = Callable[[int, Finding], Any]
 SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
 
 
-def findings_of(row: LiveRow, attrs: Mapping[str, Any]) -> list[Finding]:
-    """Findings about one row, the worst first; ``attrs`` are those of the run."""
+def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Findings about one row, the worst first; ``attrs`` are those of its groups."""
     by_chain = histories([row], attrs)
     if list(by_chain) == [""]:
         return judge(by_chain[""])
@@ -93,15 +93,15 @@ class Watched:
         ended, took = self._last
         return time.perf_counter() - ended > took / SHARE_OF_TIME
 
-    def judge(self, row: LiveRow, attrs: Mapping[str, Any]) -> list[Finding]:
+    def judge(self, row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         """Findings about one row that are new, or more severe than before, the worst first.
 
         Parameters
         ----------
         row : LiveRow
             The step.
-        attrs : mapping
-            Of the run.
+        attrs : mapping of str to mapping
+            Of its groups.
 
         Returns
         -------

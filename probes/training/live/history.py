@@ -14,15 +14,15 @@ SAMPLED_TOKENS = "sampled_tokens"
 """Attribute of a history: how many tokens of each step its ranks and similarities are of."""
 
 
-def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Any]) -> dict[str, xr.Dataset]:
+def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
     """The metrics of all measured steps, by chain.
 
     Parameters
     ----------
     rows : sequence of LiveRow
         One per measured step.
-    attrs : mapping
-        Of every dataset.
+    attrs : mapping of str to mapping
+        Of every dataset, by chain.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Any]) -> dict[str, xr
         chain: xr.Dataset(
             variables,
             {**coords.get(chain, {}), "step": steps},
-            attrs={**attrs, "not_computed": dict(reasons.get(chain, {}))},
+            attrs={**attrs.get(chain, {}), "not_computed": dict(reasons.get(chain, {}))},
         )
         for chain, variables in found.items()
     }

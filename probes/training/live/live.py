@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ import xarray as xr
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.analysis.analyze import find_metric
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import OF_STREAMING
-from depthscope.probes.run.statistics_dataset import GRADIENT
+from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.statistics.weight_updates import WeightNorms
+from depthscope.probes.training.learning_rate import LearningRate
 from depthscope.probes.training.live.analysis_process import AnalysisProcess, has_free_cores, is_possible
 from depthscope.probes.training.live.findings import OnFinding, TrainingStopped, Watched
 from depthscope.probes.training.live.group import live_groups
@@ -68,10 +71,10 @@ class Live:
         stop_on: str | None = None,
     ) -> None:
         self.rows: list[LiveRow] = []
-        self.attrs: dict[str, Any] = {}  # of the run, as its first step showed it
+        self.attrs: dict[str, dict[str, Any]] = {}  # of the groups, as the first step showed them
         self._session = session
         self._metrics = LiveMetrics(session, names)
-        self._optimizer = optimizer
+        self.rate = LearningRate(optimizer, session.report)
         self._sinks = list(sinks)
         self._watched = Watched(on_finding, stop_on, name)
         self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
@@ -82,28 +85,22 @@ class Live:
 
     def measure(
         self,
-        step: int,
         sums: Sequence[TokenSums],
+        measured: StepStatistics,
         first_run: Callable[[], xr.DataTree],
         *,
-        loss: float | None,
-        weights: WeightNorms | None,
         overflowed: bool = False,
     ) -> LiveRow | None:
         """Compute the row of a step, or have it computed by the process beside.
 
         Parameters
         ----------
-        step : int
-            Of the training.
         sums : sequence of TokenSums
             Of the step, by chain.
+        measured : StepStatistics
+            The row of statistics of the same step.
         first_run : callable
             Builds the run of the first measured step, which tells what the model is.
-        loss : float or None
-            Of the step.
-        weights : WeightNorms or None
-            How far the step moved the weights.
         overflowed : bool
             Whether the gradients mean nothing.
 
@@ -112,13 +109,14 @@ class Live:
         LiveRow or None
             None where `collect` returns it later, or never where it is dropped.
         """
-        if not self._metrics.groups:
+        if not self._metrics.groups or self._may_orient():
             run = first_run()
             self._metrics.groups = live_groups(self._session, run)
-            self.attrs = {str(name): value for name, value in run.attrs.items()}
+            self.attrs = {group.chain: _lasting(group.attrs) for group in self._metrics.groups}
         if overflowed:
             _forget_gradients(sums)
-        begun = self._metrics.begin(sums, loss=loss, learning_rate=self._learning_rate(), weights=weights)
+        step = measured.step
+        begun = self._metrics.begin(sums, measured, self.rate.value())
         if self._beside is not None and not self._beside.ended and not self._beside.is_starting:
             self._beside.hand_over(step, sums, begun)
             return None
@@ -128,6 +126,13 @@ class Live:
             # After the first row: what cannot be computed at all starts no process.
             self._beside = AnalysisProcess(self._metrics, self.attrs)
         return row
+
+    def _may_orient(self) -> bool:
+        """Whether to look again which way round the matrices are, as those near the identity do not show."""
+        # At the 1st, 2nd, 4th, … row: of matrices that stay symmetric nobody will ever know.
+        count = len(self.rows)
+        ambiguous = any(attrs.get("orientation") == "ambiguous" for attrs in self.attrs.values())
+        return ambiguous and self._beside is None and count & (count - 1) == 0
 
     @property
     def awaited(self) -> set[int]:
@@ -189,9 +194,6 @@ class Live:
         if self._beside is not None:
             self._beside.forget()
             self._beside = None
-
-    def _learning_rate(self) -> float | None:
-        return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
 
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         """Hand a row to the sinks, and what is new in its findings to the user.
@@ -277,6 +279,28 @@ class Live:
                 None,
             )
 
+    def look_at(
+        self, step: int, loss: float | torch.Tensor | None, say: Callable[[str, Exception | None], None]
+    ) -> None:
+        """Judge whether the loss of a step that is not measured is finite, where nothing has to wait for it.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+        loss : float, Tensor or None
+            Of the step; one on another device than the CPU is not read.
+        say : callable
+            As of `tell`.
+        """
+        if isinstance(loss, torch.Tensor):
+            if loss.device.type != "cpu" or loss.numel() != 1:
+                return
+            loss = float(loss.detach())
+        if isinstance(loss, (int, float)) and not math.isfinite(loss):
+            row = xr.Dataset({"loss_not_finite": 1.0}, attrs=next(iter(self.attrs.values()), {}))
+            self._tell_findings(step, self._watched.new(VERDICTS["loss_not_finite"].findings(row)), say)
+
     def row_of(self, step: int) -> LiveRow | None:
         """The row of a measured step; None where it could not be computed.
 
@@ -296,7 +320,12 @@ class Live:
         if not self.rows:
             return {}
         tokens = {"live": True, SAMPLED_TOKENS: self._session.live_tokens}
-        return histories(self.rows, {**self.attrs, **tokens})
+        return histories(self.rows, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
+
+
+def _lasting(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those attributes of a group that hold at every step; the others are in the rows."""
+    return {name: value for name, value in attrs.items() if name not in ROW_FACTS}
 
 
 def _forget_gradients(sums: Sequence[TokenSums]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -9,9 +10,12 @@ from typing import Any, cast
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.metrics import weight_updates
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import DIMS, LABELS
+from depthscope.probes.run.initial_weights import YOUNG, start_facts
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -85,54 +89,37 @@ class LiveMetrics:
         self.groups: list[LiveGroup] = []
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
+        self._grown: set[int] = set()  # chains that have left their start
+        self._small_starts: dict[str, str] = {}  # why branches are small, as it was said first
         self._known_nulls: dict[tuple[int, int, int], dict[str, xr.DataArray]] = {}
 
-    def row(
-        self,
-        step: int,
-        sums: Sequence[TokenSums],
-        *,
-        loss: float | None,
-        learning_rate: float | None,
-        weights: WeightNorms | None,
-    ) -> LiveRow:
-        """Measure one step, whose groups are known.
+    def begin(
+        self, sums: Sequence[TokenSums], measured: StepStatistics, learning_rate: float | None
+    ) -> list[Begun]:
+        """What of a row costs nothing and needs the session, by group.
 
         Parameters
         ----------
-        step : int
-            Of the training.
         sums : sequence of TokenSums
             Of the step, by chain.
-        loss, learning_rate : float or None
-            Of the step.
-        weights : WeightNorms or None
-            How far the step moved the weights.
+        measured : StepStatistics
+            The row of statistics of the same step.
+        learning_rate : float or None
+            That the optimizer made the step with.
 
         Returns
         -------
-        LiveRow
+        list
+            Values and coordinates by group.
         """
-        begun = self.begin(sums, loss=loss, learning_rate=learning_rate, weights=weights)
-        return self.complete(step, sums, begun)
-
-    def begin(
-        self,
-        sums: Sequence[TokenSums],
-        *,
-        loss: float | None,
-        learning_rate: float | None,
-        weights: WeightNorms | None,
-    ) -> list[Begun]:
-        """What of a row costs nothing and needs the session, by group; parameters as of `row`."""
         found = []
         for at, group in enumerate(self.groups):
-            values, coords = self._weights(group, weights)
-            values |= {
-                "loss": _number(loss, "the user's loss"),
-                "learning_rate": _number(learning_rate, "of the first group of the optimizer's parameters"),
-                "same_sampled_tokens": self._same_tokens(at, group, sums[group.number]),
-            }
+            values, coords = self._weights(group, measured.weights)
+            values |= self._start(group) | _of_loss(measured)
+            values["same_sampled_tokens"] = self._same_tokens(at, group, sums[group.number])
+            if learning_rate is not None:
+                how = "of the first group of the optimizer's parameters"
+                values["learning_rate"] = _number(learning_rate, how)
             found.append((values, coords))
         return found
 
@@ -227,6 +214,23 @@ class LiveMetrics:
             "weight_layer": (("weight",), coords["weight_layer"][1], {}),
         }
 
+    def _start(self, group: LiveGroup) -> dict[str, LiveValue]:
+        """Whether the blocks of a group are still near their start at this step; empty once they have left it."""
+        assert self._session is not None
+        if group.number in self._grown:
+            return {}
+        facts = start_facts(self._session.model, self._session.structure.chains[group.number])
+        if not facts or facts.get("norms_moved", 0.0) > YOUNG:
+            # Weights do not come back, and to look at all of them at every step would cost a small model as much as the step.
+            self._grown.add(group.number)
+        found = {
+            name: _number(float(facts[name]), "of the weights") for name in facts if name != "small_start"
+        }
+        if "small_start" in facts:  # a sentence, whose numbers would differ from row to row
+            sentence = self._small_starts.setdefault(group.chain, facts["small_start"])
+            found["small_start"] = LiveValue((), np.array(1.0), "of the weights", {"sentence": sentence})
+        return found
+
     def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> LiveValue:
         """1 where the sampled positions are those of the first measured step, 0 where the batch has another shape or mask."""
         assert sums.live is not None
@@ -254,8 +258,19 @@ WEIGHTS = (
 )
 
 
-def _number(value: float | None, estimator: str) -> LiveValue:
-    return LiveValue((), np.array(np.nan if value is None else value), estimator)
+def _of_loss(measured: StepStatistics) -> dict[str, LiveValue]:
+    """The loss and what its verdicts judge; empty where no loss is known, of which NaN is no sign."""
+    if measured.loss is None:
+        return {}
+    values = (measured.loss, float(not math.isfinite(measured.loss)), measured.loss_rise)
+    return {
+        name: _number(value, of["long_name"])
+        for (name, of), value in zip(OF_LOSSES.items(), values, strict=True)
+    }
+
+
+def _number(value: float, estimator: str) -> LiveValue:
+    return LiveValue((), np.array(value), estimator)
 
 
 def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]:
@@ -263,7 +278,7 @@ def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Map
     dims = tuple(sorted(of.dims, key=DIMS.index))
     values = np.transpose(of.values, [of.dims.index(dim) for dim in dims])
     if name not in CATALOGUE:
-        return dims, values, {"long_name": name.replace("_", " "), "estimator": of.estimator}
+        return dims, values, {"long_name": name.replace("_", " "), **of.attrs, "estimator": of.estimator}
     return dims, values, {**CATALOGUE[name].facts(), **of.attrs, "estimator": of.estimator}
 
 

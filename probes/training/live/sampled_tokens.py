@@ -151,11 +151,12 @@ class SampledTokens:
         if "h_pre" in variables and set(reads) <= set(self._group.depths):
             sizes = self.norms_LKV[[self._group.depths.index(depth) for depth in reads]][..., 1:]
             weights = np.abs(variables["h_pre"][1][:, 0]) * sizes
-            if np.isfinite(weights).all():
-                shares = np.stack([stream_shares(of_one) for of_one in weights])
-                labelled = np.concatenate([np.full((len(shares), 1), np.nan), shares], axis=1)
-                how = sampled(self.count, CATALOGUE["signal_share"].estimator)
-                found["signal_share"] = LiveValue(("connection", "stream"), labelled, how)
+            labelled = np.full((len(weights), 1 + weights.shape[-1]), np.nan)  # the mean has no share
+            for shares, of_one in zip(labelled, weights, strict=True):
+                if np.isfinite(of_one).all():
+                    shares[1:] = stream_shares(of_one)
+            how = sampled(self.count, CATALOGUE["signal_share"].estimator)
+            found["signal_share"] = LiveValue(("connection", "stream"), labelled, how)
         return found
 
     def _measured(self, name: str, value: xr.DataArray) -> LiveValue:
@@ -166,10 +167,13 @@ class SampledTokens:
     def saturation(self) -> dict[str, LiveValue]:
         """How much less of a gradient the projection of the logits lets through; empty where it is none that is known."""
         variables = self._coefficients()
-        if "h_res" not in variables or not np.isfinite(variables["h_res"][1]).all():
+        if "h_res" not in variables:
             return {}
+        matrices = variables["h_res"][1][:, 0].astype(np.float64)
+        finite = np.isfinite(matrices).all((1, 2, 3))
+        values = np.full(matrices.shape[:2], np.nan)
         try:
-            values = saturation(variables["h_res"][1][:, 0].astype(np.float64))
+            values[finite] = saturation(matrices[finite]) if finite.any() else np.nan
         except Unavailable:
             return {}
         how = sampled(self.count, CATALOGUE["logit_saturation"].estimator)

@@ -9,6 +9,7 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
@@ -728,9 +729,10 @@ def test_every_verdict_is_declared_whole():
         assert each.limits.source in keys | {"this project"} or each.limits.source.startswith(
             "calibrated on "
         )
-        assert each.metric.removesuffix("_null") in diagnostics.CATALOGUE
+        known = {*diagnostics.CATALOGUE, *OF_LOSSES}
+        assert each.metric.removesuffix("_null") in known
         for need in (*each.needs, *each.wants):
-            assert need == "attrs" or need.removesuffix("_null") in diagnostics.CATALOGUE
+            assert need == "attrs" or need.removesuffix("_null") in known
 
 
 def test_the_worst_comes_first_and_is_plain(mixed):

@@ -29,6 +29,7 @@ def trainer(model, folder, steps: int, **options) -> tuple[transformers.Trainer,
         save_strategy="steps",
         save_steps=2,
         learning_rate=0.1,
+        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
@@ -61,6 +62,55 @@ def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
     assert statistics.token_count.values.tolist() == [36.0] * 4
     assert np.isfinite(statistics.gradient_square_norm_sum.values).all()
     assert (statistics.gradient_square_norm_sum.values > 0).all()
+    logged = {each["step"] - 1: each for each in second.state.log_history if "loss" in each}
+    with schema.open_run(tmp_path / "run") as run:
+        rows = schema.chain_dataset(run, "metrics").load()  # measured by default
+    assert sorted(logged) == [0, 1, 2, 3]
+    for step, row in logged.items():
+        assert float(rows["loss"].sel(step=step)) == pytest.approx(row["loss"], abs=1e-4)
+        assert float(rows["learning_rate"].sel(step=step)) == pytest.approx(row["learning_rate"])
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer's own
+def test_a_trainer_that_raises_ends_the_store(models, tmp_path):
+    class Breaks(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise RuntimeError("out of memory")
+
+    for late in (False, True):  # whether the callback is added to a trainer that is there
+        built, callback = trainer(models["llama"](), tmp_path / str(late), 4)
+        built.add_callback(Breaks())
+        if late:
+            built.remove_callback(callback)
+            built.add_callback(callback)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            built.train()
+        assert not callback.recorder.is_open
+        with schema.open_run(tmp_path / str(late) / "run") as run:
+            assert run.attrs[schema.LIVE]["state"] == "finished"
+            assert run.statistics.step.values.tolist() == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer's own
+def test_a_trainer_that_begins_anew_with_smaller_batches_is_one_store(models, tmp_path):
+    tried = []
+
+    class TooLarge(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            tried.append(state.train_batch_size)
+            if len(tried) == 2:
+                raise RuntimeError("CUDA out of memory.")
+
+    built, _ = trainer(models["llama"](), tmp_path, 3, metrics=None)
+    built.args.auto_find_batch_size = True
+    built.add_callback(TooLarge())
+    built.train()
+    assert len(set(tried)) == 2
+    with schema.open_run(tmp_path / "run") as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2]
+        assert run.attrs[schema.LIVE]["state"] == "finished"
+        assert "metrics" not in run.children
 
 
 @pytest.mark.filterwarnings("ignore")  # the trainer's own
@@ -84,11 +134,17 @@ def test_a_lightning_trainer_is_recorded(tmp_path):
         def validation_step(self, batch, index):
             self.model(**batch)
 
+        def on_train_batch_end(self, outputs, batch, index):
+            losses.append(float(outputs["loss"]))
+
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     from tests.models.small_models import llama
 
+    losses: list[float] = []
     callback = LightningCallback("model", store=tmp_path / "run")
     trainer = lightning.Trainer(
         max_steps=3,
@@ -106,4 +162,6 @@ def test_a_lightning_trainer_is_recorded(tmp_path):
     with schema.open_run(tmp_path / "run") as run:
         assert run.statistics.step.values.tolist() == [0, 1, 2]
         assert run.statistics.sequence_count.values.tolist() == [4.0] * 3
-        assert np.isfinite(run.statistics.loss.values).all()
+        rows = schema.chain_dataset(run, "metrics").load()
+    np.testing.assert_allclose(rows["loss"], np.array(losses[:6]).reshape(3, 2).sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(rows["learning_rate"], [0.1, 0.05, 0.025])

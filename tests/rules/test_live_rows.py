@@ -1,0 +1,241 @@
+"""Is a row judged while it is measured as it is judged when it is read again? Absence is told by keys, never by values."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch.nn import functional
+
+from depthscope import probes
+from depthscope.app.readings.readings import read_runs
+from depthscope.diagnostics import Severity, judge, schema
+from depthscope.diagnostics.quantities.registry import with_facts
+from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.verdicts import ABOUT_THE_RUN
+from depthscope.probes.training.live.findings import findings_of
+from depthscope.probes.training.live.live import Live
+from tests.models.small_models import LucidrainsLM, deepseek, llama, lucidrains
+from tests.verdicts import drawing, measuring
+
+IDS = torch.randint(1, 48, (4, 40), generator=torch.Generator().manual_seed(0))
+
+
+def fresh_streams(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return LucidrainsLM(family).eval()
+
+
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    output = model(IDS)
+    logits = output if isinstance(output, torch.Tensor) else output[0]
+    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
+def recorded(model, loss, folder, told=None, steps=1, **options):
+    """A live store of some steps, with its recorder."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    note = None if told is None else lambda step, finding: told.append((step, finding))
+    with probes.record(
+        model, gradients=True, metrics="live", optimizer=optimizer, store=folder, on_finding=note, **options
+    ) as recorder:
+        for step in range(steps):
+            loss(step).backward()
+            recorder.step()
+            if step < steps - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    return recorder
+
+
+def shown(findings) -> list[tuple[str, str, str | None, str]]:
+    """What of a finding a reader acts on."""
+    return sorted(
+        (finding.verdict, finding.severity.name, finding.stream or "", finding.quantity)
+        for finding in findings
+        if finding.verdict not in ABOUT_THE_RUN
+    )
+
+
+def require_same(live, folder, *, checked=True):
+    """The findings of a live row are those of the row that is read again, and in `check` none has another severity."""
+    with schema.open_run(folder) as run:
+        rows = {chain: schema.chain_dataset(run, "metrics", chain).load() for chain in schema.chains(run)}
+        again = [finding for row in rows.values() for finding in judge(with_facts(row, run.attrs))]
+        found = [finding for each in read_runs({"a": run}) for finding in each.findings] if checked else again
+    assert shown(again) == shown(live)
+    # The stored sequences show more than a row has, some of which explains what the row shows.
+    known = {finding.verdict for finding in live}
+    for verdict, severity, *_ in shown(live):
+        explained = [f for f in found if f.verdict == verdict and f.because and f.because not in known]
+        assert explained or (verdict, severity) in {(f.verdict, f.severity.name) for f in found}, verdict
+
+
+def live_findings(recorder):
+    return findings_of(recorder._live.rows[-1], recorder._live.attrs)
+
+
+MODELS = {
+    "mHC of lucidrains, fresh": lambda: fresh_streams("mhc"),
+    "HC of lucidrains, fresh": lambda: fresh_streams("hc"),
+    "mHC of lucidrains": lambda: lucidrains("mhc"),
+    "llama": llama,
+    "deepseek": deepseek,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_is_judged_as_check_judges_it(name, tmp_path, capsys):
+    told = []
+    model = MODELS[name]()
+    recorder = recorded(model, lambda step: loss_of(model), tmp_path / "run", told)
+    live = live_findings(recorder)
+    require_same(live, tmp_path / "run")
+    assert shown(finding for _, finding in told) == shown(live)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("depthscope: ")]
+    severe = [(step, finding) for step, finding in told if finding.severity >= Severity.WARN]
+    assert lines == [
+        f"depthscope: run, step {step}: {finding.severity.name}: {finding.sentence}"
+        for step, finding in severe
+    ]
+
+
+def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
+    model = fresh_streams("mhc")
+    recorder = recorded(model, lambda step: loss_of(model), tmp_path / "run", steps=2, stop_on="warn")
+    assert recorder.measured_steps == [0, 1]
+
+
+# Of weights that are local variables the first forward tells no numbers, and says so.
+@pytest.mark.filterwarnings("ignore::depthscope.probes.ProbeWarning")
+@pytest.mark.parametrize("case", drawing.cases(3, 8, slow=False), ids=lambda case: case.what.title)
+def test_a_row_of_the_zoo_is_judged_as_check_judges_it(case, tmp_path):
+    rng = random.Random(case.seed)
+    torch.manual_seed(case.seed)
+    if case.faulty:
+        plan = drawing.planted_plan(case.what, rng)
+        net = drawing.Network(drawing.built(plan), plan, rng)
+        case.what.plant(net)
+        model = net.model.eval()
+    else:
+        plan, model = drawing.healthy_network(case.what, rng)
+    recorder = recorded(model, lambda step: measuring.loss_on(plan, model, 100), tmp_path / "run", steps=2)
+    require_same(live_findings(recorder), tmp_path / "run")
+
+
+# --- NaN is a value
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek"])
+def healthy(request, tmp_path_factory):
+    model = MODELS[request.param]()
+    folder = tmp_path_factory.mktemp("rows") / "run"
+    return recorded(model, lambda step: loss_of(model), folder), folder
+
+
+def with_nan(row, name):
+    numbers = {
+        path: (dims, np.full_like(values, np.nan) if path == f"metrics/{name}" else values, attrs)
+        for path, (dims, values, attrs) in row.numbers.items()
+    }
+    return type(row)(1, numbers, row.coords, row.not_computed)
+
+
+def test_every_live_metric_as_nan_is_judged_as_it_is_later(healthy, tmp_path):
+    recorder, _ = healthy
+    row = recorder._live.rows[-1]
+    for path in row.numbers:
+        name = path.removeprefix("metrics/")
+        broken = with_nan(row, name)
+        live = findings_of(broken, recorder._live.attrs)
+        store = LiveStore(tmp_path / name)
+        store.save_state(recorder.run)
+        store.append(0, row.numbers, coords=row.coords)
+        store.append(1, broken.numbers, coords=row.coords)
+        store.finish()
+        store.close()
+        require_same(live, tmp_path / name, checked=False)
+        if name in ("residual_norm", "gradient_norm", "mixing_gain"):
+            assert f"{name.partition('_')[0]}_not_finite" in {finding.verdict for finding in live}
+
+
+def poisoned(sums, number: int) -> str | None:
+    """Set one of the statistics of a step to NaN; returns which, None behind the last one."""
+    places = []
+    for part in [of for chain in sums for of in (chain, chain.mean_view) if of is not None]:
+        places += [(part.sums, name) for name in part.sums]
+        if part.live is not None:
+            places += [(part.live.sums, name) for name in part.live.sums]
+            places += [(part.live.values, name) for name in part.live.values]
+            places += [
+                (vars(part.live), name) for name in ("states", "gradient_norms", "mixes", "reads", "writes")
+            ]
+    if number >= len(places):
+        return None
+    of, name = places[number]
+    for key, value in of[name].items():
+        of[name][key] = torch.full_like(value, torch.nan)
+    return name
+
+
+def test_whatever_is_measured_as_nan_stays_in_the_row(healthy, monkeypatch):
+    measured, names = [], {}
+    compute = Live.measure
+
+    def spoilt(live, sums, *args, **options):
+        # The logits of a connection are known from the second step on.
+        names[len(measured)] = poisoned(sums, len(measured) - 1) if measured else ""
+        row = compute(live, sums, *args, **options)
+        measured.append(row)
+        return row
+
+    monkeypatch.setattr(Live, "measure", spoilt)
+    family = "deepseek" if "metrics/mixing_gain" in healthy[0]._live.rows[-1].numbers else "llama"
+    model = MODELS[family]()
+    with probes.record(model, gradients=True, metrics="live") as recorder:
+        while None not in names.values():
+            loss_of(model).backward()
+            recorder.step()
+    complete = set(measured[-1].numbers)  # in which nothing was spoilt
+    for number, row in enumerate(measured[1:], start=1):
+        lost = complete - set(row.numbers) - {"metrics/norms_moved", "metrics/untouched"}
+        assert not lost, (names[number], lost)
+        if names[number] == "gradient_square_norm_sum":
+            found = {finding.verdict for finding in findings_of(row, recorder._live.attrs)}
+            assert "gradient_not_finite" in found
+
+
+def test_what_was_measured_as_nan_is_not_filled_from_stored_sequences(healthy):
+    from depthscope.app.readings.readings import with_live
+
+    _, folder = healthy
+    with schema.open_run(folder) as run:
+        live = schema.chain_dataset(run, "metrics").load()
+        fresh = read_runs({"a": run})[0].analysis
+    spoilt = live.copy(deep=True)
+    spoilt["residual_norm"][:, 1] = np.nan
+    joined = with_live(fresh, spoilt)
+    assert joined["residual_norm"].isel(step=-1, depth=1).isnull().all()
+    of_stored = fresh["token_cosine"].sel(scope="data", tokens="ordinary")  # which no row has
+    xr.testing.assert_allclose(
+        joined["token_cosine"].sel(scope="data", tokens="ordinary").isel(step=-1), of_stored.isel(step=-1)
+    )
+
+
+def test_a_step_that_a_scaler_skips_is_no_finding_live_or_later(tmp_path):
+    model, told = llama(), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    options = {"gradients": True, "metrics": "live", "scaler": scaler, "store": tmp_path / "run"}
+    with probes.record(model, on_finding=lambda _, finding: told.append(finding), **options) as recorder:
+        for bad in (1.0, torch.inf):
+            (scaler.scale(loss_of(model)) * bad).backward()
+            with (
+                pytest.warns(probes.ProbeWarning, match="overflowed") if bad > 1 else contextlib.nullcontext()
+            ):
+                recorder.step(1.0)
+    require_same(live_findings(recorder), tmp_path / "run")
+    assert "gradient_not_finite" not in {finding.verdict for finding in told}
