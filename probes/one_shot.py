@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.schema.attributes import require_storable
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
@@ -79,6 +80,7 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
+    require_storable(attrs or {})
     all_attrs = {**stage_attribute(stage), **(attrs or {})}
     return measure(model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs)
 

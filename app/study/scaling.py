@@ -28,7 +28,7 @@ __all__ = [
     "Decoder",
     "Parametrisation",
     "figure_of",
-    "optimiser_of",
+    "optimizer_of",
     "require_replaceable",
     "run_scaling_study",
     "save_study",
@@ -150,7 +150,7 @@ class Layer(nn.Module):
         return x + self.scale * self.mlp(x)
 
 
-def optimiser_of(
+def optimizer_of(
     model: nn.Module, size: int, *, learning_rate: float = LEARNING_RATE
 ) -> torch.optim.Optimizer:
     """Adam with the learning rates of the model's rules: those of hidden matrices depend on the width.
@@ -211,7 +211,7 @@ def run_scaling_study(
             over=over,
             seeds=seeds or SEEDS,
             steps=steps or STEPS,
-            optimiser=optimiser_of,
+            optimizer=optimizer_of,
         )
         for name in names
     }

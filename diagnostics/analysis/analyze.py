@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.analysis import sample_size
+from depthscope.diagnostics.analysis.analysis import Analysis, AnalysisTree
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import training_curves
@@ -34,8 +35,8 @@ Progress = Callable[[str, int, int], None]
 
 def analyze(
     run: xr.DataTree | str | os.PathLike[str],
-    *,
     metrics: str | Iterable[str] | None = None,
+    *,
     jackknife: bool = False,
     scheduler: Any = None,
     workers: int | None = None,
@@ -73,7 +74,8 @@ def analyze(
         ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
         chain where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
         where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
-        are sentences, by metric, where the sample is too small for the question.
+        are sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of
+        them.
 
     Raises
     ------
@@ -114,8 +116,9 @@ def _of_chains(
         expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
         analyses = {chain: found.assign_attrs(on_request=expensive) for chain, found in analyses.items()}
     if list(analyses) == [""]:
-        return analyses[""]
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+        found = analyses[""]
+        return Analysis(found.data_vars, found.coords, found.attrs)
+    return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
 def analyze_saved(

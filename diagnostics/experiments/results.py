@@ -19,9 +19,10 @@ from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.schema import SUFFIXES
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
-from depthscope.diagnostics.schema.file_digest import append_file_digest, compare_file_digest
+from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
+from depthscope.diagnostics.schema.netcdf_image import netcdf_image
 
 # Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
 SUFFIX = ".h5"
@@ -140,8 +141,7 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
-        encode_dataset(plain).to_netcdf(fresh, engine="h5netcdf")
-        append_file_digest(fresh)
+        write_with_digest(fresh, netcdf_image(xr.DataTree(encode_dataset(plain)), {}))
     return Path(path)
 
 

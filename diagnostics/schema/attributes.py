@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest
 
 # netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
@@ -127,6 +128,28 @@ def _encode_value(value: Any) -> Any:
         isinstance(value, str) and value != "" and not value.startswith(_JSON) and _storable(value) == value
     )
     return value if is_number or is_text else _JSON + json.dumps(value, default=json_default)
+
+
+def require_storable(attrs: Mapping[str, Any]) -> None:
+    """Refuse attributes that could not be written at the end of a measurement.
+
+    Parameters
+    ----------
+    attrs : mapping
+        What a user gives for a run.
+
+    Raises
+    ------
+    InputError
+        With the first one that JSON cannot express.
+    """
+    for name, value in attrs.items():
+        try:
+            json.dumps(value, default=json_default)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"attrs came with {name!r}, which no file takes ({error}); give text, numbers, and lists and dicts of them"
+            ) from None
 
 
 def json_default(value: Any) -> Any:

@@ -8,6 +8,7 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
+from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     attention,
     depth_use,
@@ -158,6 +159,8 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         found = {chain: node.to_dataset() for chain, node in analysis.children.items()}
     else:
         found = {"": analysis.to_dataset()}
+    # Of a file that `to_netcdf` wrote and xarray opened.
+    found = {chain: decode_dataset(part) for chain, part in found.items()}
     for chain, part in found.items():
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):

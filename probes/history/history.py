@@ -15,6 +15,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.analyze import analyze
+from depthscope.diagnostics.schema.attributes import require_storable
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.checkpoints.load import LoadedModel, load_checkpoint
 from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, token_texts
@@ -145,6 +146,7 @@ def probe_checkpoints(
         **{name: value if value is None else str(value) for name, value in options.items()},
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
+    require_storable(attrs or {})
     prober = _Prober(text, settings, {"gradients": gradients, **options}, device, dict(attrs or {}))
     done: dict[int, xr.DataTree] = {}
     for number, (step, path) in enumerate(ordered):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from depthscope.diagnostics.errors import DepthscopeError
 
-class CaptureError(RuntimeError):
+
+class CaptureError(DepthscopeError, RuntimeError):
     """A capture that could not be made, or that would be incomplete."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from depthscope.diagnostics.schema.attributes import require_storable
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
@@ -106,8 +107,8 @@ def record(
         As in `probes.capture`.
     weights : bool
         Measure, for every module that owns parameters, the squared norms of its weights at `step`, of their gradient, and of
-        their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
-        comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
+        their change since the step before (or the start of the block): one step of the optimizer, whether ``optimizer.step()``
+        comes before or after ``recorder.step()``; NaN where the optimizer did not run in between. The gradient is the one that
         the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
         second copy of the trainable weights is in memory while a step is measured, and none between.
     scaler : GradScaler, optional
@@ -200,6 +201,7 @@ def record(
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
+    require_storable(attrs or {})
     scale = LossScale(scaler)
     # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
     recording = None

@@ -21,6 +21,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import Proven, build_run
@@ -74,7 +75,7 @@ def _close_at_exit() -> None:
     getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
-class ProbeWarning(UserWarning):
+class ProbeWarning(DepthscopeError, UserWarning):
     """A step could not be measured, or the run not be saved; the user's run goes on."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.diagnostics.package_versions import DEPTHSCOPE
 
 DEFAULT_BUDGET = 2 * 2**30
@@ -39,7 +40,7 @@ Report = Callable[[int], None]
 """Takes the number of tasks that are done."""
 
 
-class LostWorker(RuntimeError):
+class LostWorker(DepthscopeError, RuntimeError):
     """A task whose worker died, mostly because it took more memory than its limit."""
 
 
