@@ -24,7 +24,7 @@ from depthscope.app.study.small_lm import CONNECTIONS, TITLES
 from depthscope.app.study.training import single_threaded, train_side_by_side
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
-from depthscope.diagnostics.errors import InputError, StorageError
+from depthscope.diagnostics.errors import InputError, StorageError, TakenError
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
@@ -200,7 +200,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         With what to do.
     """
     try:
@@ -209,7 +209,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
     except Exception:  # safetensors has an error of its own for a file of another format
         names = set()
     if not names or not names <= set(model.state_dict()):
-        raise FileExistsError(
+        raise TakenError(
             f"{path} exists and is not the weights of an earlier study; move it away, or name another folder"
         )
 

@@ -18,6 +18,7 @@ from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_err
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import training_curves
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import (
@@ -79,13 +80,13 @@ def analyze(
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown metric, what is no run, or a run that has neither a trace nor statistics; for ``jackknife`` with
         ``scheduler``.
     """
     if scheduler is not None:
         if jackknife:
-            raise ValueError(
+            raise InputError(
                 "jackknife=True leaves out whole sequences, which no task does; leave scheduler= out, or it"
             )
         with saved_run(run, scheduler) as path:
@@ -193,7 +194,7 @@ def saved_run(run: xr.DataTree | str | os.PathLike[str], scheduler: Any) -> Iter
         return
     _require_run(run)
     if scheduler not in ("threads", "processes"):
-        raise ValueError(
+        raise InputError(
             "came a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
             "path: analyze(path, scheduler=…)"
         )
@@ -207,7 +208,7 @@ def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     if isinstance(metrics, str):  # an iterable too, of its letters
         return [metrics]
     if not isinstance(metrics, Iterable):
-        raise ValueError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
+        raise InputError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
     return list(metrics)
 
 
@@ -221,7 +222,7 @@ def _require_run(run: Any) -> None:
         advice = "open it: analyze(diagnostics.open_run(path))"
     elif isinstance(run, xr.Dataset):
         advice = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
-    raise ValueError(f"came {came}; expected a run, a DataTree; {advice}")
+    raise InputError(f"came {came}; expected a run, a DataTree; {advice}")
 
 
 def find_metric(name: str) -> Metric:
@@ -238,14 +239,14 @@ def find_metric(name: str) -> Metric:
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown name, with the closest ones.
     """
     if not isinstance(name, str):
-        raise ValueError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
+        raise InputError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
         return CATALOGUE[name]
-    raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
+    raise InputError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
 
 
 def _progress_counter(progress: Progress | None, total: int) -> Callable[[str], None]:

@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
@@ -106,13 +107,13 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         Where the two have other depths: they are of other models, or of other chains.
     """
     last = int(lens["depth"].max())
     depths = analysis["depth"].values if "depth" in analysis.coords else np.arange(0)
     if not len(depths) or last not in depths:
-        raise ValueError(
+        raise InputError(
             f"the lens read depths up to {last}, the analysis has {len(depths)} depths; expected both of the same chain"
         )
     known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
@@ -159,27 +160,27 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         For a file that is no such result, or not as it was saved.
-    FileNotFoundError
+    AbsentError
         Where there is none.
     """
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(
+        raise AbsentError(
             f"no result of experiments at {file}; make one with `depthscope ablate`, `lens` or `jacobian`"
         )
     require_ordinary(file, folder=False)
     # The HDF5 library may crash on a torn file, and would take this process with it.
     if compare_file_digest(file) != "intact":
-        raise ValueError(
+        raise InputError(
             f"{file} is no result of experiments as it was saved; run `depthscope ablate`, `lens` or `jacobian` again"
         )
     check_hdf5(file, None)
     with xr.open_dataset(file, engine="h5netcdf") as opened:
         found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
-        raise ValueError(
+        raise InputError(
             f"{file} is no result of experiments; expected a file that `depthscope ablate`, `lens` or `jacobian` wrote"
         )
     return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.schema.attributes import decode_dataset
@@ -115,7 +116,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
 
     Raises
     ------
-    ValueError
+    InputError
         For what is no analysis, such as a run.
     """
     found = [
@@ -168,5 +169,5 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
     return found
 
 
-def _no_analysis(came: str) -> ValueError:
-    return ValueError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")
+def _no_analysis(came: str) -> InputError:
+    return InputError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")

@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import StorageError, TakenError
 from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
 from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_history import read_history
@@ -41,7 +42,7 @@ class LiveRecording:
 
     Raises
     ------
-    OSError
+    StorageError
         Where nothing can be written at the path; FileExistsError where what is there must stay.
     """
 
@@ -61,7 +62,7 @@ class LiveRecording:
         if self._file is not None:
             schema.require_replaceable(self._file)
             if resume and self._file.exists() and not is_live_store(self._folder):
-                raise FileExistsError(
+                raise TakenError(
                     f"{self._file} is a finished run, to which nothing can be added; resume a store without an ending, "
                     "which is a folder, or name another path"
                 )
@@ -261,7 +262,7 @@ class LiveRecording:
             if self._file is None:
                 if store is None or not is_complete:
                     missing = len(rows) - self._num_written
-                    raise OSError(f"{missing} steps are not in {self._folder} ({self._error})")
+                    raise StorageError(f"{missing} steps are not in {self._folder} ({self._error})")
                 store.save_state(build())
                 store.finish()
             else:

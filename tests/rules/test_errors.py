@@ -76,7 +76,8 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"depthscope.{name} needs {missing}" in done.stdout and f"[{extra}]" in done.stdout
+    assert f"depthscope.{name} needs {missing}" in done.stdout
+    assert f"[{extra}]" in done.stdout
 
 
 def test_the_optimizer_has_one_spelling():
