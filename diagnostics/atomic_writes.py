@@ -395,6 +395,10 @@ def _locked_scratch(parent: Path) -> tuple[Path, Any]:
             return scratch, _lock(scratch, seconds=0.0)
         except TimeoutError:
             continue  # between the two lines another writer took it for litter
+        except BaseException:
+            with suppress(OSError):  # no room for a lock: it is empty
+                scratch.rmdir()
+            raise
 
 
 def _lock(scratch: Path, *, seconds: float) -> Any:

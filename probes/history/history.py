@@ -135,6 +135,7 @@ def probe_checkpoints(
     TakenError
         Where something else is at ``out``.
     """
+    require_storable(attrs or {})
     place = Path(out)
     given = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else checkpoints
     ordered, left_out = in_order(expanded([os.fspath(each) for each in given]))
@@ -147,7 +148,6 @@ def probe_checkpoints(
         **{name: value if value is None else str(value) for name, value in options.items()},
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
-    require_storable(attrs or {})
     prober = _Prober(text, settings, {"gradients": gradients, **options}, device, dict(attrs or {}))
     done: dict[int, xr.DataTree] = {}
     for number, (step, path) in enumerate(ordered):
