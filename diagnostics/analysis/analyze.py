@@ -13,7 +13,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.analysis import sample_size
-from depthscope.diagnostics.analysis.analysis import Analysis, AnalysisTree
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import training_curves
@@ -30,6 +29,7 @@ from depthscope.diagnostics.quantities.registry import (
     with_facts,
 )
 from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run, save_run
+from depthscope.diagnostics.schema.analysis import Analysis, AnalysisTree
 
 Progress = Callable[[str, int, int], None]
 
@@ -117,8 +117,7 @@ def _of_chains(
         expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
         analyses = {chain: found.assign_attrs(on_request=expensive) for chain, found in analyses.items()}
     if list(analyses) == [""]:
-        found = analyses[""]
-        return Analysis(found.data_vars, found.coords, found.attrs)
+        return Analysis.of(analyses[""])
     return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 

@@ -1,4 +1,4 @@
-"""What does `analyze` return? A dataset that any file format takes, whatever its attributes are."""
+"""What are the metrics of a run? A dataset that any file format takes, whatever its attributes are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ class Analysis(xr.Dataset):
     """A Dataset of metrics, which writes attributes that netCDF has no type for, such as a dict, as JSON text."""
 
     __slots__ = ()
+
+    @classmethod
+    def of(cls, dataset: xr.Dataset) -> Analysis:
+        """The same variables, coordinates and attributes."""
+        return cls(dataset.data_vars, dataset.coords, dataset.attrs)
 
     def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
         """As of Dataset."""
