@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from depthscope.app.paper import figures
     from depthscope.diagnostics import (
         CATALOGUE,
+        DepthscopeError,
         Finding,
         SchemaError,
         Severity,
@@ -61,13 +62,14 @@ if TYPE_CHECKING:
 # What a saved run needs: its names are loaded without torch. Every other public name is of `probes`.
 _DIAGNOSTICS = (
     *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves", "with_replay"),
-    *("open_run", "save_run", "validate", "SchemaError", "kernels", "metrics"),
+    *("open_run", "save_run", "validate", "DepthscopeError", "SchemaError", "kernels", "metrics"),
 )
 
 __all__ = [
     "CATALOGUE",
     "CaptureError",
     "ChainError",
+    "DepthscopeError",
     "Finding",
     "LayoutError",
     "ProbeWarning",
@@ -109,6 +111,18 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
+        try:
+            return _load(name)
+        except ModuleNotFoundError as error:
+            from depthscope.app.cli.outcome import missing_extra
+            from depthscope.diagnostics.errors import MissingExtraError
+
+            needed = missing_extra(f"depthscope.{name}", error)
+            if needed is None:
+                raise
+            raise MissingExtraError(needed, name=error.name) from error
+
+    def _load(name: str) -> Any:
         if name in ("app", "diagnostics", "probes"):
             return importlib.import_module(f"depthscope.{name}")
         if name in (

@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.diagnostics.schema import (
     SCHEMA_VERSION,
     SchemaError,
@@ -50,6 +51,7 @@ _HOMES = {
 __all__ = [
     "CATALOGUE",
     "SCHEMA_VERSION",
+    "DepthscopeError",
     "Finding",
     "Metric",
     "Range",

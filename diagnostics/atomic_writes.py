@@ -17,6 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from depthscope.diagnostics.errors import (
+    InputError,
+    NoFolderError,
+    ProtectedError,
+    SlowError,
+    StorageError,
+    TakenError,
+)
+
 # Scratch folders begin with this. Hidden, since a folder of runs is listed while others are written in it; the same for every
 # target, since a name may already be as long as the file system allows.
 SCRATCH = ".depthscope-"
@@ -53,7 +62,7 @@ def replaced_file(target: str | os.PathLike[str], *, check: Check | None = None)
 
     Raises
     ------
-    OSError
+    StorageError
         Where the target is no regular file or read-only, its folder cannot be written to, or the disk is full.
     """
     place = require_replaceable_file(target, check)
@@ -86,16 +95,14 @@ def require_replaceable_file(target: str | os.PathLike[str], check: Check | None
 
     Raises
     ------
-    OSError
+    StorageError
         As in `replaced_file`.
     """
     place = require_writable(target)
     if os.path.lexists(place):
         mode = place.lstat().st_mode
         if not stat.S_ISREG(mode):
-            raise FileExistsError(
-                f"{place} is {kind_of(mode)}, but a file is written here; name another path"
-            )
+            raise TakenError(f"{place} is {kind_of(mode)}, but a file is written here; name another path")
         if check is not None:
             check(place)
     return place
@@ -123,7 +130,7 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
 
     Raises
     ------
-    OSError
+    StorageError
         Where the target cannot be replaced, its folder cannot be written to, or the disk is full.
     """
     place = require_writable(target)
@@ -134,7 +141,7 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
         with suppress(FileNotFoundError):
             listed(place)
         if os.path.ismount(place):
-            raise OSError(f"{place} is a mount point, which cannot be replaced; name a folder inside it")
+            raise StorageError(f"{place} is a mount point, which cannot be replaced; name a folder inside it")
     with _scratch_folder(place) as scratch:
         fresh = scratch / "new" / place.name
         fresh.mkdir()
@@ -147,7 +154,7 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
 def _no_others(place: Path) -> Iterable[Path]:
     mode = place.lstat().st_mode
     if not stat.S_ISDIR(mode):
-        raise FileExistsError(f"{place} is {kind_of(mode)}, but a folder is written here; name another path")
+        raise TakenError(f"{place} is {kind_of(mode)}, but a folder is written here; name another path")
     return ()
 
 
@@ -175,7 +182,7 @@ def _carry(old: Path, new: Path, name: Path) -> None:
     source, goal = old / name, new / name
     if os.path.lexists(goal):
         # Refused before the exchange, so that the folder is as it was.
-        raise ValueError(f"{source} was not written by depthscope and is in the way; rename it")
+        raise InputError(f"{source} was not written by depthscope and is in the way; rename it")
     _make_parents(old, new, name)
     mode = source.lstat().st_mode
     if stat.S_ISDIR(mode):
@@ -187,7 +194,7 @@ def _carry(old: Path, new: Path, name: Path) -> None:
     except (OSError, NotImplementedError):
         # Some file systems have no hard links, and Linux refuses them for files of another owner. Reading a pipe would hang.
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise ValueError(
+            raise InputError(
                 f"{source} is {kind_of(mode)}, which cannot be carried along; move it away"
             ) from None
         shutil.copy2(source, goal, follow_symlinks=False)
@@ -245,7 +252,7 @@ def exchange(one: Path, other: Path) -> bool:
 
     Raises
     ------
-    OSError
+    StorageError
         Where it can but did not, such as for a missing file.
     """
     call = _exchange_call()
@@ -297,23 +304,23 @@ def require_writable(target: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    OSError
+    StorageError
         For a circle of links, a parent that is no folder, and what is write-protected.
     """
     place = Path(os.path.realpath(target))
     if place.is_symlink():
-        raise OSError(f"{target} is a link that leads in a circle; remove it, or name another path")
+        raise StorageError(f"{target} is a link that leads in a circle; remove it, or name another path")
     # Asked three times: without an exchange of names the target is missing for an instant while another writer replaces it.
     if all(os.path.lexists(place) and not os.access(place, os.W_OK) for _ in range(3)):
-        raise PermissionError(
+        raise ProtectedError(
             f"{target} is write-protected; allow it with: chmod u+w {target}, or name another path"
         )
     # The folders that are missing are made later: asked is the one that they are made in.
     folder = next(parent for parent in place.parents if os.path.lexists(parent))
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, but {target} asks for a folder of that name")
+        raise NoFolderError(f"{folder} is a file, but {target} asks for a folder of that name")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write in {folder}; name a path in another folder")
+        raise ProtectedError(f"no permission to write in {folder}; name a path in another folder")
     return place
 
 
@@ -388,6 +395,10 @@ def _locked_scratch(parent: Path) -> tuple[Path, Any]:
             return scratch, _lock(scratch, seconds=0.0)
         except TimeoutError:
             continue  # between the two lines another writer took it for litter
+        except BaseException:
+            with suppress(OSError):  # no room for a lock: it is empty
+                scratch.rmdir()
+            raise
 
 
 def _lock(scratch: Path, *, seconds: float) -> Any:
@@ -406,7 +417,7 @@ def _lock(scratch: Path, *, seconds: float) -> Any:
         except (Timeout, FileNotFoundError, FileExistsError) as error:
             # The one before has just removed the folder with its lock, while `acquire` was making or opening it.
             if isinstance(error, Timeout) or time.monotonic() >= end:
-                raise TimeoutError(f"{scratch} is locked by another writer") from None
+                raise SlowError(f"{scratch} is locked by another writer") from None
             continue
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -424,7 +435,7 @@ def _full_disk_named(place: Path) -> Iterator[None]:
             raise
         # h5py and zarr name a scratch file or nothing at all.
         reason = f"{os.strerror(error.errno)}; what was there before is unchanged"
-        raise OSError(error.errno, reason, str(place)) from error
+        raise StorageError(error.errno, reason, str(place)) from error
 
 
 @contextmanager
@@ -447,14 +458,14 @@ def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
 
     Raises
     ------
-    TimeoutError
+    SlowError
         Where another process holds it for that long.
     """
     scratch = target.parent / f"{SCRATCH}{_short(f'{work} {target.name}')}"
     try:
         lock = _lock(scratch, seconds=seconds)
     except TimeoutError:
-        raise TimeoutError(
+        raise SlowError(
             f"another process has been {work} {target} for {seconds:g} s; end it, or try again later"
         ) from None
     try:

@@ -23,7 +23,7 @@ from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
 Make: TypeAlias = Callable[[int], nn.Module]
-Optimiser: TypeAlias = Callable[[nn.Module, int], torch.optim.Optimizer]
+OptimizerOf: TypeAlias = Callable[[nn.Module, int], torch.optim.Optimizer]
 
 # Places of models of different depth: shares of it, the embedding first.
 SHARES = {"the embedding": 0.0, "a quarter": 0.25, "half": 0.5, "three quarters": 0.75, "the last state": 1.0}
@@ -45,7 +45,7 @@ def coordinate_check(
     seeds: int = 3,
     steps: int = 5,
     learning_rate: float = 1e-3,
-    optimiser: Optimiser | None = None,
+    optimizer: OptimizerOf | None = None,
     loss: Loss | None = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
@@ -72,9 +72,9 @@ def coordinate_check(
     steps : int
         Training steps.
     learning_rate : float
-        Of Adam without weight decay, for all parameters alike, where `optimiser` is not given.
-    optimiser : callable, optional
-        ``optimiser(model, size)`` returns that of the model.
+        Of Adam without weight decay, for all parameters alike, where `optimizer` is not given.
+    optimizer : callable, optional
+        ``optimizer(model, size)`` returns that of the model.
     loss : callable, optional
         ``loss(output, batch) -> scalar``; by default the output's own.
     **options
@@ -111,7 +111,7 @@ def coordinate_check(
         )
     if seeds < 1 or steps < 1:
         raise ScalingError(f"got {seeds} seeds and {steps} steps; expected one or more of each")
-    rule = optimiser or (lambda model, size: torch.optim.Adam(model.parameters(), lr=learning_rate))
+    rule = optimizer or (lambda model, size: torch.optim.Adam(model.parameters(), lr=learning_rate))
     settings = Options(**options, max_sequences=EVERY_SEQUENCE)
     found = [
         [_one_model(make, batch, size, seed, steps, rule, loss, settings) for seed in range(seeds)]
@@ -153,7 +153,7 @@ def _one_model(
     size: int,
     seed: int,
     steps: int,
-    rule: Optimiser,
+    rule: OptimizerOf,
     loss: Loss | None,
     options: Options,
 ) -> _Trained:
@@ -200,16 +200,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _trained(
-    model: nn.Module, batch: Any, optimiser: torch.optim.Optimizer, steps: int, loss: Loss | None
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, steps: int, loss: Loss | None
 ) -> list[float]:
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
             value = loss_value(call_model(model, batch), batch, loss, required=True)
             assert value is not None
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             value.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(float(value.detach()))
     return losses
 

@@ -184,7 +184,8 @@ class OutputFile(Checked):
 
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse a name that cannot be written or is taken; see `Checked.check`."""
-        if not value.endswith(tuple(self.endings())):
+        # Nothing but an ending would be a hidden file.
+        if not value.endswith(tuple(self.endings())) or Path(value).name in self.endings():
             expected = self.example and f"such as {self.example}"
             expected = expected or f"a name that ends in {', '.join(self.endings())}"
             raise ValueError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")

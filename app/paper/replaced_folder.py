@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from depthscope.diagnostics import atomic_writes
+from depthscope.diagnostics.errors import InputError
 
 MANIFEST = "manifest.json"
 MADE_BY = "depthscope export"
@@ -40,7 +41,7 @@ def replaced_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a folder of somebody else, a bundle whose files were edited, or a fresh file with the name of a foreign one.
     """
     others = partial(foreign_files, force=force)
@@ -65,11 +66,11 @@ def foreign_files(target: Path, *, force: bool = False) -> list[Path]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a file, a folder of somebody else, or one with files of ours that were edited.
     """
     if not target.is_dir():
-        raise ValueError(f"{target} is a file; name a folder to write to")
+        raise InputError(f"{target} is a file; name a folder to write to")
     # An empty folder belongs to nobody.
     if not os.listdir(target):
         return []
@@ -81,7 +82,7 @@ def foreign_files(target: Path, *, force: bool = False) -> list[Path]:
             foreign.append(name)
         # Edited by hand is work that an export would destroy.
         elif not force and not _is_as_written(target / name, written[name.as_posix()]):
-            raise ValueError(
+            raise InputError(
                 f"{target / name} was edited after depthscope wrote it; "
                 "rename it, choose another folder with --out, or replace it with --force"
             )
@@ -107,7 +108,7 @@ def manifest_of(target: Path) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a folder without a manifest of ours.
     """
     _written(target)  # refuses what is no bundle
@@ -120,15 +121,15 @@ def _written(target: Path) -> Mapping[str, str | None]:
     try:
         described = path.lstat()
         if not stat.S_ISREG(described.st_mode) or described.st_size > MANIFEST_LIMIT:
-            raise ValueError(f"{MANIFEST} is no small file")
+            raise InputError(f"{MANIFEST} is no small file")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         # Other programs have manifests too.
         if manifest["made_by"] != MADE_BY:
-            raise ValueError(f"{MANIFEST} is of another program")
+            raise InputError(f"{MANIFEST} is of another program")
         return {**manifest["files"], MANIFEST: None}
     # No manifest, no JSON, JSON of another shape or nested too deep: in each case these files are not ours.
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
+        raise InputError(
             f"{target} contains files that depthscope did not write; choose an empty or new folder with --out"
         ) from error
 

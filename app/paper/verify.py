@@ -17,6 +17,7 @@ from depthscope.app.paper.export import make_bundle, write_files
 from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, manifest_of, sha256
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
+from depthscope.diagnostics.errors import InputError
 
 __all__ = ["Verification", "verify_bundle"]
 
@@ -111,7 +112,7 @@ def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> 
 
     Raises
     ------
-    ValueError
+    InputError
         For a folder that is no bundle, or a manifest whose settings are not known.
     """
     manifest = manifest_of(folder)
@@ -158,11 +159,11 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         if not all(isinstance(part, dict) for part in described) or not isinstance(
             manifest.get("fonts") or [], list
         ):
-            raise ValueError("runs, software or fonts")
+            raise InputError("runs, software or fonts")
         if not set(formats) <= {"pdf", "svg", "pgf", "png"}:
-            raise ValueError("formats")
+            raise InputError("formats")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"the settings in {MANIFEST} cannot be repeated ({error}): it is of another version, or was edited; "
             "export the bundle again"
         ) from error

@@ -15,6 +15,7 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
 
 __all__ = ["QUANTILES", "TOKEN_MEASURES", "CloseUp", "LargeEntry", "LargeToken", "Matrix", "read_close_up"]
@@ -243,7 +244,7 @@ class CloseUp:
                 norms = np.linalg.norm(x, axis=-1)
                 found = (x * x[-1]).sum(axis=-1) / (norms * norms[-1])
             else:
-                raise ValueError(f"measure={measure!r}; expected one of {', '.join(TOKEN_MEASURES)}")
+                raise InputError(f"measure={measure!r}; expected one of {', '.join(TOKEN_MEASURES)}")
         found[:, ~self.mask[sequence]] = np.nan
         return found.T
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from depthscope.diagnostics.errors import StorageError
 from depthscope.diagnostics.schema import LOG, is_live_store
 
 __all__ = ["FileVersion"]
@@ -53,7 +54,7 @@ class FileVersion:
 
         Raises
         ------
-        OSError
+        StorageError
             Where nothing is there, or something else than files and folders: a pipe would wait for ever to be read.
         """
         found = _files_of(path, beside)
@@ -90,5 +91,7 @@ def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
         if stat.S_ISDIR(entry.st_mode):
             left += [os.path.join(name, below) for below in os.listdir(name)]
         elif not stat.S_ISREG(entry.st_mode):
-            raise OSError(f"{name} is no ordinary file, which a saved run is; remove it, or name another run")
+            raise StorageError(
+                f"{name} is no ordinary file, which a saved run is; remove it, or name another run"
+            )
         yield name, entry

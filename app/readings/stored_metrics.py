@@ -8,6 +8,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.app.readings.readings import COMPLETE, LIVE, with_live
+from depthscope.diagnostics.errors import InputError
 
 
 def renewed(
@@ -35,7 +36,7 @@ def renewed(
 
     Raises
     ------
-    ValueError
+    InputError
         Where the stored metrics are of another trace.
     """
     if stored is None:
@@ -66,7 +67,7 @@ def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:
     shared = set(fresh.sizes) & set(stored.sizes) - {"stream"}
     for dim in sorted(map(str, shared)):
         if not fresh[dim].variable.equals(stored[dim].variable):
-            raise ValueError(
+            raise InputError(
                 f"the stored metrics are of another trace: their {dim} differs from that of the run's trace; "
                 "expected the same; save the new metrics to another file with --out RUN"
             )

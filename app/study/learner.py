@@ -1,4 +1,4 @@
-"""What is trained? A model with its optimiser, its losses, and how far its connections have moved."""
+"""What is trained? A model with its optimizer, its losses, and how far its connections have moved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Learner:
 
     kind: str
     model: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     initial: dict[str, torch.Tensor]
     """The connections' parameters at step 0."""
     losses: list[float] = field(default_factory=list)
@@ -30,14 +30,14 @@ class Learner:
 
 
 def create_learner(kind: str, recipe: Recipe, model: nn.Module | None = None) -> Learner:
-    """A fresh model and its optimiser; only the branches' matrices and the head decay.
+    """A fresh model and its optimizer; only the branches' matrices and the head decay.
 
     Parameters
     ----------
     kind : {"residual", "hc", "mhc"}
         The connection.
     recipe : Recipe
-        Size, seed, optimiser.
+        Size, seed, optimizer.
     model : Module, optional
         A model of another kind, in place of the one of that name.
 
@@ -54,13 +54,13 @@ def create_learner(kind: str, recipe: Recipe, model: nn.Module | None = None) ->
         {"params": [p for p in model.parameters() if id(p) in decaying], "weight_decay": recipe.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in decaying], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     initial = {name: value.clone() for name, value in connection_parameters(model).items()}
-    return Learner(kind, model, optimiser, initial)
+    return Learner(kind, model, optimizer, initial)
 
 
 def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip: float) -> None:
-    """One step of the optimiser; the loss is added to the learner's losses.
+    """One step of the optimizer; the loss is added to the learner's losses.
 
     Parameters
     ----------
@@ -73,15 +73,15 @@ def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip
     clip : float
         Largest norm of the gradient of all parameters.
     """
-    for group in learner.optimiser.param_groups:
+    for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
     loss = learner.model(batch, labels=batch).loss
-    learner.optimiser.zero_grad()
+    learner.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(learner.model.parameters(), clip)
     if learner.recorder is not None:
         learner.recorder.step(loss)
-    learner.optimiser.step()
+    learner.optimizer.step()
     learner.losses.append(float(loss.detach()))
 
 

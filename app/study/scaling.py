@@ -17,6 +17,7 @@ from depthscope.app.figures import Line, Lines
 from depthscope.app.study.corpus import draw_batch, split_corpus
 from depthscope.app.study.small_lm import MLP, NUM_BYTES, Attention, LanguageOutput, Size
 from depthscope.diagnostics.atomic_writes import require_replaceable_file
+from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.experiments import open_result, save_result
 from depthscope.diagnostics.experiments.scaling import OUTPUT, scaling_rows, scaling_sentence
 from depthscope.probes.checkpoints.text_batch import sample_text
@@ -28,7 +29,7 @@ __all__ = [
     "Decoder",
     "Parametrisation",
     "figure_of",
-    "optimiser_of",
+    "optimizer_of",
     "require_replaceable",
     "run_scaling_study",
     "save_study",
@@ -150,7 +151,7 @@ class Layer(nn.Module):
         return x + self.scale * self.mlp(x)
 
 
-def optimiser_of(
+def optimizer_of(
     model: nn.Module, size: int, *, learning_rate: float = LEARNING_RATE
 ) -> torch.optim.Optimizer:
     """Adam with the learning rates of the model's rules: those of hidden matrices depend on the width.
@@ -211,7 +212,7 @@ def run_scaling_study(
             over=over,
             seeds=seeds or SEEDS,
             steps=steps or STEPS,
-            optimiser=optimiser_of,
+            optimizer=optimizer_of,
         )
         for name in names
     }
@@ -310,7 +311,7 @@ def save_study(results: Mapping[str, xr.Dataset], folder: Path) -> list[Path]:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         Where a file of another origin has a name of the study's.
     """
     from depthscope.app.drawing.matplotlib import write_figure  # matplotlib takes a second to import
@@ -337,7 +338,7 @@ def require_replaceable(over: str, folder: Path) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         With what to do.
     """
     for path in _paths(over, folder).values():
@@ -352,9 +353,7 @@ def _paths(over: str, folder: Path) -> dict[str, Path]:
 def _require_figure(path: Path) -> None:
     """A figure has no mark of its own: it is taken for the study's where its first result is."""
     if not any(result.exists() for result in _paths(path.stem, path.parent).values()):
-        raise FileExistsError(
-            f"{path} exists without results of a study; move it away, or name another folder"
-        )
+        raise TakenError(f"{path} exists without results of a study; move it away, or name another folder")
 
 
 def _require_own(path: Path) -> None:
@@ -363,7 +362,7 @@ def _require_own(path: Path) -> None:
     except ValueError:
         found = xr.Dataset()
     if "change_exponent" not in found:
-        raise FileExistsError(
+        raise TakenError(
             f"{path} exists and is not the result of an earlier study; move it away, or name another folder"
         )
 

@@ -17,6 +17,8 @@ from hyper_connections import (
 )
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
+
 # Shapes: B sequences, T tokens, D features, H heads, V vocabulary, N streams.
 
 # Bytes need no tokenizer: the study trains without any download.
@@ -239,7 +241,7 @@ def connection_class(kind: str) -> Callable[..., nn.Module]:
 
     Raises
     ------
-    ValueError
+    InputError
         For another name.
     """
     if kind == "residual":
@@ -249,7 +251,7 @@ def connection_class(kind: str) -> Callable[..., nn.Module]:
     if kind == "mhc":
         # The same map computed with logarithms: 1.7 times as fast on a CPU.
         return partial(ManifoldConstrainedHyperConnections, log_domain_sinkhorn=True)
-    raise ValueError(f"got connection '{kind}', expected one of {', '.join(CONNECTIONS)}")
+    raise InputError(f"got connection '{kind}', expected one of {', '.join(CONNECTIONS)}")
 
 
 def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:

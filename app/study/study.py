@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
@@ -24,13 +24,14 @@ from depthscope.app.study.small_lm import CONNECTIONS, TITLES
 from depthscope.app.study.training import single_threaded, train_side_by_side
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
+from depthscope.diagnostics.errors import InputError, StorageError, TakenError
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 from depthscope.probes.training.recorder import Recorder
 
 
-class StudyError(ValueError):
+class StudyError(InputError):
     """A study that cannot be run as asked."""
 
 
@@ -135,7 +136,7 @@ def _recorder(learner: Learner, recipe: Recipe, store: Path) -> Recorder:
         store=store,
         force=True,
         gradients=True,
-        optimizer=learner.optimiser,
+        optimizer=learner.optimizer,
         loss_reduction="mean",
         attrs={"model": f"small LM, {TITLES[learner.kind]}, while it learns", "seed": recipe.seed},
     )
@@ -167,8 +168,13 @@ def _save(learner: Learner, corpus: Corpus, recipe: Recipe, path: Path, spent: f
     # The block ends with the weights in place, directly after the run that names their digest.
     check = partial(require_weights_of, learner.model)
     with replaced_file(path.with_suffix(".safetensors"), check=check) as weights:
-        # The format "pt" is what transformers asks of a safetensors file.
-        save_model(learner.model, str(weights), metadata={"format": "pt"})
+        try:
+            # The format "pt" is what transformers asks of a safetensors file.
+            save_model(learner.model, str(weights), metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk too, which is no OSError there
+            raise StorageError(
+                f"{path.with_suffix('.safetensors')} cannot be written ({error}); make room, or name another folder"
+            ) from error
         attrs = {
             "model": f"small LM, {TITLES[learner.kind]}",
             "seed": recipe.seed,
@@ -194,7 +200,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         With what to do.
     """
     try:
@@ -203,7 +209,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
     except Exception:  # safetensors has an error of its own for a file of another format
         names = set()
     if not names or not names <= set(model.state_dict()):
-        raise FileExistsError(
+        raise TakenError(
             f"{path} exists and is not the weights of an earlier study; move it away, or name another folder"
         )
 
@@ -235,7 +241,7 @@ def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: floa
         "seconds_side_by_side": round(spent, 1),
         "batch": recipe.batch,
         "length": recipe.length,
-        "optimiser": "AdamW, betas 0.9 0.95, gradient norm clipped at " + format(recipe.clip, "g"),
+        "optimizer": "AdamW, betas 0.9 0.95, gradient norm clipped at " + format(recipe.clip, "g"),
         "weight_decay": recipe.weight_decay,
         "learning_rate": recipe.learning_rate,
         "schedule": "linear warm-up, cosine to zero, by "

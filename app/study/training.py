@@ -50,7 +50,7 @@ def train_side_by_side(
     corpus : Corpus
         The text.
     recipe : Recipe
-        The budget and the optimiser.
+        The budget and the optimizer.
     progress : bool
         Show a bar on stderr.
 

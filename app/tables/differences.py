@@ -24,6 +24,7 @@ from depthscope.diagnostics.analysis.differences import (
     of_two,
     same_sequences,
 )
+from depthscope.diagnostics.errors import InputError
 
 __all__ = ["as_dict", "between_groups", "between_runs", "difference_figure", "in_words"]
 
@@ -168,17 +169,17 @@ def between_groups(
 
     Raises
     ------
-    ValueError
+    InputError
         Where a run lacks the attribute, or all runs have the same.
     """
     groups: dict[str, list[Reading]] = {}
     for reading in readings:
         if reading.attrs.get(by) is None:
             known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
-            raise ValueError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
+            raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
         groups.setdefault(str(reading.attrs[by]), []).append(reading)
     if len(groups) < 2:
-        raise ValueError(f"all runs have {by} {next(iter(groups), '')!r}; name an attribute that differs")
+        raise InputError(f"all runs have {by} {next(iter(groups), '')!r}; name an attribute that differs")
     first, *others = groups
     found = []
     for other in others:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from depthscope.diagnostics.errors import InputError
+
 # Our keys read author, year, word (roy2007effective); sentences of verdicts carry them in this form.
 _KEY = re.compile(r"\b[a-z]+\d{4}[a-z]+\b")
 
@@ -75,7 +77,7 @@ def entries(text: str) -> dict[str, str]:
 
     Raises
     ------
-    ValueError
+    InputError
         For an entry that BibTeX could not read.
 
     Examples
@@ -89,7 +91,7 @@ def entries(text: str) -> dict[str, str]:
     library = bibtexparser.parse_string(text, parse_stack=[])
     if library.failed_blocks:
         start = " ".join(str(library.failed_blocks[0].raw)[:40].split())
-        raise ValueError(
+        raise InputError(
             f"the BibTeX entry {start!r} never closes a brace, or has a key or a field twice; correct it"
         )
     return {entry.key: str(entry.raw) for entry in library.entries}
@@ -115,7 +117,7 @@ def reference(key: str) -> Reference:
 
     Raises
     ------
-    ValueError
+    InputError
         For a key that the bibliography lacks.
     """
     import bibtexparser
@@ -179,13 +181,13 @@ def cut(keys: Iterable[str]) -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         For a key that the bibliography lacks.
     """
     known = _library()
     wanted = set(keys)
     if missing := sorted(wanted - set(known)):
-        raise ValueError(
+        raise InputError(
             f"references.bib lacks {', '.join(missing)}; add the entry or correct the metric's cite"
         )
     return "".join(f"{text}\n\n" for key, text in known.items() if key in wanted)

@@ -26,7 +26,7 @@ def plain(case: Case, *, backward: bool) -> Step:
 
 
 def moved(case: Case) -> None:
-    """Raise the version counter of the weights, as an optimiser does, and remove the gradients."""
+    """Raise the version counter of the weights, as an optimizer does, and remove the gradients."""
     with torch.no_grad():
         # Adding zero in place changes nothing but the version, by which a recorder knows that a training step was made.
         next(case.model.parameters()).view(-1)[0].add_(0.0)

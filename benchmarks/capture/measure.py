@@ -77,7 +77,7 @@ def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
     """Seconds of one step."""
     if tool.trains:
         with torch.no_grad():
-            # Raises the version counter of the weights, as an optimiser does, and changes nothing.
+            # Raises the version counter of the weights, as an optimizer does, and changes nothing.
             next(case.model.parameters()).view(-1)[0].add_(0.0)
     with tool.around():
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_err
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import losses, training_curves
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import (
@@ -28,14 +29,15 @@ from depthscope.diagnostics.quantities.registry import (
     with_facts,
 )
 from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run, save_run
+from depthscope.diagnostics.schema.analysis import Analysis, AnalysisTree
 
 Progress = Callable[[str, int, int], None]
 
 
 def analyze(
     run: xr.DataTree | str | os.PathLike[str],
-    *,
     metrics: str | Iterable[str] | None = None,
+    *,
     jackknife: bool = False,
     scheduler: Any = None,
     workers: int | None = None,
@@ -73,17 +75,18 @@ def analyze(
         ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
         chain where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
         where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
-        are sentences, by metric, where the sample is too small for the question.
+        are sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of
+        them.
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown metric, what is no run, or a run that has neither a trace nor statistics; for ``jackknife`` with
         ``scheduler``.
     """
     if scheduler is not None:
         if jackknife:
-            raise ValueError(
+            raise InputError(
                 "jackknife=True leaves out whole sequences, which no task does; leave scheduler= out, or it"
             )
         with saved_run(run, scheduler) as path:
@@ -117,8 +120,8 @@ def _of_chains(
             for chain, found in analyses.items()
         }
     if list(analyses) == [""]:
-        return analyses[""]
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+        return Analysis.of(analyses[""])
+    return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
 def _with_losses(run: xr.DataTree, chain: str, analysis: xr.Dataset) -> xr.Dataset:
@@ -203,7 +206,7 @@ def saved_run(run: xr.DataTree | str | os.PathLike[str], scheduler: Any) -> Iter
         return
     _require_run(run)
     if scheduler not in ("threads", "processes"):
-        raise ValueError(
+        raise InputError(
             "came a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
             "path: analyze(path, scheduler=…)"
         )
@@ -217,7 +220,7 @@ def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     if isinstance(metrics, str):  # an iterable too, of its letters
         return [metrics]
     if not isinstance(metrics, Iterable):
-        raise ValueError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
+        raise InputError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
     return list(metrics)
 
 
@@ -231,7 +234,7 @@ def _require_run(run: Any) -> None:
         advice = "open it: analyze(diagnostics.open_run(path))"
     elif isinstance(run, xr.Dataset):
         advice = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
-    raise ValueError(f"came {came}; expected a run, a DataTree; {advice}")
+    raise InputError(f"came {came}; expected a run, a DataTree; {advice}")
 
 
 def find_metric(name: str) -> Metric:
@@ -248,14 +251,14 @@ def find_metric(name: str) -> Metric:
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown name, with the closest ones.
     """
     if not isinstance(name, str):
-        raise ValueError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
+        raise InputError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
         return CATALOGUE[name]
-    raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
+    raise InputError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
 
 
 def _progress_counter(progress: Progress | None, total: int) -> Callable[[str], None]:

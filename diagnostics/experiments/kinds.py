@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def kind_named(name: str) -> ExperimentKind:
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown name, with the closest ones.
 
     Examples
@@ -92,5 +93,5 @@ def kind_named(name: str) -> ExperimentKind:
     """
     found = KINDS.get(str(name).replace("-", "_"))
     if found is None:
-        raise ValueError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")
+        raise InputError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")
     return found

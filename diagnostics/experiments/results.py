@@ -14,14 +14,16 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.schema import SUFFIXES
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
-from depthscope.diagnostics.schema.file_digest import append_file_digest, compare_file_digest
+from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
+from depthscope.diagnostics.schema.netcdf_image import netcdf_image
 
 # Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
 SUFFIX = ".h5"
@@ -105,13 +107,13 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         Where the two have other depths: they are of other models, or of other chains.
     """
     last = int(lens["depth"].max())
     depths = analysis["depth"].values if "depth" in analysis.coords else np.arange(0)
     if not len(depths) or last not in depths:
-        raise ValueError(
+        raise InputError(
             f"the lens read depths up to {last}, the analysis has {len(depths)} depths; expected both of the same chain"
         )
     known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
@@ -140,8 +142,7 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
-        encode_dataset(plain).to_netcdf(fresh, engine="h5netcdf")
-        append_file_digest(fresh)
+        write_with_digest(fresh, netcdf_image(xr.DataTree(encode_dataset(plain)), {}))
     return Path(path)
 
 
@@ -159,27 +160,27 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         For a file that is no such result, or not as it was saved.
-    FileNotFoundError
+    AbsentError
         Where there is none.
     """
     file = Path(path)
     if not file.exists():
-        raise FileNotFoundError(
+        raise AbsentError(
             f"no result of experiments at {file}; make one with `depthscope ablate`, `lens` or `jacobian`"
         )
     require_ordinary(file, folder=False)
     # The HDF5 library may crash on a torn file, and would take this process with it.
     if compare_file_digest(file) != "intact":
-        raise ValueError(
+        raise InputError(
             f"{file} is no result of experiments as it was saved; run `depthscope ablate`, `lens` or `jacobian` again"
         )
     check_hdf5(file, None)
     with xr.open_dataset(file, engine="h5netcdf") as opened:
         found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
-        raise ValueError(
+        raise InputError(
             f"{file} is no result of experiments; expected a file that `depthscope ablate`, `lens` or `jacobian` wrote"
         )
     return found

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
+from depthscope.diagnostics.errors import InputError
+
 Array = Any
 """A numpy array or a torch tensor."""
 
@@ -47,7 +49,7 @@ def as_array(x: Array, *, name: str = "x") -> Array:
             if is_complex
             else "give numbers only, as float32 or float64"
         )
-        raise ValueError(f"{name} has dtype {x.dtype}; expected real numbers: {advice}")
+        raise InputError(f"{name} has dtype {x.dtype}; expected real numbers: {advice}")
     return x.detach() if hasattr(x, "detach") else x
 
 
@@ -59,7 +61,7 @@ def as_count(value: Any, *, name: str, least: int = 1) -> int:
     except TypeError:
         count = None
     if count is None or count < least:
-        raise ValueError(
+        raise InputError(
             f"{name} is {value!r}; expected a whole number, {least} or more: give an int"
         ) from None
     return count
@@ -70,7 +72,7 @@ def of_one_library(x: Array, y: Array, *, names: tuple[str, str] = ("x", "y")) -
     x, y = (as_array(side, name=name) for side, name in zip((x, y), names, strict=True))
     if type(x) is not type(y) and array_namespace(x) is not array_namespace(y):
         kinds = [f"{type(side).__module__}.{type(side).__name__}" for side in (x, y)]
-        raise ValueError(
+        raise InputError(
             f"{names[0]} is a {kinds[0]} and {names[1]} a {kinds[1]}; expected both of one library: "
             "convert one of them, by torch.as_tensor or numpy.asarray"
         )
@@ -88,7 +90,7 @@ def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
     """The namespace of ``x`` and ``x`` in its own dtype; the shape is checked, the values are not."""
     x = as_array(x, name=name)
     if x.ndim < ndim or 0 in x.shape:
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {tuple(x.shape)}; expected at least {ndim} dims, none of them empty: "
             "the last dims are the matrix or vector, leading dims are batch"
         )
@@ -103,9 +105,9 @@ def require_finite(xp: Any, x: Array, name: str, *, advice: str = "find what mad
     if bool(xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))):
         return
     if x.ndim == 0:
-        raise ValueError(f"{name} is {float(x)}; expected a finite number: {advice}")
+        raise InputError(f"{name} is {float(x)}; expected a finite number: {advice}")
     wrong = xp.nonzero(~xp.isfinite(x))
-    raise ValueError(
+    raise InputError(
         f"{name} contains {wrong[0].shape[0]} NaN or infinite values of {math.prod(x.shape)}, the first at index "
         f"{tuple(int(axis[0]) for axis in wrong)}; expected finite numbers: {advice}"
     )
@@ -117,13 +119,13 @@ def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
         return None
     mask = xp.asarray(mask, device=device(x))
     if mask.dtype != xp.bool:
-        raise ValueError(
+        raise InputError(
             f"mask has dtype {mask.dtype}; expected booleans, True where a row counts: pass mask != 0"
         )
     try:
         return xp.broadcast_to(mask, x.shape[:-1])
     except (ValueError, RuntimeError):
-        raise ValueError(
+        raise InputError(
             f"mask has shape {tuple(mask.shape)}; expected one for the rows {tuple(x.shape[:-1])}"
         ) from None
 

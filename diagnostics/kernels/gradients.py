@@ -5,6 +5,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens or samples), ``d`` columns (features o
 
 from typing import NamedTuple
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64, peak, ratio, rows
 from depthscope.diagnostics.kernels.geometry import token_cosine
 
@@ -94,7 +95,7 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
 
     Raises
     ------
-    ValueError
+    InputError
         If the sizes are not 0 < batch_small < batch_large or a norm is not finite.
 
     Examples
@@ -106,7 +107,7 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
     (4.0, 1.0)
     """
     if not 0 < batch_small < batch_large:
-        raise ValueError(f"batch sizes are {batch_small} and {batch_large}; expected 0 < small < large")
+        raise InputError(f"batch sizes are {batch_small} and {batch_large}; expected 0 < small < large")
     xp, low = as_float64(small, name="small", ndim=0)
     _, high = as_float64(large, name="large", ndim=0)
     # E‖g_B‖² = |G|² + tr(Σ)/B: two batch sizes give two equations in two unknowns.

@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import erf, expit, ndtr
 
+from depthscope.diagnostics.errors import InputError
+
 # Nodes reach to ±13, where the density e^(−z²/2) is 2e-37. Their distance is at most 0.1, and 0.25/√q for a variance q
 # above 6: φ(√q z) changes over a range of z of about 1/√q. The tests compare with adaptive quadrature.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25
@@ -55,7 +57,7 @@ def _pair(phi: Activation) -> tuple[Callable, Callable]:
     if callable(phi):
         return phi, lambda h: (phi(h + 1e-5) - phi(h - 1e-5)) / 2e-5
     if not isinstance(phi, str) or phi not in ACTIVATIONS:
-        raise ValueError(f"phi is {phi!r}; expected one of {', '.join(ACTIVATIONS)} or a function")
+        raise InputError(f"phi is {phi!r}; expected one of {', '.join(ACTIVATIONS)} or a function")
     return ACTIVATIONS[phi]
 
 
@@ -68,13 +70,13 @@ def _is_number(value: float) -> bool:
 def _require_length(q: float) -> None:
     """Refuse a squared length below zero or not finite."""
     if not (_is_number(q) and q >= 0):
-        raise ValueError(f"q is {q!r}; expected a squared length, one number, finite and not negative")
+        raise InputError(f"q is {q!r}; expected a squared length, one number, finite and not negative")
 
 
 def _require_scales(sigma_w: float, sigma_b: float) -> None:
     """Refuse scales of weights and bias that are no numbers."""
     if not (_is_number(sigma_w) and _is_number(sigma_b)):
-        raise ValueError(
+        raise InputError(
             f"sigma_w is {sigma_w!r} and sigma_b {sigma_b!r}; expected one finite number each: the scales of weights "
             "and bias"
         )
@@ -99,7 +101,7 @@ def q_map(q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples
@@ -136,7 +138,7 @@ def c_map(c: float, q: float, sigma_w: float, sigma_b: float, phi: Activation) -
 
     Raises
     ------
-    ValueError
+    InputError
         If ``c`` is not a correlation, ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples
@@ -145,7 +147,7 @@ def c_map(c: float, q: float, sigma_w: float, sigma_b: float, phi: Activation) -
     True
     """
     if not (_is_number(c) and -1 <= c <= 1):
-        raise ValueError(f"c is {c!r}; expected a correlation, one number between -1 and 1")
+        raise InputError(f"c is {c!r}; expected a correlation, one number between -1 and 1")
     length = q_map(q, sigma_w, sigma_b, phi)
     if length == 0:
         return float("nan")
@@ -191,7 +193,7 @@ def chi_1(sigma_w: float, sigma_b: float, phi: Activation, q: float) -> float:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples

@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from depthscope.diagnostics.errors import InputError
+
 
 def elements_read(width: int, streams: int, *, fused: bool = False) -> int:
     r"""Elements that one sublayer's connection reads for a token.
@@ -247,6 +249,6 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def _require_sizes(*sizes: int) -> None:
     for size in sizes:
         if size < 1:
-            raise ValueError(
+            raise InputError(
                 f"a size of {size} came; expected a width, a number of streams, or of sublayers from 1"
             )

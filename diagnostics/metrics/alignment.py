@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
@@ -95,7 +96,7 @@ class Pairs:
         states = states[:, evenly_spaced(states.shape[1], most)]
         try:
             if not states.shape[1]:
-                raise ValueError("no token of this kind is left")
+                raise InputError("no token of this kind is left")
             return measure(states)
         except ValueError as refusal:
             refusals.append(str(refusal))

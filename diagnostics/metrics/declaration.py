@@ -11,6 +11,7 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
 from depthscope.diagnostics.quantities import (
     depth_paths,
@@ -288,7 +289,7 @@ class Metric:
 
         Raises
         ------
-        ValueError
+        InputError
             For data or options that the metric does not know.
         """
         requested, arrays = split_options(self.name, options)
@@ -309,7 +310,7 @@ class Metric:
         value = self.evaluate(Quantities(trace, choices=choices))[self.name]
         foreign = sorted(set(requested) - set(value.dims))
         if foreign:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}"
             )
         value = value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
@@ -445,11 +446,11 @@ def _check_declaration(name: str, *, dims: str, scale: str, basis: str, better: 
     # −1 keeps an unknown dim from raising here: the message below names all that are expected.
     ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
     if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
-        raise ValueError(
+        raise InputError(
             f"metric {name} has dims={dims!r}; expected one of {', '.join(AXES)} and others, in this order: "
             f"{' '.join(DIMS)} (step is added by the analysis)"
         )
     stated = (("scale", scale, SCALES), ("basis", basis, BASES), ("better", better, DIRECTIONS))
     for field, value, allowed in stated:
         if value not in allowed:
-            raise ValueError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")
+            raise InputError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.over_sequences import DEGREES
 
 LEVEL = 0.95
@@ -54,11 +55,11 @@ def half_width(error: xr.DataArray, level: float = LEVEL) -> xr.DataArray:
 
     Raises
     ------
-    ValueError
+    InputError
         Where the error does not say how many sequences it comes from, as those written by earlier versions.
     """
     if DEGREES not in error.attrs:
-        raise ValueError(
+        raise InputError(
             f"{error.name or 'the error'} does not say how many sequences it comes from (attribute {DEGREES!r}); "
             "analyze the run again: analyze(run)"
         )

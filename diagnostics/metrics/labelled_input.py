@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS, sources, with_facts
 from depthscope.diagnostics.schema import STATISTICS, TRACE
 
@@ -29,7 +30,7 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, str]
 
     Raises
     ------
-    ValueError
+    InputError
         For another option, or a label that its dim does not have.
     """
     labels: dict[str, str] = {}
@@ -45,11 +46,11 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, str]
         elif key not in LABELS:
             unknown.append(key)
         elif value not in LABELS[key]:
-            raise ValueError(f"{key} is {value!r}; expected one of {', '.join(map(repr, LABELS[key]))}")
+            raise InputError(f"{key} is {value!r}; expected one of {', '.join(map(repr, LABELS[key]))}")
         else:
             labels[key] = value
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{name} got the options {sorted(unknown)}; it knows center, mask, {', '.join(LABELS)}"
         )
     return labels, arrays
@@ -80,12 +81,12 @@ def bind_arrays(
 
     Raises
     ------
-    ValueError
+    InputError
         For too few or too many arrays, or dims that a variable does not have.
     """
     by_order = [root for root in roots if root not in arrays]
     if len(data) != len(by_order) or not set(arrays) <= set(roots):
-        raise ValueError(
+        raise InputError(
             f"{name} got {len(data) + len(arrays)} arrays; expected {', '.join(roots)}, or a run"
         )
     bound = dict(zip(by_order, data, strict=True))
@@ -102,7 +103,7 @@ def _with_all_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
     dims = (TRACE[root] if root in TRACE else STATISTICS[root]).dims
     unknown = [str(dim) for dim in array.dims if dim not in dims]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}"
         )
     # With size 1, so that quantities need no case for arrays with fewer dims.
@@ -127,19 +128,19 @@ def trace_of(name: str, data: Sequence[Any]) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         For anything else, or a run of several chains.
     """
     if len(data) != 1 or not isinstance(data[0], xr.Dataset | xr.DataTree):
         kinds = ", ".join(type(item).__name__ for item in data) or "nothing"
-        raise ValueError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
+        raise InputError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
     if isinstance(data[0], xr.Dataset):
         return data[0]
     run = data[0]
     # A node such as run['trace/decoder'] is a trace itself.
     trace = run.children.get("trace", run)
     if trace.children:
-        raise ValueError(
+        raise InputError(
             f"{name} got several chains: {', '.join(trace.children)}; choose one, such as run['trace/NAME']"
         )
     # A node has none: metrics of weights and of streamed sums need the run itself.
@@ -164,7 +165,7 @@ def with_mask(trace: xr.Dataset, mask: Any) -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         For another dtype or number of entries.
     """
     # Only labels tell the order; a bare array is taken as (sample, token).
@@ -173,5 +174,5 @@ def with_mask(trace: xr.Dataset, mask: Any) -> xr.Dataset:
     values = np.asarray(mask)
     shape = (trace.sizes["sample"], trace.sizes["token"])
     if values.dtype != bool or values.size != np.prod(shape):
-        raise ValueError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {shape}")
+        raise InputError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {shape}")
     return trace.assign(mask=(("sample", "token"), values.reshape(shape)))

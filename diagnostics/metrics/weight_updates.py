@@ -87,15 +87,15 @@ def weight_gradient_ratio(
     cite="bernstein2020distance",
     basis="invariant",
     null="none: the learning rate decides; the rule of thumb is 1e-3 (Stanford CS231n, course notes)",
-    estimator=f"{OF_A_MODULE}; the change during one step of the optimiser",
+    estimator=f"{OF_A_MODULE}; the change during one step of the optimizer",
 )
 def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr.DataArray) -> xr.DataArray:
-    r"""Change of a module's weights in one step of the optimiser, relative to the weights.
+    r"""Change of a module's weights in one step of the optimizer, relative to the weights.
 
     .. math:: \|\Delta W_m\|_F / \|W_m\|_F
 
     What a network computes changes by at most about the product over its layers of one plus this, less one
-    (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimiser ran during the step, 0
+    (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimizer ran during the step, 0
     where it ran and left the module as it was. NaN too for the step in which a module leaves zero, where all of it is change:
     so begin adapters, gates and output projections on purpose.
     """

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels._arrays import as_count, as_float64
 from depthscope.diagnostics.quantities.registry import quantity
@@ -45,7 +46,7 @@ def decay_factor(
 
     Raises
     ------
-    ValueError
+    InputError
         For steps with a schedule, no steps with one rate or a number of them that is no integer, an empty schedule, or a
         step that leaves nothing or adds to the weight.
 
@@ -56,13 +57,13 @@ def decay_factor(
     """
     scheduled = np.ndim(learning_rate) > 0
     if scheduled != (steps is None):
-        raise ValueError(
+        raise InputError(
             f"steps is {steps} with {'a schedule' if scheduled else 'one learning rate'}; expected the number of "
             "steps with one rate, and None with a schedule"
         )
     times = 1 if steps is None else as_count(steps, name="steps", least=0)
     if np.ndim(learning_rate) > 1 or np.size(learning_rate) == 0 or np.ndim(weight_decay) > 0:
-        raise ValueError(
+        raise InputError(
             f"learning_rate has shape {np.shape(learning_rate)} and weight_decay {np.shape(weight_decay)}; expected one "
             "rate or a schedule of a step or more, and one weight decay"
         )
@@ -70,7 +71,7 @@ def decay_factor(
     decay = as_float64(weight_decay, name="weight_decay", ndim=0)[1]
     lost = np.asarray(rate) * np.asarray(decay)
     if not (np.all(lost >= 0.0) and np.all(lost < 1.0)):
-        raise ValueError(
+        raise InputError(
             f"a step takes a share of {np.max(lost):g} to {np.min(lost):g} of the weight; expected 0 to below 1: "
             "learning rate times weight decay"
         )
@@ -110,7 +111,7 @@ def with_replay(
 
     Raises
     ------
-    ValueError
+    InputError
         Where the run has no ``h_res``, a connection of it is not among the logits or has some that are not finite,
         or ``sinkhorn_steps`` is no integer of 1 or more.
     """
@@ -125,7 +126,7 @@ def with_replay(
     traces = {chain: chain_dataset(run, "trace", chain) for chain in chains(run)}
     mixing = {chain: trace for chain, trace in traces.items() if trace is not None and "h_res" in trace}
     if not mixing:
-        raise ValueError("the run has no h_res to compare with; capture a model whose streams are mixed")
+        raise InputError("the run has no h_res to compare with; capture a model whose streams are mixed")
     replayed = run.copy()  # shallow: the arrays are shared, the caller's run gets no new variable
     for chain, trace in mixing.items():
         logits = xr.Variable(TRACE[LOGITS].dims, _matched_logits(given, trace), attrs)
@@ -136,7 +137,7 @@ def with_replay(
 
 def _labelled_logits(logits: np.ndarray) -> xr.DataArray:
     if logits.ndim != 3:
-        raise ValueError(
+        raise InputError(
             f"initial has shape {logits.shape}; expected logits (connection, stream_out, stream_in)"
         )
     return xr.DataArray(logits, dims=TRACE[LOGITS].dims)
@@ -152,7 +153,7 @@ def _matched_logits(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
         values = values[[_index_of(module, block, names, blocks) for module, block in wanted]]
     shape = tuple(trace["h_res"].sizes[dim] for dim in TRACE[LOGITS].dims)
     if values.shape != shape:
-        raise ValueError(
+        raise InputError(
             f"the initial logits have shape {values.shape}, the run's connections {shape}; expected one square of "
             "logits for each connection, in the run's order"
         )
@@ -187,7 +188,7 @@ def _index_of(
     for matches in (same_path, same_end, same_block):
         if len(matches) == 1:
             return matches[0]
-    raise ValueError(
+    raise InputError(
         f"connection {module!r} of the run is not among the initial logits ({', '.join(names[:4])}, …); take the "
         "checkpoint of the same model, or give an array in the run's order"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import (
     OF_ATTENTION,
     OF_CHECKPOINTS,
@@ -86,7 +87,7 @@ _REMEDIES = {
 }
 
 
-class Unavailable(ValueError):
+class Unavailable(InputError):
     """A quantity that cannot be computed from the run, with the reason."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest
 
 # netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
@@ -99,12 +100,14 @@ def _encode_value(value: Any) -> Any:
 
 
 def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Attributes that a caller asks for; ValueError, with the name, for one that could not be saved."""
+    """Attributes that a caller asks for; InputError, with the name, for one that could not be saved."""
     for name, value in (attrs or {}).items():
         try:
             json.dumps(value, default=json_default)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"attrs[{name!r}] cannot be saved: {error}") from None
+            raise InputError(
+                f"attrs came with {name!r}, which no file takes ({error}); give text, numbers, and lists and dicts of them"
+            ) from None
     return dict(attrs or {})
 
 

@@ -16,23 +16,23 @@ _LENGTH = len(_PREFIX) + 64 + 1
 _CHUNK = 1 << 20  # bytes
 
 
-def append_file_digest(path: Path) -> None:
-    """Append the SHA-256 of a file to it.
+def write_with_digest(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, and the SHA-256 of its content after it.
 
     Parameters
     ----------
     path : Path
-        A file that is complete.
+        Where to.
+    content : bytes or memoryview
+        All of it.
     """
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        digest = _sha256(file, size)
-        file.seek(size)
-        file.write(_PREFIX + digest.encode() + b"\n")
+    with path.open("wb") as file:
+        file.write(content)
+        file.write(_PREFIX + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
 def compare_file_digest(path: Path) -> Literal["intact", "changed", "absent"]:
-    """Whether a file is as it was when `append_file_digest` was called.
+    """Whether a file is as it was when `write_with_digest` wrote it.
 
     Parameters
     ----------

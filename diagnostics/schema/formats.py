@@ -29,8 +29,9 @@ def suffix_of(path: Path) -> str:
     if path.name in SUFFIXES:
         raise SchemaError(f"{path.name!r} is an ending without a name; put one before it")
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
+        # Nothing but an ending is a hidden file, which no list of runs shows.
+        if path.name.endswith(suffix) and path.name != suffix:
             return suffix
     raise SchemaError(
-        f"a run's name ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
+        f"a run has a name that ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
     )

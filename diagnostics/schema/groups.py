@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import xarray as xr
 
+from depthscope.diagnostics.schema.analysis import Analysis
+
 GROUPS = ("trace", "statistics", "metrics", "coverage")
 
 
@@ -41,10 +43,13 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
     Returns
     -------
     Dataset or None
+        Of metrics an `Analysis`.
     """
     if group not in run.children or (chain and chain not in run[group].children):
         return None
     dataset = run[group_path(group, chain)].to_dataset()
+    if group == "metrics":  # as `analyze` returns them
+        dataset = Analysis.of(dataset)
     return dataset if dataset.variables else None  # the node above several chains is empty
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.formats import SUFFIXES, suffix_of
 from depthscope.diagnostics.schema.live_store_files import is_live_store
 
@@ -29,7 +30,7 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a folder of more than `MAX_ENTRIES` files.
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
@@ -59,7 +60,7 @@ def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
     for entry in folder.iterdir():
         # The root of a disk would be read for minutes.
         if next(seen) > MAX_ENTRIES:
-            raise ValueError(
+            raise InputError(
                 f"more than {MAX_ENTRIES} files up to {folder}; name the folder that the runs are in"
             )
         # A name with a dot is a run that is being written, see `save_run`.

@@ -10,6 +10,7 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.schema.attributes import decode_attrs, decode_dataset
 from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest, describe_differences
 from depthscope.diagnostics.schema.file_digest import compare_file_digest
@@ -61,7 +62,7 @@ def open_run(
 
     Raises
     ------
-    FileNotFoundError
+    AbsentError
         Where the path does not exist.
     SchemaError
         For a damaged, foreign or newer file, for one with anything in it that a run does not have, and above `max_bytes`.
@@ -70,7 +71,7 @@ def open_run(
     if is_live_store(source):
         return _open_live(source, verify=verify, max_bytes=max_bytes)
     if not source.suffix and not source.exists():
-        raise FileNotFoundError(f"no run at {source}; a live store is there from its first measured step on")
+        raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     suffix = suffix_of(source)
     if not source.exists():
         beside = live_log_of(source)
@@ -79,7 +80,7 @@ def open_run(
             if is_live_store(beside)
             else "list the runs of a folder with: depthscope dashboard FOLDER"
         )
-        raise FileNotFoundError(f"no run at {source}; {hint}")
+        raise AbsentError(f"no run at {source}; {hint}")
     try:
         require_ordinary(source, folder=suffix == ".zarr")
         known = _known_integrity(source, verify=verify, max_bytes=max_bytes) if suffix == ".nc" else None
@@ -122,7 +123,7 @@ def open_group(
 
     Raises
     ------
-    FileNotFoundError
+    AbsentError
         Where the path does not exist.
     SchemaError
         For what `open_run` refuses, and where there is no such group.
@@ -130,7 +131,7 @@ def open_group(
     source = Path(path)
     suffix = suffix_of(source)
     if not source.exists():
-        raise FileNotFoundError(f"no run at {source}")
+        raise AbsentError(f"no run at {source}")
     try:
         require_ordinary(source, folder=suffix == ".zarr")
         _CHECKS[suffix](source, max_bytes)

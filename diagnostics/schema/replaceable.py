@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from depthscope.diagnostics.atomic_writes import entries_below, kind_of, require_writable
+from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.schema.file_digest import compare_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import GROUPS
@@ -63,21 +64,21 @@ def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         With what is there and what to do.
     """
     mode = place.lstat().st_mode
     # Special files first: opening a pipe would wait for its other end, and reading a device may never end.
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise FileExistsError(f"{place} is {kind_of(mode)}, which no run replaces; name another path")
+        raise TakenError(f"{place} is {kind_of(mode)}, which no run replaces; name another path")
     if stat.S_ISDIR(mode):
         if suffix != ".zarr":
-            raise FileExistsError(
+            raise TakenError(
                 f"{place} is a folder, but a run that ends in {suffix} is a file; name another path"
             )
         foreign = next(files_of_others(place, any_store=force), None)
         if foreign is not None:
-            raise FileExistsError(
+            raise TakenError(
                 f"{place} contains {foreign}, which is no part of a run; move it away, or name another path"
             )
         if not os.listdir(place):
@@ -89,7 +90,7 @@ def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
     # Every library has its own errors for a file that is torn or of another kind; RecursionError: JSON in JSON in JSON.
     except Exception as error:
         reason = str(error) if isinstance(error, SchemaError) else f"{type(error).__name__}: {error}"
-        raise FileExistsError(
+        raise TakenError(
             f"{place} exists and is no run that this depthscope may replace ({' '.join(reason.split())[:300]}); "
             "name another path, delete it, or replace it with force=True (--force)"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -15,9 +14,10 @@ import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
 from depthscope.diagnostics.schema.attributes import encode_dataset, with_content_digest
-from depthscope.diagnostics.schema.file_digest import append_file_digest
+from depthscope.diagnostics.schema.file_digest import write_with_digest
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.live_store_reading import LIVE
+from depthscope.diagnostics.schema.netcdf_image import netcdf_image
 from depthscope.diagnostics.schema.replaceable import require_replaceable, require_run
 from depthscope.diagnostics.schema.validation import validate
 
@@ -49,6 +49,8 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
         Where the run breaks the contract or the ending is unknown.
     OSError
         Where the path cannot be written to; FileExistsError where what is there is no run.
+    MemoryError
+        Where there is no room in memory for a ``.nc`` file, which is made there first. ``.zarr`` is written array by array.
     """
     target = Path(path)
     # All are refused before anything is written.
@@ -68,10 +70,6 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
         replaced_folder(target, others=check) if suffix == ".zarr" else replaced_file(target, check=check)
     )
     with replaced as fresh:
-        # Looked at first: the HDF5 library prints a page of its state where the disk gets full, and may crash later.
-        needed = sum(variable.nbytes for node in run.subtree for variable in node.variables.values())
-        if shutil.disk_usage(fresh.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(encoded, fresh, suffix)
     return target
 
@@ -83,8 +81,7 @@ def _write(run: xr.DataTree, path: Path, suffix: str) -> None:
     lose a tenth of their size by compression.
     """
     if suffix == ".nc":
-        run.to_netcdf(path, engine="h5netcdf", encoding=_encodings(run, _netcdf_encoding))
-        append_file_digest(path)
+        write_with_digest(path, netcdf_image(run, _encodings(run, _netcdf_encoding)))
     elif suffix == ".zarr":
         _write_zarr(run, path)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.variables import (
     AFTER_SUM,
@@ -37,7 +38,7 @@ _DECLARED: dict[str, dict[str, Variable]] = {
 }
 
 
-class SchemaError(ValueError):
+class SchemaError(InputError):
     """A file or tree is not a run that this version can read."""
 
 

@@ -247,7 +247,7 @@ STATISTICS: dict[str, Variable] = {
     "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
-    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimiser"),
+    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer"),
     "weight_first_square_distance": Variable(MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint"),
     "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint"),
     "first_state_cka": Variable(

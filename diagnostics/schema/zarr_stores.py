@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.limits import (
     MAX_DEPTH,
     MAX_FILES,
@@ -260,7 +261,7 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Of two values of one key another reader may take the other one.
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key occurs twice")
+        raise InputError("a key occurs twice")
     return dict(pairs)
 
 

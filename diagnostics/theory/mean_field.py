@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import meanfield
 from depthscope.diagnostics.quantities.registry import Unavailable
 from depthscope.diagnostics.theory.laws import Measured, law
@@ -50,7 +51,7 @@ def mean_field_curve(
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown activation or state, or an impossible cosine.
 
     Examples
@@ -62,7 +63,7 @@ def mean_field_curve(
     [1.0, 0.31831]
     """
     if state not in ("pre", "post"):
-        raise ValueError(f"state is {state!r}; expected 'pre' or 'post' (the activation)")
+        raise InputError(f"state is {state!r}; expected 'pre' or 'post' (the activation)")
     lengths, cosines = _lengths_and_cosines(second_moment, cosine, num_depths, activation, sigma_w, sigma_b)
     slopes = np.array([meanfield.chi_1(sigma_w, sigma_b, activation, q) for q in lengths])
     if state == "pre":

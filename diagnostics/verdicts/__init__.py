@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS
+from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     attention,
     depth_use,
@@ -120,7 +122,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
 
     Raises
     ------
-    ValueError
+    InputError
         For what is no analysis, such as a run.
     """
     found = [
@@ -183,6 +185,8 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         found = {chain: node.to_dataset() for chain, node in analysis.children.items()}
     else:
         found = {"": analysis.to_dataset()}
+    # Of a file that `to_netcdf` wrote and xarray opened.
+    found = {chain: decode_dataset(part) for chain, part in found.items()}
     for chain, part in found.items():
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
@@ -191,5 +195,5 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
     return {chain: with_definitions_of_today(part) for chain, part in found.items()}
 
 
-def _no_analysis(came: str) -> ValueError:
-    return ValueError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")
+def _no_analysis(came: str) -> InputError:
+    return InputError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")

@@ -26,7 +26,7 @@ NEARLY_PERMUTATIONS = 0.99
 def unmoved_mixing(initial_distance: xr.DataArray) -> Iterator[Profile]:
     """No mixing matrix has moved from its initialisation.
 
-    See whether the optimiser has the logits, and what gradient they get: those that Sinkhorn maps to entries
+    See whether the optimizer has the logits, and what gradient they get: those that Sinkhorn maps to entries
     near 0 or 1 get hardly any. Normal before training.
     """
     most = initial_distance.sel(reduction="median", drop=True).max("connection")
@@ -67,7 +67,7 @@ def decayed_mixing(
 
 
 # Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
-# since an optimiser that divides by the size of the gradient moves such logits all the same, only slowly.
+# since an optimizer that divides by the size of the gradient moves such logits all the same, only slowly.
 @verdict(metric="logit_gradient_share", limits=Limits(info=2e-3, above=False))
 def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
     """H_res can hardly learn: almost none of its gradient reaches its logits.

@@ -1,4 +1,4 @@
-"""Does a step of the optimiser move every module, and none too far? Verdicts on updates of weights.
+"""Does a step of the optimizer move every module, and none too far? Verdicts on updates of weights.
 
 Limits without a source are heuristics of ours.
 """
@@ -25,7 +25,7 @@ NUM_NAMED = 3  # modules in a sentence
     drawn_on=("update_ratio",),
 )
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """One step of the optimiser rewrites much of a module.
+    """One step of the optimizer rewrites much of a module.
 
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
@@ -42,7 +42,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """A module is frozen while the rest is trained.
 
     Where that is meant, as in fine-tuning from some block on or with adapters, nothing is to do. Else set requires_grad of its
-    parameters before the optimiser is made, and look for a no_grad around it.
+    parameters before the optimizer is made, and look for a no_grad around it.
     """
     frozen = update_ratio["weight"].isin(update_ratio.attrs.get(FROZEN_MODULES, []))
     trained = update_ratio.notnull()
@@ -82,9 +82,9 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
     drawn_on=("update_ratio",),
 )
 def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """A step of the optimiser leaves a module as it was.
+    """A step of the optimizer leaves a module as it was.
 
-    Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimiser
+    Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
     has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
     """
     yield Profile(

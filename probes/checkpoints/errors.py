@@ -6,10 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from depthscope.diagnostics.errors import InputError
+
 LONGEST_REASON = 300  # characters of another library's message; more is not read
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be loaded; the message states what came, what was expected and what to do."""
 
 

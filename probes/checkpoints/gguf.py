@@ -221,7 +221,8 @@ def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> 
     try:
         with replaced_folder(folder) as fresh:
             _write_copy(model, tokenizer, fresh, digest)
-    except OSError as error:
+    # Of a full disk safetensors and tokenizers have errors of their own, which are no OSError.
+    except Exception as error:
         logger.warning("no cached copy in '%s' (%s); the next start converts again", folder.parent, error)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.errors import CheckpointError, first_line
 from depthscope.probes.checkpoints.own_files import require_file
 
@@ -76,10 +77,10 @@ def read_header(file: Path, *, complete: bool = True) -> list[StoredTensor]:
     try:
         entries = json.loads(text, object_pairs_hook=_without_duplicates)
         if not isinstance(entries, dict):
-            raise ValueError(f"it is a {type(entries).__name__}, not an object")
+            raise InputError(f"it is a {type(entries).__name__}, not an object")
         notes = entries.get("__metadata__", {})
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-            raise ValueError("its metadata are no texts")
+            raise InputError("its metadata are no texts")
         tensors = [
             _tensor(name, entry, file, first) for name, entry in entries.items() if name != "__metadata__"
         ]
@@ -92,23 +93,23 @@ def read_header(file: Path, *, complete: bool = True) -> list[StoredTensor]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("it has a name twice")
+        raise InputError("it has a name twice")
     return found
 
 
 def _tensor(name: str, entry: Any, file: Path, first: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{ascii(name)[:80]} is no entry of a tensor")
+        raise InputError(f"{ascii(name)[:80]} is no entry of a tensor")
     if not name.isprintable():  # names are printed, and an escape sequence would reach the terminal
-        raise ValueError(f"{ascii(name)[:80]} is no name of a tensor")
+        raise InputError(f"{ascii(name)[:80]} is no name of a tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not dtype or not _are_sizes(shape) or not _are_sizes(offsets):
-        raise ValueError(f"the type, shape or offsets of {ascii(name)[:80]} are no such")
+        raise InputError(f"the type, shape or offsets of {ascii(name)[:80]} are no such")
     if len(shape) > MOST_DIMENSIONS or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"the shape or offsets of {ascii(name)[:80]} are impossible")
+        raise InputError(f"the shape or offsets of {ascii(name)[:80]} are impossible")
     # A type that is not known here has no size to compare; whoever reads its values refuses it.
     if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(f"the shape of {ascii(name)[:80]} does not fit its bytes")
+        raise InputError(f"the shape of {ascii(name)[:80]} does not fit its bytes")
     return StoredTensor(name, tuple(shape), dtype, file, first + offsets[0], first + offsets[1])
 
 
@@ -121,7 +122,7 @@ def _require_room(tensors: Iterable[StoredTensor], size: int | None) -> None:
     stop = 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
         if tensor.start < stop:
-            raise ValueError(f"{ascii(tensor.name)[:80]} overlaps another tensor")
+            raise InputError(f"{ascii(tensor.name)[:80]} overlaps another tensor")
         stop = tensor.stop
     if size is not None and stop > size:
-        raise ValueError(f"it describes {stop} bytes, but the file has {size}")
+        raise InputError(f"it describes {stop} bytes, but the file has {size}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.errors import errors_of
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.user_code import errors_of_user_code
@@ -37,7 +38,7 @@ def sample_text(kind: str = "docs") -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown kind, or a Python without ``pydoc_data``.
 
     Examples
@@ -46,11 +47,11 @@ def sample_text(kind: str = "docs") -> str:
     True
     """
     if kind not in {"docs", "shuffled"}:
-        raise ValueError(f"got text '{kind}', expected 'docs' or 'shuffled'")
+        raise InputError(f"got text '{kind}', expected 'docs' or 'shuffled'")
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError("this Python has no pydoc_data; give a text of your own") from error
+        raise InputError("this Python has no pydoc_data; give a text of your own") from error
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     if kind == "docs":
         return text
@@ -84,16 +85,16 @@ def encode_text(
 
     Raises
     ------
-    ValueError
+    InputError
         If the text is empty, a number is not positive, the length exceeds the model's positions, or the
         model has neither a tokenizer nor an entry for every byte.
     """
     if sequences < 1 or length < 2:
-        raise ValueError(f"got {sequences} sequences of {length} tokens; expected at least 1 of at least 2")
+        raise InputError(f"got {sequences} sequences of {length} tokens; expected at least 1 of at least 2")
     _check_positions(loaded.model, length)
     ids = _token_ids(loaded, text)
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; expected at least 2")
+        raise InputError(f"the text has {len(ids)} tokens; expected at least 2")
     with errors_of_user_code(f"the model '{loaded.name}'"):
         accepted = set(inspect.signature(loaded.model.forward).parameters)
     if "attention_mask" not in accepted:  # padding cannot be masked: only full windows are used
@@ -146,7 +147,7 @@ def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
 
     Raises
     ------
-    ValueError
+    InputError
         Where there are fewer forwards than shards.
 
     Examples
@@ -155,7 +156,7 @@ def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
     [(0, 3), (3, 6), (6, 10)]
     """
     if of > num_forwards:
-        raise ValueError(
+        raise InputError(
             f"{of} shards of {num_forwards} forward{'s' * (num_forwards != 1)}: some would have none; give fewer shards, more "
             "sequences, or a smaller batch"
         )
@@ -199,7 +200,7 @@ def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
             return np.array(ids, dtype=np.int64)
     size = _vocabulary_size(loaded.model)  # bytes as ids: any vocabulary of 256 or more has an entry for each
     if size is None or size < NUM_BYTES:
-        raise ValueError(
+        raise InputError(
             f"'{loaded.name}' has no tokenizer and a vocabulary of {size or 'unknown'} entries, fewer than "
             f"the {NUM_BYTES} bytes; make the batch yourself and call probes.capture(model, batch)"
         )
@@ -230,7 +231,7 @@ def _text_config(model: nn.Module) -> Any:
 def _check_positions(model: nn.Module, length: int) -> None:
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        raise ValueError(
+        raise InputError(
             f"got a length of {length} tokens, but the model has {limit} positions; give length={limit}"
         )
 

@@ -16,9 +16,10 @@ from depthscope.probes.checkpoints.errors import CheckpointError, first_line
 OUR_FOLDERS = (str(Path(__file__).parents[2]),)
 STANDARD_LIBRARY = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 INSTALLED = ("site-packages", "dist-packages")
-# Files of torch from which a model's own code is called, forward and backward
-PASSED_THROUGH = ("__torch_dispatch__", "__torch_function__")
+# Functions of ours that a model's own code runs in: our trace, and `model.hooks.WatchedMethod`, which calls its forward.
+PASSED_THROUGH = ("__torch_dispatch__", "__torch_function__", "WatchedMethod.__call__")
 REPEATED = 50  # calls of the user's own code in one traceback, more than any model nests; heuristic
+# Files of torch from which a model's own code is called, forward and backward
 CALLS_OF_A_MODEL = (
     ("nn", "modules", "module.py"),
     ("torch", "autograd", "function.py"),
@@ -126,8 +127,8 @@ def is_model_error(error: BaseException) -> bool:
         # It is raised in whatever code comes last; who calls itself is whose frames are many.
         files = [frame.f_code.co_filename for frame in frames]
         return sum(map(_is_users, files)) > REPEATED
-    # Our trace runs the operations of the model's own code: an error in one of them is the model's.
-    files = [frame.f_code.co_filename for frame in frames if frame.f_code.co_name not in PASSED_THROUGH]
+    # An error in what they call is the model's.
+    files = [frame.f_code.co_filename for frame in frames if not _is_passed_through(frame)]
     # A hook of ours runs within the call of a module too, and is then the last.
     last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
     return any(
@@ -135,3 +136,7 @@ def is_model_error(error: BaseException) -> bool:
         for file in files[last + 1 :]
         if not file.startswith("<")
     )
+
+
+def _is_passed_through(frame: FrameType) -> bool:
+    return frame.f_code.co_qualname.endswith(PASSED_THROUGH)

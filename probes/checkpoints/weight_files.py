@@ -19,7 +19,7 @@ from depthscope.probes.checkpoints.pickle_files import load_pickle, tensors_in
 from depthscope.probes.checkpoints.safetensors_header import BITS, StoredTensor, read_header, torn_file
 
 INDEX_ENDING = ".safetensors.index.json"
-# Keys under which training scripts save the weights next to the optimiser: Lightning's, then two common ones.
+# Keys under which training scripts save the weights next to the optimizer: Lightning's, then two common ones.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 MOST_SHARDS = 10_000  # public checkpoints have some hundreds

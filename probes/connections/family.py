@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.tensor_watch import Watch, WeightPlace
 
@@ -29,7 +30,7 @@ MOST_STREAMS = 64  # heuristic: a larger axis is one of features, not of streams
 Seen = Callable[[], list[torch.Tensor]]  # the tensors that the connection computed, the last one first
 
 
-class StreamConnectionError(ValueError):
+class StreamConnectionError(InputError):
     """A stream connection that cannot be read."""
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.dataflow.operations import replayed
 from depthscope.probes.dataflow.values import Value
 
@@ -14,7 +15,7 @@ NOT_KEPT = "a coefficient as large as what it scales was not kept"
 REWRITTEN = "a coefficient was rewritten in place after it was used"
 
 
-class ReplayError(ValueError):
+class ReplayError(InputError):
     """A linear map whose coefficients are not there any more."""
 
 

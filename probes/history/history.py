@@ -15,6 +15,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.analyze import analyze
+from depthscope.diagnostics.errors import InputError, TakenError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.checkpoints.load import LoadedModel, load_checkpoint
@@ -129,9 +130,9 @@ def probe_checkpoints(
 
     Raises
     ------
-    ValueError
+    InputError
         Where two are of one step, or none could be probed.
-    FileExistsError
+    TakenError
         Where something else is at ``out``.
     """
     place = Path(out)
@@ -162,7 +163,7 @@ def probe_checkpoints(
             left_out[path] = own_error("the model", error)
     if not done:
         reasons = "; ".join(f"{path}: {why}" for path, why in left_out.items())
-        raise ValueError(f"no checkpoint could be probed ({reasons})")
+        raise InputError(f"no checkpoint could be probed ({reasons})")
     last = max(done)
     states = prober.states_of(last, dict(ordered)[last], place)
     facts = {
@@ -196,7 +197,7 @@ def _require_place(place: Path, *, force: bool) -> None:
         except schema.SchemaError:
             is_history = False
         if not is_history:
-            raise FileExistsError(
+            raise TakenError(
                 f"{place} exists and is no history of checkpoints; name another file, or replace it with force"
             )
     schema.require_replaceable(place, force=True)
@@ -289,7 +290,7 @@ class _Prober:
             trace = schema.chain_dataset(run, "trace", chain)
             shape = None if trace is None else (trace.sizes["depth"], trace.sizes["feature"])
             if shape != (len(states), states.shape[-1]):
-                raise ValueError(
+                raise InputError(
                     f"it has {shape} depths and features{f' of {chain}' if chain else ''}, the first checkpoint "
                     f"{(len(states), states.shape[-1])}; expected checkpoints of one training"
                 )

@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import TakenError
 
 ENDING = ".checkpoints"
 HISTORY_OPTIONS = "history_options"
@@ -32,7 +33,7 @@ def parts_folder(out: Path) -> Path:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         Where it has anything else in it.
     """
     suffix = next(suffix for suffix in schema.SUFFIXES if out.name.endswith(suffix))
@@ -43,7 +44,7 @@ def parts_folder(out: Path) -> Path:
         else []
     )
     if foreign:
-        raise FileExistsError(
+        raise TakenError(
             f"{folder} contains {foreign[0]}, which is no part of a history; move it away, or name another --out"
         )
     return folder

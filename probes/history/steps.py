@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from depthscope.diagnostics.errors import InputError
+
 TRAINER_STATE = "trainer_state.json"
 # The number after one of these words, wherever it stands; else the last number of the name.
 _WORDED = re.compile(r"(?:global_?step|step|iteration|iter|checkpoint|ckpt)[-_=. ]*(\d{1,15})", re.IGNORECASE)
@@ -31,7 +33,7 @@ def checkpoint_step(path: str | Path) -> int:
 
     Raises
     ------
-    ValueError
+    InputError
         Where neither has a number.
 
     Examples
@@ -45,16 +47,16 @@ def checkpoint_step(path: str | Path) -> int:
         try:
             step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{state} has no global_step that can be read ({error}); repair or remove it"
             ) from None
         if isinstance(step, int) and step >= 0:
             return step
-        raise ValueError(f"{state} has the global_step {step!r}; expected a whole number")
+        raise InputError(f"{state} has the global_step {step!r}; expected a whole number")
     name = _ENDINGS.sub("", path.name)
     found = _WORDED.findall(name) or _NUMBER.findall(name)
     if not found:
-        raise ValueError(
+        raise InputError(
             f"the name {path.name!r} has no step in it; expected such as step-1000 or checkpoint-1000"
         )
     return int(found[-1])
@@ -75,7 +77,7 @@ def in_order(paths: Iterable[str]) -> tuple[list[tuple[int, str]], dict[str, str
 
     Raises
     ------
-    ValueError
+    InputError
         Where two are of the same step.
     """
     steps: dict[int, str] = {}
@@ -87,7 +89,7 @@ def in_order(paths: Iterable[str]) -> tuple[list[tuple[int, str]], dict[str, str
             reasons[path] = str(error)
             continue
         if step in steps:
-            raise ValueError(
+            raise InputError(
                 f"{steps[step]} and {path} are both of step {step}; name one of them, or rename the other"
             )
         steps[step] = path

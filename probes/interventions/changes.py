@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
 from depthscope.diagnostics.kernels.geometry import massive_activations
 from depthscope.probes.interventions.model_under_test import (
@@ -91,12 +92,12 @@ def plan(
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown kind.
     """
     found = kind_named(kind)
     if found.name == "patch" and source is None:
-        raise ValueError("patch needs source=: a run, another batch of the same shape, or another model")
+        raise InputError("patch needs source=: a run, another batch of the same shape, or another model")
     return Plan(
         found.name,
         _numbers(blocks),

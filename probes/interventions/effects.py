@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
 from depthscope.probes.interventions.model_under_test import (
@@ -82,7 +83,7 @@ def ablate(
     ------
     InterventionError
         Where no experiment can be made.
-    ValueError
+    InputError
         For an unknown kind.
 
     Examples
@@ -94,7 +95,7 @@ def ablate(
     given = [experiments] if isinstance(experiments, (str, Plan)) else list(experiments)
     plans = [each if isinstance(each, Plan) else plan(each) for each in given]
     if not plans:
-        raise ValueError("no experiment was named; expected one such as 'skip'")
+        raise InputError("no experiment was named; expected one such as 'skip'")
     settings = _Settings(Options(**options), chain, loss, logits)
     rows: list[_BatchRows] = [_run_batch(model, item, plans, settings) for item in batches(batch)]
     if not rows:

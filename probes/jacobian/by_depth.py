@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import JACOBIANS, declared
 from depthscope.probes.jacobian.estimators import spectral_density, top_singular_values
 from depthscope.probes.jacobian.operator import JacobianOperator, operator_between
@@ -67,7 +68,7 @@ def jacobians_by_depth(
     ------
     JacobianError
         As in `probes.jacobian.jacobian`.
-    ValueError
+    InputError
         For less than one value.
 
     References
@@ -87,7 +88,7 @@ def jacobians_by_depth(
     ([[2.0, 0.5], [2.0, 0.5]], [4.0, 0.25])
     """
     if values < 1:
-        raise ValueError(f"came values={values}; expected how many singular values are wanted, 1 or more")
+        raise InputError(f"came values={values}; expected how many singular values are wanted, 1 or more")
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, 0, None, selection)
     depths = range(1, graph.stop + 1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
@@ -42,7 +43,7 @@ EXPLANATIONS = {
 }
 
 
-class JacobianError(ValueError):
+class JacobianError(InputError):
     """A Jacobian that cannot be had."""
 
 

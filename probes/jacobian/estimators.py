@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from depthscope.diagnostics.errors import InputError
+
 # A Krylov space is exhausted when its next vector is this many roundings of the map's size: what orthogonalisation leaves of
 # a vector inside the space is a few of them. A heuristic.
 EXHAUSTED = 10.0
@@ -103,7 +105,7 @@ def sigma_max(op: LinearMap, *, steps: int = 20, seed: int = 0) -> SingularValue
 
     Raises
     ------
-    ValueError
+    InputError
         For less than one step.
 
     Notes
@@ -152,7 +154,7 @@ def top_singular_values(
 
     Raises
     ------
-    ValueError
+    InputError
         For a k outside 1 … min(in, out), or a negative p or q.
 
     Notes
@@ -204,7 +206,7 @@ def squared_frobenius(op: LinearMap, *, probes: int = 32, seed: int = 0) -> Esti
 
     Raises
     ------
-    ValueError
+    InputError
         For less than one probe.
 
     Notes
@@ -248,7 +250,7 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
 
     Raises
     ------
-    ValueError
+    InputError
         For less than two steps or one probe.
 
     Notes
@@ -393,12 +395,12 @@ def _unbiased_variance(first: torch.Tensor, second: torch.Tensor) -> torch.Tenso
 def require_least(name: str, count: int, least: int) -> None:
     """Refuse a count below the least that makes sense."""
     if count < least:
-        raise ValueError(f"{name} = {count} came; expected at least {least}")
+        raise InputError(f"{name} = {count} came; expected at least {least}")
 
 
 def require_rank(k: int, op: LinearMap) -> None:
     """Refuse more values than the map has."""
     if not 1 <= k <= min(op.shape):
-        raise ValueError(
+        raise InputError(
             f"k = {k} came for a map of shape {op.shape}; expected 1 … {min(op.shape)}: ask for fewer singular values"
         )

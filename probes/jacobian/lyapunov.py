@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.jacobian.estimators import (
     LinearMap,
     columns,
@@ -69,7 +70,7 @@ def lyapunov_spectrum(
 
     Raises
     ------
-    ValueError
+    InputError
         As in `probes.jacobian.jacobian` and `lyapunov_exponents`.
 
     Examples
@@ -113,7 +114,7 @@ def lyapunov_exponents(
 
     Raises
     ------
-    ValueError
+    InputError
         Where the maps do not chain, or k is outside 1 … the smallest dimension.
 
     Notes
@@ -159,7 +160,7 @@ def _multiply_through(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple
 def _require_chained(blocks: Sequence[LinearMap]) -> None:
     for number, (earlier, later) in enumerate(pairwise(blocks)):
         if earlier.shape[0] != later.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"map {number} gives {earlier.shape[0]} entries and map {number + 1} takes {later.shape[1]}; "
                 "pass the maps in the order of depth, the earliest first"
             )

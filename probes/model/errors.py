@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from depthscope.diagnostics.errors import DepthscopeError, InputError
 
-class CaptureError(RuntimeError):
+
+class CaptureError(DepthscopeError, RuntimeError):
     """A capture that could not be made, or that would be incomplete."""
 
 
@@ -44,10 +46,10 @@ def require_module(model: object) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         For anything but a `torch.nn.Module`.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise InputError(
             f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
         )

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
+from depthscope.diagnostics.errors import InputError
+
 AXES = frozenset("BTNFDHW")
 
 
-class LayoutError(ValueError):
+class LayoutError(InputError):
     """A layout that cannot be read, or that does not fit the state."""
 
 
@@ -110,14 +112,42 @@ def from_canonical(
     return found.reshape(tuple(shape))
 
 
-def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
-    """Number of streams in a state of a given layout; 1 where the layout has no stream axis."""
-    for group, size in zip(parse_layout(layout), shape, strict=False):
-        if group == ["N"]:
-            return size
-        if sorted(group) == ["B", "N"]:
-            return size // batch_size
-    return 1
+def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
+    """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Of the state.
+    layout : str
+        See `canonical`.
+    batch_size : int
+        Of the forward.
+    asserted : int, optional
+        What the user says.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    LayoutError
+        Where the state has another number of them than is asserted.
+    """
+    counted, groups = 1, parse_layout(layout)
+    for group, size in zip(groups, shape, strict=False):
+        if "N" in group and sorted(group) not in (["N"], ["B", "N"]):
+            return asserted or 1
+        if "N" in group:
+            counted = size // (batch_size if "B" in group else 1)
+    # Of a layout with more or fewer axes than the state, `canonical` says so.
+    if asserted not in (None, counted) and len(groups) == len(shape):
+        raise LayoutError(
+            f"streams={asserted} came, but a state of shape {tuple(shape)} has {counted} in the layout {layout!r}; leave "
+            "streams= out, or name with layout= the axis that they are merged into, as 'B T (N D)' does"
+        )
+    return counted
 
 
 def _split(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.structure.chain import Chain, Connection
@@ -37,7 +38,7 @@ def factor_variables(
 
     Raises
     ------
-    ValueError
+    InputError
         For items of another number of axes or of different sizes.
     """
     found: Variables = {}
@@ -48,7 +49,7 @@ def factor_variables(
                 found[f"{name}_{ending}"] = (schema.TRACE[f"{name}_{ending}"].dims, array)
         odd = next((f.ndim for f in factors if f is not None and f.ndim not in (2, 3)), None)
         if odd is not None:
-            raise ValueError(
+            raise InputError(
                 f"a factor of the {name} has {odd} axes; expected (sequence, token) or (sequence, token, feature)"
             )
     return found
@@ -62,7 +63,7 @@ def _stacked_factors(factors: Sequence[torch.Tensor | None]) -> np.ndarray | Non
         return None
     if len({tuple(factor.shape) for factor in known}) > 1:
         shapes = sorted({tuple(factor.shape) for factor in known})
-        raise ValueError(f"factors of one chain have the shapes {shapes}; expected one shape")
+        raise InputError(f"factors of one chain have the shapes {shapes}; expected one shape")
     ones = torch.ones_like(known[0])
     return torch.stack([ones if factor is None else factor for factor in factors]).numpy()
 
@@ -84,7 +85,7 @@ def depth_variables(
 
     Raises
     ------
-    ValueError
+    InputError
         Where a connection has a weight on its own output or a later one.
     """
     found: Variables = {}
@@ -95,7 +96,7 @@ def depth_variables(
         for number, row in enumerate(rows):
             # Connection k comes after the embedding and k outputs.
             if row.shape[-1] > number + 1 and bool(row[..., number + 1 :].any()):
-                raise ValueError(
+                raise InputError(
                     f"{name} of connection {number} has a weight on source {number + 1} or later; expected only "
                     f"the {number + 1} sources before it"
                 )

@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.connections.constraint import MEASURED
 from depthscope.probes.run.pipeline_stages import STAGE, join_stages
 from depthscope.probes.run.shards import are_shards, join_shards
@@ -44,12 +45,12 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
 
     Raises
     ------
-    ValueError
+    InputError
         For fewer than two runs, for runs of different models, weights, depths or hashes, for the same data twice, for a
         missing part, and for a run that stores no sums.
     """
     if len(runs) < 2:
-        raise ValueError(f"got {len(runs)} run; expected at least two, to be added")
+        raise InputError(f"got {len(runs)} run; expected at least two, to be added")
     if any(STAGE in run.attrs for run in runs):
         return join_stages(runs)
     for first, other in pairwise(runs):
@@ -75,7 +76,7 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
 def _require_same_model(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> None:
     digests = (first.get("weights_digest"), other.get("weights_digest"))
     if None not in digests and digests[0] != digests[1]:  # None: sharded weights, of which no digest exists
-        raise ValueError(
+        raise InputError(
             "the runs were measured with other weights (weights_digest differs); expected runs of one model at one step"
         )
     for name in MODEL_ATTRIBUTES:
@@ -83,7 +84,7 @@ def _require_same_model(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> N
         if name == "family" and {first.get(name), other.get(name)} <= MEASURED:
             continue
         if first.get(name) != other.get(name):
-            raise ValueError(
+            raise InputError(
                 f"{name} is {first.get(name)!r} in one run and {other.get(name)!r} in another; expected runs of one model"
             )
 
@@ -93,7 +94,7 @@ def _require_different_data(runs: Sequence[xr.DataTree]) -> None:
     # Every pair, not neighbours alone: the same data may come first and last.
     for (i, a), (j, b) in combinations(enumerate(digests), 2):
         if a == b:
-            raise ValueError(
+            raise InputError(
                 f"runs {i} and {j} show the same sequences (data_digest {str(a)[:12]}); expected parts of the data, "
                 "each token in one of them"
             )
@@ -102,7 +103,7 @@ def _require_different_data(runs: Sequence[xr.DataTree]) -> None:
 def _chain_statistics(run: xr.DataTree, chain: str) -> xr.Dataset:
     found = schema.chain_dataset(run, "statistics", chain)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"a run has no statistics of {chain or 'its chain'}; expected the same chains in all runs"
         )
     return found
@@ -113,7 +114,7 @@ def _merged_statistics(parts: Sequence[xr.Dataset], chain: str) -> tuple[xr.Data
     depths = parts[0]["depth"].values.tolist()
     for part in parts[1:]:
         if part["depth"].values.tolist() != depths:
-            raise ValueError(
+            raise InputError(
                 f"depths are {depths} and {part['depth'].values.tolist()}; expected the same {chain or 'ones'}"
             )
     sums = [restore_sums(part) for part in parts]
@@ -134,7 +135,7 @@ def _why_no_sketch(parts: Sequence[xr.Dataset], sums: Sequence[StreamedSums]) ->
         return "hsic: a run has no sketch over all its depths"
     for part in parts:
         if part["sum_sign"].attrs["hash"] != HASH:
-            raise ValueError(
+            raise InputError(
                 f"a run's sketch is by {part['sum_sign'].attrs['hash']!r}; expected {HASH!r}: capture it anew"
             )
     # Equal numbers give equal signs: products of two different tokens would no longer average out.

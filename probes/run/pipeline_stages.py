@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 
 STAGE = "pipeline_stage"
 """Attribute of a run: the number of its stage, and how many there are."""
@@ -36,14 +37,14 @@ def stage_attribute(stage: tuple[int, int] | None) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a stage that does not exist.
     """
     if stage is None:
         return {}
     number, stages = stage
     if not 0 <= number < stages:
-        raise ValueError(
+        raise InputError(
             f"stage is {stage}; expected (number, how many), with a number from 0 to {stages - 1}"
         )
     return {STAGE: [int(number), int(stages)]}
@@ -66,14 +67,14 @@ def join_stages(runs: Sequence[xr.DataTree]) -> xr.DataTree:
 
     Raises
     ------
-    ValueError
+    InputError
         Where a stage is missing or comes twice, where the runs have several chains, other steps or other data, and where the
         last state of a stage is not the first one of the next.
     """
     ordered = _in_order(runs)
     for run in ordered:
         if schema.chains(run) != [""]:
-            raise ValueError(f"a stage has the chains {schema.chains(run)}; expected one chain in each stage")
+            raise InputError(f"a stage has the chains {schema.chains(run)}; expected one chain in each stage")
     _require_same_attributes(ordered)
     traces = [run["trace"].to_dataset() for run in ordered]
     _require_joints(traces)
@@ -87,14 +88,14 @@ def join_stages(runs: Sequence[xr.DataTree]) -> xr.DataTree:
 
 def _in_order(runs: Sequence[xr.DataTree]) -> list[xr.DataTree]:
     if not all(STAGE in run.attrs for run in runs):
-        raise ValueError(
+        raise InputError(
             f"some runs have the attribute {STAGE} and some do not; expected the stages of one pipeline, or none"
         )
     numbers = [tuple(map(int, np.asarray(run.attrs[STAGE]).tolist())) for run in runs]
     stages = numbers[0][1]
     if sorted(numbers) != [(number, stages) for number in range(stages)]:
         came = ", ".join(f"{number} of {of}" for number, of in sorted(numbers))
-        raise ValueError(f"the runs are of the stages {came}; expected each of 0 to {stages - 1} once")
+        raise InputError(f"the runs are of the stages {came}; expected each of 0 to {stages - 1} once")
     return [runs[numbers.index((number, stages))] for number in range(stages)]
 
 
@@ -102,7 +103,7 @@ def _require_same_attributes(runs: Sequence[xr.DataTree]) -> None:
     for name in SAME:
         values = [run.attrs.get(name) for run in runs]
         if any(value != values[0] for value in values):
-            raise ValueError(f"{name} is {values} in the stages; expected the same in all, of one model")
+            raise InputError(f"{name} is {values} in the stages; expected the same in all, of one model")
 
 
 def _require_joints(traces: Sequence[xr.Dataset]) -> None:
@@ -114,7 +115,7 @@ def _require_joints(traces: Sequence[xr.Dataset]) -> None:
             size = np.nanmax(np.abs(last), initial=0.0)
             close = same and np.allclose(last, first, rtol=0.0, atol=CLOSE * size, equal_nan=True)
         if not close:
-            raise ValueError(
+            raise InputError(
                 f"the last state of stage {number} ({last.shape}) is not the first one of stage {number + 1} ({first.shape}); "
                 "expected runs over the same data, whose stages follow each other without a layer between"
             )
@@ -124,7 +125,7 @@ def _require_same_steps(parts: Sequence[xr.Dataset]) -> None:
     for name in ("step", "token_count", "sequence_count"):
         values = [part[name].values.tolist() for part in parts]
         if any(value != values[0] for value in values):
-            raise ValueError(
+            raise InputError(
                 f"{name} is {values[:2]} in two stages; expected the same steps over the same data"
             )
 
@@ -154,7 +155,7 @@ def _joined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
             continue
         expected = [part for part in whole if axis in part.dims]
         if len(having) < len(expected):
-            raise ValueError(
+            raise InputError(
                 f"only {len(having)} of {len(expected)} stages have {name}; expected the same of all"
             )
         joined = xr.concat(having, axis, combine_attrs="override", coords="minimal", compat="override")
@@ -174,7 +175,7 @@ def _layer_shift(layers: np.ndarray, known: int, number: int) -> int:
         return 0
     if first == 0:
         return known
-    raise ValueError(
+    raise InputError(
         f"the blocks of stage {number} begin with number {first} and {known} blocks come before; expected {known}, or 0"
     )
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from depthscope.probes.model.modules import all_modules
 
-# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few do; `checkpoints.digests` reads
+# Numbers of each parameter. An optimizer's step changes nearly all of them, so that a few do; `checkpoints.digests` reads
 # all, which takes seconds for a large model.
 NUMBERS_PER_PARAMETER = 256
 NUMPY_TYPES = (torch.float32, torch.float64, torch.float16)

@@ -70,7 +70,7 @@ class ConnectionParameters:
             A copy in float32, as long as its `cells`.
         """
         names = self._names.get(number, ())
-        # By name, since an optimiser or a loader may have put others in their place.
+        # By name, since an optimizer or a loader may have put others in their place.
         parameters = [self._model.get_parameter(name) for name in names]
         if not parameters or sum(each.numel() for each in parameters) != len(self.cells[number]):
             return None

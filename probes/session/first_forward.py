@@ -28,7 +28,7 @@ from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
-from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.sequence_shards import TokenShards
@@ -49,6 +49,7 @@ from depthscope.probes.structure.model_structure import CapturedState, Structure
 from depthscope.probes.structure.not_covered import not_covered
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
 from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
+from depthscope.probes.structure.stream_count import require_count, with_asserted_streams
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
 from depthscope.probes.structure.traced_streams import traced_connection
 
@@ -309,10 +310,11 @@ def find_structure(
     if options.layout is None:
         chains = tuple([part for chain in chains for part in split_at_layout_changes(tape, chain)])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
-    named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
+    named_streams = require_count(chains[0], layouts[0], sites, forward.batch_size, options.streams)
     if not sites:  # a known connection tells its own layout
         for chain, layout in zip(chains, layouts, strict=True):
             _require_all_sequences(chain.shapes[0], layout, forward.batch_size, named_streams)
+        chains = tuple(with_asserted_streams(chain, named_streams) for chain in chains)
     chains = tuple([replace(chain, scales=branch_scales(tape, chain, model)) for chain in chains])
     options.selection.require(chains)  # only now is it known which sites the model has
     if shards is not None:

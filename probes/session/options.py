@@ -12,6 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import parse_layout
 from depthscope.probes.statistics.streamed_sums import StreamedSums
@@ -113,16 +114,16 @@ class Options:
         if self.layout is not None:
             parse_layout(self.layout)
         if self.streams is not None and self.streams < 1:
-            raise ValueError(f"streams is {self.streams}; expected at least 1")
+            raise InputError(f"streams is {self.streams}; expected at least 1")
         if self.max_sequences < 1:
-            raise ValueError(f"max_sequences is {self.max_sequences}; expected at least 1")
+            raise InputError(f"max_sequences is {self.max_sequences}; expected at least 1")
         if not (self.mask is None or callable(self.mask) or isinstance(self.mask, torch.Tensor)):
-            raise ValueError(
+            raise InputError(
                 f"mask is of type {type(self.mask).__name__}; expected a tensor (B, T), or a function from the model's "
                 "arguments to one"
             )
         if self.first_sequence < 0:
-            raise ValueError(f"first_sequence is {self.first_sequence}; expected 0 or more")
+            raise InputError(f"first_sequence is {self.first_sequence}; expected 0 or more")
         if isinstance(self.streaming, Mapping):
             _require_streaming(self.streaming)
 
@@ -140,7 +141,7 @@ def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
         return None
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(
+        raise InputError(
             f"layers is {names!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
     return names
@@ -152,7 +153,7 @@ def _require_streaming(given: Mapping[str, int]) -> None:
         isinstance(value, int) for value in chosen.values()
     )
     if not known or chosen["every"] < 1 or chosen["first_sequence"] < 0:
-        raise ValueError(
+        raise InputError(
             f"streaming is {dict(given)}; expected True, or some of every (1 or more) and first_sequence (0 or more)"
         )
 

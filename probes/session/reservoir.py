@@ -146,7 +146,7 @@ def rank_in_sample(seed: int, number: int) -> int:
 
 
 def weights_stamp(model: nn.Module) -> int:
-    """A number that changes when an optimiser or a loader writes the weights, or other ones take their place.
+    """A number that changes when an optimizer or a loader writes the weights, or other ones take their place.
 
     Parameters
     ----------

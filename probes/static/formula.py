@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 
 LARGEST_SHAPE_NUMBER = 1e15  # beyond any size of a tensor; factorials would otherwise take all memory
 MOST_PERMUTED = 8  # streams: 8! = 40320 matrices
 
 
-class FormulaError(ValueError):
+class FormulaError(InputError):
     """A formula that cannot be read or computed."""
 
 

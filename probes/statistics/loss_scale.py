@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from depthscope.diagnostics.errors import InputError
+
 
 class LossScale:
     """The scale of a gradient scaler, read as a tensor inside the backward, before the scaler changes it.
@@ -15,13 +17,13 @@ class LossScale:
 
     Raises
     ------
-    ValueError
+    InputError
         For something that is not a ``torch.amp.GradScaler``.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None):
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise ValueError(
+            raise InputError(
                 f"scaler is a {type(scaler).__name__}; expected the torch.amp.GradScaler that scales the loss"
             )
         self._scaler = scaler

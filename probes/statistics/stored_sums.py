@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.statistics.depth_sketch import Sketch
 from depthscope.probes.statistics.second_moments import Moments
 from depthscope.probes.statistics.streamed_sums import MEAN, StreamedSums
@@ -110,12 +111,12 @@ def restore_sums(statistics: xr.Dataset) -> StreamedSums:
 
     Raises
     ------
-    ValueError
+    InputError
         Where the run stores no sums.
     """
     missing = [name for name in MOMENT_VARIABLES if name not in statistics]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the run stores no {missing[0]}; expected one that was captured with streaming=True and is not so wide and deep "
             f"that its sums take more than {MAX_STORED_BYTES // 2**20} MiB: capture both parts in one run"
         )

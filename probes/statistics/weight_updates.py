@@ -207,7 +207,7 @@ class WeightUpdates:
 
     def _add_gradient(self, name: str, parameter: nn.Parameter) -> None:
         if parameter.grad is None:
-            self._reasons[name] = "gradient freed inside the backward, as by an optimiser in a hook"
+            self._reasons[name] = "gradient freed inside the backward, as by an optimizer in a hook"
             return
         square, scale = square_norm(here(parameter.grad)), self._scale()
         if getattr(parameter.grad, "placements", None) != getattr(parameter, "placements", None):
@@ -222,7 +222,7 @@ class WeightUpdates:
         self._gradients[name] = square
 
     def _updates(self) -> dict[str, float]:
-        """Squared distances to the copies; empty where no weight was written, as without an optimiser step in between."""
+        """Squared distances to the copies; empty where no weight was written, as without an optimizer step in between."""
         trained = {name: of for name, of in self._before.items() if of.copy is not None}
         distances = _read_back({name: _square_distance(of) for name, of in trained.items()})
         # The version counter tells a step that changed nothing (update 0) from no step (undefined). A write through .data

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")
@@ -61,7 +62,7 @@ BLOCK = re.compile(r"blocks\.(\d+|\*|\{i\}|\{\w+\})\.(.+)")
 STATE_INDEX = re.compile(r"hidden_states(?:\[(\d+)\]|\.(\d+))")
 
 
-class SiteError(ValueError):
+class SiteError(InputError):
     """A site that is not known, or that the model does not have."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import past_states, returned_site
 from depthscope.probes.connections.families import BY_NAME
@@ -32,7 +33,7 @@ FORWARD = "forward"
 Key = tuple[str, str, int]
 
 
-class ChainError(ValueError):
+class ChainError(InputError):
     """No chain of blocks was found, or the named layers do not form one."""
 
 

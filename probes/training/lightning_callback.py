@@ -17,7 +17,7 @@ except ImportError:  # the class below says so when it is used
 class LightningCallback(Callback or object):  # type: ignore[misc]
     """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
 
-    A step is one of the optimiser, with all of its batches; validations count to none. A training that is resumed from a
+    A step is one of the optimizer, with all of its batches; validations count to none. A training that is resumed from a
     checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Several processes measure together
     (``group="world"``, where no `group` is given), and the first one has the run.
 
@@ -66,7 +66,7 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End a step where the optimiser has made one."""
+        """End a step where the optimizer has made one."""
         if self.recorder is not None and trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
             self.recorder.step()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import StorageError, TakenError
 from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
 from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_history import read_history
@@ -42,7 +44,7 @@ class LiveRecording:
 
     Raises
     ------
-    OSError
+    StorageError
         Where nothing can be written at the path; FileExistsError where what is there must stay.
     """
 
@@ -56,13 +58,13 @@ class LiveRecording:
         self._num_written = 0  # of the recorder's rows
         self._proven: Proven | None = None
         self._state_began = self._state_ended = 0.0
-        self._said = self._state_error = ""
+        self._said = self._error = self._state_error = ""
         self._awaited: Collection[int] = ()
         self._later: list[int] = []  # steps whose live metrics are not added yet
         if self._file is not None:
             schema.require_replaceable(self._file)
             if resume and self._file.exists() and not is_live_store(self._folder):
-                raise FileExistsError(
+                raise TakenError(
                     f"{self._file} is a finished run, to which nothing can be added; resume a store without an ending, "
                     "which is a folder, or name another path"
                 )
@@ -137,6 +139,7 @@ class LiveRecording:
         try:
             self._write(session, rows, build, attrs, live_row_of)
         except Exception as error:  # the training goes on, and the next measured step tries again
+            self._error = str(error)
             return self._once(
                 f"the steps are not written to {self._folder} ({error}); they are in recorder.run, and every measured step "
                 "tries again"
@@ -222,7 +225,7 @@ class LiveRecording:
             try:
                 store.save_state(build(rows[-1:], proven))
                 self._state_error = ""
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 # The numbers of the step need less room than its arrays.
                 if not store.has_state:
                     raise
@@ -262,19 +265,21 @@ class LiveRecording:
         is_complete = store is not None and self._num_written == len(rows)
         try:
             if not rows:
-                if store is not None and store.last_step is None:
-                    store.remove()  # nothing came of it, and another recorder may begin here
-                elif store is not None:
+                if store is not None and store.last_step is not None:
                     store.finish()
                 return
             if self._file is None:
                 if store is None or not is_complete:
-                    raise OSError(f"{len(rows) - self._num_written} steps are not in {self._folder}")
+                    missing = len(rows) - self._num_written
+                    raise StorageError(f"{missing} steps are not in {self._folder} ({self._error})")
                 store.save_state(build())
                 store.finish()
             else:
                 self._save_file(store, is_complete, build)
         finally:
+            if store is not None and store.last_step is None:
+                with suppress(OSError):  # it has gone, or another one is in its place
+                    store.remove()  # nothing came of it, and another recorder may begin here
             if store is not None:
                 store.close()
             # Where the block of the same recorder is entered once more.

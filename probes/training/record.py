@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
@@ -107,8 +108,8 @@ def record(
         As in `probes.capture`.
     weights : bool
         Measure, for every module that owns parameters, the squared norms of its weights at `step`, of their gradient, and of
-        their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
-        comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
+        their change since the step before (or the start of the block): one step of the optimizer, whether ``optimizer.step()``
+        comes before or after ``recorder.step()``; NaN where the optimizer did not run in between. The gradient is the one that
         the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
         second copy of the trainable weights is in memory while a step is measured, and none between.
     scaler : GradScaler, optional
@@ -172,7 +173,7 @@ def record(
 
     Raises
     ------
-    ValueError
+    InputError
         For a loss reduction, a scaler or a place of the analysis of another kind, and where several processes run and it
         cannot be known which of them train the model together, or they are not all that share sequences.
     OSError
@@ -183,7 +184,7 @@ def record(
     together = data_group(model, group)
     model = inner_model(model)
     if weights and together is not None and has_flat_weights(model):
-        raise ValueError(
+        raise InputError(
             "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
             "leave it out, or shard the model by fully_shard, whose weights are measured"
         )
@@ -199,7 +200,7 @@ def record(
     if names:
         options = {"max_sequences": 1, **options}
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
-        raise ValueError(
+        raise InputError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
@@ -261,7 +262,7 @@ def _shards_within(group: DataGroup, model: nn.Module) -> TokenShards | None:
     shards = token_shards(model)
     missing = [] if shards is None else [rank for rank in shards.ranks if rank not in group.ranks]
     if missing and shards is not None:
-        raise ValueError(
+        raise InputError(
             f"the tokens of each sequence are spread over the processes {', '.join(map(str, shards.ranks))}, and "
             f"{', '.join(map(str, missing))} would not measure ({group.chosen}); pass group='world', or a group of all "
             "processes that have tokens"
@@ -279,12 +280,12 @@ def _ranks(
     """The part of a recorder in the measurement of several processes."""
     options = session.options
     if options.streaming:
-        raise ValueError(
+        raise InputError(
             "streaming=True came with several processes, whose streamed sums are too large to be added at every step; "
             "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
         )
     if timeout <= 0:
-        raise ValueError(f"group_timeout is {timeout}; expected a positive number of seconds")
+        raise InputError(f"group_timeout is {timeout}; expected a positive number of seconds")
     shared = {
         "gradients": options.gradients,
         "layers": options.blocks,
@@ -312,10 +313,10 @@ def _live_names(
     if metrics is None:
         unused = [name for name, value in given.items() if value]
         if unused:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
             )
         return ()
     if live_tokens < 4:  # below, no debiased CKA exists
-        raise ValueError(f"live_tokens is {live_tokens}; expected 4 or more")
+        raise InputError(f"live_tokens is {live_tokens}; expected 4 or more")
     return live_names(metrics)

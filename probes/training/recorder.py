@@ -21,6 +21,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
@@ -75,7 +76,7 @@ def _close_at_exit() -> None:
     getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
-class ProbeWarning(UserWarning):
+class ProbeWarning(DepthscopeError, UserWarning):
     """A step could not be measured, or the run not be saved; the user's run goes on."""
 
 

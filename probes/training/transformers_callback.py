@@ -16,7 +16,7 @@ from depthscope.probes.training.recorder import Recorder
 class TransformersCallback(TrainerCallback):
     """Record the model of a `transformers.Trainer` while it trains: ``Trainer(..., callbacks=[TransformersCallback(...)])``.
 
-    A step is one of the optimiser, with all of its micro-batches; evaluations count to none. A training that the trainer
+    A step is one of the optimizer, with all of its micro-batches; evaluations count to none. A training that the trainer
     resumes from a checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Loss, learning rate
     and gradient scaler are found. Where ``trainer.train()`` raises, the store is finished all the same. Several processes
     measure together (``group="world"``, where no `group` is given): all of them have the callback, and the first one has the

@@ -24,7 +24,7 @@ from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import ProbeWarning, Recorder
 
 Reference: TypeAlias = Callable[[], Any]  # a weak one
-NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimiser; there is no public name
+NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimizer; there is no public name
 
 
 def _nothing() -> None:
@@ -32,13 +32,13 @@ def _nothing() -> None:
 
 
 class ScriptWatch:
-    """Record the first model that a script trains, from the third step of its optimiser on.
+    """Record the first model that a script trains, from the third step of its optimizer on.
 
     The first step shows the modules that have parameters which it updated. In the second one they have hooks, and the model
     is, of those that were called with a graph, the one with most of these parameters; of several with the same one that was
     called in training mode, and of these the one that was called first. Hooks on every module there is, which would show it in
     the first step, are noticed by torch's compiler: it warns, and compiles anew when they leave. So steps are counted from 2.
-    Where another optimiser takes the place of the first one, as in a second phase of the same training, its steps are counted
+    Where another optimizer takes the place of the first one, as in a second phase of the same training, its steps are counted
     from its second one on. Gradients are divided by the scale of the script's GradScaler.
 
     Parameters
@@ -107,7 +107,7 @@ class ScriptWatch:
             warnings.warn(self.error, ProbeWarning, stacklevel=2)
 
     def _look(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put hooks on the modules whose parameters an optimiser updates, for one step."""
+        """Put hooks on the modules whose parameters an optimizer updates, for one step."""
         self._remove_hooks()
         self._optimizer = weakref.ref(optimizer)
         modules = living_modules()
@@ -139,7 +139,7 @@ class ScriptWatch:
         while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         enabled = living_scalers()
-        if len(enabled) > 1:  # this runs inside of the step of one of them, which has noted its optimiser
+        if len(enabled) > 1:  # this runs inside of the step of one of them, which has noted its optimizer
             stepping = [found for found in enabled if id(optimizer) in getattr(found, NOTED, {})]
             enabled = stepping or enabled
         options = {"first_step": 2, **self._options}
@@ -156,7 +156,7 @@ class ScriptWatch:
         ).__name__  # and not that of what torch.compile returned
 
     def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step of an optimiser ends one of the training: of several of one model, one counts the steps."""
+        """Whether a step of an optimizer ends one of the training: of several of one model, one counts the steps."""
         if self._optimizer() is not optimizer:
             other, self._other = self._other(), weakref.ref(optimizer)
             if other is not optimizer or not num_updated(self._model, optimizer):

@@ -423,3 +423,13 @@ def test_a_writer_killed_at_random_moments_leaves_the_former_or_the_new(kind):
     counts = killed(kind, moments)
     assert counts.get("former", 0) + counts.get("new", 0) == moments, counts
     assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)
+
+
+def test_where_there_is_no_room_for_a_lock_nothing_is_left(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", full)
+    with pytest.raises(OSError, match="No space left"), replaced_file(tmp_path / "a"):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())

@@ -171,7 +171,7 @@ def _connection_coords(layers: int) -> dict[str, Any]:
 
 
 def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr.Dataset:
-    """One step of an optimiser on an embedding and one weight a block."""
+    """One step of an optimizer on an embedding and one weight a block."""
     layer = np.arange(-1, layers)
     count = np.full(len(layer), 1000.0)
     square = count * rng.uniform(0.5, 2.0, len(layer))

@@ -63,7 +63,7 @@ def adam(power):
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def checked(request):
     found = ds.coordinate_check(
-        Stack, IDS, (16, 32, 64, 128), seeds=2, steps=1, optimiser=adam(request.param), loss=square
+        Stack, IDS, (16, 32, 64, 128), seeds=2, steps=1, optimizer=adam(request.param), loss=square
     )
     return request.param, found
 
@@ -111,12 +111,12 @@ def test_states_sizes_and_losses_equal_a_loop():
             torch.manual_seed(0)
             model = Stack(size)
             before, losses = states(model), []
-            optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
+            optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
             for _ in range(3):
                 value = square(model(IDS), IDS)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 value.backward()
-                optimiser.step()
+                optimizer.step()
                 losses.append(value.item())
         of_size = found.sel(size=size, seed=0)
         rms = [float(x.square().mean().sqrt()) for x in before]

@@ -428,7 +428,7 @@ def _(net):
 
 
 def _updated(rate: float | None) -> Callable[[Network, Place], xr.DataTree]:
-    """A run of two steps in which one module has another learning rate, or is not known to the optimiser."""
+    """A run of two steps in which one module has another learning rate, or is not known to the optimizer."""
 
     def measure(net: Network, place: Place) -> xr.DataTree:
         special = list(net.model.get_submodule(place.module).parameters())
@@ -444,7 +444,7 @@ def _of_one_block(net: Network) -> Place:
     return Place(module=f"blocks.{net.block()}")
 
 
-fault("the optimiser does not have a module", WARN, "lost_update", "frozen_module", hosts=WITH_SKIP, age="fresh",
+fault("the optimizer does not have a module", WARN, "lost_update", "frozen_module", hosts=WITH_SKIP, age="fresh",
       measure=_updated(None))(_of_one_block)  # fmt: skip
 fault("a learning rate of 1 for a module", WARN, "large_update", hosts=WITH_SKIP, age="fresh",
       measure=_updated(1.0))(_of_one_block)  # fmt: skip
@@ -458,7 +458,7 @@ def _(net):
     return place
 
 
-@fault("the optimiser does not have a connection", WARN, "lost_update", "frozen_module", hosts=("mHC", "HC"), age="fresh",
+@fault("the optimizer does not have a connection", WARN, "lost_update", "frozen_module", hosts=("mHC", "HC"), age="fresh",
        measure=_updated(None))  # fmt: skip
 def _(net):
     return Place(module=f"blocks.{net.block()}.connections.{net.rng.randrange(2)}")

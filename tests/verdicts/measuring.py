@@ -64,15 +64,15 @@ def loss_on(plan: Plan, model: nn.Module, purpose: int) -> torch.Tensor:
     return functional_loss(model(ids), ids, None)
 
 
-def trained(model: nn.Module, plan: Plan, optimiser: torch.optim.Optimizer | None = None) -> nn.Module:
+def trained(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """The network after the plan's steps of AdamW on its task."""
-    optimiser = optimiser or torch.optim.AdamW(model.parameters(), lr=plan.rate)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=plan.rate)
     for step in range(plan.steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss_on(plan, model, 10 + step).backward()
         # As every recipe for such networks does; a few large first steps would be a fault of their own.
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     return model.eval()
 
 
@@ -90,14 +90,14 @@ def captured(model: nn.Module, plan: Plan, **options: Any) -> xr.DataTree:
     return probes.capture(model, batch_of(plan), gradients=True, loss=loss, **options)
 
 
-def recorded(model: nn.Module, plan: Plan, optimiser: torch.optim.Optimizer, steps: int = 2) -> xr.DataTree:
+def recorded(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, steps: int = 2) -> xr.DataTree:
     """A run of some steps of training, with the weights' updates."""
     with probes.record(model, gradients=True, weights=True) as recorder:
         for step in range(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = loss_on(plan, model, 100 + step)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             recorder.step(loss)
     return recorder.run
 

@@ -119,7 +119,7 @@ def _outcome(watch: ScriptWatch, out: str) -> str:
     recorder = watch.recorder
     if recorder is None:
         return (
-            "nothing was recorded: no optimiser updated the parameters of a module that had been called with a graph, outside "
+            "nothing was recorded: no optimizer updated the parameters of a module that had been called with a graph, outside "
             "of compiled functions; record it from within, with depthscope.record"
         )
     num_steps = len(recorder.measured_steps)

@@ -21,6 +21,7 @@ from depthscope.app.drawing.matplotlib.words import write_word
 from depthscope.app.figures.composed import Composed, Points
 from depthscope.app.figures.specification import Figure, Heatmap, Lines
 from depthscope.app.text.latex import Latex, tex
+from depthscope.diagnostics.errors import InputError
 
 __all__ = [
     "FIGURE_POINTS",
@@ -58,7 +59,7 @@ def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:
 
     Raises
     ------
-    ValueError
+    InputError
         For a width that is not known.
     """
     with figure_style(width) as size:
@@ -79,13 +80,13 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
 
     Raises
     ------
-    ValueError
+    InputError
         For a width or an ending that is not known, or PGF without LaTeX.
     """
     # All endings before the first file: a wrong one leaves none of them.
     for path in paths:
         if path.suffix.removeprefix(".") not in FORMATS:
-            raise ValueError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
+            raise InputError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
     with figure_style(width) as size:
         canvas = _laid_out(_drawn(figure, size))
         for path in paths:

@@ -26,6 +26,7 @@ from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw, points_acro
 from depthscope.app.text.latex import Latex, unicode_declarations
 from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
+from depthscope.diagnostics.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ def figure_style(width: str | Width = "icml") -> Iterator[Width]:
 
     Raises
     ------
-    ValueError
+    InputError
         For a width that is not known.
     """
     if isinstance(width, str) and width not in WIDTHS:
-        raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
+        raise InputError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
     size = WIDTHS[width] if isinstance(width, str) else width
     with mpl.rc_context(settings_of(size)):
         yield size
@@ -81,11 +82,11 @@ def pgf_style() -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    InputError
         Without a LaTeX installation.
     """
     if shutil.which("pdflatex") is None:
-        raise ValueError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
+        raise InputError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
     settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": unicode_declarations()}
     with mpl.rc_context(settings):
         yield

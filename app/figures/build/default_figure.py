@@ -8,6 +8,7 @@ from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import LABELLED
 from depthscope.app.figures.specification import FigureKind
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 
@@ -75,11 +76,11 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
 
     Raises
     ------
-    ValueError
+    InputError
         For a metric with more dimensions than a figure has axes.
     """
     if undrawn := undrawn_dims(metric):
-        raise ValueError(
+        raise InputError(
             f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(undrawn)} at once; "
             "define one in app/figures/catalogue"
         )

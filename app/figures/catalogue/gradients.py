@@ -73,7 +73,7 @@ update_ratio = _weights(
     "update_ratio",
     "How far one step moves each module",
     "‖ΔW‖ / ‖W‖",
-    note="One step of the optimiser.",
+    note="One step of the optimizer.",
 )
 weight_gradient_ratio = _weights(
     "weight_gradient_ratio",

@@ -13,6 +13,7 @@ from depthscope.app.figures.specification import Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.analysis.differences import of_seeds
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.intervals import factor
 
 __all__ = ["differing_ranges", "grouped", "groups_of"]
@@ -35,7 +36,7 @@ def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
 
     Raises
     ------
-    ValueError
+    InputError
         Where a run lacks the attribute.
     """
     if not by:
@@ -43,7 +44,7 @@ def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
     for reading in readings:
         if reading.attrs.get(by) is None:
             known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
-            raise ValueError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
+            raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
     return {reading.name: str(reading.attrs[by]) for reading in readings}
 
 

@@ -16,6 +16,7 @@ from depthscope.app.study.training import single_threaded
 from depthscope.app.text.terminal import progress_bar, remark
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import one_at_a_time, replaced_file, require_replaceable_file
+from depthscope.diagnostics.errors import InputError, TakenError
 
 FORMAT = "depthscope study cell"
 # A cell of ours takes some thousand bytes.
@@ -75,7 +76,7 @@ def kept_row(out: Path, cell: Cell) -> Row | None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         Where a file of another origin, or one that was changed, has the row's name.
     """
     path = row_path(out, cell)
@@ -87,14 +88,14 @@ def kept_row(out: Path, cell: Cell) -> Row | None:
 def _read(path: Path, cell: Cell) -> Row:
     try:
         if path.stat().st_size > LARGEST:
-            raise ValueError("it is too large")
+            raise InputError("it is too large")
         data: Any = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT or data["study"] != cell.study or data["settings"] != dict(cell.settings):
-            raise ValueError("it is of something else")
+            raise InputError("it is of something else")
         numbers = {str(name): _number(value) for name, value in data["numbers"].items()}
         curves = {str(name): [_number(value) for value in line] for name, line in data["curves"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileExistsError(
+        raise TakenError(
             f"{path} exists and is not what the study keeps of this cell; move it away, or name another folder"
         ) from error
     return Row(cell.settings, numbers, curves)
@@ -160,7 +161,7 @@ def run_cells(
 
     Raises
     ------
-    FileExistsError
+    TakenError
         Where a file of another origin has the name of a cell; before anything is measured.
     """
     cells = list(study.cells(scale))

@@ -22,6 +22,7 @@ from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
 from depthscope.app.tables.tables import Table
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
+from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.experiments.intervals import estimate
 
 VERDICTS = ("reproduced", "not reproduced", "not decided")
@@ -126,7 +127,7 @@ def require_own(study: Study, out: Path) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         Where the summary there is not this study's.
     ValueError
         Where one of its folders is somebody else's, or files in it were edited.
@@ -146,7 +147,7 @@ def _require_summary(study: Study, path: Path) -> None:
     mark = f"{_mark(study)}\n".encode()
     with path.open("rb") as file:
         if file.read(len(mark)) != mark:
-            raise FileExistsError(
+            raise TakenError(
                 f"{path} exists and is not the summary of the study {study.name}; move it away, or name another folder"
             )
 

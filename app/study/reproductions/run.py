@@ -12,6 +12,7 @@ from depthscope.app.study.reproductions.claims import Claim
 from depthscope.app.study.reproductions.plan import Scale, Study
 from depthscope.app.study.reproductions.results import require_own, summary_text, write_results
 from depthscope.app.text.terminal import working
+from depthscope.diagnostics.errors import InputError
 
 # One block alone is no chain whose states could be read.
 MOST_LAYERS = 256
@@ -48,15 +49,15 @@ def scale_of(study: Study, *, quick: bool, depths: Sequence[int] | None, seeds: 
 
     Raises
     ------
-    ValueError
+    InputError
         For depths or seeds where nothing is trained, no depth, or one outside 2 … 256.
     """
     scale = study.quick if quick else study.scale
     if not study.trained and (depths is not None or seeds is not None):
-        raise ValueError(f"{study.name} trains nothing: it has neither depths nor seeds; leave them out")
+        raise InputError(f"{study.name} trains nothing: it has neither depths nor seeds; leave them out")
     if depths is not None:
         if not depths or not all(2 <= depth <= MOST_LAYERS for depth in depths):
-            raise ValueError(
+            raise InputError(
                 f"got depths {list(depths)}; expected one or several from 2 to {MOST_LAYERS} layers"
             )
         scale = replace(scale, depths=tuple(sorted(set(depths))))
@@ -98,7 +99,7 @@ def run_reproduction(
 
     Raises
     ------
-    ValueError
+    InputError
         For a size that cannot be run, or folders that are somebody else's.
     OSError
         Where a file of another origin has a name of the study's, or nothing can be written.

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
+
 # Shapes: B sequences, N streams, T tokens, D features.
 
 # Of H_res at the start in the package's mHC with four streams; the other maps begin there, so that only the map differs.
@@ -76,7 +78,7 @@ class Kronecker(nn.Module):
         super().__init__()
         factors = streams.bit_length() - 1
         if streams != 2**factors or not factors:
-            raise ValueError(
+            raise InputError(
                 f"got {streams} streams; Kronecker products of 2 × 2 need a power of 2 from 2 on"
             )
         kept = diagonal ** (1 / factors)

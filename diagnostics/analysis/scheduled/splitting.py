@@ -22,6 +22,7 @@ from depthscope.diagnostics.analysis.scheduled.tasks import (
     needed_quantities,
     separable_by,
 )
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.mixing_matrices import KEPT_BYTES
 from depthscope.diagnostics.quantities.states import CACHE_BYTES
@@ -99,7 +100,7 @@ class Chain:
         )
 
 
-class TooLarge(ValueError):
+class TooLarge(InputError):
     """Metrics whose smallest part takes more than a worker has."""
 
 

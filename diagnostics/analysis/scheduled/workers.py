@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from depthscope.diagnostics.errors import AbsentError, DepthscopeError, InputError, StorageError
 from depthscope.diagnostics.package_versions import DEPTHSCOPE
 
 DEFAULT_BUDGET = 2 * 2**30
@@ -39,7 +40,7 @@ Report = Callable[[int], None]
 """Takes the number of tasks that are done."""
 
 
-class LostWorker(RuntimeError):
+class LostWorker(DepthscopeError, RuntimeError):
     """A task whose worker died, mostly because it took more memory than its limit."""
 
 
@@ -63,9 +64,9 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
 
     Raises
     ------
-    ValueError
+    InputError
         For another scheduler.
-    OSError
+    StorageError
         Where nothing answers at the address.
     """
     import dask
@@ -94,14 +95,14 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
             yield client
         return
     if not isinstance(scheduler, str) or "://" not in scheduler:
-        raise ValueError(
+        raise InputError(
             f"scheduler is {scheduler!r}; expected 'threads', 'processes', the address of a scheduler such as "
             "'tcp://10.0.0.1:8786', or a distributed.Client"
         )
     try:
         client = distributed.Client(scheduler, timeout=SECONDS_TO_CONNECT)
     except OSError as error:
-        raise OSError(
+        raise StorageError(
             f"no scheduler answers at {scheduler} within {SECONDS_TO_CONNECT} s; start one with: dask scheduler"
         ) from error
     # Of a scheduler that is gone dask logs a page: it is said once, in a sentence.
@@ -120,7 +121,7 @@ def require_same_version(client: Any) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         With the workers and what they have.
     """
     # By a function of Python itself, which every worker has.
@@ -128,7 +129,7 @@ def require_same_version(client: Any) -> None:
     other = {address: version or "none" for address, version in found.items() if version != DEPTHSCOPE}
     if other:
         address, version = next(iter(other.items()))
-        raise ValueError(
+        raise InputError(
             f"{len(other)} of {len(found)} workers have another depthscope: {version} at {address}, and {DEPTHSCOPE} here; "
             "start them in the same environment"
         )
@@ -148,12 +149,12 @@ def task_budget(client: Any) -> int:
 
     Raises
     ------
-    OSError
+    StorageError
         Where the cluster has no worker.
     """
     known = client.scheduler_info(n_workers=-1)["workers"].values()
     if not known:
-        raise OSError("the cluster has no worker; start one with: dask worker ADDRESS")
+        raise StorageError("the cluster has no worker; start one with: dask worker ADDRESS")
     limits = [(worker["memory_limit"] or DEFAULT_BUDGET) // worker["nthreads"] for worker in known]
     # From 70 % of the limit on a worker pauses; numpy, scipy and xarray take 200 MB.
     return max(2**26, int(0.7 * min(limits)) - 200 * 2**20)
@@ -206,7 +207,7 @@ def _as_completed(client: Any, futures: Sequence[Any]) -> Iterator[Any]:
 
     Raises
     ------
-    OSError
+    StorageError
         Where the scheduler is gone, or no worker has been there for `SECONDS_WITHOUT_WORKERS`: they would never end.
     """
     import distributed
@@ -220,10 +221,12 @@ def _as_completed(client: Any, futures: Sequence[Any]) -> Iterator[Any]:
             last_seen = time.monotonic()
             continue
         if client.status != "running":
-            raise OSError(f"the scheduler does not answer any more (the client is {client.status}): {_AGAIN}")
+            raise StorageError(
+                f"the scheduler does not answer any more (the client is {client.status}): {_AGAIN}"
+            )
         if time.monotonic() - last_seen > SECONDS_WITHOUT_WORKERS:
             if not client.scheduler_info(n_workers=-1)["workers"]:
-                raise OSError(f"the cluster has had no worker for {SECONDS_WITHOUT_WORKERS} s: {_AGAIN}")
+                raise StorageError(f"the cluster has had no worker for {SECONDS_WITHOUT_WORKERS} s: {_AGAIN}")
             last_seen = time.monotonic()
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -238,8 +241,10 @@ def _result(future: Any) -> Any:
         return LostWorker(str(error))
     except (concurrent.futures.CancelledError, asyncio.CancelledError) as error:
         # Of Python's own, which is no Exception: nobody here has cancelled it.
-        raise OSError(f"the scheduler has dropped a task, as one does that is stopped: {_AGAIN}") from error
+        raise StorageError(
+            f"the scheduler has dropped a task, as one does that is stopped: {_AGAIN}"
+        ) from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise AbsentError(
             f"a worker does not find the run ({error}); it must be where every worker reads it, under the same path"
         ) from error

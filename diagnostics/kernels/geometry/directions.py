@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
 
 # Centred rows shorter than this share of the longest are the rounding of rows at the mean (some 1e-16, with a margin of
@@ -63,7 +64,7 @@ def _paired_rows(x: Array, y: Array, mask: Array | None) -> tuple[Any, Array, Ar
     """Unit rows of two batches of the same shape, and which pairs have a direction on both sides."""
     a, b = rows(x, mask=mask), rows(y, mask=mask, name="y")
     if a.values.shape != b.values.shape:
-        raise ValueError(
+        raise InputError(
             f"x and y have shapes {tuple(a.values.shape)} and {tuple(b.values.shape)}; expected equal shapes"
         )
     xp = a.xp
@@ -89,7 +90,7 @@ def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If the shapes differ.
 
     Examples
@@ -131,7 +132,7 @@ def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If the shapes differ.
 
     Examples
@@ -162,7 +163,7 @@ def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If the shapes differ.
 
     Examples

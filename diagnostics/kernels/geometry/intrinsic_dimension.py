@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64, ratio, row_hash, rows, scaled, selected
 
 # Entries of one block of rows of the distance matrix: 32 MB of float64, so that N² distances are never in memory.
@@ -38,7 +39,7 @@ def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Arra
 
     Raises
     ------
-    ValueError
+    InputError
         If ``discard`` is out of range.
 
     Examples
@@ -50,7 +51,7 @@ def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Arra
     True
     """
     if not 0 <= discard < 1:
-        raise ValueError(f"discard is {discard}; expected a share from 0 up to but not including 1")
+        raise InputError(f"discard is {discard}; expected a share from 0 up to but not including 1")
     matrix = rows(x, mask=mask, center=True)
     xp = matrix.xp
     matrix = matrix._replace(values=scaled(matrix)[0])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_array, as_float64, ratio
 from depthscope.diagnostics.kernels.rank import singular_values
 
@@ -46,7 +47,7 @@ def alpha_req_of(s: Array, *, first: int = 4, last: int | None = 100) -> PowerLa
 
     Raises
     ------
-    ValueError
+    InputError
         If the range is empty.
 
     Examples
@@ -57,7 +58,7 @@ def alpha_req_of(s: Array, *, first: int = 4, last: int | None = 100) -> PowerLa
     (2.0, 100)
     """
     if first < 1 or (last is not None and last <= first):
-        raise ValueError(f"the range is {first} to {last}; expected 1 ≤ first < last, indices counted from 1")
+        raise InputError(f"the range is {first} to {last}; expected 1 ≤ first < last, indices counted from 1")
     xp, s = as_float64(s, name="s")
     index = xp.arange(1, s.shape[-1] + 1, dtype=xp.float64, device=device(s))
     fitted = (
@@ -117,7 +118,7 @@ def alpha_req(
 
     Raises
     ------
-    ValueError
+    InputError
         If the range is empty.
 
     Examples

@@ -5,6 +5,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
 
 from typing import Any
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, peak, ratio, rows
 
 
@@ -30,7 +31,7 @@ def dirichlet_energy(x: Array, *, graph: str = "complete", mask: Array | None = 
 
     Raises
     ------
-    ValueError
+    InputError
         If ``graph`` is unknown.
 
     Examples
@@ -41,7 +42,7 @@ def dirichlet_energy(x: Array, *, graph: str = "complete", mask: Array | None = 
     (1.0, 2.5)
     """
     if graph not in ("complete", "path"):
-        raise ValueError(f"graph is {graph!r}; expected 'complete' or 'path'")
+        raise InputError(f"graph is {graph!r}; expected 'complete' or 'path'")
     matrix = rows(x, mask=mask)
     xp, values = matrix.xp, matrix.values
     scale = peak(xp, values)

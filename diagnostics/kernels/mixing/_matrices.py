@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64, checked
 
 # A running product is rescaled where its size leaves this range: one more matrix, of size up to 1e100 as well, cannot
@@ -17,7 +18,7 @@ def square(p: Array, *, name: str = "p", ndim: int = 2) -> tuple[Any, Array]:
     """The namespace and the float64 value of square matrices (..., n, n)."""
     xp, p = as_float64(p, name=name, ndim=ndim)
     if p.shape[-1] != p.shape[-2]:
-        raise ValueError(f"{name} has shape {tuple(p.shape)}; expected square mixing matrices (..., n, n)")
+        raise InputError(f"{name} has shape {tuple(p.shape)}; expected square mixing matrices (..., n, n)")
     return xp, p
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 from depthscope.diagnostics.kernels.mixing.stochastic import doubly_stochastic_violation
@@ -206,7 +207,7 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
 
     Raises
     ------
-    ValueError
+    InputError
         For a single stream.
 
     Examples
@@ -218,7 +219,7 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     """
     xp, p = square(p)
     if p.shape[-1] < 2:
-        raise ValueError(f"p has shape {tuple(p.shape)}; expected matrices of two or more streams")
+        raise InputError(f"p has shape {tuple(p.shape)}; expected matrices of two or more streams")
     errors = {name: float(xp.max(values)) for name, values in constraint_errors(p).items()}
     errors["departure"] = _departure(xp, p)
     errors["expansion"] = _expansion(xp, p)

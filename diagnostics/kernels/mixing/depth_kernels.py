@@ -6,6 +6,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64
 from depthscope.diagnostics.kernels.mixing._matrices import as_given, in_memory, unscaled
 from depthscope.diagnostics.kernels.mixing.pairs import mix_on
@@ -52,7 +53,7 @@ def depth_kernel(
 
     Raises
     ------
-    ValueError
+    InputError
         If shapes disagree, or a sublayer reads a state later than its own.
 
     Examples
@@ -106,11 +107,11 @@ def _order(
     read = at if reads_from is None else [int(state) for state in reads_from]
     in_order = len(at) == depth and at[:1] == [0] and all(b - a in (0, 1) for a, b in pairwise(at))
     if not in_order:
-        raise ValueError(
+        raise InputError(
             f"applied_to is {at}; expected {depth} states from 0 on, each the last one or the next"
         )
     if len(read) != depth or any(not 0 <= r <= a for r, a in zip(read, at, strict=False)):
-        raise ValueError(
+        raise InputError(
             f"reads_from is {read}; expected {depth} states, none later than those of applied_to, {at}"
         )
     starts = [k for k in range(depth) if k == 0 or at[k] != at[k - 1]]
@@ -126,7 +127,7 @@ def _weights(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name
     _, weights = as_float64(weights, name=name)
     expected = (stack.shape[0], *batch, stack.shape[1])
     if tuple(weights.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected {expected}, as h_res has")
+        raise InputError(f"{name} has shape {tuple(weights.shape)}; expected {expected}, as h_res has")
     flat = xp.reshape(in_memory(weights), (stack.shape[0], -1, stack.shape[1]))
     return contiguous(xp.permute_dims(flat, (0, 2, 1)))
 
@@ -138,5 +139,5 @@ def _edge(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: s
     try:
         full = xp.broadcast_to(xp.asarray(in_memory(weights), device=device(stack)), expected)
     except (ValueError, RuntimeError):
-        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected (..., n) = {expected}") from None
+        raise InputError(f"{name} has shape {tuple(weights.shape)}; expected (..., n) = {expected}") from None
     return xp.permute_dims(xp.reshape(full, (-1, stack.shape[1])), (1, 0))

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import log, square
 from depthscope.diagnostics.kernels.mixing.singular import singular_values
@@ -117,7 +118,7 @@ def operator_gain(p: Array, order: float = math.inf) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``order`` is another.
 
     Examples
@@ -129,7 +130,7 @@ def operator_gain(p: Array, order: float = math.inf) -> Array:
     if order == 2:
         return singular_values(p)[..., 0]
     if order not in (1, math.inf):
-        raise ValueError(f"order is {order!r}; expected 1, 2 or math.inf")
+        raise InputError(f"order is {order!r}; expected 1, 2 or math.inf")
     return xp.max(xp.sum(xp.abs(p), axis=-2 if order == 1 else -1), axis=-1)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64, ratio, triangle
 from depthscope.diagnostics.kernels.mixing._matrices import log, square
 from depthscope.diagnostics.kernels.rank import effective_rank_of
@@ -64,7 +65,7 @@ def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If shapes disagree.
 
     Examples
@@ -77,7 +78,7 @@ def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
     _, reads = as_float64(h_pre, name="h_pre")
     _, writes = as_float64(h_post, name="h_post")
     if reads.shape != h.shape[:-1] or writes.shape != h.shape[:-1]:
-        raise ValueError(
+        raise InputError(
             f"h_pre and h_post have shapes {tuple(reads.shape)} and {tuple(writes.shape)}; expected "
             f"{tuple(h.shape[:-1])}, as h_res has"
         )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
@@ -29,7 +30,7 @@ def softmax_sensitivity(p: Array) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         For 1 × 1 matrices.
 
     Examples
@@ -39,7 +40,7 @@ def softmax_sensitivity(p: Array) -> Array:
     """
     xp, p = square(p)
     if p.shape[-1] < 2:
-        raise ValueError("p is 1 × 1; expected matrices of two streams or more: one stream mixes nothing")
+        raise InputError("p is 1 × 1; expected matrices of two streams or more: one stream mixes nothing")
     return xp.sum(p * (1.0 - p), axis=(-2, -1)) / (p.shape[-1] - 1.0)
 
 
@@ -68,7 +69,7 @@ def sinkhorn_sensitivity(p: Array) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         For 1 × 1 matrices.
 
     Examples
@@ -80,7 +81,7 @@ def sinkhorn_sensitivity(p: Array) -> Array:
     """
     xp, p = square(p)
     if p.shape[-1] < 2:
-        raise ValueError("p is 1 × 1; expected matrices of two streams or more: one stream mixes nothing")
+        raise InputError("p is 1 × 1; expected matrices of two streams or more: one stream mixes nothing")
     n = p.shape[-1]
     flat = xp.reshape(p, (-1, n, n))
     lost, is_right = _lost_by_elimination(xp, flat)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_count, ratio
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
@@ -25,7 +26,7 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``last`` is not one of those, ``steps`` not a whole number of 1 or more, or logits are not finite.
 
     Examples
@@ -34,7 +35,7 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     [[0.5, 0.5], [0.5, 0.5]]
     """
     if last not in ("row", "column"):
-        raise ValueError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
+        raise InputError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
     steps = as_count(steps, name="steps")
     xp, logs = square(logits, name="logits")
     # In logarithms, with the largest taken out before exp: logits of ±900 are no float64 numbers as exponentials.

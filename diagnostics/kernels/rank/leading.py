@@ -3,6 +3,7 @@
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k = min(N, d)`` singular values s.
 """
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, ratio
 from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum, energies
 
@@ -73,7 +74,7 @@ def top_energy_of(s: Array, k: int) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``k`` is below 1.
 
     Examples
@@ -82,7 +83,7 @@ def top_energy_of(s: Array, k: int) -> Array:
     0.5
     """
     if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1 direction")
+        raise InputError(f"k is {k}; expected at least 1 direction")
     xp, s = as_spectrum(s)
     energy = xp.flip(xp.sort(s * s, axis=-1), axis=-1)
     return ratio(xp, xp.sum(energy[..., :k], axis=-1), xp.sum(energy, axis=-1))
@@ -109,7 +110,7 @@ def top_energy(x: Array, k: int, *, center: bool = False, mask: Array | None = N
 
     Raises
     ------
-    ValueError
+    InputError
         If ``k`` is below 1.
 
     Examples

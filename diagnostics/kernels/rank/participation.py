@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, gram, ratio, rows, scaled
 from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum
 
@@ -63,7 +64,7 @@ def participation_ratio(
 
     Raises
     ------
-    ValueError
+    InputError
         If ``correct`` is unknown.
 
     Examples
@@ -73,7 +74,7 @@ def participation_ratio(
     2.0
     """
     if correct not in (None, "rows", "both"):
-        raise ValueError(f"correct is {correct!r}; expected None, 'rows' or 'both'")
+        raise InputError(f"correct is {correct!r}; expected None, 'rows' or 'both'")
     matrix = rows(x, mask=mask, center=center)
     xp = matrix.xp
     # Numerator and denominator have the same units: the scale needs no correction.

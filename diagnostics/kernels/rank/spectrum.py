@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, Rows, as_float64, gram, peak, rows, scaled, triangle
 
 # A float64 Gram matrix has eigenvalues to about 1e-16 λ_max. Below this λ_min/λ_max the small ones, and with them
@@ -96,7 +97,7 @@ def as_spectrum(s: Array) -> tuple[Any, Array]:
     """The namespace, and singular values divided by the largest (squares cannot overflow); refused if negative."""
     xp, s = as_float64(s, name="s")
     if bool(xp.any(s < 0)):
-        raise ValueError(
+        raise InputError(
             f"s has negative values (least {float(xp.min(s)):.3g}); expected singular values (..., k) ≥ 0"
         )
     return xp, s / peak(xp, s, axis=-1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, peak
 from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
@@ -44,7 +45,7 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
 
     Raises
     ------
-    ValueError
+    InputError
         If a side has N − 1 directions or more (CCA is then 1 by construction), or rows do not match.
 
     Examples
@@ -55,7 +56,7 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
     1.0
     """
     if not 0 < energy <= 1:
-        raise ValueError(f"energy is {energy}; expected a share of the variance, above 0 and at most 1")
+        raise InputError(f"energy is {energy}; expected a share of the variance, above 0 and at most 1")
 
     def prepare(xp: Any, side: Array) -> Array:
         _require_rows(side.shape[0], 1)
@@ -92,7 +93,7 @@ def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Arr
 
     Raises
     ------
-    ValueError
+    InputError
         If there are no more rows than features (CCA is then 1 by construction), or rows do not match.
 
     Examples
@@ -122,7 +123,7 @@ def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Arr
 def _require_rows(n: int, p: int) -> None:
     """Refuse canonical correlations without spare rows."""
     if n <= p:
-        raise ValueError(
+        raise InputError(
             f"got {n} independent rows for {p} directions; expected more rows, for with n ≤ p "
             "canonical correlations are 1 by construction: give more tokens or fewer directions"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
 from depthscope.diagnostics.kernels.similarity.pairwise import paired_rows
 
@@ -60,7 +61,7 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``xy`` is infinite.
 
     Examples
@@ -74,7 +75,7 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     # Two roots, for the product of two squares can overflow where the norms do not.
     norm = xp.sqrt(xp.where(xx > 0, xx, xp.ones_like(xx))) * xp.sqrt(xp.where(yy > 0, yy, xp.ones_like(yy)))
     if bool(xp.any(xp.isinf(xy))):
-        raise ValueError("xy contains infinite HSIC values; expected finite ones: rescale the features")
+        raise InputError("xy contains infinite HSIC values; expected finite ones: rescale the features")
     return xp.where(defined, xy / norm, xp.full_like(xy / norm, xp.nan))
 
 
@@ -98,7 +99,7 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
 
     Raises
     ------
-    ValueError
+    InputError
         If rows do not match.
 
     Examples
@@ -133,7 +134,7 @@ def hsic1(k: Array, q: Array) -> Array:
 
     Raises
     ------
-    ValueError
+    InputError
         If the shapes are not square and equal.
 
     Examples
@@ -147,7 +148,7 @@ def hsic1(k: Array, q: Array) -> Array:
     _, q = as_float64(q, name="q", ndim=2)
     n = k.shape[-1]
     if k.shape != q.shape or k.shape[-2] != n:
-        raise ValueError(
+        raise InputError(
             f"k and q have shapes {tuple(k.shape)} and {tuple(q.shape)}; expected equal (..., n, n)"
         )
     if n < 4:
@@ -178,7 +179,7 @@ def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:
 
     Raises
     ------
-    ValueError
+    InputError
         If a size is below 1.
 
     Examples
@@ -188,7 +189,7 @@ def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:
     """
     d_y = d_x if d_y is None else d_y
     if min(n, d_x, d_y) < 1:
-        raise ValueError(f"n, d_x, d_y is {n}, {d_x}, {d_y}; expected at least 1 each")
+        raise InputError(f"n, d_x, d_y is {n}, {d_x}, {d_y}; expected at least 1 each")
     # For n rows less their mean, W = XXᵀ has n − 1 degrees of freedom: E tr(W²) = (n−1) d (n + d), and independent
     # sides have E⟨K, L⟩ = (n−1) d_x d_y.
     return float((d_x * d_y / ((n + d_x) * (n + d_y))) ** 0.5)

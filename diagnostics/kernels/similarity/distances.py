@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, first_equal, peak, rows, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
@@ -86,7 +87,7 @@ def rbf_cka(
 
     Raises
     ------
-    ValueError
+    InputError
         If ``fraction`` is not positive or rows do not match.
 
     Examples
@@ -97,7 +98,7 @@ def rbf_cka(
     1.0
     """
     if not fraction > 0:
-        raise ValueError(f"fraction is {fraction}; expected a positive multiple of the median distance")
+        raise InputError(f"fraction is {fraction}; expected a positive multiple of the median distance")
 
     hsic = hsic1 if unbiased else _product
 
@@ -162,7 +163,7 @@ def rsa(
 
     Raises
     ------
-    ValueError
+    InputError
         If ``metric`` or ``compare`` is unknown, or rows do not match.
 
     Examples
@@ -173,7 +174,7 @@ def rsa(
     1.0
     """
     if metric not in ("correlation", "cosine", "euclidean") or compare not in ("spearman", "pearson"):
-        raise ValueError(
+        raise InputError(
             f"metric is {metric!r} and compare {compare!r}; expected 'correlation', 'cosine' or 'euclidean', "
             "and 'spearman' or 'pearson'"
         )

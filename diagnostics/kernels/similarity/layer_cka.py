@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import (
     NO_MASK,
     Array,
@@ -54,7 +55,7 @@ def hsic_matrix(
 
     Raises
     ------
-    ValueError
+    InputError
         If shapes disagree.
 
     Examples
@@ -90,7 +91,7 @@ def cka_matrix(
 
     Raises
     ------
-    ValueError
+    InputError
         If shapes disagree.
 
     Examples
@@ -121,7 +122,7 @@ def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``x`` is not a stack of layers.
 
     Examples
@@ -209,7 +210,7 @@ def _products(x: Array, y: Array | None, mask: Array | None, *, in_float32: bool
     b = a if y is None else _layers(y, mask, in_float32, "y")[1]
     n = a.values.shape[1]
     if b.values.shape[1] != n:
-        raise ValueError(
+        raise InputError(
             f"x and y have {n} and {b.values.shape[1]} rows; expected the same tokens on both sides"
         )
     k, q = a.square_lengths, b.square_lengths
@@ -259,7 +260,7 @@ def _layers(x: Array, mask: Array | None, in_float32: bool, name: str) -> tuple[
     """Layers (L, N, d) centred in float64; stored in float32 if ``in_float32`` and their dtype is no wider."""
     x = as_array(x, name=name)
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected layers (L, N, d), none of them empty")
+        raise InputError(f"{name} has shape {tuple(x.shape)}; expected layers (L, N, d), none of them empty")
     xp = array_namespace(x)
     in_float32 = in_float32 and x.dtype != xp.float64 and xp.isdtype(x.dtype, "real floating")
     stored, square_lengths, scales = None, [], []
@@ -361,7 +362,7 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no batch, one has fewer than 4 rows, batches of a side differ in layers or width, or the two
         sides differ in number.
 
@@ -375,11 +376,11 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     sides_x = _side(batches_x, "batches_x")
     sides_y = sides_x if batches_y is None else _side(batches_y, "batches_y")
     if not sides_x or len(sides_x) != len(sides_y):
-        raise ValueError(
+        raise InputError(
             f"got {len(sides_x)} and {len(sides_y)} batches; expected as many on both sides, one at least"
         )
     if sides_x[0].ndim != sides_y[0].ndim:
-        raise ValueError(
+        raise InputError(
             f"batches have shapes {tuple(sides_x[0].shape)} and {tuple(sides_y[0].shape)}; "
             "expected (n, d) on both sides, or (L, n, d) on both"
         )
@@ -405,14 +406,14 @@ def _side(batches: Iterable[Array], side: str) -> list[Array]:
         name = f"{side}[{index}]"
         batch = as_array(batch, name=name)
         if batch.ndim not in (2, 3) or batch.shape[-2] < 4:
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {tuple(batch.shape)}; expected (n, d) or (L, n, d), and HSIC₁ needs at least "
                 "4 rows: drop it or join batches"
             )
         found.append(batch)
         first, _ = of_one_library(found[0], batch, names=(f"{side}[0]", name))
         if (*first.shape[:-2], first.shape[-1]) != (*batch.shape[:-2], batch.shape[-1]):
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {tuple(batch.shape)} and {side}[0] {tuple(first.shape)}; expected batches of the "
                 "same layers and features, only rows may differ: compare layers of different widths two by two"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_count, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.distances import square_distances
@@ -36,7 +37,7 @@ def _neighbours(xp: Any, similarity: Array, k: int) -> Array:
 def _require_neighbours(n: int, k: int, least: int) -> None:
     """Refuse more neighbours than there are."""
     if not least <= k < n:
-        raise ValueError(f"k is {k} for {n} rows; expected {least} ≤ k < {n}")
+        raise InputError(f"k is {k} for {n} rows; expected {least} ≤ k < {n}")
 
 
 def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None = None) -> Array:
@@ -58,7 +59,7 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
 
     Raises
     ------
-    ValueError
+    InputError
         If ``k`` is not a whole number between 1 and N − 1, or rows do not match.
 
     Examples
@@ -111,7 +112,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
 
     Raises
     ------
-    ValueError
+    InputError
         If ``k`` is not a whole number between 2 and N − 1, or rows do not match.
 
     Examples

@@ -13,6 +13,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, of_one_library, rows, selected
 
 # Prepared layers may take about this many bytes of memory; beyond, the least recently used is computed again. A
@@ -29,7 +30,7 @@ def paired_rows(x: Array, y: Array, mask: Array | None, *, center: bool) -> tupl
     a = rows(x, mask=mask, center=center)
     b = rows(y, mask=mask, center=center, name="y")
     if a.values.shape[:-1] != b.values.shape[:-1]:
-        raise ValueError(
+        raise InputError(
             f"x and y have shapes {tuple(a.values.shape)} and {tuple(b.values.shape)}; expected equal "
             "batch and rows (..., N); widths may differ"
         )
@@ -70,7 +71,7 @@ def compare_sides(
 
     Raises
     ------
-    ValueError
+    InputError
         If rows do not match, or without y if x is not a stack of layers.
     """
     if y is None:
@@ -87,12 +88,12 @@ def _layers(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
     """The layers and their mask, refused where they cannot be compared row by row."""
     x, mask = as_array(x), None if mask is None else as_array(mask, name="mask")
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(
+        raise InputError(
             f"x has shape {tuple(x.shape)} and y is None; expected layers (L, N, d), none of them empty: "
             "give y to compare two batches of matrices"
         )
     if mask is not None and mask.ndim != 1:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (N,): all layers have the same rows")
+        raise InputError(f"mask has shape {tuple(mask.shape)}; expected (N,): all layers have the same rows")
     return x, mask
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import Finding, Severity, judge
+from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.probes.training.live.history import histories
 from depthscope.probes.training.live.row import LiveRow
 
@@ -26,7 +27,7 @@ def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Fi
     return judge(xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain}))
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(DepthscopeError, RuntimeError):
     """A finding as severe as ``stop_on`` was met; raised at the end of the step, after everything of it was saved.
 
     Parameters

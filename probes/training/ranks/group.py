@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.errors import CaptureError
 
 WORLD, NONE = "world", "none"
@@ -63,18 +64,18 @@ def data_group(model: nn.Module, group: Any = None) -> DataGroup | None:
 
     Raises
     ------
-    ValueError
+    InputError
         For a group of another kind, and where several processes run and nothing tells which of them belong together.
     """
     if isinstance(group, str) and group not in (WORLD, NONE):
-        raise ValueError(
+        raise InputError(
             f"group is {group!r}; expected 'world', 'none', a ProcessGroup or a DeviceMesh of one axis"
         )
     initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not initialised:
         if group is None or isinstance(group, str):
             return None  # one process, which is the world
-        raise ValueError("group came and torch.distributed is not initialised; call init_process_group first")
+        raise InputError("group came and torch.distributed is not initialised; call init_process_group first")
     if group == NONE or torch.distributed.get_world_size() == 1:
         return None
     if group is not None:
@@ -88,7 +89,7 @@ def data_group(model: nn.Module, group: Any = None) -> DataGroup | None:
 def _as_data_group(ranks: list[int], chosen: str) -> DataGroup | None:
     this = torch.distributed.get_rank()
     if this not in ranks:
-        raise ValueError(
+        raise InputError(
             f"the group has the processes {_named(ranks)} and this one is {this}; expected one of its members"
         )
     if len(ranks) == 1:
@@ -109,14 +110,14 @@ def _ranks_of(group: Any) -> list[int]:
         return list(range(torch.distributed.get_world_size()))
     if hasattr(group, "mesh_dim_names") and hasattr(group, "get_group"):  # a DeviceMesh, whose import is slow
         if group.ndim != 1:
-            raise ValueError(
+            raise InputError(
                 f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}; expected the one axis over which the "
                 'data differ, such as mesh["dp"]'
             )
         return group.mesh.tolist()
     if isinstance(group, torch.distributed.ProcessGroup):
         return torch.distributed.get_process_group_ranks(group)
-    raise ValueError(
+    raise InputError(
         f"group is of type {type(group).__name__}; expected 'world', 'none', a ProcessGroup or a DeviceMesh of one axis"
     )
 
@@ -126,14 +127,14 @@ def _of_wrapper(model: nn.Module) -> tuple[list[int], str]:
     for wrapper, ranks in _wrappers(model):
         return ranks, wrapper
     if _sharded_by_tensor(model):
-        raise ValueError(
+        raise InputError(
             "the parameters of the model are DTensors without fully_shard, as under tensor parallelism: whether the processes "
             "have the same data cannot be known. Pass group= the processes whose data differ, such as mesh['dp'], or "
             "group='none' where all have the same data; under sequence parallelism those whose tokens differ: group='world', "
             "or a mesh of these"
         )
     world = torch.distributed.get_world_size()
-    raise ValueError(
+    raise InputError(
         f"{world} processes run and the model has no data-parallel wrapper: whether they train one model together cannot be "
         "known. Pass group='world' where each has a part of the data, group= the processes that do, or group='none' where "
         "this process measures alone"

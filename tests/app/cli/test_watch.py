@@ -101,7 +101,7 @@ def test_an_error_of_the_script_is_told_as_python_tells_it(script, tmp_path, cap
     idle = tmp_path / "idle.py"
     idle.write_text("print('nothing to train')")
     assert main(["watch", "--out", str(tmp_path / "b"), str(idle)]) == 1
-    assert "nothing was recorded: no optimiser updated" in capfd.readouterr().err
+    assert "nothing was recorded: no optimizer updated" in capfd.readouterr().err
 
 
 COMPILED = """

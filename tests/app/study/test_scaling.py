@@ -13,7 +13,7 @@ pytest.importorskip("hyper_connections")
 from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
 from depthscope.app.study import scaling
-from depthscope.app.study.scaling import BASE_DEPTH, BASE_WIDTH, PARAMETRISATIONS, Decoder, optimiser_of
+from depthscope.app.study.scaling import BASE_DEPTH, BASE_WIDTH, PARAMETRISATIONS, Decoder, optimizer_of
 from depthscope.diagnostics.experiments import open_result
 
 
@@ -24,9 +24,9 @@ def test_at_the_base_all_rules_are_the_same_and_elsewhere_as_declared(name):
     assert base.logit_scale == base.blocks[0].scale == 1
     assert large.logit_scale == (1.0 if name == "standard" else 0.25)
     assert large.blocks[0].scale == (0.5 if name == "completep" else 1.0)
-    rates = [group["lr"] for group in optimiser_of(large, 0, learning_rate=1.0).param_groups]
+    rates = [group["lr"] for group in optimizer_of(large, 0, learning_rate=1.0).param_groups]
     assert rates == ([1.0, 1.0] if name == "standard" else [0.25, 1.0])
-    groups = optimiser_of(large, 0).param_groups
+    groups = optimizer_of(large, 0).param_groups
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in large.parameters()}
     # Hidden matrices alone: neither norms nor the embedding and the head.
     assert all(p.ndim == 2 and len(p) >= 4 * BASE_WIDTH for p in groups[0]["params"])

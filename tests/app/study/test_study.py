@@ -126,7 +126,7 @@ def test_split_and_entropy():
 
 
 def test_only_branch_matrices_and_head_decay():
-    decaying, others = create_learner("mhc", RECIPE).optimiser.param_groups
+    decaying, others = create_learner("mhc", RECIPE).optimizer.param_groups
     assert len(decaying["params"]) == 4 * SIZE.layers + 1
     assert decaying["weight_decay"] > 0
     assert others["weight_decay"] == 0

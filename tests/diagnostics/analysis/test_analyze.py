@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -335,3 +336,36 @@ def test_a_metric_is_one_function(residual_run):
         found, residual_run.trace.residual.mean(("sample", "token", "feature")), atol=1e-6
     )
     assert found.attrs["long_name"] == "Mean activation"
+
+
+@pytest.mark.parametrize("ending", [".nc", ".zarr"])
+def test_an_analysis_writes_itself_and_is_judged_when_it_comes_back(mhc_run, tmp_path, ending):
+    found = diagnostics.analyze(mhc_run)
+    part = found.isel(step=-1)
+    if ending == ".nc":
+        found.to_netcdf(tmp_path / "a.nc")
+        part.to_netcdf(tmp_path / "b.nc")
+        back = xr.open_dataset(tmp_path / "a.nc")
+    else:
+        with warnings.catch_warnings(action="ignore"):  # zarr's own, of text
+            found.to_zarr(tmp_path / "a.zarr")
+            back = xr.open_zarr(tmp_path / "a.zarr")
+    with back:
+        xr.testing.assert_allclose(back.load()["effective_rank"], found["effective_rank"])
+        assert back.attrs["not_computed"].startswith("json:")
+        assert [each.sentence for each in diagnostics.judge(back)] == [
+            each.sentence for each in diagnostics.judge(found)
+        ]
+
+
+def test_an_analysis_of_several_chains_writes_itself(make_run, tmp_path):
+    chain = make_run("residual", layers=2)["trace"].to_dataset()
+    run = schema.create_run({"encoder": chain, "decoder": chain}, attrs=make_run("residual", layers=2).attrs)
+    diagnostics.analyze(run).to_netcdf(tmp_path / "a.nc")
+    with xr.open_datatree(tmp_path / "a.nc") as back:
+        assert set(back.children) == {"encoder", "decoder"}
+
+
+def test_metrics_may_come_by_position(mhc_run):
+    by_name = diagnostics.analyze(mhc_run, metrics=["effective_rank"])
+    assert by_name.identical(diagnostics.analyze(mhc_run, ["effective_rank"]))

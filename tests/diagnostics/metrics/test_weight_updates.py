@@ -106,5 +106,5 @@ def test_a_module_that_stands_still_is_named():
     assert "is 0 in head, below 1e-07" in found.sentence
 
 
-def test_where_no_optimiser_ran_nothing_is_said():
+def test_where_no_optimizer_ran_nothing_is_said():
     assert judged([np.nan, np.nan, np.nan]) == {}

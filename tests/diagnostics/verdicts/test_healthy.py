@@ -40,16 +40,16 @@ torch.set_num_threads(1)
 
 def practised(model: nn.Module, steps: int, rate: float) -> nn.Module:
     """A model after some steps of learning to repeat."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         half = torch.randint(1, 64, (8, 8), generator=generator)
         batch = torch.cat([half, half], 1)
         output = model(batch)
         logits = getattr(output, "logits", output)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
-        optimiser.step()
+        optimizer.step()
     return model.eval()
 
 

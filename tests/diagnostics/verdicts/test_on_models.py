@@ -130,11 +130,11 @@ def one_step(module: str, rate: float | None) -> xr.DataTree:
     model.get_submodule(module).requires_grad_(rate is not None)
     special = list(model.get_submodule(module).parameters())
     others = [p for p in model.parameters() if all(p is not one for one in special)]
-    optimiser = torch.optim.Adam([{"params": special, "lr": rate or 0.0}, {"params": others, "lr": 1e-3}])
+    optimizer = torch.optim.Adam([{"params": special, "lr": rate or 0.0}, {"params": others, "lr": 1e-3}])
     with probes.record(model, gradients=True, weights=True) as recorder:
         loss = prediction(model(batch), batch)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         recorder.step(loss)
     return recorder.run
 

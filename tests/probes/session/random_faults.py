@@ -74,7 +74,7 @@ class Followed:
 
 @dataclass
 class World:
-    """A user's script: the model, its optimiser, and everything that it shows to the outside."""
+    """A user's script: the model, its optimizer, and everything that it shows to the outside."""
 
     model: Noted
     optimizer: torch.optim.Optimizer
@@ -808,7 +808,7 @@ def _step(world: World, names: list[str]) -> None:
     except BaseException as error:  # the user's loop catches what it raised itself
         world.show(type(error).__name__, str(error).splitlines()[0][:80] if str(error) else "")
     world.show(*(p.grad for p in world.model.parameters()))
-    if world.random.random() < 0.8:  # at times the optimiser's step is left out
+    if world.random.random() < 0.8:  # at times the optimizer's step is left out
         world.optimizer.step()
     world.optimizer.zero_grad()
     for each in list(world.followed):

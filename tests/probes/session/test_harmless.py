@@ -134,7 +134,7 @@ def test_capture_leaves_everything_as_it_was(ids):
 
 
 def test_a_step_in_the_backward_is_not_run_by_capture(ids):
-    """Optimisers that live in post-accumulate hooks must not be woken."""
+    """Optimizers that live in post-accumulate hooks must not be woken."""
     model = Residual()
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():

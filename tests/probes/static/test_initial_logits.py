@@ -99,16 +99,16 @@ def test_decoupled_weight_decay_is_what_the_replay_says(name, ids):
     others = [
         p for n, p in model.named_parameters() if not n.endswith((*kinds, "scale", "alpha_fn", "_hc.fn"))
     ]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": logits, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}], lr=0.02
     )
     for _ in range(20):
         output = model(ids)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(getattr(output, "logits", output).flatten(0, 1), ids.flatten()).backward()
         for one in logits:
             one.grad.zero_()
-        optimiser.step()
+        optimizer.step()
     decay = diagnostics.decay_factor(0.02, weight_decay=0.5, steps=20)
     run = diagnostics.with_replay(captured(model.eval(), ids), initial, decay=decay)
     analysis = diagnostics.analyze(run)

@@ -97,7 +97,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_a_row_is_the_step_that_ends_with_it(batches):
-    """The optimiser runs, and forgets the gradients, before step()."""
+    """The optimizer runs, and forgets the gradients, before step()."""
     model, twin = fresh(), fresh()
     expected = by_hand(twin, batches, adam(twin))
     optimizer = adam(model)
@@ -114,7 +114,7 @@ def test_a_row_is_the_step_that_ends_with_it(batches):
     assert recorder.run.statistics.weight_layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
 
 
-def test_a_row_before_the_optimiser_holds_the_change_since_the_row_before(batches):
+def test_a_row_before_the_optimizer_holds_the_change_since_the_row_before(batches):
     model, twin = fresh(), fresh()
     expected = by_hand(twin, batches, adam(twin))
     optimizer = adam(model)
@@ -219,7 +219,7 @@ def test_frozen_weights_have_a_norm_and_nothing_else(batches):
     assert float(half.weight_count) == 8 * 16 + 16
 
 
-def test_an_optimiser_that_leaves_a_module_as_it_is_gives_zero(batches):
+def test_an_optimizer_that_leaves_a_module_as_it_is_gives_zero(batches):
     model = fresh()
     optimizer = torch.optim.SGD(model.blocks.parameters(), lr=0.1)
     with probes.record(model, weights=True) as recorder:
@@ -337,7 +337,7 @@ def test_a_sharded_weight_is_refused_with_the_reason(batches, tmp_path):
         distributed.destroy_process_group()
 
 
-def test_an_optimiser_inside_the_backward_takes_its_gradients_along(batches):
+def test_an_optimizer_inside_the_backward_takes_its_gradients_along(batches):
     model, twin = fresh(), fresh()
 
     def step(parameter):

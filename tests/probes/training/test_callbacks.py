@@ -1,4 +1,4 @@
-"""Callbacks of frameworks: one row for each step of the optimiser, evaluations left out, resumed trainings continued."""
+"""Callbacks of frameworks: one row for each step of the optimizer, evaluations left out, resumed trainings continued."""
 
 from __future__ import annotations
 

@@ -1,0 +1,121 @@
+"""What a user says of a model or a run is refused where it cannot be so, and called asserted where nothing shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import depthscope as ds
+from depthscope.app.cli.command import USAGE
+from depthscope.app.cli.main import main
+from depthscope.probes.history.history import probe_checkpoints
+from tests.models.small_models import lucidrains
+
+IDS = torch.arange(24).reshape(4, 6) % 16
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 12)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_streams_that_only_the_user_knows_are_asserted_and_not_proven():
+    assert ds.capture(Plain(), IDS).attrs["proof"] == "proven"
+    run = ds.capture(Plain(), IDS, streams=4, layout="B T (N D)")
+    assert run.attrs["n_streams"] == 4
+    assert run.attrs["proof"].startswith("unproven: 4 streams are asserted")
+    assert "asserted" in str(ds.describe(Plain(), IDS, streams=4, layout="B T (N D)"))
+    assert all("4 streams are asserted" in each.sentence for each in ds.judge(ds.analyze(run)))
+
+
+@pytest.mark.parametrize("layout", [None, "B T D"])
+def test_streams_that_the_states_do_not_have_are_refused(layout):
+    for verb in (ds.capture, ds.describe):
+        with pytest.raises(ds.LayoutError, match="streams=3 came, but a state of shape"):
+            verb(Plain(), IDS, streams=3, layout=layout)
+
+
+def test_streams_that_the_connections_do_not_have_are_refused():
+    model = lucidrains("mhc", streams=4)
+    with pytest.raises(ds.LayoutError, match="streams=3 came, but the connections of this model have 4"):
+        ds.capture(model, IDS, streams=3)
+    run = ds.capture(model, IDS, streams=4)
+    assert run.attrs["n_streams"] == 4
+    assert run.attrs["proof"] == "proven"
+
+
+@pytest.mark.parametrize("value", [object(), {"made": [object()]}, nn.Linear(1, 1), {(1, 2): 3}])
+def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(value, tmp_path):
+    attrs = {"model": "mine", "config": value}
+    expected = pytest.raises(ds.DepthscopeError, match="attrs came with 'config', which no file takes")
+    with expected:
+        ds.record(Plain(), attrs=attrs)
+    with expected:
+        ds.record(Plain(), attrs=attrs, store=tmp_path / "a")
+    with expected:
+        ds.capture(Plain(), IDS, attrs=attrs)
+    with expected:
+        probe_checkpoints([tmp_path / "none"], "text", tmp_path / "h.nc", attrs=attrs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for ending in (".nc", ".zarr", ".zarr.zip"):
+        with pytest.raises(ds.SchemaError, match="a run has a name that ends in"):
+            ds.record(Plain(), store=ending)
+        # Before a checkpoint is looked for.
+        assert main(["probe", "none", "--out", ending]) == USAGE
+        assert f"--out '{ending}' is no run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"return_dict": False}, {"_attn_implementation": "flex_attention"}, {"output_hidden_states": "x"}],
+)
+@pytest.mark.parametrize("gradients", ["--gradients", "--no-gradients"])
+def test_settings_that_a_model_does_not_run_with_are_no_bug_of_ours(
+    llama, tmp_path, change, gradients, capsys
+):
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    words = ["probe", str(tmp_path), "--out", str(tmp_path / "a.nc"), "--length", "16", gradients]
+    for command in (words, ["describe", str(tmp_path)]):
+        assert main(command) == USAGE
+        assert "the model stops with" in capsys.readouterr().err
