@@ -288,7 +288,7 @@ class History:
         if content["version"] > VERSION:
             raise SchemaError(
                 f"its row log has version {content['version']}, this depthscope reads up to {VERSION}; "
-                "upgrade with: pip install --upgrade depthscope"
+                "read it with a newer depthscope"
             )
         self.created = str(content["created"])
         self._declare(content)

@@ -147,13 +147,15 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     run(command, "check", "saved.nc", folder=folder)
     run(command, "compare", "saved.nc", "saved.nc", folder=folder)
     assert "depth" in run(command, "analyze", "saved.nc", folder=folder)
-    assert "pip install 'depthscope[capture]'" in run(
+    assert f"pip install 'depthscope[capture] @ {built['wheel'].as_uri()}'" in run(
         command, "describe", "mymodel:make", folder=folder, fails=True
     )
-    assert "pip install 'depthscope[paper]'" in run(
+    assert f"pip install 'depthscope[paper] @ {built['wheel'].as_uri()}'" in run(
         command, "export", "saved.nc", "--out", "paper", folder=folder, fails=True
     )
-    assert "pip install 'depthscope[app]'" in run(command, "dashboard", "saved.nc", folder=folder, fails=True)
+    assert f"pip install 'depthscope[app] @ {built['wheel'].as_uri()}'" in run(
+        command, "dashboard", "saved.nc", folder=folder, fails=True
+    )
 
     run(binary / "pip", "install", "-q", f"{built['wheel']}[capture]", folder=folder)
     assert "3 × Block" in run(command, "describe", "mymodel:make", folder=folder)
