@@ -171,3 +171,23 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     assert "http://127.0.0.1" in served(command, "dashboard", "saved.nc", "--no-browser", folder=folder)
     assert (folder / "paper" / "main.tex").exists()
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_checkout_without_links_is_refused_and_both_ways_on_work(tmp_path):
+    """As git leaves it with core.symlinks=false: each link is a small file."""
+    clone = tmp_path / "clone"
+    run("git", "clone", "-q", "-c", "core.symlinks=false", ROOT, clone, folder=tmp_path)
+    build = "import hatchling.build as b, sys; b.{}(sys.argv[1])"
+    for code in (build.format("build_editable"), "import depthscope"):
+        refused = run(sys.executable, "-c", code, tmp_path, folder=clone, fails=True)
+        assert "links app, diagnostics, probes are no folders" in refused
+        assert "pip install . (without -e)" in refused
+    run(sys.executable, "-c", build.format("build_wheel"), tmp_path, folder=clone)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "depthscope/probes/__init__.py" in archive.namelist()
+    shell = refused.partition("in a clone: ")[2].partition(" (Windows")[0]
+    run("sh", "-c", shell, folder=clone)
+    run(sys.executable, "-c", build.format("build_editable"), tmp_path, folder=clone)
+    run(sys.executable, "-c", "import depthscope.probes", folder=clone)
