@@ -49,7 +49,7 @@ def test_check_says_in_words_that_a_run_was_not_judged(mixed, capsys):
     assert r"not judged, so this check does not pass: foreign\x1b[2J, torn" in out
 
 
-def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
+def test_a_run_whose_analysis_fails_is_left_out(unmeasured, monkeypatch, capsys):
     analyze = readings.analyze
 
     def failing(run, **options):
@@ -58,12 +58,12 @@ def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
         return analyze(run, **options)
 
     monkeypatch.setattr(readings, "analyze", failing)
-    assert main(["check", str(saved), "--json"]) == FOUND
+    assert main(["check", str(unmeasured), "--json"]) == FOUND
     printed = json.loads(capsys.readouterr().out)
     assert printed["left_out"] == [{"run": "hc", "why": "TypeError: unexpected"}]
     assert {run["run"] for run in printed["runs"]} == {"residual", "mhc"}
     # Of a single run it is what it is: a mistake of ours.
-    assert main(["check", str(saved / "hc.nc")]) == BUG
+    assert main(["check", str(unmeasured / "hc.nc")]) == BUG
     assert "a bug in depthscope: TypeError: unexpected" in capsys.readouterr().err
 
 

@@ -92,6 +92,7 @@ def check(test) -> None:
 PAGE_NAMES = [page.url_path for page in PAGES]
 
 
+@pytest.mark.slow(but=len(PAGE_NAMES))
 @pytest.mark.parametrize("page", PAGE_NAMES)
 @pytest.mark.parametrize("first", range(0, len(VALUES), 20))
 def test_every_parameter_at_once(page, first, runs):
@@ -118,6 +119,7 @@ def test_every_value_of_every_parameter(page, case, runs):
         check(open_page(page, [runs], **others, **{name: VALUES[case]}))
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("page", PAGE_NAMES)
 def test_repeated_parameters(page, runs):
     draw = random.Random(5)
