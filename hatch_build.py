@@ -1,5 +1,6 @@
 """Which files go into an sdist and a wheel? Real ones under `depthscope/`, whose folders are links in a checkout."""
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ class LinkedFolders(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Name each folder, real, by its place in the package; an editable install points at the checkout instead."""
-        if version == "editable":
-            return
         root = Path(self.root)
+        if version == "editable":
+            # It is the checkout itself, whose `depthscope/__init__.py` refuses to be imported where the links are missing.
+            spec = spec_from_file_location("depthscope", root / "depthscope" / "__init__.py")
+            spec.loader.exec_module(module_from_spec(spec))
+            return
         for name in ("probes", "diagnostics", "app"):
             source = root / name if (root / name).is_dir() else root / "depthscope" / name
             build_data["force_include"][str(source)] = f"depthscope/{name}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,16 @@ if TYPE_CHECKING:
     from depthscope.probes.coordinate_check import coordinate_check
     from depthscope.probes.jacobian import jacobian
     from depthscope.probes.lens import lens
+
+_ROOMS = ("app", "diagnostics", "probes")
+_BROKEN = [room for room in _ROOMS if not os.path.isdir(os.path.join(os.path.dirname(__file__), room))]
+if _BROKEN and os.path.isfile(__file__):  # in a zip archive nothing is a folder, and all is there
+    raise ImportError(
+        f"in {os.path.dirname(__file__)} the links {', '.join(_BROKEN)} are no folders: this checkout was written without "
+        "symbolic links (core.symlinks=false, or an unpacked zip) and cannot be imported from where it is. Either install a "
+        "copy of it: pip install . (without -e); or get the links, in a clone: git config core.symlinks true && "
+        "git checkout -- depthscope (Windows needs its developer mode for links)"
+    )
 
 # What a saved run needs: its names are loaded without torch. Every other public name is of `probes`.
 _DIAGNOSTICS = (
@@ -123,7 +134,7 @@ if not TYPE_CHECKING:
             raise MissingExtraError(needed, name=error.name) from error
 
     def _load(name: str) -> Any:
-        if name in ("app", "diagnostics", "probes"):
+        if name in _ROOMS:
             return importlib.import_module(f"depthscope.{name}")
         if name in (
             "coordinate_check",

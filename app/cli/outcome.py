@@ -135,4 +135,6 @@ def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:
         return None
-    return f"{command} needs {name}: pip install 'depthscope[{EXTRAS[name]}]'"
+    from depthscope.diagnostics.package_versions import install_command
+
+    return f"{command} needs {name}: {install_command(EXTRAS[name])}"

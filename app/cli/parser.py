@@ -7,9 +7,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
-from depthscope.app.cli.command import USAGE
+from depthscope.app.cli.command import USAGE, Command
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.completion import PrintCompletion
 from depthscope.app.cli.values import Text, check_arguments, quoted
@@ -126,10 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     ArgumentParser
         What it parses has the command's function as ``run_command``.
     """
-    return _build()[0]
+    return _build(COMMANDS)[0]
 
 
-def _build() -> tuple[Parser, dict[str, Parser]]:
+@cache  # a parser remembers nothing of the lines that it read
+def _build(registered: tuple[Command, ...]) -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="depthscope",
         description=_ABOUT,
@@ -146,7 +148,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
     # metavar: argparse would otherwise print all names in braces, in the usage and again above the list.
     # parser_class: errors inside a command are one line too.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in COMMANDS:
+    for command in registered:
         title = f"{command.help[0].upper()}{command.help[1:]}."
         subparser = commands.add_parser(command.name, help=command.help, description=title)
         # The type of every argument that declares none, in its groups too.
@@ -172,7 +174,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         With the command's function as ``run_command``, and ``check`` to call before it: it refuses what is wrong with
         values by what is on disk.
     """
-    parser, commands = _build()
+    parser, commands = _build(COMMANDS)
     if words[0].startswith("-"):
         name = words[0].partition("=")[0]
         if name not in ("-h", "--help") and any(

@@ -39,6 +39,8 @@ def as_array(x: Array, *, name: str = "x") -> Array:
         x = np.asarray(x)
     # ``isdtype`` of the namespace takes longer than a small kernel on numpy: read the dtype's kind instead.
     if isinstance(x, np.ndarray | np.generic):
+        # A file's byte order: to numpy its dtype is unequal to float64, which kernels take for a narrower one.
+        x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
         is_real = x.dtype.kind in "biuf"
     else:
         is_real = array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating"))

@@ -96,7 +96,7 @@ def check_version(attrs: Mapping[Any, Any]) -> None:
     if major > int(SCHEMA_VERSION.split(".")[0]):
         raise SchemaError(
             f"the run has schema version {version}, this depthscope reads up to {SCHEMA_VERSION}; "
-            "upgrade with: pip install --upgrade depthscope"
+            "read it with a newer depthscope"
         )
 
 

@@ -97,9 +97,8 @@ def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
     assert register in run(folder, *pytest_rule, "-x", fails=True), "a forgotten line is named"
 
     apply(*edits[1], folder)
-    run(folder, *pytest_rule)
     (check,) = [code for order, code in blocks if order == "check"]
     # In a file of its own and a fresh process: nothing of it was imported before the example was there.
     (folder / "check.py").write_text(check, encoding="utf-8")
-    run(folder, "-W", "ignore", "check.py")
+    run(folder, *pytest_rule, "-W", "ignore", "check.py")  # pytest runs the file to look for tests in it
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")

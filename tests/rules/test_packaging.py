@@ -61,6 +61,9 @@ OWN_FOLDERS = ("app", "probes", "diagnostics", "tests")
 def run(*command: object, folder: Path, fails: bool = False) -> str:
     """What a command prints, in an environment without this checkout's path."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
+    clean["PIP_NO_COMPILE"] = (
+        "0"  # 0: not done. Of torch alone it takes a minute, and a few of its modules are imported
+    )
     done = subprocess.run(
         [str(part) for part in command], cwd=folder, env=clean, capture_output=True, text=True, check=False
     )
@@ -147,13 +150,15 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     run(command, "check", "saved.nc", folder=folder)
     run(command, "compare", "saved.nc", "saved.nc", folder=folder)
     assert "depth" in run(command, "analyze", "saved.nc", folder=folder)
-    assert "pip install 'depthscope[capture]'" in run(
+    assert f"pip install 'depthscope[capture] @ {built['wheel'].as_uri()}'" in run(
         command, "describe", "mymodel:make", folder=folder, fails=True
     )
-    assert "pip install 'depthscope[paper]'" in run(
+    assert f"pip install 'depthscope[paper] @ {built['wheel'].as_uri()}'" in run(
         command, "export", "saved.nc", "--out", "paper", folder=folder, fails=True
     )
-    assert "pip install 'depthscope[app]'" in run(command, "dashboard", "saved.nc", folder=folder, fails=True)
+    assert f"pip install 'depthscope[app] @ {built['wheel'].as_uri()}'" in run(
+        command, "dashboard", "saved.nc", folder=folder, fails=True
+    )
 
     run(binary / "pip", "install", "-q", f"{built['wheel']}[capture]", folder=folder)
     assert "3 × Block" in run(command, "describe", "mymodel:make", folder=folder)
@@ -169,3 +174,23 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     assert "http://127.0.0.1" in served(command, "dashboard", "saved.nc", "--no-browser", folder=folder)
     assert (folder / "paper" / "main.tex").exists()
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_checkout_without_links_is_refused_and_both_ways_on_work(tmp_path):
+    """As git leaves it with core.symlinks=false: each link is a small file."""
+    clone = tmp_path / "clone"
+    run("git", "clone", "-q", "-c", "core.symlinks=false", ROOT, clone, folder=tmp_path)
+    build = "import hatchling.build as b, sys; b.{}(sys.argv[1])"
+    for code in (build.format("build_editable"), "import depthscope"):
+        refused = run(sys.executable, "-c", code, tmp_path, folder=clone, fails=True)
+        assert "links app, diagnostics, probes are no folders" in refused
+        assert "pip install . (without -e)" in refused
+    run(sys.executable, "-c", build.format("build_wheel"), tmp_path, folder=clone)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "depthscope/probes/__init__.py" in archive.namelist()
+    shell = refused.partition("in a clone: ")[2].partition(" (Windows")[0]
+    run("sh", "-c", shell, folder=clone)
+    run(sys.executable, "-c", build.format("build_editable"), tmp_path, folder=clone)
+    run(sys.executable, "-c", "import depthscope.probes", folder=clone)

@@ -21,6 +21,21 @@ def test_version_and_date_are_the_same_everywhere():
     assert f"\n## [{version}] - {date}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_pages_install_from_a_checkout_or_this_versions_wheel():
+    """The name is on no index: a command with it installs nothing today, and somebody else's package one day."""
+    pages = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))}
+    commands = {
+        (path.name, command)
+        for path, text in pages.items()
+        if path.name != "CHANGELOG.md"
+        for command in re.findall(r"pip install [^\n`]*", text)
+    }
+    assert len(commands) > 10
+    assert [each for each in commands if re.search(r"[\s'\"]depthscope(?!-)", each[1])] == []
+    wheels = {wheel for _, command in commands for wheel in re.findall(r"depthscope-[\w.]+-py3", command)}
+    assert wheels == {f"depthscope-{PROJECT['version']}-py3"}
+
+
 def test_locked_versions_are_those_that_the_package_takes():
     lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -43,6 +43,7 @@ def new_draw() -> int:
     return int(asked.stdout[:7], 16) if asked.returncode == 0 else 0
 
 
+@pytest.mark.slow
 def test_a_draw_that_nobody_has_seen_is_judged_right():
     draw = new_draw()
     outcomes = [run_case(case) for case in cases(draw, NETWORKS, slow=False)]

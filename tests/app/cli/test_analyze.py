@@ -16,8 +16,8 @@ from depthscope.diagnostics import schema
 from tests.models.stream_models import deepseek_v4
 
 
-def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
-    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+def test_analyze_writes_metrics_into_the_run(unmeasured, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(unmeasured / "mhc.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--json"]) == FINE
     printed = json.loads(capsys.readouterr().out)
     with schema.open_run(path) as run:
@@ -32,19 +32,19 @@ def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
     assert printed["depth"]["m"][0]["adjacent_cka"] is None  # undefined, not zero
 
 
-def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
-    before = (saved / "residual.nc").read_bytes()
+def test_analyze_out_leaves_the_run_alone(unmeasured, tmp_path, capsys):
+    before = (unmeasured / "residual.nc").read_bytes()
     out = tmp_path / "metrics.nc"
     words = [
         "analyze",
-        str(saved / "residual.nc"),
+        str(unmeasured / "residual.nc"),
         "--metrics",
         "effective_rank,token_cosine",
         "--out",
         str(out),
     ]
     assert main(words) == FINE
-    assert (saved / "residual.nc").read_bytes() == before
+    assert (unmeasured / "residual.nc").read_bytes() == before
     with schema.open_run(out) as run:
         assert "trace" not in run.children
         assert {"effective_rank", "token_cosine"} <= set(run["metrics"].data_vars)
@@ -63,9 +63,9 @@ WRONG_OPTIONS = {
 
 
 @pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
-def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, options, said):
+def test_a_wrong_option_of_analyze_writes_nothing(unmeasured, tmp_path, capsys, options, said):
     path = tmp_path / "r.nc"
-    path.write_bytes((saved / "residual.nc").read_bytes())
+    path.write_bytes((unmeasured / "residual.nc").read_bytes())
     before = path.read_bytes(), path.stat().st_ino
     words = ["analyze", str(path), *(option.replace("RUN", str(path)) for option in options)]
     assert main(words) == USAGE
@@ -75,8 +75,8 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
 
 
 @pytest.mark.slow
-def test_metrics_that_a_run_contains_stay_with_those_measured_again(saved, tmp_path):
-    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+def test_metrics_that_a_run_contains_stay_with_those_measured_again(unmeasured, tmp_path):
+    path = schema.save_run(schema.open_run(unmeasured / "mhc.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--jackknife"]) == FINE
     first = schema.open_run(path)["metrics"].to_dataset().load()
     assert main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"]) == FINE
@@ -91,8 +91,8 @@ def test_metrics_that_a_run_contains_stay_with_those_measured_again(saved, tmp_p
         assert second.attrs[attr] == first.attrs[attr]
 
 
-def test_what_a_part_leaves_is_not_complete(saved, tmp_path):
-    path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
+def test_what_a_part_leaves_is_not_complete(unmeasured, tmp_path):
+    path = schema.save_run(schema.open_run(unmeasured / "residual.nc"), tmp_path / "r.nc")
     for name in ("token_cosine", "effective_rank"):
         assert main(["analyze", str(path), "--metrics", name]) == FINE
     stored = schema.open_run(path)["metrics"]
@@ -112,8 +112,8 @@ def test_every_chain_keeps_its_metrics(make_run, tmp_path):
         assert "residual" in stored[f"trace/{chain}"]
 
 
-def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
-    run = schema.open_run(saved / "residual.nc").load()
+def test_metrics_of_another_trace_are_not_mixed(unmeasured, tmp_path, capsys):
+    run = schema.open_run(unmeasured / "residual.nc").load()
     run["metrics"] = xr.Dataset({"token_cosine": ("step", [0.0, 1.0])}, {"step": [5, 6]})
     path = schema.save_run(run, tmp_path / "r.nc")
     before = path.read_bytes()
@@ -122,8 +122,8 @@ def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
-    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+def test_analyze_says_where_the_tables_over_pairs_are(unmeasured, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(unmeasured / "mhc.nc"), tmp_path / "m.nc")
     asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
     assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
@@ -138,8 +138,8 @@ def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
     assert printed["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
 
 
-def test_metrics_computed_on_request_are_added_to_the_others(saved, tmp_path):
-    path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
+def test_metrics_computed_on_request_are_added_to_the_others(unmeasured, tmp_path):
+    path = schema.save_run(schema.open_run(unmeasured / "residual.nc"), tmp_path / "r.nc")
     assert main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == FINE
     (reading,) = read_runs({"r": schema.open_run(path)})
     assert {"effective_rank", "intrinsic_dimension"} <= set(reading.analysis)
@@ -147,9 +147,9 @@ def test_metrics_computed_on_request_are_added_to_the_others(saved, tmp_path):
     assert "rbf_cka" in reading.analysis.attrs["on_request"]
 
 
-def test_errors_of_pooled_metrics_are_a_choice(saved, tmp_path, capsys):
+def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
     out = tmp_path / "m.nc"
-    asked = ["analyze", str(saved / "residual.nc"), "--metrics", "cka", "--out", str(out)]
+    asked = ["analyze", str(unmeasured / "residual.nc"), "--metrics", "cka", "--out", str(out)]
     assert main([*asked, "--jackknife"]) == FINE
     assert "cka_stderr" in schema.open_run(out)["metrics"]
     assert main([*asked, "--force"]) == FINE
@@ -176,8 +176,8 @@ def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
     assert "no checkpoint at" in capsys.readouterr().err
 
 
-def test_partial_metrics_in_a_run_are_not_taken_for_all(saved, tmp_path, capsys):
-    path = schema.save_run(schema.open_run(saved / "hc.nc"), tmp_path / "h.nc")
+def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(unmeasured / "hc.nc"), tmp_path / "h.nc")
     assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
     capsys.readouterr()
     assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE

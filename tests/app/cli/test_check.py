@@ -13,11 +13,11 @@ from depthscope.diagnostics.verdicts import VERDICTS
 
 
 @pytest.fixture(scope="module")
-def exploding(saved) -> str:
+def exploding(unmeasured, tmp_path_factory) -> str:
     """The HC run with every connection half as large again: 1.5 to the power of 6 is a gain above 10."""
-    run = schema.open_run(saved / "hc.nc").load()
+    run = schema.open_run(unmeasured / "hc.nc").load()
     run["trace"].dataset = run["trace"].to_dataset().assign(h_res=1.5 * run["trace"]["h_res"])
-    return str(schema.save_run(run, saved.parent / "exploding.nc"))
+    return str(schema.save_run(run, tmp_path_factory.mktemp("runs") / "exploding.nc"))
 
 
 def test_check_judges_and_exits_one_at_the_limit(exploding, saved, capsys):

@@ -16,7 +16,7 @@ COMMANDS = {
     "compare": [],
     "report": ["--out", "page.html"],
     "export": ["--out", "paper"],
-}
+}  # those that draw last
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def mixed(saved, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(("name", "options"), COMMANDS.items(), ids=COMMANDS)
 def test_the_good_run_is_judged_and_the_broken_ones_are_named(name, options, mixed, capsys):
     assert main([name, "runs", "--json", *options]) == FOUND
@@ -49,7 +50,7 @@ def test_check_says_in_words_that_a_run_was_not_judged(mixed, capsys):
     assert r"not judged, so this check does not pass: foreign\x1b[2J, torn" in out
 
 
-def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
+def test_a_run_whose_analysis_fails_is_left_out(unmeasured, monkeypatch, capsys):
     analyze = readings.analyze
 
     def failing(run, **options):
@@ -58,12 +59,12 @@ def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
         return analyze(run, **options)
 
     monkeypatch.setattr(readings, "analyze", failing)
-    assert main(["check", str(saved), "--json"]) == FOUND
+    assert main(["check", str(unmeasured), "--json"]) == FOUND
     printed = json.loads(capsys.readouterr().out)
     assert printed["left_out"] == [{"run": "hc", "why": "TypeError: unexpected"}]
     assert {run["run"] for run in printed["runs"]} == {"residual", "mhc"}
     # Of a single run it is what it is: a mistake of ours.
-    assert main(["check", str(saved / "hc.nc")]) == BUG
+    assert main(["check", str(unmeasured / "hc.nc")]) == BUG
     assert "a bug in depthscope: TypeError: unexpected" in capsys.readouterr().err
 
 

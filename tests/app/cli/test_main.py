@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from depthscope.app.cli.command import BUG, FINE, INTERRUPTED, TERMINATED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.main import main
 from depthscope.app.figures import CHOICES
+from depthscope.diagnostics import package_versions
 
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "xarray", "numpy", "rich")
 
@@ -115,15 +119,40 @@ def test_folder_without_runs_says_how_to_make_one(tmp_path, capsys):
     assert "depthscope probe CHECKPOINT" in capsys.readouterr().err
 
 
-def test_missing_extra_names_the_install_line(monkeypatch, capsys, saved):
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        ({"url": "file:///a%20b/c", "dir_info": {"editable": True}}, "pip install -e '/a b/c[app]'"),
+        ({"url": "file:///c", "dir_info": {}}, "pip install 'depthscope[app] @ file:///c'"),
+        ({"url": "file:///d.whl", "archive_info": {}}, "pip install 'depthscope[app] @ file:///d.whl'"),
+        (
+            {"url": "https://host/d", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
+            "pip install 'depthscope[app] @ git+https://host/d'",
+        ),
+        (None, "pip install 'depthscope[app]'"),  # from an index
+    ],
+)
+def test_missing_extra_is_installed_from_where_depthscope_came(origin, line, monkeypatch, capsys, saved):
+    """The name is on no index as long as nobody published it, and may be another's one day."""
+
     def absent(paths, **options):
         raise ModuleNotFoundError("No module named 'streamlit'", name="streamlit.web")
 
+    text = None if origin is None else json.dumps(origin)
+    installed = SimpleNamespace(read_text=lambda name: text)
+    monkeypatch.setattr(package_versions, "distribution", lambda name: installed)
     monkeypatch.setattr("depthscope.app.dashboard.server.launch", absent)
     assert main(["dashboard", str(saved)]) == USAGE
-    assert capsys.readouterr().err.strip() == (
-        "depthscope dashboard needs streamlit: pip install 'depthscope[app]'"
-    )
+    assert capsys.readouterr().err.strip() == f"depthscope dashboard needs streamlit: {line}"
+
+
+def test_a_checkout_that_is_not_installed_is_named(monkeypatch):
+    def none(name):
+        raise package_versions.PackageNotFoundError(name)
+
+    monkeypatch.setattr(package_versions, "distribution", none)
+    root = Path(package_versions.__file__).resolve().parents[1]
+    assert package_versions.install_command("app") == f"pip install -e '{root}[app]'"
 
 
 def test_missing_module_of_no_extra_is_our_fault(monkeypatch, saved, capsys):

@@ -20,11 +20,12 @@ def run(saved, tmp_path, monkeypatch):
 
 
 LINES = {
-    "report": ["report", "run.nc", "--out", "page.html"],
     "analyze": ["analyze", "run.nc", "--metrics", "residual_norm", "--out", "m.nc"],
+    "report": ["report", "run.nc", "--out", "page.html"],
 }
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("words", LINES.values(), ids=LINES)
 def test_a_second_time_needs_force(words, run, monkeypatch, capsys):
     assert main(words) == FINE

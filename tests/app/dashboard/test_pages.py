@@ -209,7 +209,7 @@ def foreign(path: Path) -> None:
     ("spoil", "reason"),
     [
         (broken, "torn or of another format"),
-        (newer, "pip install --upgrade depthscope"),
+        (newer, "read it with a newer depthscope"),
         (foreign, "not a depthscope run"),
     ],
 )

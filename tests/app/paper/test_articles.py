@@ -14,6 +14,7 @@ from depthscope.app.paper.export import write_bundle
 from tests.app.paper.articles import problems_of, runs_of
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(("venue", "engine"), [("neurips", "pdflatex"), ("acl", "lualatex")])
 def test_the_article_compiles(venue, engine, tmp_path, monkeypatch):
     if shutil.which(engine) is None:

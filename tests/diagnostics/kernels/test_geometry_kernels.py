@@ -260,15 +260,3 @@ def test_two_nn_blocks_and_masks(monkeypatch, rng):
     np.testing.assert_allclose(geometry.two_nn(x, mask=mask)[1], geometry.two_nn(x[1][mask[1]]), rtol=1e-9)
     with pytest.raises(ValueError, match="expected a share"):
         geometry.two_nn(x, discard=1.0)
-
-
-def test_values_not_finite_are_refused(array):
-    x = np.ones((3, 4))
-    x[1, 1] = np.nan
-    kernels = [
-        geometry.token_cosine, geometry.curvature, geometry.dirichlet_energy,
-        geometry.massive_activations, geometry.two_nn, geometry.alpha_req,
-    ]  # fmt: skip
-    for kernel in kernels:
-        with pytest.raises(ValueError, match=r"1 NaN or infinite values of 12.*\(1, 1\)"):
-            kernel(array(x))

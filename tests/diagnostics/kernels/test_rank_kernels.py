@@ -1,7 +1,5 @@
 """Spectral ranks against closed forms, dense formulas, the authors' package and Marchenko-Pastur numerics."""
 
-import itertools
-
 import dimensionality
 import numpy as np
 import pytest
@@ -69,11 +67,6 @@ def test_result_is_float64_of_the_same_kind_and_batched(array, rng):
         assert float(out[1, 2]) == pytest.approx(float(one), rel=1e-12)
 
 
-def test_half_precision_is_upcast(rng):
-    x = torch.asarray(rng.normal(size=(8, 5))).to(torch.bfloat16)
-    assert float(rank.effective_rank(x)) == pytest.approx(float(rank.effective_rank(x.double())), rel=1e-14)
-
-
 @pytest.mark.parametrize(("on_matrix", "of_spectrum"), OF_SPECTRUM)
 def test_spectrum_level_serves_all(array, rng, on_matrix, of_spectrum):
     x = array(rng.normal(size=(4, 9, 14)) + 2)
@@ -136,35 +129,6 @@ def test_batch_mixes_good_and_bad_conditions(rng):
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
-def test_common_offset_does_not_matter_when_centred(array, rng):
-    x = rng.normal(size=(40, 16))
-    away = x + 1e4 * rng.normal(size=16)
-    for kernel in (rank.effective_rank, rank.entropy_rank, rank.participation_ratio, rank.stable_rank):
-        got, expected = (float(kernel(array(v), center=True)) for v in (away, x))
-        assert got == pytest.approx(expected, rel=1e-9)
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.floats(-3, 3), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_chain_of_ranks(n, d, seed, tilt, center):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, d)) * np.exp(tilt * np.arange(d)) + rng.normal()
-    if center and n == 1:
-        assert np.isnan(rank.effective_rank(x, center=True))
-        return
-    s = rank.singular_values(x, center=center)
-    chain = [
-        rank.numerical_rank_of(s, rtol=1e-15),
-        rank.effective_rank_of(s),
-        rank.entropy_rank_of(s),
-        rank.participation_ratio_of(s),
-        rank.stable_rank_of(s),
-        np.asarray(1.0),
-    ]
-    for larger, smaller in itertools.pairwise(chain):
-        assert float(larger) >= float(smaller) * (1 - 1e-12)
-
-
 @given(st.integers(0, 10**6), st.floats(1e-150, 1e150))
 @settings(max_examples=30, deadline=None)
 def test_ranks_ignore_rotation_scale_and_order(seed, scale):
@@ -173,14 +137,6 @@ def test_ranks_ignore_rotation_scale_and_order(seed, scale):
     turned = scale * (x[rng.permutation(7)] @ np.linalg.qr(rng.normal(size=(5, 5)))[0])
     for kernel in ON_MATRICES[:5]:
         assert float(kernel(turned, center=True)) == pytest.approx(float(kernel(x, center=True)), rel=1e-9)
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=10, deadline=None)
-def test_anisotropic_scaling_changes_the_ranks(seed):
-    x = np.random.default_rng(seed).normal(size=(30, 5))
-    for kernel in ON_MATRICES[:4]:
-        assert float(kernel(x * np.array([30.0, 1, 1, 1, 1]))) < 0.8 * float(kernel(x))
 
 
 # Degenerate input
@@ -200,45 +156,12 @@ def test_identical_tokens(array):
     assert float(rank.numerical_rank(x, center=True)) == 0.0
 
 
-def test_zero_matrix_is_undefined_and_its_rank_zero(array):
-    for kernel in ON_MATRICES:
-        value = float(kernel(array(np.zeros((4, 3)))))
-        assert value == 0.0 if kernel is rank.numerical_rank else np.isnan(value)
-    assert np.isnan(float(rank.top_energy(array(np.zeros((4, 3))), 1)))
+def test_the_condition_of_zero_is_undefined(array):
     assert np.isnan(float(rank.condition_of(array([0.0, 0.0]))))
     assert float(rank.condition_of(array([1.0, 0.0]))) == np.inf
 
 
-def test_one_token_and_two_tokens(array):
-    assert float(rank.effective_rank(array([[1.0, 2.0]]))) == 1.0
-    assert np.isnan(float(rank.effective_rank(array([[1.0, 2.0]]), center=True)))
-    assert float(rank.effective_rank(array([[1.0, 2.0], [3.0, 5.0]]), center=True)) == pytest.approx(
-        1, abs=1e-14
-    )
-
-
-def test_all_rows_masked_is_undefined(array):
-    mask = np.zeros(4, bool)
-    mask = mask if array(0.0).__class__.__module__ == "numpy" else torch.asarray(mask)
-    assert np.isnan(float(rank.effective_rank(array(np.ones((4, 3))), center=True, mask=mask)))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_not_finite_are_refused_with_number_and_place(array, bad):
-    x = np.zeros((2, 3, 4))
-    x[1, 2, 0] = x[1, 2, 3] = bad
-    for kernel in ON_MATRICES:
-        with pytest.raises(ValueError, match=r"2 NaN or infinite values of 24.*index \(1, 2, 0\)"):
-            kernel(array(x))
-
-
-def test_wrong_masks_and_shapes_are_refused():
-    with pytest.raises(ValueError, match="mask has dtype int64; expected booleans"):
-        rank.effective_rank(np.ones((3, 2)), mask=np.array([1, 0, 1]))
-    with pytest.raises(ValueError, match=r"mask has shape \(4,\)"):
-        rank.effective_rank(np.ones((3, 2)), mask=np.ones(4, bool))
-    with pytest.raises(ValueError, match="expected at least 2 dims"):
-        rank.effective_rank(np.ones(3))
+def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="negative"):
         rank.effective_rank_of([1.0, -1.0])
     with pytest.raises(ValueError, match="expected None, 'rows' or 'both'"):

@@ -7,8 +7,6 @@ import pytest
 import scipy.linalg
 import torch
 from array_api_compat import array_namespace
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
@@ -134,50 +132,10 @@ def test_a_representation_is_like_itself(array, x, name):
     assert float(PAIRWISE[name](array(x), array(x))) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRWISE if "knn" not in n and n not in ("cknna", "rsa")])
-@given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3))
-@settings(max_examples=6, deadline=None)
-def test_rotation_scale_and_offset_change_nothing(name, seed, scale):
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(20, 5)), rng.normal(size=(20, 4))
-    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    before, after = (float(PAIRWISE[name](m, y)) for m in (x, scale * x @ turn + 3 * rng.normal(size=5)))
-    if name == "pwcca":  # its weights are sums over features: not invariant to rotation, only to scale
-        after = float(similarity.pwcca(scale * x + 3, y))
-    assert after == pytest.approx(before, rel=1e-7, abs=1e-9)
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
-def test_anisotropic_maps_change_cka_and_not_cca(seed):
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 4))
-    y[:, 0] += x[:, 0]
-    stretched = x @ (np.linalg.qr(rng.normal(size=(5, 5)))[0] * np.array([100.0, 10, 1, 1, 1]))
-    assert abs(float(similarity.linear_cka(stretched, x)) - 1) > 0.05
-    assert abs(float(similarity.procrustes(stretched, x))) > 0.05
-    cca = (float(similarity.svcca(m, y, energy=1.0)) for m in (x, stretched))
-    assert next(cca) == pytest.approx(next(cca), rel=1e-9)
-    assert float(similarity.pwcca(stretched, x)) == pytest.approx(1, abs=1e-9)
-
-
 @pytest.mark.parametrize("name", PAIRWISE)
-def test_constant_sides_are_undefined(array, x, name):
-    same = array(np.full((25, 3), 0.1))
-    if name in ("mutual_knn", "cknna"):
-        assert np.isfinite(float(PAIRWISE[name](array(x), same)))
-    else:
-        assert np.isnan(float(PAIRWISE[name](array(x), same)))
-
-
-@pytest.mark.parametrize("name", PAIRWISE)
-def test_mismatched_rows_and_bad_values_are_refused(x, name):
+def test_mismatched_rows_are_refused(x, name):
     with pytest.raises(ValueError, match=r"x and y have shapes \(25, 6\) and \(20, 6\)"):
         PAIRWISE[name](x, x[:20])
-    bad = x.copy()
-    bad[3, 2] = np.inf
-    with pytest.raises(ValueError, match=r"y contains 1 NaN or infinite values of 150.*\(3, 2\)"):
-        PAIRWISE[name](x, bad)
 
 
 @pytest.mark.parametrize("name", PAIRWISE)

@@ -71,7 +71,7 @@ def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
     newer = make_run("residual")
     newer.attrs["schema_version"] = "2.0"
     saving._write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}", suffix)
-    with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*pip install --upgrade"):
+    with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*read it with a newer depthscope"):
         schema.open_run(tmp_path / f"newer{suffix}")
 
 

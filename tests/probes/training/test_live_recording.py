@@ -287,6 +287,7 @@ def test_the_commands_read_a_growing_store(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) in (0, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its trainers are forks")
 def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
     script = Path(__file__).with_name("killed_trainers.py")
