@@ -16,6 +16,7 @@ import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,7 +74,7 @@ def kinds(text: str) -> dict[str, int]:
     lines = text.splitlines()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef) or is_function(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 docstrings.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
@@ -192,7 +193,7 @@ def tasks() -> Iterator[tuple[str, Callable[[], object]]]:
         for name in ("export", "report"):
             out = str(Path(folder) / f"{name}{'.html' if name == 'report' else ''}")
             arguments = [name, str(file), "--out", out, "--force"]
-            yield name, lambda arguments=arguments: quietly(lambda: command(arguments))
+            yield name, partial(quietly, partial(command, arguments))
 
 
 def quietly(task: Callable[[], object]) -> None:

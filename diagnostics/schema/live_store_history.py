@@ -343,7 +343,7 @@ class History:
         if content["version"] > VERSION:
             raise SchemaError(
                 f"its row log has version {content['version']}, this depthscope reads version {VERSION}; "
-                "upgrade with: pip install --upgrade depthscope"
+                "read it with a newer depthscope"
             )
         self.run, self.created = content["run"], created_of(content["created"])
         if not _RUN.fullmatch(self.run):
