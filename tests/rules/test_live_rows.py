@@ -61,12 +61,12 @@ def shown(findings) -> list[tuple[str, str, str | None, str]]:
     )
 
 
-def require_same(live, folder, *, checked=True):
+def require_same(live, folder):
     """The findings of a live row are those of the row that is read again, and in `check` none has another severity."""
     with schema.open_run(folder) as run:
         rows = {chain: schema.chain_dataset(run, "metrics", chain).load() for chain in schema.chains(run)}
         again = [finding for row in rows.values() for finding in judge(with_facts(row, run.attrs))]
-        found = [finding for each in read_runs({"a": run}) for finding in each.findings] if checked else again
+        found = [finding for each in read_runs({"a": run}) for finding in each.findings]
     assert shown(again) == shown(live)
     # The stored sequences show more than a row has, some of which explains what the row shows.
     known = {finding.verdict for finding in live}
@@ -137,30 +137,32 @@ def healthy(request, tmp_path_factory):
     return recorded(model, lambda step: loss_of(model), folder), folder
 
 
-def with_nan(row, name):
-    numbers = {
-        path: (dims, np.full_like(values, np.nan) if path == f"metrics/{name}" else values, attrs)
-        for path, (dims, values, attrs) in row.numbers.items()
-    }
-    return type(row)(1, numbers, row.coords, row.not_computed)
+def with_nan(row, path, step):
+    """The row with one of its numbers undefined."""
+    dims, values, attrs = row.numbers[path]
+    numbers = {**row.numbers, path: (dims, np.full_like(values, np.nan), attrs)}
+    return type(row)(step, numbers, row.coords, row.not_computed)
 
 
 def test_every_live_metric_as_nan_is_judged_as_it_is_later(healthy, tmp_path):
     recorder, _ = healthy
     row = recorder._live.rows[-1]
-    for path in row.numbers:
-        name = path.removeprefix("metrics/")
-        broken = with_nan(row, name)
-        live = findings_of(broken, recorder._live.attrs)
-        store = LiveStore(tmp_path / name)
-        store.save_state(recorder.run)
-        store.append(0, row.numbers, coords=row.coords)
-        store.append(1, broken.numbers, coords=row.coords)
-        store.finish()
-        store.close()
-        require_same(live, tmp_path / name, checked=False)
-        if name in ("residual_norm", "gradient_norm", "mixing_gain"):
-            assert f"{name.partition('_')[0]}_not_finite" in {finding.verdict for finding in live}
+    broken = [with_nan(row, path, step) for step, path in enumerate(row.numbers)]
+    store = LiveStore(tmp_path / "run")
+    store.save_state(recorder.run)
+    for each in broken:
+        store.append(each.step, each.numbers, coords=each.coords)
+    store.finish()
+    store.close()
+    with schema.open_run(tmp_path / "run") as run:
+        rows = schema.chain_dataset(run, "metrics").load()
+        for path, each in zip(row.numbers, broken, strict=True):
+            live = findings_of(each, recorder._live.attrs)
+            again = judge(with_facts(rows.sel(step=[each.step]), run.attrs))
+            assert shown(live) == shown(again), path
+            name = path.removeprefix("metrics/")
+            if name in ("residual_norm", "gradient_norm", "mixing_gain"):
+                assert f"{name.partition('_')[0]}_not_finite" in {finding.verdict for finding in live}
 
 
 def poisoned(sums, number: int) -> str | None:
