@@ -239,7 +239,9 @@ def _slices(
         if f"{name}_stderr" in reading.analysis
     ]
     if intervals := interval_words(errors):
-        jackknife = any("jackknife" in str(each.error.attrs.get("estimator", "")) for each in errors)
+        jackknife = any(
+            "jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors if of is not None
+        )
         how = "; that of a metric which is no mean over sequences is from the jackknife over them" * jackknife
         yield f"An error, where a number has one, is {intervals}{how}", (), ""
     if any(_has_null(readings, name) for name in metrics):

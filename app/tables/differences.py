@@ -324,6 +324,7 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         )
     lines.append(Line(np.array([0.0, 1.0]), np.zeros(2), "no difference", role="threshold"))
     words = " ".join(f"{in_words(each)}." for each in found)
+    names = dict.fromkeys(name for each in found for name in (each.first, each.second))
     return Lines(
         f"difference_{found[0].metric}",
         f"Difference: {title}",
@@ -333,4 +334,6 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         caption="Band: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
         alt=f"Differences with intervals. {words}",
         metric=found[0].metric,
+        # The first has no line of its own; the others keep the colours that they have beside it.
+        runs={name: place for place, name in enumerate(names)},
     )

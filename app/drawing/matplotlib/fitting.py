@@ -58,7 +58,7 @@ def fit_labels(canvas: Figure, labels: Sequence[Label]) -> None:
         taken = {axes: _taken(axes) for axes in canvas.axes}
         rooms = [min(room, _room(label, taken)) for room, label in zip(rooms, labels, strict=True)]
         lines = [
-            wrapped(label.words, room / canvas.dpi, label.text.get_fontsize())
+            wrapped(label.words, room / canvas.dpi, float(label.text.get_fontsize()))
             for room, label in zip(rooms, labels, strict=True)
         ]
         changed = [

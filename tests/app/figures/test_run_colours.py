@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 import matplotlib as mpl
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.colors import to_hex
 
 from depthscope.app.drawing.matplotlib import curves, to_matplotlib
@@ -16,6 +17,8 @@ from depthscope.app.figures import FIGURES, Line, Lines, Selection
 from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOURS, SHAPES, look_of
 from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
+from depthscope.app.tables.differences import difference_figure
+from depthscope.diagnostics.analysis.differences import Difference
 
 # Linear RGB as it is seen without one kind of cones: Machado, Oliveira & Fernandes 2009, severity 1.
 CONES = {
@@ -152,3 +155,14 @@ def test_many_lines_have_marks_on_the_screen_and_the_legend_has_them_too():
     assert len({(trace.line.color, trace.line.dash) for trace in drawn}) == len(lines)
     legend = {trace.name: trace.marker.symbol for trace in traces if trace.showlegend is not False}
     assert [legend[f"run{number}"] for number in range(2)] == ["circle", "square"]
+
+
+def test_a_difference_has_the_colour_of_its_run():
+    values = xr.DataArray(np.arange(3.0), dims="depth")
+    pairs = [
+        Difference("effective_rank", "hc", other, values, values, values, "paired")
+        for other in ("mhc", "residual")
+    ]
+    figure = difference_figure(pairs, "Effective rank")
+    colours = {trace.name: trace.line.color for trace in to_plotly(figure).data if trace.name}
+    assert (colours["mhc − hc"], colours["residual − hc"]) == RUN_COLOURS[1:3]

@@ -5,7 +5,9 @@ The whole grid of venues, numbers of runs and engines is a command of minutes: `
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -23,3 +25,10 @@ def test_the_article_compiles(venue, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[::24])
     bundle = write_bundle(runs_of(2), tmp_path / "paper", venue=venue, formats=("pdf",))
     assert problems_of(bundle, engine) == []
+    if shutil.which("pdftotext"):
+        text = subprocess.run(
+            ["pdftotext", bundle / "main.pdf", "-"], capture_output=True, text=True, check=True
+        ).stdout
+        # In brackets as a whole: "over sequences Roy and Vetterli [2007]." is no sentence.
+        assert re.search(r"\[Roy and Vetterli,\s+2007", text)
+        assert not re.search(r"[a-z] \[\d{4}[a-z]?\]", text)
