@@ -14,7 +14,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, eq=False)
-class Applied:
+class AppliedFunction:
     """One function of one tensor: ``args`` has None in the tensor's place."""
 
     func: Any
@@ -28,25 +28,25 @@ class Applied:
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
+class ConstantOrigin:
     """A parameter, and the functions by which a constant was made of it, first to last."""
 
     parameter: nn.Parameter
-    functions: tuple[Applied, ...] = ()
+    functions: tuple[AppliedFunction, ...] = ()
 
 
 class ParameterConstants:
     """The vectors and numbers that a forward made of one parameter each."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
+        self._made: dict[int, tuple[weakref.ref[torch.Tensor], ConstantOrigin]] = {}
 
-    def origin(self, tensor: Any) -> Origin | None:
+    def origin(self, tensor: Any) -> ConstantOrigin | None:
         """The parameter that a tensor is, or was made of; None where it is no vector, or was made of something else."""
         if not isinstance(tensor, torch.Tensor) or not _is_vector(tensor):
             return None
         if isinstance(tensor, nn.Parameter):
-            return Origin(tensor)
+            return ConstantOrigin(tensor)
         reference, origin = self._made.get(id(tensor), (None, None))
         # The identity of a tensor that is gone is given out again.
         return origin if reference is not None and reference() is tensor else None
@@ -61,8 +61,8 @@ class ParameterConstants:
         origin = self.origin(args[position])
         if origin is not None:
             rest = (*args[:position], None, *args[position + 1 :])
-            functions = (*origin.functions, Applied(func, position, rest, dict(kwargs)))
-            self._made[id(result)] = weakref.ref(result), Origin(origin.parameter, functions)
+            functions = (*origin.functions, AppliedFunction(func, position, rest, dict(kwargs)))
+            self._made[id(result)] = weakref.ref(result), ConstantOrigin(origin.parameter, functions)
 
 
 def _is_vector(tensor: torch.Tensor) -> bool:

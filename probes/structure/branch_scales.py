@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.dataflow.operations import NORMS
-from depthscope.probes.dataflow.parameters import Applied, Origin
+from depthscope.probes.dataflow.parameters import AppliedFunction, ConstantOrigin
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value, carrier_of
 from depthscope.probes.structure.chain import Chain
@@ -26,7 +26,7 @@ class BranchScale:
     """A parameter that multiplies a branch, after some functions."""
 
     name: str  # in the model
-    functions: tuple[Applied, ...] = ()  # first to last
+    functions: tuple[AppliedFunction, ...] = ()  # first to last
 
     def value(self, model: nn.Module) -> torch.Tensor | None:
         """What multiplies the branch at present; None where the parameter is gone or elsewhere."""
@@ -42,7 +42,7 @@ class BranchScale:
         return scale.float()
 
 
-Term = tuple[Origin, ...]  # what multiplies one thing that is added to the state
+Term = tuple[ConstantOrigin, ...]  # what multiplies one thing that is added to the state
 
 
 def branch_scales(tape: Tape, chain: Chain, model: nn.Module) -> tuple[tuple[BranchScale, ...], ...]:
