@@ -105,8 +105,11 @@ class History:
     @property
     def last_time(self) -> float | None:
         """When the last row was written, in seconds since 1970; else when the last attempt began."""
-        times = self.times() if self.num_rows else [attempt["time"] for attempt in self.attempts]
-        return float(times[-1]) if len(times) else None
+        if len(self.rows):
+            return self.rows.times[-1]
+        if self.older:  # the last file alone
+            return float(self.older[-1].times[self.older[-1].num_rows - 1])
+        return self.attempts[-1]["time"] if self.attempts else None
 
     @property
     def torn(self) -> int:

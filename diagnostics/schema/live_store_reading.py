@@ -76,7 +76,7 @@ class Status:
 
     @property
     def sentence(self) -> str:
-        """The same in words."""
+        """The same as one sentence."""
         words = [
             f"{self.state}: step {self.last_step} is the last of {self.num_rows}, {_duration(self.age_seconds)} ago"
         ]
