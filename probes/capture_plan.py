@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import LABELS
 from depthscope.probes.model.errors import CaptureError
@@ -383,7 +384,7 @@ def _seconds_by_part(work: Mapping[str, float], rates: Mapping[str, float]) -> d
     """Work over the rates that were given."""
     wrong = [name for name in rates if name not in RATES or not rates[name] > 0]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"came the rate {wrong[0]}={rates[wrong[0]]!r}; expected {' and '.join(RATES)} a second, above 0"
         )
     return {name: value / rates[rate] for name, value in work.items() if (rate := name.split()[0]) in rates}

@@ -12,6 +12,7 @@ from depthscope.app.cli.paths import OutputFile, run_endings
 from depthscope.app.cli.several_runs import exit_code
 from depthscope.app.cli.values import quoted
 from depthscope.app.text.terminal import command_line, emit, printable, remark, say, working
+from depthscope.diagnostics.errors import InputError
 
 
 def is_history(args: argparse.Namespace) -> bool:
@@ -65,7 +66,7 @@ def probe_history(args: argparse.Namespace) -> int:
     """
     given = [name for name in ("shard", "keep", "streaming", "weights") if getattr(args, name)]
     if given:
-        raise ValueError(f"--{given[0]} is for one checkpoint; leave it out, or name one")
+        raise InputError(f"--{given[0]} is for one checkpoint; leave it out, or name one")
     text = read_text(args.text)
     with working("importing torch"):
         from depthscope.probes.history.history import probe_checkpoints

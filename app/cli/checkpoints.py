@@ -14,6 +14,7 @@ from depthscope.app.cli.arguments import add_layers
 from depthscope.app.cli.paths import InputPath
 from depthscope.app.cli.values import Checked, Number, OneOf, quoted
 from depthscope.app.text.terminal import working
+from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     from depthscope.probes.checkpoints.load import LoadedModel
@@ -32,7 +33,7 @@ class Device(Checked):
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse the name of no device that a model can run on; see `Checked.check`."""
         if not _DEVICE.fullmatch(value):
-            raise ValueError(f"{option} {quoted(value)} is no device; expected cpu, cuda, cuda:1, xpu or mps")
+            raise InputError(f"{option} {quoted(value)} is no device; expected cpu, cuda, cuda:1, xpu or mps")
 
 
 def require_device(device: str) -> None:
@@ -45,7 +46,7 @@ def require_device(device: str) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         With the devices that there are.
     """
     import torch
@@ -63,7 +64,7 @@ def require_device(device: str) -> None:
             for name, count in counts.items()
             for index in range(count)
         ]
-        raise ValueError(f"this machine has no device {device!r}; it has {', '.join(present)}")
+        raise InputError(f"this machine has no device {device!r}; it has {', '.join(present)}")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -151,7 +152,7 @@ def capture_errors_for_users() -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    InputError
         With the message of the refusal, or the error of the model and its place.
     """
     from depthscope.probes.checkpoints.user_code import is_model_error, own_error
@@ -163,10 +164,10 @@ def capture_errors_for_users() -> Iterator[None]:
             yield
     # A RuntimeError of its own: the message tells the user what to do, so that no traceback is needed.
     except CaptureError as error:
-        raise ValueError(str(error)) from error
+        raise InputError(str(error)) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a model may call sys.exit
         if not is_model_error(error):
             raise
-        raise ValueError(own_error("the model", error)) from error
+        raise InputError(own_error("the model", error)) from error

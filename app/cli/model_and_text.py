@@ -13,6 +13,7 @@ from depthscope.app.cli.checkpoints import add_checkpoint, load
 from depthscope.app.cli.paths import InputPath, InputText, OutputFile, read_bounded, run_endings
 from depthscope.app.cli.values import Number, quoted
 from depthscope.app.text.terminal import printable, working
+from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,11 +109,11 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
     Raises
     ------
-    ValueError
+    InputError
         Where a run does not say what it was made from, or the checkpoint or the text is another one.
     """
     if args.sites is not None:
-        raise ValueError("--sites chooses what a run keeps; experiments change every state, so leave it out")
+        raise InputError("--sites chooses what a run keeps; experiments change every state, so leave it out")
     text = read_text(args.text)
     run, recorded = _recorded(args)
     if run is not None:
@@ -120,7 +121,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         args.checkpoint = _checkpoint_of(args, recorded)
     loaded = load(args)
     if run is not None and recorded.get("weights_digest") not in (None, loaded.digest):
-        raise ValueError(
+        raise InputError(
             f"{quoted(args.checkpoint)} has other weights ({loaded.digest[:19]}…) than the run was made with "
             f"({printable(recorded['weights_digest'])[:19]}…); name the run's own checkpoint with --model"
         )
@@ -148,7 +149,7 @@ def read_text(source: str | None) -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         For what is not UTF-8, or empty.
     """
     if source is None:
@@ -160,9 +161,9 @@ def read_text(source: str | None) -> str:
         # No guess at another encoding: wrong characters would be other tokens, without an error.
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise InputError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text.strip():
-        raise ValueError(f"{source} contains no text; expected a few thousand words of UTF-8")
+        raise InputError(f"{source} contains no text; expected a few thousand words of UTF-8")
     return text
 
 
@@ -170,7 +171,7 @@ def _recorded(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
     """The run file among the arguments, and what it says of its making; nothing for a checkpoint."""
     if not args.checkpoint.endswith(tuple(run_endings())):
         if args.model is not None:
-            raise ValueError(
+            raise InputError(
                 f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is no run file; leave --model out"
             )
         return None, {}
@@ -193,7 +194,7 @@ def _checkpoint_of(args: argparse.Namespace, recorded: dict[str, Any]) -> str:
         return "smollm2"
     digest = recorded.get("weights_digest")
     weights = f" with weights {printable(digest)[:19]}…" if digest else ""
-    raise ValueError(
+    raise InputError(
         f"the run was made of {printable(recorded.get('model', 'a model'))}{weights}, and does not say where that is; name "
         "the checkpoint with --model"
     )
@@ -204,7 +205,7 @@ def _require_same_text(text: str, recorded: dict[str, Any]) -> None:
     known = str(recorded.get("data_digest", ""))
     # Of a run that was captured in Python it is a digest of token ids, which a text cannot be compared with.
     if known.startswith("sha256:") and known != digest:
-        raise ValueError(
+        raise InputError(
             f"--text is another text than the run's ({printable(recorded.get('data', 'unnamed'))}, {known[:19]}…); expected "
             "the same, or a checkpoint in place of the run"
         )
@@ -244,7 +245,7 @@ def result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path 
         return None
     place = beside(run, what)
     if place.exists() and not args.force:
-        raise ValueError(f"{place} exists; name another file with --out, or add --force to replace it")
+        raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place
 
 

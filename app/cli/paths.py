@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depthscope.app.cli.values import Checked, quoted, require_text
+from depthscope.diagnostics.errors import AbsentError, InputError
 
 # A text of this size gives some ten million tokens; a capture reads a few thousand.
 MAX_TEXT_BYTES = 100_000_000
@@ -37,7 +38,7 @@ def require_ordinary(text: str, option: str, expected: str = "a file or a folder
 
     Raises
     ------
-    ValueError
+    InputError
         For a device, pipe or socket, or a file with a slash at its end.
     OSError
         For a path that is missing, or that a link of a circle leads to.
@@ -46,15 +47,15 @@ def require_ordinary(text: str, option: str, expected: str = "a file or a folder
     # stat and not exists: of a circle of links exists says that it is missing, or raises a RuntimeError.
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(
+        raise InputError(
             f"{option} {quoted(text)} is a pipe, a device or a socket, so it is no regular file; expected {expected}"
         )
     if f"{os.path.realpath(path)}/".startswith(("/proc/", "/sys/")):
         # Regular files by their kind, but reading some of them waits for ever, or has no end.
-        raise ValueError(f"{option} {quoted(text)} is a file of the running system; expected one of your own")
+        raise InputError(f"{option} {quoted(text)} is a file of the running system; expected one of your own")
     # pathlib drops the slash, with which the system itself would refuse the file.
     if text.endswith(("/", os.sep)) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{option} {quoted(text)} is a file; leave out the slash at its end")
+        raise InputError(f"{option} {quoted(text)} is a file; leave out the slash at its end")
     return path
 
 
@@ -92,19 +93,19 @@ def read_bounded(text: str, limit: int = MAX_TEXT_BYTES) -> bytes:
 
     Raises
     ------
-    ValueError
+    InputError
         For more than the limit, or a standard input that is closed.
     """
     if text == "-":
         if sys.stdin is None or sys.stdin.closed:
-            raise ValueError("standard input is closed; name a file, or pipe a text into --text -")
+            raise InputError("standard input is closed; name a file, or pipe a text into --text -")
         content = sys.stdin.buffer.read(limit + 1)
     else:
         # Not blocking: some files of /proc are regular, and reading them waits for ever for what may come.
         with open(os.open(Path(text).expanduser(), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             content = file.read(limit + 1) or b""
     if len(content) > limit:
-        raise ValueError(f"{quoted(text)} has more than {limit} bytes; give a part of it")
+        raise InputError(f"{quoted(text)} has more than {limit} bytes; give a part of it")
     return content
 
 
@@ -132,11 +133,11 @@ class InputText(Checked):
             return
         path = require_ordinary(value, option, "one with text, or - for stdin")
         if path.is_dir():
-            raise ValueError(
+            raise InputError(
                 f"{option} {quoted(value)} is a folder; expected a file of UTF-8 text, or - for stdin"
             )
         if path.stat().st_size > MAX_TEXT_BYTES:
-            raise ValueError(
+            raise InputError(
                 f"{option} {quoted(value)} has {path.stat().st_size} bytes; give a part of it, "
                 f"at most {MAX_TEXT_BYTES}"
             )
@@ -152,14 +153,14 @@ class InputRun(Checked):
         """Refuse what cannot be a run by its name and kind; see `Checked.check`."""
         require_text(value)
         if not os.path.lexists(Path(value)):
-            raise FileNotFoundError(
+            raise AbsentError(
                 f"no run at {quoted(value)}; list the runs of a folder with: depthscope dashboard FOLDER"
             )
         path = require_ordinary(value, option)
         if path.is_dir() and (self.folders or _is_live_store(path)):
             return
         if not path.name.endswith(tuple(run_endings())):
-            raise ValueError(
+            raise InputError(
                 f"{quoted(value)} is no run; expected a name that ends in {', '.join(run_endings())}"
             )
 
@@ -188,27 +189,27 @@ class OutputFile(Checked):
         if not value.endswith(tuple(self.endings())) or Path(value).name in self.endings():
             expected = self.example and f"such as {self.example}"
             expected = expected or f"a name that ends in {', '.join(self.endings())}"
-            raise ValueError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")
+            raise InputError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")
         require_text(value)
         path = Path(value)
         if path.name in self.endings():
-            raise ValueError(f"{option} {quoted(value)} is an ending without a name; put one before it")
+            raise InputError(f"{option} {quoted(value)} is an ending without a name; put one before it")
         sources = [
             source for source in (getattr(args, "run", None), *(getattr(args, "runs", None) or ())) if source
         ]
         # realpath and not resolve, which raises a RuntimeError for a link to itself.
         if os.path.realpath(path) in map(os.path.realpath, sources):
-            raise ValueError(
+            raise InputError(
                 f"{option} {quoted(value)} is the run itself, whose trace it would replace; "
                 f"name another file, or leave {option} out"
             )
         # A link to nothing too: it is somebody's.
         if os.path.lexists(path) and not getattr(args, "force", False):
-            raise ValueError(
+            raise InputError(
                 f"{option} {quoted(value)} exists; name another file, or add --force to replace it"
             )
         if path.is_dir() and not value.endswith(".zarr"):
-            raise ValueError(f"{option} {quoted(value)} is a folder; name a file")
+            raise InputError(f"{option} {quoted(value)} is a folder; name a file")
         require_writable(path, option)
 
 
@@ -220,7 +221,7 @@ class OutputFolder(Checked):
         """Refuse what is no folder, or cannot be written to; see `Checked.check`."""
         path = Path(require_text(value))
         if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(f"{option} {quoted(value)} is no folder; name one, or a new one")
+            raise InputError(f"{option} {quoted(value)} is no folder; name one, or a new one")
         require_writable(path, option)
         # Into it as well as beside it: a folder is replaced as a whole, or filled.
         if path.is_dir():
@@ -239,7 +240,7 @@ def require_writable(path: Path, option: str) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         With the reason of the system.
     """
     folder = Path(os.path.abspath(path)).parent
@@ -251,7 +252,7 @@ def require_writable(path: Path, option: str) -> None:
             folder = folder.parent
         longest = max(len(os.fsencode(name)) for name in missing)
         if longest + _TEMPORARY_CHARACTERS > os.pathconf(folder, "PC_NAME_MAX"):
-            raise ValueError(
+            raise InputError(
                 f"{option} {quoted(str(path))}: a name of {longest} bytes is too long here; give a shorter one"
             )
         # A file without a name, which is gone when it is closed. Asking for permissions would not do: an administrator has
@@ -260,6 +261,6 @@ def require_writable(path: Path, option: str) -> None:
             pass
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ValueError(
+        raise InputError(
             f"{option} {quoted(str(path))} cannot be written: {quoted(str(folder))}: {reason}; name another place"
         ) from None

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from depthscope.app.cli.command import INTERRUPTED
+from depthscope.diagnostics.errors import StorageError
 
 # After an interrupt a command has this long to clean up after itself: to remove what it has half written, and to let the step
 # of each of its threads end.
@@ -26,7 +27,7 @@ class _ClosedOutput(io.TextIOBase):
     """A standard output that the shell closed (``>&-``), for which Python has None: an error only once it is written to."""
 
     def write(self, text: str) -> int:
-        raise OSError(errno.EBADF, "standard output is closed")
+        raise StorageError(errno.EBADF, "standard output is closed")
 
 
 def standard_streams() -> None:

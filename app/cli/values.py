@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from depthscope.app.text.terminal import printable
+from depthscope.diagnostics.errors import InputError
 
 # Longer than any path that Linux takes (4096 bytes), and than any sensible name.
 MAX_CHARACTERS = 4096
@@ -55,20 +56,20 @@ def require_text(text: str) -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         For nothing but spaces, a NUL character, bytes that are not UTF-8, or more than `MAX_CHARACTERS`.
     """
     if not text.strip():
-        raise ValueError(f"{quoted(text)} is empty; give a value, or leave the option out")
+        raise InputError(f"{quoted(text)} is empty; give a value, or leave the option out")
     if "\0" in text:
-        raise ValueError(f"{quoted(text)} has a NUL character in it, which no name can have; leave it out")
+        raise InputError(f"{quoted(text)} has a NUL character in it, which no name can have; leave it out")
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{quoted(text)} has {len(text)} characters; give at most {MAX_CHARACTERS}")
+        raise InputError(f"{quoted(text)} has {len(text)} characters; give at most {MAX_CHARACTERS}")
     try:
         text.encode()
     # Neither HDF5 nor JSON can store such a name, and every one of them would be a special case further on.
     except UnicodeEncodeError:
-        raise ValueError(f"{quoted(text)} is not UTF-8; rename the file, or type the name again") from None
+        raise InputError(f"{quoted(text)} is not UTF-8; rename the file, or type the name again") from None
     return text
 
 
@@ -291,7 +292,7 @@ class Checked:
 
         Raises
         ------
-        ValueError
+        InputError
             What came, what was expected, what to do.
         """
         raise NotImplementedError
@@ -313,7 +314,7 @@ class OneOf(Checked):
         """Refuse another label; see `Checked.check`."""
         labels = self.labels()
         if value not in labels:
-            raise ValueError(
+            raise InputError(
                 f"no {option} {quoted(value)}; expected one of {', '.join(labels)}{_nearest(value, labels)}"
             )
 
@@ -374,7 +375,7 @@ class Names(Checked):
         known = list(self.labels())
         for name in value:
             if name not in known:
-                raise ValueError(f"no {self.noun} {quoted(name)}; {did_you_mean(name[:100], known)}")
+                raise InputError(f"no {self.noun} {quoted(name)}; {did_you_mean(name[:100], known)}")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

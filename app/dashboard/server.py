@@ -20,6 +20,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from depthscope.diagnostics.errors import AbsentError, InputError
+
 __all__ = ["CONFIG", "free_port", "launch", "serve"]
 
 HOST = "127.0.0.1"
@@ -97,18 +99,18 @@ def launch(
 
     Raises
     ------
-    ValueError
+    InputError
         For no path at all, or a port that is taken.
-    FileNotFoundError
+    AbsentError
         For a path that does not exist.
     """
     if not paths:
-        raise ValueError(
+        raise InputError(
             "no run was given; name a run file or a folder of runs, such as: depthscope dashboard runs"
         )
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; make a run with: depthscope demo")
+            raise AbsentError(f"{path} does not exist; make a run with: depthscope demo")
     importlib.import_module("streamlit")  # a missing extra is an error before an address is printed
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
@@ -138,19 +140,19 @@ def free_port(port: int | None = None) -> int:
 
     Raises
     ------
-    ValueError
+    InputError
         Where it is no port or is taken, or all that were tried are.
     """
     if port is not None and not 0 <= port <= 65535:
-        raise ValueError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
+        raise InputError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
     # 0 is how programs ask for a free port.
     wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
     for candidate in wanted:
         if _is_free(candidate):
             return candidate
     if port:
-        raise ValueError(f"port {port} is taken; name another one, or leave --port out to take a free one")
-    raise ValueError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
+        raise InputError(f"port {port} is taken; name another one, or leave --port out to take a free one")
+    raise InputError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
 
 
 def _is_free(port: int) -> bool:

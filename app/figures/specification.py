@@ -10,6 +10,7 @@ import xarray as xr
 
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.text.evidence import constraint_sentence, proof_sentence
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
 
 __all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
@@ -164,7 +165,7 @@ class Selection:
 
         Raises
         ------
-        ValueError
+        InputError
             A field or a label that is not one of `CHOICES`.
         """
         # Checked here once for the command line, the dashboard and Python: a wrong label would otherwise select no numbers,
@@ -172,11 +173,11 @@ class Selection:
         known = [f.name for f in fields(cls)]
         for name, value in choices.items():
             if name not in known:
-                raise ValueError(f"no selection {name!r}; expected one of {', '.join(known)}")
+                raise InputError(f"no selection {name!r}; expected one of {', '.join(known)}")
             # Streams, steps, runs and depths are those of the data: any value is taken.
             options = CHOICES.get(name)
             if options and value not in options:
-                raise ValueError(f"{name}={value!r}; expected one of {', '.join(options)}")
+                raise InputError(f"{name}={value!r}; expected one of {', '.join(options)}")
         return cls(**choices)
 
 

@@ -26,6 +26,7 @@ from depthscope.app.figures import Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
 from depthscope.app.text.venues import venue_of
+from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +76,7 @@ def panels(name: str, runs: Runs, *, by: str = "", **selection: Any) -> dict[str
 
     Raises
     ------
-    ValueError
+    InputError
         For a name that is not known, or runs that feed none of its panels; the error has the reasons.
     """
     return {panel.key: panel.title for panel in _composed(name, runs, by, selection).panels}
@@ -83,7 +84,7 @@ def panels(name: str, runs: Runs, *, by: str = "", **selection: Any) -> dict[str
 
 def _composed(name: str, runs: Runs, by: str, selection: Mapping[str, Any]) -> Composed:
     if name not in QUESTIONS:
-        raise ValueError(f"no figure {name!r}; expected one of {', '.join(QUESTIONS)}")
+        raise InputError(f"no figure {name!r}; expected one of {', '.join(QUESTIONS)}")
     readings, trees = _readings(runs)
     view = Selection.of(selection)
     depths = {reading.analysis.sizes.get("depth") for reading in readings} - {None}
@@ -92,7 +93,7 @@ def _composed(name: str, runs: Runs, by: str, selection: Mapping[str, Any]) -> C
         view = Selection.of({**selection, "axis": "relative"})
     figure = compose(name, readings, view=view, runs=trees, by=by)
     if not figure.panels:
-        raise ValueError(
+        raise InputError(
             f"{name} has no panel of {', '.join(r.name for r in readings)}: {in_one_line(figure.left_out.values())}"
         )
     return figure
@@ -129,9 +130,9 @@ def _listed(runs: Sequence[str | PathLike[str] | Reading]) -> list[Reading]:
     paths = [fspath(run) for run in runs if not isinstance(run, Reading)]
     read, left_out = read_paths(paths) if paths else ([], {})
     if left_out:
-        raise ValueError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
+        raise InputError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
     if not (found or read):
-        raise ValueError("no run was given; name at least one, such as runs/a.nc")
+        raise InputError("no run was given; name at least one, such as runs/a.nc")
     return [*found, *read]
 
 
@@ -152,13 +153,13 @@ def _by_key(figure: Composed, axes: Any) -> dict[str, Axes]:
     listed = ", ".join(f"{panel.key} ({panel.title})" for panel in figure.panels)
     if isinstance(axes, Mapping):
         if unknown := [key for key in axes if key not in keys]:
-            raise ValueError(f"{figure.name} has no panel {unknown[0]!r} of these runs; it has {listed}")
+            raise InputError(f"{figure.name} has no panel {unknown[0]!r} of these runs; it has {listed}")
         return dict(axes)
     flat = list(np.ravel(np.asarray(axes, dtype=object)))
     if len(flat) > len(keys):
-        raise ValueError(f"{len(flat)} axes for the {len(keys)} panels of {figure.name}: {listed}")
+        raise InputError(f"{len(flat)} axes for the {len(keys)} panels of {figure.name}: {listed}")
     if len(flat) < len(keys) and len(flat) != 1:
-        raise ValueError(
+        raise InputError(
             f"{len(flat)} axes for the {len(keys)} panels of {figure.name}; give as many, or name those that you want, "
             f"axes={{{keys[0]!r}: ax}}: {listed}"
         )
@@ -209,7 +210,7 @@ def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = ""
 
     Raises
     ------
-    ValueError
+    InputError
         For runs that feed no panel, axes that do not fit the panels, or a name that is not known.
     """
     return _drawn("collapse", runs, axes, venue, by, selection)

@@ -25,6 +25,7 @@ from depthscope.app.readings.readings import Reading, judged
 from depthscope.app.readings.standings import Standing, standings
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 
 __all__ = [
@@ -213,7 +214,7 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
 def _require_stored(archive: zipfile.ZipFile | None) -> None:
     """Refuse what is not written here: a compressed array may be larger than the memory."""
     if archive is None or any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise ValueError("compressed")
+        raise InputError("compressed")
 
 
 def _summary_document(summary: Summary) -> dict[str, Any]:

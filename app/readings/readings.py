@@ -13,6 +13,7 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
@@ -103,11 +104,11 @@ def read_runs(
 
     Raises
     ------
-    ValueError
+    InputError
         For no run at all, or a run without a trace and without metrics.
     """
     if not runs:
-        raise ValueError("no run was given; name at least one, such as runs/a.nc")
+        raise InputError("no run was given; name at least one, such as runs/a.nc")
     results = {
         name: results_beside(path, *(runs[name].attrs.get(of) for of in ("weights_digest", "data_digest")))
         for name, path in (paths or {}).items()
@@ -379,7 +380,7 @@ def read_paths(
         That of the run, where there is one run and it is left out.
     FileNotFoundError
         Where a path does not exist.
-    ValueError
+    InputError
         Where a folder contains no run, or every run is left out.
     """
     readings: list[Reading] = []
@@ -401,7 +402,7 @@ def read_paths(
             left_out[name] = f"{kind}{error}"
     if not readings:
         first = next(iter(left_out.values()))
-        raise ValueError(f"none of the {len(left_out)} runs can be read; the first of them: {first}")
+        raise InputError(f"none of the {len(left_out)} runs can be read; the first of them: {first}")
     return readings, left_out
 
 
@@ -436,7 +437,7 @@ def find_runs(paths: Sequence[str]) -> dict[str, Path]:
 
     Raises
     ------
-    ValueError
+    InputError
         Where a folder contains no run.
     """
     return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])
@@ -448,7 +449,7 @@ def _runs_at(path: Path) -> list[Path]:
         return [path]
     below = list(schema.list_runs(path).values())
     if not below:
-        raise ValueError(
+        raise InputError(
             f"no run in {path}: expected files or folders ending in {', '.join(schema.SUFFIXES)}; "
             "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.nc"
         )

@@ -29,6 +29,7 @@ from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.errors import InputError, TakenError
 
 __all__ = ["findings_text", "to_html", "write_report"]
 
@@ -76,7 +77,7 @@ def write_report(
 
     Raises
     ------
-    ValueError
+    InputError
         For no run, or a name that does not end in ``.html``.
     OSError
         Where the file cannot be written; FileExistsError where one is there that is no report.
@@ -84,7 +85,7 @@ def write_report(
     out = Path(out)
     # Before the runs are analysed; browsers open a file by its ending.
     if out.suffix not in (".html", ".htm"):
-        raise ValueError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
+        raise InputError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
     # Analysed inside: a file of somebody else is refused before anything is computed.
     with replaced_file(out, check=None if force else require_report) as fresh:
         readings = read_runs(runs) if isinstance(runs, Mapping) else runs
@@ -102,13 +103,13 @@ def require_report(path: Path) -> None:
 
     Raises
     ------
-    FileExistsError
+    TakenError
         With what to do.
     """
     with path.open("rb") as file:
         head = file.read(4096)
     if MARK.encode() not in head:
-        raise FileExistsError(
+        raise TakenError(
             f"{path} exists and is no report of depthscope; name another file, delete it, or replace it with --force"
         )
 

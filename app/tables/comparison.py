@@ -28,6 +28,7 @@ from depthscope.app.tables.tables import (
 from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
+from depthscope.diagnostics.errors import InputError
 
 # Chosen by hand, one for each question of the dashboard: the table has a block of rows for each metric, and
 # `depthscope compare --metrics` takes any other.
@@ -295,7 +296,7 @@ def comparison_table(
 
     Raises
     ------
-    ValueError
+    InputError
         Where no run has any of the metrics along its depth.
     """
     view = view or Selection()
@@ -318,7 +319,7 @@ def comparison_table(
             runs = list(cells)
             marked.best |= {(len(text) - 1, runs[at]) for at in marked.among(metric, list(cells.values()))}
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
     # Only metrics that have a row are cited and named in the caption.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from depthscope.diagnostics.errors import InputError
+
 __all__ = ["VENUES", "Venue", "venue_of"]
 
 _INCH = 72.27  # TeX points
@@ -76,9 +78,9 @@ def venue_of(name: str) -> Venue:
 
     Raises
     ------
-    ValueError
+    InputError
         For a name that is not known.
     """
     if name not in VENUES:
-        raise ValueError(f"venue {name!r} is not known; expected {', '.join(VENUES)}")
+        raise InputError(f"venue {name!r} is not known; expected {', '.join(VENUES)}")
     return VENUES[name]

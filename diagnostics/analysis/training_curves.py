@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics import (
     attention,
     checkpoints,
@@ -60,12 +61,12 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
 
     Raises
     ------
-    ValueError
+    InputError
         Where the run has no statistics.
     """
     statistics = chain_dataset(run, "statistics", chain)
     if statistics is None:
-        raise ValueError(
+        raise InputError(
             "the run has no statistics; record it with probes.record(...), or analyze a run with a trace"
         )
     return curves_of_sums(statistics, tuple(_CURVES))

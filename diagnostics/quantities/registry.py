@@ -291,7 +291,7 @@ def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ..
 
     Raises
     ------
-    ValueError
+    InputError
         Where another function declares a quantity of that name.
     """
     if function is None:
@@ -303,7 +303,7 @@ def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ..
         function.__module__,
         function.__qualname__,
     ):
-        raise ValueError(
+        raise InputError(
             f"the quantity {name!r} is declared in {known.__module__} already: choose another name"
         )
     QUANTITIES[name] = function

@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import kind_of, remove_litter, require_writable
+from depthscope.diagnostics.errors import BusyError, InputError, TakenError
 from depthscope.diagnostics.schema.live_store_compaction import write_rows
 from depthscope.diagnostics.schema.live_store_files import (
     COLUMNS,
@@ -72,20 +73,20 @@ def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, fo
     if not os.path.lexists(place):
         return
     if not place.is_dir():
-        raise FileExistsError(
+        raise TakenError(
             f"{place} is {kind_of(place.lstat().st_mode)}, but a live run is a folder; name another path"
         )
     names, foreign = files_of(place)
     if foreign is not None:
-        raise FileExistsError(
+        raise TakenError(
             f"{place} contains {foreign}, which is no part of a live run; move it away, or name another path"
         )
     if names and not is_live_store(place) and not force:
-        raise FileExistsError(
+        raise TakenError(
             f"{place} contains {min(names)} of a live run whose log is gone; remove it with force=True, or name another path"
         )
     if is_live_store(place) and not (resume or force):
-        raise FileExistsError(
+        raise TakenError(
             f"{place} has a run already; go on in it with resume=True, begin it anew with force=True (its rows are lost), "
             "or name another path"
         )
@@ -107,7 +108,7 @@ class LiveStore:
 
     Raises
     ------
-    BlockingIOError
+    BusyError
         Where another process or recorder writes it.
     SchemaError
         Where the store that is to go on is damaged.
@@ -145,9 +146,7 @@ class LiveStore:
             with suppress(Exception):  # what is said is enough where its log cannot be read at this moment
                 last = read_history(self.path, despite_damage=True).attempts[-1]
                 who += f" (process {last['pid']} on {last['host']}, since {_clock(last['time'])})"
-            raise BlockingIOError(
-                f"{self.path} is being written by {who}; end it, or name another path"
-            ) from None
+            raise BusyError(f"{self.path} is being written by {who}; end it, or name another path") from None
 
     def _begin(self) -> None:
         if self._is_resumed:
@@ -227,7 +226,7 @@ class LiveStore:
 
         Raises
         ------
-        ValueError
+        InputError
             For a new variable without dims, or a known one with another shape.
         OSError
             Where it was not written, as on a full disk; the store is as it was before.
@@ -295,7 +294,7 @@ class LiveStore:
         declared, added = {}, {}
         for name in [name for name in numbers if name not in known.variables]:
             if not isinstance(numbers[name], tuple):
-                raise ValueError(f"{name} came for the first time without its dims; give (dims, array)")
+                raise InputError(f"{name} came for the first time without its dims; give (dims, array)")
             dims, values, *attrs = numbers[name]
             array = np.asarray(values)
             dtype = "<f4" if array.dtype == np.float32 else "<f8"
@@ -316,7 +315,7 @@ class LiveStore:
                 continue
             array = np.asarray(given[1] if isinstance(given, tuple) else given, known.numpy_dtype)
             if array.shape != known.shape:
-                raise ValueError(
+                raise InputError(
                     f"{name} came with the shape {array.shape}, expected {known.shape} as in the rows before; "
                     "a changed model needs a store of its own"
                 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from depthscope.diagnostics.atomic_writes import NO_LOCKS, SCRATCH, kind_of
+from depthscope.diagnostics.errors import AbsentError, BusyError, TakenError
 from depthscope.diagnostics.schema.limits import require_dense
 from depthscope.diagnostics.schema.validation import SchemaError
 
@@ -118,7 +119,7 @@ def open_inside(store: Path, name: str) -> IO[bytes]:
             flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             file = os.fdopen(os.open(target, os.O_RDONLY | flags, dir_fd=descriptor), "rb")
         except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, error.strerror, str(store / name)) from None
+            raise AbsentError(errno.ENOENT, error.strerror, str(store / name)) from None
     try:
         entry = os.fstat(file.fileno())
         if not stat.S_ISREG(entry.st_mode):
@@ -134,7 +135,7 @@ def require_no_link(store: Path, folder: str) -> None:
     """Refuse to write into a folder of a store that is a link, or no folder."""
     path = store / folder
     if os.path.lexists(path) and not stat.S_ISDIR(mode := path.lstat().st_mode):
-        raise FileExistsError(f"{path} is {kind_of(mode)}, expected a folder; move it away")
+        raise TakenError(f"{path} is {kind_of(mode)}, expected a folder; move it away")
 
 
 def remove_inside(store: Path, name: str) -> None:
@@ -203,7 +204,7 @@ def _lock(descriptor: int, *, shared: bool = False) -> None:
         try:
             windows.locking(descriptor, windows.LK_NBLCK, 1)
         except PermissionError as error:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+            raise BusyError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return
     import fcntl
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import google_crc32c
 
+from depthscope.diagnostics.errors import InputError
+
 MAGIC = b"DSr2"
 _HEAD = struct.Struct("<4sIIII")
 """Magic, checksum, kind, bytes of the payload, checksum of the frame before: CRC-32C of what follows it in the frame."""
@@ -32,7 +34,7 @@ class Frame(NamedTuple):
 def packed(kind: int, payload: bytes, before: int) -> tuple[bytes, int]:
     """One frame as bytes, after one with the checksum ``before`` (0: none), and its own checksum."""
     if len(payload) > MAX_PAYLOAD:
-        raise ValueError(f"a frame of {len(payload)} bytes; expected at most {MAX_PAYLOAD}")
+        raise InputError(f"a frame of {len(payload)} bytes; expected at most {MAX_PAYLOAD}")
     checksum = _checksum(kind, payload, before)
     return _HEAD.pack(MAGIC, checksum, kind, len(payload), before) + payload, checksum
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.attributes import json_default
 from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_GROUPS, MAX_VARIABLES, Limit
 from depthscope.diagnostics.schema.live_store_columns import OlderRows
@@ -181,17 +182,17 @@ class History:
     def require_declarable(self, variables: Mapping[str, Declared], coords: Mapping[str, Any]) -> None:
         """Refuse variables and coordinates that do not fit to each other, to the known ones, or into a row."""
         if len(self.variables) + len(self.coords) + len(variables) + len(coords) > MAX_VARIABLES:
-            raise ValueError(f"more than {MAX_VARIABLES} variables")
+            raise InputError(f"more than {MAX_VARIABLES} variables")
         if self.ends[-1] + sum(declared.num_bytes for declared in variables.values()) > MAX_PAYLOAD:
-            raise ValueError(f"a row of more than {MAX_PAYLOAD} bytes")
+            raise InputError(f"a row of more than {MAX_PAYLOAD} bytes")
         sizes = dict(self._sizes)
         for name, dims, shape in _shapes(variables, coords):
             group = name.rpartition("/")[0]
             if name in self.variables or name in self.coords or (name in variables and name in coords):
-                raise ValueError(f"{name} is declared twice")
+                raise InputError(f"{name} is declared twice")
             for dim, size in zip(dims, shape, strict=True):
                 if sizes.setdefault((group, dim), size) != size:
-                    raise ValueError(
+                    raise InputError(
                         f"{dim} of {name} has {size} labels, expected {sizes[group, dim]} as in /{group}"
                     )
 
@@ -208,7 +209,7 @@ class History:
     def require_text(self, num_bytes: int) -> None:
         """Refuse more JSON than may be in memory."""
         if self._num_text + num_bytes > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON} bytes of declarations and attributes")
+            raise InputError(f"more than {MAX_JSON} bytes of declarations and attributes")
 
     def take_note(self, content: Mapping[str, Any]) -> None:
         """Take in one note: ``opened``, ``resumed``, ``finished``, ``attributes`` or ``file``."""
@@ -228,7 +229,7 @@ class History:
         elif kind == "file":
             self._take_file(content["name"])
         else:
-            raise ValueError(f"a note of the kind {kind!r}")
+            raise InputError(f"a note of the kind {kind!r}")
 
     def _take_attributes(self, path: str, attrs: Mapping[str, Any]) -> None:
         for name, value in attrs.items():
@@ -238,14 +239,14 @@ class History:
         self.require_text(0)
         self.attrs[path] = attributes_of(path, {**self.attrs.get(path, {}), **attrs})
         if len(self.attrs) > MAX_GROUPS:
-            raise ValueError(f"attributes of more than {MAX_GROUPS} groups")
+            raise InputError(f"attributes of more than {MAX_GROUPS} groups")
 
     def _take_file(self, name: Any) -> None:
         if not isinstance(name, str) or not NUMBERED.fullmatch(name):
-            raise ValueError(f"{name!r} is no file of a live store")
+            raise InputError(f"{name!r} is no file of a live store")
         self.files.add(name)
         if len(self.files) > MAX_FILES:
-            raise ValueError(f"more than {MAX_FILES} files")
+            raise InputError(f"more than {MAX_FILES} files")
 
     def _supersede(self, step: int) -> None:
         """Forget the rows of a step and of later ones."""
@@ -297,7 +298,7 @@ class History:
         try:
             for frame in frames_from(self.content, self.end, self.checksum):
                 if (frame.kind == BEGIN) != (self.end == 0):
-                    raise ValueError(f"a frame of kind {frame.kind} at byte {self.end}")
+                    raise InputError(f"a frame of kind {frame.kind} at byte {self.end}")
                 same = min(same, self._take(frame))
                 self.end, self.checksum = frame.end, frame.checksum
         except SchemaError:
@@ -337,12 +338,12 @@ class History:
         elif frame.kind == NOTE:
             self.take_note(content)
         else:
-            raise ValueError(f"a frame of kind {frame.kind}")
+            raise InputError(f"a frame of kind {frame.kind}")
         return self.num_rows
 
     def _begin(self, content: Mapping[str, Any], num_bytes: int) -> None:
         if content["format"] != FORMAT or not is_count(content["version"]):
-            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
+            raise InputError(f"its format is {content['format']!r}, expected {FORMAT!r}")
         if content["version"] > VERSION:
             raise SchemaError(
                 f"its row log has version {content['version']}, this depthscope reads version {VERSION}; "
@@ -350,7 +351,7 @@ class History:
             )
         self.run, self.created = content["run"], created_of(content["created"])
         if not _RUN.fullmatch(self.run):
-            raise ValueError(f"the run's id is {self.run!r}, expected 32 hexadecimal digits")
+            raise InputError(f"the run's id is {self.run!r}, expected 32 hexadecimal digits")
         self._declare(content)
         self.attempts = [attempt_of(fields) for fields in content["attempts"]]
         self.finished = content["finished"] is True
@@ -368,9 +369,9 @@ class History:
         before = self.older[-1].last if self.older else -(1 << 63) - 1
         counts = (number, size, num_variables, checksum, num_rows)
         if not all(map(is_count, counts)) or not 0 < num_rows <= size or number >= 1 << 32 or size >= 1 << 32:
-            raise ValueError(f"a file of columns is described as {counts}")
+            raise InputError(f"a file of columns is described as {counts}")
         if not before < step_of(first) <= step_of(last) or num_variables >= len(self.ends):
-            raise ValueError(f"file {number} has {num_variables} variables and the steps {first} to {last}")
+            raise InputError(f"file {number} has {num_variables} variables and the steps {first} to {last}")
         row_bytes = self.ends[num_variables]
         self.older.append(
             OlderRows(
@@ -378,7 +379,7 @@ class History:
             )
         )
         if len(self.older) > MAX_FILES or self.older[-1].name not in self.files:
-            raise ValueError(f"{self.older[-1].name} is not among its files")
+            raise InputError(f"{self.older[-1].name} is not among its files")
 
     def _declare(self, content: Mapping[str, Any]) -> None:
         variables = {name: declared_of(name, fields) for name, fields in content["variables"].items()}

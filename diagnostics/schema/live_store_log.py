@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.live_store_files import LOG
 from depthscope.diagnostics.schema.live_store_frames import frames_from, packed
 
@@ -58,14 +59,14 @@ class RowLog:
     def require_present(self) -> tuple[int, int]:
         """The log's descriptor and size; FileNotFoundError where the log at its path is another one or none."""
         if self._descriptor is None:
-            raise ValueError(f"{self._store} is closed")
+            raise InputError(f"{self._store} is closed")
         mine = os.fstat(self._descriptor)
         try:
             here = os.path.samestat(os.stat(self._path), mine)
         except OSError:
             here = False
         if not here:
-            raise FileNotFoundError(f"{self._store} has gone, or another one is in its place")
+            raise AbsentError(f"{self._store} has gone, or another one is in its place")
         return self._descriptor, mine.st_size
 
     def write(self, frames: Frames, *, sync: bool = False) -> None:

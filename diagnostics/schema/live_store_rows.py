@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.live_store_frames import Frame
 from depthscope.diagnostics.schema.live_store_statements import Declared, time_of
 
@@ -47,7 +48,7 @@ class LogRows:
         step, time, count = ROW_HEAD.unpack_from(content, frame.start)
         start = frame.start + ROW_HEAD.size
         if count >= len(ends) or ends[count] != frame.end - start:
-            raise ValueError(f"the row of step {step} has {frame.end - start} bytes for {count} variables")
+            raise InputError(f"the row of step {step} has {frame.end - start} bytes for {count} variables")
         self.times.append(time_of(time))
         self.steps.append(step)
         self._starts.append(start)
@@ -58,7 +59,7 @@ class LogRows:
         step, first, last = LATER_HEAD.unpack_from(content, frame.start)
         start = frame.start + LATER_HEAD.size
         if not first < last < len(ends) or ends[last] - ends[first] != frame.end - start:
-            raise ValueError(
+            raise InputError(
                 f"{frame.end - start} bytes came later for variables {first} to {last} of step {step}"
             )
         at = bisect_left(self.steps, step)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.attributes import json_default, storable_texts
 from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.limits import MAX_ATTRIBUTES, MAX_JSON_DEPTH
@@ -35,7 +36,7 @@ _LAST_SECOND = 253_402_300_799
 def parsed(payload: bytes) -> dict[str, Any]:
     """The JSON object of a frame; its texts can be printed and saved."""
     if len(payload) > MAX_JSON:
-        raise ValueError(f"{len(payload)} bytes of JSON, expected at most {MAX_JSON}")
+        raise InputError(f"{len(payload)} bytes of JSON, expected at most {MAX_JSON}")
     content = json.loads(payload)
     _require_depth(content)
     # Half of a surrogate pair and NUL come escaped.
@@ -56,12 +57,12 @@ def _require_depth(content: Any) -> None:
         if not inner:
             return
         level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
-    raise ValueError(f"JSON of more than {MAX_JSON_DEPTH} levels")
+    raise InputError(f"JSON of more than {MAX_JSON_DEPTH} levels")
 
 
 def _mapping(content: Any, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"{what} is a {type(content).__name__}, expected an object")
+        raise InputError(f"{what} is a {type(content).__name__}, expected an object")
     return content
 
 
@@ -73,14 +74,14 @@ def is_count(value: Any) -> bool:
 def step_of(value: Any) -> int:
     """A step: a whole number of 64 bits."""
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"the step is {value!r}, expected a whole number")
+        raise InputError(f"the step is {value!r}, expected a whole number")
     return value
 
 
 def time_of(value: Any) -> float:
     """Seconds since 1970."""
     if type(value) not in (int, float) or not 0 <= value <= _LAST_SECOND:
-        raise ValueError(f"the time is {value!r}, expected seconds since 1970")
+        raise InputError(f"the time is {value!r}, expected seconds since 1970")
     return float(value)
 
 
@@ -134,23 +135,23 @@ def declared_of(name: str, fields: Any) -> Declared:
     fields = _mapping(fields, name)
     shape = fields["shape"]
     if not isinstance(shape, (list, tuple)) or not all(map(is_count, shape)):
-        raise ValueError(f"{name} has the shape {shape!r}")
+        raise InputError(f"{name} has the shape {shape!r}")
     dims = _dims(name, fields["dims"], len(shape))
     if fields["dtype"] not in ("<f8", "<f4"):
-        raise ValueError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
+        raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
     found = Declared(dims, tuple(shape), fields["dtype"], attributes_of(name, fields["attrs"]))
     if found.num_bytes > MAX_PAYLOAD:
-        raise ValueError(f"{name} has {found.num_bytes} bytes a row, expected at most {MAX_PAYLOAD}")
+        raise InputError(f"{name} has {found.num_bytes} bytes a row, expected at most {MAX_PAYLOAD}")
     return found
 
 
 def _dims(name: str, dims: Any, number: int) -> tuple[str, ...]:
     if not _NAME.fullmatch(name) or name.endswith("/step"):
-        raise ValueError(f"{name!r} is no name of a variable in {', '.join(GROUPS)}")
+        raise InputError(f"{name!r} is no name of a variable in {', '.join(GROUPS)}")
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, str) for dim in dims):
-        raise ValueError(f"{name} has the dims {dims!r}")
+        raise InputError(f"{name} has the dims {dims!r}")
     if len(dims) != number or len({*dims, "step"}) != number + 1:
-        raise ValueError(f"{name} has the dims {tuple(dims)}, expected {number}, each once, without the step")
+        raise InputError(f"{name} has the dims {tuple(dims)}, expected {number}, each once, without the step")
     return tuple(dims)
 
 
@@ -158,13 +159,13 @@ def coordinate_of(name: str, fields: Any) -> dict[str, Any]:
     """A coordinate: its ``dims``, ``values`` as an array of numbers or of texts, and ``attrs``."""
     fields = _mapping(fields, name)
     if set(fields) != _FIELDS:
-        raise ValueError(f"the coordinate {name} has {sorted(fields)}, expected {sorted(_FIELDS)}")
+        raise InputError(f"the coordinate {name} has {sorted(fields)}, expected {sorted(_FIELDS)}")
     # As objects first: an array of texts takes for each as much as for the longest one.
     values = np.array(fields["values"], dtype=object)
     kinds = {type(value) for value in values.ravel().tolist()}
     if not (kinds <= {int, float} or kinds in ({str}, {bool})):
         kind = sorted(kind.__name__ for kind in kinds)
-        raise ValueError(f"the values of {name} are {', '.join(kind)}; expected numbers or texts")
+        raise InputError(f"the values of {name} are {', '.join(kind)}; expected numbers or texts")
     if kinds != {str}:
         dtype = bool if kinds == {bool} else np.int64 if kinds == {int} else np.float64
         values = values.astype(dtype)
@@ -178,9 +179,9 @@ def coordinate_of(name: str, fields: Any) -> dict[str, Any]:
 def attributes_of(path: str, attrs: Any) -> dict[str, Any]:
     """Attributes of a group, or of the variable of that name."""
     if not (_PATH.fullmatch(path) or _NAME.fullmatch(path)):
-        raise ValueError(f"{path!r} is no group of a run")
+        raise InputError(f"{path!r} is no group of a run")
     if len(_mapping(attrs, f"the attributes of {path or 'the run'}")) > MAX_ATTRIBUTES:
-        raise ValueError(f"{len(attrs)} attributes of {path or 'the run'}, expected at most {MAX_ATTRIBUTES}")
+        raise InputError(f"{len(attrs)} attributes of {path or 'the run'}, expected at most {MAX_ATTRIBUTES}")
     return dict(attrs)
 
 
@@ -189,7 +190,7 @@ def attempt_of(fields: Any) -> dict[str, Any]:
     fields = _mapping(fields, "an attempt")
     pid, host, resumed = fields["pid"], fields["host"], fields.get("resumed", [])
     if not is_count(pid) or not isinstance(host, str) or not isinstance(resumed, list):
-        raise ValueError(f"an attempt of process {pid!r} on {host!r} with {type(resumed).__name__}")
+        raise InputError(f"an attempt of process {pid!r} on {host!r} with {type(resumed).__name__}")
     return {
         "time": time_of(fields["time"]),
         "pid": pid,
@@ -202,5 +203,5 @@ def attempt_of(fields: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     if not is_count(value):
-        raise ValueError(f"{value!r} rows, expected a number of them")
+        raise InputError(f"{value!r} rows, expected a number of them")
     return int(value)

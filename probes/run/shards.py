@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.connections.constraint import MEASURED, measured_constraint, measured_family
@@ -96,7 +97,7 @@ def join_shards(runs: Sequence[xr.DataTree], add_streamed: AddStreamed) -> xr.Da
 
     Raises
     ------
-    ValueError
+    InputError
         Where a part is missing or there twice, or a part is of other data or was measured in another way.
     """
     _require_one_whole(runs)
@@ -139,7 +140,7 @@ def _require_one_whole(runs: Sequence[xr.DataTree]) -> None:
     """Refuse parts of different wholes."""
     for run in runs:
         if "sequences_seen" not in _sampling(run):
-            raise ValueError(
+            raise InputError(
                 "a run does not say which sequences it has seen (attribute sampling); expected runs of probes.capture"
             )
     _require_same_facts([_sampling(run) for run in runs], ["max_sequences", "seed"])
@@ -147,11 +148,11 @@ def _require_one_whole(runs: Sequence[xr.DataTree]) -> None:
     if not shards:
         return
     if len(shards) < len(runs):
-        raise ValueError(
+        raise InputError(
             "some runs are shards (attribute shard) and others are not; expected shards of one text"
         )
     if len({run.attrs.get("data_digest") for run in runs}) > 1:
-        raise ValueError(
+        raise InputError(
             "the shards are of different texts (data_digest differs); expected shards of one text"
         )
     _require_same_facts(shards, sorted(set().union(*shards) - {"number"}))
@@ -162,7 +163,7 @@ def _require_same_facts(parts: Sequence[Mapping[str, Any]], names: Sequence[str]
     for name in names:
         values = list(dict.fromkeys(str(part.get(name)) for part in parts))
         if len(values) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the parts were made with {name} {' and '.join(values)}; expected the same in all: repeat them with equal "
                 "options"
             )
@@ -171,10 +172,10 @@ def _require_same_facts(parts: Sequence[Mapping[str, Any]], names: Sequence[str]
 def _require_each_once(numbers: Sequence[int], of: int) -> None:
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:
-        raise ValueError(f"{_named(twice, of)} given more than once; expected each shard once")
+        raise InputError(f"{_named(twice, of)} given more than once; expected each shard once")
     missing = sorted(set(range(1, of + 1)) - set(numbers))
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{_named(missing, of)} missing; expected all {of}: make {'it' if len(missing) == 1 else 'them'} with --shard"
         )
 
@@ -187,11 +188,11 @@ def _named(numbers: Sequence[int], of: int) -> str:
 def _require_gapless(runs: Sequence[xr.DataTree]) -> None:
     for (_, end), (start, after) in pairwise(map(_span, runs)):
         if start < end:
-            raise ValueError(
+            raise InputError(
                 f"two parts have the sequences {start} to {min(end, after) - 1}; expected each sequence in one of them"
             )
         if start > end:
-            raise ValueError(
+            raise InputError(
                 f"the sequences {end} to {start - 1} are in no part; expected parts without a gap"
             )
 
@@ -199,7 +200,7 @@ def _require_gapless(runs: Sequence[xr.DataTree]) -> None:
 def _group(run: xr.DataTree, group: str, chain: str) -> xr.Dataset:
     found = schema.chain_dataset(run, group, chain)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"a part has no {group} of {chain or 'its chain'}; expected the same groups and chains in all parts"
         )
     return found
@@ -219,7 +220,7 @@ def _joined_trace(traces: Sequence[xr.Dataset], kept: np.ndarray, chain: str) ->
     for name in ("depth", "token", "stream", "feature", "connection"):
         sizes = [trace.sizes.get(name) for trace in traces]
         if len(set(sizes)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the parts have {', '.join(map(str, sizes))} along {name}{f' of {chain}' if chain else ''}; expected the "
                 "same: pad all batches to one length"
             )
@@ -295,7 +296,7 @@ def _added_statistics(
     """The statistics of all parts, and sentences on what is not among them."""
     parts = [_group(run, "statistics", chain) for run in runs]
     if any(part.sizes.get("step", 1) != 1 for part in parts):
-        raise ValueError("a part has several steps; expected parts of one capture, which have one")
+        raise InputError("a part has several steps; expected parts of one capture, which have one")
     forwards = [int(_group(run, "coverage", "")["expected"].values.max()) for run in runs]
     streamed = (*schema.OF_STREAMING, *MOMENT_VARIABLES, *SKETCH_VARIABLES)
     found: dict[str, xr.Variable] = {}

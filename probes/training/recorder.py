@@ -21,7 +21,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.errors import DepthscopeError
+from depthscope.diagnostics.errors import DepthscopeError, InputError
 from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
@@ -130,7 +130,7 @@ class Recorder:
         ranks: Ranks | None = None,
     ):
         if every < 1:
-            raise ValueError(f"every is {every}; expected 1 or more")
+            raise InputError(f"every is {every}; expected 1 or more")
         self.errors: list[Exception] = []
         self.position = first_step  # the present step
         self._session = session

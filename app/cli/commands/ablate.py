@@ -12,6 +12,7 @@ from depthscope.app.cli.model_and_text import add_subject, open_subject, require
 from depthscope.app.cli.paths import InputRun
 from depthscope.app.cli.values import Names, Spans
 from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +63,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     require_result_place(args, "ablate")
     if ("patch" in args.do) != (args.source is not None):
-        raise ValueError("--do patch and --from RUN go together: the run is where the states come from")
+        raise InputError("--do patch and --from RUN go together: the run is where the states come from")
     subject = open_subject(args)
     from depthscope.probes import interventions
 

@@ -20,6 +20,7 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath, InputRun, require_writable
 from depthscope.app.cli.values import ByteCount, Number
 from depthscope.app.text.terminal import emit, working
+from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -84,21 +85,21 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics import analyze, schema
 
     if args.decay is not None and args.initial is None:
-        raise ValueError(
+        raise InputError(
             "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
         )
     if args.workers or args.scheduler:
         return _run_on_workers(args)
     if len(args.runs) > 1:
-        raise ValueError(
+        raise InputError(
             f"came {len(args.runs)} runs; expected one, or --workers N to measure several (depthscope compare shows them)"
         )
     if args.memory:
-        raise ValueError("came --memory alone; expected --workers N too, whose memory it limits")
+        raise InputError("came --memory alone; expected --workers N too, whose memory it limits")
     args.run = args.runs[0]
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
     if args.out is None and schema.is_live_store(args.run):
-        raise ValueError(
+        raise InputError(
             f"{args.run} is a live store, into which its recorder writes; name another file for the metrics with --out RUN"
         )
     if args.out is None:
@@ -169,24 +170,24 @@ def _run_on_workers(args: argparse.Namespace) -> int:
 
 def _require_options_of_workers(args: argparse.Namespace) -> None:
     if args.workers and args.scheduler:
-        raise ValueError(
+        raise InputError(
             "--workers starts processes here, and --scheduler names a cluster that is there; give one of them"
         )
     if args.memory and not args.workers:
-        raise ValueError(
+        raise InputError(
             "--memory limits the processes of --workers; those of a cluster have limits of their own"
         )
     given = [name for name, value in (("jackknife", args.jackknife), ("initial", args.initial)) if value]
     if given:
-        raise ValueError(
+        raise InputError(
             f"--{given[0]} does not go with workers; leave it out, or analyse the run in this process"
         )
     if args.out and len(args.runs) > 1:
-        raise ValueError(
+        raise InputError(
             "--out names one file for several runs; leave it out: each gets NAME.metrics.nc beside it"
         )
     if len(set(args.runs)) < len(args.runs):
-        raise ValueError("a run is given twice; expected each once")
+        raise InputError("a run is given twice; expected each once")
 
 
 def _beside(run: str, *, force: bool) -> Path:
@@ -195,7 +196,7 @@ def _beside(run: str, *, force: bool) -> Path:
 
     place = Path(run).with_name(f"{without_ending(Path(run).name)}.metrics.nc")
     if place.exists() and not force:
-        raise ValueError(f"{place} exists; name another file with --out, or add --force to replace it")
+        raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place
 
 

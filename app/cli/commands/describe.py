@@ -10,6 +10,7 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath
 from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import emit, say, show_rows, working
+from depthscope.diagnostics.errors import InputError
 
 # One small forward: it finds the structure and proves the connections, and measures nothing.
 SEQUENCES, LENGTH = 2, 32
@@ -60,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         return _plan(args)
     of_plan = [name for name in OF_PLAN if getattr(args, name) is not None]
     if of_plan:
-        raise ValueError(f"--{of_plan[0]} is of a plan; add --plan, or leave it out")
+        raise InputError(f"--{of_plan[0]} is of a plan; add --plan, or leave it out")
     if args.weights_only:
         return _describe_weights(args)
     _refuse_options_of_weight_files(args)
@@ -86,7 +87,7 @@ def _plan(args: argparse.Namespace) -> int:
     others = ("weights", "layers", "layout", "streams", "sites", "weights_only", "dialect", "as_dialect")
     given = [name for name in others if getattr(args, name)]
     if given:
-        raise ValueError(
+        raise InputError(
             f"--{given[0].replace('_', '-')} does not go with --plan, which reads no weights; leave one out"
         )
     with working("importing torch"):
@@ -112,7 +113,7 @@ def _refuse_options_of_weight_files(args: argparse.Namespace) -> None:
         name for name, value in (("dialect", args.dialect), ("as", args.as_dialect)) if value is not None
     ]
     if given:
-        raise ValueError(f"--{given[0]} says how weight files are read; add --weights-only, or leave it out")
+        raise InputError(f"--{given[0]} says how weight files are read; add --weights-only, or leave it out")
 
 
 def _describe_weights(args: argparse.Namespace) -> int:
@@ -120,7 +121,7 @@ def _describe_weights(args: argparse.Namespace) -> int:
     options = ("weights", "layers", "layout", "streams", "sites", "dtype")
     given = [name for name in options if getattr(args, name) is not None]
     if given:
-        raise ValueError(
+        raise InputError(
             f"--{', --'.join(given)} and --weights-only do not go together: no model is built or run; leave one out"
         )
     with working("importing torch"):

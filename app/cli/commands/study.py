@@ -10,6 +10,7 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import OutputFolder
 from depthscope.app.cli.values import Number, OneOf, Spans
 from depthscope.app.text.terminal import emit, say, show_rows
+from depthscope.diagnostics.errors import InputError
 
 # Longer is a typing error: the models are small, and nothing of them changes after some hours.
 MINUTES_OF_A_WEEK = 7 * 24 * 60
@@ -78,14 +79,14 @@ def _run(args: argparse.Namespace) -> int:
 def _require_fitting(args: argparse.Namespace) -> None:
     """Refuse options that the study does not have, and a missing folder."""
     if args.memory and args.study != FAMILIES:
-        raise ValueError(f"--memory belongs to the study of families; leave it or {args.study} out")
+        raise InputError(f"--memory belongs to the study of families; leave it or {args.study} out")
     if args.study not in REPRODUCTIONS and (args.quick or args.depths is not None):
-        raise ValueError(
+        raise InputError(
             f"--quick and --depths belong to {', '.join(REPRODUCTIONS)}; leave them out of {args.study}"
         )
     if args.out is None and not args.memory and args.study not in SCALING:
         hint = ", or ask for --memory, which writes nothing" if args.study == FAMILIES else ""
-        raise ValueError(f"no folder came; name one with --out DIR{hint}")
+        raise InputError(f"no folder came; name one with --out DIR{hint}")
 
 
 def _tell_families(args: argparse.Namespace) -> int:

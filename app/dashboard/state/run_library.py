@@ -24,6 +24,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.requested_metrics import with_requested
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 
 __all__ = [
     "allow",
@@ -164,10 +165,10 @@ def measure(
             # Asked for here: somebody else may have added others meanwhile.
             found = _cache.get(key, partial(_kept_or_read, name, path, version, progress))
             if isinstance(found, UnreadableRun):
-                raise ValueError(found.reason)
+                raise InputError(found.reason)
             added = with_requested(found, metrics, path=path, max_bytes=LIMIT["max_bytes"], progress=progress)
             if version_of(path) != version:
-                raise ValueError("it was changed while it was measured; reload the page")
+                raise InputError("it was changed while it was measured; reload the page")
             return added
 
         keep(path, version, _cache.replace(key, measured))

@@ -13,6 +13,7 @@ from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import LABELLED, fed, names_of, positions
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Heatmap, Selection
 from depthscope.app.text.numbers import number, sentence
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 __all__ = ["MatrixFigure"]
@@ -86,7 +87,7 @@ class MatrixFigure(FigureKind):
 
         Raises
         ------
-        ValueError
+        InputError
             No run, or not the selected one, has the variable.
         """
         measurement = Measurement(self.metric, analyses, choice)
@@ -97,7 +98,7 @@ class MatrixFigure(FigureKind):
         run = choice.run if choice.run is not None else next(iter(able), None)
         if run is None or run not in able:
             has = ", ".join(able) or "none of the runs"
-            raise ValueError(f"run {run!r} has no {self.metric}; {has} can feed {self.name}")
+            raise InputError(f"run {run!r} has no {self.metric}; {has} can feed {self.name}")
         array = able[run].transpose(self.rows, self.columns)
         z = np.asarray(array.values, dtype=np.float64)
         # What cannot exist is undefined (grey), not a measured zero.

@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import Finding, Severity, judge
-from depthscope.diagnostics.errors import DepthscopeError
+from depthscope.diagnostics.errors import DepthscopeError, InputError
 from depthscope.probes.training.live.history import histories
 from depthscope.probes.training.live.row import LiveRow
 
@@ -69,11 +69,11 @@ class Watched:
     ) -> None:
         levels = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
         if stop_on is not None and stop_on not in levels:
-            raise ValueError(
+            raise InputError(
                 f"stop_on is {stop_on!r}; expected one of {', '.join(map(repr, levels))}, or None"
             )
         if on_finding is not None and not callable(on_finding):
-            raise ValueError(
+            raise InputError(
                 f"on_finding is of type {type(on_finding).__name__}; expected a function of the step and a finding"
             )
         self._on_finding = on_finding

@@ -12,6 +12,7 @@ import xarray as xr
 
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.analysis.analyze import find_metric
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import OF_STREAMING
@@ -351,13 +352,13 @@ def place_of_analysis(wanted: str) -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         For another place, or where this system offers no such process.
     """
     if wanted not in PLACES:
-        raise ValueError(f"analysis is {wanted!r}; expected one of {', '.join(map(repr, PLACES))}")
+        raise InputError(f"analysis is {wanted!r}; expected one of {', '.join(map(repr, PLACES))}")
     if wanted == "process" and not is_possible():
-        raise ValueError("analysis is 'process', which is not offered on this system; use 'inline' or 'auto'")
+        raise InputError("analysis is 'process', which is not offered on this system; use 'inline' or 'auto'")
     if wanted == "auto":
         return "process" if is_possible() and has_free_cores() else "inline"
     return wanted
@@ -377,7 +378,7 @@ def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises
     ------
-    ValueError
+    InputError
         For an unknown name, or a metric of whole sequences.
     """
     if metrics == "live":
@@ -389,7 +390,7 @@ def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
     for name in names:
         find_metric(name)
         if _needs_more(name):
-            raise ValueError(
+            raise InputError(
                 f"{name} cannot be computed on the sampled tokens of a step; choose others, and compute it from the stored "
                 f"sequences: analyze(run, metrics={name!r})"
             )
