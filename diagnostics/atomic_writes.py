@@ -47,23 +47,12 @@ def replaced_file(target: str | os.PathLike[str], *, check: Check | None = None)
 
     The target is either the former file or the new one, whole, also after a killed process or a power cut.
 
-    Parameters
-    ----------
-    target : path-like
-        Missing, or a regular file. Of a link, what it points to is replaced and the link stays.
-    check : callable, optional
-        Called with the target, where it exists, before the block and again before the new file takes its place; raises
-        where the file there must stay.
-
-    Yields
-    ------
-    Path
-        Where to write; it has the target's name.
-
-    Raises
-    ------
-    StorageError
-        Where the target is no regular file or read-only, its folder cannot be written to, or the disk is full.
+    ``target``: missing, or a regular file. Of a link, what it points to is replaced and the link stays.
+    ``check``: called with the target, where it exists, before the block and again before the new file takes its place;
+    raises where the file there must stay.
+    Yields: Where to write; it has the target's name.
+    Raises StorageError: Where the target is no regular file or read-only, its folder cannot be written to, or the disk
+    is full.
     """
     place = require_replaceable_file(target, check)
     with _scratch_folder(place) as scratch:
@@ -79,25 +68,7 @@ def replaced_file(target: str | os.PathLike[str], *, check: Check | None = None)
 
 
 def require_replaceable_file(target: str | os.PathLike[str], check: Check | None = None) -> Path:
-    """Refuse what `replaced_file` would refuse, before anything expensive is computed; writes nothing.
-
-    Parameters
-    ----------
-    target : path-like
-        As in `replaced_file`.
-    check : callable, optional
-        As in `replaced_file`.
-
-    Returns
-    -------
-    Path
-        Absolute and without links.
-
-    Raises
-    ------
-    StorageError
-        As in `replaced_file`.
-    """
+    """Refuse what `replaced_file` would refuse, before anything expensive is computed; writes nothing."""
     place = require_writable(target)
     if os.path.lexists(place):
         mode = place.lstat().st_mode
@@ -115,23 +86,12 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
     Where the file system can exchange two names (Linux, macOS; not NFS), no instant is without the target. Elsewhere it is
     missing between two renames, and the next writer in that folder restores it where a process was killed there.
 
-    Parameters
-    ----------
-    target : path-like
-        Missing, or a folder. Of a link, what it points to is replaced and the link stays.
-    others : callable, optional
-        Called with the folder that is replaced; returns the relative paths of what somebody else put there, which goes along
-        unchanged; raises where the folder must stay. Called before the block, before the exchange and after it.
-
-    Yields
-    ------
-    Path
-        An empty folder to write into; it has the target's name.
-
-    Raises
-    ------
-    StorageError
-        Where the target cannot be replaced, its folder cannot be written to, or the disk is full.
+    ``target``: missing, or a folder. Of a link, what it points to is replaced and the link stays.
+    ``others``: called with the folder that is replaced; returns the relative paths of what somebody else put there,
+    which goes along unchanged; raises where the folder must stay. Called before the block, before the exchange and
+    after it.
+    Yields: An empty folder to write into; it has the target's name.
+    Raises StorageError: Where the target cannot be replaced, its folder cannot be written to, or the disk is full.
     """
     place = require_writable(target)
     listed = others or _no_others
@@ -240,20 +200,8 @@ def _put(fresh: Path, place: Path, aside: Path) -> Path | None:
 def exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step, such that each exists at every instant.
 
-    Parameters
-    ----------
-    one, other : Path
-        On the same file system.
-
-    Returns
-    -------
-    bool
-        False where this system or file system cannot.
-
-    Raises
-    ------
-    StorageError
-        Where it can but did not, such as for a missing file.
+    Returns: False where this system or file system cannot.
+    Raises StorageError: Where it can but did not, such as for a missing file.
     """
     call = _exchange_call()
     if call is None:
@@ -292,20 +240,8 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
 def require_writable(target: str | os.PathLike[str]) -> Path:
     """Where a target really is, refused where nothing can be written there; nothing is written or made.
 
-    Parameters
-    ----------
-    target : path-like
-        A file or folder, perhaps missing; its links are followed.
-
-    Returns
-    -------
-    Path
-        Absolute and without links.
-
-    Raises
-    ------
-    StorageError
-        For a circle of links, a parent that is no folder, and what is write-protected.
+    ``target``: A file or folder, perhaps missing; its links are followed.
+    Raises StorageError: For a circle of links, a parent that is no folder, and what is write-protected.
     """
     place = Path(os.path.realpath(target))
     if place.is_symlink():
@@ -327,15 +263,7 @@ def require_writable(target: str | os.PathLike[str]) -> Path:
 def entries_below(folder: Path) -> Iterator[Path]:
     """Every file, link and special file below a folder, and its empty folders.
 
-    Parameters
-    ----------
-    folder : Path
-        Not followed are links inside it.
-
-    Yields
-    ------
-    Path
-        Path below the folder; those of each folder in alphabetical order.
+    Yields: Path below the folder; those of each folder in alphabetical order.
     """
     waiting = [folder]  # no recursion: folders may be nested a thousand deep
     while waiting:
@@ -351,18 +279,7 @@ def entries_below(folder: Path) -> Iterator[Path]:
 
 
 def kind_of(mode: int) -> str:
-    """What kind of file a mode is of, in words.
-
-    Parameters
-    ----------
-    mode : int
-        ``st_mode`` of a path.
-
-    Returns
-    -------
-    str
-        Such as ``a pipe``.
-    """
+    """What kind of file a mode is of, in words."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFLNK: "a link",
@@ -442,24 +359,8 @@ def _full_disk_named(place: Path) -> Iterator[None]:
 def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
     """Hold what only one process (and thread) may hold for a target; the others wait.
 
-    Parameters
-    ----------
-    target : Path
-        What is worked on; its folder must exist.
-    work : str
-        What is done, such as ``"converting"``: one process at a time does it, while others may do other work.
-    seconds : float
-        How long to wait.
-
-    Yields
-    ------
-    None
-        While it is held.
-
-    Raises
-    ------
-    SlowError
-        Where another process holds it for that long.
+    ``target``: what is worked on; its folder must exist.
+    ``work``: what is done, such as ``"converting"``: one process at a time does it, while others may do other work.
     """
     scratch = target.parent / f"{SCRATCH}{_short(f'{work} {target.name}')}"
     try:
@@ -482,13 +383,7 @@ def _short(name: str) -> str:
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what killed writers left in a folder, and restore what they had moved aside; living ones are left alone.
-
-    Parameters
-    ----------
-    folder : Path
-        Where targets are written to.
-    """
+    """Remove what killed writers left in a folder, and restore what they had moved aside; living ones are left alone."""
     with os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(SCRATCH) and _is_ours(entry)]
     for scratch in found:
@@ -537,13 +432,7 @@ def _discard(scratch: Path, lock: Any) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or a folder with all its files, to the disk; else a power cut leaves empty files.
-
-    Parameters
-    ----------
-    path : Path
-        A file or folder.
-    """
+    """Have the system write a file, or a folder with all its files, to the disk; else a power cut leaves empty files."""
     paths = [path]
     if path.is_dir():
         for folder, folders, files in os.walk(path):

@@ -14,18 +14,7 @@ MAX_NAMES = 3
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """Advice for an error message about an unknown name.
 
-    Parameters
-    ----------
-    name : str
-        The unknown name.
-    known : iterable of str
-        The names that exist.
-    otherwise : str, optional
-        The advice where no name is similar; all names by default.
-
-    Returns
-    -------
-    str
+    ``otherwise``: the advice where no name is similar; all names by default.
 
     Examples
     --------

@@ -109,30 +109,13 @@ def capture_plan(
 ) -> CapturePlan:
     """Plan a recording from one forward on the meta device.
 
-    Parameters
-    ----------
-    model : Module
-        On the meta device, as built under ``torch.device("meta")``.
-    batch : object
-        One batch of one process, as in `probes.capture`; of its tensors the shapes count.
-    gradients : bool
-        Whether gradients are measured.
-    sequences : int
-        How many are stored raw; a capture stores all that it is given.
-    processes : int
-        How many measure together.
-    rates : mapping of str to float, optional
-        What the machine of the training does a second: ``bytes`` that it reads and ``operations``. Without them no time is
-        planned: those of the machine that plans say nothing about another one.
-
-    Returns
-    -------
-    CapturePlan
-
-    Raises
-    ------
-    CaptureError
-        Where the forward does not run without values, or no blocks whose states have one shape are found in it.
+    ``model``: on the meta device, as built under ``torch.device("meta")``.
+    ``batch``: one batch of one process, as in `probes.capture`; of its tensors the shapes count.
+    ``sequences``: how many are stored raw; a capture stores all that it is given.
+    ``rates``: what the machine of the training does a second: ``bytes`` that it reads and ``operations``. Without them
+    no time is planned: those of the machine that plans say nothing about another one.
+    Raises CaptureError: Where the forward does not run without values, or no blocks whose states have one shape are
+    found in it.
     """
     found = _states_by_shape(model, batch)
     stored = min(sequences, found.sequences)
@@ -160,17 +143,7 @@ def capture_plan(
 
 
 def is_planned(model: nn.Module) -> bool:
-    """Whether a model is on the meta device as a whole, and not offloaded: hooks bring the values of that one.
-
-    Parameters
-    ----------
-    model : Module
-        The model.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a model is on the meta device as a whole, and not offloaded: hooks bring the values of that one."""
     parameters = all_parameters(model)
     offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
     return bool(parameters) and all(parameter.is_meta for parameter in parameters) and not offloaded

@@ -96,18 +96,7 @@ def measure(
 ) -> xr.DataTree:
     """Measure as `capture` does; ``described``: only what a description of the model needs, in half of the time.
 
-    Parameters
-    ----------
-    model, batch, loss, token_text, attrs
-        As in `capture`.
-    options : Options
-        What to capture.
-    described : bool
-        Leave out the statistics and the digests.
-
-    Returns
-    -------
-    DataTree
+    ``described``: leave out the statistics and the digests.
     """
     require_module(model)
     session = Session(model, options, only_own=True, sums=not described)
@@ -190,23 +179,8 @@ def _with_gradients(batch: Any) -> Any:
 def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
     """The scalar loss of an output: what the user's function gives, or the output's own.
 
-    Parameters
-    ----------
-    output, batch : object
-        What the model returned, and for what.
-    loss : callable, optional
-        ``loss(output, batch) -> scalar``.
-    required : bool
-        Whether there must be one.
-
-    Returns
-    -------
-    Tensor or None
-
-    Raises
-    ------
-    CaptureError
-        Where there must be a loss and there is no scalar.
+    ``output, batch``: what the model returned, and for what.
+    Raises CaptureError: Where there must be a loss and there is no scalar.
     """
     if loss is not None:
         value = loss(output, batch)

@@ -47,18 +47,7 @@ class AnalysisTables:
 def tabulate(reading: Reading, selection: Selection, asked: Collection[str]) -> AnalysisTables:
     """Tables of one reading.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain of one run.
-    selection : Selection
-        Slice to show.
-    asked : collection of str
-        Metrics that were asked for by name.
-
-    Returns
-    -------
-    AnalysisTables
+    ``asked``: metrics that were asked for by name.
     """
     by_depth, by_connection = depth_table(reading, selection), mixing_table(reading, selection)
     columns = {"num_tokens", *by_depth.metrics, *(by_connection.metrics if by_connection else ())}
@@ -76,18 +65,7 @@ def tabulate(reading: Reading, selection: Selection, asked: Collection[str]) -> 
 def analysis_as_dict(tables: Sequence[AnalysisTables], selection: Selection, written: Path) -> dict[str, Any]:
     """The document that ``depthscope analyze --json`` prints.
 
-    Parameters
-    ----------
-    tables : sequence of AnalysisTables
-        One for each reading.
-    selection : Selection
-        Slice of the values.
-    written : Path
-        The run that the metrics were written to.
-
-    Returns
-    -------
-    dict
+    ``written``: the run that the metrics were written to.
     """
     # Names with the errors and nulls that accompany a metric, as they are called in /metrics.
     names = {str(name) for each in tables for name in each.reading.analysis.data_vars}
@@ -131,12 +109,7 @@ def _values_as_dict(values: xr.DataArray, selection: Selection) -> dict[str, Any
 def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
     """Print the tables, then what is not in them and where it is.
 
-    Parameters
-    ----------
-    tables : sequence of AnalysisTables
-        One for each reading.
-    written : Path
-        The run that the metrics were written to.
+    ``written``: the run that the metrics were written to.
     """
     for each in tables:
         for table in (each.by_depth, each.by_connection):

@@ -122,17 +122,7 @@ def _labels(name: str) -> Sequence[str]:
 
 
 def selection_of(args: argparse.Namespace) -> Selection:
-    """The slice that `add_selection`'s arguments ask for, with the figures' defaults for those not given.
-
-    Parameters
-    ----------
-    args : Namespace
-        Parsed arguments.
-
-    Returns
-    -------
-    Selection
-    """
+    """The slice that `add_selection`'s arguments ask for, with the figures' defaults for those not given."""
     from depthscope.app.figures import Selection
 
     # Options that were not given are left out, so that the defaults are declared in `Selection` alone.

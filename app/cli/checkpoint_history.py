@@ -16,17 +16,7 @@ from depthscope.diagnostics.errors import InputError
 
 
 def is_history(args: argparse.Namespace) -> bool:
-    """Whether several checkpoints were named, or one folder that contains some.
-
-    Parameters
-    ----------
-    args : Namespace
-        Of `depthscope probe`.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether several checkpoints were named, or one folder that contains some."""
     if len(args.checkpoints) > 1 or args.factory is not None:
         return True
     folder = Path(args.checkpoints[0])
@@ -54,15 +44,7 @@ PROBED_RUN = ProbedRun("run", run_endings)
 def probe_history(args: argparse.Namespace) -> int:
     """Probe all checkpoints on the same text, and save their history.
 
-    Parameters
-    ----------
-    args : Namespace
-        Of `depthscope probe`.
-
-    Returns
-    -------
-    int
-        `FOUND` where a checkpoint was left out.
+    Returns: `FOUND` where a checkpoint was left out.
     """
     given = [name for name in ("shard", "keep", "streaming", "weights") if getattr(args, name)]
     if given:

@@ -37,18 +37,7 @@ class Device(Checked):
 
 
 def require_device(device: str) -> None:
-    """Refuse a device that this machine does not have, before a model is loaded.
-
-    Parameters
-    ----------
-    device : str
-        Such as ``cuda:1``.
-
-    Raises
-    ------
-    InputError
-        With the devices that there are.
-    """
+    """Refuse a device that this machine does not have, before a model is loaded."""
     import torch
 
     counts = {
@@ -105,17 +94,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
-    """The model of ``args.checkpoint`` with its tokenizer.
-
-    Parameters
-    ----------
-    args : Namespace
-        Arguments of `add_checkpoint`.
-
-    Returns
-    -------
-    LoadedModel
-    """
+    """The model of ``args.checkpoint`` with its tokenizer."""
     # Seconds, in which nothing else would be printed.
     with working("importing torch"):
         from depthscope.probes.checkpoints.load import load_checkpoint
@@ -125,17 +104,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 
 def site_names(args: argparse.Namespace) -> list[str] | None:
-    """Names given with ``--sites``; None asks for every state.
-
-    Parameters
-    ----------
-    args : Namespace
-        Arguments of `add_checkpoint`.
-
-    Returns
-    -------
-    list of str or None
-    """
+    """Names given with ``--sites``; None asks for every state."""
     # Not `comma_separated`: an empty name is refused by the capture, which lists the sites that there are.
     return None if args.sites is None else [name.strip() for name in args.sites.split(",")]
 
@@ -146,14 +115,7 @@ def capture_errors_for_users() -> Iterator[None]:
 
     Every other error is ours and keeps its traceback.
 
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    InputError
-        With the message of the refusal, or the error of the model and its place.
+    Raises InputError: With the message of the refusal, or the error of the model and its place.
     """
     from depthscope.probes.checkpoints.user_code import is_model_error, own_error
     from depthscope.probes.model.errors import CaptureError

@@ -33,16 +33,8 @@ class PrintCompletion(argparse.Action):
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """A script that completes the program's command line.
 
-    Parameters
-    ----------
-    parser : ArgumentParser
-        Of the program, with its commands. It can only be printed afterwards: labels become choices of its arguments.
-    shell : {"bash", "zsh", "fish"}
-        Who reads the script.
-
-    Returns
-    -------
-    str
+    ``parser``: of the program, with its commands. It can only be printed afterwards: labels become choices of its
+    arguments.
     """
     import shtab
 

@@ -7,17 +7,7 @@ from depthscope.app.text.terminal import MAX_MESSAGE, printable
 
 
 def sentence(error: BaseException) -> tuple[str, int]:
-    """What to print for an error, and the exit code.
-
-    Parameters
-    ----------
-    error : BaseException
-        What a command raised.
-
-    Returns
-    -------
-    tuple of str and int
-    """
+    """What to print for an error, and the exit code."""
     if isinstance(error, RecursionError):
         return (
             "the input is nested too deeply to be read; look for a file or an attribute within itself",
@@ -37,17 +27,7 @@ def sentence(error: BaseException) -> tuple[str, int]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line for people.
-
-    Parameters
-    ----------
-    error : BaseException
-        What was raised.
-
-    Returns
-    -------
-    str
-    """
+    """An error as one line for people."""
     # str() of an OSError is "[Errno 2] No such file or directory: 'a.nc'".
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror.lower()

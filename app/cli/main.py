@@ -13,18 +13,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments; those of the process by default.
-
-    Returns
-    -------
-    int
-        0 fine, 1 findings above the limits of `check` or a run that was left out, 2 usage or bad input, 70 a bug of
-        ours, 130 interrupted, 141 the reader of a pipe left, 143 terminated. Help, the version and a wrong option leave
-        by SystemExit,
-        as in argparse.
+    ``argv``: arguments; those of the process by default.
+    Returns: 0 fine, 1 findings above the limits of `check` or a run that was left out, 2 usage or bad input, 70 a bug
+    of ours, 130 interrupted, 141 the reader of a pipe left, 143 terminated. Help, the version and a wrong option leave
+    by SystemExit, as in argparse.
     """
     try:
         from depthscope.app.cli.outcome import run

@@ -98,19 +98,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 def open_subject(args: argparse.Namespace) -> Subject:
     """The model and the batch that the arguments name.
 
-    Parameters
-    ----------
-    args : Namespace
-        Arguments of `add_subject`.
-
-    Returns
-    -------
-    Subject
-
-    Raises
-    ------
-    InputError
-        Where a run does not say what it was made from, or the checkpoint or the text is another one.
+    Raises InputError: Where a run does not say what it was made from, or the checkpoint or the text is another one.
     """
     if args.sites is not None:
         raise InputError("--sites chooses what a run keeps; experiments change every state, so leave it out")
@@ -145,13 +133,7 @@ def text_name(source: str | None) -> str:
 
 
 def read_text(source: str | None) -> str:
-    """The text of a file, of stdin for ``-``, or for None English that comes with Python.
-
-    Raises
-    ------
-    InputError
-        For what is not UTF-8, or empty.
-    """
+    """The text of a file, of stdin for ``-``, or for None English that comes with Python."""
     if source is None:
         with working("importing torch"):
             from depthscope.probes.checkpoints.text_batch import sample_text
@@ -212,23 +194,7 @@ def _require_same_text(text: str, recorded: dict[str, Any]) -> None:
 
 
 def save(result: Any, subject: Subject, args: argparse.Namespace, what: str) -> Path | None:
-    """Save a result where ``--out`` says, or beside its run; None where neither is given.
-
-    Parameters
-    ----------
-    result : Dataset
-        The result.
-    subject : Subject
-        What it was made on.
-    args : Namespace
-        Arguments of `add_subject`.
-    what : str
-        Name of the command.
-
-    Returns
-    -------
-    Path or None
-    """
+    """Save a result where ``--out`` says, or beside its run; None where neither is given."""
     from depthscope.diagnostics.experiments import save_result
 
     place = result_place(subject.run, args, what)

@@ -35,17 +35,7 @@ EXTRAS = {
 def run(words: Sequence[str], *, whole_process: bool) -> int:
     """Run one command line.
 
-    Parameters
-    ----------
-    words : sequence of str
-        Without the program's name.
-    whole_process : bool
-        Nothing comes after it but the end of the process.
-
-    Returns
-    -------
-    int
-        The exit code; see `main`.
+    ``whole_process``: nothing comes after it but the end of the process.
     """
     standard_streams()
     if whole_process:
@@ -120,17 +110,7 @@ def _tell(line: str) -> None:
 def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
     """What to install for a command.
 
-    Parameters
-    ----------
-    command : str
-        The command that was called.
-    error : ModuleNotFoundError
-        What was missing.
-
-    Returns
-    -------
-    str or None
-        None where the module belongs to no extra: then the installation itself is broken.
+    Returns: None where the module belongs to no extra: then the installation itself is broken.
     """
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:

@@ -46,13 +46,7 @@ class Parser(argparse.ArgumentParser):
         (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line on stderr and exit with 2.
-
-        Parameters
-        ----------
-        message : str
-            What argparse found.
-        """
+        """Print one line on stderr and exit with 2."""
         line = printable(" ".join(message.split()), longest=MAX_MESSAGE)
         sys.stderr.write(f"{self.prog}: {line}; see {self.prog} --help\n")
         sys.exit(USAGE)
@@ -62,10 +56,7 @@ class Parser(argparse.ArgumentParser):
 
         argparse would name a required argument that is missing, or the leftover words, instead of the typing error.
 
-        Parameters
-        ----------
-        words : sequence of str
-            The command line, without the name of the command.
+        ``words``: the command line, without the name of the command.
         """
         known = {name: action for action in self._actions for name in action.option_strings}
         given: Counter[str] = Counter()
@@ -122,10 +113,7 @@ class _Version(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every registered command.
 
-    Returns
-    -------
-    ArgumentParser
-        What it parses has the command's function as ``run_command``.
+    Returns: What it parses has the command's function as ``run_command``.
     """
     return _build(COMMANDS)[0]
 
@@ -163,16 +151,9 @@ def _build(registered: tuple[Command, ...]) -> tuple[Parser, dict[str, Parser]]:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; a wrong one is printed as one line, and leaves with 2.
 
-    Parameters
-    ----------
-    words : sequence of str
-        Without the program's name; at least one.
-
-    Returns
-    -------
-    Namespace
-        With the command's function as ``run_command``, and ``check`` to call before it: it refuses what is wrong with
-        values by what is on disk.
+    ``words``: without the program's name; at least one.
+    Returns: With the command's function as ``run_command``, and ``check`` to call before it: it refuses what is wrong
+    with values by what is on disk.
     """
     parser, commands = _build(COMMANDS)
     if words[0].startswith("-"):

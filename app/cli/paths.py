@@ -23,25 +23,8 @@ _TEMPORARY_CHARACTERS = 12
 def require_ordinary(text: str, option: str, expected: str = "a file or a folder on disk") -> Path:
     """A path to a file or folder that exists; what would hang when it is read, or never end, is refused.
 
-    Parameters
-    ----------
-    text : str
-        What was typed.
-    option : str
-        The argument, for the message.
-    expected : str
-        What is read, for the message.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    InputError
-        For a device, pipe or socket, or a file with a slash at its end.
-    OSError
-        For a path that is missing, or that a link of a circle leads to.
+    Raises InputError: For a device, pipe or socket, or a file with a slash at its end.
+    Raises OSError: For a path that is missing, or that a link of a circle leads to.
     """
     path = Path(require_text(text)).expanduser()
     # stat and not exists: of a circle of links exists says that it is missing, or raises a RuntimeError.
@@ -60,12 +43,7 @@ def require_ordinary(text: str, option: str, expected: str = "a file or a folder
 
 
 def run_endings() -> Sequence[str]:
-    """How the names of saved runs end.
-
-    Returns
-    -------
-    sequence of str
-    """
+    """How the names of saved runs end."""
     from depthscope.diagnostics.schema import SUFFIXES  # costs xarray
 
     return SUFFIXES
@@ -80,21 +58,7 @@ def _is_live_store(path: Path) -> bool:
 def read_bounded(text: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     """All bytes of a file, or of stdin for ``-``, up to a limit.
 
-    Parameters
-    ----------
-    text : str
-        A path, or ``-``.
-    limit : int
-        Bytes.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    InputError
-        For more than the limit, or a standard input that is closed.
+    Raises InputError: For more than the limit, or a standard input that is closed.
     """
     if text == "-":
         if sys.stdin is None or sys.stdin.closed:
@@ -231,17 +195,7 @@ class OutputFolder(Checked):
 def require_writable(path: Path, option: str) -> None:
     """Refuse a path at which nothing can be written; nothing is left behind.
 
-    Parameters
-    ----------
-    path : Path
-        A file or folder, perhaps in folders that are missing too.
-    option : str
-        The argument, for the message.
-
-    Raises
-    ------
-    InputError
-        With the reason of the system.
+    ``path``: A file or folder, perhaps in folders that are missing too.
     """
     folder = Path(os.path.abspath(path)).parent
     missing = [path.name]

@@ -59,12 +59,7 @@ class _Remarks(logging.Handler):
 
 @contextlib.contextmanager
 def remarks_from_log() -> Iterator[None]:
-    """Print what our modules log, from warnings on, as remarks.
-
-    Yields
-    ------
-    None
-    """
+    """Print what our modules log, from warnings on, as remarks."""
     handler = _Remarks(logging.WARNING)
     logger = logging.getLogger("depthscope")
     logger.addHandler(handler)
@@ -130,12 +125,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interrupts_as_python_has_them() -> Iterator[None]:
-    """Run code of the user's, which may have its own idea of what Ctrl-C means, such as to save a checkpoint first.
-
-    Yields
-    ------
-    None
-    """
+    """Run code of the user's, which may have its own idea of what Ctrl-C means, such as to save a checkpoint first."""
     handler = signal.getsignal(signal.SIGINT)
     if not isinstance(
         getattr(handler, "__self__", None), Interrupts

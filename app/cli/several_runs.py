@@ -15,17 +15,8 @@ if TYPE_CHECKING:
 def read_several(args: argparse.Namespace, what: str) -> tuple[list[Reading], list[dict[str, str]]]:
     """Open, analyse and judge the runs of ``args.runs``; those that are left out are printed on stderr.
 
-    Parameters
-    ----------
-    args : Namespace
-        Arguments of `add_runs`.
-    what : str
-        What is going on, for a person who waits.
-
-    Returns
-    -------
-    tuple of list of Reading and list of dict
-        The readings; and ``{"run": name, "why": reason}`` for each run that was left out, the form of ``--json``.
+    ``what``: what is going on, for a person who waits.
+    Returns: The readings; and ``{"run": name, "why": reason}`` for each run that was left out, the form of ``--json``.
     """
     from depthscope.app.readings.readings import read_paths
 
@@ -37,17 +28,5 @@ def read_several(args: argparse.Namespace, what: str) -> tuple[list[Reading], li
 
 
 def exit_code(left_out: list[dict[str, str]], *, found: bool = False) -> int:
-    """`FOUND` where something was found or a run was left out: a broken run must not pass in continuous integration.
-
-    Parameters
-    ----------
-    left_out : list of dict
-        What `read_several` returned.
-    found : bool
-        Whether a check fails.
-
-    Returns
-    -------
-    int
-    """
+    """`FOUND` where something was found or a run was left out: a broken run must not pass in continuous integration."""
     return FOUND if found or left_out else FINE

@@ -27,37 +27,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORE
 
 
 def quoted(text: str) -> str:
-    """What was typed, in quotes, as one short line.
-
-    Parameters
-    ----------
-    text : str
-        Anything.
-
-    Returns
-    -------
-    str
-    """
+    """What was typed, in quotes, as one short line."""
     return f"'{printable(text, longest=120)}'"
 
 
 def require_text(text: str) -> str:
     """Refuse what no name, label or path can be.
 
-    Parameters
-    ----------
-    text : str
-        What was typed.
-
-    Returns
-    -------
-    str
-        The same.
-
-    Raises
-    ------
-    InputError
-        For nothing but spaces, a NUL character, bytes that are not UTF-8, or more than `MAX_CHARACTERS`.
+    Raises InputError: For nothing but spaces, a NUL character, bytes that are not UTF-8, or more than `MAX_CHARACTERS`.
     """
     if not text.strip():
         raise InputError(f"{quoted(text)} is empty; give a value, or leave the option out")
@@ -78,22 +55,7 @@ class Text:
     """Any value with something in it: the type of an argument that declares none."""
 
     def __call__(self, text: str) -> str:
-        """The text itself.
-
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        str
-
-        Raises
-        ------
-        ArgumentTypeError
-            For what `require_text` refuses.
-        """
+        """The text itself."""
         try:
             return require_text(text)
         except ValueError as error:
@@ -122,19 +84,7 @@ class Number:
     def __call__(self, text: str) -> float:
         """The number.
 
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        float
-
-        Raises
-        ------
-        ArgumentTypeError
-            For what is no number in plain ASCII digits, or not in the range.
+        Raises ArgumentTypeError: For what is no number in plain ASCII digits, or not in the range.
         """
         kind = "whole number" if self.whole else "number"
         expected = f"give a {kind} from {self.lowest} to {self.highest}"
@@ -163,22 +113,7 @@ class Spans(Text):
     highest: int = 99_999
 
     def __call__(self, text: str) -> list[int]:  # type: ignore[override]
-        """The numbers.
-
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        list of int
-
-        Raises
-        ------
-        ArgumentTypeError
-            For anything else.
-        """
+        """The numbers."""
         wrong = argparse.ArgumentTypeError(
             f"{quoted(text)} names no numbers; give such as 3 or 3,5-7, from 0 to {self.highest}"
         )
@@ -201,22 +136,7 @@ class Part(Text):
     highest: int = 100_000
 
     def __call__(self, text: str) -> tuple[int, int]:  # type: ignore[override]
-        """Which part, from 1, and how many there are.
-
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        tuple of int
-
-        Raises
-        ------
-        ArgumentTypeError
-            For anything else.
-        """
+        """Which part, from 1, and how many there are."""
         found = _PART.fullmatch(text[:40])
         if found is None or not 1 <= int(found[1]) <= int(found[2]) <= self.highest:
             raise argparse.ArgumentTypeError(
@@ -230,22 +150,7 @@ class ByteCount:
     """A number of bytes such as ``500MB`` (10⁶) or ``2GiB`` (2³⁰)."""
 
     def __call__(self, text: str) -> int:
-        """The number of bytes.
-
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        int
-
-        Raises
-        ------
-        ArgumentTypeError
-            For anything else.
-        """
+        """The number of bytes."""
         found = _SIZE.fullmatch(text) if len(text) <= 40 else None
         if found is None:
             raise argparse.ArgumentTypeError(
@@ -264,37 +169,11 @@ class Checked:
     """A type that has a `check`: of the value that was parsed, before the command runs."""
 
     def __call__(self, text: str) -> Any:
-        """What the argument becomes.
-
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        object
-            The text itself by default.
-        """
+        """What the argument becomes."""
         return text
 
     def check(self, value: Any, option: str, args: argparse.Namespace) -> None:
-        """Refuse a value by what is installed or on disk.
-
-        Parameters
-        ----------
-        value : object
-            What `__call__` returned, or the default.
-        option : str
-            The argument's name, for the message.
-        args : Namespace
-            All arguments.
-
-        Raises
-        ------
-        InputError
-            What came, what was expected, what to do.
-        """
+        """Refuse a value by what is installed or on disk."""
         raise NotImplementedError
 
 
@@ -344,19 +223,7 @@ class Names(Checked):
     def __call__(self, text: str) -> list[str]:
         """The names.
 
-        Parameters
-        ----------
-        text : str
-            What was typed.
-
-        Returns
-        -------
-        list of str
-
-        Raises
-        ------
-        ArgumentTypeError
-            Where no name is left, or one is no `Text`.
+        Raises ArgumentTypeError: Where no name is left, or one is no `Text`.
         """
         names = [name.strip() for name in text.split(",") if name.strip()]
         # `--metrics ""` must not mean every metric.
@@ -379,15 +246,7 @@ class Names(Checked):
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Call the check of every argument that has one, before the command runs.
-
-    Parameters
-    ----------
-    parser : ArgumentParser
-        Of the command.
-    args : Namespace
-        What it parsed.
-    """
+    """Call the check of every argument that has one, before the command runs."""
     for action in sorted(parser._actions, key=_costly_last):
         value = getattr(args, action.dest, None)
         if value is None or not isinstance(action.type, Checked):

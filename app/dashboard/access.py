@@ -50,14 +50,7 @@ _PUBLIC = ("/static/", "/depthscope/plotly/")
 def policy(page: Path) -> str:
     """Content-Security-Policy under which a page runs its own inline scripts, by their hash, and no other.
 
-    Parameters
-    ----------
-    page : Path
-        The HTML file that the server sends.
-
-    Returns
-    -------
-    str
+    ``page``: the HTML file that the server sends.
 
     Examples
     --------
@@ -79,18 +72,7 @@ def policy(page: Path) -> str:
 def guarded(application: Any, *, hosts: tuple[str, ...], page_policy: str) -> Any:
     """Answer 403 to pages of other sites and names; every answer carries the headers that restrict its page.
 
-    Parameters
-    ----------
-    application : ASGI application
-        Answers all other requests.
-    hosts : tuple of str
-        Names under which this server is asked.
-    page_policy : str
-        See `policy`.
-
-    Returns
-    -------
-    ASGI application
+    ``hosts``: names under which this server is asked.
     """
     from starlette.responses import PlainTextResponse
 

@@ -79,30 +79,12 @@ def launch(
 ) -> str:
     """Show runs in a dashboard at a local address.
 
-    Parameters
-    ----------
-    paths : sequence of Path
-        Run files, or folders of runs; nothing else can be opened from the dashboard.
-    port : int or None
-        Port to use; None takes the first free one from 8501.
-    open_browser : bool
-        Open the address in the default browser once the server answers.
-    block : bool
-        Serve until interrupted. False serves from another process, which ends with this one.
-    max_bytes : int, optional
-        Of the arrays of one run; see `schema.open_run`.
-
-    Returns
-    -------
-    str
-        The address, such as ``http://127.0.0.1:8501``.
-
-    Raises
-    ------
-    InputError
-        For no path at all, or a port that is taken.
-    AbsentError
-        For a path that does not exist.
+    ``paths``: run files, or folders of runs; nothing else can be opened from the dashboard.
+    ``port``: port to use; None takes the first free one from 8501.
+    ``open_browser``: open the address in the default browser once the server answers.
+    ``block``: serve until interrupted. False serves from another process, which ends with this one.
+    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
+    Raises InputError: For no path at all, or a port that is taken.
     """
     if not paths:
         raise InputError(
@@ -129,19 +111,8 @@ def launch(
 def free_port(port: int | None = None) -> int:
     """A port that no other program listens on.
 
-    Parameters
-    ----------
-    port : int or None
-        The one that must be free; None and 0 look from 8501 upwards.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    InputError
-        Where it is no port or is taken, or all that were tried are.
+    ``port``: the one that must be free; None and 0 look from 8501 upwards.
+    Raises InputError: Where it is no port or is taken, or all that were tried are.
     """
     if port is not None and not 0 <= port <= 65535:
         raise InputError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
@@ -167,17 +138,7 @@ def _is_free(port: int) -> bool:
 
 
 def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> None:
-    """Serve the dashboard in this process until it is interrupted.
-
-    Parameters
-    ----------
-    paths : sequence of Path
-        Run files, or folders of runs.
-    port : int
-        A free port.
-    max_bytes : int, optional
-        Of the arrays of one run.
-    """
+    """Serve the dashboard in this process until it is interrupted."""
     import streamlit as st
     from starlette.middleware import Middleware
     from starlette.routing import Mount

@@ -14,15 +14,6 @@ into a trend. A heuristic of ours."""
 def visible_limits(low: float, high: float) -> tuple[float, float]:
     """Ends of an axis, 5 % beyond the values where these are `FLAT`.
 
-    Parameters
-    ----------
-    low, high : float
-        Lowest and highest value.
-
-    Returns
-    -------
-    tuple of float
-
     Examples
     --------
     >>> visible_limits(1.0, 2.0), visible_limits(2.0, 2.0)
@@ -40,17 +31,7 @@ def limits_with_theory(measured: Array, theory: Array, log_y: bool) -> tuple[flo
 
     A law may be off by many orders of magnitude; it must not flatten the curves that it is compared with.
 
-    Parameters
-    ----------
-    measured, theory : numpy.ndarray
-        Values that the axis can show; at least one measured.
-    log_y : bool
-        Whether the axis is logarithmic.
-
-    Returns
-    -------
-    tuple of float
-        Lowest and highest.
+    ``measured, theory``: values that the axis can show; at least one measured.
 
     Examples
     --------

@@ -9,18 +9,7 @@ __all__ = ["looks_of"]
 
 
 def looks_of(figure: Lines) -> dict[int, Look]:
-    """How every measured line of a figure is drawn.
-
-    Parameters
-    ----------
-    figure : Lines
-        A figure.
-
-    Returns
-    -------
-    dict of int to Look
-        By the ``id`` of the line.
-    """
+    """How every measured line of a figure is drawn."""
     measured = [line for line in figure.lines if line.role == "measured"]
     # With runs that this figure lacks: the others keep their colours. A mean over seeds has a name of its own.
     numbers = dict(figure.runs)

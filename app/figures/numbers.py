@@ -14,16 +14,9 @@ __all__ = ["figure_table"]
 def figure_table(figure: Figure | Points) -> pd.DataFrame:
     """A row for every point of every line, or a row for every row of a matrix.
 
-    Parameters
-    ----------
-    figure : Lines, Heatmap or Points
-        Any figure; of a heat map every cell, also where the screen shows block means.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under its
-        number. Of points: run, real, imaginary. NaN is undefined.
+    ``figure``: any figure; of a heat map every cell, also where the screen shows block means.
+    Returns: Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under
+    its number. Of points: run, real, imaginary. NaN is undefined.
     """
     if isinstance(figure, Points):
         runs = [np.full(values.size, run, dtype=object) for run, values in figure.points.items()]

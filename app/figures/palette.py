@@ -50,16 +50,7 @@ class Look:
 def look_of(number: int, variant: int = 0) -> Look:
     """How a measured line is drawn.
 
-    Parameters
-    ----------
-    number : int
-        Of its run's colour.
-    variant : int
-        Which of the lines of its run.
-
-    Returns
-    -------
-    Look
+    ``variant``: which of the lines of its run.
     """
     # From the eleventh run on colours recur, with other marks.
     place = number + number // len(RUN_COLOURS)
@@ -75,13 +66,6 @@ def look_of(number: int, variant: int = 0) -> Look:
 def colour_numbers(analyses: Mapping[str, xr.Dataset]) -> dict[str, int]:
     """The number of the colour of each run that is shown: its place among them, unless it has a number of its own.
 
-    Parameters
-    ----------
-    analyses : mapping of str to Dataset
-        Everything that is shown together, by name.
-
-    Returns
-    -------
-    dict of str to int
+    ``analyses``: everything that is shown together, by name.
     """
     return {name: int(of.attrs.get(RUN_COLOUR, place)) for place, (name, of) in enumerate(analyses.items())}

@@ -51,16 +51,7 @@ class Contents:
     def of(cls, readings: Sequence[Reading], view: Selection | None = None) -> Contents:
         """Figures and tables of runs.
 
-        Parameters
-        ----------
-        readings : sequence of Reading
-            Runs.
-        view : Selection, optional
-            What was asked for; runs of different depth share the relative axis.
-
-        Returns
-        -------
-        Contents
+        ``view``: what was asked for; runs of different depth share the relative axis.
         """
         view = view or Selection()
         # At the same index a run of 12 layers is at its end and one of 24 in its middle; at the same share of the depth both
@@ -107,20 +98,7 @@ class Contents:
 
 
 def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Figure]]:
-    """Every figure that the runs can feed, with its question; curves overlaid, one matrix a run.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection
-        Slice.
-
-    Returns
-    -------
-    list of (str, Lines or Heatmap)
-        In display order.
-    """
+    """Every figure that the runs can feed, with its question; curves overlaid, one matrix a run."""
     analyses = {reading.name: reading.analysis for reading in readings}
     drawn = [
         (kind.question, figure)

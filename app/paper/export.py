@@ -141,17 +141,7 @@ def make_bundle(
     by: str,
     formats: Sequence[str],
 ) -> Bundle:
-    """Everything that is written, before it is drawn.
-
-    Parameters
-    ----------
-    runs, venue, view, by, formats
-        See `write_bundle`.
-
-    Returns
-    -------
-    Bundle
-    """
+    """Everything that is written, before it is drawn."""
     trees = runs if isinstance(runs, Mapping) else {}
     readings = read_runs(runs) if isinstance(runs, Mapping) else list(runs)
     contents = Contents.of(readings, view)
@@ -161,17 +151,7 @@ def make_bundle(
 
 
 def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -> None:
-    """Write the files of a bundle into an empty folder.
-
-    Parameters
-    ----------
-    bundle : Bundle
-        What is written.
-    folder : Path
-        Where.
-    second_process : bool
-        See `write_bundle`.
-    """
+    """Write the files of a bundle into an empty folder."""
     for name in ("figures", "supplement", "words"):
         (folder / name).mkdir()  # savefig makes no folder
     across = Width(bundle.venue.text, FIGURE_POINTS)
@@ -248,18 +228,7 @@ def _measured(bundle: Bundle) -> list[str]:
 
 
 def figure_csv(figure: Figure | Points) -> str:
-    """The numbers that a figure draws: a row a point, or the matrix under the positions of its columns.
-
-    Parameters
-    ----------
-    figure : Lines, Heatmap or Points
-        A figure.
-
-    Returns
-    -------
-    str
-        CSV; empty cells are undefined.
-    """
+    """The numbers that a figure draws: a row a point, or the matrix under the positions of its columns."""
     table = figure_table(figure)
     if not isinstance(figure, Points):
         table = table.drop(columns="where")

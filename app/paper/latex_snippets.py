@@ -38,21 +38,7 @@ def _head(name: str) -> Latex:
 
 
 def figures_tex(figures: Sequence[Composed], cites: Mapping[str, str], venue: Venue) -> str:
-    """A float across the text for every composed figure.
-
-    Parameters
-    ----------
-    figures : sequence of Composed
-        Figures whose PDF is in figures/.
-    cites : mapping of str to str
-        Bibliography keys by metric.
-    venue : Venue
-        Whose page they are for.
-
-    Returns
-    -------
-    str
-    """
+    """A float across the text for every composed figure."""
     cited = [
         (figure, keys_of([*(cites.get(metric, "") for metric in figure.metrics), *figure.sources]))
         for figure in figures
@@ -63,36 +49,12 @@ def figures_tex(figures: Sequence[Composed], cites: Mapping[str, str], venue: Ve
 
 
 def tables_tex(tables: Sequence[Table]) -> str:
-    """An input for every table of the text.
-
-    Parameters
-    ----------
-    tables : sequence of Table
-        Tables whose LaTeX is in tables/.
-
-    Returns
-    -------
-    str
-    """
+    """An input for every table of the text."""
     return latex_template(_HERE, "tables.tex.jinja").render(head=_head("tables"), tables=tables)
 
 
 def supplement_tex(figures: Sequence[Figure], tables: Sequence[Table], cites: Mapping[str, str]) -> str:
-    """Every single figure, two in a row, and the tables of every run.
-
-    Parameters
-    ----------
-    figures : sequence of Lines or Heatmap
-        Figures whose PDF is in supplement/.
-    tables : sequence of Table
-        Tables whose LaTeX is in supplement/.
-    cites : mapping of str to str
-        Bibliography keys by metric.
-
-    Returns
-    -------
-    str
-    """
+    """Every single figure, two in a row, and the tables of every run."""
     cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
     pairs = [cited[place : place + 2] for place in range(0, len(cited), 2)]
     return latex_template(_HERE, "supplement.tex.jinja").render(
@@ -101,27 +63,12 @@ def supplement_tex(figures: Sequence[Figure], tables: Sequence[Table], cites: Ma
 
 
 def methods_tex(paragraphs: Sequence[Latex]) -> str:
-    """The methods as paragraphs.
-
-    Parameters
-    ----------
-    paragraphs : sequence of Latex
-        Code.
-
-    Returns
-    -------
-    str
-    """
+    """The methods as paragraphs."""
     return "% Written by depthscope: what was measured, and how.\n" + HEAD + "\n\n".join(paragraphs) + "\n"
 
 
 def preamble_tex() -> str:
-    """Declarations that let pdfLaTeX set the signs of PGF figures.
-
-    Returns
-    -------
-    str
-    """
+    """Declarations that let pdfLaTeX set the signs of PGF figures."""
     # LuaTeX reads Unicode by itself, and has no such command.
     return (
         "% For PGF figures: \\usepackage{pgf}, then this file.\n\\ifdefined\\DeclareUnicodeCharacter\n"
@@ -130,19 +77,7 @@ def preamble_tex() -> str:
 
 
 def main_tex(venue: Venue, *, cites: bool) -> str:
-    """A sample article that compiles: methods, composed figures, tables, sources, and the supplement.
-
-    Parameters
-    ----------
-    venue : Venue
-        Its size.
-    cites : bool
-        Whether anything is cited.
-
-    Returns
-    -------
-    str
-    """
+    """A sample article that compiles: methods, composed figures, tables, sources, and the supplement."""
     return latex_template(_HERE, "main.tex.jinja").render(
         options=Latex(f"{venue.body}pt" + (",twocolumn" if venue.two_columns else "")),
         geometry=Latex(
@@ -157,16 +92,5 @@ def main_tex(venue: Venue, *, cites: bool) -> str:
 
 
 def cited_keys(texts: Iterable[str]) -> list[str]:
-    """The bibliography keys that some LaTeX cites.
-
-    Parameters
-    ----------
-    texts : iterable of str
-        LaTeX.
-
-    Returns
-    -------
-    list of str
-        Sorted, once each.
-    """
+    """The bibliography keys that some LaTeX cites."""
     return sorted({key for text in texts for group in _CITE.findall(text) for key in group.split(",")})

@@ -33,21 +33,8 @@ def methods_latex(
 ) -> list[Latex]:
     """The methods as LaTeX.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection
-        Which version of the numbers is shown.
-    metrics : iterable of str
-        What is shown, and therefore defined.
-    by : str
-        Attribute by which runs are grouped; empty for none.
-
-    Returns
-    -------
-    list of Latex
-        One for each paragraph.
+    ``view``: which version of the numbers is shown.
+    ``by``: attribute by which runs are grouped; empty for none.
     """
     return [
         Latex(" ".join(map(_sentence_latex, paragraph)))
@@ -56,17 +43,7 @@ def methods_latex(
 
 
 def methods_text(readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str) -> str:
-    """The methods as plain text, with authors and years.
-
-    Parameters
-    ----------
-    readings, view, metrics, by
-        See `methods_latex`.
-
-    Returns
-    -------
-    str
-    """
+    """The methods as plain text, with authors and years."""
     paragraphs = (
         " ".join(map(_sentence_text, paragraph)) for paragraph in _paragraphs(readings, view, metrics, by)
     )

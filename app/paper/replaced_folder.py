@@ -27,22 +27,10 @@ def replaced_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     Files in the target that an earlier run did not write go along, unchanged; no instant is without them.
 
-    Parameters
-    ----------
-    target : Path
-        Missing, empty, or a bundle of an earlier run.
-    force : bool
-        Replace files of that bundle that were edited, too; files of others stay in any case.
-
-    Yields
-    ------
-    Path
-        Where to write.
-
-    Raises
-    ------
-    InputError
-        For a folder of somebody else, a bundle whose files were edited, or a fresh file with the name of a foreign one.
+    ``target``: missing, empty, or a bundle of an earlier run.
+    ``force``: replace files of that bundle that were edited, too; files of others stay in any case.
+    Raises InputError: For a folder of somebody else, a bundle whose files were edited, or a fresh file with the name of
+    a foreign one.
     """
     others = partial(foreign_files, force=force)
     with atomic_writes.replaced_folder(target, others=others) as fresh:
@@ -52,22 +40,8 @@ def replaced_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 def foreign_files(target: Path, *, force: bool = False) -> list[Path]:
     """What is in a folder and not named by its manifest: files, links, and folders with nothing in them.
 
-    Parameters
-    ----------
-    target : Path
-        A folder.
-    force : bool
-        Whether edited files of ours are taken as they were written.
-
-    Returns
-    -------
-    list of Path
-        Relative to the folder.
-
-    Raises
-    ------
-    InputError
-        For a file, a folder of somebody else, or one with files of ours that were edited.
+    ``force``: whether edited files of ours are taken as they were written.
+    Raises InputError: For a file, a folder of somebody else, or one with files of ours that were edited.
     """
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write to")
@@ -95,22 +69,7 @@ def _is_as_written(path: Path, digest: str | None) -> bool:
 
 
 def manifest_of(target: Path) -> dict[str, Any]:
-    """The manifest of a bundle.
-
-    Parameters
-    ----------
-    target : Path
-        The folder of the bundle.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    InputError
-        For a folder without a manifest of ours.
-    """
+    """The manifest of a bundle."""
     _written(target)  # refuses what is no bundle
     return dict(json.loads((target / MANIFEST).read_text(encoding="utf-8")))
 
@@ -137,16 +96,9 @@ def _written(target: Path) -> Mapping[str, str | None]:
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write the manifest of a folder: the facts, and the SHA-256 of every file.
 
-    Parameters
-    ----------
-    folder : Path
-        A folder whose files are all written.
-    facts : mapping
-        What JSON can say; anything else as text. By ``made_by`` the next export knows that the folder is one of its own.
-
-    Returns
-    -------
-    Path
+    ``folder``: A folder whose files are all written.
+    ``facts``: what JSON can say; anything else as text. By ``made_by`` the next export knows that the folder is one of
+    its own.
     """
     # Sorted: the order of a directory listing differs between systems, and with it the bytes of the manifest.
     names = sorted(entry.relative_to(folder) for entry in folder.rglob("*") if entry.is_file())
@@ -160,16 +112,6 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.
-
-    Parameters
-    ----------
-    path : Path
-        A file.
-
-    Returns
-    -------
-    str
-    """
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -67,21 +67,11 @@ class Verification:
         return not (self.changed or self.edited or self.missing or self.new or self.runs or self.facts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON.
-
-        Returns
-        -------
-        dict of str to object
-        """
+        """Plain values for JSON."""
         return {"follows": self.follows, **asdict(self), "same": len(self.same)}
 
     def in_words(self) -> str:
-        """What a person reads.
-
-        Returns
-        -------
-        str
-        """
+        """What a person reads."""
         lines = [f"{run}: {words}" for run, words in self.runs.items()]
         lines += [f"{MANIFEST}: {name}: {words}" for name, words in self.facts.items()]
         lines += [f"{name}: {words}" for name, words in self.changed.items()]
@@ -99,21 +89,8 @@ class Verification:
 def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> Verification:
     """Make a bundle again from its runs, with the settings of its manifest, and compare.
 
-    Parameters
-    ----------
-    folder : Path
-        A bundle.
-    runs : sequence of Reading, or mapping of str to DataTree
-        The runs that it is said to be of.
-
-    Returns
-    -------
-    Verification
-
-    Raises
-    ------
-    InputError
-        For a folder that is no bundle, or a manifest whose settings are not known.
+    ``runs``: the runs that it is said to be of.
+    Raises InputError: For a folder that is no bundle, or a manifest whose settings are not known.
     """
     manifest = manifest_of(folder)
     settings = _settings(manifest)

@@ -180,16 +180,8 @@ class CloseUp:
     def states_at(self, depth: int, stream: str = "mean") -> np.ndarray:
         """The states of a depth in float64, shape (sequence, token, feature): of one stream, or their mean.
 
-        Parameters
-        ----------
-        depth : int
-            Below `num_depths`; −1 is the last one.
-        stream : str
-            ``mean`` or the number of a stream.
-
-        Returns
-        -------
-        ndarray
+        ``depth``: below `num_depths`; −1 is the last one.
+        ``stream``: ``mean`` or the number of a stream.
         """
         return self._view(stream, depth=depth)
 
@@ -218,19 +210,8 @@ class CloseUp:
     def token_map(self, measure: str, sequence: int, stream: str = "mean") -> np.ndarray:
         r"""One number for every token of a sequence at every depth.
 
-        Parameters
-        ----------
-        measure : str
-            A key of `TOKEN_MEASURES`.
-        sequence : int
-            Below `num_sequences`.
-        stream : str
-            ``mean``, the mean over streams, or the number of one.
-
-        Returns
-        -------
-        ndarray
-            Shape (token, depth); NaN for padding, and where a number is undefined.
+        ``stream``: ``mean``, the mean over streams, or the number of one.
+        Returns: Shape (token, depth); NaN for padding, and where a number is undefined.
         """
         x = self._view(stream, sequence)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -258,21 +239,7 @@ class CloseUp:
         return found
 
     def largest_tokens(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeToken]:
-        """The tokens with the largest states of a depth.
-
-        Parameters
-        ----------
-        depth : int
-            Which state.
-        stream : str
-            As in `token_map`.
-        most : int
-            How many.
-
-        Returns
-        -------
-        list of LargeToken
-        """
+        """The tokens with the largest states of a depth."""
         norms = np.linalg.norm(self._view(stream, depth=depth), axis=-1)
         median = float(np.median(norms[self.mask])) if self.mask.any() else np.nan
         return [
@@ -287,17 +254,7 @@ class CloseUp:
         ]
 
     def largest_entries(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeEntry]:
-        """The entries with the largest |x| of a depth: which feature of which token.
-
-        Parameters
-        ----------
-        depth, stream, most
-            As in `largest_tokens`.
-
-        Returns
-        -------
-        list of LargeEntry
-        """
+        """The entries with the largest |x| of a depth: which feature of which token."""
         x = self._view(stream, depth=depth)
         size = np.abs(x)
         sizes = size[self.mask]
@@ -339,15 +296,8 @@ class CloseUp:
     def matrices(self, connection: int) -> list[Matrix]:
         """H_res, H_pre and H_post of a connection: their mean over tokens, and those of single tokens.
 
-        Parameters
-        ----------
-        connection : int
-            Below `num_connections`.
-
-        Returns
-        -------
-        list of Matrix
-            The mean first, then the tokens of `QUANTILES` by the largest absolute row or column sum of their matrix.
+        Returns: The mean first, then the tokens of `QUANTILES` by the largest absolute row or column sum of their
+        matrix.
         """
         return self._of_tokens(
             self._trace["h_res"].values[connection],
@@ -358,15 +308,7 @@ class CloseUp:
     def composite(self, first: int, last: int) -> list[Matrix]:
         """The product of H_res from one connection to another, the later one on the left.
 
-        Parameters
-        ----------
-        first, last : int
-            Connections, both taken; ``first <= last``.
-
-        Returns
-        -------
-        list of Matrix
-            As in `matrices`; of a mean over tokens the mean of their products.
+        Returns: As in `matrices`; of a mean over tokens the mean of their products.
         """
         stack = self._trace["h_res"].values[first : last + 1].astype(np.float64)
         return self._of_tokens(composite(stack), None, None)
@@ -410,19 +352,8 @@ def _ratio(value: float, median: float) -> float:
 def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) -> CloseUp | None:
     """Read the trace of a run that was opened and verified before.
 
-    Parameters
-    ----------
-    path : Path
-        The run.
-    chain : str
-        Its chain, empty where there is one.
-    max_bytes : int, optional
-        As in `schema.open_run`.
-
-    Returns
-    -------
-    CloseUp or None
-        None for a run without states, such as one of weights alone.
+    ``chain``: its chain, empty where there is one.
+    Returns: None for a run without states, such as one of weights alone.
     """
     # Its analysis has been made of a verified file; reading gigabytes again only to compare them would cost seconds.
     with schema.open_group(path, "trace", chain, max_bytes=max_bytes) as trace:

@@ -41,21 +41,10 @@ class FileVersion:
     def of(cls, path: Path, *beside: Path) -> FileVersion:
         """The version that is there now; after a short wait where it was changed just now.
 
-        Parameters
-        ----------
-        path : Path
-            A file, or the folder of a store.
-        *beside : Path
-            Files that belong to it where they are there.
-
-        Returns
-        -------
-        FileVersion
-
-        Raises
-        ------
-        StorageError
-            Where nothing is there, or something else than files and folders: a pipe would wait for ever to be read.
+        ``path``: A file, or the folder of a store.
+        ``*beside``: files that belong to it where they are there.
+        Raises StorageError: Where nothing is there, or something else than files and folders: a pipe would wait for
+        ever to be read.
         """
         found = _files_of(path, beside)
         newest = max((entry.st_mtime_ns for _, entry in found), default=0)

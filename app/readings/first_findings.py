@@ -66,18 +66,7 @@ class FirstFindings:
         return len(self._known())
 
     def look(self, seconds: float) -> bool:
-        """Judge further steps for a while.
-
-        Parameters
-        ----------
-        seconds : float
-            At least one step is judged.
-
-        Returns
-        -------
-        bool
-            Whether there are more to judge.
-        """
+        """Judge further steps for a while."""
         end = time.monotonic() + seconds
         while (position := self._next()) is not None:
             analysis = self._history.analysis_at(position)
@@ -91,12 +80,7 @@ class FirstFindings:
         return False
 
     def begun(self) -> list[Begun]:
-        """Findings by the step at which they begin.
-
-        Returns
-        -------
-        list of Begun
-        """
+        """Findings by the step at which they begin."""
         known = self._known()
         found = []
         for key, place in self._firsts(known).items():

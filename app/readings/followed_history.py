@@ -50,13 +50,7 @@ class FollowedHistory(TrainingHistory):
         )
 
     def refresh(self) -> bool:
-        """Read new rows.
-
-        Returns
-        -------
-        bool
-            Whether there are any.
-        """
+        """Read new rows."""
         is_new = self._store.refresh()
         if is_new:
             self.__dict__.pop("_found", None)
@@ -181,22 +175,7 @@ class FollowedHistory(TrainingHistory):
 def history_of(reading: Reading) -> TrainingHistory:
     """The history of a reading, from its file.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain of a run.
-
-    Returns
-    -------
-    TrainingHistory
-        One that can be refreshed, of a live store.
-
-    Raises
-    ------
-    SchemaError
-        Where its file is damaged.
-    OSError
-        Where it has gone.
+    Returns: One that can be refreshed, of a live store.
     """
     path = Path(reading.path)
     run = schema.open_run(path)

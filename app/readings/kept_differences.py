@@ -26,14 +26,8 @@ def keep_differences(
 ) -> None:
     """Keep what was tested; where no folder can be written to, nothing is kept.
 
-    Parameters
-    ----------
-    versions : mapping of Path to FileVersion
-        The runs in the order in which they were compared, and the files that were read.
-    question : str
-        What was compared: another text is another test.
-    differences : sequence of Difference
-        The result.
+    ``versions``: the runs in the order in which they were compared, and the files that were read.
+    ``question``: what was compared: another text is another test.
     """
     text = json.dumps([_document(each) for each in differences], default=str)
     for place in _places(versions, question):
@@ -47,15 +41,7 @@ def keep_differences(
 def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> list[Difference] | None:
     """What was tested of these very files.
 
-    Parameters
-    ----------
-    versions, question
-        As of `keep_differences`.
-
-    Returns
-    -------
-    list of Difference or None
-        None where nothing is kept, or it cannot be read.
+    Returns: None where nothing is kept, or it cannot be read.
     """
     for place in _places(versions, question):
         # Damaged, or of somebody else: it is tested anew.

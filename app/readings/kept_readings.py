@@ -71,32 +71,12 @@ class Summary:
 
 
 def summary_of(reading: Reading) -> Summary:
-    """The summary of a reading.
-
-    Parameters
-    ----------
-    reading : Reading
-        One chain of one run.
-
-    Returns
-    -------
-    Summary
-    """
+    """The summary of a reading."""
     return Summary(reading.name, reading.attrs, standings(reading), reading.analysis.sizes.get("depth", 0))
 
 
 def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
-    """Keep the readings of a run; where no folder can be written to, nothing is kept.
-
-    Parameters
-    ----------
-    path : Path
-        The run.
-    version : FileVersion
-        The files that were read.
-    readings : sequence of Reading
-        One for each chain.
-    """
+    """Keep the readings of a run; where no folder can be written to, nothing is kept."""
     text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
     for folder in folders_of(path):
         with suppress(OSError, ValueError):
@@ -115,17 +95,7 @@ def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
 def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | None:
     """The readings of a run that were kept of these very files.
 
-    Parameters
-    ----------
-    path : Path
-        The run.
-    version : FileVersion
-        The files that are there now.
-
-    Returns
-    -------
-    tuple of Reading or None
-        None where nothing is kept, or it cannot be read: it is then made anew.
+    Returns: None where nothing is kept, or it cannot be read: it is then made anew.
     """
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}.npz"
@@ -136,20 +106,7 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
 
 
 def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
-    """What the verdicts of a run were, without opening its analysis.
-
-    Parameters
-    ----------
-    path : Path
-        The run.
-    version : FileVersion
-        The files that are there now.
-
-    Returns
-    -------
-    list of Summary or None
-        None where nothing is kept.
-    """
+    """What the verdicts of a run were, without opening its analysis."""
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}.json"
         with suppress(*_UNUSABLE):
@@ -257,18 +214,7 @@ def _finding(document: Mapping[str, Any] | None) -> Finding | None:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Where analyses of a run are kept: beside it, or where that cannot be written to, in the user's cache.
-
-    Parameters
-    ----------
-    path : Path
-        The run.
-
-    Returns
-    -------
-    list of Path
-        The best one first.
-    """
+    """Where analyses of a run are kept: beside it, or where that cannot be written to, in the user's cache."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [path.parent / FOLDER, cache_home / "depthscope" / "readings"]
 
@@ -276,17 +222,7 @@ def folders_of(path: Path) -> list[Path]:
 def stem_of(path: Path, version: FileVersion) -> str:
     """What the names of files begin with that are valid for a version of a run, and for this code.
 
-    Parameters
-    ----------
-    path : Path
-        The run.
-    version : FileVersion
-        Its files.
-
-    Returns
-    -------
-    str
-        What begins with another one for the same run is removed when an analysis is kept.
+    Returns: What begins with another one for the same run is removed when an analysis is kept.
     """
     digest = hashlib.sha256(f"{version.digest} {_code_version()}".encode()).hexdigest()
     return f"{_prefix(path)}{digest[:32]}"

@@ -15,16 +15,8 @@ __all__ = ["mixing_history", "read_mixing_history"]
 def mixing_history(statistics: xr.Dataset) -> xr.DataArray | None:
     """The mean over tokens of every connection's H_res at each step.
 
-    Parameters
-    ----------
-    statistics : Dataset
-        The group ``/statistics`` of a chain.
-
-    Returns
-    -------
-    DataArray or None
-        Dims ``step``, ``connection``, ``stream_out``, ``stream_in``; NaN without a token. None where fewer than two steps
-        were recorded, or no connection was.
+    Returns: Dims ``step``, ``connection``, ``stream_out``, ``stream_in``; NaN without a token. None where fewer than
+    two steps were recorded, or no connection was.
     """
     if "h_res_sum" not in statistics or statistics.sizes.get("step", 0) < 2:
         return None
@@ -36,19 +28,7 @@ def mixing_history(statistics: xr.Dataset) -> xr.DataArray | None:
 def read_mixing_history(path: Path, chain: str = "", *, max_bytes: int | None = None) -> xr.DataArray | None:
     """The history of a run that was opened and verified before.
 
-    Parameters
-    ----------
-    path : Path
-        The run.
-    chain : str
-        Its chain, empty where there is one.
-    max_bytes : int, optional
-        As in `schema.open_run`.
-
-    Returns
-    -------
-    DataArray or None
-        As in `mixing_history`, in memory.
+    ``chain``: its chain, empty where there is one.
     """
     if schema.is_live_store(path):
         run = schema.open_run(path, max_bytes=max_bytes)

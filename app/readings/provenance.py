@@ -21,10 +21,7 @@ _PACKAGES = ("depthscope", "numpy", "scipy", "xarray", "pandas", "matplotlib")
 def depthscope_version() -> str:
     """The installed version.
 
-    Returns
-    -------
-    str
-        ``"0+source"`` where the code runs without being installed.
+    Returns: ``"0+source"`` where the code runs without being installed.
     """
     return software()["depthscope"]
 
@@ -32,10 +29,7 @@ def depthscope_version() -> str:
 def software() -> dict[str, str]:
     """Versions of depthscope and of the packages that compute and draw.
 
-    Returns
-    -------
-    dict of str to str
-        Packages that are absent are left out.
+    Returns: Packages that are absent are left out.
     """
     return {"depthscope": "0+source", **package_versions(_PACKAGES)}
 
@@ -43,11 +37,8 @@ def software() -> dict[str, str]:
 def source_commit() -> str:
     """The commit that runs, where depthscope is a checkout of its repository.
 
-    Returns
-    -------
-    str
-        Forty hexadecimal digits, with ``-dirty`` where files differ from it; of an installed package the commit that pip
-        noted; empty where neither is known.
+    Returns: Forty hexadecimal digits, with ``-dirty`` where files differ from it; of an installed package the commit
+    that pip noted; empty where neither is known.
     """
     top = Path(__file__).resolve().parents[2]
     # A virtual environment inside somebody else's repository is no checkout of ours.
@@ -71,18 +62,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def numbers_digest(analysis: xr.Dataset) -> str:
-    """SHA-256 of the numbers of an analysis: the names, dimensions, labels and values of its variables.
-
-    Parameters
-    ----------
-    analysis : Dataset
-        Of one run.
-
-    Returns
-    -------
-    str
-        Hexadecimal.
-    """
+    """SHA-256 of the numbers of an analysis: the names, dimensions, labels and values of its variables."""
     found = hashlib.sha256()
     for name in sorted(map(str, analysis.variables)):
         variable = analysis[name].variable
@@ -100,15 +80,8 @@ def numbers_digest(analysis: xr.Dataset) -> str:
 def file_digest(path: str) -> str:
     """SHA-256 of the file of a run; of a run that is a folder, of its files by name.
 
-    Parameters
-    ----------
-    path : str
-        A file or folder; empty for a run in memory.
-
-    Returns
-    -------
-    str
-        Hexadecimal; empty where there is nothing at the path.
+    ``path``: A file or folder; empty for a run in memory.
+    Returns: Hexadecimal; empty where there is nothing at the path.
     """
     place = Path(path) if path else None
     if place is None or not place.exists():

@@ -203,15 +203,7 @@ def shown_attributes(value: Any) -> Any:
 def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
     """What the streams of a run cost, and what a forward keeps for its backward.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Attributes of a run.
-
-    Returns
-    -------
-    str or None
-        None where the run does not tell.
+    Returns: None where the run does not tell.
     """
     memory = attrs.get("memory")
     # A file of another tool may have anything there.
@@ -222,15 +214,7 @@ def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
 def live_sentence(attrs: Mapping[str, Any]) -> str | None:
     """What a live store is at the moment: growing, killed or finished, its last step, and who writes it.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Attributes of a run.
-
-    Returns
-    -------
-    str or None
-        None for a run that was opened from anything else.
+    Returns: None for a run that was opened from anything else.
     """
     status = attrs.get(schema.LIVE)
     sentence = status.get("sentence") if isinstance(status, Mapping) else None
@@ -300,17 +284,8 @@ def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
 def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
     """What was measured while a training ran, with an analysis of its stored sequences at the last step.
 
-    Parameters
-    ----------
-    fresh : Dataset
-        What `diagnostics.analyze` returned.
-    live : Dataset
-        The /metrics that were recorded, by step.
-
-    Returns
-    -------
-    Dataset
-        By step; where both have a number, the recorded one.
+    ``live``: the /metrics that were recorded, by step.
+    Returns: By step; where both have a number, the recorded one.
     """
     # The stored sequences are those of the last measured step; of a store that is still written, of one not long before.
     fresh = fresh.assign_coords(step=live["step"].values[-1:])
@@ -336,17 +311,7 @@ def _only_unmeasured(fresh: xr.DataArray, live: xr.DataArray) -> xr.DataArray:
 
 
 def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
-    """The analyses of a run by the names of its chains; the empty name where it has one.
-
-    Parameters
-    ----------
-    analysis : Dataset or DataTree
-        Of `diagnostics.analyze`.
-
-    Returns
-    -------
-    dict of str to Dataset
-    """
+    """The analyses of a run by the names of its chains; the empty name where it has one."""
     if isinstance(analysis, xr.Dataset):
         return {"": analysis}
     return {chain: node.to_dataset() for chain, node in analysis.children.items()}
@@ -426,19 +391,7 @@ def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:
     """The runs of a command line, and those in its folders, under names that are short and differ.
 
-    Parameters
-    ----------
-    paths : sequence of str
-        Run files, or folders with some in them.
-
-    Returns
-    -------
-    dict of str to Path
-
-    Raises
-    ------
-    InputError
-        Where a folder contains no run.
+    ``paths``: run files, or folders with some in them.
     """
     return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])
 
@@ -470,17 +423,7 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def without_ending(name: str) -> str:
-    """The file name of a run without the ending of its format.
-
-    Parameters
-    ----------
-    name : str
-        Such as ``a.zarr.zip``.
-
-    Returns
-    -------
-    str
-    """
+    """The file name of a run without the ending of its format."""
     for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):  # .zarr.zip before .zip
         if name.endswith(suffix):
             return name.removesuffix(suffix)

@@ -22,28 +22,10 @@ def with_requested(
 ) -> tuple[Reading, ...]:
     """Readings of a run with further metrics, judged again.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Of every chain of the run.
-    metrics : sequence of str
-        Names of the catalogue.
-    path : Path
-        The run.
-    max_bytes : int, optional
-        Of the arrays of the run; see `schema.open_run`.
-    progress : function, optional
-        Called with (metric, number done, number in all).
-
-    Returns
-    -------
-    tuple of Reading
-        What a metric lacks is a reason in ``not_computed``.
-
-    Raises
-    ------
-    ValueError
-        For an unknown metric, or where the analysis is of other states than the run has now.
+    ``max_bytes``: of the arrays of the run; see `schema.open_run`.
+    ``progress``: called with (metric, number done, number in all).
+    Returns: What a metric lacks is a reason in ``not_computed``.
+    Raises ValueError: For an unknown metric, or where the analysis is of other states than the run has now.
     """
     run = schema.open_run(path, max_bytes=max_bytes)
     try:

@@ -68,17 +68,8 @@ def _run_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataTree | 
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
     """The mixing matrices of a run, and their products over its first half, its second half and the whole.
 
-    Parameters
-    ----------
-    reading : Reading
-        The run.
-    runs : mapping of str to DataTree
-        Runs in memory by the names that `read_runs` was given; of others the file is opened.
-
-    Returns
-    -------
-    MixingMatrices or None
-        None for a run without streams, or whose matrices are not stored.
+    ``runs``: runs in memory by the names that `read_runs` was given; of others the file is opened.
+    Returns: None for a run without streams, or whose matrices are not stored.
     """
     with _trace_of(reading, runs) as trace:
         if trace is None or "h_res" not in trace:
@@ -112,17 +103,7 @@ def _connection_name(trace: xr.Dataset, connection: int) -> str:
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
     """What was measured at several steps of a training.
 
-    Parameters
-    ----------
-    reading : Reading
-        The run.
-    runs : mapping of str to DataTree
-        As in `matrices_of`.
-
-    Returns
-    -------
-    Dataset or None
-        The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
+    Returns: The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
     """
     if reading.analysis.sizes.get("step", 1) > 1:
         return reading.analysis

@@ -70,19 +70,7 @@ class SavedHistory(TrainingHistory):
 
     @classmethod
     def of(cls, reading: Reading, run: xr.DataTree) -> SavedHistory:
-        """Of a reading and its opened run.
-
-        Parameters
-        ----------
-        reading : Reading
-            One chain.
-        run : DataTree
-            Its run.
-
-        Returns
-        -------
-        SavedHistory
-        """
+        """Of a reading and its opened run."""
         statistics = schema.chain_dataset(run, "statistics", reading.chain)
         if statistics is None or "step" not in statistics.dims:
             return cls(reading, xr.Dataset(), None)
@@ -131,18 +119,7 @@ class SavedHistory(TrainingHistory):
 
 
 def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
-    """The elements of H_res, H_pre and H_post, each the mean over tokens.
-
-    Parameters
-    ----------
-    statistics : Dataset
-        Sums by step.
-
-    Returns
-    -------
-    DataArray or None
-        (step, connection, cell); None without connections.
-    """
+    """The elements of H_res, H_pre and H_post, each the mean over tokens."""
     if "h_res_sum" not in statistics:
         return None
     step, connection = statistics.sizes["step"], statistics.sizes["connection"]
@@ -165,17 +142,6 @@ def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
 
 def cell_names(stem: str, shape: tuple[int, ...]) -> list[str]:
     """What the elements of a matrix or of weights of streams are called.
-
-    Parameters
-    ----------
-    stem : str
-        ``"H_res"``, ``"H_pre"`` or ``"H_post"``.
-    shape : tuple of int
-        (stream_out, stream_in) or (stream,).
-
-    Returns
-    -------
-    list of str
 
     Examples
     --------

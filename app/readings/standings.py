@@ -58,15 +58,7 @@ class Standing:
 def standings(reading: Reading) -> dict[str, Standing]:
     """The state of every verdict for a run.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain of one run.
-
-    Returns
-    -------
-    dict of str to Standing
-        In the order of the register of verdicts.
+    Returns: In the order of the register of verdicts.
     """
     worst: dict[str, Finding] = {}
     for finding in (*reading.findings, *reading.passed):  # the worst first
@@ -77,17 +69,7 @@ def standings(reading: Reading) -> dict[str, Standing]:
 def not_judged(found: Mapping[str, Standing], state: str = NOT_JUDGED) -> dict[str, list[str]]:
     """Verdicts that were not judged, by the reason; or those that do not apply.
 
-    Parameters
-    ----------
-    found : mapping of str to Standing
-        Of `standings`.
-    state : str
-        `NOT_JUDGED` or `DOES_NOT_APPLY`.
-
-    Returns
-    -------
-    dict of str to list of str
-        Reason → verdicts; the reason of most of them first.
+    Returns: Reason → verdicts; the reason of most of them first.
     """
     reasons: dict[str, list[str]] = {}
     for name, standing in found.items():

@@ -19,25 +19,8 @@ def renewed(
     A standard error that the new analysis does not estimate, such as one of the jackknife, stays: it is of the same
     trace.
 
-    Parameters
-    ----------
-    fresh : Dataset
-        What `diagnostics.analyze` returned now.
-    stored : Dataset or None
-        The /metrics of the run.
-    complete : bool
-        Whether `fresh` is all that the run can feed; complete stored metrics stay complete.
-    outdated : collection of str
-        Metrics whose stored values are no longer valid.
-
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    InputError
-        Where the stored metrics are of another trace.
+    ``complete``: whether `fresh` is all that the run can feed; complete stored metrics stay complete.
+    ``outdated``: metrics whose stored values are no longer valid.
     """
     if stored is None:
         return fresh.assign_attrs({COMPLETE: complete})

@@ -14,21 +14,11 @@ __all__ = ["found_tokens", "token_rows"]
 def token_rows(close_up: CloseUp, depth: int, *, stream: str = "mean") -> pd.DataFrame:
     """One row for each real token of the sequences in memory.
 
-    Parameters
-    ----------
-    close_up : CloseUp
-        The states of a run.
-    depth : int
-        Which state.
-    stream : str
-        ``mean`` or the number of a stream.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``sequence``, ``position``, ``text``, ``norm``, ``times median`` (norm over the median norm of the depth),
-        ``distance to mean`` (of its sequence, over the norm), ``cosine with last state``, ``largest feature``, ``its value``,
-        and ``massive`` (an entry above 100 and above 1000 × the median; Sun et al. 2024). NaN where undefined.
+    ``stream``: ``mean`` or the number of a stream.
+    Returns: Columns ``sequence``, ``position``, ``text``, ``norm``, ``times median`` (norm over the median norm of the
+    depth), ``distance to mean`` (of its sequence, over the norm), ``cosine with last state``, ``largest feature``,
+    ``its value``, and ``massive`` (an entry above 100 and above 1000 × the median; Sun et al. 2024). NaN where
+    undefined.
     """
     real = np.argwhere(close_up.mask)
     texts = [close_up.texts(sequence) for sequence in range(close_up.num_sequences)]
@@ -65,18 +55,7 @@ def token_rows(close_up: CloseUp, depth: int, *, stream: str = "mean") -> pd.Dat
 def found_tokens(rows: pd.DataFrame, words: str, *, sequence: int | None = None) -> pd.DataFrame:
     """Rows whose text contains some letters, the largest norms first; what is not finite comes before all.
 
-    Parameters
-    ----------
-    rows : pandas.DataFrame
-        Of `token_rows`.
-    words : str
-        Searched in any case; empty finds every token.
-    sequence : int, optional
-        Of this sequence alone.
-
-    Returns
-    -------
-    pandas.DataFrame
+    ``words``: searched in any case; empty finds every token.
     """
     chosen = pd.Series(True, index=rows.index)
     if words:

@@ -70,14 +70,7 @@ class Measure:
     def labels(self, choice: Mapping[str, str]) -> dict[str, str]:
         """The label of every dim but the rows.
 
-        Parameters
-        ----------
-        choice : mapping of str to str
-            What is asked for; a label that it does not have gives the preferred one.
-
-        Returns
-        -------
-        dict of str to str
+        ``choice``: what is asked for; a label that it does not have gives the preferred one.
         """
         found = {}
         for dim, labels in self.choices.items():
@@ -132,32 +125,12 @@ class TrainingHistory(ABC):
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
         """The numbers of a measure.
 
-        Parameters
-        ----------
-        name : str
-            A key of `measures`.
-        choice : mapping of str to str
-            Labels; see `Measure.labels`.
-
-        Returns
-        -------
-        ndarray
-            (step, row), or (step,) for one number a step.
+        Returns: (step, row), or (step,) for one number a step.
         """
 
     @abstractmethod
     def analysis_at(self, position: int) -> xr.Dataset:
-        """All metrics of one step, as an analysis of it, which verdicts can judge.
-
-        Parameters
-        ----------
-        position : int
-            Of the step, from 0 on.
-
-        Returns
-        -------
-        Dataset
-        """
+        """All metrics of one step, as an analysis of it, which verdicts can judge."""
 
 
 class UntilStep(TrainingHistory):
@@ -201,17 +174,7 @@ class UntilStep(TrainingHistory):
 
 
 def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
-    """Those of some numbers of the last step that can be drawn over steps.
-
-    Parameters
-    ----------
-    samples : mapping of str to DataArray
-        One step of each variable.
-
-    Returns
-    -------
-    dict of str to Measure
-    """
+    """Those of some numbers of the last step that can be drawn over steps."""
     found = {}
     for name, sample in samples.items():
         rows = next((dim for dim in ROWS if dim in sample.dims), "")
@@ -234,50 +197,18 @@ def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
 
 
 def count_of(attrs: Mapping[str, Any]) -> int:
-    """Evaluations between the steps of a recording, which count to none of them.
-
-    Parameters
-    ----------
-    attrs : mapping
-        Of the run.
-
-    Returns
-    -------
-    int
-    """
+    """Evaluations between the steps of a recording, which count to none of them."""
     found = attrs.get("evaluations_left_out", 0)
     return int(found) if isinstance(found, (int, np.integer)) else 0
 
 
 def slices_of(positions: tuple[int | None, ...]) -> tuple[int | slice, ...]:
-    """The same as an index of an array.
-
-    Parameters
-    ----------
-    positions : tuple of int and None
-        Of `positions_of`.
-
-    Returns
-    -------
-    tuple of int and slice
-    """
+    """The same as an index of an array."""
     return tuple(slice(None) if each is None else each for each in positions)
 
 
 def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | None, ...]:
-    """Of each dim the number of the chosen label, None for the rows.
-
-    Parameters
-    ----------
-    measure : Measure
-        Whose labels they are.
-    choice : mapping of str to str
-        See `Measure.labels`.
-
-    Returns
-    -------
-    tuple of int and None
-    """
+    """Of each dim the number of the chosen label, None for the rows."""
     labels = measure.labels(choice)
     found: list[int | None] = []
     for dim in map(str, measure.sample.dims):

@@ -58,29 +58,13 @@ def write_report(
 ) -> Path:
     """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
-    Parameters
-    ----------
-    runs : mapping of str to DataTree, or sequence of Reading
-        Runs by the names to print, or what `read_runs` made of them.
-    out : Path
-        HTML file; missing, or a report.
-    force : bool
-        Also replace a file that is no report.
-    view : Selection, optional
-        Which slice of the numbers figures and tables show.
-    interactive : bool
-        Whether the figures tell their numbers under the mouse and zoom: the file then contains plotly.js, 5 MB.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    InputError
-        For no run, or a name that does not end in ``.html``.
-    OSError
-        Where the file cannot be written; FileExistsError where one is there that is no report.
+    ``runs``: runs by the names to print, or what `read_runs` made of them.
+    ``force``: also replace a file that is no report.
+    ``view``: which slice of the numbers figures and tables show.
+    ``interactive``: whether the figures tell their numbers under the mouse and zoom: the file then contains plotly.js,
+    5 MB.
+    Raises InputError: For no run, or a name that does not end in ``.html``.
+    Raises OSError: Where the file cannot be written; FileExistsError where one is there that is no report.
     """
     out = Path(out)
     # Before the runs are analysed; browsers open a file by its ending.
@@ -94,18 +78,7 @@ def write_report(
 
 
 def require_report(path: Path) -> None:
-    """Refuse to replace a file that is no report.
-
-    Parameters
-    ----------
-    path : Path
-        A regular file.
-
-    Raises
-    ------
-    TakenError
-        With what to do.
-    """
+    """Refuse to replace a file that is no report."""
     with path.open("rb") as file:
         head = file.read(4096)
     if MARK.encode() not in head:

@@ -27,19 +27,7 @@ class Corpus:
 
 
 def split_corpus(text: str, *, held_out: float = 0.1) -> Corpus:
-    """Cut a text into training bytes and a held-out end.
-
-    Parameters
-    ----------
-    text : str
-        Any text.
-    held_out : float
-        Fraction of the bytes for validation.
-
-    Returns
-    -------
-    Corpus
-    """
+    """Cut a text into training bytes and a held-out end."""
     ids = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
     # The end and not random windows: neighbouring windows of a text share words, and the loss would leak.
     border = len(ids) - int(len(ids) * held_out)
@@ -49,19 +37,7 @@ def split_corpus(text: str, *, held_out: float = 0.1) -> Corpus:
 def draw_batch(ids: torch.Tensor, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """Random windows, one byte longer than the predictions made on them.
 
-    Parameters
-    ----------
-    ids : torch.Tensor
-        Bytes (num_bytes,).
-    batch, length : int
-        Number of windows, and of the predictions in each.
-    generator : torch.Generator
-        Chooses where the windows begin.
-
-    Returns
-    -------
-    torch.Tensor
-        (batch, length + 1) int64.
+    ``batch, length``: number of windows, and of the predictions in each.
     """
     # The last start leaves room for length + 1 bytes: `high` itself is never drawn.
     starts = torch.randint(0, len(ids) - length, (batch, 1), generator=generator)

@@ -35,18 +35,7 @@ class Steps:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """Print what is being done, and afterwards how long it took.
-
-        Parameters
-        ----------
-        title : str
-            In plain words.
-
-        Yields
-        ------
-        None
-            While it is done.
-        """
+        """Print what is being done, and afterwards how long it took."""
         _print_progress(f"[{len(self.times) + 1}/{self.total}] {title}")
         started = time.perf_counter()
         try:
@@ -63,17 +52,11 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int
     served until Ctrl-C. Without a browser and without a terminal (continuous integration, a pipe) the demo ends
     after printing the command that serves it. What cannot be done is printed, and the rest goes on.
 
-    Parameters
-    ----------
-    out : Path
-        Folder for ``runs/`` and ``paper/``; results of an earlier demo in it are replaced one by one, each only
-        when the new one is complete.
-    browser : bool
-        Open the dashboard in the default browser.
-    quick : bool
-        Ten seconds of training and no SmolLM2.
-    seeds : int
-        How often the small models are trained, each time from another seed.
+    ``out``: folder for ``runs/`` and ``paper/``; results of an earlier demo in it are replaced one by one, each only
+    when the new one is complete.
+    ``browser``: open the dashboard in the default browser.
+    ``quick``: ten seconds of training and no SmolLM2.
+    ``seeds``: how often the small models are trained, each time from another seed.
     """
     # Before the minutes that follow; the study looks at its own files.
     if not quick:
@@ -177,17 +160,7 @@ def _print_findings(name: str, readings: Sequence[Reading]) -> None:
 def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | None = None) -> xr.DataTree:
     """A run of one chain with every metric of the catalogue that it can feed.
 
-    Parameters
-    ----------
-    run : DataTree
-        With a trace.
-    progress : callable, optional
-        Called with (metric, number done, number in all).
-
-    Returns
-    -------
-    DataTree
-        The same groups, and /metrics.
+    ``progress``: called with (metric, number done, number in all).
     """
     metrics = analyze(run, progress=progress)
     parts = {name: schema.chain_dataset(run, name) for name in ("trace", "statistics")}
@@ -198,15 +171,7 @@ def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | N
 def about(attrs: Mapping[str, Any]) -> str:
     """One line on a run: its family, and the result of its training where that is known.
 
-    Parameters
-    ----------
-    attrs : mapping
-        The run's attributes.
-
-    Returns
-    -------
-    str
-        Such as ``mhc, 4 streams; held-out loss 2.39 nats a byte after 106 steps (byte frequencies alone: 3.14)``.
+    Returns: Such as ``mhc, 4 streams; held-out loss 2.39 nats a byte after 106 steps (byte frequencies alone: 3.14)``.
     """
     streams = attrs.get("n_streams", 1)
     text = f"{attrs.get('family')}, {streams} stream{'s' if streams != 1 else ''}"
@@ -240,12 +205,7 @@ def _show_dashboard(folder: Path, *, browser: bool) -> None:
 
 
 def peak_memory() -> float | None:
-    """Largest resident memory of this process so far, in bytes; None on systems that do not report it.
-
-    Returns
-    -------
-    float or None
-    """
+    """Largest resident memory of this process so far, in bytes; None on systems that do not report it."""
     try:
         import resource
     except ImportError:  # Windows

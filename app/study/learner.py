@@ -32,19 +32,7 @@ class Learner:
 def create_learner(kind: str, recipe: Recipe, model: nn.Module | None = None) -> Learner:
     """A fresh model and its optimizer; only the branches' matrices and the head decay.
 
-    Parameters
-    ----------
-    kind : {"residual", "hc", "mhc"}
-        The connection.
-    recipe : Recipe
-        Size, seed, optimizer.
-    model : Module, optional
-        A model of another kind, in place of the one of that name.
-
-    Returns
-    -------
-    Learner
-        At step 0.
+    ``model``: A model of another kind, in place of the one of that name.
     """
     model = model or build(kind, size=recipe.size, seed=recipe.seed)
     # Embedding, norms and connections do not decay, as in other GPT-like models; so what moves the mixing matrices is
@@ -62,16 +50,7 @@ def create_learner(kind: str, recipe: Recipe, model: nn.Module | None = None) ->
 def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip: float) -> None:
     """One step of the optimizer; the loss is added to the learner's losses.
 
-    Parameters
-    ----------
-    learner : Learner
-        Changed in place.
-    batch : torch.Tensor
-        (batch, length + 1) bytes.
-    learning_rate : float
-        Of this step.
-    clip : float
-        Largest norm of the gradient of all parameters.
+    ``clip``: largest norm of the gradient of all parameters.
     """
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -88,18 +67,7 @@ def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip
 def held_out_loss(model: nn.Module, corpus: Corpus, *, length: int = 128, windows: int = 64) -> float:
     """Mean loss on evenly spread windows of the held-out text, in nats a byte.
 
-    Parameters
-    ----------
-    model : SmallLM
-        A trained model.
-    corpus : Corpus
-        With the held-out bytes.
-    length, windows : int
-        Length and number of the windows: the same ones for every model.
-
-    Returns
-    -------
-    float
+    ``length, windows``: length and number of the windows: the same ones for every model.
     """
     # Fixed and not random windows: the three losses differ by the models alone.
     starts = torch.linspace(0, len(corpus.held_out) - length - 1, windows).long().unsqueeze(1)
@@ -112,15 +80,7 @@ def held_out_loss(model: nn.Module, corpus: Corpus, *, length: int = 128, window
 def connection_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that belong to the connections and not to the branches inside them.
 
-    Parameters
-    ----------
-    model : nn.Module
-        One of the study's models.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        Detached, by name; empty for the residual model.
+    Returns: Detached, by name; empty for the residual model.
     """
     return {
         f"{prefix}.{name}": value.detach()
@@ -135,15 +95,7 @@ def connection_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 def connection_movement(learner: Learner) -> dict[str, float]:
     """How far the connections have moved from their initial values: rms change for each kind of parameter.
 
-    Parameters
-    ----------
-    learner : Learner
-        A trained learner.
-
-    Returns
-    -------
-    dict of str to float
-        Such as ``{"static_alpha": 0.08, …}``; a connection that never learns shows zeros.
+    Returns: Such as ``{"static_alpha": 0.08, …}``; a connection that never learns shows zeros.
     """
     squares: dict[str, list[torch.Tensor]] = {}
     for name, value in connection_parameters(learner.model).items():

@@ -25,17 +25,8 @@ def memory_over_streams(recipe: Recipe, streams: Sequence[int] = STREAMS) -> lis
 
     What is kept does not depend on the weights, so that nothing is trained.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Size, seed and batch.
-    streams : sequence of int
-        Numbers of streams.
-
-    Returns
-    -------
-    list of dict
-        The attribute ``memory`` of each run, with ``streams``; the residual model has no formula but the measured part.
+    Returns: The attribute ``memory`` of each run, with ``streams``; the residual model has no formula but the measured
+    part.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     ids = torch.randint(NUM_BYTES, (recipe.batch, recipe.length), generator=generator)
@@ -48,17 +39,7 @@ def memory_over_streams(recipe: Recipe, streams: Sequence[int] = STREAMS) -> lis
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The rows as text under `COLUMNS`.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `memory_over_streams`.
-
-    Returns
-    -------
-    list of list of str
-    """
+    """The rows as text under `COLUMNS`."""
 
     def in_bytes(row: dict[str, Any], key: str) -> str:
         return bytes_text(row[key]) if key in row else "–"

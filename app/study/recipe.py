@@ -36,37 +36,13 @@ class Recipe:
 def spent_fraction(recipe: Recipe, seconds: float, steps: int) -> float:
     """The fraction of the budget that is spent: of the steps where the recipe has a number of them, else of the time.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The budget.
-    seconds : float
-        Seconds of training so far.
-    steps : int
-        Steps of training so far.
-
-    Returns
-    -------
-    float
-        0 at the start; 1 or more ends the training.
+    Returns: 0 at the start; 1 or more ends the training.
     """
     return steps / recipe.steps if recipe.steps is not None else seconds / recipe.seconds
 
 
 def schedule(fraction: float, warm_up: float) -> float:
     """The learning rate's factor: a linear rise, then a cosine to zero.
-
-    Parameters
-    ----------
-    fraction : float
-        Of the budget, 0 to 1.
-    warm_up : float
-        Fraction at which the rise ends.
-
-    Returns
-    -------
-    float
-        From 0 to 1.
 
     Examples
     --------

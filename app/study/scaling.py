@@ -109,15 +109,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> LanguageOutput:
         """Predict each next byte.
 
-        Parameters
-        ----------
-        input_ids, labels : torch.Tensor
-            (B, T) bytes.
-
-        Returns
-        -------
-        LanguageOutput
-            With a loss where there are labels.
+        Returns: With a loss where there are labels.
         """
         x = self.embedding(input_ids)
         for block in self.blocks:
@@ -136,17 +128,7 @@ class Layer(nn.Module):
         self.attention, self.mlp, self.scale = Attention(size), MLP(size), scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Carry a state (B, T, D) through the layer.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            The state.
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """Carry a state (B, T, D) through the layer."""
         x = x + self.scale * self.attention(x)
         return x + self.scale * self.mlp(x)
 
@@ -156,18 +138,7 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """Adam with the learning rates of the model's rules: those of hidden matrices depend on the width.
 
-    Parameters
-    ----------
-    model : Decoder
-        With its rules.
-    size : int
-        What the study varies; the rules are of the model's own width.
-    learning_rate : float
-        At the base width.
-
-    Returns
-    -------
-    Optimizer
+    ``size``: what the study varies; the rules are of the model's own width.
     """
     assert isinstance(model, Decoder)
     hidden = [p for name, p in model.blocks.named_parameters() if p.ndim == 2]
@@ -185,19 +156,8 @@ def run_scaling_study(
 ) -> dict[str, xr.Dataset]:
     """Check every parametrisation over widths or depths.
 
-    Parameters
-    ----------
-    over : {"width", "depth"}
-        What is varied; the other one is the base.
-    sizes : sequence of int, optional
-        Widths or depths.
-    seeds, steps : int, optional
-        Models of each size, and training steps of each.
-
-    Returns
-    -------
-    dict of str to Dataset
-        By parametrisation, what `depthscope.coordinate_check` returns.
+    ``over``: what is varied; the other one is the base.
+    ``seeds, steps``: models of each size, and training steps of each.
     """
     of_study, names = STUDIES[over]
     ids = draw_batch(
@@ -225,15 +185,7 @@ def _made(rules: Parametrisation, over: str, size: int) -> Decoder:
 def summary(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
     """What each parametrisation gave, with plain values.
 
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        Of `run_scaling_study`.
-
-    Returns
-    -------
-    list of dict
-        Name, sentence and one row a place.
+    Returns: Name, sentence and one row a place.
     """
     return [
         {
@@ -247,17 +199,7 @@ def summary(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
 
 
 def figure_of(results: Mapping[str, xr.Dataset]) -> Lines:
-    """The change of the last state against the size, one line a parametrisation, bands over seeds.
-
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        Of `run_scaling_study`.
-
-    Returns
-    -------
-    Lines
-    """
+    """The change of the last state against the size, one line a parametrisation, bands over seeds."""
     lines, words = [], []
     for name, result in results.items():
         place = [str(each) for each in result["place"].values if str(each) != OUTPUT][-1]
@@ -297,22 +239,7 @@ def figure_of(results: Mapping[str, xr.Dataset]) -> Lines:
 def save_study(results: Mapping[str, xr.Dataset], folder: Path) -> list[Path]:
     """Write each result and the figure; files of an earlier study are replaced.
 
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        Of `run_scaling_study`.
-    folder : Path
-        Where to.
-
-    Returns
-    -------
-    list of Path
-        Results by parametrisation, then the figure.
-
-    Raises
-    ------
-    TakenError
-        Where a file of another origin has a name of the study's.
+    Raises TakenError: Where a file of another origin has a name of the study's.
     """
     from depthscope.app.drawing.matplotlib import write_figure  # matplotlib takes a second to import
 
@@ -329,17 +256,7 @@ def save_study(results: Mapping[str, xr.Dataset], folder: Path) -> list[Path]:
 def require_replaceable(over: str, folder: Path) -> None:
     """Refuse to replace files that an earlier study did not write.
 
-    Parameters
-    ----------
-    over : {"width", "depth"}
-        The study.
-    folder : Path
-        Where its results go; it may be missing.
-
-    Raises
-    ------
-    TakenError
-        With what to do.
+    ``folder``: where its results go; it may be missing.
     """
     for path in _paths(over, folder).values():
         require_replaceable_file(path, _require_own)
@@ -368,17 +285,7 @@ def _require_own(path: Path) -> None:
 
 
 def table_cells(results: Mapping[str, xr.Dataset]) -> list[list[str]]:
-    """The exponents of the change with their intervals as text, one row a place, one column a parametrisation.
-
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        Of `run_scaling_study`.
-
-    Returns
-    -------
-    list of list of str
-    """
+    """The exponents of the change with their intervals as text, one row a place, one column a parametrisation."""
     columns = [scaling_rows(result) for result in results.values()]
     return [[rows[0]["place"], *map(_cell, rows)] for rows in zip(*columns, strict=True)]
 

@@ -61,15 +61,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Mix tokens.
 
-        Parameters
-        ----------
-        x_BTD : torch.Tensor
-            Input of the branch, which the connection reads from the streams.
-
-        Returns
-        -------
-        torch.Tensor
-            The branch's output (B, T, D).
+        ``x_BTD``: input of the branch, which the connection reads from the streams.
         """
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.norm(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
@@ -91,15 +83,7 @@ class MLP(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Transform each token.
 
-        Parameters
-        ----------
-        x_BTD : torch.Tensor
-            Input of the branch, which the connection reads from the streams.
-
-        Returns
-        -------
-        torch.Tensor
-            The branch's output (B, T, D).
+        ``x_BTD``: input of the branch, which the connection reads from the streams.
         """
         return self.down(F.gelu(self.up(self.norm(x_BTD))))
 
@@ -107,15 +91,7 @@ class MLP(nn.Module):
 def rotated(x_BHTd: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding: each pair of features turns with the position.
 
-    Parameters
-    ----------
-    x_BHTd : torch.Tensor
-        Queries or keys; the last dim is even.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the same shape and norm.
+    ``x_BHTd``: queries or keys; the last dim is even.
     """
     T, d = x_BHTd.shape[-2:]
     # Pairs are (i, i + d/2), GPT-NeoX's order, so that one chunk splits them.
@@ -137,15 +113,7 @@ class Block(nn.Module):
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
         """Carry the residual streams through one layer.
 
-        Parameters
-        ----------
-        streams : torch.Tensor
-            (B·N, T, D), the streams of a sequence next to each other.
-
-        Returns
-        -------
-        torch.Tensor
-            Of the same shape.
+        ``streams``: (B·N, T, D), the streams of a sequence next to each other.
         """
         return self.mlp(self.attn(streams))
 
@@ -201,20 +169,10 @@ class SmallLM(nn.Module):
     ) -> LanguageOutput:
         """Predict each next byte.
 
-        Parameters
-        ----------
-        input_ids : torch.Tensor
-            (B, T) bytes.
-        attention_mask : torch.Tensor, optional
-            (B, T). Padding must be on the right, where a causal model never looks at it; so the mask is only
-            for whoever measures the model.
-        labels : torch.Tensor, optional
-            (B, T), usually the ids themselves; shifted here; -100 is left out of the loss.
-
-        Returns
-        -------
-        LanguageOutput
-            Logits (B, T, V) and the mean loss in nats a byte.
+        ``attention_mask``: (B, T). Padding must be on the right, where a causal model never looks at it; so the mask is
+        only for whoever measures the model.
+        ``labels``: (B, T), usually the ids themselves; shifted here; -100 is left out of the loss.
+        Returns: Logits (B, T, V) and the mean loss in nats a byte.
         """
         streams = self.expand(self.embedding(input_ids))
         for block in self.blocks:
@@ -229,20 +187,7 @@ class SmallLM(nn.Module):
 def connection_class(kind: str) -> Callable[..., nn.Module]:
     """The connection of that name, as the hyper-connections package publishes it.
 
-    Parameters
-    ----------
-    kind : {"residual", "hc", "mhc"}
-        The family.
-
-    Returns
-    -------
-    callable
-        Taking the number of streams, ``dim``, ``branch`` and ``layer_index``.
-
-    Raises
-    ------
-    InputError
-        For another name.
+    Returns: Taking the number of streams, ``dim``, ``branch`` and ``layer_index``.
     """
     if kind == "residual":
         return Residual
@@ -257,19 +202,7 @@ def connection_class(kind: str) -> Callable[..., nn.Module]:
 def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:
     """A model with the weights of this seed; everything but the connections is equal for the three kinds.
 
-    Parameters
-    ----------
-    kind : {"residual", "hc", "mhc"}
-        The connection.
-    size : Size
-        Depth, width, heads, streams.
-    seed : int
-        Of the initial weights. The connections themselves start from constants.
-
-    Returns
-    -------
-    SmallLM
-        Untrained.
+    ``seed``: of the initial weights. The connections themselves start from constants.
     """
     # Forked: a caller's own random numbers do not change, and every kind draws the same weights from the seed.
     with torch.random.fork_rng(devices=[]):

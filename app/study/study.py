@@ -38,21 +38,10 @@ class StudyError(InputError):
 def run_seeds(out: Path, *, seeds: int, seconds: float, **options: Any) -> dict[str, Path]:
     """Run the study with several seeds, one after the other: one run says nothing about chance.
 
-    Parameters
-    ----------
-    out : Path
-        Folder for the runs: ``residual-seed0.nc`` and so on; of one seed ``residual.nc``, as `run_study` names it.
-    seeds : int
-        How many; the seeds are 0, 1, …
-    seconds : float
-        Training time of each seed's three models together.
-    **options
-        Of `run_study`.
-
-    Returns
-    -------
-    dict of str to Path
-        The saved runs by name, seed by seed.
+    ``out``: folder for the runs: ``residual-seed0.nc`` and so on; of one seed ``residual.nc``, as `run_study` names it.
+    ``seeds``: how many; the seeds are 0, 1, ….
+    ``seconds``: training time of each seed's three models together.
+    Returns: The saved runs by name, seed by seed.
     """
     if seeds == 1:
         return run_study(out, seconds=seconds, **options)
@@ -73,33 +62,16 @@ def run_study(
 ) -> dict[str, Path]:
     """Train a residual, an HC and an mHC model side by side, probe each, save runs and weights.
 
-    Parameters
-    ----------
-    out : Path
-        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc``, their weights, and ``residual-training`` and so on, where each
-        training is recorded while it runs; those of an earlier study are replaced.
-    seconds : float
-        Training time of the three together; probing comes on top.
-    seed : int
-        Of the weights and of the order of the data.
-    suffix : str
-        Of the runs' names, so that several studies fit into one folder.
-    progress : bool
-        Show a bar with the three losses on stderr.
-    recipe : Recipe, optional
-        Everything else; its own seconds and seed are replaced by the two above.
-
-    Returns
-    -------
-    dict of str to Path
-        The saved runs by name: the families residual, hc and mhc, with the suffix.
-
-    Raises
-    ------
-    StudyError
-        If the time is not positive.
-    OSError
-        Where the folder cannot be written to; FileExistsError where a file of another origin has a name of the study's.
+    ``out``: folder for ``residual.nc``, ``hc.nc``, ``mhc.nc``, their weights, and ``residual-training`` and so on,
+    where each training is recorded while it runs; those of an earlier study are replaced.
+    ``seconds``: training time of the three together; probing comes on top.
+    ``seed``: of the weights and of the order of the data.
+    ``suffix``: of the runs' names, so that several studies fit into one folder.
+    ``progress``: show a bar with the three losses on stderr.
+    ``recipe``: everything else; its own seconds and seed are replaced by the two above.
+    Returns: The saved runs by name: the families residual, hc and mhc, with the suffix.
+    Raises OSError: Where the folder cannot be written to; FileExistsError where a file of another origin has a name of
+    the study's.
     """
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
     # Not `<= 0`: of nan that is false, and neither nan nor inf is ever spent.
@@ -191,17 +163,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
     Told by the names of the tensors: a mark in the header would change the digest of equal weights, since safetensors writes
     several entries of it in random order.
 
-    Parameters
-    ----------
-    model : Module
-        A model of the study; its sizes do not matter.
-    path : Path
-        A regular file.
-
-    Raises
-    ------
-    TakenError
-        With what to do.
+    ``model``: A model of the study; its sizes do not matter.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -215,24 +177,7 @@ def require_weights_of(model: nn.Module, path: Path) -> None:
 
 
 def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:
-    """What a reader has to know about the training to judge the comparison.
-
-    Parameters
-    ----------
-    learner : Learner
-        A trained learner.
-    corpus : Corpus
-        Its text.
-    recipe : Recipe
-        Its training.
-    spent : float
-        Seconds, of all three together.
-
-    Returns
-    -------
-    dict
-        Losses in nats a byte.
-    """
+    """What a reader has to know about the training to judge the comparison."""
     steps = len(learner.losses)
     return {
         "corpus": "pydoc_data.topics, bytes; the last tenth held out",

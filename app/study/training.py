@@ -21,10 +21,7 @@ from depthscope.app.text.terminal import progress_bar
 def single_threaded() -> Iterator[None]:
     """One torch thread for each operation: the tensors are small, and the three models already keep the cores busy.
 
-    Yields
-    ------
-    None
-        The former number of threads is restored on the way out.
+    Yields: The former number of threads is restored on the way out.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,21 +40,8 @@ def train_side_by_side(
 ) -> float:
     """Give every model the same batches in the same order, one step each in turn, until the budget is spent.
 
-    Parameters
-    ----------
-    learners : sequence of Learner
-        Trained in place; their losses are filled.
-    corpus : Corpus
-        The text.
-    recipe : Recipe
-        The budget and the optimizer.
-    progress : bool
-        Show a bar on stderr.
-
-    Returns
-    -------
-    float
-        Seconds spent, with what measuring the models took.
+    ``learners``: trained in place; their losses are filled.
+    Returns: Seconds spent, with what measuring the models took.
     """
     # Its own generator: a caller's random numbers do not change the batches.
     generator = torch.Generator().manual_seed(recipe.seed)

@@ -24,20 +24,10 @@ def best_of(
 ) -> set[int]:
     """Which of some numbers are the best: the extreme one, and those that are not told apart from it.
 
-    Parameters
-    ----------
-    metric : str
-        Name in the catalogue, whose declaration says what is better.
-    values, margins, nulls : sequence of float
-        Numbers, half of their intervals, and what noise would give; NaN where there is none.
-    better : str
-        In place of the declared direction.
-
-    Returns
-    -------
-    set of int
-        Empty where the metric says of no number that it is better, where all are alike, and where nulls differ: a rank of
-        107 where noise has 240 is no better than one of 15 where it has 84.
+    ``metric``: name in the catalogue, whose declaration says what is better.
+    ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.
+    Returns: Empty where the metric says of no number that it is better, where all are alike, and where nulls differ: a
+    rank of 107 where noise has 240 is no better than one of 15 where it has 84.
     """
     better = better or (CATALOGUE[metric].better if metric in CATALOGUE else "")
     known = [place for place, value in enumerate(values) if math.isfinite(value)]
@@ -57,17 +47,7 @@ def best_of(
 
 
 def are_comparable(nulls: Sequence[float]) -> bool:
-    """Whether numbers have the same null, or none of them has one.
-
-    Parameters
-    ----------
-    nulls : sequence of float
-        NaN where there is none.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether numbers have the same null, or none of them has one."""
     unknown = {math.isnan(null) for null in nulls}
     return unknown == {True} or (
         unknown == {False} and all(math.isclose(null, nulls[0], rel_tol=1e-6) for null in nulls)
@@ -77,17 +57,7 @@ def are_comparable(nulls: Sequence[float]) -> bool:
 def why_not_ranked(readings: Sequence[Reading], view: Selection) -> str:
     """Why no number of some runs may be called the best: numbers of other text or of more tokens are no better or worse.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection
-        Slice whose tokens are counted.
-
-    Returns
-    -------
-    str
-        Empty where all have read the same text, and as many tokens.
+    Returns: Empty where all have read the same text, and as many tokens.
     """
     digests = {reading.name: reading.attrs.get("data_digest") for reading in readings}
     unknown = [run for run, digest in digests.items() if digest is None]

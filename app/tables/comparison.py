@@ -75,19 +75,7 @@ _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 
 
 def summary_table(readings: Sequence[Reading], view: Selection | None = None) -> Table:
-    """One row a run: what it is, its decisive numbers, how much was found.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection, optional
-        Slice; the figures' own by default.
-
-    Returns
-    -------
-    Table
-    """
+    """One row a run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
     facts = [_facts(reading, view) for reading in readings]
     # Two tables in step: numbers at full precision for the CSV, text for people.
@@ -279,25 +267,7 @@ def comparison_table(
 ) -> Table:
     """Metrics of several runs side by side, each at the measured depth nearest to a relative depth.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    metrics : sequence of str
-        Metrics along depth or connections.
-    view : Selection, optional
-        Slice.
-    points : int
-        Relative depths from 0 to 1.
-
-    Returns
-    -------
-    Table
-
-    Raises
-    ------
-    InputError
-        Where no run has any of the metrics along its depth.
+    Raises InputError: Where no run has any of the metrics along its depth.
     """
     view = view or Selection()
     where = np.linspace(0.0, 1.0, points)
@@ -359,17 +329,7 @@ def comparison_table(
 def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
     """The label that leaves one direction of a metric that has both, where the view shows both.
 
-    Parameters
-    ----------
-    dims : collection
-        Of the metric.
-    view : Selection
-        Slice.
-
-    Returns
-    -------
-    dict of str to str
-        Empty where the metric has no direction.
+    Returns: Empty where the metric has no direction.
     """
     return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
 
@@ -394,17 +354,7 @@ def _nearest(column: Column | None, fraction: float) -> dict[str, float]:
 def differences(readings: Sequence[Reading], view: Selection | None = None) -> list[str]:
     """What makes runs hard to compare: other data, other token counts, other precision.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection, optional
-        Slice whose token counts are compared.
-
-    Returns
-    -------
-    list of str
-        One sentence a difference; empty where there is none.
+    Returns: One sentence a difference; empty where there is none.
     """
     facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
     sentences = []

@@ -46,23 +46,10 @@ def between_runs(
 ) -> list[Difference]:
     """Every run against the first, sequence by sequence where they have seen the same ones.
 
-    Parameters
-    ----------
-    paths : sequence of str
-        Run files, or folders with some in them.
-    metrics : sequence of str
-        Names of the catalogue.
-    view : Selection
-        Slice that is compared.
-    without : collection of str
-        Names of runs that cannot be read.
-    max_bytes : int, optional
-        Of the arrays of one run; see `schema.open_run`.
-
-    Returns
-    -------
-    list of Difference
-        Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
+    ``paths``: run files, or folders with some in them.
+    ``without``: names of runs that cannot be read.
+    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
+    Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
     """
     found = {name: path for name, path in find_runs(paths).items() if name not in without}
     runs = {name: schema.open_run(path, max_bytes=max_bytes) for name, path in found.items()}
@@ -152,25 +139,8 @@ def between_groups(
 ) -> list[Difference]:
     """Groups of runs against the first group, such as several seeds of two designs.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Analysed runs.
-    metrics : sequence of str
-        Names of the catalogue.
-    view : Selection
-        Slice that is compared.
-    by : str
-        The attribute that all runs of a group share, such as ``"family"``.
-
-    Returns
-    -------
-    list of Difference
-
-    Raises
-    ------
-    InputError
-        Where a run lacks the attribute, or all runs have the same.
+    ``by``: the attribute that all runs of a group share, such as ``"family"``.
+    Raises InputError: Where a run lacks the attribute, or all runs have the same.
     """
     groups: dict[str, list[Reading]] = {}
     for reading in readings:
@@ -203,15 +173,7 @@ def _of_group(readings: Sequence[Reading], metric: str, view: Selection) -> list
 def in_words(difference: Difference) -> str:
     """What a test says, in one sentence.
 
-    Parameters
-    ----------
-    difference : Difference
-        Of `between_runs` or `between_groups`.
-
-    Returns
-    -------
-    str
-        Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
+    Returns: Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
     """
     name = spoken(difference.metric)
     axis = str(difference.value.dims[0])
@@ -265,17 +227,7 @@ def _ranges(difference: Difference, axis: str) -> str:
 
 
 def as_dict(difference: Difference) -> dict[str, Any]:
-    """Plain values for JSON.
-
-    Parameters
-    ----------
-    difference : Difference
-        Any.
-
-    Returns
-    -------
-    dict of str to object
-    """
+    """Plain values for JSON."""
     axis = str(difference.value.dims[0])
     return {
         "metric": difference.metric,
@@ -295,17 +247,7 @@ def as_dict(difference: Difference) -> dict[str, Any]:
 def difference_figure(found: Sequence[Difference], title: str) -> Lines:
     """The differences of one metric with their intervals, for the screen.
 
-    Parameters
-    ----------
-    found : sequence of Difference
-        Of one metric, at least one.
-    title : str
-        Of the metric.
-
-    Returns
-    -------
-    Lines
-        Along the positions of the shallower run of each pair, at its relative depth.
+    Returns: Along the positions of the shallower run of each pair, at its relative depth.
     """
     lines = []
     for each in found:

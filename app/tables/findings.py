@@ -22,16 +22,8 @@ NOTHING = "Nothing found: no metric crossed its threshold."
 def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
     """The findings of a run as cards, with the experiment that would settle each, and its result once it was run.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain of one run.
-    sent : bool
-        Whether they are sent around: commands then name the file alone, not where it is on the machine that made them.
-
-    Returns
-    -------
-    list of Card
+    ``sent``: whether they are sent around: commands then name the file alone, not where it is on the machine that made
+    them.
     """
     from depthscope.diagnostics.experiments import experiment_for
 
@@ -59,35 +51,12 @@ def _result(finding: Finding, results: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
-    """Findings as cards: verdict, where, why, what to do next.
-
-    Parameters
-    ----------
-    findings : iterable of Finding
-        In the order to print.
-    width : int
-        Columns to wrap at.
-
-    Returns
-    -------
-    str
-        Plain text without a final newline.
-    """
+    """Findings as cards: verdict, where, why, what to do next."""
     return cards_text(map(card_of, findings), width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:
-    """How many findings of each severity, such as ``1 fail, 2 warn``.
-
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Findings of one run.
-
-    Returns
-    -------
-    str
-    """
+    """How many findings of each severity, such as ``1 fail, 2 warn``."""
     # In the order of the findings, worst first.
     counts: dict[str, int] = {}
     for finding in findings:
@@ -96,17 +65,7 @@ def count_words(findings: Sequence[Finding]) -> str:
 
 
 def findings_table(readings: Sequence[Reading]) -> Table:
-    """Every finding of every run with its number, threshold and source.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-
-    Returns
-    -------
-    Table
-    """
+    """Every finding of every run with its number, threshold and source."""
     found = [(reading.name, finding) for reading in readings for finding in reading.findings]
     # `sorted` is stable: within a severity, run by run as each was judged.
     found = sorted(found, key=lambda each: -each[1].severity)

@@ -18,17 +18,7 @@ _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadshe
 
 
 def to_markdown(table: Table) -> str:
-    """A table in Markdown, its caption above.
-
-    Parameters
-    ----------
-    table : Table
-        What to write.
-
-    Returns
-    -------
-    str
-    """
+    """A table in Markdown, its caption above."""
     columns = [str(column) for column in table.printed.columns]
     cells = table.printed.map(_no_markup).to_numpy().tolist()
     for row, name in table.best:
@@ -49,34 +39,15 @@ def _no_markup(text: object) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """The numbers of a table at full precision.
-
-    Parameters
-    ----------
-    table : Table
-        What to write.
-
-    Returns
-    -------
-    str
-        Empty cells are undefined.
-    """
+    """The numbers of a table at full precision."""
     return csv_text(table.data)
 
 
 def to_parquet(table: Table) -> bytes:
     """The numbers of a table at full precision, with their types.
 
-    Parameters
-    ----------
-    table : Table
-        What to write.
-
-    Returns
-    -------
-    bytes
-        The same for the same numbers and the same pyarrow. A column of several types, such as a threshold that is missing
-        in one row, is text where it is no number.
+    Returns: The same for the same numbers and the same pyarrow. A column of several types, such as a threshold that is
+    missing in one row, is text where it is no number.
     """
     data = table.data.copy()
     for name in data.columns:
@@ -91,16 +62,8 @@ def to_parquet(table: Table) -> bytes:
 def csv_text(table: pd.DataFrame) -> str:
     """A table as CSV whose cells are values, also in a spreadsheet.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        Any table.
-
-    Returns
-    -------
-    str
-        Text that a spreadsheet would take for a formula has an apostrophe before it, as is customary; numbers, negative
-        ones too, are unchanged.
+    Returns: Text that a spreadsheet would take for a formula has an apostrophe before it, as is customary; numbers,
+    negative ones too, are unchanged.
 
     Examples
     --------

@@ -23,15 +23,7 @@ class NamedError(NamedTuple):
 def interval_words(errors: Iterable[NamedError]) -> str:
     """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
 
-    Parameters
-    ----------
-    errors : iterable of NamedError
-        Of everything that is shown.
-
-    Returns
-    -------
-    str
-        Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
+    Returns: Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
     """
     kinds: dict[str, dict[str, dict[str, None]]] = {}
     for run, metric, error in errors:

@@ -50,19 +50,7 @@ class _Column:
 def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plain"]) -> str:
     """A table as floats with booktabs rules: columns and rows that do not fit onto a page go to further parts.
 
-    Parameters
-    ----------
-    table : Table
-        What to write.
-    cites : mapping of str to str
-        Bibliography keys by metric.
-    venue : Venue
-        Whose page it has to fit.
-
-    Returns
-    -------
-    str
-        Needs the packages amsmath, array, booktabs and graphicx.
+    Returns: Needs the packages amsmath, array, booktabs and graphicx.
     """
     from depthscope.app.text.templates import latex_template  # here: Markdown and CSV need no Jinja
 

@@ -129,21 +129,7 @@ def _along(part: xr.DataArray, value: xr.DataArray) -> np.ndarray:
 def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
     """The slice of a metric that a selection names, with its standard error and null.
 
-    Parameters
-    ----------
-    analysis : Dataset
-        Analysis of one run.
-    metric : str
-        Variable.
-    view : Selection
-        Slice.
-    **fixed : str or number
-        Labels that override the selection.
-
-    Returns
-    -------
-    Column or None
-        None where the run has no such variable, label or defined value.
+    Returns: None where the run has no such variable, label or defined value.
     """
     value = _picked(analysis, metric, view, fixed)
     # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
@@ -179,15 +165,6 @@ def table_metrics(axis: str) -> list[str]:
 
     These are the headline metrics, and those that no figure of the catalogue draws: somebody declared them for a reason,
     and has not chosen yet where to see them.
-
-    Parameters
-    ----------
-    axis : str
-        "depth" or "connection".
-
-    Returns
-    -------
-    list of str
     """
     drawn = [name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)]
     # The catalogue adds metrics that no figure can draw, which need a column all the more.
@@ -201,21 +178,7 @@ def table_metrics(axis: str) -> list[str]:
 
 
 def columns_along(axis: str, analysis: xr.Dataset, view: Selection) -> list[Column]:
-    """The columns of the table along an axis that an analysis can fill.
-
-    Parameters
-    ----------
-    axis : str
-        "depth" or "connection".
-    analysis : Dataset
-        Analysis of one run.
-    view : Selection
-        Slice.
-
-    Returns
-    -------
-    list of Column
-    """
+    """The columns of the table along an axis that an analysis can fill."""
     columns = [
         column_of(analysis, metric, view, **labels)
         for metric in table_metrics(axis)
@@ -240,14 +203,7 @@ def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dic
 def spoken(name: str) -> str:
     """The name of a metric or a verdict as people write it.
 
-    Parameters
-    ----------
-    name : str
-        Name in the catalogue, or of a verdict.
-
-    Returns
-    -------
-    str
+    ``name``: name in the catalogue, or of a verdict.
 
     Examples
     --------
@@ -291,19 +247,8 @@ def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 
 def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table | None:
     """Gains, violations and collapse of the stream mixing by connection.
 
-    Parameters
-    ----------
-    reading : Reading
-        One run.
-    view : Selection, optional
-        Slice.
-    rows : int
-        Most rows printed; the data have all.
-
-    Returns
-    -------
-    Table or None
-        None for a run without stream mixing.
+    ``rows``: most rows printed; the data have all.
+    Returns: None for a run without stream mixing.
     """
     view = view or Selection()
     columns = columns_along("connection", reading.analysis, view)
@@ -405,15 +350,7 @@ def _notes(reading: Reading, columns: Sequence[Column]) -> tuple[str, ...]:
 def units_note(metrics: Iterable[str]) -> str:
     """The units of the metrics that have some.
 
-    Parameters
-    ----------
-    metrics : iterable of str
-        Names.
-
-    Returns
-    -------
-    str
-        A sentence; empty where all are pure numbers.
+    Returns: A sentence; empty where all are pure numbers.
     """
     by_units: dict[str, list[str]] = {}
     for name in dict.fromkeys(metrics):
@@ -434,15 +371,6 @@ def _cells(values: np.ndarray) -> list[str]:
 def evenly(size: int, most: int) -> list[int]:
     """Positions of at most so many rows, the first and the last among them.
 
-    Parameters
-    ----------
-    size, most : int
-        Rows there are, rows wanted.
-
-    Returns
-    -------
-    list of int
-
     Examples
     --------
     >>> evenly(9, 5)
@@ -454,17 +382,7 @@ def evenly(size: int, most: int) -> list[int]:
 
 
 def slug(name: str) -> str:
-    """A file name and LaTeX label from a run's name: letters, digits, dots and dashes.
-
-    Parameters
-    ----------
-    name : str
-        Any text.
-
-    Returns
-    -------
-    str
-    """
+    """A file name and LaTeX label from a run's name: letters, digits, dots and dashes."""
     safe = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
     )

@@ -75,17 +75,7 @@ class VerdictTable:
 
 
 def groupable(summaries: Sequence[Summary]) -> list[str]:
-    """Attributes by which runs can be grouped: few plain values that differ.
-
-    Parameters
-    ----------
-    summaries : sequence of Summary
-        Of all runs.
-
-    Returns
-    -------
-    list of str
-    """
+    """Attributes by which runs can be grouped: few plain values that differ."""
     found: dict[str, set[Any]] = {}
     for summary in summaries:
         for name, value in plain_attributes(summary.attrs).items():
@@ -96,15 +86,7 @@ def groupable(summaries: Sequence[Summary]) -> list[str]:
 def plain_attributes(attrs: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """Attributes that are one word or number, and those in a mapping such as a configuration.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Of a run.
-
-    Returns
-    -------
-    dict
-        A value in a mapping has the name ``mapping.name``.
+    Returns: A value in a mapping has the name ``mapping.name``.
 
     Examples
     --------
@@ -123,32 +105,14 @@ def plain_attributes(attrs: Mapping[str, Any]) -> dict[str, str | int | float | 
 
 
 def has_seeds(summaries: Sequence[Summary]) -> bool:
-    """Whether some runs differ in their seed alone.
-
-    Parameters
-    ----------
-    summaries : sequence of Summary
-        Of all runs.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether some runs differ in their seed alone."""
     return len(_by_experiment(summaries)) < len(summaries)
 
 
 def experiments_of(summaries: Sequence[Summary]) -> dict[str, str]:
     """The experiment of each run of which there are several seeds.
 
-    Parameters
-    ----------
-    summaries : sequence of Summary
-        Of all runs.
-
-    Returns
-    -------
-    dict of str to str
-        Run → ``NAME and 2 more seeds``.
+    Returns: Run → ``NAME and 2 more seeds``.
     """
     return {
         summary.name: _row_name(row) for row in _by_experiment(summaries) if len(row) > 1 for summary in row
@@ -168,20 +132,10 @@ def verdict_table(
 ) -> VerdictTable:
     """The table of some runs.
 
-    Parameters
-    ----------
-    summaries : sequence of Summary
-        One a row.
-    group_by : str, optional
-        An attribute: its values are a column, and its rows stand together.
-    fold_seeds : bool
-        One row for all seeds of an experiment: its cells say in how many of them.
-    statuses : mapping of str to str, optional
-        What is said of runs that are or were written step by step, by their names; a column where there is any.
-
-    Returns
-    -------
-    VerdictTable
+    ``group_by``: an attribute: its values are a column, and its rows stand together.
+    ``fold_seeds``: one row for all seeds of an experiment: its cells say in how many of them.
+    ``statuses``: what is said of runs that are or were written step by step, by their names; a column where there is
+    any.
     """
     rows = _by_experiment(summaries) if fold_seeds else [[summary] for summary in summaries]
     shown = _told_verdicts(summaries)

@@ -53,32 +53,14 @@ class Reference:
 
 
 def bibliography() -> str:
-    """The package's bibliography, as BibTeX.
-
-    Returns
-    -------
-    str
-    """
+    """The package's bibliography, as BibTeX."""
     return files("depthscope.diagnostics").joinpath("references.bib").read_text(encoding="utf-8")
 
 
 def entries(text: str) -> dict[str, str]:
     """BibTeX entries by key.
 
-    Parameters
-    ----------
-    text : str
-        BibTeX.
-
-    Returns
-    -------
-    dict of str to str
-        In the order of the text; each ends with its closing brace.
-
-    Raises
-    ------
-    InputError
-        For an entry that BibTeX could not read.
+    Returns: In the order of the text; each ends with its closing brace.
 
     Examples
     --------
@@ -104,22 +86,7 @@ def _library() -> dict[str, str]:
 
 @cache
 def reference(key: str) -> Reference:
-    """An entry of the bibliography with its TeX decoded.
-
-    Parameters
-    ----------
-    key : str
-        Key of `bibliography`.
-
-    Returns
-    -------
-    Reference
-
-    Raises
-    ------
-    InputError
-        For a key that the bibliography lacks.
-    """
+    """An entry of the bibliography with its TeX decoded."""
     import bibtexparser
     from bibtexparser import middlewares
 
@@ -146,16 +113,6 @@ def reference(key: str) -> Reference:
 def keys_of(sources: Iterable[str]) -> list[str]:
     """Bibliography keys among sources, which may list several keys or be ``"this project"``.
 
-    Parameters
-    ----------
-    sources : iterable of str
-        Citations of metrics and verdicts.
-
-    Returns
-    -------
-    list of str
-        Sorted, once each.
-
     Examples
     --------
     >>> keys_of(["roy2007effective, dong2021attention", "this project"])
@@ -169,20 +126,7 @@ def keys_of(sources: Iterable[str]) -> list[str]:
 def cut(keys: Iterable[str]) -> str:
     """The bibliography with these keys alone.
 
-    Parameters
-    ----------
-    keys : iterable of str
-        Keys of `bibliography`.
-
-    Returns
-    -------
-    str
-        BibTeX, in the order of the bibliography.
-
-    Raises
-    ------
-    InputError
-        For a key that the bibliography lacks.
+    Returns: BibTeX, in the order of the bibliography.
     """
     known = _library()
     wanted = set(keys)
@@ -196,15 +140,8 @@ def cut(keys: Iterable[str]) -> str:
 def source_words(source: str) -> str:
     """Where a threshold comes from, as people cite it.
 
-    Parameters
-    ----------
-    source : str
-        Key of the bibliography, several joined by commas, or "this project".
-
-    Returns
-    -------
-    str
-        Such as "Xie et al. 2025"; a key that the bibliography lacks stays as it is.
+    ``source``: key of the bibliography, several joined by commas, or "this project".
+    Returns: Such as "Xie et al. 2025"; a key that the bibliography lacks stays as it is.
     """
     return "; ".join(_author_year(key.strip()) for key in source.split(","))
 
@@ -212,15 +149,7 @@ def source_words(source: str) -> str:
 def cited(sentence: str) -> str:
     """A sentence with the bibliography keys in it replaced by author and year.
 
-    Parameters
-    ----------
-    sentence : str
-        Such as "… above 100 (xie2025mhc)".
-
-    Returns
-    -------
-    str
-        Such as "… above 100 (Xie et al. 2025)".
+    Returns: Such as "… above 100 (Xie et al. 2025)".
     """
     return _KEY.sub(lambda match: _author_year(match[0]), sentence)
 

@@ -89,12 +89,7 @@ class Card:
         return command_line("explain", self.finding.verdict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, as the published schema states them (``docs/schemas/finding.v1.json``).
-
-        Returns
-        -------
-        dict of str to object
-        """
+        """Plain values for JSON, as the published schema states them (``docs/schemas/finding.v1.json``)."""
         return {
             "schema": CARD_SCHEMA,
             **self.finding.as_dict(),
@@ -113,16 +108,7 @@ class Card:
 def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card:
     """The card of a finding.
 
-    Parameters
-    ----------
-    finding : Finding
-        One finding of `judge`.
-    experiment, result : str
-        The command of the experiment that would settle it, and what it gave.
-
-    Returns
-    -------
-    Card
+    ``experiment, result``: the command of the experiment that would settle it, and what it gave.
     """
     from depthscope.diagnostics.verdicts import VERDICTS
     from depthscope.diagnostics.verdicts.reading import unproven_sentence
@@ -148,18 +134,7 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
 def card_lines(card: Card, *, width: int = WIDTH, shown: Callable[[str], str] = str) -> list[str]:
     """A card as text of at most twelve lines; narrower ones have more.
 
-    Parameters
-    ----------
-    card : Card
-        Of `card_of`.
-    width : int
-        Columns.
-    shown : callable
-        Gives a text as the terminal can print it, such as `terminal.encodable`.
-
-    Returns
-    -------
-    list of str
+    ``shown``: gives a text as the terminal can print it, such as `terminal.encodable`.
     """
     explained = f", follows from {card.follows}" if card.follows else ""
     blocks = curve_blocks(card.finding)
@@ -222,20 +197,7 @@ def _command(command: str, width: int) -> list[str]:
 
 
 def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[str], str] = str) -> str:
-    """Cards one below the other, with an empty line between them.
-
-    Parameters
-    ----------
-    cards : iterable of Card
-        In the order to print.
-    width, shown
-        As `card_lines` takes them.
-
-    Returns
-    -------
-    str
-        After them what follows from what.
-    """
+    """Cards one below the other, with an empty line between them."""
     cards = list(cards)
     parts, heading = [], shown(ABOUT_THE_READING)
     for card in cards:

@@ -33,15 +33,7 @@ class _Box:
 def cause_lines(findings: Sequence[Finding]) -> list[str]:
     """The graph as text, each effect below its cause.
 
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Of one chain of one run.
-
-    Returns
-    -------
-    list of str
-        Empty where no finding follows from another one.
+    Returns: Empty where no finding follows from another one.
 
     Examples
     --------
@@ -55,17 +47,7 @@ def cause_lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def place_of(finding: Finding) -> str:
-    """The place of a finding, such as ``depth 3–7`` or ``whole run``.
-
-    Parameters
-    ----------
-    finding : Finding
-        A finding.
-
-    Returns
-    -------
-    str
-    """
+    """The place of a finding, such as ``depth 3–7`` or ``whole run``."""
     # A negative position is none.
     if finding.axis == "run" or finding.first < 0:
         place = "whole run"
@@ -87,15 +69,7 @@ def _worst_words(finding: Finding) -> str:
 def cause_svg(findings: Sequence[Finding]) -> Markup:
     """The graph as SVG, causes on the left and what follows from them on the right.
 
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Of one chain of one run.
-
-    Returns
-    -------
-    Markup
-        Without references to anything outside; empty where no finding follows from another one.
+    Returns: Without references to anything outside; empty where no finding follows from another one.
     """
     from markupsafe import Markup
 

@@ -18,15 +18,7 @@ MOST_NAMED = 6
 def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
     """Which of some runs are unproven, and why; empty where none is.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Run name → attributes of the run or of its analysis.
-
-    Returns
-    -------
-    str
-        Whole sentences.
+    ``attrs``: run name → attributes of the run or of its analysis.
 
     Examples
     --------
@@ -46,15 +38,7 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
 def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
     """What the mixing matrices of some runs were measured to satisfy; empty where no run says it.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Run name → attributes of the run or of its analysis.
-
-    Returns
-    -------
-    str
-        Whole sentences.
+    ``attrs``: run name → attributes of the run or of its analysis.
 
     Examples
     --------

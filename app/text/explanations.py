@@ -16,12 +16,7 @@ __all__ = ["explanation", "names"]
 
 
 def names() -> list[str]:
-    """Everything that can be explained: verdicts first, then metrics.
-
-    Returns
-    -------
-    list of str
-    """
+    """Everything that can be explained: verdicts first, then metrics."""
     return [*VERDICTS, *CATALOGUE]
 
 
@@ -29,17 +24,7 @@ def names() -> list[str]:
 def explanation(name: str, *, width: int = 100) -> str:
     """A verdict or a metric in words, with its equation, its limits and its sources.
 
-    Parameters
-    ----------
-    name : str
-        One of `names`.
-    width : int
-        Columns.
-
-    Returns
-    -------
-    str
-        Equations are TeX, as in the docstrings that they come from.
+    Returns: Equations are TeX, as in the docstrings that they come from.
     """
     parts = [_of_verdict(VERDICTS[name])] if name in VERDICTS else []
     # A verdict may judge the null of a metric.

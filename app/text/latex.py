@@ -109,16 +109,9 @@ def tex(text: str, *, words: bool = True) -> Latex:
     Every engine and every encoding reads it alike. Words of other alphabets, for which the fonts of a document may have no
     letters, are pictures: see `pictured_words`.
 
-    Parameters
-    ----------
-    text : str
-        Any text; `Latex` is code already and comes back unchanged.
-    words : bool
-        Whether words of other alphabets may be pictures; otherwise their letters are written as Python escapes them.
-
-    Returns
-    -------
-    Latex
+    ``text``: any text; `Latex` is code already and comes back unchanged.
+    ``words``: whether words of other alphabets may be pictures; otherwise their letters are written as Python escapes
+    them.
 
     Examples
     --------
@@ -218,15 +211,7 @@ _WORD = re.compile(r"\\depthscopeword\{([0-9-]+)\}")
 def pictured_words(texts: Iterable[str]) -> dict[str, str]:
     """The words that LaTeX includes as pictures, ``words/CODES.pdf``.
 
-    Parameters
-    ----------
-    texts : iterable of str
-        LaTeX.
-
-    Returns
-    -------
-    dict of str to str
-        Codes, as in the file name, to the word.
+    Returns: Codes, as in the file name, to the word.
     """
     found = dict.fromkeys(codes for text in texts for codes in _WORD.findall(text))
     return {codes: "".join(chr(int(code)) for code in codes.split("-")) for codes in sorted(found)}
@@ -234,15 +219,6 @@ def pictured_words(texts: Iterable[str]) -> dict[str, str]:
 
 def cite(keys: Iterable[str]) -> Latex:
     r"""A citation of bibliography keys.
-
-    Parameters
-    ----------
-    keys : iterable of str
-        Keys, at least one.
-
-    Returns
-    -------
-    Latex
 
     Examples
     --------
@@ -258,12 +234,7 @@ CITEP = Latex("\\providecommand{\\citep}{\\cite}")
 
 
 def unicode_declarations() -> Latex:
-    """Declarations that let pdfLaTeX set `SIGNS` where they come as Unicode, as in PGF figures.
-
-    Returns
-    -------
-    Latex
-    """
+    """Declarations that let pdfLaTeX set `SIGNS` where they come as Unicode, as in PGF figures."""
     # ASCII signs such as "<" are no Unicode characters to declare, and text such as "--" needs no mathematics.
     return Latex(
         "".join(

@@ -38,27 +38,12 @@ def _card_template() -> Any:
 
 @cache
 def card_style() -> Markup:
-    """The style sheet of the drawings in cards, for a page that shows some.
-
-    Returns
-    -------
-    Markup
-    """
+    """The style sheet of the drawings in cards, for a page that shows some."""
     return Markup(files("depthscope.app.text").joinpath("card.css").read_text(encoding="utf-8"))
 
 
 def card_html(card: Any) -> Markup:
-    """A card as HTML, with its equation and sources folded.
-
-    Parameters
-    ----------
-    card : Card
-        Of `cards.card_of`.
-
-    Returns
-    -------
-    Markup
-    """
+    """A card as HTML, with its equation and sources folded."""
     from depthscope.app.text.explanations import explanation
 
     return Markup(_card_template().render(card=card, explanation=explanation(card.finding.verdict)))

@@ -11,16 +11,7 @@ UNDEFINED = "–"
 def number(value: float, *, digits: int = 3) -> str:
     """A number with so many significant digits, in plain notation where that is short.
 
-    Parameters
-    ----------
-    value : float
-        NaN prints as a dash, since it means undefined.
-    digits : int
-        Significant digits.
-
-    Returns
-    -------
-    str
+    ``value``: naN prints as a dash, since it means undefined.
 
     Examples
     --------
@@ -49,15 +40,7 @@ def _places(value: float, digits: int) -> int:
 def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> str:
     """A value with its standard error and the value expected without structure.
 
-    Parameters
-    ----------
-    value, stderr, null : float
-        NaN leaves the part out.
-
-    Returns
-    -------
-    str
-        Such as ``12.34 ± 0.41 (null 31.2)``; the error has two digits and sets the value's last place.
+    Returns: Such as ``12.34 ± 0.41 (null 31.2)``; the error has two digits and sets the value's last place.
 
     Examples
     --------
@@ -102,15 +85,6 @@ def _signed(text: str) -> str:
 
 def sentence(parts: Iterable[str]) -> str:
     """Remarks joined to one sentence; empty ones are left out.
-
-    Parameters
-    ----------
-    parts : iterable of str
-        Remarks without capital and full stop.
-
-    Returns
-    -------
-    str
 
     Examples
     --------

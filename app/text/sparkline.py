@@ -35,15 +35,7 @@ DECADES = 1.5
 def curve_words(finding: Finding) -> str:
     """What the curve shows, for those who do not see it; empty where the verdict judged a single number.
 
-    Parameters
-    ----------
-    finding : Finding
-        One finding of `judge`.
-
-    Returns
-    -------
-    str
-        Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
+    Returns: Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
     """
     curve = _curve(finding)
     if curve is None:
@@ -59,15 +51,7 @@ def curve_words(finding: Finding) -> str:
 def curve_blocks(finding: Finding) -> str:
     """The curve as block characters, low to high; a dot where it is undefined.
 
-    Parameters
-    ----------
-    finding : Finding
-        One finding of `judge`.
-
-    Returns
-    -------
-    str
-        At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
+    Returns: At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
     """
     curve = _curve(finding)
     if curve is None or curve.is_flat:
@@ -82,15 +66,7 @@ def curve_blocks(finding: Finding) -> str:
 def curve_svg(finding: Finding) -> Markup:
     """The curve as SVG: the worse side of the limit is shaded, the place of the finding is underlined, gaps are undefined.
 
-    Parameters
-    ----------
-    finding : Finding
-        One finding of `judge`.
-
-    Returns
-    -------
-    Markup
-        Without references to anything outside; empty where the verdict judged a single number.
+    Returns: Without references to anything outside; empty where the verdict judged a single number.
     """
     from markupsafe import Markup
 

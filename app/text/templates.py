@@ -23,16 +23,8 @@ _COMMON: dict[str, Any] = {
 def html_template(package: str, name: str, **filters: Any) -> Template:
     """A template of HTML; what is not `markupsafe.Markup` is escaped.
 
-    Parameters
-    ----------
-    package, name : str
-        Import name of the package, and its file.
-    **filters : function
-        Filters by their names in the template.
-
-    Returns
-    -------
-    jinja2.Template
+    ``package, name``: import name of the package, and its file.
+    ``**filters``: filters by their names in the template.
     """
     # `finalize` sees every value that is printed, before it is escaped; markup of our own comes as `Markup`.
     environment = Environment(
@@ -49,16 +41,8 @@ def latex_template(package: str, name: str, **filters: Any) -> Template:
 
     The filter ``latex`` marks text as code: the output of a macro, a label, a formula; ``cite`` makes a citation.
 
-    Parameters
-    ----------
-    package, name : str
-        Import name of the package, and its file.
-    **filters : function
-        Filters by their names in the template.
-
-    Returns
-    -------
-    jinja2.Template
+    ``package, name``: import name of the package, and its file.
+    ``**filters``: filters by their names in the template.
     """
     environment = Environment(
         # Jinja's own delimiters are groups and comments of LaTeX.

@@ -49,18 +49,8 @@ MAX_MESSAGE = 1500
 def printable(value: object, *, lines: bool = False, longest: int | None = None) -> str:
     r"""A value of somebody else for the terminal: as one line of visible characters, others as their escapes.
 
-    Parameters
-    ----------
-    value : object
-        Printed by ``str``.
-    lines : bool
-        Keep line breaks and tabs, of text of our own.
-    longest : int, optional
-        Characters after which the middle is left out.
-
-    Returns
-    -------
-    str
+    ``lines``: keep line breaks and tabs, of text of our own.
+    ``longest``: characters after which the middle is left out.
 
     Examples
     --------
@@ -74,15 +64,6 @@ def printable(value: object, *, lines: bool = False, longest: int | None = None)
 
 def command_line(*words: str | Path) -> str:
     """A command of ours to copy into a shell: a path in it is one word there, whatever its name is.
-
-    Parameters
-    ----------
-    *words : str or Path
-        After ``depthscope``.
-
-    Returns
-    -------
-    str
 
     Examples
     --------
@@ -112,11 +93,8 @@ def encodable(text: str) -> str:
 def say(text: str = "") -> None:
     """Print text for people on stdout; severities are coloured on a terminal.
 
-    Parameters
-    ----------
-    text : str
-        Plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody else
-        goes through `printable` before it becomes part of the text.
+    ``text``: plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody
+    else goes through `printable` before it becomes part of the text.
     """
     text = encodable(printable(text, lines=True))
     if not sys.stdout.isatty():
@@ -164,13 +142,7 @@ def _jsonable(data: Any) -> Any:
 
 
 def remark(text: str) -> None:
-    """Print a remark about the result, on stderr.
-
-    Parameters
-    ----------
-    text : str
-        One line.
-    """
+    """Print a remark about the result, on stderr."""
     sys.stderr.write(f"depthscope: {printable(' '.join(text.split()), longest=MAX_MESSAGE)}\n")
 
 
@@ -178,15 +150,7 @@ def remark(text: str) -> None:
 def working(what: str) -> Iterator[Progress]:
     """A spinner on stderr while something takes time; where stderr is no terminal, a plain line once it does.
 
-    Parameters
-    ----------
-    what : str
-        What is going on.
-
-    Yields
-    ------
-    function
-        Call it with (part, number done, number in all) to show how far it is.
+    Yields: Call it with (part, number done, number in all) to show how far it is.
     """
     if not sys.stderr.isatty():
         # Later, so that bad input, which is refused by then, gets the one line that says so.
@@ -211,17 +175,8 @@ def working(what: str) -> Iterator[Progress]:
 def progress_bar(title: str, *, visible: bool | None = None) -> Iterator[Callable[[float, str], None]]:
     """A bar on stderr.
 
-    Parameters
-    ----------
-    title : str
-        What is going on.
-    visible : bool, optional
-        None shows it where stderr is a terminal: in a file it would be one line for each update.
-
-    Yields
-    ------
-    function
-        Call it with (fraction that is done, what is being done) to move the bar.
+    ``visible``: none shows it where stderr is a terminal: in a file it would be one line for each update.
+    Yields: Call it with (fraction that is done, what is being done) to move the bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

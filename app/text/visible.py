@@ -41,18 +41,9 @@ def visible(text: object, *, lines: bool = False, longest: int | None = None) ->
 
     Words of right-to-left scripts are isolated, so that they do not move what stands around them.
 
-    Parameters
-    ----------
-    text : object
-        Anything; what is no text is converted to it.
-    lines : bool
-        Keep line breaks and tabs, where the place has room for them.
-    longest : int or None
-        Letters after which the middle is left out, see `shortened`; None keeps all.
-
-    Returns
-    -------
-    str
+    ``text``: anything; what is no text is converted to it.
+    ``lines``: keep line breaks and tabs, where the place has room for them.
+    ``longest``: letters after which the middle is left out, see `shortened`; None keeps all.
 
     Examples
     --------
@@ -77,15 +68,8 @@ def visible(text: object, *, lines: bool = False, longest: int | None = None) ->
 def visible_name(name: object) -> str:
     r"""The name of a run, a chain or a module, in which also the spaces that a page would lose can be seen.
 
-    Parameters
-    ----------
-    name : object
-        Such as the name of a file.
-
-    Returns
-    -------
-    str
-        At its full length; names that differ still do.
+    ``name``: such as the name of a file.
+    Returns: At its full length; names that differ still do.
 
     Examples
     --------
@@ -110,15 +94,6 @@ def _escaped(text: str, kept: str) -> str:
 
 def escape(letter: str) -> str:
     r"""A letter as Python escapes it.
-
-    Parameters
-    ----------
-    letter : str
-        One character.
-
-    Returns
-    -------
-    str
 
     Examples
     --------
@@ -151,18 +126,7 @@ def _is_in_emoji(text: str, place: int) -> bool:
 def shortened(text: str, longest: int, *, counted: bool = True) -> str:
     """Text without its middle where it is too long, and how long it was.
 
-    Parameters
-    ----------
-    text : str
-        Any text.
-    longest : int
-        Letters to keep.
-    counted : bool
-        Add how long it was, where there is room.
-
-    Returns
-    -------
-    str
+    ``counted``: add how long it was, where there is room.
 
     Examples
     --------

@@ -143,20 +143,7 @@ def analyze_saved(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, xr.Dataset | xr.DataTree]:
-    """Measure one saved run or many on workers of dask, which read them by their paths.
-
-    Parameters
-    ----------
-    paths : mapping of str to path-like
-        Runs by name.
-    scheduler, metrics, workers, memory, progress
-        As in `analyze`.
-
-    Returns
-    -------
-    dict
-        By name, as `analyze` returns it.
-    """
+    """Measure one saved run or many on workers of dask, which read them by their paths."""
     from depthscope.diagnostics.analysis.scheduled import scheduled
     from depthscope.diagnostics.analysis.scheduled.workers import workers as started
 
@@ -238,22 +225,7 @@ def _require_run(run: Any) -> None:
 
 
 def find_metric(name: str) -> Metric:
-    """A metric by name.
-
-    Parameters
-    ----------
-    name : str
-        A name of `CATALOGUE`.
-
-    Returns
-    -------
-    Metric
-
-    Raises
-    ------
-    InputError
-        For an unknown name, with the closest ones.
-    """
+    """A metric by name."""
     if not isinstance(name, str):
         raise InputError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
@@ -364,16 +336,7 @@ def _add_errors(
 def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     """Make one dataset of measured variables, ``step`` first; nulls and facts about the sample have no step.
 
-    Parameters
-    ----------
-    variables : mapping of str to DataArray
-        Metrics with their nulls and standard errors, without ``step``.
-    step : int
-        The training step of the trace.
-
-    Returns
-    -------
-    Dataset
+    ``variables``: metrics with their nulls and standard errors, without ``step``.
     """
     # Shares of streams have no "mean", states have: one axis with all labels, as a dataset has one of each name.
     labels = [value["stream"].values.tolist() for value in variables.values() if "stream" in value.dims]

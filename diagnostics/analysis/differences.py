@@ -65,20 +65,9 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
     Of a mean over sequences it is the value of each; of a metric over pooled tokens the jackknife's pseudo-value,
     :math:`S \theta - (S - 1) \theta_{(s)}`, with :math:`\theta_{(s)}` measured without sequence :math:`s` (Tukey 1958).
 
-    Parameters
-    ----------
-    trace : Dataset
-        A chain's trace.
-    metric : Metric
-        Any.
-    scope : {"sequence", "data"}
-        Of a metric that has both: each sequence on its own, or all tokens pooled.
-
-    Returns
-    -------
-    DataArray or None
-        With dim ``sequence``; None where the trace cannot feed the metric, or leaving out sequences tells nothing about it
-        (extremes and counts).
+    ``scope``: of a metric that has both: each sequence on its own, or all tokens pooled.
+    Returns: With dim ``sequence``; None where the trace cannot feed the metric, or leaving out sequences tells nothing
+    about it (extremes and counts).
     """
     if not resampled(metric):
         return None
@@ -103,20 +92,7 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
 
 
 def same_sequences(first: xr.Dataset, second: xr.Dataset, digests: tuple[object, object]) -> bool:
-    """Whether two runs have seen the same sequences, so that they can be compared sequence by sequence.
-
-    Parameters
-    ----------
-    first, second : Dataset
-        Traces.
-    digests : tuple
-        The attribute ``data_digest`` of each run.
-
-    Returns
-    -------
-    bool
-        False where it is not known.
-    """
+    """Whether two runs have seen the same sequences, so that they can be compared sequence by sequence."""
     if digests[0] is None or digests[0] != digests[1]:
         return False
     masks = [Quantities(trace)["mask"].transpose("sample", "token") for trace in (first, second)]
@@ -130,18 +106,9 @@ def same_sequences(first: xr.Dataset, second: xr.Dataset, digests: tuple[object,
 def of_two(metric: str, values: Mapping[str, xr.DataArray], *, paired: bool) -> Difference:
     """The difference of two runs by Student's t over sequences, with the probabilities of many depths corrected by Holm.
 
-    Parameters
-    ----------
-    metric : str
-        Its name.
-    values : mapping of str to DataArray
-        Run → one number a sequence and position (`by_sequence`), for two runs with the same positions.
-    paired : bool
-        Whether they are of the same sequences in the same order: then their differences are tested, which vary much less.
-
-    Returns
-    -------
-    Difference
+    ``values``: run → one number a sequence and position (`by_sequence`), for two runs with the same positions.
+    ``paired``: whether they are of the same sequences in the same order: then their differences are tested, which vary
+    much less.
     """
     (first, a), (second, b) = values.items()
     axis = next(str(dim) for dim in a.dims if dim != "sequence")
@@ -175,17 +142,8 @@ def of_seeds(metric: str, groups: Mapping[str, Sequence[xr.DataArray]]) -> Diffe
     The largest standardised difference over all positions is compared with that of every other assignment (Westfall & Young
     1993): so it is corrected for the number of positions, however they depend on each other.
 
-    Parameters
-    ----------
-    metric : str
-        Its name.
-    groups : mapping of str to sequence of DataArray
-        Group → one array of positions for each run, for two groups.
-
-    Returns
-    -------
-    Difference
-        The interval of one position is Welch's.
+    ``groups``: group → one array of positions for each run, for two groups.
+    Returns: The interval of one position is Welch's.
     """
     (first, a), (second, b) = groups.items()
     runs = np.stack([one.values for one in (*a, *b)])
@@ -213,14 +171,7 @@ def of_seeds(metric: str, groups: Mapping[str, Sequence[xr.DataArray]]) -> Diffe
 def holm(p: np.ndarray) -> np.ndarray:
     """Probabilities corrected for their number, such that any false alarm among them is as rare as stated (Holm 1979).
 
-    Parameters
-    ----------
-    p : numpy.ndarray
-        (positions,), NaN where there is no test.
-
-    Returns
-    -------
-    numpy.ndarray
+    ``p``: (positions,), NaN where there is no test.
 
     Examples
     --------

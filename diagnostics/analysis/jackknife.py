@@ -30,20 +30,9 @@ def jackknife(
     it is the usual standard error; of smooth statistics it is, on average, rather too large than too small
     (Efron & Stein 1981). Each sequence costs about one more analysis of the pooled tokens.
 
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-    metrics : iterable of Metric
-        Those that are not `smooth`, or do not come from sequences, get no error.
-    report : function, optional
-        Called with "jackknife" before each sequence.
-
-    Returns
-    -------
-    dict of str to DataArray
-        Standard errors by name of the metric; at the scope ``data`` only where it has scopes. None with fewer than
-        two sequences that have tokens.
+    ``metrics``: those that are not `smooth`, or do not come from sequences, get no error.
+    Returns: Standard errors by name of the metric; at the scope ``data`` only where it has scopes. None with fewer than
+    two sequences that have tokens.
     """
     # A metric that some replica could not give has no error: those that could are not a fair sample.
     return {name: _jackknife_error(values) for name, values in replicas(trace, metrics, report).items()}
@@ -54,19 +43,9 @@ def replicas(
 ) -> dict[str, list[xr.DataArray]]:
     """Metrics over pooled tokens without each sequence in turn.
 
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-    metrics : iterable of Metric
-        Those that `resampled` refuses are left out.
-    report : function, optional
-        Called with "jackknife" before each sequence.
-
-    Returns
-    -------
-    dict of str to list of DataArray
-        By name of the metric, one value for each sequence that has tokens; without metrics that fewer sequences cannot feed.
+    ``metrics``: those that `resampled` refuses are left out.
+    Returns: By name of the metric, one value for each sequence that has tokens; without metrics that fewer sequences
+    cannot feed.
     """
     masks = list(_without_each(trace))
     wanted = [metric for metric in metrics if resampled(metric)]
@@ -85,17 +64,7 @@ def replicas(
 
 
 def num_replicas(trace: xr.Dataset) -> int:
-    """How many times the jackknife measures: once for each sequence that has tokens, of two or more.
-
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-
-    Returns
-    -------
-    int
-    """
+    """How many times the jackknife measures: once for each sequence that has tokens, of two or more."""
     num_sequences = int(_mask(trace).any("token").sum())
     return num_sequences if num_sequences > 1 else 0
 
@@ -103,15 +72,7 @@ def num_replicas(trace: xr.Dataset) -> int:
 def resampled(metric: Metric) -> bool:
     """Whether leaving out sequences estimates the error of a metric.
 
-    Parameters
-    ----------
-    metric : Metric
-        Any.
-
-    Returns
-    -------
-    bool
-        False for what is not `smooth` and for what does not come from sampled sequences.
+    Returns: False for what is not `smooth` and for what does not come from sampled sequences.
     """
     # Statistics are of every token of the training: no sequence of them was sampled.
     known = [TRACE[root].dims for root in metric.roots if root in TRACE]

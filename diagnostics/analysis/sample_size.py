@@ -24,23 +24,9 @@ def notes(
 ) -> dict[str, str]:
     """Sentences about metrics for which the sample is too small.
 
-    Parameters
-    ----------
-    analysis : Dataset
-        Metrics under the names of the catalogue.
-    num_tokens : int
-        Real tokens of all sequences.
-    num_sequences : int
-        Sequences that have some.
-    num_features : int
-        The width of a state.
-    errors : bool
-        Whether standard errors were requested; there may be none.
-
-    Returns
-    -------
-    dict of str to str
-        One sentence by name of the metric; "standard errors" for all of them together.
+    ``analysis``: metrics under the names of the catalogue.
+    ``errors``: whether standard errors were requested; there may be none.
+    Returns: One sentence by name of the metric; "standard errors" for all of them together.
     """
     ranks = ("effective_rank", "entropy_rank", "participation_ratio")
     found = {name: _of_rank(analysis, name, num_tokens, "tokens") for name in ranks}

@@ -73,20 +73,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
 
 
 def curves_of_sums(statistics: xr.Dataset, sums: Iterable[tuple[str, ...]]) -> xr.Dataset:
-    """The curves that some of the sums give.
-
-    Parameters
-    ----------
-    statistics : Dataset
-        Sums by step.
-    sums : iterable of tuple of str
-        Which: of `STEPWISE_SUMS`.
-
-    Returns
-    -------
-    Dataset
-        As of `training_curves`.
-    """
+    """The curves that some of the sums give."""
     statistics = _with_stream_labels(statistics)
     curves: dict[str, xr.DataArray] = {}
     # A recording has the sums that were requested: a curve whose sums are missing is left out.

@@ -27,15 +27,7 @@ def estimate(values: np.ndarray) -> Estimate:
     With S sequences the t distribution has S − 1 degrees of freedom: at S = 4 the interval is 3.18 standard errors to each
     side, where the normal law's 1.96 would cover too little.
 
-    Parameters
-    ----------
-    values : ndarray
-        One number a sequence, any unit; sequences without a number (NaN) do not count.
-
-    Returns
-    -------
-    Estimate
-        In the unit of the values.
+    ``values``: one number a sequence, any unit; sequences without a number (NaN) do not count.
 
     References
     ----------
@@ -59,19 +51,9 @@ def estimated(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Each sequence's mean over its tokens, and of these the mean over sequences, with its error and interval.
 
-    Parameters
-    ----------
-    name : str
-        Of the variables, without their endings.
-    dims : tuple of str
-        Dims of the values before sequences and tokens.
-    values : ndarray, shape (..., sequences, tokens)
-        NaN where a token does not count.
-
-    Returns
-    -------
-    dict of str to (dims, ndarray)
-        Four variables of a Dataset, see `ESTIMATES`.
+    ``dims``: dims of the values before sequences and tokens.
+    ``values``: naN where a token does not count.
+    Returns: Four variables of a Dataset, see `ESTIMATES`.
     """
     counts = (~np.isnan(values)).sum(-1)
     of_sequence = np.divide(

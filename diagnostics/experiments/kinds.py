@@ -72,20 +72,6 @@ KINDS: dict[str, ExperimentKind] = {
 def kind_named(name: str) -> ExperimentKind:
     """The kind of a name; hyphens and underscores are the same.
 
-    Parameters
-    ----------
-    name : str
-        Such as ``"drop-stream"``.
-
-    Returns
-    -------
-    ExperimentKind
-
-    Raises
-    ------
-    InputError
-        For an unknown name, with the closest ones.
-
     Examples
     --------
     >>> kind_named("drop-stream").unit

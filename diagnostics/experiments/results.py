@@ -37,17 +37,6 @@ COLUMNS = ("loss_change", "kl", "output_change")
 def beside(run: str | os.PathLike[str], what: str) -> Path:
     """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
 
-    Parameters
-    ----------
-    run : path-like
-        The run's file.
-    what : str
-        One of `RESULTS`.
-
-    Returns
-    -------
-    Path
-
     Examples
     --------
     >>> beside("runs/a.nc", "ablate").name
@@ -65,19 +54,9 @@ def results_beside(
 ) -> dict[str, xr.Dataset]:
     """What the experiments, the lens and the Jacobians of a run gave, as far as their results are beside it.
 
-    Parameters
-    ----------
-    run : path-like
-        The run's file.
-    weights_digest : str or None
-        Of the run: results of other weights are left out.
-    data_digest : str, optional
-        Of the run's text: results of another text are left out, where they name theirs.
-
-    Returns
-    -------
-    dict of str to Dataset
-        By a name of `RESULTS`; without what is missing, or is of somebody else.
+    ``weights_digest``: of the run: results of other weights are left out.
+    ``data_digest``: of the run's text: results of another text are left out, where they name theirs.
+    Returns: By a name of `RESULTS`; without what is missing, or is of somebody else.
     """
     results = {}
     digests = {"weights_digest": weights_digest, "data_digest": data_digest}
@@ -92,23 +71,10 @@ def results_beside(
 def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
     """An analysis that knows from which depth on the model's prediction stands, as evidence for `judge`.
 
-    Parameters
-    ----------
-    analysis : Dataset
-        Of `analyze`, of the chain that the lens read.
-    lens : Dataset
-        Of `depthscope.lens`, on the same model.
-
-    Returns
-    -------
-    Dataset
-        With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with its 95 %
-        interval over sequences, and the last depth. Unchanged where no lens reads the output's prediction.
-
-    Raises
-    ------
-    InputError
-        Where the two have other depths: they are of other models, or of other chains.
+    ``analysis``: of `analyze`, of the chain that the lens read.
+    Returns: With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with
+    its 95 % interval over sequences, and the last depth. Unchanged where no lens reads the output's prediction.
+    Raises InputError: Where the two have other depths: they are of other models, or of other chains.
     """
     last = int(lens["depth"].max())
     depths = analysis["depth"].values if "depth" in analysis.coords else np.arange(0)
@@ -187,17 +153,7 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
 
 
 def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row an experiment, with plain values: None for what is not known.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
-
-    Returns
-    -------
-    list of dict
-    """
+    """One row an experiment, with plain values: None for what is not known."""
     rows = []
     for position, name in enumerate(result["experiment"].values):
         row: dict[str, Any] = {"experiment": str(name)}
@@ -233,15 +189,7 @@ def _later_blocks(result: xr.Dataset, position: int) -> list[dict[str, Any]]:
 def mean_later_change(row: dict[str, Any]) -> float | None:
     """The mean over the later blocks of the relative change of what each adds.
 
-    Parameters
-    ----------
-    row : dict
-        Of `table_rows`.
-
-    Returns
-    -------
-    float or None
-        None where no later block is known.
+    Returns: None where no later block is known.
     """
     changes = [block["change"] for block in row.get("later_blocks", [])]
     return sum(changes) / len(changes) if changes else None
@@ -276,19 +224,7 @@ def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
 
 
 def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
-    """What experiments showed, one sentence each, the largest change first.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
-    most : int
-        Sentences at most.
-
-    Returns
-    -------
-    list of str
-    """
+    """What experiments showed, one sentence each, the largest change first."""
     return [sentence(row) for row in sorted(table_rows(result), key=_size, reverse=True)[:most]]
 
 
@@ -301,17 +237,7 @@ def _size(row: dict[str, Any]) -> float:
 def result_for(finding: Placed, result: xr.Dataset) -> str:
     """What the experiment that settles a finding gave, where it was run at the finding's place.
 
-    Parameters
-    ----------
-    finding : Finding
-        Of `judge`.
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
-
-    Returns
-    -------
-    str
-        The experiment at that place which changes the loss most; empty where none was run.
+    Returns: The experiment at that place which changes the loss most; empty where none was run.
     """
     kind = SETTLED_BY.get(finding.verdict)
     if kind is None or "experiment" not in result.dims:
@@ -334,15 +260,6 @@ def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
 def sentence(row: dict[str, Any]) -> str:
     """One experiment in words.
 
-    Parameters
-    ----------
-    row : dict
-        Of `table_rows`.
-
-    Returns
-    -------
-    str
-
     Examples
     --------
     >>> row = dict(experiment="skip block 3", loss_change=0.5, loss_change_low=0.25, loss_change_high=0.75, kl=None)
@@ -363,17 +280,7 @@ def sentence(row: dict[str, Any]) -> str:
 
 
 def base_loss(result: xr.Dataset) -> Estimate:
-    """Loss of the unchanged model in nats, over sequences.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
-
-    Returns
-    -------
-    Estimate
-    """
+    """Loss of the unchanged model in nats, over sequences."""
     return estimate(result["base_loss"].mean("token").values)
 
 
@@ -381,17 +288,7 @@ LENS_COLUMNS = ("entropy", "cross_entropy", "kl", "agreement")
 
 
 def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row for each lens, depth and stream that was read; None for what is not known.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.lens`.
-
-    Returns
-    -------
-    list of dict
-    """
+    """One row for each lens, depth and stream that was read; None for what is not known."""
     rows = []
     for lens in result["lens"].values:
         for depth in result["depth"].values:
@@ -414,17 +311,7 @@ def _lens_columns() -> Iterator[str]:
 
 
 def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
-    """The prediction depth by lens, of the whole state, over sequences.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.lens`.
-
-    Returns
-    -------
-    dict of str to Estimate
-    """
+    """The prediction depth by lens, of the whole state, over sequences."""
     found = result["prediction_depth"].isel(stream=0).mean("token")
     return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
 
@@ -432,15 +319,7 @@ def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
 def prediction_words(result: xr.Dataset) -> str:
     """From which depth on the states hold the model's prediction, by each lens, in one sentence.
 
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.lens`.
-
-    Returns
-    -------
-    str
-        Such as ``by the logit lens the prediction stands from depth 9.8 of 12 on``; empty where no lens reads it.
+    Returns: Such as ``by the logit lens the prediction stands from depth 9.8 of 12 on``; empty where no lens reads it.
     """
     last = int(result["depth"].max())
     known = {lens: found for lens, found in prediction_depths(result).items() if math.isfinite(found.mean)}

@@ -38,17 +38,7 @@ def fit_exponent(sizes: Sequence[float], values: np.ndarray) -> Exponent:
 
     Seeds are averaged first: the misfit of the law is the same in all of them, so that they are no independent points.
 
-    Parameters
-    ----------
-    sizes : sequence of float
-        S widths or depths, positive.
-    values : ndarray, shape (S, seeds)
-        Positive, any unit.
-
-    Returns
-    -------
-    Exponent
-        NaN where a value is zero or not finite; no error for fewer than three sizes.
+    Returns: NaN where a value is zero or not finite; no error for fewer than three sizes.
 
     Examples
     --------
@@ -94,15 +84,7 @@ SCALING: dict[str, Variable] = {
 def with_exponents(points: xr.Dataset) -> xr.Dataset:
     """A result with the exponents of its points.
 
-    Parameters
-    ----------
-    points : Dataset
-        ``start`` and ``change`` by size, seed and place.
-
-    Returns
-    -------
-    Dataset
-        With eight further variables by place.
+    ``points``: ``start`` and ``change`` by size, seed and place.
     """
     sizes = points["size"].values.tolist()
     found: dict[str, Any] = {}
@@ -114,17 +96,7 @@ def with_exponents(points: xr.Dataset) -> xr.Dataset:
 
 
 def scaling_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row a place, with plain values: None for what is not known.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.coordinate_check`.
-
-    Returns
-    -------
-    list of dict
-    """
+    """One row a place, with plain values: None for what is not known."""
     rows = []
     for at, place in enumerate(result["place"].values):
         row: dict[str, Any] = {"place": str(place)}
@@ -137,18 +109,7 @@ def scaling_rows(result: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def scaling_sentence(result: xr.Dataset) -> str:
-    """Whether the change of the states is stable over the sizes, where it is least, and what that asks for.
-
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.coordinate_check`.
-
-    Returns
-    -------
-    str
-        Whole sentences.
-    """
+    """Whether the change of the states is stable over the sizes, where it is least, and what that asks for."""
     over = str(result.attrs["over"])
     sizes = result["size"].values.tolist()
     spoilt = [size for size in sizes if not np.isfinite(result["change"].sel(size=size)).all()]

@@ -69,17 +69,8 @@ class Placed(Protocol):
 def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     """The command of the experiment that would settle a finding.
 
-    Parameters
-    ----------
-    finding : Finding
-        Of `judge`.
-    target : str
-        The checkpoint to name in the command; a word that a reader replaces by default.
-
-    Returns
-    -------
-    str or None
-        None where no experiment on the forward would tell, as for gradients and for readings that are not proven.
+    ``target``: the checkpoint to name in the command; a word that a reader replaces by default.
+    Returns: None where no experiment on the forward would tell, as for gradients and for readings that are not proven.
 
     Examples
     --------

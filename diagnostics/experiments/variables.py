@@ -98,19 +98,7 @@ JACOBIANS: dict[str, Variable] = {
 
 
 def declared(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> xr.Dataset:
-    """A result with the meaning and unit of every variable in its attributes; an undeclared one is a bug.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        A result.
-    variables : mapping of str to Variable
-        `EFFECTS`, `LENS` or `JACOBIANS`.
-
-    Returns
-    -------
-    Dataset
-    """
+    """A result with the meaning and unit of every variable in its attributes; an undeclared one is a bug."""
     for name in (*dataset.data_vars, *dataset.coords):
         if name in dataset.dims and name not in variables:
             continue  # the label of a dimension

@@ -63,23 +63,11 @@ class Pairs:
     def compare(self, measure: Compare, *, most: Callable[[int], int] = _most_tokens) -> xr.DataArray:
         """Compare every depth with every other.
 
-        Parameters
-        ----------
-        measure : function
-            States (L, N, D) in, all pairs (L, L) out; a ValueError is its refusal.
-        most : function
-            The number of features in, the most tokens that are taken out.
-
-        Returns
-        -------
-        DataArray
-            Dims (tokens, depth, other_depth): ``depth`` is the first of the two. NaN where a state is not
-            finite, and for a kind of token that the measure refuses.
-
-        Raises
-        ------
-        Unavailable
-            Where it refuses every kind, with the reason that it gives.
+        ``measure``: states (L, N, D) in, all pairs (L, L) out; a ValueError is its refusal.
+        ``most``: the number of features in, the most tokens that are taken out.
+        Returns: Dims (tokens, depth, other_depth): ``depth`` is the first of the two. NaN where a state is not finite,
+        and for a kind of token that the measure refuses.
+        Raises Unavailable: Where it refuses every kind, with the reason that it gives.
         """
         # A kind of token may be too small while another is not: only if all are is the metric unavailable.
         refusals: list[str] = []

@@ -17,17 +17,6 @@ def factor(degrees: float, level: float = LEVEL) -> float:
     With few sequences the standard error is itself uncertain. ± 1.96 of them, right for a known error, then cover less than
     they say: measured, 0.81 to 0.91 with 4 to 8 sequences, where Student's t covers 0.88 to 0.98.
 
-    Parameters
-    ----------
-    degrees : float
-        Degrees of freedom: sequences, less one.
-    level : float
-        Probability.
-
-    Returns
-    -------
-    float
-
     Examples
     --------
     >>> round(factor(3), 3), round(factor(1000), 3)
@@ -41,22 +30,11 @@ def factor(degrees: float, level: float = LEVEL) -> float:
 def half_width(error: xr.DataArray, level: float = LEVEL) -> xr.DataArray:
     r"""Half the width of the interval around a value, :math:`t_{S-1} \cdot \mathrm{se}`.
 
-    Parameters
-    ----------
-    error : DataArray
-        A standard error as `analyze` gives it, ``<metric>_stderr``.
-    level : float
-        Probability of covering what all sequences would give. It does not cover the bias of a small sample, such as that of
-        a rank.
-
-    Returns
-    -------
-    DataArray
-
-    Raises
-    ------
-    InputError
-        Where the error does not say how many sequences it comes from, as those written by earlier versions.
+    ``error``: A standard error as `analyze` gives it, ``<metric>_stderr``.
+    ``level``: probability of covering what all sequences would give. It does not cover the bias of a small sample, such
+    as that of a rank.
+    Raises InputError: Where the error does not say how many sequences it comes from, as those written by earlier
+    versions.
     """
     if DEGREES not in error.attrs:
         raise InputError(
@@ -69,15 +47,8 @@ def half_width(error: xr.DataArray, level: float = LEVEL) -> xr.DataArray:
 def margin(error: xr.DataArray) -> tuple[xr.DataArray, str]:
     """What is printed after ± and drawn as a band, and its name.
 
-    Parameters
-    ----------
-    error : DataArray
-        A standard error as `analyze` gives it.
-
-    Returns
-    -------
-    tuple of DataArray and str
-        Half of the interval; the standard error itself where its number of sequences is not known.
+    ``error``: A standard error as `analyze` gives it.
+    Returns: Half of the interval; the standard error itself where its number of sequences is not known.
     """
     if DEGREES not in error.attrs:
         return error, "one standard error over sequences"

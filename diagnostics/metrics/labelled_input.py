@@ -16,22 +16,8 @@ from depthscope.diagnostics.schema import STATISTICS, TRACE
 def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, xr.DataArray]]:
     """Labels by dim and arrays by name among the keyword arguments of a metric.
 
-    Parameters
-    ----------
-    name : str
-        The metric, for errors.
-    options : mapping
-        Labels by dim, ``center``, and arrays by name.
-
-    Returns
-    -------
-    labels : dict of str to str
-    arrays : dict of str to DataArray
-
-    Raises
-    ------
-    InputError
-        For another option, or a label that its dim does not have.
+    ``options``: labels by dim, ``center``, and arrays by name.
+    Raises InputError: For another option, or a label that its dim does not have.
     """
     labels: dict[str, str] = {}
     arrays: dict[str, xr.DataArray] = {}
@@ -61,28 +47,9 @@ def bind_arrays(
 ) -> tuple[xr.Dataset, list[str]]:
     """A trace of bare arrays, given by name or in the order of the variables that have none.
 
-    Parameters
-    ----------
-    name : str
-        The metric, for errors.
-    roots : sequence of str
-        The variables of a run that it is computed from.
-    data : sequence of DataArray
-        Arrays by order.
-    arrays : mapping of str to DataArray
-        Arrays by name.
-
-    Returns
-    -------
-    trace : Dataset
-        Each variable with all its dims.
-    added : list of str
-        The dims of size 1 that no array had.
-
-    Raises
-    ------
-    InputError
-        For too few or too many arrays, or dims that a variable does not have.
+    ``roots``: the variables of a run that it is computed from.
+    Returns: The dims of size 1 that no array had.
+    Raises InputError: For too few or too many arrays, or dims that a variable does not have.
     """
     by_order = [root for root in roots if root not in arrays]
     if len(data) != len(by_order) or not set(arrays) <= set(roots):
@@ -114,22 +81,7 @@ def _with_all_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
 def trace_of(name: str, data: Sequence[Any]) -> xr.Dataset:
     """The trace of a run, of a node of it, or the dataset that is one.
 
-    Parameters
-    ----------
-    name : str
-        The metric, for errors.
-    data : sequence
-        One dataset, node or run.
-
-    Returns
-    -------
-    Dataset
-        With what metrics need of the statistics, where it is a run that has some.
-
-    Raises
-    ------
-    InputError
-        For anything else, or a run of several chains.
+    Returns: With what metrics need of the statistics, where it is a run that has some.
     """
     if len(data) != 1 or not isinstance(data[0], xr.Dataset | xr.DataTree):
         kinds = ", ".join(type(item).__name__ for item in data) or "nothing"
@@ -152,21 +104,7 @@ def trace_of(name: str, data: Sequence[Any]) -> xr.Dataset:
 def with_mask(trace: xr.Dataset, mask: Any) -> xr.Dataset:
     """A trace with another mask.
 
-    Parameters
-    ----------
-    trace : Dataset
-        Any.
-    mask : array of bool
-        (sample, token), or of that many entries: a slice of one sequence has no dim ``sample``.
-
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    InputError
-        For another dtype or number of entries.
+    ``mask``: (sample, token), or of that many entries: a slice of one sequence has no dim ``sample``.
     """
     # Only labels tell the order; a bare array is taken as (sample, token).
     if isinstance(mask, xr.DataArray) and mask.ndim == 2:

@@ -94,10 +94,7 @@ def logit_saturation(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.
 def saturation(matrices: np.ndarray) -> np.ndarray:
     """Saturation (C, N) of the projection that gave the matrices (C, N, n, n).
 
-    Raises
-    ------
-    Unavailable
-        Where neither rows nor columns of all of them sum to 1.
+    Raises Unavailable: Where neither rows nor columns of all of them sum to 1.
     """
     rows, columns = (abs(matrices.sum(axis) - 1).max() <= NORMALISED for axis in (-1, -2))
     if rows and columns:

@@ -22,15 +22,8 @@ def stored_orders(num_features: int) -> np.ndarray:
 
     They do not depend on the tokens, so that padding and left-out sequences change none.
 
-    Parameters
-    ----------
-    num_features : int
-        The most singular values that there can be.
-
-    Returns
-    -------
-    ndarray of int
-        Growing, from 1 to the number of features; all of them where they are few.
+    ``num_features``: the most singular values that there can be.
+    Returns: Growing, from 1 to the number of features; all of them where they are few.
 
     Examples
     --------

@@ -94,18 +94,7 @@ class DepthPaths(ABC):
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
         """Put the chain's coordinates on values.
 
-        Parameters
-        ----------
-        values : ndarray
-            Any values.
-        dims : tuple of str
-            Their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
-        **coords
-            Further coordinates.
-
-        Returns
-        -------
-        DataArray
+        ``dims``: their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
         """
         return labelled_connections(values, dims, self._coords | coords)
 

@@ -43,15 +43,7 @@ class MeanStates:
     def over_kinds(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the tokens of each kind; what two kinds share is measured once.
 
-        Parameters
-        ----------
-        measure : function
-            States (L, N, D) in, values (...) out.
-
-        Returns
-        -------
-        ndarray
-            (tokens, ...).
+        ``measure``: states (L, N, D) in, values (...) out.
         """
 
         def measure_kind(counted: np.ndarray) -> np.ndarray:

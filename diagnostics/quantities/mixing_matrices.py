@@ -145,15 +145,7 @@ class Mixing:
     def largest_tokens(self, values: np.ndarray) -> list[list[int]]:
         """Sequence and position of the token that has the largest value at each connection.
 
-        Parameters
-        ----------
-        values : ndarray
-            (C, N); NaN is never the largest.
-
-        Returns
-        -------
-        list of list of int
-            [sequence, position] by connection.
+        ``values``: (C, N); NaN is never the largest.
         """
         tokens = np.where(np.isnan(values), -np.inf, values).argmax(axis=1)
         return [[int(number) for number in self._positions[token]] for token in tokens]
@@ -161,30 +153,14 @@ class Mixing:
     def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure every connection, as many at a time as there is memory for.
 
-        Parameters
-        ----------
-        measure : function
-            Matrices (..., n, n) in, values (..., more) out.
-
-        Returns
-        -------
-        ndarray
-            (C, N, more).
+        ``measure``: matrices (..., n, n) in, values (..., more) out.
         """
         return np.concatenate([measure(block) for block in self.blocks()])
 
     def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the products from the embedding on, as many at a time as there is memory for.
 
-        Parameters
-        ----------
-        measure : function
-            Matrices (..., n, n) and their log scales (...) in, values (..., more) out.
-
-        Returns
-        -------
-        ndarray
-            (C, N, more).
+        ``measure``: matrices (..., n, n) and their log scales (...) in, values (..., more) out.
         """
         return np.concatenate([measure(products, scales) for products, scales in self._products()])
 
@@ -204,21 +180,9 @@ class Mixing:
     ) -> xr.DataArray:
         """Reduce values of every token and label them.
 
-        Parameters
-        ----------
-        values : ndarray
-            (C, N, ...): the tokens are the second axis.
-        dims : tuple of str
-            Names of the further dims.
-        depends_on : {"itself", "earlier", "later"}
-            Which connections besides its own a value is computed from, so that it is NaN where one of them is not finite.
-        **coords
-            Coordinates of the further dims.
-
-        Returns
-        -------
-        DataArray
-            Dims (connection, *dims, reduction).
+        ``values``: (C, N, ...): the tokens are the second axis.
+        ``depends_on``: which connections besides its own a value is computed from, so that it is NaN where one of them
+        is not finite.
         """
         found = self.reduced_values(values, depends_on=depends_on)
         return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
@@ -233,18 +197,7 @@ class Mixing:
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
         """Put the chain's coordinates on values.
 
-        Parameters
-        ----------
-        values : ndarray
-            Any values.
-        dims : tuple of str
-            Their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
-        **coords
-            Further coordinates.
-
-        Returns
-        -------
-        DataArray
+        ``dims``: their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
         """
         return labelled_connections(values, dims, self.coords | coords)
 
@@ -254,18 +207,7 @@ def labelled_connections(
 ) -> xr.DataArray:
     """Values with the coordinates of connections, which ``other_connection`` gets too where it is a dim.
 
-    Parameters
-    ----------
-    values : ndarray
-        Any values.
-    dims : tuple of str
-        Their dims.
-    coords : mapping
-        Of the connections, and of further dims.
-
-    Returns
-    -------
-    DataArray
+    ``coords``: of the connections, and of further dims.
     """
     known = dict(coords)
     if "other_connection" in dims:
@@ -274,46 +216,13 @@ def labelled_connections(
 
 
 def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
-    """Values of the real tokens in float64, sequences and tokens as one axis.
-
-    Parameters
-    ----------
-    values : DataArray
-        Dims (connection, sample, token, ...).
-    mask : DataArray
-        Dims (sample, token).
-
-    Returns
-    -------
-    ndarray
-        (C, N, ...).
-
-    Raises
-    ------
-    Unavailable
-        Where the mask leaves no token.
-    """
+    """Values of the real tokens in float64, sequences and tokens as one axis."""
     keep = require_token(mask)
     return values.transpose("connection", "sample", "token", ...).values[:, keep].astype(np.float64)
 
 
 def require_token(mask: xr.DataArray) -> np.ndarray:
-    """Which tokens are real, (S, T).
-
-    Parameters
-    ----------
-    mask : DataArray
-        Dims (sample, token).
-
-    Returns
-    -------
-    ndarray of bool
-
-    Raises
-    ------
-    Unavailable
-        Where the mask leaves no token.
-    """
+    """Which tokens are real, (S, T)."""
     real = mask.transpose("sample", "token").values.astype(bool)
     if not real.any():
         raise Unavailable("the mask leaves no token: every position is marked as padding")
@@ -321,17 +230,7 @@ def require_token(mask: xr.DataArray) -> np.ndarray:
 
 
 def connection_coords(values: xr.DataArray) -> dict[str, Any]:
-    """Coordinates of the connections of a variable.
-
-    Parameters
-    ----------
-    values : DataArray
-        A variable with the dim ``connection``.
-
-    Returns
-    -------
-    dict
-    """
+    """Coordinates of the connections of a variable."""
     coords = {str(name): c for name, c in values.coords.items() if c.dims == ("connection",)}
     return {"connection": xr.DataArray(np.arange(values.sizes["connection"]), dims="connection")} | coords
 
@@ -339,15 +238,8 @@ def connection_coords(values: xr.DataArray) -> dict[str, Any]:
 def over_tokens(values: np.ndarray) -> np.ndarray:
     """Mean, median, 1st and 99th percentile and maximum over the tokens, as a last axis.
 
-    Parameters
-    ----------
-    values : ndarray
-        (C, N, ...); infinities are overflow or the logarithm of zero.
-
-    Returns
-    -------
-    ndarray
-        (C, ..., reduction) in the order of `REDUCTIONS`.
+    ``values``: (C, N, ...); infinities are overflow or the logarithm of zero.
+    Returns: (C, ..., reduction) in the order of `REDUCTIONS`.
     """
     # A few connections at a time: sorting makes a copy.
     size = max(1, AT_ONCE // max(1, values.shape[1]))
@@ -358,15 +250,7 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
 def over_last(values: np.ndarray) -> np.ndarray:
     """The reductions over the last axis, which they replace.
 
-    Parameters
-    ----------
-    values : ndarray
-        (..., N), not empty.
-
-    Returns
-    -------
-    ndarray
-        (..., reduction) in the order of `REDUCTIONS`; NaN where a value is.
+    Returns: (..., reduction) in the order of `REDUCTIONS`; NaN where a value is.
     """
     # One sort serves all quantiles, and np.quantile gives NaN next to an infinity.
     ranked = np.sort(values, axis=-1)
@@ -429,22 +313,7 @@ def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
 def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:
     """Weights (C, N, ...) of connections that are all finite.
 
-    Parameters
-    ----------
-    weights : ndarray
-        By connection and token.
-    of : DataArray
-        The variable that they are of, for the message.
-
-    Returns
-    -------
-    ndarray
-        The same.
-
-    Raises
-    ------
-    Unavailable
-        With the first connection that is not.
+    ``of``: the variable that they are of, for the message.
     """
     bad = ~np.isfinite(weights).reshape(len(weights), -1).all(axis=1)
     if bad.any():
@@ -467,19 +336,7 @@ def pair_gains(mixing: Mixing) -> np.ndarray:
 
 
 def rescaled(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
-    """Values · e^log_scale, infinite where that exceeds float64.
-
-    Parameters
-    ----------
-    values : ndarray
-        Not negative.
-    log_scale : ndarray
-        Of that shape.
-
-    Returns
-    -------
-    ndarray
-    """
+    """Values · e^log_scale, infinite where that exceeds float64."""
     if not log_scale.any():  # the way through the logarithm would round
         return values
     # The logarithm of zero is −∞, of which the exponential makes a zero again.

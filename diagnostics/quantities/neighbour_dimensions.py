@@ -35,17 +35,7 @@ def neighbour_dimension(points: np.ndarray, sequence: np.ndarray) -> Neighbours:
 
     A token that stands in several sequences stays when one of them is left out: the result is that of computing anew.
 
-    Parameters
-    ----------
-    points : ndarray, shape (tokens, D)
-        Finite.
-    sequence : ndarray of int, shape (tokens,)
-        Which sequence each is from.
-
-    Returns
-    -------
-    Neighbours
-        NaN where too few distinct tokens are left, see `depthscope.kernels.geometry.two_nn`.
+    Returns: NaN where too few distinct tokens are left, see `depthscope.kernels.geometry.two_nn`.
     """
     distinct, inverse = np.unique(np.asarray(points, dtype=np.float64), axis=0, return_inverse=True)
     inverse = inverse.ravel()

@@ -18,19 +18,11 @@ ONE_SEQUENCE = "one sequence: its spread to others is not known"
 def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     """Take the mean over sequences, with its standard error.
 
-    Parameters
-    ----------
-    value : DataArray
-        With a dim ``sequence``; or with a dim ``group`` whose coordinate ``scope`` tells which groups are sequences
-        and which contain all tokens; or with neither: it is returned unchanged.
-
-    Returns
-    -------
-    value : DataArray
-        Without ``sequence``; ``scope`` in place of ``group``.
-    error : DataArray or None
-        Of the same dims. NaN where fewer than two sequences have a value, and for pooled tokens; None where the
-        value has no sequences.
+    ``value``: with a dim ``sequence``; or with a dim ``group`` whose coordinate ``scope`` tells which groups are
+    sequences and which contain all tokens; or with neither: it is returned unchanged.
+    Returns: Without ``sequence``; ``scope`` in place of ``group``.
+    Returns: Of the same dims. NaN where fewer than two sequences have a value, and for pooled tokens; None where the
+    value has no sequences.
     """
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
@@ -53,15 +45,7 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Mean over sequences of what is not NaN, its standard error, and the degrees of freedom of that.
 
-    Parameters
-    ----------
-    values : numpy.ndarray
-        (sequences, …).
-
-    Returns
-    -------
-    tuple of numpy.ndarray, numpy.ndarray and int
-        NaN where too few sequences have a value: of none no mean, of one no error.
+    Returns: NaN where too few sequences have a value: of none no mean, of one no error.
     """
     # Not nanmean and nanstd: they warn where all are NaN, which is a value here.
     known = ~np.isnan(values)

@@ -132,15 +132,7 @@ class Quantities:
         return self._values[name]
 
     def give(self, name: str, value: Any) -> None:
-        """Give a quantity that is known already, such as from more data than the trace has.
-
-        Parameters
-        ----------
-        name : str
-            Of the quantity.
-        value : object
-            What its function would return.
-        """
+        """Give a quantity that is known already, such as from more data than the trace has."""
         self._values[name] = value
 
     @property
@@ -151,15 +143,8 @@ class Quantities:
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with the quantities that its parameters name.
 
-        Parameters
-        ----------
-        function : function
-            Its parameters are names of quantities; those with a default are left out where they are not available.
-
-        Returns
-        -------
-        object
-            What the function returns.
+        ``function``: its parameters are names of quantities; those with a default are left out where they are not
+        available.
         """
         arguments = {}
         for name, parameter in inspect.signature(function).parameters.items():
@@ -188,18 +173,7 @@ class Quantities:
 
 
 def missing(name: str) -> Unavailable:
-    """The reason where a run lacks a variable, with what to do.
-
-    Parameters
-    ----------
-    name : str
-        The variable.
-
-    Returns
-    -------
-    Unavailable
-        To be raised.
-    """
+    """The reason where a run lacks a variable, with what to do."""
     remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
     return Unavailable(f"the run has no {name}{remedy}")
 
@@ -207,16 +181,7 @@ def missing(name: str) -> Unavailable:
 def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """The variables that metrics are computed from: a trace, and of the statistics the last step of some.
 
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-    statistics : Dataset or None
-        The chain's statistics, where the run has some.
-
-    Returns
-    -------
-    Dataset
+    ``statistics``: the chain's statistics, where the run has some.
     """
     if statistics is None:
         return trace
@@ -232,19 +197,7 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
 
 
 def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
-    """A trace with what the run says about all of its chains, where the chain does not say it itself.
-
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-    attrs : mapping
-        Attributes of the run.
-
-    Returns
-    -------
-    Dataset
-    """
+    """A trace with what the run says about all of its chains, where the chain does not say it itself."""
     return trace.assign_attrs(
         {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
     )
@@ -277,22 +230,9 @@ _ROOTS: dict[str, tuple[str, ...]] = {}
 def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ...] = ()) -> Any:
     """Declare a derived quantity under the function's name.
 
-    Parameters
-    ----------
-    function : function
-        Its parameters name the quantities that it needs; one with a default of None is taken where the run has it.
-    roots : tuple of str
-        Where it is computed from whichever of several variables a run has: those that stand for it, see `roots`.
-
-    Returns
-    -------
-    function
-        The same function.
-
-    Raises
-    ------
-    InputError
-        Where another function declares a quantity of that name.
+    ``function``: its parameters name the quantities that it needs; one with a default of None is taken where the run
+    has it.
+    ``roots``: where it is computed from whichever of several variables a run has: those that stand for it, see `roots`.
     """
     if function is None:
         return lambda declared: quantity(declared, roots=roots)
@@ -313,18 +253,7 @@ def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ..
 
 
 def roots(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The variables of a trace that a function is computed from in the end, without the mask.
-
-    Parameters
-    ----------
-    function : function
-        Its parameters name quantities.
-
-    Returns
-    -------
-    tuple of str
-        In the order of the parameters.
-    """
+    """The variables of a trace that a function is computed from in the end, without the mask."""
     # Without the mask: nearly all take it, and a bare array has none.
     found: list[str] = []
     for name in inspect.signature(function).parameters:
@@ -338,17 +267,7 @@ def roots(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def alternatives(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The variables of a trace from which a function may be computed in place of its `roots`.
-
-    Parameters
-    ----------
-    function : function
-        Its parameters name quantities.
-
-    Returns
-    -------
-    tuple of str
-    """
+    """The variables of a trace from which a function may be computed in place of its `roots`."""
     found: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in QUANTITIES:

@@ -82,16 +82,7 @@ class States:
     def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """Read one depth; cached for the next metric as long as the cache takes less than its limit.
 
-        Parameters
-        ----------
-        depth : int
-            Index on the depth axis.
-
-        Returns
-        -------
-        views : ndarray, shape (V, S, T, D)
-            Zero on padding, and all zero in a view that is not finite; read-only.
-        finite : ndarray of bool, shape (V,)
+        Returns: Zero on padding, and all zero in a view that is not finite; read-only.
         """
         if depth in self._cache:
             return self._cache[depth]
@@ -123,17 +114,7 @@ class States:
         return streams, finite
 
     def rows(self, views: np.ndarray) -> np.ndarray:
-        """The real tokens of views, sequences and tokens as one axis.
-
-        Parameters
-        ----------
-        views : ndarray, shape (V, S, T, D)
-            As returned by `load`.
-
-        Returns
-        -------
-        ndarray, shape (V, N, D)
-        """
+        """The real tokens of views, sequences and tokens as one axis."""
         return select_rows(views, self.mask)
 
     def over_depth(
@@ -141,19 +122,8 @@ class States:
     ) -> xr.DataArray:
         """Measure every depth and every view; NaN where a state is not finite.
 
-        Parameters
-        ----------
-        measure : function
-            Views (V, S, T, D) in, values (V, ...) out.
-        dims : tuple of str
-            Names of the further dims of a value.
-        **coords
-            Their coordinates.
-
-        Returns
-        -------
-        DataArray
-            Dims (depth, stream, *dims).
+        ``measure``: views (V, S, T, D) in, values (V, ...) out.
+        ``dims``: names of the further dims of a value.
         """
         found = []
         for depth in range(len(self)):
@@ -171,19 +141,9 @@ class States:
     ) -> xr.DataArray:
         """Measure every step from a depth to the next, on the real tokens; NaN at the first depth.
 
-        Parameters
-        ----------
-        measure : function
-            Views before and after (V, N, D), float64, in, values (V, ...) out.
-        dims : tuple of str
-            Names of the further dims of a value.
-        **coords
-            Their coordinates.
-
-        Returns
-        -------
-        DataArray
-            Dims (depth, stream, *dims); NaN where either state is not finite.
+        ``measure``: views before and after (V, N, D), float64, in, values (V, ...) out.
+        ``dims``: names of the further dims of a value.
+        Returns: Dims (depth, stream, *dims); NaN where either state is not finite.
         """
 
         def of_step(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -204,21 +164,10 @@ class States:
     ) -> xr.DataArray:
         """As `over_steps`, of what is measured token by token: a few at a time, which is faster and takes less memory.
 
-        Parameters
-        ----------
-        measure : function
-            Views of some tokens before and after (V, n, D), float64, in, values (V, n, ...) out.
-        summary : function
-            Values of all real tokens (V, N, ...) in, values (V, ...) out.
-        dims : tuple of str
-            Names of the further dims of a value.
-        **coords
-            Their coordinates.
-
-        Returns
-        -------
-        DataArray
-            Dims (depth, stream, *dims); NaN where either state is not finite.
+        ``measure``: views of some tokens before and after (V, n, D), float64, in, values (V, n, ...) out.
+        ``summary``: values of all real tokens (V, N, ...) in, values (V, ...) out.
+        ``dims``: names of the further dims of a value.
+        Returns: Dims (depth, stream, *dims); NaN where either state is not finite.
         """
 
         def of_step(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -258,17 +207,8 @@ class States:
     ) -> xr.DataArray:
         """Measure every sequence.
 
-        Parameters
-        ----------
-        measure : function
-            Views (V, S, T, D) and a mask (S, T), None where all tokens count, in, values (V, S) out.
-        masks : DataArray
-            Dims (tokens, sample, token): which tokens count, by kind.
-
-        Returns
-        -------
-        DataArray
-            Dims (tokens, depth, stream, sequence).
+        ``measure``: views (V, S, T, D) and a mask (S, T), None where all tokens count, in, values (V, S) out.
+        ``masks``: dims (tokens, sample, token): which tokens count, by kind.
         """
         kinds = masks.transpose("tokens", "sample", "token").values
 
@@ -280,34 +220,13 @@ class States:
         return found.transpose("tokens", "depth", "stream", "sequence")
 
     def at(self, depths: Sequence[int]) -> States:
-        """The states of some depths, which are read once for both.
-
-        Parameters
-        ----------
-        depths : sequence of int
-            Positions on the depth axis.
-
-        Returns
-        -------
-        States
-        """
+        """The states of some depths, which are read once for both."""
         return _PartOfStates(self, depths)
 
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
         """Put the chain's coordinates on values.
 
-        Parameters
-        ----------
-        values : ndarray
-            Any values.
-        dims : tuple of str
-            Their dims; ``depth``, ``other_depth`` and ``stream`` get the chain's coordinates.
-        **coords
-            Further coordinates.
-
-        Returns
-        -------
-        DataArray
+        ``dims``: their dims; ``depth``, ``other_depth`` and ``stream`` get the chain's coordinates.
         """
         known: dict[str, Any] = dict(self.coords)
         if "stream" in dims:
@@ -348,15 +267,7 @@ def _by_sequences(
 def row_blocks(rows: np.ndarray) -> list[slice]:
     """The tokens of rows in blocks that are fast to compute with.
 
-    Parameters
-    ----------
-    rows : ndarray, shape (V, N, D)
-        Of which only the shape is read.
-
-    Returns
-    -------
-    list of slice
-        Of the second axis.
+    ``rows``: of which only the shape is read.
     """
     views, count, features = rows.shape
     size = max(1, BLOCK // max(1, views * features))
@@ -364,52 +275,17 @@ def row_blocks(rows: np.ndarray) -> list[slice]:
 
 
 def select_rows(views: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Tokens that count as one axis, without a copy where all do.
-
-    Parameters
-    ----------
-    views : ndarray, shape (V, S, T, D)
-        Views.
-    counted : ndarray of bool, shape (S, T)
-        Which tokens count.
-
-    Returns
-    -------
-    ndarray, shape (V, N, D)
-    """
+    """Tokens that count as one axis, without a copy where all do."""
     return views.reshape(len(views), -1, views.shape[-1]) if counted.all() else views[:, counted]
 
 
 def mask_or_none(counted: np.ndarray) -> np.ndarray | None:
-    """A mask for a kernel; None, which is faster, where every token counts.
-
-    Parameters
-    ----------
-    counted : ndarray of bool
-        Which tokens count.
-
-    Returns
-    -------
-    ndarray of bool or None
-    """
+    """A mask for a kernel; None, which is faster, where every token counts."""
     return None if counted.all() else counted
 
 
 def by_kind(kinds: np.ndarray, measure: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """Measure every kind of token; one with the same tokens as the first is not measured again.
-
-    Parameters
-    ----------
-    kinds : ndarray of bool, shape (kinds, ...)
-        Which tokens count, by kind.
-    measure : function
-        A mask (...) in, values out.
-
-    Returns
-    -------
-    list of ndarray
-        By kind.
-    """
+    """Measure every kind of token; one with the same tokens as the first is not measured again."""
     found: list[np.ndarray] = []
     for counted in kinds:
         # Most runs have no massive activations: all tokens and the ordinary ones are the same.

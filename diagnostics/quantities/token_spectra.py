@@ -68,37 +68,14 @@ def _pooled_spectrum(view: np.ndarray, counted: np.ndarray, *, center: bool) -> 
 def over_spectra(measure: Callable[[Any], Any], spectra: xr.DataArray) -> xr.DataArray:
     """Measure every spectrum; NaN where all its singular values are zero or undefined.
 
-    Parameters
-    ----------
-    measure : function
-        Singular values (..., component) in, values (...) out: a rank.
-    spectra : DataArray
-        With the dim ``component``.
-
-    Returns
-    -------
-    DataArray
-        Without it.
+    ``measure``: singular values (..., component) in, values (...) out: a rank.
     """
     # Kernels refuse NaN, and give NaN for a spectrum of zeros.
     return xr.apply_ufunc(measure, spectra.fillna(0.0), input_core_dims=[["component"]])
 
 
 def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
-    """Degrees of freedom of noise, in rows: one fewer where the mean is removed; NaN for none.
-
-    Parameters
-    ----------
-    token_counts : DataArray
-        Numbers of tokens.
-    centering : tuple of str
-        "raw" and "centred".
-
-    Returns
-    -------
-    DataArray
-        With the dim ``centering``.
-    """
+    """Degrees of freedom of noise, in rows: one fewer where the mean is removed; NaN for none."""
     # One token less its mean is zero: it has no spectrum, and so has its noise.
     of_each = {"raw": token_counts, "centred": (token_counts - 1.0).where(token_counts > 1)}
     return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
@@ -106,20 +83,7 @@ def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.Data
 
 @lru_cache(maxsize=4096)
 def noise_ranks(num_tokens: float, num_features: int) -> dict[str, float]:
-    """The ranks of iid noise of that size, by the Marchenko-Pastur law; NaN for no tokens.
-
-    Parameters
-    ----------
-    num_tokens : float
-        Rows; NaN for none.
-    num_features : int
-        Columns.
-
-    Returns
-    -------
-    dict of str to float
-        By the name of the rank.
-    """
+    """The ranks of iid noise of that size, by the Marchenko-Pastur law; NaN for no tokens."""
     if np.isnan(num_tokens):
         return dict.fromkeys(RANKS, float("nan"))
     law = rank.marchenko_pastur(int(num_tokens), num_features)

@@ -57,14 +57,7 @@ class Massive:
     def at(self, depths: list[int] | None) -> Massive:
         """The same at some depths: shares and ratios of these alone, tokens and features of all.
 
-        Parameters
-        ----------
-        depths : list of int or None
-            Positions on the depth axis; None for all.
-
-        Returns
-        -------
-        Massive
+        ``depths``: positions on the depth axis; None for all.
         """
         if depths is None:
             return self
@@ -74,14 +67,7 @@ class Massive:
     def joined(cls, parts: Sequence[Massive]) -> Massive:
         """The massive activations of blocks of depths together.
 
-        Parameters
-        ----------
-        parts : sequence of Massive
-            In depth order, of the same tokens.
-
-        Returns
-        -------
-        Massive
+        ``parts``: in depth order, of the same tokens.
         """
         together = {
             name: xr.concat(
@@ -165,17 +151,7 @@ def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataAr
 def for_each_count(counts: xr.DataArray, measure: Callable[[float], float]) -> xr.DataArray:
     """A number that depends on how many tokens there are, as the null of a rank does, for each of several counts.
 
-    Parameters
-    ----------
-    counts : DataArray
-        Numbers of tokens, any dims; NaN for none.
-    measure : function
-        A count in, a number out.
-
-    Returns
-    -------
-    DataArray
-        With the same dims.
+    ``counts``: numbers of tokens, any dims; NaN for none.
     """
     # Without otypes vectorize calls the function once more, to learn the dtype, and fails on an empty array.
     return xr.apply_ufunc(np.vectorize(measure, otypes=[float]), counts)
@@ -184,14 +160,7 @@ def for_each_count(counts: xr.DataArray, measure: Callable[[float], float]) -> x
 def evenly_spaced(count: int, most: int) -> np.ndarray:
     """Positions of at most so many of ``count`` things, evenly spaced, the first and the last among them.
 
-    Parameters
-    ----------
-    count, most : int
-        How many there are, and how many are wanted.
-
-    Returns
-    -------
-    ndarray of int
+    ``count, most``: how many there are, and how many are wanted.
 
     Examples
     --------

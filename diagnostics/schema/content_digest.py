@@ -23,15 +23,7 @@ def content_digest(run: xr.DataTree) -> dict[str, str]:
     The digest is of what the labels and numbers are, not of how a format stores them: netCDF, Zarr and a repacked copy give
     the same one. Byte order and the payload of NaN do not count.
 
-    Parameters
-    ----------
-    run : DataTree
-        Decoded, as `open_run` returns it.
-
-    Returns
-    -------
-    dict of str to str
-        Path, such as ``/trace/residual`` or ``/trace`` for the attributes of the group, → hexadecimal digest.
+    Returns: Path, such as ``/trace/residual`` or ``/trace`` for the attributes of the group, → hexadecimal digest.
     """
     digests: dict[str, str] = {}
     for node in run.subtree:
@@ -52,19 +44,7 @@ def content_digest(run: xr.DataTree) -> dict[str, str]:
 
 
 def describe_differences(found: Mapping[str, str], stored: Mapping[str, Any]) -> str:
-    """What differs between two digests, in words; empty where nothing does.
-
-    Parameters
-    ----------
-    found : mapping
-        Digest of what was read.
-    stored : mapping
-        Digest that was saved with it.
-
-    Returns
-    -------
-    str
-    """
+    """What differs between two digests, in words; empty where nothing does."""
     parts = {
         "changed": sorted(path for path in found if path in stored and found[path] != stored[path]),
         "missing": sorted(path for path in stored if path not in found),

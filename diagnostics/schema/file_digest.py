@@ -17,15 +17,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def write_with_digest(path: Path, content: bytes | memoryview) -> None:
-    """Write a file, and the SHA-256 of its content after it.
-
-    Parameters
-    ----------
-    path : Path
-        Where to.
-    content : bytes or memoryview
-        All of it.
-    """
+    """Write a file, and the SHA-256 of its content after it."""
     with path.open("wb") as file:
         file.write(content)
         file.write(_PREFIX + hashlib.sha256(content).hexdigest().encode() + b"\n")
@@ -34,15 +26,8 @@ def write_with_digest(path: Path, content: bytes | memoryview) -> None:
 def compare_file_digest(path: Path) -> Literal["intact", "changed", "absent"]:
     """Whether a file is as it was when `write_with_digest` wrote it.
 
-    Parameters
-    ----------
-    path : Path
-        An ordinary file.
-
-    Returns
-    -------
-    {"intact", "changed", "absent"}
-        ``"absent"`` for a file that ends in no digest: saved by an earlier version, by another program, or cut short.
+    Returns: ``"absent"`` for a file that ends in no digest: saved by an earlier version, by another program, or cut
+    short.
     """
     size = path.stat().st_size - _LENGTH
     if size < 0:

@@ -12,19 +12,7 @@ SUFFIXES = (".nc", ".zarr", ".zarr.zip")
 def suffix_of(path: Path) -> str:
     """Which of `SUFFIXES` a path ends in.
 
-    Parameters
-    ----------
-    path : Path
-        Of a run.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    SchemaError
-        Where it ends in none of them, or has nothing before the ending.
+    Raises SchemaError: Where it ends in none of them, or has nothing before the ending.
     """
     if path.name in SUFFIXES:
         raise SchemaError(f"{path.name!r} is an ending without a name; put one before it")

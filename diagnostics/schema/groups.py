@@ -56,14 +56,7 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
 def group_path(group: str, chain: str) -> str:
     """The path of a group's dataset below the root; a run with one chain has no level of chains.
 
-    Parameters
-    ----------
-    group, chain : str
-        A name of `GROUPS` and one of `chains`.
-
-    Returns
-    -------
-    str
+    ``group, chain``: A name of `GROUPS` and one of `chains`.
 
     Examples
     --------

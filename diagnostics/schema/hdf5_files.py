@@ -30,20 +30,7 @@ _DIMENSION_WITHOUT_VARIABLE = b"This is a netCDF dimension but not a netCDF vari
 
 
 def check_hdf5(path: Path, max_bytes: int | None) -> None:
-    """Refuse an HDF5 file that has anything else in it than groups, plain arrays and short attributes.
-
-    Parameters
-    ----------
-    path : Path
-        An ordinary file.
-    max_bytes : int or None
-        See `Limit.of`.
-
-    Raises
-    ------
-    SchemaError
-        With the object and what is wrong with it.
-    """
+    """Refuse an HDF5 file that has anything else in it than groups, plain arrays and short attributes."""
     size = path.stat().st_size
     declared = stored = 0
     with h5py.File(path, "r") as file:

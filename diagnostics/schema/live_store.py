@@ -212,24 +212,12 @@ class LiveStore:
         A variable may appear at any step, with its dims; it is NaN before. Where it is missing later, it is NaN there. A step
         that is not after the last one supersedes the rows from it on.
 
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        numbers : mapping of str to array, (dims, array) or (dims, array, attrs)
-            By ``group/variable`` or ``group/chain/variable``; the dims are without ``step``, and are needed the first time.
-            Stored as float32 where they are that, and as float64 else.
-        coords : mapping of str to (dims, array) or (dims, array, attrs), optional
-            Coordinates of groups that no saved state has, needed once.
-        complete : bool
-            False where `add_later` is to give more numbers of the row.
-
-        Raises
-        ------
-        InputError
-            For a new variable without dims, or a known one with another shape.
-        OSError
-            Where it was not written, as on a full disk; the store is as it was before.
+        ``numbers``: by ``group/variable`` or ``group/chain/variable``; the dims are without ``step``, and are needed
+        the first time. Stored as float32 where they are that, and as float64 else.
+        ``coords``: coordinates of groups that no saved state has, needed once.
+        ``complete``: false where `add_later` is to give more numbers of the row.
+        Raises InputError: For a new variable without dims, or a known one with another shape.
+        Raises OSError: Where it was not written, as on a full disk; the store is as it was before.
         """
         variables = self._history.variables
         declared, added = self._declaration(numbers, coords or {})

@@ -83,31 +83,13 @@ class FollowedStore:
         return self._inode, self._history.end
 
     def status(self) -> Status:
-        """What the store is now: growing, killed or finished. The step of its large arrays is not looked at.
-
-        Returns
-        -------
-        Status
-        """
+        """What the store is now: growing, killed or finished. The step of its large arrays is not looked at."""
         return status_of(self.path, self._history, None)
 
     # --- reading
 
     def refresh(self) -> bool:
-        """Read what was appended since the last time.
-
-        Returns
-        -------
-        bool
-            Whether there was anything.
-
-        Raises
-        ------
-        SchemaError
-            For damage.
-        OSError
-            Where the store has gone.
-        """
+        """Read what was appended since the last time."""
         history = self._history
         with open_inside(self.path, LOG) as file:
             entry = os.fstat(file.fileno())
@@ -159,17 +141,7 @@ class FollowedStore:
     def column(self, name: str, cells: Cells = ()) -> np.ndarray:
         """One variable of every row.
 
-        Parameters
-        ----------
-        name : str
-            A key of `variables`.
-        cells : tuple of int and None
-            Which of its numbers, see `Cells`.
-
-        Returns
-        -------
-        ndarray
-            Rows first, float32; NaN in rows that do not have it. It is not to be changed.
+        Returns: Rows first, float32; NaN in rows that do not have it. It is not to be changed.
         """
         key = (name, cells)
         known = self._columns.pop(key, None)
@@ -185,14 +157,6 @@ class FollowedStore:
     def row(self, position: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """All variables of one row.
 
-        Parameters
-        ----------
-        position : int
-            Of the row, from 0 on.
-
-        Returns
-        -------
-        dict of str to (dims, values)
-            Without those that the row does not have.
+        Returns: Without those that the row does not have.
         """
         return self._history.row(position)

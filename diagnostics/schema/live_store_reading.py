@@ -100,25 +100,10 @@ def open_live(
 ) -> xr.DataTree:
     """Open a live store; its columns are read when they are used, each compared with its checksum.
 
-    Parameters
-    ----------
-    store : Path
-        The folder.
-    open_state : callable
-        Opens a run of one step, with all checks of `open_run`.
-    verify : bool
-        Refuse a log that is damaged before its end; else what is before the damage is opened.
-    max_bytes : int or None
-        As in `open_run`.
-
-    Returns
-    -------
-    DataTree
-
-    Raises
-    ------
-    SchemaError
-        For a damaged store, one in which no step was finished, and one with anything in it that no live store has.
+    ``open_state``: opens a run of one step, with all checks of `open_run`.
+    ``verify``: refuse a log that is damaged before its end; else what is before the damage is opened.
+    Raises SchemaError: For a damaged store, one in which no step was finished, and one with anything in it that no live
+    store has.
     """
     require_ordinary(store, folder=True)
     names, foreign = files_of(store)

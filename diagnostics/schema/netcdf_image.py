@@ -21,21 +21,7 @@ Encodings = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def netcdf_image(tree: xr.DataTree, encodings: Encodings) -> memoryview:
     """The bytes of a netCDF-4 file; what is written to a disk is written by Python, whose errors can be handled.
 
-    Parameters
-    ----------
-    tree : DataTree
-        What `encode_dataset` made of each group.
-    encodings : mapping
-        As `DataTree.to_netcdf` takes them.
-
-    Returns
-    -------
-    memoryview
-
-    Raises
-    ------
-    MemoryError
-        Where there is no room for the file in memory.
+    Raises MemoryError: Where there is no room for the file in memory.
     """
     # Imported here: who only reads needs it later, or not at all.
     import h5netcdf

@@ -105,28 +105,8 @@ def open_group(
     The metadata of a run with many metrics take seconds to read: for a look at its states alone this reads those of their
     group. Nothing is compared with digests and nothing is validated.
 
-    Parameters
-    ----------
-    path : path-like
-        As in `open_run`.
-    group : str
-        A name of `GROUPS`.
-    chain : str
-        The chain's name, empty where the run has one.
-    max_bytes : int, optional
-        As in `open_run`.
-
-    Returns
-    -------
-    Dataset
-        To be closed by the caller.
-
-    Raises
-    ------
-    AbsentError
-        Where the path does not exist.
-    SchemaError
-        For what `open_run` refuses, and where there is no such group.
+    ``chain``: the chain's name, empty where the run has one.
+    Raises SchemaError: For what `open_run` refuses, and where there is no such group.
     """
     source = Path(path)
     suffix = suffix_of(source)

@@ -29,20 +29,10 @@ _NO_LIMIT = 1 << 62
 def require_replaceable(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Refuse a path where no run can or may be saved, before anything expensive is computed; writes nothing.
 
-    Parameters
-    ----------
-    path : path-like
-        Where a run is going to be saved.
-    force : bool
-        Also allow a file that is no run: torn, of a newer schema, or of another program. Never allowed are files of others
-        inside a folder, and what is neither a file nor a folder.
-
-    Raises
-    ------
-    SchemaError
-        Where the ending is unknown.
-    OSError
-        Where nothing can be written there; FileExistsError where what is there must stay.
+    ``path``: where a run is going to be saved.
+    ``force``: also allow a file that is no run: torn, of a newer schema, or of another program. Never allowed are files
+    of others inside a folder, and what is neither a file nor a folder.
+    Raises OSError: Where nothing can be written there; FileExistsError where what is there must stay.
     """
     suffix = suffix_of(Path(path))
     place = require_writable(path)
@@ -51,22 +41,7 @@ def require_replaceable(path: str | os.PathLike[str], *, force: bool = False) ->
 
 
 def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
-    """Refuse to replace what is at a path unless it is a run.
-
-    Parameters
-    ----------
-    place : Path
-        Exists.
-    suffix : str
-        One of `SUFFIXES`.
-    force : bool
-        As in `require_replaceable`.
-
-    Raises
-    ------
-    TakenError
-        With what is there and what to do.
-    """
+    """Refuse to replace what is at a path unless it is a run."""
     mode = place.lstat().st_mode
     # Special files first: opening a pipe would wait for its other end, and reading a device may never end.
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -122,17 +97,8 @@ def _netcdf_attrs(place: Path) -> Mapping[str, Any]:
 def files_of_others(store: Path, *, any_store: bool = False) -> Iterator[str]:
     """What is in a Zarr folder and has no name that a file of a run has.
 
-    Parameters
-    ----------
-    store : Path
-        The folder.
-    any_store : bool
-        Whether groups that no run has are taken for a run's.
-
-    Yields
-    ------
-    str
-        Path below the folder; links, special files and empty folders are among them.
+    ``any_store``: whether groups that no run has are taken for a run's.
+    Yields: Path below the folder; links, special files and empty folders are among them.
     """
     for entry in entries_below(store):
         name = entry.as_posix()

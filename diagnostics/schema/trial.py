@@ -22,24 +22,7 @@ _CHILD = "depthscope.diagnostics.schema.trial_process"
 def open_in_trial(path: Path, *, verify: bool, max_bytes: int | None) -> str:
     """Open a run in another process, read all of it there, and return its integrity.
 
-    Parameters
-    ----------
-    path : Path
-        An ordinary file.
-    verify : bool
-        As in `open_run`.
-    max_bytes : int or None
-        As in `open_run`.
-
-    Returns
-    -------
-    str
-        What `integrity` gives there.
-
-    Raises
-    ------
-    SchemaError
-        As in `open_run`, and where the other process crashes or does not end.
+    Raises SchemaError: As in `open_run`, and where the other process crashes or does not end.
     """
     size = path.stat().st_size
     seconds = _SECONDS + size / _BYTES_A_SECOND

@@ -70,15 +70,7 @@ def validate(run: xr.DataTree) -> None:
 def check_version(attrs: Mapping[Any, Any]) -> None:
     """Refuse a tree without a version, or with a newer major version than this one.
 
-    Parameters
-    ----------
-    attrs : mapping
-        The root's attributes.
-
-    Raises
-    ------
-    SchemaError
-        With what came, what was expected and what to do.
+    Raises SchemaError: With what came, what was expected and what to do.
     """
     version = attrs.get("schema_version")
     if version is None:
@@ -176,15 +168,6 @@ def _says_something(part: Any) -> bool:
 
 def is_proof(text: Any) -> bool:
     """Whether a text states that something is proven, or that it is not and why.
-
-    Parameters
-    ----------
-    text : object
-        An attribute.
-
-    Returns
-    -------
-    bool
 
     Examples
     --------

@@ -70,20 +70,7 @@ class _Array:
 
 
 def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
-    """Refuse a folder that has anything in it but arrays and groups of Zarr 3 as a run has them.
-
-    Parameters
-    ----------
-    path : Path
-        A folder.
-    max_bytes : int or None
-        See `Limit.of`.
-
-    Raises
-    ------
-    SchemaError
-        With the file and what is wrong with it.
-    """
+    """Refuse a folder that has anything in it but arrays and groups of Zarr 3 as a run has them."""
     entries: dict[str, _Entry] = {}
     waiting = [path]
     while waiting:
@@ -106,20 +93,7 @@ def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
 
 
 def check_zarr_archive(path: Path, max_bytes: int | None) -> None:
-    """Refuse an archive that has anything in it but arrays and groups of Zarr 3 as a run has them.
-
-    Parameters
-    ----------
-    path : Path
-        An ordinary file.
-    max_bytes : int or None
-        See `Limit.of`.
-
-    Raises
-    ------
-    SchemaError
-        With the entry and what is wrong with it.
-    """
+    """Refuse an archive that has anything in it but arrays and groups of Zarr 3 as a run has them."""
     size = path.stat().st_size
     with path.open("rb") as file:
         _check_directory_size(file, size)

@@ -34,39 +34,15 @@ class Measured:
         return {str(name): value for name, value in self.analysis.attrs.items()}
 
     def label(self, dim: str) -> str:
-        """The label at which the curve was selected along a dimension; empty where it never had that dimension.
-
-        Parameters
-        ----------
-        dim : str
-            A dimension of the analysis.
-
-        Returns
-        -------
-        str
-        """
+        """The label at which the curve was selected along a dimension; empty where it never had that dimension."""
         return str(self.curve.coords[dim].item()) if dim in self.curve.coords else ""
 
     def other(self, name: str, *, over: str = "", **labels: str) -> np.ndarray:
         """The same slice of another variable, along the axis of the curve.
 
-        Parameters
-        ----------
-        name : str
-            A variable of the analysis.
-        over : str
-            A dimension to leave in, after the axis of the curve.
-        **labels : str
-            Labels of dimensions that the curve does not have, or that replace its own.
-
-        Returns
-        -------
-        ndarray
-
-        Raises
-        ------
-        Unavailable
-            Where the analysis does not contain it, or it is undefined anywhere after the first place.
+        ``over``: A dimension to leave in, after the axis of the curve.
+        ``**labels``: labels of dimensions that the curve does not have, or that replace its own.
+        Raises Unavailable: Where the analysis does not contain it, or it is undefined anywhere after the first place.
         """
         if name not in self.analysis:
             raise Unavailable(f"the analysis contains no {name}")
@@ -123,15 +99,7 @@ def law(
 ) -> Callable[[Callable[[Measured], np.ndarray]], Law]:
     """Declare the function below as a law; the register is ``LAWS`` in theory/catalogue.py.
 
-    Parameters
-    ----------
-    label, equation, cite, assumption, metrics
-        See `Law`.
-
-    Returns
-    -------
-    function
-        A decorator that turns the function into a `Law` of its name.
+    Returns: A decorator that turns the function into a `Law` of its name.
     """
 
     def declare(function: Callable[[Measured], np.ndarray]) -> Law:

@@ -32,27 +32,10 @@ def mean_field_curve(
 ) -> MeanField:
     """Lengths, cosines and gradients of a wide random feed-forward network, layer after layer.
 
-    Parameters
-    ----------
-    second_moment, cosine : float
-        Mean square of a feature of the input, and the cosine between two inputs.
-    num_depths : int
-        The input and the layers after it.
-    activation : str
-        A name of `depthscope.diagnostics.kernels.meanfield.ACTIVATIONS`.
-    sigma_w, sigma_b : float
-        Weights have variance σ_w²/width, biases σ_b².
-    state : {"pre", "post"}
-        Whether a layer's state is before its activation, h = W φ(h′) + b, or after it, x = φ(W x′ + b).
-
-    Returns
-    -------
-    MeanField
-
-    Raises
-    ------
-    InputError
-        For an unknown activation or state, or an impossible cosine.
+    ``second_moment, cosine``: mean square of a feature of the input, and the cosine between two inputs.
+    ``num_depths``: the input and the layers after it.
+    ``state``: whether a layer's state is before its activation, h = W φ(h′) + b, or after it, x = φ(W x′ + b).
+    Raises InputError: For an unknown activation or state, or an impossible cosine.
 
     Examples
     --------

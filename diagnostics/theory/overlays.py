@@ -33,17 +33,9 @@ class Overlay:
 def overlay_laws(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
     """The laws of a measured curve, each with its values or the reason why there are none.
 
-    Parameters
-    ----------
-    curve : DataArray
-        A slice of the analysis along ``depth`` or ``connection``, under the metric's name.
-    analysis : Dataset
-        The analysis from which it was taken.
-
-    Returns
-    -------
-    list of Overlay
-        One for each law of the metric, in the order of `LAWS`; none for a curve of one point.
+    ``curve``: A slice of the analysis along ``depth`` or ``connection``, under the metric's name.
+    ``analysis``: the analysis from which it was taken.
+    Returns: One for each law of the metric, in the order of `LAWS`; none for a curve of one point.
 
     Examples
     --------
@@ -69,15 +61,5 @@ def overlay_laws(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
 
 
 def null_law(metric: str) -> Law | None:
-    """The law that gives a metric's null.
-
-    Parameters
-    ----------
-    metric : str
-        A name of the catalogue.
-
-    Returns
-    -------
-    Law or None
-    """
+    """The law that gives a metric's null."""
     return next((law for law in LAWS.values() if law.function is None and metric in law.metrics), None)

@@ -132,22 +132,9 @@ def dong_cubic(measured: Measured) -> np.ndarray:
 def cubic_collapse(first: float, second: float, *, num_depths: int) -> np.ndarray:
     """Residuals of which each is a constant times the cube of the one before.
 
-    Parameters
-    ----------
-    first, second : float
-        The first two, which set the constant.
-    num_depths : int
-        Number of residuals.
-
-    Returns
-    -------
-    ndarray
-        log r_l = ½ 3^l log(r_1/r_0) + ½ log(r_0³/r_1); 0 where it underflows.
-
-    Raises
-    ------
-    Unavailable
-        Where the second is not smaller: there is no collapse.
+    ``first, second``: the first two, which set the constant.
+    Returns: log r_l = ½ 3^l log(r_1/r_0) + ½ log(r_0³/r_1); 0 where it underflows.
+    Raises Unavailable: Where the second is not smaller: there is no collapse.
 
     Examples
     --------

@@ -17,13 +17,7 @@ FEWEST = 50  # networks: of fewer, 99 % says nothing
 
 @cache
 def calibration() -> Mapping[str, Any]:
-    """The calibration set's numbers, by verdict under ``"verdicts"``.
-
-    Returns
-    -------
-    mapping
-        As ``calibration.json`` has them.
-    """
+    """The calibration set's numbers, by verdict under ``"verdicts"``."""
     text = (
         files("depthscope.diagnostics").joinpath("verdicts", "calibration.json").read_text(encoding="utf-8")
     )
@@ -34,20 +28,8 @@ def calibration() -> Mapping[str, Any]:
 def source_of(verdict: str, *, mildest: float, above: bool) -> str:
     """Who says the limits of a verdict that cites the calibration.
 
-    Parameters
-    ----------
-    verdict : str
-        Its name.
-    mildest : float
-        The first of its limits.
-    above : bool
-        Whether larger values are bad.
-
-    Returns
-    -------
-    str
-        Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"this project"`` where the limit is not beyond what
-        99 % of them have, or there were too few.
+    Returns: Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"this project"`` where the limit is not
+    beyond what 99 % of them have, or there were too few.
     """
     measured = calibration()["verdicts"].get(verdict)
     if measured is None or measured["networks"] < FEWEST:

@@ -46,19 +46,7 @@ def explain(
 ) -> list[Finding]:
     """Findings of one chain, those that follow from another one reduced to INFO.
 
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Of one chain.
-    analysis : Dataset
-        That they are about.
-    causes : mapping of str to mapping of str to function
-        By verdict: the verdicts that it may follow from, and where.
-
-    Returns
-    -------
-    list of Finding
-        In the same order.
+    ``causes``: by verdict: the verdicts that it may follow from, and where.
     """
     return [_explained(finding, findings, analysis, causes.get(finding.verdict, {})) for finding in findings]
 
@@ -88,20 +76,7 @@ def worst_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
 
 
 def depths_of(finding: Finding, analysis: xr.Dataset) -> Span:
-    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all.
-
-    Parameters
-    ----------
-    finding : Finding
-        Of one chain.
-    analysis : Dataset
-        Of that chain.
-
-    Returns
-    -------
-    tuple of int
-        The first and the last.
-    """
+    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all."""
     if finding.axis == "depth":
         return finding.first, finding.last
     if finding.axis != "connection":

@@ -14,17 +14,5 @@ ONE_SUM = ("rows sum to 1", "columns sum to 1")
 
 
 def satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether the matrices were measured to satisfy one of some constraints, or are of the family that does.
-
-    Parameters
-    ----------
-    attrs : mapping
-        Of a run.
-    names : tuple of str
-        What the constraint begins with.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether the matrices were measured to satisfy one of some constraints, or are of the family that does."""
     return attrs.get("family") == "mhc" or str(attrs.get("constraint", "")).startswith(names)

@@ -11,17 +11,8 @@ _SITES = {"mid": "inside block {layer}", "post": "after block {layer}", "final":
 def place(values: xr.DataArray, position: int) -> str:
     """One position on the axis of a profile.
 
-    Parameters
-    ----------
-    values : DataArray
-        One dim, ``depth``, ``connection`` or ``weight``, with its coordinates.
-    position : int
-        Position on it.
-
-    Returns
-    -------
-    str
-        Such as ``after block 17 (depth 18)`` or ``at connection 41 (mlp of block 20)``.
+    ``values``: one dim, ``depth``, ``connection`` or ``weight``, with its coordinates.
+    Returns: Such as ``after block 17 (depth 18)`` or ``at connection 41 (mlp of block 20)``.
     """
     # Coordinates may be missing, as in an analysis by hand: then the position alone is named.
     here = values.isel({values.dims[0]: position})
@@ -50,17 +41,7 @@ def _name_of_connection(here: xr.DataArray, position: int) -> str:
 def span(values: xr.DataArray, positions: np.ndarray) -> str:
     """Several positions on the axis of a profile.
 
-    Parameters
-    ----------
-    values : DataArray
-        One dim.
-    positions : ndarray of int
-        Positions on it, ascending.
-
-    Returns
-    -------
-    str
-        Such as ``from depth 3 to depth 12``, ``at 4 connections between 3 and 12`` or ``in 4 of 20 modules``.
+    Returns: Such as ``from depth 3 to depth 12``, ``at 4 connections between 3 and 12`` or ``in 4 of 20 modules``.
     """
     axis, (first, last) = values.dims[0], positions[[0, -1]]
     if axis == "weight":

@@ -372,18 +372,7 @@ def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:
 
 
 def one_view(profile: xr.DataArray) -> xr.DataArray:
-    """The root mean square over streams: their mean may cancel, as that of gradients below a head with signs does.
-
-    Parameters
-    ----------
-    profile : DataArray
-        With the dim ``stream``.
-
-    Returns
-    -------
-    DataArray
-        Without it.
-    """
+    """The root mean square over streams: their mean may cancel, as that of gradients below a head with signs does."""
     streams = [stream for stream in profile["stream"].values.tolist() if stream != "mean"]
     if not streams:
         return profile.sel(stream="mean", drop=True)

@@ -50,34 +50,12 @@ def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
 
 
 def unproven_sentence(proof: str) -> str:
-    """The sentence that every finding of an unproven reading carries.
-
-    Parameters
-    ----------
-    proof : str
-        The attribute of the run.
-
-    Returns
-    -------
-    str
-    """
+    """The sentence that every finding of an unproven reading carries."""
     return f"This reading is unproven: {proof.removeprefix(UNPROVEN)}."
 
 
 def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
-    """A finding that says where the reading that it is about is unproven.
-
-    Parameters
-    ----------
-    finding : Finding
-        Of one chain.
-    attrs : mapping
-        Of the chain's analysis.
-
-    Returns
-    -------
-    Finding
-    """
+    """A finding that says where the reading that it is about is unproven."""
     proof = str(attrs.get("proof", ""))
     if not proof.startswith(UNPROVEN):
         return replace(finding, proof=proof)
@@ -88,19 +66,7 @@ def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
 
 
 def with_inferred_reads(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
-    """A finding that says where it rests on read weights which no module gives, and how well they give what was read.
-
-    Parameters
-    ----------
-    finding : Finding
-        Of one chain.
-    attrs : mapping
-        Of the chain's analysis.
-
-    Returns
-    -------
-    Finding
-    """
+    """A finding that says where it rests on read weights which no module gives, and how well they give what was read."""
     metric = CATALOGUE.get(finding.metric)
     inferred = attrs.get("inferred_reads")
     if not inferred or metric is None or not {"h_pre", "read"} & set(metric.roots):

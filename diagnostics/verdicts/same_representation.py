@@ -35,15 +35,7 @@ HALF, NEARLY_ALL, ALL = 0.5, 0.75, 1.0
 def longest_range(together: np.ndarray) -> tuple[int, int]:
     """The longest range of depths of which every two belong together.
 
-    Parameters
-    ----------
-    together : ndarray of bool, shape (L, L)
-        Which pairs of depths do.
-
-    Returns
-    -------
-    tuple of int
-        First and last depth, inclusive; the first of the longest.
+    Returns: First and last depth, inclusive; the first of the longest.
 
     Examples
     --------

@@ -17,15 +17,7 @@ _STAGE = re.compile(r"(?P<chain>.*?)_?stage(?P<number>\d+)$")
 def with_joined_stages(analyses: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     """Analyses of which each later stage of a chain has the attribute ``scale_before``.
 
-    Parameters
-    ----------
-    analyses : mapping of str to Dataset
-        By the name of the chain or stage.
-
-    Returns
-    -------
-    dict of str to Dataset
-        In the same order.
+    ``analyses``: by the name of the chain or stage.
     """
     found = dict(analyses)
     first: dict[str, float] = {}

@@ -17,14 +17,7 @@ YOUNG = 0.15
 def young(attrs: Mapping[str, Any]) -> str:
     """What explains that parts of a network are still as they began; empty where it has left its start.
 
-    Parameters
-    ----------
-    attrs : mapping
-        Of the analysis: what the capture saw of the weights.
-
-    Returns
-    -------
-    str
+    ``attrs``: of the analysis: what the capture saw of the weights.
     """
     moved = attrs.get("norms_moved")
     if attrs.get("untouched"):

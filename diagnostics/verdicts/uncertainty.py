@@ -26,17 +26,6 @@ def findings(verdict: Verdict, analysis: xr.Dataset) -> list[Finding]:
     Every number that the verdict takes and that has a standard error over sequences is moved to both ends of its 95 %
     interval, together and one by one, and the verdict is asked again. What passes at one of the ends is not decided: the
     same network may pass with other sequences. It becomes a note that says how many sequences would decide it.
-
-    Parameters
-    ----------
-    verdict : Verdict
-        Any.
-    analysis : Dataset
-        What `analyze` gives, without ``step``.
-
-    Returns
-    -------
-    list of Finding
     """
     found = verdict.findings(analysis)
     names = [name for name in (*verdict.needs, *verdict.wants) if _has_interval(analysis, name)]

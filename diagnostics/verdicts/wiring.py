@@ -23,21 +23,7 @@ ROUNDING = 1e-6
 
 
 def told(attrs: Mapping[str, Any], kind: str, source: str = OURS) -> Iterator[Profile]:
-    """The remarks of one kind, as profiles of a verdict; a file may have anything in their place.
-
-    Parameters
-    ----------
-    attrs : mapping
-        Attributes of a run.
-    kind : str
-        Name of the verdict.
-    source : str
-        Of its limits.
-
-    Yields
-    ------
-    Profile
-    """
+    """The remarks of one kind, as profiles of a verdict; a file may have anything in their place."""
     remarks = attrs.get("remarks")
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():
         if not isinstance(remark, Mapping) or remark.get("kind") != kind:

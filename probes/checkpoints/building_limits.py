@@ -47,20 +47,6 @@ def check_numbers(config: Mapping[str, Any], stored: StoredSize, source: str) ->
     """Refuse a configuration with a number that no model of this size has.
 
     Lists, dictionaries and modules are made from such numbers when a configuration is read, whatever they are called.
-
-    Parameters
-    ----------
-    config : Mapping
-        The configuration as plain values.
-    stored : StoredSize
-        What the weight files contain.
-    source : str
-        The file, for the message.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the first such number.
     """
     limit = max(LARGEST_COUNT, stored.largest_dimension)
     waiting: list[tuple[str, Any, int]] = [("", config, 0)]
@@ -102,22 +88,6 @@ def building_limits(stored: StoredSize, source: str) -> Iterator[None]:
 
     transformers builds on the meta device first, where a parameter of any size takes no memory and is registered with its
     module: there it is counted. Only models that this thread builds are.
-
-    Parameters
-    ----------
-    stored : StoredSize
-        What the weight files contain.
-    source : str
-        The checkpoint, for the message.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    CheckpointError
-        From within the constructor of a module.
     """
     budget = _Budget(stored, source)
     handles = [

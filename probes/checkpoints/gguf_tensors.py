@@ -20,22 +20,9 @@ ARCHITECTURE = "general.architecture"
 def gguf_tensors(file: Path) -> tuple[list[StoredTensor], dict[str, Any]]:
     """The tensors of a GGUF file without their data, and its settings.
 
-    Parameters
-    ----------
-    file : Path
-        The file.
-
-    Returns
-    -------
-    tensors : list of StoredTensor
-        Shapes in the order of torch: GGUF stores the last axis first.
-    settings : dict
-        As a configuration has them: ``model_type`` is the architecture, whose prefix other keys lose.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is torn or of the other byte order.
+    Returns: Shapes in the order of torch: GGUF stores the last axis first.
+    Returns: As a configuration has them: ``model_type`` is the architecture, whose prefix other keys lose.
+    Raises CheckpointError: If the file is torn or of the other byte order.
     """
     contents = check_gguf(file)
     if contents.byte_order != "<":
@@ -80,22 +67,7 @@ def quantised_type(kind: int) -> tuple[str, int, int]:
 def dequantised(tensor: StoredTensor, raw: np.ndarray) -> np.ndarray:
     """Values of a quantised tensor.
 
-    Parameters
-    ----------
-    tensor : StoredTensor
-        As `gguf_tensors` gives it.
-    raw : ndarray
-        Its bytes.
-
-    Returns
-    -------
-    ndarray
-        float32.
-
-    Raises
-    ------
-    CheckpointError
-        If the installed gguf package has no way to compute them.
+    Raises CheckpointError: If the installed gguf package has no way to compute them.
     """
     advice = "take a GGUF whose connections are F32, F16, BF16 or of a type that the package gguf dequantises"
     with errors_of(

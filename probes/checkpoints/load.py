@@ -93,29 +93,13 @@ def load_checkpoint(
     ``package.module:function`` imports that module and calls that function, with all rights of this process: give only
     code that you trust. No other kind of checkpoint runs code, and of a folder no file outside it is read.
 
-    Parameters
-    ----------
-    spec : str
-        One of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file
-        (converted once, about 20 s, then read from a cached copy); ``package.module:function``, called
-        without arguments, that returns an ``nn.Module``; the word ``smollm2``.
-    weights : str or Path, optional
-        For ``package.module:function`` only: its ``.safetensors`` file or folder, or a state dict saved by
-        ``torch.save``. Every name must fit.
-    dtype : str or torch.dtype, optional
-        Such as ``"bfloat16"``; the checkpoint's own by default.
-    device : str or torch.device
-        Where the model goes.
-
-    Returns
-    -------
-    LoadedModel
-        In eval mode.
-
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint is missing, torn, of an unknown kind, or does not fit its model.
+    ``spec``: one of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file
+    (converted once, about 20 s, then read from a cached copy); ``package.module:function``, called without arguments,
+    that returns an ``nn.Module``; the word ``smollm2``.
+    ``weights``: for ``package.module:function`` only: its ``.safetensors`` file or folder, or a state dict saved by
+    ``torch.save``. Every name must fit.
+    ``dtype``: such as ``"bfloat16"``; the checkpoint's own by default.
+    Raises CheckpointError: If the checkpoint is missing, torn, of an unknown kind, or does not fit its model.
     """
     torch_dtype = _torch_dtype(dtype)
     path = given_path(spec)
@@ -139,22 +123,10 @@ def load_checkpoint(
 def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Module:
     """The model of a checkpoint on the meta device: its structure and shapes, without memory for its weights.
 
-    Parameters
-    ----------
-    spec : str
-        A transformers folder, of which only ``config.json`` is read, or ``package.module:function``, which is code that runs.
-    dtype : str or torch.dtype, optional
-        Such as ``"bfloat16"``; that of the configuration by default.
-
-    Returns
-    -------
-    Module
-        In eval mode.
-
-    Raises
-    ------
-    CheckpointError
-        For anything else, and where the model is not built.
+    ``spec``: A transformers folder, of which only ``config.json`` is read, or ``package.module:function``, which is
+    code that runs.
+    ``dtype``: such as ``"bfloat16"``; that of the configuration by default.
+    Raises CheckpointError: For anything else, and where the model is not built.
     """
     torch_dtype, path = _torch_dtype(dtype), given_path(spec)
     if FACTORY.fullmatch(spec) and not exists(path):

@@ -27,19 +27,7 @@ KINDS = (
 def given_path(spec: str | Path) -> Path:
     """The path that a user gave, with ``~`` as their home.
 
-    Parameters
-    ----------
-    spec : str or Path
-        As given.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    CheckpointError
-        If it names the home of a user that there is not.
+    Raises CheckpointError: If it names the home of a user that there is not.
     """
     try:
         return Path(spec).expanduser()
@@ -52,20 +40,8 @@ def given_path(spec: str | Path) -> Path:
 def require_file(path: Path) -> Path:
     """The path of a regular file; everything else is refused before it is opened, since a pipe or a device may block.
 
-    Parameters
-    ----------
-    path : Path
-        A file, or a link to one.
-
-    Returns
-    -------
-    Path
-        The same.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing, a folder, a pipe, a socket or a device.
+    ``path``: A file, or a link to one.
+    Raises CheckpointError: If it is missing, a folder, a pipe, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -95,22 +71,9 @@ def exists(path: Path) -> bool:
 def own_file(folder: Path, name: object) -> Path:
     """The path of a file that a checkpoint names; a name that leads out of its folder is refused.
 
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint's folder.
-    name : object
-        What an index or a configuration gives: a file of the folder or of a folder in it.
-
-    Returns
-    -------
-    Path
-        Below ``folder``. The file may be missing.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no name, absolute, has ``..``, or is a link to what is outside.
+    ``name``: what an index or a configuration gives: a file of the folder or of a folder in it.
+    Returns: Below ``folder``. The file may be missing.
+    Raises CheckpointError: If it is no name, absolute, has ``..``, or is a link to what is outside.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f"'{folder}' names {_shown(name)} as a file; expected the name of one in it")
@@ -127,18 +90,6 @@ def require_inside(folder: Path, path: Path) -> None:
 
     The cache of the Hugging Face hub, where ``models--a--b/snapshots/REVISION/*`` are links to files in
     ``models--a--b/blobs``, is one checkpoint: of such a folder these links are its own.
-
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint's folder.
-    path : Path
-        Below it.
-
-    Raises
-    ------
-    CheckpointError
-        If it leads outside, or in a circle.
     """
     try:
         target, own = path.resolve(), folder.resolve()
@@ -172,16 +123,6 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder with an entry that a loader could open and should not: a pipe, a device, a link to outside.
 
     Every file counts, since which ones a tokenizer opens depends on its class. Folders in it are not entered.
-
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint's folder.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the first such entry.
     """
     for entry in (*list_folder(folder), *_entries_of(folder / TEMPLATES)):
         if entry.is_dir() and entry.name != TEMPLATES:
@@ -196,22 +137,7 @@ def _entries_of(folder: Path) -> Iterable[Path]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder contains, sorted.
-
-    Parameters
-    ----------
-    folder : Path
-        Any folder.
-
-    Returns
-    -------
-    list of Path
-
-    Raises
-    ------
-    CheckpointError
-        If it may not be read.
-    """
+    """What a folder contains, sorted."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -223,21 +149,8 @@ def list_folder(folder: Path) -> list[Path]:
 def read_json(file: Path, expected: str) -> dict[str, Any]:
     """A JSON object from a file of at most 64 MiB.
 
-    Parameters
-    ----------
-    file : Path
-        The file.
-    expected : str
-        What it should be, for the message.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    CheckpointError
-        If it is no regular file, too large, no JSON, nested too deeply, or no object.
+    ``expected``: what it should be, for the message.
+    Raises CheckpointError: If it is no regular file, too large, no JSON, nested too deeply, or no object.
     """
     size = require_file(file).stat().st_size
     if size > JSON_LIMIT:

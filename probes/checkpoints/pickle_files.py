@@ -33,20 +33,9 @@ LARGEST_TUPLE = 10**6
 def load_pickle(file: Path) -> Any:
     """The contents of a ``.bin``, ``.pt`` or ``.pth`` file: tensors and plain values, no code.
 
-    Parameters
-    ----------
-    file : Path
-        What ``torch.save`` wrote, in either of its formats.
-
-    Returns
-    -------
-    object
-        Tensors are on the CPU, and memory-mapped where the format allows it.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no regular file, torn, has entries larger than the file, or would have to run code.
+    ``file``: what ``torch.save`` wrote, in either of its formats.
+    Returns: Tensors are on the CPU, and memory-mapped where the format allows it.
+    Raises CheckpointError: If it is no regular file, torn, has entries larger than the file, or would have to run code.
     """
     require_file(file)
     message = f"'{file}' cannot be read as torch weights"
@@ -181,17 +170,7 @@ def _check_tensors(content: Any, file: Path) -> None:
 
 
 def tensors_in(content: Any) -> Iterator[torch.Tensor]:
-    """Every tensor among nested lists and dictionaries.
-
-    Parameters
-    ----------
-    content : object
-        What a pickle contained.
-
-    Yields
-    ------
-    torch.Tensor
-    """
+    """Every tensor among nested lists and dictionaries."""
     # by a list, since a file may nest deeper than Python's stack
     waiting, seen = [content], set()
     while waiting:

@@ -47,22 +47,9 @@ def torn_file(file: Path, reason: str) -> CheckpointError:
 def read_header(file: Path, *, complete: bool = True) -> list[StoredTensor]:
     """The tensors of a safetensors file, without their data.
 
-    Parameters
-    ----------
-    file : Path
-        The file.
-    complete : bool
-        Whether the data must be there; without them it is a partial download, of which the header is known.
-
-    Returns
-    -------
-    list of StoredTensor
-        In the order of the header.
-
-    Raises
-    ------
-    CheckpointError
-        If a length, offset, shape or type does not fit the file, tensors overlap, or a name comes twice.
+    ``complete``: whether the data must be there; without them it is a partial download, of which the header is known.
+    Raises CheckpointError: If a length, offset, shape or type does not fit the file, tensors overlap, or a name comes
+    twice.
     """
     size = require_file(file).stat().st_size
     with file.open("rb") as opened:

@@ -44,21 +44,10 @@ class Inventory:
 def take_inventory(path: Path) -> Inventory:
     """List every tensor of a safetensors or GGUF checkpoint, without its data.
 
-    Parameters
-    ----------
-    path : Path
-        A folder, one ``.safetensors`` or ``.gguf`` file or an index. Shards that the index names may be missing: their tensors
-        are listed as absent.
-
-    Returns
-    -------
-    Inventory
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such file, a header is torn, the index is none, or a series without an index
-        is incomplete.
+    ``path``: A folder, one ``.safetensors`` or ``.gguf`` file or an index. Shards that the index names may be missing:
+    their tensors are listed as absent.
+    Raises CheckpointError: If there is no such file, a header is torn, the index is none, or a series without an index
+    is incomplete.
     """
     if not exists(path):
         raise CheckpointError(f"no checkpoint at '{path}'; {EXPECTED}")
@@ -143,20 +132,7 @@ def _headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
     """Read the values of some tensors as float64; no other byte of their files is read.
 
-    Parameters
-    ----------
-    tensors : iterable of StoredTensor
-        Which.
-
-    Returns
-    -------
-    dict of str to ndarray
-        By name.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is torn, a type is not floating point, or a value is not finite.
+    Raises CheckpointError: If a file is torn, a type is not floating point, or a value is not finite.
     """
     return {tensor.name: _finite_values(tensor) for tensor in tensors}
 

@@ -26,20 +26,8 @@ IGNORED_LABEL = -100  # torch's and transformers' ignore_index
 def sample_text(kind: str = "docs") -> str:
     """English text that comes with every Python installation, so that a first look needs no download.
 
-    Parameters
-    ----------
-    kind : {"docs", "shuffled"}
-        The language reference that ``help()`` prints (about 470 kB), or the same words in random order.
-
-    Returns
-    -------
-    str
-        The text, the same on every machine with this Python version.
-
-    Raises
-    ------
-    InputError
-        For an unknown kind, or a Python without ``pydoc_data``.
+    ``kind``: the language reference that ``help()`` prints (about 470 kB), or the same words in random order.
+    Returns: The text, the same on every machine with this Python version.
 
     Examples
     --------
@@ -66,28 +54,12 @@ def encode_text(
     A text that is too short gives fewer windows, the last one padded and masked. A model without a tokenizer
     reads bytes.
 
-    Parameters
-    ----------
-    loaded : LoadedModel
-        The model that will read the batch.
-    text : str
-        Any text.
-    sequences, length : int
-        Number of windows, and of tokens in each.
-    seed : int
-        Chooses the windows.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``input_ids`` (sequence, token) int64 and, where the model's forward takes them, ``attention_mask``
-        (1 = a real token) and ``labels`` (the ids, -100 on padding; the model shifts them itself).
-
-    Raises
-    ------
-    InputError
-        If the text is empty, a number is not positive, the length exceeds the model's positions, or the
-        model has neither a tokenizer nor an entry for every byte.
+    ``loaded``: the model that will read the batch.
+    ``sequences, length``: number of windows, and of tokens in each.
+    Returns: ``input_ids`` (sequence, token) int64 and, where the model's forward takes them, ``attention_mask`` (1 = a
+    real token) and ``labels`` (the ids, -100 on padding; the model shifts them itself).
+    Raises InputError: If the text is empty, a number is not positive, the length exceeds the model's positions, or the
+    model has neither a tokenizer nor an entry for every byte.
     """
     if sequences < 1 or length < 2:
         raise InputError(f"got {sequences} sequences of {length} tokens; expected at least 1 of at least 2")
@@ -111,16 +83,7 @@ def encode_text(
 def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict[str, torch.Tensor]]:
     """A batch in parts for one forward each, in order.
 
-    Parameters
-    ----------
-    batch : Mapping
-        A batch of `encode_text`.
-    size : int or None
-        Sequences in each part, fewer in the last one; None for all in one.
-
-    Returns
-    -------
-    list of dict
+    ``size``: sequences in each part, fewer in the last one; None for all in one.
     """
     count = len(batch["input_ids"])
     size = size or count
@@ -133,22 +96,8 @@ def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict
 def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
     """Which forwards a shard runs: whole ones, next to each other, so that each is the same as in one process.
 
-    Parameters
-    ----------
-    num_forwards : int
-        Of all shards together.
-    number, of : int
-        The shard, from 1, and how many there are.
-
-    Returns
-    -------
-    tuple of int
-        The first one, and the one after the last.
-
-    Raises
-    ------
-    InputError
-        Where there are fewer forwards than shards.
+    ``number, of``: the shard, from 1, and how many there are.
+    Returns: The first one, and the one after the last.
 
     Examples
     --------
@@ -166,17 +115,7 @@ def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
 def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
     """Text of every token of a batch; the empty string on padding.
 
-    Parameters
-    ----------
-    loaded : LoadedModel
-        The model whose tokenizer made the batch.
-    batch : Mapping
-        A batch of `encode_text`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Strings as objects, (sequence, token).
+    ``loaded``: the model whose tokenizer made the batch.
     """
     ids = batch["input_ids"].cpu().numpy()
     # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.

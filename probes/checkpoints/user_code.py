@@ -33,19 +33,8 @@ def errors_of_user_code(source: str) -> Iterator[None]:
 
     KeyboardInterrupt passes: it is the user at the keyboard.
 
-    Parameters
-    ----------
-    source : str
-        What runs their code, such as the specification of a factory.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    CheckpointError
-        With the type, the message, the file, the line and its text.
+    ``source``: what runs their code, such as the specification of a factory.
+    Raises CheckpointError: With the type, the message, the file, the line and its text.
     """
     try:
         yield
@@ -59,16 +48,7 @@ def errors_of_user_code(source: str) -> Iterator[None]:
 def own_error(source: str, error: BaseException) -> str:
     """The sentence for an error in the user's code, or in that of a library's model.
 
-    Parameters
-    ----------
-    source : str
-        What ran it, in the words of the message.
-    error : BaseException
-        What it raised.
-
-    Returns
-    -------
-    str
+    ``source``: what ran it, in the words of the message.
     """
     name = type(error).__name__
     reason = first_line(error).removeprefix(f"{name}: ")
@@ -112,15 +92,7 @@ def _is_below(file: str, folders: tuple[str, ...]) -> bool:
 def is_model_error(error: BaseException) -> bool:
     """Whether an error comes from a model, and not from this library's own code around it.
 
-    Parameters
-    ----------
-    error : BaseException
-        With its traceback.
-
-    Returns
-    -------
-    bool
-        True where, after the last frame of this library, a module was called or code outside all libraries ran.
+    Returns: True where, after the last frame of this library, a module was called or code outside all libraries ran.
     """
     frames = [frame for frame, _ in _frames(error)]
     if isinstance(error, RecursionError):

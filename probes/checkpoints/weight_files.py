@@ -30,20 +30,9 @@ OTHER_WEIGHTS = "give the weights of this very architecture"
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name, from a .safetensors file, a sharded safetensors folder or a weights-only pickle.
 
-    Parameters
-    ----------
-    path : Path
-        A ``.safetensors`` file, its index, a folder with either, or a ``.pt``/``.pth``/``.bin`` file.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        On the CPU. Wrapper prefixes (``module.``, ``_orig_mod.``) are removed where every name has them.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, torn, or a pickle that would have to run code.
+    ``path``: A ``.safetensors`` file, its index, a folder with either, or a ``.pt``/``.pth``/``.bin`` file.
+    Returns: On the CPU. Wrapper prefixes (``module.``, ``_orig_mod.``) are removed where every name has them.
+    Raises CheckpointError: If the file is missing, torn, or a pickle that would have to run code.
     """
     if not exists(path):
         raise CheckpointError(f"no weights at '{path}'; give a .safetensors file or a .pt/.pth state dict")
@@ -78,20 +67,7 @@ def safetensors_files(path: Path) -> list[Path]:
 def shards(index: Path) -> list[Path]:
     """Every file that an index names, all of which must be there.
 
-    Parameters
-    ----------
-    index : Path
-        Of safetensors or of pickles.
-
-    Returns
-    -------
-    list of Path
-        Sorted by name.
-
-    Raises
-    ------
-    CheckpointError
-        If the index is none, a file is missing or is outside the index's folder.
+    Raises CheckpointError: If the index is none, a file is missing or is outside the index's folder.
     """
     files = named_files(index, read_index(index))
     missing = [name for name, file in files.items() if not exists(file)]
@@ -105,22 +81,7 @@ def shards(index: Path) -> list[Path]:
 def named_files(index: Path, names: Mapping[str, str]) -> dict[str, Path]:
     """Every file that an index names, by its name; some may be missing.
 
-    Parameters
-    ----------
-    index : Path
-        The index.
-    names : Mapping of str to str
-        Its file for every tensor.
-
-    Returns
-    -------
-    dict of str to Path
-        Sorted by name.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is outside the index's folder, or there are too many.
+    Raises CheckpointError: If a file is outside the index's folder, or there are too many.
     """
     found = sorted(set(names.values()))
     if len(found) > MOST_SHARDS:
@@ -150,20 +111,7 @@ def read_index(index: Path) -> dict[str, str]:
 def check_safetensors(files: Iterable[Path]) -> list[StoredTensor]:
     """Refuse torn files before anything is built on them.
 
-    Parameters
-    ----------
-    files : iterable of Path
-        The files.
-
-    Returns
-    -------
-    list of StoredTensor
-        What they contain.
-
-    Raises
-    ------
-    CheckpointError
-        If a number of a header does not fit its file.
+    Raises CheckpointError: If a number of a header does not fit its file.
     """
     tensors = []
     for file in files:
@@ -177,22 +125,7 @@ def check_safetensors(files: Iterable[Path]) -> list[StoredTensor]:
 
 
 def stored_size(files: Iterable[Path]) -> StoredSize:
-    """How much weight files contain, all of them checked.
-
-    Parameters
-    ----------
-    files : iterable of Path
-        Safetensors files, or pickles.
-
-    Returns
-    -------
-    StoredSize
-
-    Raises
-    ------
-    CheckpointError
-        If one of them is torn.
-    """
+    """How much weight files contain, all of them checked."""
     shapes: list[tuple[int, ...]] = []
     num_elements = 0
     for file in files:
@@ -242,19 +175,8 @@ def _without_wrapper_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, tor
 def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Load every tensor into the model; a name or shape that does not fit is an error, not a warning.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model to fill, in place.
-    tensors : Mapping of str to torch.Tensor
-        Its state dict. Of tied parameters one name is enough.
-    source : str
-        Where the tensors came from, for the message.
-
-    Raises
-    ------
-    CheckpointError
-        Listing missing, unexpected and mis-shaped entries.
+    ``tensors``: its state dict. Of tied parameters one name is enough.
+    ``source``: where the tensors came from, for the message.
     """
     # keep_vars gives the parameters themselves, so that tied ones show by their identity.
     expected = model.state_dict(keep_vars=True)

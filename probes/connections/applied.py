@@ -34,17 +34,7 @@ class Replacement:
 def as_applied(joints: Sequence[Joint]) -> tuple[list[Joint], dict[int, Replacement]]:
     """The connections with the matrices that they apply, where those that they compute do not give the next state.
 
-    Parameters
-    ----------
-    joints : sequence of Joint
-        One for each connection.
-
-    Returns
-    -------
-    joints : list of Joint
-        Those that no reading proves as they came.
-    replaced : mapping of int to Replacement
-        By the number of the connection.
+    Returns: Those that no reading proves as they came.
     """
     limit = tolerance(joints[0].dtype)
     found, replaced = list(joints), dict[int, Replacement]()

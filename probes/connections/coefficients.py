@@ -88,19 +88,7 @@ class Parts(Weights):
 def as_views(
     tensor: torch.Tensor, batch_size: int, tokens: int, views: int, width: int
 ) -> torch.Tensor | None:
-    """A branch's input or output as (B, T, V, D), or None where its shape has no such reading.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        As in the model.
-    batch_size, tokens, views, width : int
-        B, T, V and D.
-
-    Returns
-    -------
-    Tensor or None
-    """
+    """A branch's input or output as (B, T, V, D), or None where its shape has no such reading."""
     shape = tuple(tensor.shape)
     if tensor.numel() != batch_size * tokens * views * width:
         return None
@@ -115,21 +103,7 @@ def as_views(
 
 
 def per_token(tensor: torch.Tensor, tail: tuple[int, ...], batch: int, tokens: int) -> Iterator[torch.Tensor]:
-    """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        As in the model.
-    tail : tuple of int
-        Shape of one token's weights.
-    batch, tokens : int
-        B and T.
-
-    Yields
-    ------
-    Tensor
-    """
+    """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
     lead, size, shape = (batch, tokens), math.prod(tail), tuple(tensor.shape)
     if tensor.numel() == size:
         yield tensor.reshape(tail).expand(*lead, *tail)

@@ -266,16 +266,8 @@ class ComputedForward:
 
         A matrix may be a part of one that reads too: its last columns, source by destination.
 
-        Parameters
-        ----------
-        wanted : Tensor
-            Coefficients of the sampled sequences, on the CPU.
-        between : tuple of int
-            The values of which part of the forward are looked at, see `ComputedValue.order`.
-
-        Returns
-        -------
-        list of ComputedValue
+        ``wanted``: coefficients of the sampled sequences, on the CPU.
+        ``between``: the values of which part of the forward are looked at, see `ComputedValue.order`.
         """
         limit = SAME * max(1.0, float(wanted.abs().max()))
         return [
@@ -408,17 +400,7 @@ class Applied:
 
 
 def trace_origins(search: Search) -> list[Origin]:
-    """From what the coefficients of every connection were computed.
-
-    Parameters
-    ----------
-    search : Search
-        Of the forward that computed them.
-
-    Returns
-    -------
-    list of Origin
-    """
+    """From what the coefficients of every connection were computed."""
     numbers = range(len(search.applied))
     origins = [search.origin(number) for number in numbers]
     # One backward for all of them, and none where every matrix carries a gradient and is not uniform.

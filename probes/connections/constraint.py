@@ -31,17 +31,9 @@ def measured_constraint(
 ) -> Constraint | None:
     """The most specific constraint that all matrices of a model satisfy.
 
-    Parameters
-    ----------
-    matrices : sequence of Tensor
-        One item a connection: (…, n, n), rows are destinations, of real tokens only, as the module computed them.
-    precision : dtype
-        In which it computed them.
-
-    Returns
-    -------
-    Constraint or None
-        None where there are no matrices, none that is finite, or a single stream.
+    ``matrices``: one item a connection: (…, n, n), rows are destinations, of real tokens only, as the module computed
+    them.
+    Returns: None where there are no matrices, none that is finite, or a single stream.
     """
     flat = [
         matrix.detach().flatten(0, -3) if matrix.ndim > 2 else matrix.detach()[None] for matrix in matrices
@@ -58,15 +50,7 @@ def measured_constraint(
 def constraint_of(evidence: Evidence) -> Constraint | None:
     """The constraint of the proven connections of a run; see `measured_constraint`.
 
-    Parameters
-    ----------
-    evidence : Evidence
-        The connections with their proofs.
-
-    Returns
-    -------
-    Constraint or None
-        None where no connection has a matrix.
+    Returns: None where no connection has a matrix.
     """
     joints = evidence.joints
     if all(joint.parts.mix is None for joint in joints):
@@ -80,19 +64,7 @@ def constraint_of(evidence: Evidence) -> Constraint | None:
 
 
 def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
-    """What a run's attribute says about its matrices; empty without stream connections.
-
-    Parameters
-    ----------
-    evidence : Evidence
-        The connections.
-    constraint : Constraint or None
-        That of `constraint_of`.
-
-    Returns
-    -------
-    str
-    """
+    """What a run's attribute says about its matrices; empty without stream connections."""
     if constraint is None:
         unmixed = evidence.joints and all(joint.parts.mix is None for joint in evidence.joints)
         return NOTHING_MIXES if unmixed else ""
@@ -107,18 +79,9 @@ def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
 def measured_family(detected: str, constraint: Constraint | None) -> str:
     """The family's name by what its matrices satisfy, not by what its code is called.
 
-    Parameters
-    ----------
-    detected : str
-        ``"hc"`` for every connection with mixing matrices; other names are told by structure and stay.
-    constraint : Constraint or None
-        As measured.
-
-    Returns
-    -------
-    str
-        ``"mhc"`` where all matrices are doubly stochastic at weights that are not trivial, ``"hc"`` where they are not, and
-        ``"streams"`` where they are those of an initialisation, at which every family is the same.
+    ``detected``: ``"hc"`` for every connection with mixing matrices; other names are told by structure and stay.
+    Returns: ``"mhc"`` where all matrices are doubly stochastic at weights that are not trivial, ``"hc"`` where they are
+    not, and ``"streams"`` where they are those of an initialisation, at which every family is the same.
     """
     if detected != "hc" or constraint is None:
         return detected

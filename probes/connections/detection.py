@@ -35,19 +35,8 @@ def paired_family(module: nn.Module) -> PairedFamily | None:
 def returned_site(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site | None:
     """Detect a forward connection by what a module took and returned.
 
-    Parameters
-    ----------
-    module : Module
-        The called module.
-    x : Tensor or None
-        Its first floating input.
-    output : object
-        What it returned.
-
-    Returns
-    -------
-    Site or None
-        None for a paired connection too: its forward may return what a forward connection returns, but its methods are read.
+    Returns: None for a paired connection too: its forward may return what a forward connection returns, but its methods
+    are read.
     """
     # Streams have three axes at least (a sequence or token, the stream, the feature), and a connection returns two tensors:
     # the branch's input and weights.
@@ -81,20 +70,7 @@ def _declared(family: Family, site: Site) -> Site:
 def past_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor | None
 ) -> list[torch.Tensor] | None:
-    """The list of earlier states that a depth-history connection takes after the branch's output, or None.
-
-    Parameters
-    ----------
-    args, kwargs
-        What a module was called with.
-    x : Tensor or None
-        Its first floating input.
-
-    Returns
-    -------
-    list of Tensor or None
-        Oldest first.
-    """
+    """The list of earlier states that a depth-history connection takes after the branch's output, or None."""
     if x is None or not args or args[0] is not x:
         return None
     for value in (*args[1:], *kwargs.values()):

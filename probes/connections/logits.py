@@ -46,19 +46,7 @@ NOT_SEEN = "the matrix itself is no tensor that the module's own code handles"
 
 
 def exponential_argument(name: str, args: Any) -> torch.Tensor | None:
-    """The tensor whose exponential a function of torch takes; None where it takes none.
-
-    Parameters
-    ----------
-    name : str
-        The function's name.
-    args
-        Its positional arguments.
-
-    Returns
-    -------
-    Tensor or None
-    """
+    """The tensor whose exponential a function of torch takes; None where it takes none."""
     if name not in EXPONENTIALS or not args or not isinstance(args[0], torch.Tensor):
         return None
     return args[0] if args[0].is_floating_point() else None
@@ -67,15 +55,8 @@ def exponential_argument(name: str, args: Any) -> torch.Tensor | None:
 def passes_through(result: torch.Tensor, source: torch.Tensor) -> bool | None:
     """Whether all of a tensor's gradient passes through another one.
 
-    Parameters
-    ----------
-    result, source : Tensor
-        Both with a graph.
-
-    Returns
-    -------
-    bool or None
-        False where some of it does, and some goes elsewhere; None where none does, as far as `MOST_OPERATIONS` show.
+    Returns: False where some of it does, and some goes elsewhere; None where none does, as far as `MOST_OPERATIONS`
+    show.
     """
     goal, start = get_gradient_edge(source), get_gradient_edge(result)
     if _key(goal) == _key(start):
@@ -102,17 +83,9 @@ def _key(edge: GradientEdge) -> tuple[Any, int]:
 def share_scaled(logits: torch.Tensor, matrix: torch.Tensor, rounding: float) -> float:
     """The share of tokens whose matrix is diag(a) exp(logits) diag(b) for some positive a and b.
 
-    Parameters
-    ----------
-    logits, matrix : Tensor
-        (m, n, n), of which the matrices are positive.
-    rounding : float
-        Relative rounding of the matrices' entries.
-
-    Returns
-    -------
-    float
-        Between 0 and 1; below 1 for the right logits too, where models add small numbers to entries that are smaller still.
+    ``logits, matrix``: (m, n, n), of which the matrices are positive.
+    Returns: Between 0 and 1; below 1 for the right logits too, where models add small numbers to entries that are
+    smaller still.
     """
     few = spread(len(matrix), COMPARED_TOKENS).to(matrix.device)
     logs, entries = logits[few].double(), matrix[few].double()
@@ -141,23 +114,7 @@ def as_matrices(tensor: torch.Tensor, batch: int, tokens: int, n: int) -> Iterat
 def is_same_matrix(
     tensor: torch.Tensor, wanted: torch.Tensor, *, batch: int, tokens: int, rows: Sequence[int]
 ) -> bool:
-    """Whether a tensor is H_res of some sequences (K, T, n, n), or its transpose.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        As in the model.
-    wanted : Tensor
-        H_res.
-    batch, tokens : int
-        B and T.
-    rows : sequence of int
-        Which sequences these are.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a tensor is H_res of some sequences (K, T, n, n), or its transpose."""
     limit = SAME * max(1.0, float(wanted.abs().max()))
     return any(
         bool(
@@ -228,10 +185,7 @@ class OperationLogits:
     def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Look at an operation that has run; an error of ours must not reach the user's forward.
 
-        Parameters
-        ----------
-        func, args, kwargs, result
-            The operation, what it took and what it gave.
+        ``func, args, kwargs, result``: the operation, what it took and what it gave.
         """
         if self._error is not None:
             return
@@ -310,29 +264,13 @@ def find_logits(
 ) -> tuple[int, int, int] | str:
     """Find the logits among the tensors that a connection computed.
 
-    Parameters
-    ----------
-    exponentials : sequence of (Tensor, int)
-        Whose exponential was taken, in order; each with torch's count of writes at that time.
-    others : sequence of (Tensor, int)
-        Computed before the first of these, the last one first: Sinkhorn in logarithms may add to the logits before it takes an
-        exponential.
-    matrices : sequence of Tensor
-        Those that are H_res, or its transpose, in order.
-    wanted : Tensor
-        H_res of some sequences (K, T, n, n).
-    batch, tokens : int
-        B and T.
-    rows : sequence of int
-        Which sequences these are.
-    rounding : float
-        Relative rounding of H_res.
-
-    Returns
-    -------
-    tuple of int or str
-        Indices among both kinds of candidates together, among the matrices, and of the reading of `as_matrices` in which the
-        logits have the orientation of ``wanted``; or why there are none.
+    ``exponentials``: whose exponential was taken, in order; each with torch's count of writes at that time.
+    ``others``: computed before the first of these, the last one first: Sinkhorn in logarithms may add to the logits
+    before it takes an exponential.
+    ``matrices``: those that are H_res, or its transpose, in order.
+    ``wanted``: H_res of some sequences (K, T, n, n).
+    Returns: Indices among both kinds of candidates together, among the matrices, and of the reading of `as_matrices` in
+    which the logits have the orientation of ``wanted``; or why there are none.
     """
     n = wanted.shape[-1]
     graphs = [number for number, each in enumerate(matrices) if each.requires_grad]

@@ -33,18 +33,7 @@ class MixingLogits:
 
 
 def mixing_logits(search: Search) -> list[MixingLogits]:
-    """Find the logits of every connection, and the gradients of the loss there and at H_res.
-
-    Parameters
-    ----------
-    search : Search
-        Of the followed forward.
-
-    Returns
-    -------
-    list of MixingLogits
-        One for each connection.
-    """
+    """Find the logits of every connection, and the gradients of the loss there and at H_res."""
     found = [_of_connection(search, number) for number in range(len(search.applied))]
     loss = search.forward.loss
     tensors = [tensor for _, pair in found for tensor in pair]

@@ -105,17 +105,7 @@ def readings(joint: Joint) -> Iterator[Reading]:
 
 
 def prove(joint: Joint) -> Proof:
-    """Recompute the next state in every reading and return the best.
-
-    Parameters
-    ----------
-    joint : Joint
-        States and parts around the connection.
-
-    Returns
-    -------
-    Proof
-    """
+    """Recompute the next state in every reading and return the best."""
     tokens = joint.tokens()
     if not len(tokens.mask):
         return Proof(math.nan, math.nan, next(readings(joint)), known=False)
@@ -128,19 +118,7 @@ def prove(joint: Joint) -> Proof:
 
 
 def reconstruction_error(joint: Joint, reading: Reading) -> float:
-    """Relative error of the recomputed next state in one reading.
-
-    Parameters
-    ----------
-    joint : Joint
-        Flattened tokens.
-    reading : Reading
-        How to read the parts.
-
-    Returns
-    -------
-    float
-    """
+    """Relative error of the recomputed next state in one reading."""
     if reading.observed and joint.parts.branch_out is not None:
         again = _rounded_state(joint, joint.parts.branch_out, reading)
         return relative_error(joint.x_out.double() - again.double(), joint.x_out)
@@ -209,19 +187,7 @@ class Evidence:
 def gather_evidence(joints: Sequence[Joint]) -> Evidence:
     """Prove every stream connection on the sampled sequences, and decide the orientation of the matrices.
 
-    Parameters
-    ----------
-    joints : sequence of Joint
-        One for each connection.
-
-    Returns
-    -------
-    Evidence
-
-    Raises
-    ------
-    ReconstructionError
-        Above tolerance, with the worst connection and what it means.
+    Raises ReconstructionError: Above tolerance, with the worst connection and what it means.
     """
     if not joints:
         return Evidence((), (), "not_applicable", False)

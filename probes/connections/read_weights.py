@@ -40,22 +40,8 @@ def find_read_weights(
 ) -> torch.Tensor | None:
     """The candidate that combines the streams to the branch input best, up to rounding.
 
-    Parameters
-    ----------
-    x : Tensor
-        Streams, (..., N, D).
-    branch_in : Tensor
-        (..., D).
-    candidates : iterable of Tensor
-        (..., N).
-    unlike : Tensor, optional
-        Weights (..., N) that are taken only where no others fit.
-    tokens : int
-        On how many tokens at most they are compared.
-
-    Returns
-    -------
-    Tensor or None
+    ``unlike``: weights (..., N) that are taken only where no others fit.
+    ``tokens``: on how many tokens at most they are compared.
     """
     lead, limit = tuple(x.shape[:-2]), tolerance(compute_dtype(x))
     few = torch.unravel_index(spread(math.prod(lead), tokens).to(x.device), lead)
@@ -80,20 +66,7 @@ def still_reads(
     Fewer tokens are compared than in the search, where others of the module's tensors may come near: here there is one. All is
     computed on the device, which is waited for once.
 
-    Parameters
-    ----------
-    x : Tensor
-        Streams, (..., N, D).
-    branch_in : Tensor
-        (..., D).
-    read : Tensor
-        (..., N).
-    unlike : Tensor or None
-        Weights (..., N) that these must not be.
-
-    Returns
-    -------
-    bool
+    ``unlike``: weights (..., N) that these must not be.
     """
     lead, limit = tuple(x.shape[:-2]), tolerance(compute_dtype(x))
     few = _spread_over(lead, SELECTING_TOKENS, x.device)
@@ -115,17 +88,7 @@ def _spread_over(lead: tuple[int, ...], most: int, device: torch.device) -> tupl
 def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
     """The smallest read weights that give the branch input; exact where the streams are independent.
 
-    Parameters
-    ----------
-    x : Tensor
-        Streams, (..., N, D).
-    branch_in : Tensor
-        (..., D).
-
-    Returns
-    -------
-    Tensor
-        (..., N); NaN where the streams are not finite.
+    Returns: (..., N); NaN where the streams are not finite.
     """
     finite = (x.isfinite().all(-1).all(-1) & branch_in.isfinite().all(-1)).unsqueeze(-1)
     streams = torch.where(finite.unsqueeze(-1), x, 0.0).double()  # torch's SVD raises at NaN
@@ -138,15 +101,7 @@ def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor
 def are_independent(x: torch.Tensor) -> torch.Tensor:
     """Whether the streams of a token are linearly independent, so that they determine what reads them: 1 or 0.
 
-    Parameters
-    ----------
-    x : Tensor
-        Streams, (..., N, D).
-
-    Returns
-    -------
-    Tensor
-        (...); 0 where they are not finite.
+    Returns: (...); 0 where they are not finite.
     """
     finite = x.isfinite().all(-1).all(-1)
     streams = torch.where(finite[..., None, None], x, 0.0).double()  # torch's SVD raises at NaN

@@ -54,34 +54,11 @@ def read_returned(
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
-    Parameters
-    ----------
-    site : Site
-        What the connection is.
-    x : Tensor
-        Its input.
-    output : object
-        What it returned.
-    rows : Tensor
-        Indices of the sampled sequences.
-    computed : callable
-        Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
-    place : WeightPlace, optional
-        Where H_pre was among these in the forward before.
-    every_token : bool
-        Whether H_pre is wanted of every token, where the module computes it.
-
-    Returns
-    -------
-    sampled : Parts or None
-        None where no sequence is sampled.
-    all_tokens : Parts
-        H_pre may be missing.
-
-    Raises
-    ------
-    StreamConnectionError
-        Where the family finds no weights that explain the output.
+    ``computed``: returns the tensors that the connection computed: for these rows at least, or for all sequences
+    (None).
+    ``place``: where H_pre was among these in the forward before.
+    ``every_token``: whether H_pre is wanted of every token, where the module computes it.
+    Raises StreamConnectionError: Where the family finds no weights that explain the output.
     """
     parts = forward_family(site).read(site, x, output, lambda: computed(None))
     if not len(rows):
@@ -129,28 +106,12 @@ def watched_read(
 ) -> torch.Tensor | None:
     """H_pre of the sampled sequences, (K, T, N), among the tensors that the module computed.
 
-    Parameters
-    ----------
-    site : Site
-        What the connection is.
-    x : Tensor
-        Its input, all sequences.
-    rows : Tensor
-        Indices of the K sampled sequences.
-    branch_in : Tensor
-        What the branch took, (K, T, D).
-    seen : list of Tensor
-        Of the sampled sequences or of all.
-    write : Tensor, optional
-        H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models begin with equal
-        streams, and there all weights of the same sum explain it alike.
-    place : WeightPlace, optional
-        Where it was in the forward before, which is tried first, and is noted for the next one.
-
-    Returns
-    -------
-    Tensor or None
-        None where no tensor explains the branch input.
+    ``branch_in``: what the branch took, (K, T, D).
+    ``seen``: of the sampled sequences or of all.
+    ``write``: H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models
+    begin with equal streams, and there all weights of the same sum explain it alike.
+    ``place``: where it was in the forward before, which is tried first, and is noted for the next one.
+    Returns: None where no tensor explains the branch input.
     """
     return _watched(site, x, rows, branch_in, seen, write, place)[0]
 
@@ -253,21 +214,7 @@ class Opening:
 def branch_output(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
     """The branch's output among the arguments of a closing method.
 
-    Parameters
-    ----------
-    module : Module
-        A paired connection.
-    args, kwargs
-        What its closing method was called with.
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    CaptureError
-        Where no tensor is there.
+    ``args, kwargs``: what its closing method was called with.
     """
     family = paired_family(module)
     floating = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.ndim >= 2]

@@ -123,15 +123,7 @@ Rule = Callable[[Sequence[Facts]], Iterator[Remark]]
 def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
     """What every rule has to say.
 
-    Parameters
-    ----------
-    facts : sequence of Facts
-        One for each connection with streams, in order.
-
-    Returns
-    -------
-    tuple of Remark
-        Empty where nothing is odd.
+    ``facts``: one for each connection with streams, in order.
     """
     finite = [each for each in facts if each.mix.isfinite().all() and len(each.tokens(each.mix))]
     if not facts or len(finite) < len(facts) or facts[0].num_streams < 2:
@@ -410,16 +402,7 @@ def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
 def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
     """The same where no state between the steps has streams at all.
 
-    Parameters
-    ----------
-    streams : int
-        That every step makes of its state and merges again.
-    steps : int
-        Number of steps.
-
-    Returns
-    -------
-    tuple of Remark
+    ``streams``: that every step makes of its state and merges again.
     """
     sentence = (
         f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} "

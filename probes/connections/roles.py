@@ -52,17 +52,7 @@ class Roles:
 def find_roles(x: torch.Tensor, output: Any) -> Roles | None:
     """Sort the outputs of a module by the roles that a connection's outputs have.
 
-    Parameters
-    ----------
-    x : Tensor
-        The module's input.
-    output : object
-        What it returned.
-
-    Returns
-    -------
-    Roles or None
-        None where these are not the outputs of a connection.
+    Returns: None where these are not the outputs of a connection.
     """
     outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     by_axis = [_roles_for_axis(x, outputs, layout, axis) for layout, axis in STREAM_AXES.items()]
@@ -131,18 +121,7 @@ def _merged_roles(x: torch.Tensor, outputs: list[torch.Tensor]) -> Roles | None:
 def fits(tensor: torch.Tensor, lead: tuple[int, ...], *tails: tuple[int, ...]) -> bool:
     """Whether a tensor is one weight per token, or one constant weight for all of them.
 
-    Parameters
-    ----------
-    tensor : Tensor
-        A candidate.
-    lead : tuple of int
-        (B, T).
-    tails : tuple of int
-        The shapes that one token's weight may have.
-
-    Returns
-    -------
-    bool
+    ``tails``: the shapes that one token's weight may have.
     """
     shape = tuple(tensor.shape)
     return any(

@@ -124,20 +124,11 @@ def explaining(
 ) -> T | None:
     """The candidate whose explanation comes nearest to a goal, if it comes near enough; the search ends at an exact one.
 
-    Parameters
-    ----------
-    candidates : sequence of (result, explanation)
-        What to return, and a function from token indices to what it explains at these.
-    *goal : Tensor
-        (B, T, …); several are joined along their third axis.
-    place : WeightPlace, optional
-        Which one it was in the forward before: as many candidates again, and the same code has run, so that this one is taken
-        where it still explains the goal as well. It is noted for the next forward.
-
-    Returns
-    -------
-    object or None
-        None where the best relative error is above the tolerance of the goal's precision.
+    ``candidates``: what to return, and a function from token indices to what it explains at these.
+    ``*goal``: (B, T, …); several are joined along their third axis.
+    ``place``: which one it was in the forward before: as many candidates again, and the same code has run, so that this
+    one is taken where it still explains the goal as well. It is noted for the next forward.
+    Returns: None where the best relative error is above the tolerance of the goal's precision.
     """
     exact = EXACT * torch.finfo(goal[0].dtype).eps
     enough = tolerance(compute_dtype(goal[0]))

@@ -122,10 +122,7 @@ class AttentionWatch:
     def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Look at an operation that has run; an error of ours must not reach the user's forward.
 
-        Parameters
-        ----------
-        func, args, kwargs, result
-            The operation, what it took and what it gave.
+        ``func, args, kwargs, result``: the operation, what it took and what it gave.
         """
         if self._failed:
             return
@@ -251,15 +248,8 @@ class _Softmax:
 def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Entropy, number of keys and weight of the first key of each query.
 
-    Parameters
-    ----------
-    weights, seen : Tensor
-        (S, H, Q, K): attention weights, and whether a query may see a key.
-
-    Returns
-    -------
-    Tensor
-        (3, S, H, Q) float32; the entropy in nats, NaN where a query sees nothing or a weight is not finite.
+    ``weights, seen``: (S, H, Q, K): attention weights, and whether a query may see a key.
+    Returns: (3, S, H, Q) float32; the entropy in nats, NaN where a query sees nothing or a weight is not finite.
     """
     weights = weights.float()
     keys = seen.sum(-1)

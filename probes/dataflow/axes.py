@@ -145,19 +145,7 @@ def made_axis(size: int) -> Axis:
 
 
 def regrouped(axes: Axes, shape: Sequence[int]) -> Axes | None:
-    """The axes of a view of another shape, in row-major order; None where an atom would be cut across.
-
-    Parameters
-    ----------
-    axes : Axes
-        Of the value.
-    shape : sequence of int
-        Of its view.
-
-    Returns
-    -------
-    Axes or None
-    """
+    """The axes of a view of another shape, in row-major order; None where an atom would be cut across."""
     atoms = [atom.itself() for axis in axes for atom in axis]
     position, found = 0, []
     for size in shape:
@@ -238,17 +226,8 @@ def is_packed(axes: Axes) -> bool:
 def layout_of(axes: Axes, stream: Atom | None) -> str | None:
     """The layout of a state by what was done along its axes, as in `depthscope.probes.model.layout`.
 
-    Parameters
-    ----------
-    axes : Axes
-        Of the state.
-    stream : Atom or None
-        The atom of its streams, where it has some.
-
-    Returns
-    -------
-    str or None
-        None where that does not tell every axis.
+    ``stream``: the atom of its streams, where it has some.
+    Returns: None where that does not tell every axis.
     """
     atoms = [atom.itself() for axis in axes for atom in axis]
     rest = [atom for atom in atoms if atom is not stream]

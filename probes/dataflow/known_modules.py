@@ -146,10 +146,7 @@ KNOWN: dict[type[nn.Module], tuple[str, Usual, Notes]] = {
 def known_modules() -> dict[type[nn.Module], tuple[Usual, Notes]]:
     """What is known of torch's own modules at present: libraries replace functions of torch, and forwards of its classes.
 
-    Returns
-    -------
-    dict
-        By the exact class: whether a call is the usual one, and what notes the values that it makes.
+    Returns: By the exact class: whether a call is the usual one, and what notes the values that it makes.
     """
     return {
         kind: (usual, notes)

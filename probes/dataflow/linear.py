@@ -121,20 +121,7 @@ class LinearDependence:
     def apply(self, given: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
         """The target where the origins have other values, and the sources none.
 
-        Parameters
-        ----------
-        given : mapping of int to Tensor
-            By the number of the origin; others count as zero.
-
-        Returns
-        -------
-        Tensor or None
-            None for zero.
-
-        Raises
-        ------
-        ReplayError
-            Where a coefficient was not kept, or rewritten since.
+        ``given``: by the number of the origin; others count as zero.
         """
         results: dict[int, torch.Tensor | None] = {}
         for value in self._order:

@@ -628,16 +628,7 @@ def _make_rule(func: Any) -> Rule:
 def replayed(value: Value, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """What a transparent step makes of other operands; what was only added to them counts as zero.
 
-    Parameters
-    ----------
-    value : Value
-        What the step made.
-    tensors : sequence of Tensor or None
-        One for each of its operands, in order; None for zero.
-
-    Returns
-    -------
-    Tensor
+    ``tensors``: one for each of its operands, in order; None for zero.
     """
     step = value.step
     assert step is not None

@@ -192,14 +192,7 @@ class Trace(TorchDispatchMode):
     def step_aside(self, module: nn.Module, x: torch.Tensor | None, value: Value | None) -> None:
         """Leave torch's stack of modes until the module that is about to run has ended, where it is known what it runs.
 
-        Parameters
-        ----------
-        module : Module
-            The module, whose hooks before its forward have all run.
-        x : Tensor or None
-            What it takes.
-        value : Value or None
-            The value of that.
+        ``module``: the module, whose hooks before its forward have all run.
         """
         known = self._known.get(type(module))
         if known is None:
@@ -230,12 +223,7 @@ class Trace(TorchDispatchMode):
     def watch_again(self, module: nn.Module | None = None, output: Any = None) -> None:
         """Go back on torch's stack of modes, and note what a module computed while nobody watched.
 
-        Parameters
-        ----------
-        module : Module, optional
-            The module that ended; of another one than that which runs unwatched nothing is noted.
-        output : object
-            What it returned.
+        ``module``: the module that ended; of another one than that which runs unwatched nothing is noted.
         """
         if self._unwatched is None:
             return

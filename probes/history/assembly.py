@@ -20,19 +20,9 @@ CHECKPOINTS = "checkpoints"
 def assembled(parts: Sequence[xr.DataTree], last: xr.DataTree, attrs: Mapping[str, Any]) -> xr.DataTree:
     """The history of several checkpoints.
 
-    Parameters
-    ----------
-    parts : sequence of DataTree
-        One for each checkpoint, in the order of their steps.
-    last : DataTree
-        A run with the trace of the last one.
-    attrs : mapping
-        Attributes to add.
-
-    Returns
-    -------
-    DataTree
-        ``/metrics`` and ``/statistics`` by step; ``/trace`` and ``/coverage`` of the last checkpoint.
+    ``parts``: one for each checkpoint, in the order of their steps.
+    ``last``: A run with the trace of the last one.
+    Returns: ``/metrics`` and ``/statistics`` by step; ``/trace`` and ``/coverage`` of the last checkpoint.
     """
     nodes = {
         path.strip("/"): node

@@ -20,22 +20,7 @@ _PART = re.compile(r"step-(\d{15})\.nc")
 
 
 def parts_folder(out: Path) -> Path:
-    """The folder of the parts of a history.
-
-    Parameters
-    ----------
-    out : Path
-        Where the history goes.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    TakenError
-        Where it has anything else in it.
-    """
+    """The folder of the parts of a history."""
     suffix = next(suffix for suffix in schema.SUFFIXES if out.name.endswith(suffix))
     folder = out.with_name(out.name.removesuffix(suffix) + ENDING)
     foreign = (
@@ -51,35 +36,14 @@ def parts_folder(out: Path) -> Path:
 
 
 def part_path(folder: Path, step: int) -> Path:
-    """The file of one checkpoint.
-
-    Parameters
-    ----------
-    folder : Path
-        Of `parts_folder`.
-    step : int
-        Of the checkpoint.
-
-    Returns
-    -------
-    Path
-    """
+    """The file of one checkpoint."""
     return folder / f"step-{step:015d}.nc"
 
 
 def open_part(path: Path, options: Mapping[str, Any]) -> xr.DataTree | None:
     """What was measured of a checkpoint before, in memory; None where it is to be measured now.
 
-    Parameters
-    ----------
-    path : Path
-        Of `part_path`.
-    options : mapping
-        How it has to have been measured.
-
-    Returns
-    -------
-    DataTree or None
+    ``options``: how it has to have been measured.
     """
     if not path.exists():
         return None
@@ -93,17 +57,7 @@ def open_part(path: Path, options: Mapping[str, Any]) -> xr.DataTree | None:
 
 
 def fingerprint(checkpoint: str) -> str:
-    """Sizes and times of a checkpoint's files: whether it is still the one that was measured, without reading it.
-
-    Parameters
-    ----------
-    checkpoint : str
-        A folder or a file.
-
-    Returns
-    -------
-    str
-    """
+    """Sizes and times of a checkpoint's files: whether it is still the one that was measured, without reading it."""
     place = Path(checkpoint)
     files = sorted(child for child in place.iterdir() if child.is_file()) if place.is_dir() else [place]
     stats = [(file.name, file.stat()) for file in files if file.exists()]
@@ -111,16 +65,6 @@ def fingerprint(checkpoint: str) -> str:
 
 
 def without_trace(run: xr.DataTree) -> xr.DataTree:
-    """A run without its sampled states.
-
-    Parameters
-    ----------
-    run : DataTree
-        A run.
-
-    Returns
-    -------
-    DataTree
-    """
+    """A run without its sampled states."""
     nodes = {path: node for path, node in run.to_dict().items() if not path.startswith("/trace")}
     return xr.DataTree.from_dict({**nodes, "/": xr.Dataset(attrs=run.attrs)})

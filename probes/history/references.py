@@ -28,18 +28,7 @@ SAMPLED = "sampled_state"
 
 
 def sampled_states(trace: xr.Dataset) -> np.ndarray:
-    """The mean over streams of `NUM_TOKENS` real tokens, evenly spaced, at every depth.
-
-    Parameters
-    ----------
-    trace : Dataset
-        Of one chain.
-
-    Returns
-    -------
-    ndarray, shape (L, K, D)
-        In float32.
-    """
+    """The mean over streams of `NUM_TOKENS` real tokens, evenly spaced, at every depth."""
     mask = trace["mask"].transpose("sample", "token").values
     real = np.argwhere(mask)
     chosen = real[evenly_spaced(len(real), NUM_TOKENS)]
@@ -52,15 +41,8 @@ def sampled_states(trace: xr.Dataset) -> np.ndarray:
 def compared_states(states: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unbiased CKA, and the relative distance, of the same tokens in two checkpoints.
 
-    Parameters
-    ----------
-    states, other : ndarray, shape (L, K, D)
-        Of `sampled_states`; ``other`` is what the distance is relative to.
-
-    Returns
-    -------
-    tuple of ndarray, shape (L,)
-        CKA; and ‖X − Y‖_F / ‖Y‖_F. NaN where a state is not finite, or Y is zero.
+    ``states, other``: of `sampled_states`; ``other`` is what the distance is relative to.
+    Returns: CKA; and ‖X − Y‖_F / ‖Y‖_F. NaN where a state is not finite, or Y is zero.
     """
     finite = np.isfinite(states).all((1, 2)) & np.isfinite(other).all((1, 2))
     cka, distance = np.full(len(states), np.nan), np.full(len(states), np.nan)
@@ -76,17 +58,7 @@ def compared_states(states: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, 
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the parameters on the CPU, by name.
-
-    Parameters
-    ----------
-    model : Module
-        The model.
-
-    Returns
-    -------
-    dict
-    """
+    """Copies of the parameters on the CPU, by name."""
     return {name: of.detach().cpu().clone() for name, of in model.named_parameters() if not unreadable(of)}
 
 
@@ -95,20 +67,8 @@ def weight_distances(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Squares of ‖W‖, ‖W − W₀‖ and ‖W₀‖ of each module, with the coordinates of ``/statistics``.
 
-    Parameters
-    ----------
-    model : Module
-        Of the checkpoint.
-    first : mapping
-        `weights_of` of the first checkpoint.
-    trace : Dataset
-        Whose depths tell the blocks.
-
-    Returns
-    -------
-    tuple of dict
-        Variables of one step, and coordinates; a module with parameters that the first checkpoint has not, or in another
-        shape, is NaN.
+    Returns: Variables of one step, and coordinates; a module with parameters that the first checkpoint has not, or in
+    another shape, is NaN.
     """
     paths: list[str] = []
     squares: list[list[float]] = []

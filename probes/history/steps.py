@@ -20,21 +20,8 @@ _ENDINGS = re.compile(r"(\.(safetensors|gguf|pt|pth|bin|ckpt|zip))+$", re.IGNORE
 def checkpoint_step(path: str | Path) -> int:
     """The training step of a checkpoint.
 
-    Parameters
-    ----------
-    path : path-like
-        A folder or a file.
-
-    Returns
-    -------
-    int
-        ``global_step`` of its ``trainer_state.json``; else of its name the number after ``step``, ``iter``, ``checkpoint`` or
-        ``ckpt``; else the last number of its name.
-
-    Raises
-    ------
-    InputError
-        Where neither has a number.
+    Returns: ``global_step`` of its ``trainer_state.json``; else of its name the number after ``step``, ``iter``,
+    ``checkpoint`` or ``ckpt``; else the last number of its name.
 
     Examples
     --------
@@ -65,20 +52,7 @@ def checkpoint_step(path: str | Path) -> int:
 def in_order(paths: Iterable[str]) -> tuple[list[tuple[int, str]], dict[str, str]]:
     """Checkpoints by their steps, as numbers and not as text.
 
-    Parameters
-    ----------
-    paths : iterable of str
-        Of the checkpoints.
-
-    Returns
-    -------
-    tuple of list and dict
-        (step, path) in order; and for those that have no step the reason.
-
-    Raises
-    ------
-    InputError
-        Where two are of the same step.
+    Returns: (step, path) in order; and for those that have no step the reason.
     """
     steps: dict[int, str] = {}
     reasons: dict[str, str] = {}
@@ -97,17 +71,7 @@ def in_order(paths: Iterable[str]) -> tuple[list[tuple[int, str]], dict[str, str
 
 
 def expanded(paths: Sequence[str]) -> list[str]:
-    """Checkpoints in place of a single folder that contains them; anything else as it is.
-
-    Parameters
-    ----------
-    paths : sequence of str
-        As they were named.
-
-    Returns
-    -------
-    list of str
-    """
+    """Checkpoints in place of a single folder that contains them; anything else as it is."""
     folder = Path(paths[0])
     if len(paths) > 1 or not folder.is_dir() or (folder / "config.json").exists():
         return list(paths)

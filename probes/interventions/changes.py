@@ -153,21 +153,7 @@ class Change:
 def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
     """The experiments of a plan on one model.
 
-    Parameters
-    ----------
-    wanted : Plan
-        Of `plan`.
-    model : ModelUnderTest
-        Its structure decides which places there are.
-
-    Returns
-    -------
-    list of Change
-
-    Raises
-    ------
-    InterventionError
-        Where the model has no such place.
+    ``model``: its structure decides which places there are.
     """
     kind = kind_named(wanted.kind)
     if kind.streams and (model.num_streams < 2 or model.number):
@@ -427,10 +413,7 @@ def sinkhorn_limit(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
 
     Scaling rows and columns does not move it, so the limit from H_res is the limit from its logits.
 
-    Raises
-    ------
-    InterventionError
-        For matrices with an entry that is not positive, and where the steps do not converge.
+    Raises InterventionError: For matrices with an entry that is not positive, and where the steps do not converge.
     """
     if bool((mix <= 0).any()):
         raise InterventionError(

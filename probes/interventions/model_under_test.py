@@ -486,18 +486,7 @@ def same_values(one: Any, other: Any) -> bool:
 def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
     """What the output of a model is compared with: see `find_targets`.
 
-    Parameters
-    ----------
-    model : ModelUnderTest
-        With its batch.
-    logits : Tensor
-        (B, T, V) of its unchanged output.
-    pick : callable, optional
-        What picked them from the output.
-
-    Returns
-    -------
-    Targets
+    ``logits``: (B, T, V) of its unchanged output.
     """
     return find_targets(
         model.batch,

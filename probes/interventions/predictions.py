@@ -23,19 +23,9 @@ FEWEST_KINDS = 3  # of ids; a tensor of fewer different numbers is taken for a m
 def output_values(output: Any, pick: Pick | None = None, *, batch_axis: int = 0) -> torch.Tensor:
     """The model's main output as (B, T, V), T = 1 where it has one vector a sequence.
 
-    Parameters
-    ----------
-    output : object
-        What the model returned.
-    pick : callable, optional
-        ``pick(output)`` returns the tensor; by default ``logits``, or the first floating tensor with two axes.
-    batch_axis : int
-        Axis of the sequences: 1 for a model that takes its tokens first.
-
-    Returns
-    -------
-    Tensor
-        float32, or float64 where the output is.
+    ``pick``: ``pick(output)`` returns the tensor; by default ``logits``, or the first floating tensor with two axes.
+    ``batch_axis``: axis of the sequences: 1 for a model that takes its tokens first.
+    Returns: float32, or float64 where the output is.
     """
     found = pick(output) if pick is not None else _main_tensor(output)
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.ndim < 2:
@@ -120,24 +110,8 @@ def find_targets(
     Ids are an integer tensor of the output's (B, T) whose numbers are below V. That the output predicts the next one is
     believed only where the model looks at no later token: the last ids are changed, and no earlier output may move.
 
-    Parameters
-    ----------
-    batch, output : object
-        What the model took and returned.
-    logits : Tensor
-        (B, T, V) of that output.
-    mask : Tensor or None
-        (B, T) of the states.
-    width : int
-        D: an output that wide may be a state and no logits.
-    again : callable
-        ``again(batch)`` runs the model and returns (B, T, V).
-    picked : bool
-        Whether the user named the logits.
-
-    Returns
-    -------
-    Targets
+    ``width``: D: an output that wide may be a state and no logits.
+    ``again``: ``again(batch)`` runs the model and returns (B, T, V).
     """
     named = picked or named_logits(output) is not None
     size = logits.shape[-1]
@@ -224,13 +198,7 @@ def relative_change(base: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
 
 
 def user_loss(loss: Loss, output: Any, batch: Any, shape: tuple[int, int]) -> torch.Tensor:
-    """What the user's loss gives, as (B, T) with T = 1 for one number a sequence, and B = 1 for one number in all.
-
-    Raises
-    ------
-    CaptureError
-        For another shape.
-    """
+    """What the user's loss gives, as (B, T) with T = 1 for one number a sequence, and B = 1 for one number in all."""
     value = loss(output, batch)
     value = value.detach().float() if isinstance(value, torch.Tensor) else torch.as_tensor(float(value))
     if value.ndim == 0:

@@ -166,22 +166,7 @@ def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Dept
 
 
 def written_by(func: Any, args: Any, kwargs: Any, result: Any) -> list[torch.Tensor]:
-    """The tensors whose memory an operation wrote: those that it changes in place, or made anew.
-
-    Parameters
-    ----------
-    func : OpOverload
-        The operation.
-    args, kwargs
-        What it took.
-    result : object
-        What it returned.
-
-    Returns
-    -------
-    list of Tensor
-        Empty for views.
-    """
+    """The tensors whose memory an operation wrote: those that it changes in place, or made anew."""
     schema = func._schema
     if schema.is_mutable:
         named = [

@@ -44,32 +44,12 @@ def jacobians_by_depth(
 
     over the n directions of the earlier state. Dynamical isometry is m₁ = 1 and v = 0: every small change keeps its size.
 
-    Parameters
-    ----------
-    model, batch, chain, tokens, positions, routing
-        As in `probes.jacobian.jacobian`; ``tokens="all"`` costs one backward a product.
-    values : int
-        How many singular values of each.
-    seed : int
-        Of the random probes.
-    progress : function, optional
-        Called with (what, number done, number in all).
-    **options
-        Some options of `Options`.
-
-    Returns
-    -------
-    Dataset
-        ``singular_value`` (depth, order) with ``_error``, its residual; ``mean_square`` and ``square_variance`` (depth) with
-        their standard errors over probes; depth l is the Jacobian from the state at l − 1 to that at l. The same of
-        the whole chain with ``whole_`` before the name.
-
-    Raises
-    ------
-    JacobianError
-        As in `probes.jacobian.jacobian`.
-    InputError
-        For less than one value.
+    ``model, batch, chain, tokens, positions, routing``: as in `probes.jacobian.jacobian`; ``tokens="all"`` costs one
+    backward a product.
+    ``progress``: called with (what, number done, number in all).
+    Returns: ``singular_value`` (depth, order) with ``_error``, its residual; ``mean_square`` and ``square_variance``
+    (depth) with their standard errors over probes; depth l is the Jacobian from the state at l − 1 to that at l. The
+    same of the whole chain with ``whole_`` before the name.
 
     References
     ----------

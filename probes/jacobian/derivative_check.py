@@ -40,17 +40,8 @@ def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -
     and, for u ⟂ H_post, the derivative by the first state must be that through X alone (no weights of an earlier depth).
     A gate on all of H_post at once that is computed from b outside of the connection is the one case that passes.
 
-    Parameters
-    ----------
-    routing : FrozenRouting
-        Of `constant_routing`.
-    states : mapping of int to Tensor
-        The states of the forward by depth, with the graph between them.
-
-    Raises
-    ------
-    StreamConnectionError
-        With the first connection that was not frozen, and by how much its derivative differs.
+    ``states``: the states of the forward by depth, with the graph between them.
+    Raises StreamConnectionError: With the first connection that was not frozen, and by how much its derivative differs.
     """
     generator = torch.Generator().manual_seed(0)
     later: list[torch.Tensor] = []

@@ -64,26 +64,8 @@ def differentiable_states(
 ) -> dict[int, torch.Tensor]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
-    Parameters
-    ----------
-    model : Module
-        The model; its weights are constants meanwhile, and it is as before afterwards.
-    batch : mapping, tensor or tuple
-        One batch.
-    chain : Chain
-        The chain whose states are returned.
-    start, stop : int
-        Depths.
-
-    Returns
-    -------
-    dict of int to Tensor
-        In the model's layout, with the graph between them.
-
-    Raises
-    ------
-    JacobianError
-        Where no such graph can be had.
+    ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
+    Returns: In the model's layout, with the graph between them.
     """
     states: dict[int, torch.Tensor] = {}
     versions: dict[int, int | None] = {}

@@ -87,10 +87,8 @@ class FrozenRouting:
     def call_of(self, number: int, link: Connection) -> FrozenCall:
         """What was replaced in one connection.
 
-        Raises
-        ------
-        StreamConnectionError
-            Where the connection did not run, or was not closed, so that its coefficients would be differentiated.
+        Raises StreamConnectionError: Where the connection did not run, or was not closed, so that its coefficients
+        would be differentiated.
         """
         calls = self.calls[link.path]
         if link.index >= len(calls) or calls[link.index].parts is None:
@@ -107,22 +105,11 @@ class FrozenRouting:
 def constant_routing(session: Session, start: int, stop: int) -> Iterator[FrozenRouting]:
     """Replace H_pre, H_post and H_res of the connections between two depths by constants in the forwards made inside.
 
-    Parameters
-    ----------
-    session : Session
-        One that has found its chains.
-    start, stop : int
-        Depths; connection i joins the depths i and i + 1.
-
-    Yields
-    ------
-    FrozenRouting
-        For `depthscope.probes.jacobian.derivative_check.require_frozen`, which must be called with the states of the forward.
-
-    Raises
-    ------
-    StreamConnectionError
-        Where the model has streams but no connection that is known, or a connection's coefficients cannot be read.
+    ``start, stop``: depths; connection i joins the depths i and i + 1.
+    Yields: For `depthscope.probes.jacobian.derivative_check.require_frozen`, which must be called with the states of
+    the forward.
+    Raises StreamConnectionError: Where the model has streams but no connection that is known, or a connection's
+    coefficients cannot be read.
     """
     if session.structure.num_streams > 1 and not session.structure.connections:
         raise StreamConnectionError(
@@ -296,15 +283,7 @@ def _detached(value: Any) -> Any:
 def _with_constants(
     output: Any, x: torch.Tensor, site: Site, batch_size: int, parts: Parts, name: str
 ) -> tuple[Any, torch.Tensor]:
-    """A connection's output with every weight detached, and with the branch input and mixed streams linear in x.
-
-    Returns
-    -------
-    output : object
-        Of the same values.
-    branch_in : Tensor
-        The branch input in it.
-    """
+    """A connection's output with every weight detached, and with the branch input and mixed streams linear in x."""
     streams = canonical_streams(site, x, batch_size)
     assert parts.read is not None
     read = torch.einsum("btvn,btnd->btvd", parts.read.to(x.dtype), streams)
@@ -398,17 +377,8 @@ def rearranged(
 def replaced(value: Any, changes: Mapping[int, torch.Tensor]) -> Any:
     """Nested tuples, lists, dicts and model outputs with some tensors exchanged.
 
-    Parameters
-    ----------
-    value : object
-        What a module takes or returns.
-    changes : mapping of int to Tensor
-        New tensors by the ``id`` of the old ones.
-
-    Returns
-    -------
-    object
-        A shallow copy; the containers that came are unchanged.
+    ``changes``: new tensors by the ``id`` of the old ones.
+    Returns: A shallow copy; the containers that came are unchanged.
     """
     if isinstance(value, torch.Tensor):
         return changes.get(id(value), value)

@@ -51,27 +51,10 @@ def lyapunov_spectrum(
 
     λ_i = (1/L) Σ_l ln|R_l,ii| with J_l Q_{l−1} = Q_l R_l for the block Jacobians J_l; see `lyapunov_exponents`.
 
-    Parameters
-    ----------
-    model, batch, start, stop
-        As in `probes.jacobian.jacobian`.
-    k : int
-        How many exponents; each costs one product per block and pass.
-    tokens : {"all", "own"}
-        ``"all"`` is the chain rule; ``"own"`` multiplies the tokens' own block Jacobians and leaves attention's detours out.
-    sweeps, seed
-        As in `lyapunov_exponents`.
-    **selection
-        ``layers, layout, streams, mask, chain, positions, routing`` as in `probes.jacobian.jacobian`.
-
-    Returns
-    -------
-    LyapunovSpectrum
-
-    Raises
-    ------
-    InputError
-        As in `probes.jacobian.jacobian` and `lyapunov_exponents`.
+    ``k``: how many exponents; each costs one product per block and pass.
+    ``tokens``: ``"all"`` is the chain rule; ``"own"`` multiplies the tokens' own block Jacobians and leaves attention's
+    detours out.
+    ``**selection``: ``layers, layout, streams, mask, chain, positions, routing`` as in `probes.jacobian.jacobian`.
 
     Examples
     --------
@@ -96,26 +79,9 @@ def lyapunov_exponents(
     A sweep starts from a Q_0 that the transposed product has turned towards the top right singular vectors of J_L … J_1, so
     the exponents converge to (1/L) ln σ_i of the end-to-end product, without forming it and without overflow at any depth.
 
-    Parameters
-    ----------
-    blocks : sequence of LinearMap
-        J_1 … J_L, the earliest first.
-    k : int
-        How many exponents.
-    sweeps : int
-        Forward passes; between two of them one pass with the transposes.
-    seed : int
-        Seed of the first Q_0.
-
-    Returns
-    -------
-    LyapunovSpectrum
-        Natural logarithms per block; −inf where the product loses rank. ``errors`` are NaN for one sweep.
-
-    Raises
-    ------
-    InputError
-        Where the maps do not chain, or k is outside 1 … the smallest dimension.
+    ``sweeps``: forward passes; between two of them one pass with the transposes.
+    Returns: Natural logarithms per block; −inf where the product loses rank. ``errors`` are NaN for one sweep.
+    Raises InputError: Where the maps do not chain, or k is outside 1 … the smallest dimension.
 
     Notes
     -----

@@ -128,22 +128,8 @@ def _filled(value: Any, values: Mapping[int, torch.Tensor]) -> Any:
 def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
     """The operations from the last state of the chain to the logits.
 
-    Parameters
-    ----------
-    model : ModelUnderTest
-        With its batch.
-    pick : callable, optional
-        ``pick(output)`` returns the logits.
-
-    Returns
-    -------
-    Head
-        For states of this batch's shape; differentiable.
-
-    Raises
-    ------
-    HeadError
-        Where the output does not depend on the last state alone.
+    Returns: For states of this batch's shape; differentiable.
+    Raises HeadError: Where the output does not depend on the last state alone.
     """
     recording, last = HeadRecording(), len(model.chain.points) - 1
 
@@ -179,13 +165,7 @@ def _logits(output: Any, pick: Pick | None) -> torch.Tensor:
 
 
 def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
-    """Require that a head gives the output from the last state: of the batch, and of the same sequences in another order.
-
-    Raises
-    ------
-    HeadError
-        With the relative error.
-    """
+    """Require that a head gives the output from the last state: of the batch, and of the same sequences in another order."""
     last = len(model.chain.points) - 1
     _compare(head, model.base.states[last], model.values(model.base.output, pick), "")
     other = rearranged_batch(model.batch, len(model.base.states[last]), model.structure.batch_axis)

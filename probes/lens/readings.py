@@ -292,17 +292,8 @@ def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token
 def prediction_depth(agrees: np.ndarray, depths: np.ndarray) -> np.ndarray:
     """The first depth from which on the most likely prediction is the output's, at all later depths too.
 
-    Parameters
-    ----------
-    agrees : ndarray
-        (lens, depth, stream, sample, token): 1, 0, or NaN where the token does not count.
-    depths : ndarray
-        (depth,).
-
-    Returns
-    -------
-    ndarray
-        (lens, stream, sample, token); NaN on padding, and where even the last depth reads another prediction.
+    ``agrees``: (lens, depth, stream, sample, token): 1, 0, or NaN where the token does not count.
+    Returns: (lens, stream, sample, token); NaN on padding, and where even the last depth reads another prediction.
     """
     # From the last depth backwards: how many in a row agree.
     stays = np.cumprod(np.nan_to_num(agrees[:, ::-1]), axis=1).sum(1).astype(int)

@@ -72,18 +72,8 @@ class Example:
 def train(examples: Sequence[Example], chosen: Sequence[torch.Tensor], steps: int) -> Affine:
     """The map of one depth, from some of the sequences.
 
-    Parameters
-    ----------
-    examples : sequence of Example
-        One a batch.
-    chosen : sequence of Tensor
-        (B,) a batch, true on the sequences to train on.
-    steps : int
-        Of gradient descent on the KL divergence, after the regression.
-
-    Returns
-    -------
-    Affine
+    ``chosen``: (B,) a batch, true on the sequences to train on.
+    ``steps``: of gradient descent on the KL divergence, after the regression.
     """
     fitted, held = _halves(chosen)
     start = _regression(examples, fitted, held)
@@ -185,19 +175,7 @@ def _descend(
 
 
 def affordable_steps(examples: Sequence[Example], depths: int, folds: int) -> int:
-    """How many steps of descent the budget allows at every depth.
-
-    Parameters
-    ----------
-    examples : sequence of Example
-        One a batch.
-    depths, folds : int
-        Maps to train.
-
-    Returns
-    -------
-    int
-    """
+    """How many steps of descent the budget allows at every depth."""
     first = examples[0]
     tokens, width, words = (
         first.logits.shape[0] * first.logits.shape[1],

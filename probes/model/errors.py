@@ -15,15 +15,6 @@ def as_capture_error(error: Exception) -> Exception:
     """An error in one sentence: ours as it is, any other as the reason why a model cannot be measured.
 
     Tensors of any kind may pass through a user's model, and many kinds refuse the operations that a measurement needs.
-
-    Parameters
-    ----------
-    error : Exception
-        From a hook of ours.
-
-    Returns
-    -------
-    Exception
     """
     if isinstance(error, (CaptureError, ValueError)):
         return error
@@ -37,18 +28,7 @@ def as_capture_error(error: Exception) -> Exception:
 
 
 def require_module(model: object) -> None:
-    """Refuse what is no model.
-
-    Parameters
-    ----------
-    model : object
-        What the user passed as one.
-
-    Raises
-    ------
-    InputError
-        For anything but a `torch.nn.Module`.
-    """
+    """Refuse what is no model."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"

@@ -45,25 +45,11 @@ _note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compute with a function of ours in the middle of the user's code, which none of its errors may reach.
 
-    Parameters
-    ----------
-    report : callable
-        Called with what the function raised, without its frames.
-    function : callable
-        Called outside of the user's modes; see `outside_user_modes`.
-    *args, **kwargs
-        Its arguments.
-
-    Returns
-    -------
-    object
-        What it returned; None after an error.
-
-    Raises
-    ------
-    BaseException
-        What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
-        function ran. The measurement is reported as interrupted then.
+    ``report``: called with what the function raised, without its frames.
+    ``function``: called outside of the user's modes; see `outside_user_modes`.
+    Returns: What it returned; None after an error.
+    Raises BaseException: What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal
+    handler raised while the function ran. The measurement is reported as interrupted then.
     """
     try:
         with outside_user_modes():
@@ -264,14 +250,9 @@ class Attachment:
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
 
-        Parameters
-        ----------
-        module : Module
-            The module; `remove` restores its own entry for the method.
-        name : str
-            The method's name.
-        watcher : callable
-            ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the method.
+        ``module``: the module; `remove` restores its own entry for the method.
+        ``watcher``: ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the
+        method.
         """
         watched = WatchedMethod(module, name, watcher, self._report)
         vars(module)[name] = watched
@@ -372,16 +353,7 @@ def restore_entry(module: nn.Module, name: str, value: Any) -> None:
 def replace_method(stack: ExitStack, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Replace a method of a module by a function until the stack closes; torch has hooks for the forward only.
 
-    Parameters
-    ----------
-    stack : ExitStack
-        Restores the module's own entry when it closes.
-    module : Module
-        The module.
-    name : str
-        The method's name.
-    function : callable
-        Called in place of the method.
+    ``stack``: restores the module's own entry when it closes.
     """
     stack.callback(restore_entry, module, name, vars(module).get(name))
     vars(module)[name] = function

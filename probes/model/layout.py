@@ -25,20 +25,6 @@ class LayoutError(InputError):
 def parse_layout(layout: str) -> list[list[str]]:
     """Parse a layout into one list of axis letters per tensor dimension.
 
-    Parameters
-    ----------
-    layout : str
-        Such as ``"(B N) T D"``.
-
-    Returns
-    -------
-    list of list of str
-
-    Raises
-    ------
-    LayoutError
-        For unknown or repeated letters.
-
     Examples
     --------
     >>> parse_layout("(B N) T D")
@@ -61,26 +47,10 @@ def canonical(
 ) -> torch.Tensor:
     """Reorder a state to (batch, token, stream, feature), as a view where possible.
 
-    Parameters
-    ----------
-    state : Tensor
-        In the model's own layout.
-    layout : str
-        See the module docstring.
-    batch_size, num_streams : int
-        Sizes by which merged axes are split; ``num_streams`` counts the fractions, so it is N · F.
-    fractions : int
-        Number of fractions F of each stream.
-
-    Returns
-    -------
-    Tensor
-        Shape (B, T, N, D), N streams times fractions; axes that the layout does not name have size 1.
-
-    Raises
-    ------
-    LayoutError
-        Where the state's shape does not fit.
+    ``batch_size, num_streams``: sizes by which merged axes are split; ``num_streams`` counts the fractions, so it is N
+    · F.
+    ``fractions``: number of fractions F of each stream.
+    Returns: Shape (B, T, N, D), N streams times fractions; axes that the layout does not name have size 1.
     """
     groups = parse_layout(layout)
     if len(groups) != state.ndim:
@@ -115,25 +85,7 @@ def from_canonical(
 def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
     """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one.
 
-    Parameters
-    ----------
-    shape : sequence of int
-        Of the state.
-    layout : str
-        See `canonical`.
-    batch_size : int
-        Of the forward.
-    asserted : int, optional
-        What the user says.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    LayoutError
-        Where the state has another number of them than is asserted.
+    Raises LayoutError: Where the state has another number of them than is asserted.
     """
     counted, groups = 1, parse_layout(layout)
     for group, size in zip(groups, shape, strict=False):

@@ -27,16 +27,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 def module_paths(model: nn.Module, *, shared: bool = False) -> list[tuple[str, nn.Module]]:
     """Every module of a model with its path, as torch's ``named_modules`` gives them.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-    shared : bool
-        Whether a module that is in several places comes once for each of them.
-
-    Returns
-    -------
-    list of (str, Module)
+    ``shared``: whether a module that is in several places comes once for each of them.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()

@@ -87,14 +87,7 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
 def unhooked_twin(module: nn.Module) -> nn.Module:
     """A module that computes the same from the same parameters, without hooks, and keeps what its forward notes to itself.
 
-    Parameters
-    ----------
-    module : Module
-        Not changed, so that another thread may go on using it.
-
-    Returns
-    -------
-    Module
+    ``module``: not changed, so that another thread may go on using it.
     """
     twins: dict[int, nn.Module] = {}
 

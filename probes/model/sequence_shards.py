@@ -54,15 +54,6 @@ class TokenShards:
     def part(self, tokens: int) -> slice:
         """Which tokens of a sequence this process has: as torch's chunks, whose last ones are shorter or empty.
 
-        Parameters
-        ----------
-        tokens : int
-            Of the sequence.
-
-        Returns
-        -------
-        slice
-
         Examples
         --------
         >>> [TokenShards((0, 1, 2), position).part(7) for position in range(3)]
@@ -75,21 +66,8 @@ class TokenShards:
     def local(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tokens of a state, or of its gradient, that this process has; a plain tensor has no others.
 
-        Parameters
-        ----------
-        tensor : Tensor
-            A DTensor is sharded over its tokens, or whole in every process.
-        axis : int
-            Of the tokens.
-
-        Returns
-        -------
-        Tensor
-
-        Raises
-        ------
-        CaptureError
-            For a DTensor that is placed otherwise, or over other processes.
+        ``tensor``: A DTensor is sharded over its tokens, or whole in every process.
+        Raises CaptureError: For a DTensor that is placed otherwise, or over other processes.
         """
         placements = getattr(tensor, "placements", None)
         if placements is None:
@@ -113,19 +91,7 @@ class TokenShards:
 def token_shards(model: nn.Module) -> TokenShards | None:
     """How the hooks of parallel styles spread the tokens of a model's sequences over processes; None where they do not.
 
-    Parameters
-    ----------
-    model : Module
-        Among several processes.
-
-    Returns
-    -------
-    TokenShards or None
-
-    Raises
-    ------
-    CaptureError
-        Under context parallelism, and where the hooks name several axes of processes or none.
+    Raises CaptureError: Under context parallelism, and where the hooks name several axes of processes or none.
     """
     meshes = set()
     for path, module in module_paths(model):
@@ -155,19 +121,8 @@ def token_shards(model: nn.Module) -> TokenShards | None:
 def require_whole_sequences(model: nn.Module, *, hooks: bool, known: TokenShards | None = None) -> None:
     """Require that the model's states have all tokens of their sequences, or the parts of them that are known.
 
-    Parameters
-    ----------
-    model : Module
-        About to run.
-    hooks : bool
-        Whether the hooks of its modules are looked at too, which takes some microseconds a module.
-    known : TokenShards, optional
-        How the tokens are spread over processes that measure together.
-
-    Raises
-    ------
-    CaptureError
-        Under sequence or context parallelism over several processes.
+    ``hooks``: whether the hooks of its modules are looked at too, which takes some microseconds a module.
+    ``known``: how the tokens are spread over processes that measure together.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

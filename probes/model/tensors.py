@@ -71,10 +71,7 @@ def version(tensor: torch.Tensor | None) -> int | None:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor of a replicated DTensor; a tensor that is no DTensor is returned as it is.
 
-    Raises
-    ------
-    CaptureError
-        For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
+    Raises CaptureError: For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
     """
     # By attribute: importing DTensor needs torch.distributed, which some builds of torch lack.
     placements = getattr(tensor, "placements", None)

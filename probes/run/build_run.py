@@ -37,21 +37,9 @@ class Proven(NamedTuple):
 def prove(session: Session, rows: list[StepStatistics]) -> Proven:
     """Prove the connections of a model on the sequences that a session sampled.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found and at least one sequence sampled.
-    rows : list of StepStatistics
-        Where the model turns out to apply other matrices than it computes, their gains are dropped.
-
-    Returns
-    -------
-    Proven
-
-    Raises
-    ------
-    ReconstructionError
-        Where a connection's coefficients do not give its next state.
+    ``session``: with its chains found and at least one sequence sampled.
+    ``rows``: where the model turns out to apply other matrices than it computes, their gains are dropped.
+    Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
@@ -85,37 +73,16 @@ def build_run(
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found and at least one sequence sampled.
-    rows : list of StepStatistics
-        One per measured step; without any the run has no statistics.
-    pooled : list of TokenSums
-        Statistics of all steps since the weights last changed, one per chain.
-    attrs : mapping, optional
-        Attributes to add or replace.
-    token_text : sequence of sequences of str, optional
-        Text of every token, by the sequence's index.
-    digests : bool
-        Whether the weights and the data get a digest, by which runs are compared.
-    followed : ComputedForward, optional
-        What one forward on the first sequences computed, for remarks on where the coefficients come from.
-    kept : dict, optional
-        What a forward keeps for its backward, see `kept_bytes`.
-    proven : Proven, optional
-        What `prove` returned for the present sample.
-    metrics : mapping of str to Dataset, optional
-        What was measured while the training ran, by group.
-
-    Returns
-    -------
-    DataTree
-
-    Raises
-    ------
-    ReconstructionError
-        Where a connection's coefficients do not give its next state.
+    ``session``: with its chains found and at least one sequence sampled.
+    ``rows``: one per measured step; without any the run has no statistics.
+    ``pooled``: statistics of all steps since the weights last changed, one per chain.
+    ``token_text``: text of every token, by the sequence's index.
+    ``digests``: whether the weights and the data get a digest, by which runs are compared.
+    ``followed``: what one forward on the first sequences computed, for remarks on where the coefficients come from.
+    ``kept``: what a forward keeps for its backward, see `kept_bytes`.
+    ``proven``: what `prove` returned for the present sample.
+    ``metrics``: what was measured while the training ran, by group.
+    Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence, replaced = proven or prove(session, rows)

@@ -33,23 +33,10 @@ def connection_remarks(
 ) -> tuple[list[dict[str, Any]], list[MixingLogits]]:
     """What is odd about the connections of a run, and the logits of their matrices.
 
-    Parameters
-    ----------
-    structure : Structure
-        What the model is.
-    evidence : Evidence
-        Of the connections as they are applied.
-    replaced : mapping of int to Replacement
-        Those that apply another matrix than they compute.
-    followed : ComputedForward or None
-        What one forward computed.
-
-    Returns
-    -------
-    remarks : list of dict
-        Plain values; empty where nothing is odd, or there are no connections.
-    logits : list of MixingLogits
-        One for each connection; empty where no forward was followed.
+    ``evidence``: of the connections as they are applied.
+    ``replaced``: those that apply another matrix than they compute.
+    Returns: Plain values; empty where nothing is odd, or there are no connections.
+    Returns: One for each connection; empty where no forward was followed.
     """
     logits: list[MixingLogits] = []
     facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]

@@ -40,19 +40,10 @@ class Coverage:
 def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits] = ()) -> list[Coverage]:
     """The coverage of every site of every chain.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found and its forwards counted.
-    evidence : Evidence
-        The proofs, which show whether a branch's output was hooked or solved for.
-    logits : sequence of MixingLogits
-        Those of the connections, where a forward was followed.
-
-    Returns
-    -------
-    list of Coverage
-        In depth order; where ``fired`` is below ``expected``, or both are 0, ``why`` gives the reason.
+    ``session``: with its chains found and its forwards counted.
+    ``evidence``: the proofs, which show whether a branch's output was hooked or solved for.
+    ``logits``: those of the connections, where a forward was followed.
+    Returns: In depth order; where ``fired`` is below ``expected``, or both are 0, ``why`` gives the reason.
     """
     rows: list[Coverage] = []
     for number, chain in enumerate(session.structure.chains):

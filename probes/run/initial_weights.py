@@ -35,19 +35,9 @@ SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their ro
 def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
     """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-    chain : Chain
-        One of its chains.
-
-    Returns
-    -------
-    dict
-        Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the largest
-        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the matrices of
-        one block are far larger than those of the others.
+    Returns: Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the
+    largest distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the
+    matrices of one block are far larger than those of the others.
     """
     with torch.no_grad():
         # A block may have been taken out since it was measured, such as by layer drop of the user's own.

@@ -16,17 +16,7 @@ from depthscope.probes.session.session import Session
 def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
     """States and parts around every stream connection, from the sampled sequences.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The sampled sequences.
-
-    Returns
-    -------
-    list of Joint
-        One for each connection, in order; tensors (K, T, …).
+    Returns: One for each connection, in order; tensors (K, T, …).
     """
     return [_joint(session, number, sequences) for number in range(len(session.structure.connections))]
 

@@ -25,21 +25,10 @@ def factor_variables(
 ) -> Variables:
     """The factors a and b of plain connections X' = a X + b F.
 
-    Parameters
-    ----------
-    residual, branch : sequence of Tensor or None
-        One item a connection: (K, T), (K, T, D), or None for a factor of 1.
-
-    Returns
-    -------
-    dict
-        ``residual_scale``, ``residual_gate``, ``branch_scale`` and ``branch_gate`` as (dims, array), those that are not 1
-        everywhere.
-
-    Raises
-    ------
-    InputError
-        For items of another number of axes or of different sizes.
+    ``residual, branch``: one item a connection: (K, T), (K, T, D), or None for a factor of 1.
+    Returns: ``residual_scale``, ``residual_gate``, ``branch_scale`` and ``branch_gate`` as (dims, array), those that
+    are not 1 everywhere.
+    Raises InputError: For items of another number of axes or of different sizes.
     """
     found: Variables = {}
     for name, factors in (("residual", residual), ("branch", branch)):
@@ -73,20 +62,10 @@ def depth_variables(
 ) -> Variables:
     """How much each branch reads, and each next state keeps, of the sources: the embedding and every branch's output.
 
-    Parameters
-    ----------
-    read, carry : sequence of Tensor, optional
-        One item a connection, (K, T, S) with any S ≤ C + 1: sources that are left out at the end have the weight 0.
-
-    Returns
-    -------
-    dict
-        ``depth_read`` and ``depth_carry`` as (dims, array), those that are given.
-
-    Raises
-    ------
-    InputError
-        Where a connection has a weight on its own output or a later one.
+    ``read, carry``: one item a connection, (K, T, S) with any S ≤ C + 1: sources that are left out at the end have the
+    weight 0.
+    Returns: ``depth_read`` and ``depth_carry`` as (dims, array), those that are given.
+    Raises InputError: Where a connection has a weight on its own output or a later one.
     """
     found: Variables = {}
     for name, rows in (("depth_read", read), ("depth_carry", carry)):
@@ -116,22 +95,10 @@ def linear_coords(
 ) -> dict[str, Any]:
     """Coordinates of the connection axis that say more than where a connection is; those that are trivial are left out.
 
-    Parameters
-    ----------
-    connections : sequence of Connection
-        Of one chain.
-    read_depths : sequence of int or None, optional
-        The depth whose state H_pre reads; None for the state that the connection is applied to.
-    after_sum : sequence of str, optional
-        What makes the next state of the sum: ``"norm"``, ``"activation"``, or empty; by the connections' style by default.
-    proofs : sequence of str, optional
-        ``"proven"``, or ``"unproven: …"``.
-    over_depth : bool
-        Whether the chain has variables of `depth_variables`, whose sources are then numbered.
-
-    Returns
-    -------
-    dict
+    ``read_depths``: the depth whose state H_pre reads; None for the state that the connection is applied to.
+    ``after_sum``: what makes the next state of the sum: ``"norm"``, ``"activation"``, or empty; by the connections'
+    style by default.
+    ``over_depth``: whether the chain has variables of `depth_variables`, whose sources are then numbered.
     """
     coords: dict[str, Any] = {"source": np.arange(len(connections) + 1)} if over_depth else {}
     own = [connection.depth_in for connection in connections]
@@ -149,17 +116,8 @@ def linear_coords(
 def chain_proof(chain: Chain, evidence: Evidence) -> str:
     """Whether a chain's reading is proven: its own statement, or else that of its stream connections; empty for none.
 
-    Parameters
-    ----------
-    chain : Chain
-        Any chain of the model.
-    evidence : Evidence
-        Of the stream connections, which the first chain has.
-
-    Returns
-    -------
-    str
-        ``"proven"``, or ``"unproven: "`` and the reason.
+    ``evidence``: of the stream connections, which the first chain has.
+    Returns: ``"proven"``, or ``"unproven: "`` and the reason.
     """
     stated = str(getattr(chain, "proof", ""))
     # A run whose stream connections do not give their next states is refused before this is asked.
@@ -174,17 +132,7 @@ def chain_proof(chain: Chain, evidence: Evidence) -> str:
 def run_proof(chains: Sequence[Chain], evidence: Evidence) -> str:
     """The proof of a whole run: ``"proven"`` where every chain is, else the reasons of those that are not.
 
-    Parameters
-    ----------
-    chains : sequence of Chain
-        All chains of the model.
-    evidence : Evidence
-        As `chain_proof` takes it.
-
-    Returns
-    -------
-    str
-        Empty where a chain states nothing and none is unproven.
+    Returns: Empty where a chain states nothing and none is unproven.
     """
     proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
     reasons = [

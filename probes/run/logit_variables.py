@@ -15,17 +15,9 @@ from depthscope.probes.connections.mixing_logits import MixingLogits
 def logit_variables(logits: Sequence[MixingLogits], num_sequences: int, tokens: int) -> dict[str, Any]:
     """Variables of the logits of all connections as (dims, array).
 
-    Parameters
-    ----------
-    logits : sequence of MixingLogits
-        One for each connection, of the first sequences of the run.
-    num_sequences, tokens : int
-        Of the run: what was not followed is NaN.
-
-    Returns
-    -------
-    dict
-        Empty where the logits of no connection are known.
+    ``logits``: one for each connection, of the first sequences of the run.
+    ``num_sequences, tokens``: of the run: what was not followed is NaN.
+    Returns: Empty where the logits of no connection are known.
     """
     known = [(number, of.logits) for number, of in enumerate(logits) if of.logits is not None]
     if not known:

@@ -16,19 +16,8 @@ PARTS = {"h_res", "h_pre", "h_post"}
 def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any] | None) -> dict[str, Any]:
     """The attribute ``memory`` of a run.
 
-    Parameters
-    ----------
-    trace : Dataset
-        Of the leading chain.
-    dtype : torch.dtype
-        Of its states.
-    measured : dict or None
-        What `kept_bytes` found, where gradients were captured.
-
-    Returns
-    -------
-    dict
-        The counts of `StreamMemory`, those of `kept_bytes`, and ``sentence``; empty where nothing is known.
+    ``measured``: what `kept_bytes` found, where gradients were captured.
+    Returns: The counts of `StreamMemory`, those of `kept_bytes`, and ``sentence``; empty where nothing is known.
     """
     facts: dict[str, Any] = {}
     sentences: list[str] = []

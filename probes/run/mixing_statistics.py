@@ -19,21 +19,8 @@ def mixing_statistics(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables and coordinates of ``/statistics`` of the connections with streams.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        One for each measured step.
-    num_connections : int
-        How many connections there are.
-    cells : mapping of int to sequence of str
-        For each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
-    transposed : bool
-        Whether matrices, as modules compute them, are source by destination.
-
-    Returns
-    -------
-    tuple of dict
-        Without what no step measured.
+    ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
+    ``transposed``: whether matrices, as modules compute them, are source by destination.
     """
     keys, variables = list(range(num_connections)), {}
     for name in (*LOGIT_SUMS, "logit_range_max", "h_res_sum", "h_pre_sum", "h_post_sum", "h_pre_token_count"):

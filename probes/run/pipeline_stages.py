@@ -26,19 +26,7 @@ CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but fo
 def stage_attribute(stage: tuple[int, int] | None) -> dict[str, Any]:
     """The attribute of a run of one stage; empty for a whole model.
 
-    Parameters
-    ----------
-    stage : (int, int) or None
-        The number of the stage, from 0 on, and how many there are.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    InputError
-        For a stage that does not exist.
+    ``stage``: the number of the stage, from 0 on, and how many there are.
     """
     if stage is None:
         return {}
@@ -53,23 +41,12 @@ def stage_attribute(stage: tuple[int, int] | None) -> dict[str, Any]:
 def join_stages(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     """Join the runs of all stages of one pipeline, in any order, to the run of the model.
 
-    Parameters
-    ----------
-    runs : sequence of DataTree
-        One of each stage, with the attribute `STAGE`, over the same data and steps. Blocks that every stage numbers from 0 on
-        get the numbers that follow those of the stage before.
-
-    Returns
-    -------
-    DataTree
-        ``/trace`` and ``/statistics`` with the depths of all stages. Metrics over all depths are those of `analyze`: live ones
-        of single stages are left out, and so are streamed sums, which compare the depths of a stage.
-
-    Raises
-    ------
-    InputError
-        Where a stage is missing or comes twice, where the runs have several chains, other steps or other data, and where the
-        last state of a stage is not the first one of the next.
+    ``runs``: one of each stage, with the attribute `STAGE`, over the same data and steps. Blocks that every stage
+    numbers from 0 on get the numbers that follow those of the stage before.
+    Returns: ``/trace`` and ``/statistics`` with the depths of all stages. Metrics over all depths are those of
+    `analyze`: live ones of single stages are left out, and so are streamed sums, which compare the depths of a stage.
+    Raises InputError: Where a stage is missing or comes twice, where the runs have several chains, other steps or other
+    data, and where the last state of a stage is not the first one of the next.
     """
     ordered = _in_order(runs)
     for run in ordered:

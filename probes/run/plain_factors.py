@@ -55,19 +55,6 @@ def plain_factors(
 
     They are believed only where they give it to rounding, from many more equations than unknowns, and where the state and the
     branches are not parallel; otherwise nothing is known.
-
-    Parameters
-    ----------
-    before, after : Tensor
-        X and X', (N, D).
-    branches : sequence of Tensor
-        F, (N, D) each.
-    precision : dtype
-        In which the model adds them.
-
-    Returns
-    -------
-    PlainFactors
     """
     terms = torch.stack([before, *branches]).double()  # (1 + P, N, D)
     goal, limit = after.double(), tolerance(precision)

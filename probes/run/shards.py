@@ -64,17 +64,7 @@ AddStreamed = Callable[[Sequence[xr.Dataset], str], tuple[xr.Dataset, str]]
 
 
 def are_shards(runs: Sequence[xr.DataTree]) -> bool:
-    """Whether runs are parts of one whole, by what they say of themselves.
-
-    Parameters
-    ----------
-    runs : sequence of DataTree
-        Any runs.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether runs are parts of one whole, by what they say of themselves."""
     return any(SHARD in run.attrs or _sampling(run).get("first_sequence") for run in runs)
 
 
@@ -84,21 +74,10 @@ def join_shards(runs: Sequence[xr.DataTree], add_streamed: AddStreamed) -> xr.Da
     Sampled sequences and their forwards are bit for bit those of one run; sums are equal to the rounding of float64. Streamed
     sums are added by ``add_streamed``, from the statistics of all parts and the chain's name.
 
-    Parameters
-    ----------
-    runs : sequence of DataTree
-        In any order; of one model, with the same seed and number of sampled sequences.
-    add_streamed : callable
-        Adds what was streamed, and says why something of it is left out.
-
-    Returns
-    -------
-    DataTree
-
-    Raises
-    ------
-    InputError
-        Where a part is missing or there twice, or a part is of other data or was measured in another way.
+    ``runs``: in any order; of one model, with the same seed and number of sampled sequences.
+    ``add_streamed``: adds what was streamed, and says why something of it is left out.
+    Raises InputError: Where a part is missing or there twice, or a part is of other data or was measured in another
+    way.
     """
     _require_one_whole(runs)
     runs = sorted(runs, key=lambda run: _span(run)[0])

@@ -15,19 +15,8 @@ from depthscope.probes.session.session import Session
 def step_numbers(session: Session, row: StepStatistics, proven: Proven) -> dict[str, tuple[Any, ...]]:
     """The row of one step, as `build_run` has it in ``/statistics``.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    row : StepStatistics
-        Of the step.
-    proven : Proven
-        What was proven of the model.
-
-    Returns
-    -------
-    dict of str to (dims, array) or (dims, array, attrs)
-        By ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups; without the step.
+    Returns: By ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups; without the
+    step.
     """
     if proven.replaced:
         row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")

@@ -71,15 +71,7 @@ class AttentionPlaces:
         return {path for path in placed if path and not any(other.startswith(f"{path}.") for other in placed)}
 
     def limit_cost(self, structure: Structure, batch_size: int) -> None:
-        """Look at so few sequences that a measured step of a training loop costs about 2 % more.
-
-        Parameters
-        ----------
-        structure : Structure
-            Of the model.
-        batch_size : int
-            B.
-        """
+        """Look at so few sequences that a measured step of a training loop costs about 2 % more."""
         if not self.heads:
             return
         most = max(self.heads[key] * self.keys[key] for key in self.heads)
@@ -95,12 +87,7 @@ class AttentionPlaces:
 def watch_attention(tape: Tape, trace: Trace, forward: Forward, rows: torch.Tensor) -> None:
     """Let a trace tell what the tokens of its forward attend to.
 
-    Parameters
-    ----------
-    tape, trace, forward
-        Of the forward that begins.
-    rows : Tensor
-        The sequences of the batch whose weights are looked at; without any, only where attention lies is found.
+    ``rows``: the sequences of the batch whose weights are looked at; without any, only where attention lies is found.
     """
 
     def number(tensor: torch.Tensor) -> int | None:
@@ -117,21 +104,7 @@ def watch_attention(tape: Tape, trace: Trace, forward: Forward, rows: torch.Tens
 
 
 def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> AttentionPlaces:
-    """Tell between which states the attention of a traced forward lies, and give the forward its numbers.
-
-    Parameters
-    ----------
-    tape : Tape
-        Of the forward, with its trace.
-    forward : Forward
-        The forward.
-    structure : Structure
-        What it showed.
-
-    Returns
-    -------
-    AttentionPlaces
-    """
+    """Tell between which states the attention of a traced forward lies, and give the forward its numbers."""
     watch, places = tape.attention, AttentionPlaces()
     if watch is None or tape.trace is None:
         return places
@@ -202,19 +175,7 @@ def later_attention(
 ) -> tuple[LaterAttention, Callable[[Any], None]] | None:
     """What looks at one call of a module that attends, and what is to be done when it has ended.
 
-    Parameters
-    ----------
-    places : AttentionPlaces
-        Of the model.
-    forward : Forward
-        The forward.
-    path, module
-        The module.
-
-    Returns
-    -------
-    tuple or None
-        None where the call is not to be looked at.
+    Returns: None where the call is not to be looked at.
     """
     expected = places.calls.get((path, forward.next_index("attention", path)))
     rows = forward.rows[: places.sequences]
@@ -239,20 +200,9 @@ def attention_sums(
 ) -> dict[str, torch.Tensor]:
     """Sums over the real queries that see two keys or more.
 
-    Parameters
-    ----------
-    rows_3SHT : Tensor
-        See `AttentionRows`.
-    mask_ST : Tensor or None
-        True on real tokens.
-    heads : int
-        To how many heads, with NaN, the sums are padded.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (heads): ``attention_query_count``, ``attention_entropy_sum`` (a share of that of uniform weights) and
-        ``sink_mass_sum``.
+    ``heads``: to how many heads, with NaN, the sums are padded.
+    Returns: (heads): ``attention_query_count``, ``attention_entropy_sum`` (a share of that of uniform weights) and
+    ``sink_mass_sum``.
     """
     entropy, keys, first = rows_3SHT.double()
     chosen = (keys >= 2) & entropy.isfinite()

@@ -54,18 +54,9 @@ def compiled_callers(
 ) -> list[nn.Module]:
     """The modules whose call is the model's outermost one, where any part of it runs compiled; empty where none does.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model.
-    known : sequence of Module
-        Compiled modules that contain the model, as `torch.compile` returns: the model does not know of these.
-    search : bool
-        Look for such modules among all that live, which takes some milliseconds for every 100 000 objects of the program.
-
-    Returns
-    -------
-    list of Module
+    ``known``: compiled modules that contain the model, as `torch.compile` returns: the model does not know of these.
+    ``search``: look for such modules among all that live, which takes some milliseconds for every 100 000 objects of
+    the program.
     """
     around = (
         [m for m in living_modules() if is_compiled(m) and _contains(m, model)] if search else list(known)
@@ -368,20 +359,7 @@ def _require_repeatable(module: nn.Module) -> None:
 def copied_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of a call's arguments, which a forward of ours may write into: into a batch, or into a cache of past tokens.
 
-    Parameters
-    ----------
-    args, kwargs
-        Of the user's call.
-
-    Returns
-    -------
-    args, kwargs
-        Without a graph of the user's, in which our backward has nothing to do.
-
-    Raises
-    ------
-    CaptureError
-        Where an argument cannot be copied.
+    Returns: Without a graph of the user's, in which our backward has nothing to do.
     """
     memo: dict[int, Any] = {}
     # Tensors first: those with a history cannot be copied by `copy`, which takes what it finds in the memo.

@@ -59,15 +59,7 @@ class ConnectionParameters:
     def values(self, number: int) -> torch.Tensor | None:
         """The present values of a connection's biases and gates, one after another; None where it has none.
 
-        Parameters
-        ----------
-        number : int
-            The connection.
-
-        Returns
-        -------
-        Tensor or None
-            A copy in float32, as long as its `cells`.
+        Returns: A copy in float32, as long as its `cells`.
         """
         names = self._names.get(number, ())
         # By name, since an optimizer or a loader may have put others in their place.

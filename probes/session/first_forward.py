@@ -281,29 +281,10 @@ def find_structure(
 ) -> Structure:
     """Find the structure of a model in the calls of one forward.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls.
-    forward : Forward
-        The forward that made them.
-    model : Module
-        The model.
-    options : Options
-        What the user names of the structure, and asks for.
-    shards : TokenShards, optional
-        How the tokens of a sequence are spread over processes that measure together.
-
-    Returns
-    -------
-    Structure
-
-    Raises
-    ------
-    AxisError
-        Where the sequences of the forward should have been counted along the other axis.
-    ChainError, LayoutError, SiteError
-        Where the model cannot be read, or lacks a requested site.
+    ``options``: what the user names of the structure, and asks for.
+    ``shards``: how the tokens of a sequence are spread over processes that measure together.
+    Raises AxisError: Where the sequences of the forward should have been counted along the other axis.
+    Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
     """
     found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
@@ -423,22 +404,7 @@ def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
 
 
 def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
-    """Hand what the tape stored to the observer, as the hooks of later forwards do.
-
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward.
-    forward : Forward
-        The forward that made them.
-    observer : Observer
-        Records what they show.
-
-    Raises
-    ------
-    RewrittenError
-        Where the value of a state is lost.
-    """
+    """Hand what the tape stored to the observer, as the hooks of later forwards do."""
     structure = observer.structure
     if structure.traced:
         # Which of its tensors are needed is known only now, and most are gone.
@@ -475,14 +441,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
 def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
     """Read the connections whose weights only the trace of a forward shows.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the forward, with its trace.
-    forward : Forward
-        The forward, with its states recorded.
-    observer : Observer
-        Records what they show.
+    ``tape``: the calls of the forward, with its trace.
     """
     structure = observer.structure
     states = states_of(tape, structure.chains[0].points)

@@ -46,21 +46,10 @@ def follow(
 ) -> ComputedForward | None:
     """Run a model with streams once more on its first batch, and keep what its coefficients were computed from.
 
-    Parameters
-    ----------
-    session : Session
-        That measured this batch; its hooks are off.
-    batch : object
-        The batch.
-    first, batch_size : int
-        Index of its first sequence among all, and number of its sequences.
-    loss_of : callable, optional
-        ``loss_of(output, batch)``, where gradients are wanted.
-
-    Returns
-    -------
-    ComputedForward or None
-        None where the model has no streams, no sequence of the batch was sampled, or the forward cannot be followed.
+    ``session``: that measured this batch; its hooks are off.
+    ``first, batch_size``: index of its first sequence among all, and number of its sequences.
+    Returns: None where the model has no streams, no sequence of the batch was sampled, or the forward cannot be
+    followed.
     """
     structure = session.structure
     sampled = [s for s in _sequences(session) if first <= s.index < first + batch_size]

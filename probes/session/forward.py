@@ -276,13 +276,7 @@ own_calls = _OwnCalls()
 
 @contextmanager
 def own_call(owner: object) -> Iterator[None]:
-    """Call the user's model for a measurement of ours: a recorder that is on at the same time must not count it.
-
-    Parameters
-    ----------
-    owner : object
-        Who measures the call.
-    """
+    """Call the user's model for a measurement of ours: a recorder that is on at the same time must not count it."""
     before, own_calls.owner = own_calls.owner, owner
     try:
         yield

@@ -71,19 +71,8 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
     Weights, buffers and the batch do not count; outputs count where the backward needs them. A recomputed
     (checkpointed) block counts with what it keeps until then.
 
-    Parameters
-    ----------
-    session : Session
-        That measured this batch; its hooks are off.
-    batch : object
-        The batch.
-    batch_size : int
-        Its sequences.
-
-    Returns
-    -------
-    dict
-        ``measured_kept_bytes`` and ``measured_tokens``; or ``not_measured``: why not.
+    ``session``: that measured this batch; its hooks are off.
+    Returns: ``measured_kept_bytes`` and ``measured_tokens``; or ``not_measured``: why not.
     """
     model = session.model
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(

@@ -84,16 +84,7 @@ class LogitStatistics:
     def watch(self, number: int, num_streams: int, lead: int) -> LogitWatch | None:
         """What watches a call of a connection; None where its logits were looked for and are not there.
 
-        Parameters
-        ----------
-        number : int
-            The connection.
-        num_streams, lead : int
-            n, and the number of tokens of the batch.
-
-        Returns
-        -------
-        LogitWatch or None
+        ``num_streams, lead``: n, and the number of tokens of the batch.
         """
         if not self.looks_for(number):
             return None
@@ -108,16 +99,7 @@ class LogitStatistics:
     ) -> None:
         """Add the logits of one call to the statistics, and hook their gradients.
 
-        Parameters
-        ----------
-        forward : Forward
-            The forward.
-        number : int
-            The connection.
-        mix_BTnn : Tensor or None
-            H_res of every token.
-        watch : Handled or None
-            What was handled while the connection ran.
+        ``watch``: what was handled while the connection ran.
         """
         if watch is None or mix_BTnn is None or not self.looks_for(number):
             return

@@ -17,15 +17,7 @@ from depthscope.probes.session.session import Session
 def batches(batch: Any) -> Iterator[Any]:
     """The batches in what a user passes.
 
-    Parameters
-    ----------
-    batch : object
-        One batch or an iterable of them.
-
-    Yields
-    ------
-    object
-        Each batch.
+    ``batch``: one batch or an iterable of them.
     """
     if isinstance(batch, (Mapping, torch.Tensor, tuple)):
         yield batch
@@ -49,17 +41,6 @@ def call_observed(session: Session, batch: Any) -> Any:
 
     The model is called once more where the first forward found the structure, but lost the value of a state that was
     rewritten in place: the second forward copies states as they pass.
-
-    Parameters
-    ----------
-    session : Session
-        With its hooks on.
-    batch : object
-        One batch.
-
-    Returns
-    -------
-    object
     """
     with torch.set_grad_enabled(session.options.gradients), own_call(session.owner):
         output = call_model(session.model, batch)

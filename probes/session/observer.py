@@ -97,14 +97,8 @@ class Observer:
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
 
-        Parameters
-        ----------
-        forward : Forward
-            The forward.
-        number, depth : int
-            Chain and depth (`FINAL` after the last norm).
-        tensor : Tensor
-            The state in the model's own layout.
+        ``number, depth``: chain and depth (`FINAL` after the last norm).
+        ``tensor``: the state in the model's own layout.
         """
         forward.fired.add(("state", number, depth))
         if self.on_state is not None:
@@ -181,15 +175,9 @@ class Observer:
     def require_usual_calls(self, forward: Forward) -> None:
         """Require that blocks ran as often, and in the order, that the structure was found from.
 
-        Parameters
-        ----------
-        forward : Forward
-            A forward in which every state showed.
-
-        Raises
-        ------
-        CaptureError
-            Where a block ran more often, or the states passed in another order: they would get the wrong depths.
+        ``forward``: A forward in which every state showed.
+        Raises CaptureError: Where a block ran more often, or the states passed in another order: they would get the
+        wrong depths.
         """
         for number, order in forward.order.items():
             if order != sorted(order):
@@ -235,14 +223,7 @@ class Observer:
         Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
         batch, and undefined (NaN) elsewhere.
 
-        Parameters
-        ----------
-        forward : Forward
-            The forward of the state.
-        number, depth : int
-            Chain and depth.
-        gradient : Tensor or None
-            As the backward gives it; None behind an operation that passes none on, such as a quantised layer.
+        ``gradient``: as the backward gives it; None behind an operation that passes none on, such as a quantised layer.
         """
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
@@ -320,16 +301,7 @@ class Observer:
     ) -> None:
         """Record the coefficients of a connection.
 
-        Parameters
-        ----------
-        forward : Forward
-            The forward.
-        number : int
-            The connection.
-        complete : Parts
-            Of every token.
-        sampled : Parts, optional
-            Of the sampled sequences, where more was read of these.
+        ``sampled``: of the sampled sequences, where more was read of these.
         """
         forward.fired.add(("connection", 0, number))
         if len(forward.rows):

@@ -23,15 +23,7 @@ def _are_several() -> bool:
 def require_no_exchange(module: nn.Module) -> None:
     """Require that a model has no wrapper or weights that exchange something in each of its forwards.
 
-    Parameters
-    ----------
-    module : Module
-        About to run for us.
-
-    Raises
-    ------
-    CaptureError
-        Where its weights are spread over processes, or DistributedDataParallel is inside of it.
+    Raises CaptureError: Where its weights are spread over processes, or DistributedDataParallel is inside of it.
     """
     if _are_several() and _is_sharded(module):
         raise CaptureError(

@@ -71,17 +71,7 @@ class Reservoir:
     def choose(self, batch_size: int, stamp: int) -> dict[int, int]:
         """Choose the rows of a batch that are stored.
 
-        Parameters
-        ----------
-        batch_size : int
-            Rows in the batch.
-        stamp : int
-            `weights_stamp` of the model; another one than before restarts the sample, with the same seed.
-
-        Returns
-        -------
-        dict of int to int
-            Row to slot.
+        ``stamp``: `weights_stamp` of the model; another one than before restarts the sample, with the same seed.
         """
         if stamp != self.stamp:
             self.stamp, self.seen, self._chosen = stamp, 0, []
@@ -113,15 +103,7 @@ class Reservoir:
         self.stamp = None
 
     def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
-        """Put complete sequences into their slots; those of earlier weights are dropped.
-
-        Parameters
-        ----------
-        sequences : iterable of (slot, Sequence)
-            From a forward that ended well.
-        stamp : int
-            The weights that forward used.
-        """
+        """Put complete sequences into their slots; those of earlier weights are dropped."""
         if stamp != self.stored_stamp:
             self.stored, self.stored_stamp = {}, stamp
         self.stored.update(sequences)
@@ -130,17 +112,7 @@ class Reservoir:
 def rank_in_sample(seed: int, number: int) -> int:
     """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
 
-    Parameters
-    ----------
-    seed : int
-        Of the sample.
-    number : int
-        Of the sequence.
-
-    Returns
-    -------
-    int
-        Independent of the ranks of other numbers and seeds, as far as a hash is.
+    Returns: Independent of the ranks of other numbers and seeds, as far as a hash is.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
@@ -148,33 +120,15 @@ def rank_in_sample(seed: int, number: int) -> int:
 def weights_stamp(model: nn.Module) -> int:
     """A number that changes when an optimizer or a loader writes the weights, or other ones take their place.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-
-    Returns
-    -------
-    int
-        A hash of the parameters' identities, addresses and version counters, which torch increments at every write in place.
-        Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
+    Returns: A hash of the parameters' identities, addresses and version counters, which torch increments at every write
+    in place. Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
     """
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
 
 
 def training_stamp(stamp: int) -> int:
-    """The stamp of forwards that train, which differs from that of evaluations with the same weights.
-
-    Parameters
-    ----------
-    stamp : int
-        Of the weights.
-
-    Returns
-    -------
-    int
-    """
+    """The stamp of forwards that train, which differs from that of evaluations with the same weights."""
     return hash((stamp, "training"))
 
 

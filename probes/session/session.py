@@ -300,10 +300,7 @@ class Session:
     def detach(self) -> int:
         """Take every hook off; gradient hooks stay on the tensors of ended forwards, until these are folded or dropped.
 
-        Returns
-        -------
-        int
-            How many forwards had not ended, and are forgotten.
+        Returns: How many forwards had not ended, and are forgotten.
         """
         # One that was stopped, as by a key, did not leave; those of other threads are taken to run.
         if self._current.recorded is not None and not num_running_calls(self.model):
@@ -604,15 +601,9 @@ class Session:
     def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
 
-        Returns
-        -------
-        list of Measured
-            One for each change of the weights, mostly one.
-
-        Raises
-        ------
-        CaptureError
-            Where a state or connection did not show, or no gradient arrived; none of these forwards counts then.
+        Returns: One for each change of the weights, mostly one.
+        Raises CaptureError: Where a state or connection did not show, or no gradient arrived; none of these forwards
+        counts then.
         """
         with self._lock:
             self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)

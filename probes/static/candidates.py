@@ -99,24 +99,7 @@ class Candidate:
 
 
 def candidates(dialect: Dialect, names: Names) -> Iterator[Candidate]:
-    """The groups of tensors that have a row's names, those with other shapes or with missing tensors too.
-
-    Parameters
-    ----------
-    dialect : Dialect
-        The row.
-    names : Names
-        All tensors of the checkpoint.
-
-    Yields
-    ------
-    Candidate
-
-    Raises
-    ------
-    CheckpointError
-        If a shape of the row cannot be solved.
-    """
+    """The groups of tensors that have a row's names, those with other shapes or with missing tensors too."""
     try:
         yield from _by_shapes(dialect, names) if dialect.by_shapes else _named(dialect, names)
     except FormulaError as error:

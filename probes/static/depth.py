@@ -22,19 +22,9 @@ def applied_reads(
     Sub-block k applies the read of k − 1; the first one reads stream 0 alone, and the read of the last one collapses the
     streams at the end, as in DeepSeek-V4.1.
 
-    Parameters
-    ----------
-    connections : sequence of StaticConnection
-        In the order of depth, with the reads that they compute.
-    lacking : collection of str
-        Chains some of whose connections are in files that are not there.
-
-    Returns
-    -------
-    connections : list of StaticConnection
-        None for a read that another sub-block computes whose connection is missing.
-    heads : list of StaticConnection
-        The collapse at the end.
+    ``connections``: in the order of depth, with the reads that they compute.
+    ``lacking``: chains some of whose connections are in files that are not there.
+    Returns: None for a read that another sub-block computes whose connection is missing.
     """
     chains: dict[str, list[StaticConnection]] = defaultdict(list)
     for one in connections:
@@ -70,18 +60,7 @@ def _first_read(members: Sequence[StaticConnection]) -> np.ndarray | None:
 
 
 def missing_places(members: Sequence[StaticConnection]) -> list[str]:
-    """The layers and branches of a chain, from its first to its last layer, that have no connection where the others have one.
-
-    Parameters
-    ----------
-    members : sequence of StaticConnection
-        The connections of one chain.
-
-    Returns
-    -------
-    list of str
-        Such as ``"layer 2 attn"``.
-    """
+    """Layers and branches of a chain, from its first to its last, without a connection where the others have one."""
     layers = {one.layer for one in members}
     if layers == {-1}:  # paths without numbers
         return []
@@ -102,22 +81,8 @@ def depth_read(query: np.ndarray, block: float, layer: int, branch: str, layers:
 
     At a layer that is a multiple of ``block``, the state so far becomes a source and begins anew with the attention's output.
 
-    Parameters
-    ----------
-    query : ndarray
-        (k, D), what the normalised sources are multiplied by.
-    block : float
-        Layers in a block.
-    layer : int
-        Number of the layer, -1 for the read at the end.
-    branch : str
-        ``"attn"``, ``"mlp"`` or ``"head"``.
-    layers : int
-        Layers of the model.
-
-    Returns
-    -------
-    DepthRead
+    ``query``: (k, D), what the normalised sources are multiplied by.
+    ``layer``: number of the layer, -1 for the read at the end.
     """
     size = max(int(block), 1)
     finished = -(

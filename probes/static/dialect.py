@@ -175,19 +175,9 @@ def known_dialects() -> tuple[Dialect, ...]:
 def read_dialects(path: str | Path) -> tuple[Dialect, ...]:
     """Read a user's own rows from a file.
 
-    Parameters
-    ----------
-    path : str or Path
-        A TOML file with one ``[[dialect]]`` table each; see docs/dialects.md.
-
-    Returns
-    -------
-    tuple of Dialect
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing or no TOML, or a row lacks a key, has an unknown one or a formula that cannot be read.
+    ``path``: A TOML file with one ``[[dialect]]`` table each; see docs/dialects.md.
+    Raises CheckpointError: If the file is missing or no TOML, or a row lacks a key, has an unknown one or a formula
+    that cannot be read.
     """
     path = Path(path)
     if not path.exists():

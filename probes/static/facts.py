@@ -168,17 +168,8 @@ def by_stem(found: Iterable[Unrecognised]) -> dict[str, list[Unrecognised]]:
 def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
     """What mixing matrices of as many streams satisfy, as measured.
 
-    Parameters
-    ----------
-    matrices : sequence of ndarray
-        (n, n) each.
-    floor : float
-        What Sinkhorn adds to every sum, which keeps the sums from being exact.
-
-    Returns
-    -------
-    str
-        Empty without matrices of two or more streams.
+    ``floor``: what Sinkhorn adds to every sum, which keeps the sums from being exact.
+    Returns: Empty without matrices of two or more streams.
     """
     if not matrices or len(matrices[0]) < 2:
         return ""
@@ -195,16 +186,7 @@ def composites(
 ) -> list[StaticComposite]:
     """One product for each chain and number of streams in which every matrix is known and composes.
 
-    Parameters
-    ----------
-    connections : sequence of StaticConnection
-        In the order of depth.
-    broken : collection of str
-        Chains with tensors that look like a connection and were not recognised: a product would leave it out.
-
-    Returns
-    -------
-    list of StaticComposite
+    ``broken``: chains with tensors that look like a connection and were not recognised: a product would leave it out.
     """
     chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
     for connection in connections:

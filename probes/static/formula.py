@@ -164,19 +164,7 @@ class Formula:
     def value(self, names: Mapping[str, Any]) -> Any:
         """Compute it.
 
-        Parameters
-        ----------
-        names : Mapping of str to float or ndarray
-            The values of its names.
-
-        Returns
-        -------
-        float or ndarray
-
-        Raises
-        ------
-        FormulaError
-            If a name has no value, or the shapes do not go together.
+        Raises FormulaError: If a name has no value, or the shapes do not go together.
         """
         try:
             return _value(self._tree, names)

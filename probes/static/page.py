@@ -29,17 +29,7 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 
 
 def page(found: StaticDescription) -> str:
-    """The description as text.
-
-    Parameters
-    ----------
-    found : StaticDescription
-        What was found.
-
-    Returns
-    -------
-    str
-    """
+    """The description as text."""
     if not found.connections:
         return heading(found)
     parts = [heading(found), *(_aligned(columns, rows) for columns, rows in tables(found)), ending(found)]
@@ -56,18 +46,7 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def heading(found: StaticDescription) -> str:
-    """What the checkpoint is, and what was read of it.
-
-    Parameters
-    ----------
-    found : StaticDescription
-        What was found.
-
-    Returns
-    -------
-    str
-        Lines.
-    """
+    """What the checkpoint is, and what was read of it."""
     files = f"{found.num_files} file" + ("s" if found.num_files > 1 else "")
     absent = f", {len(found.absent_files)} of them not there" if found.absent_files else ""
     name = found.checkpoint + (f" ({found.model_type})" if found.model_type else "")
@@ -128,15 +107,7 @@ def _settings(found: StaticDescription) -> list[str]:
 def tables(found: StaticDescription) -> list[Table]:
     """A table for each kind of connection: streams, attention over depth, scales of one stream.
 
-    Parameters
-    ----------
-    found : StaticDescription
-        What was found.
-
-    Returns
-    -------
-    list of tuple
-        Columns, and a row of cells for each connection and head. Columns in which nothing is known are left out.
+    Returns: Columns, and a row of cells for each connection and head. Columns in which nothing is known are left out.
     """
     everything = [*found.connections, *found.heads]
     depth = [one for one in everything if one.depth]
@@ -204,18 +175,7 @@ def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
 
 
 def ending(found: StaticDescription) -> str:
-    """Products over depth, warnings, and what the files do not determine.
-
-    Parameters
-    ----------
-    found : StaticDescription
-        What was found.
-
-    Returns
-    -------
-    str
-        Lines.
-    """
+    """Products over depth, warnings, and what the files do not determine."""
     # as a set in order: the note of a family would come once for each connection
     notes = dict.fromkeys(one.note for one in (*found.connections, *found.heads) if one.note)
     return "\n".join(

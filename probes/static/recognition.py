@@ -120,24 +120,11 @@ class Context:
 def recognise(tensors: Tensors, rows: Sequence[Dialect], context: Context) -> Recognition:
     """The connections among tensors.
 
-    Parameters
-    ----------
-    tensors : Mapping of str to StoredTensor
-        By full name.
-    rows : sequence of Dialect
-        The user's own first.
-    context : Context
-        The configuration, and what the user named.
-
-    Returns
-    -------
-    Recognition
-        A head has the shapes of a small layer, so it counts only where connections have as many streams of the same width.
-
-    Raises
-    ------
-    CheckpointError
-        If the names are those of a dialect and the model type is of none, or the dialect that was named fits nothing.
+    ``context``: the configuration, and what the user named.
+    Returns: A head has the shapes of a small layer, so it counts only where connections have as many streams of the
+    same width.
+    Raises CheckpointError: If the names are those of a dialect and the model type is of none, or the dialect that was
+    named fits nothing.
     """
     usable, barred = _usable(rows, context)
     names = Names(tensors)
@@ -367,17 +354,7 @@ class Place:
 def place_of(module: str, inside: Sequence[str] = ()) -> Place:
     """Chain, layer and branch of a connection, from the words of its path or of the tensors in its branch.
 
-    Parameters
-    ----------
-    module : str
-        Path of the connection.
-    inside : sequence of str
-        Names of the tensors below it.
-
-    Returns
-    -------
-    Place
-        Layer -1 where the path has no number.
+    Returns: Layer -1 where the path has no number.
     """
     parts = module.split(".")
     # the first number of a path counts the blocks; what follows it names the part of the block

@@ -27,19 +27,7 @@ def remarks(
 ) -> Iterator[str]:
     """Warnings on the static weights of a checkpoint, in words.
 
-    Parameters
-    ----------
-    connections : sequence of StaticConnection
-        All of them.
-    composites : sequence of StaticComposite
-        Their products.
-    configured_streams : float or None
-        The number of streams that the configuration gives.
-
-    Yields
-    ------
-    str
-        One warning, without a full stop.
+    ``configured_streams``: the number of streams that the configuration gives.
     """
     for test, words in _TESTS:
         hits = [connection for connection in connections if test(connection)]

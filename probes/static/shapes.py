@@ -25,19 +25,7 @@ RANGES: dict[str, range] = {
 def shape_of(text: str) -> tuple[Shape, ...]:
     """The alternatives of a shape such as ``"n*(n+2), n*D"`` or ``"n | 1, n"``.
 
-    Parameters
-    ----------
-    text : str
-        Sizes, separated by commas; alternatives by ``|``.
-
-    Returns
-    -------
-    tuple of tuple of Formula
-
-    Raises
-    ------
-    FormulaError
-        If a size is no formula.
+    ``text``: sizes, separated by commas; alternatives by ``|``.
     """
     return tuple(_alternative(each) for each in text.split("|"))
 
@@ -61,19 +49,7 @@ def solve(
 ) -> list[Sizes]:
     """Every assignment of the symbols with which all shapes are as a row gives them.
 
-    Parameters
-    ----------
-    shapes : Mapping of str to tuple of int
-        Shapes of the tensors that exist, by role.
-    equations : Mapping of str to sequence
-        The alternatives of each role's shape.
-    conditions : sequence of Formula
-        Comparisons that must hold too.
-
-    Returns
-    -------
-    list of dict
-        Empty where the shapes are others.
+    ``shapes``: shapes of the tensors that exist, by role.
     """
     found: list[Sizes] = []
     choices = [_of_rank(equations[role], shape) for role, shape in shapes.items()]

@@ -68,21 +68,7 @@ def unrecognised(
 ) -> Iterator[Unrecognised]:
     """The tensors that look like a connection's, by their names or shapes, and that no connection claims.
 
-    Parameters
-    ----------
-    names : Names
-        All tensors of the checkpoint.
-    claimed : sequence of Candidate
-        What was recognised.
-    misfits : iterable of Candidate
-        Groups with the names of a row that lack a tensor or have other shapes.
-    width : int or None
-        Width of the model.
-
-    Yields
-    ------
-    Unrecognised
-        In the order of names.
+    ``misfits``: groups with the names of a row that lack a tensor or have other shapes.
     """
     owned = {name for one in claimed for name in one.tensors}
     modules = {one.prefix.rstrip("._") for one in claimed}

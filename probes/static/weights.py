@@ -45,21 +45,8 @@ class Settings:
 def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
     """The constants of a row, from a configuration.
 
-    Parameters
-    ----------
-    dialect : Dialect
-        The row.
-    config : Mapping
-        ``config.json``, or the settings of a GGUF file.
-
-    Returns
-    -------
-    Settings
-
-    Raises
-    ------
-    CheckpointError
-        If a setting is no number that a model can have.
+    ``config``: ``config.json``, or the settings of a GGUF file.
+    Raises CheckpointError: If a setting is no number that a model can have.
     """
     values, shown, assumed, notes = {}, {}, [], []
     for name, constant in dialect.constants.items():
@@ -117,23 +104,7 @@ def _is_number(value: Any) -> bool:
 def weigh(found: Found, values: Values, constants: Mapping[str, float]) -> StaticWeights:
     """The weights of a connection where the input adds nothing.
 
-    Parameters
-    ----------
-    found : Found
-        The connection.
-    values : Mapping of str to ndarray
-        float64, by role.
-    constants : Mapping of str to float
-        By the row's names.
-
-    Returns
-    -------
-    StaticWeights
-
-    Raises
-    ------
-    CheckpointError
-        If a formula of the row cannot be computed on these tensors.
+    Raises CheckpointError: If a formula of the row cannot be computed on these tensors.
     """
     try:
         return _weigh(found, values, constants)

@@ -15,22 +15,11 @@ def coefficient_sums(
 ) -> dict[str, torch.Tensor]:
     """Sums of H_res, H_pre and H_post of one call of a connection over its real tokens, in float64.
 
-    Parameters
-    ----------
-    complete : Parts
-        Of every token.
-    sampled : Parts or None
-        Of the sampled sequences, where more was read of these: H_pre may be known of them alone.
-    mask_BT : Tensor or None
-        True on real tokens; None where all are real.
-    rows : Tensor
-        The sampled sequences.
-
-    Returns
-    -------
-    dict of str to Tensor
-        ``h_res_sum`` (N, N) as the module computes it, ``h_pre_sum`` and ``h_post_sum`` (N), and ``h_pre_token_count``, the
-        number of tokens in ``h_pre_sum``. Weights that do not exist, or have several views, are left out.
+    ``sampled``: of the sampled sequences, where more was read of these: H_pre may be known of them alone.
+    ``mask_BT``: true on real tokens; None where all are real.
+    Returns: ``h_res_sum`` (N, N) as the module computes it, ``h_pre_sum`` and ``h_post_sum`` (N), and
+    ``h_pre_token_count``, the number of tokens in ``h_pre_sum``. Weights that do not exist, or have several views, are
+    left out.
     """
     found: dict[str, torch.Tensor] = {}
     if complete.mix is not None:

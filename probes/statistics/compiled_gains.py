@@ -39,19 +39,8 @@ def is_available() -> bool:
 def compiled_gains(mix_tNN: torch.Tensor, before: Products | None) -> tuple[torch.Tensor, Products]:
     """The largest signed sums of rows and of columns, of the matrices of one connection and of the products up to it.
 
-    Parameters
-    ----------
-    mix_tNN : Tensor
-        On the CPU.
-    before : Products or None
-        Up to the connection before, which are overwritten; None for the first one.
-
-    Returns
-    -------
-    gains : Tensor
-        (3, t, 2): of the matrix, and of both products; each over the last axis, and over the one before.
-    products : Products
-        Up to this connection.
+    ``before``: up to the connection before, which are overwritten; None for the first one.
+    Returns: (3, t, 2): of the matrix, and of both products; each over the last axis, and over the one before.
     """
     kernel = _kernel()
     assert kernel is not None

@@ -49,16 +49,8 @@ def _kernels() -> _Kernels | None:
 def token_sizes(states_KND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean over streams of some tokens, and how large they are.
 
-    Parameters
-    ----------
-    states_KND : ndarray
-        float32.
-
-    Returns
-    -------
-    tuple of ndarray
-        The mean (K, D), float32; norms (K, V) of the views; and the median (V,) of the magnitudes that are not zero, NaN where
-        all are.
+    Returns: The mean (K, D), float32; norms (K, V) of the views; and the median (V,) of the magnitudes that are not
+    zero, NaN where all are.
     """
     K, N, D = states_KND.shape
     V = N + 1 if N > 1 else 1
@@ -91,17 +83,9 @@ def _medians(sizes_VM: np.ndarray, numbers_V: np.ndarray) -> np.ndarray:
 def unit_tokens(states_LKD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Directions of tokens at every depth, and how far each depth turns them.
 
-    Parameters
-    ----------
-    states_LKD : ndarray
-        float32, finite.
-
-    Returns
-    -------
-    tuple of ndarray
-        Unit vectors (K, L, D) in float64, zero where the state is; whether a token has a direction, (K, L); and 1 − cos
-        between successive depths, (K, L − 1), by the difference of unit vectors, which does not cancel for blocks that turn
-        states by little.
+    Returns: Unit vectors (K, L, D) in float64, zero where the state is; whether a token has a direction, (K, L); and 1
+    − cos between successive depths, (K, L − 1), by the difference of unit vectors, which does not cancel for blocks
+    that turn states by little.
     """
     L, K, D = states_LKD.shape
     kernels = _kernels()

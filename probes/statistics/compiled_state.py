@@ -58,23 +58,10 @@ def compiled_state(
 ) -> CompiledState:
     """Statistics of a state on the CPU, in one pass over it.
 
-    Parameters
-    ----------
-    x_BTND : Tensor
-        The state.
-    real_BT : Tensor or None
-        True on real tokens; the others are taken for zeros.
-    previous_unit_tVD : Tensor or None
-        Unit vectors of the same tokens one depth before; overwritten by those of this one.
-    with_mean : bool
-        Whether the mean over several streams is a view too, and their cosines are added.
-    is_exact : bool
-        Add vectors over tokens in float64.
-
-    Returns
-    -------
-    CompiledState
-        Equal to what torch gives up to the rounding of float32.
+    ``real_BT``: true on real tokens; the others are taken for zeros.
+    ``previous_unit_tVD``: unit vectors of the same tokens one depth before; overwritten by those of this one.
+    ``with_mean``: whether the mean over several streams is a view too, and their cosines are added.
+    Returns: Equal to what torch gives up to the rounding of float32.
     """
     flat = _flat(x_BTND)
     B, T, N, D = flat.shape
@@ -117,18 +104,9 @@ def compiled_squares(
 ) -> torch.Tensor:
     """Sums of squares over features, (t, V), in float64: of the mean over several streams, then of each.
 
-    Parameters
-    ----------
-    x_BTND : Tensor
-        A state, or the gradient of one.
-    real_BT : Tensor or None
-        True on real tokens; the others are taken for zeros.
-    with_mean : bool
-        Whether the mean over several streams is a view too.
-
-    Returns
-    -------
-    Tensor
+    ``x_BTND``: A state, or the gradient of one.
+    ``real_BT``: true on real tokens; the others are taken for zeros.
+    ``with_mean``: whether the mean over several streams is a view too.
     """
     flat = _flat(x_BTND)
     B, T, N, _ = flat.shape

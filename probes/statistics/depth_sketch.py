@@ -50,20 +50,7 @@ class TokenPlacement(NamedTuple):
 
 
 def token_index(sequences: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Numbers of tokens by their sequence and position; distinct for the first 10⁹ tokens at least.
-
-    Parameters
-    ----------
-    sequences : Tensor
-        Indices of the sequences.
-    tokens : int
-        Number of tokens of each.
-
-    Returns
-    -------
-    Tensor
-        (sequences × tokens,), int64 below 2³².
-    """
+    """Numbers of tokens by their sequence and position; distinct for the first 10⁹ tokens at least."""
     start = (sequences & LOW_32_BITS) * GOLDEN
     return ((start[:, None] + torch.arange(tokens, device=start.device)) & LOW_32_BITS).flatten()
 
@@ -71,17 +58,9 @@ def token_index(sequences: torch.Tensor, tokens: int) -> torch.Tensor:
 def heaviness(norm_Lt: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
     """How heavy tokens are: max over depths of a token's norm over the mean norm of its forward.
 
-    Parameters
-    ----------
-    norm_Lt : Tensor
-        Norm of every token of a forward, about the forward's mean.
-    real_t : Tensor
-        False on tokens that do not count.
-
-    Returns
-    -------
-    Tensor
-        (t,), negative on tokens that do not count.
+    ``norm_Lt``: norm of every token of a forward, about the forward's mean.
+    ``real_t``: false on tokens that do not count.
+    Returns: (t,), negative on tokens that do not count.
     """
     norm_Lt = torch.where(real_t, norm_Lt, 0.0)
     mean_L = norm_Lt.sum(1, keepdim=True) / real_t.sum().clamp_min(1)
@@ -165,14 +144,7 @@ class SketchUpdate:
     def add_depth(self, depth: int, block: TokenBlock, square_k: torch.Tensor) -> None:
         """Add the tokens of one depth; they may be on another device, as a model may be spread over several.
 
-        Parameters
-        ----------
-        depth : int
-            Its position in the sketch.
-        block : TokenBlock
-            Its tokens.
-        square_k : Tensor
-            Σ ‖x − shift‖² of each forward, float64.
+        ``square_k``: Σ ‖x − shift‖² of each forward, float64.
         """
         block_device, device = block.shift_kD.device, self.sketch.signs_m.device
         light = block.signed[0].new_zeros(NUM_BUCKETS + 1, block.signed[0].shape[1])
@@ -283,16 +255,8 @@ def estimate_hsic(sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
     afterwards; pairs of heavy tokens are exact, and so are the traces. Of the terms in Σ K_ii L_ii, which are small but for
     heavy tokens, those of the light tokens are taken as equal.
 
-    Parameters
-    ----------
-    sketch : Sketch
-        Of all tokens.
-
-    Returns
-    -------
-    full_LL, without_gLL : Tensor
-        By all buckets, and with one group of them left out at a time; in units of each depth's mean square deviation. NaN
-        for fewer than 4 tokens, where HSIC₁ is undefined.
+    Returns: By all buckets, and with one group of them left out at a time; in units of each depth's mean square
+    deviation. NaN for fewer than 4 tokens, where HSIC₁ is undefined.
     """
     n, mean_LD, trace_L = float(sketch.count), sketch.mean_LD, sketch.trace_L
     if n < 4:

@@ -111,20 +111,7 @@ class Histogram:
 
 
 def counts(values_tV: torch.Tensor, bins: Bins) -> torch.Tensor:
-    """What can be added of some values: (V, number of bins + 2), counts, then the number of NaN and the sum of the others.
-
-    Parameters
-    ----------
-    values_tV : Tensor
-        Of real tokens.
-    bins : Bins
-        Where they are counted.
-
-    Returns
-    -------
-    Tensor
-        float64.
-    """
+    """What can be added of some values: (V, number of bins + 2), counts, then the number of NaN and the sum of the others."""
     values = values_tV.double()
     defined = ~values.isnan()
     edges = torch.from_numpy(bins.edges).to(values.device)
@@ -154,16 +141,7 @@ def extremes(values_tV: torch.Tensor) -> torch.Tensor:
 def histogram(bins: Bins, counted: np.ndarray, extreme: np.ndarray) -> Histogram:
     """The histogram of added `counts` and combined `extremes`.
 
-    Parameters
-    ----------
-    bins : Bins
-        As for the counts.
-    counted, extreme : ndarray
-        (V, number of bins + 2) and (V, 2).
-
-    Returns
-    -------
-    Histogram
+    ``counted, extreme``: (V, number of bins + 2) and (V, 2).
     """
     return Histogram(
         bins,

@@ -34,21 +34,8 @@ def _drawn_order(count: int, seed: int) -> torch.Tensor:
 def draw_places(shape: tuple[int, int], mask_BT: torch.Tensor | None, most: int, seed: int) -> Places:
     """Draw tokens of a batch uniformly; batches of one shape and mask give the same ones.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        B and T.
-    mask_BT : Tensor or None
-        True on real tokens.
-    most : int
-        Number of tokens at most.
-    seed : int
-        Of the order in which they are drawn.
-
-    Returns
-    -------
-    Places
-        Ascending positions. Where fewer tokens are real than are wanted, padding follows, which is not real.
+    ``seed``: of the order in which they are drawn.
+    Returns: Ascending positions. Where fewer tokens are real than are wanted, padding follows, which is not real.
     """
     order = _drawn_order(shape[0] * shape[1], seed)
     if mask_BT is None:
@@ -137,17 +124,7 @@ class LiveSums:
     def add_stream_cosines(
         self, depth: int, sums: Sequence[torch.Tensor | float], pair_sum_NN: torch.Tensor
     ) -> None:
-        """Add the cosines between the streams of some tokens.
-
-        Parameters
-        ----------
-        depth : int
-            Depth index.
-        sums : sequence of Tensor or float
-            As of `stream_cosine_sums`.
-        pair_sum_NN : Tensor
-            As of `stream_cosine_sums`.
-        """
+        """Add the cosines between the streams of some tokens."""
         names = "stream_cosine_sum", "stream_cosine_count", "pair_cosine_count"
         for name, value in zip(names, sums, strict=True):
             self.add(name, depth, torch.as_tensor(value, dtype=torch.float64))
@@ -165,18 +142,9 @@ class LiveSums:
     ) -> None:
         """Add the coefficients of one connection: shares of reads and writes, and the gains of products up to it.
 
-        Parameters
-        ----------
-        number : int
-            Connection index; they come in the order in which they are applied.
-        mix : Tensor or None
-            H_res, (B, T, N, N), in the orientation of the module.
-        read : Tensor or None
-            H_pre, (B, T, views, N), of every token.
-        write : Tensor
-            H_post, (B, T, N, views).
-        mask_BT : Tensor or None
-            True on real tokens.
+        ``number``: connection index; they come in the order in which they are applied.
+        ``mix``: H_res, (B, T, N, N), in the orientation of the module.
+        ``read``: H_pre, (B, T, views, N), of every token.
         """
         if not write.numel():
             return
@@ -243,19 +211,9 @@ def stream_cosine_sums(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Sums of the cosines between the streams of some tokens; a stream of zeros has none.
 
-    Parameters
-    ----------
-    cosine_tNN : Tensor
-        Products of unit vectors, zero where a stream is zero.
-    norm_tN : Tensor
-        Norms of the streams.
-
-    Returns
-    -------
-    sums : tuple of Tensor
-        Of the mean over the pairs of a token's streams, and how many tokens have two directions or more, and all.
-    pair_sum : Tensor
-        (N, N), over the tokens that have all.
+    ``cosine_tNN``: products of unit vectors, zero where a stream is zero.
+    Returns: Of the mean over the pairs of a token's streams, and how many tokens have two directions or more, and all.
+    Returns: (N, N), over the tokens that have all.
     """
     cosine = cosine_tNN.double()
     num_streams = cosine.shape[-1]

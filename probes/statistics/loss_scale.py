@@ -32,10 +32,7 @@ class LossScale:
     def __call__(self) -> torch.Tensor | None:
         """The present scale, on the scaler's device; divide by it at once, since ``scaler.update`` overwrites it.
 
-        Returns
-        -------
-        Tensor or None
-            None without a scaler, with a disabled one, and before it scaled anything.
+        Returns: None without a scaler, with a disabled one, and before it scaled anything.
         """
         if self._scaler is None or not self._scaler.is_enabled():
             return None

@@ -65,16 +65,8 @@ def add_block(moments: Moments | None, block: TokenBlock) -> Moments:
     With m the new mean, n_k, m_k and s_k the count, mean and shift of part k, and T_k = Σ (x − s_k):
     Σ (x − m)(x − m)ᵀ = Σ_k [Σ (x − s_k)(x − s_k)ᵀ − T_k T_kᵀ / n_k + n_k (m_k − m)(m_k − m)ᵀ].
 
-    Parameters
-    ----------
-    moments : Moments or None
-        Of the earlier tokens; its scatter is overwritten and returned.
-    block : TokenBlock
-        Further tokens. Their signs cancel in every product.
-
-    Returns
-    -------
-    Moments
+    ``moments``: of the earlier tokens; its scatter is overwritten and returned.
+    ``block``: further tokens. Their signs cancel in every product.
     """
     rounding = ROUNDING_FLOAT64 if block.signed[0].dtype == torch.float64 else ROUNDING_FLOAT32
     width = block.signed[0].shape[1]

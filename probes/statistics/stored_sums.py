@@ -98,22 +98,7 @@ def _sketch_variables(
 
 
 def restore_sums(statistics: xr.Dataset) -> StreamedSums:
-    """Rebuild the sums from the variables of `stored_variables`.
-
-    Parameters
-    ----------
-    statistics : Dataset
-        Of one stage.
-
-    Returns
-    -------
-    StreamedSums
-
-    Raises
-    ------
-    InputError
-        Where the run stores no sums.
-    """
+    """Rebuild the sums from the variables of `stored_variables`."""
     missing = [name for name in MOMENT_VARIABLES if name not in statistics]
     if missing:
         raise InputError(

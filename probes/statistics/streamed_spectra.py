@@ -100,17 +100,9 @@ def depth_hsic(streaming: StreamedSums, depths: Sequence[int]) -> tuple[torch.Te
 def moment_spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues of Σ x xᵀ and of Σ (x − mean)(x − mean)ᵀ, descending; zero beyond the rank that the tokens allow.
 
-    Parameters
-    ----------
-    of : Moments
-        Of one depth.
-
-    Returns
-    -------
-    plain, perturbed : Tensor
-        (2, D): raw and centred; and the same after each entry of the sums was changed, up or down at random, by more than
-        the rounding of the products was seen to be. What changes with it is not known any better. NaN where a sum is not
-        finite.
+    Returns: (2, D): raw and centred; and the same after each entry of the sums was changed, up or down at random, by
+    more than the rounding of the products was seen to be. What changes with it is not known any better. NaN where a sum
+    is not finite.
     """
     width, count = len(of.mean_D), int(of.count)
     if not bool(of.scatter_DD.isfinite().all()):

@@ -108,23 +108,9 @@ class StreamedSums:
     ) -> None:
         """Add one state.
 
-        Parameters
-        ----------
-        depth : int
-            Depth index.
-        state_BTND : Tensor
-            The canonical state.
-        mask_BT : Tensor or None
-            True on real tokens; None where all are real.
-        mean_ND : Tensor
-            The mean of its real tokens, about which products are taken; not finite where one of them is not.
-        largest_tN : Tensor
-            The largest absolute feature of each token; 0 on padding.
-
-        Raises
-        ------
-        CaptureError
-            Where the state is too wide for second moments.
+        ``mask_BT``: true on real tokens; None where all are real.
+        ``mean_ND``: the mean of its real tokens, about which products are taken; not finite where one of them is not.
+        ``largest_tN``: the largest absolute feature of each token; 0 on padding.
         """
         shape, state = state_BTND.shape, state_BTND.detach()
         _require_memory(shape[3])

@@ -91,14 +91,7 @@ class TokenSums:
     def add_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add one state.
 
-        Parameters
-        ----------
-        depth : int
-            Depth index.
-        state_BTND : Tensor
-            The canonical state.
-        mask_BT : Tensor or None
-            True on real tokens; None where all are real.
+        ``mask_BT``: true on real tokens; None where all are real.
         """
         if not state_BTND.numel():  # an empty batch, of which no maximum exists
             return
@@ -209,16 +202,7 @@ class TokenSums:
     ) -> None:
         """Add the gradient with respect to one state; gradients on padding are left out.
 
-        Parameters
-        ----------
-        depth : int
-            Depth index.
-        gradient_BTND : Tensor
-            The canonical gradient.
-        mask_BT : Tensor or None
-            True on real tokens.
-        anew : bool
-            Whether it replaces what was added for this depth so far.
+        ``anew``: whether it replaces what was added for this depth so far.
         """
         if anew:
             for sums in (self, self.mean_view):
@@ -273,14 +257,8 @@ class TokenSums:
     def add_mixing(self, connection: int, mix_BTNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add the Amax gains max_i |Σ_j H_ij| of one connection: over its last axis, and over the one before.
 
-        Parameters
-        ----------
-        connection : int
-            Connection index.
-        mix_BTNN : Tensor
-            The mixing matrix as the module computes it; the proof decides later which axis is the destination.
-        mask_BT : Tensor or None
-            True on real tokens.
+        ``mix_BTNN``: the mixing matrix as the module computes it; the proof decides later which axis is the
+        destination.
         """
         if not mix_BTNN.numel():
             return
@@ -365,17 +343,7 @@ class TokenSums:
     def array(self, name: str, keys: Sequence[int]) -> np.ndarray | None:
         """One statistic at some depths or connections, NaN where nothing was added.
 
-        Parameters
-        ----------
-        name : str
-            Such as ``"norm_sum"``.
-        keys : sequence of int
-            Depth or connection indices, in order.
-
-        Returns
-        -------
-        ndarray or None
-            First axis as long as ``keys``; None where nothing was added at any of them.
+        Returns: First axis as long as ``keys``; None where nothing was added at any of them.
         """
         parts = self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}
         known = [parts[key] for key in keys if key in parts]
@@ -481,19 +449,8 @@ def merge_sums(parts: list[TokenSums], more: list[TokenSums]) -> list[TokenSums]
 def stacked(sums: Sequence[TokenSums], name: str, keys: Sequence[int]) -> np.ndarray:
     """One statistic of several steps.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        One for each step, of which one at least has the statistic.
-    name : str
-        As in `TokenSums.array`.
-    keys : sequence of int
-        Depth or connection indices.
-
-    Returns
-    -------
-    ndarray
-        (step, key, ...); NaN in steps where it was not measured.
+    ``sums``: one for each step, of which one at least has the statistic.
+    Returns: (step, key, ...); NaN in steps where it was not measured.
     """
     arrays = [of.array(name, keys) for of in sums]
     known = [array for array in arrays if array is not None]

@@ -39,15 +39,8 @@ class BranchSum:
 def find_branch_sums(block: Call) -> tuple[BranchSum, ...] | None:
     """The steps by which a block's branches turn its input into its output.
 
-    Parameters
-    ----------
-    block : Call
-        A call that ended, with the calls made during it in ``children``.
-
-    Returns
-    -------
-    tuple of BranchSum or None
-        None where no sums of its children's outputs, or norms of such sums, explain the output.
+    ``block``: A call that ended, with the calls made during it in ``children``.
+    Returns: None where no sums of its children's outputs, or norms of such sums, explain the output.
     """
     rewritten = block.x is not None and block.versions[0] != version(block.x)
     if block.x is None or block.y is None or rewritten:  # x += branch leaves no state to compare with
@@ -119,17 +112,8 @@ def _sampled_elements(tensor: torch.Tensor | None) -> torch.Tensor:
 def with_branch_sums(chain: Chain, blocks: Sequence[Call]) -> Chain:
     """A plain chain with the states inside its blocks and its branches, where every block shows how it adds them.
 
-    Parameters
-    ----------
-    chain : Chain
-        The input of every block and the output of the last.
-    blocks : sequence of Call
-        The blocks, with their ``branch_sums``.
-
-    Returns
-    -------
-    Chain
-        The chain as it came where some block does not show it.
+    ``chain``: the input of every block and the output of the last.
+    Returns: The chain as it came where some block does not show it.
     """
     if not all(block.branch_sums for block in blocks):
         return chain

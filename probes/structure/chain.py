@@ -71,17 +71,7 @@ class Chain:
 
 
 def layer_numbers(calls: Sequence[Any]) -> list[int]:
-    """Block numbers of some calls: the first number in their paths where these ascend, else their order.
-
-    Parameters
-    ----------
-    calls : sequence of Call
-        In order.
-
-    Returns
-    -------
-    list of int
-    """
+    """Block numbers of some calls: the first number in their paths where these ascend, else their order."""
     numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
     steps = [b - a for a, b in pairwise(numbers)]
     ascending = numbers and numbers[0] >= 0 and all(step in (0, 1) for step in steps)

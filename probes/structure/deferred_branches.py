@@ -17,16 +17,7 @@ from depthscope.probes.structure.tape import Tape
 def with_deferred_branches(tape: Tape, chain: Chain) -> Chain:
     """A chain whose states before a deferred branch are called ``mid``, as they are where the branch is added at once.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        A chain of modules.
-
-    Returns
-    -------
-    Chain
+    ``tape``: the calls of the first forward, with its trace.
     """
     trace = tape.trace
     given = _given_together(tape)

@@ -50,15 +50,8 @@ class DepthReads:
 def find_depth_reads(tape: Tape) -> DepthReads | None:
     """The sources that the widest sum over depth adds up, and what each of them was computed from.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-
-    Returns
-    -------
-    DepthReads or None
-        None where no such sum exists, or some source was not computed from one sum alone.
+    ``tape``: the calls of the first forward, with its trace.
+    Returns: None where no such sum exists, or some source was not computed from one sum alone.
     """
     trace = tape.trace
     if trace is None or trace.error is not None or tape.split:
@@ -197,21 +190,7 @@ def _only_through(trace: Trace, number: int, gate: int, known: set[int]) -> bool
 def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int) -> Chain | None:
     """The chain of the sums that the branches read.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward.
-    model : Module
-        The model.
-    found : DepthReads
-        Its sources and sums.
-    batch_size : int
-        B.
-
-    Returns
-    -------
-    Chain or None
-        None where the layout of the states does not show, or a source is shown by no module.
+    Returns: None where the layout of the states does not show, or a source is shown by no module.
     """
     shown = ShownValues(tape)
     states = [CarriedState(value, shown.places(value)) for value in found.reads]
@@ -256,24 +235,10 @@ def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int
 def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tensor:
     """How much of each source each sum has, at every token.
 
-    Parameters
-    ----------
-    found : DepthReads
-        The sources and sums of one forward.
-    layout : str
-        Of the states.
-    batch_size : int
-        B.
-
-    Returns
-    -------
-    Tensor
-        (B, T, K + 1, K + 1): by sum and source.
-
-    Raises
-    ------
-    StreamConnectionError
-        Where a weight differs between features, or where the sum is not one of each token by itself.
+    ``found``: the sources and sums of one forward.
+    Returns: (B, T, K + 1, K + 1): by sum and source.
+    Raises StreamConnectionError: Where a weight differs between features, or where the sum is not one of each token by
+    itself.
     """
     rows = []
     for value in found.reads:

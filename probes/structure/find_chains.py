@@ -40,24 +40,9 @@ FURTHER_SHARE = 0.1
 def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
     """Find the residual chains of a model in the calls of one forward.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls.
-    model : Module
-        For the share of the parameters that a chain covers.
-    layers : sequence of str, optional
-        Module paths (or one path of a ModuleList, or a pattern such as ``"h.{i}"``) that name the blocks.
-
-    Returns
-    -------
-    list of Chain
-        In the order in which they run; more than one for an encoder and a decoder.
-
-    Raises
-    ------
-    ChainError
-        Where nothing links, with the override to give.
+    ``model``: for the share of the parameters that a chain covers.
+    ``layers``: module paths (or one path of a ModuleList, or a pattern such as ``"h.{i}"``) that name the blocks.
+    Returns: In the order in which they run; more than one for an encoder and a decoder.
     """
     if layers is not None:
         blocks = _named_blocks(tape, model, layers)
@@ -319,24 +304,7 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[C
 
 
 def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Module paths that a user's ``layers=`` names: paths, one ModuleList's path, or one pattern.
-
-    Parameters
-    ----------
-    model : Module
-        The model.
-    layers : sequence of str
-        As given.
-
-    Returns
-    -------
-    list of str
-
-    Raises
-    ------
-    ChainError
-        Where a pattern names nothing.
-    """
+    """Module paths that a user's ``layers=`` names: paths, one ModuleList's path, or one pattern."""
     if len(layers) > 1:
         return list(layers)
     pattern, modules = layers[0], dict(model.named_modules())

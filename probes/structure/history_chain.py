@@ -15,15 +15,7 @@ def history_chain(tape: Tape) -> Chain | None:
 
     X_l = F_l(X_{l−1}) + Σ_k α_k X_k over a window of earlier depths k, as the package ``mhc`` computes it.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of one forward.
-
-    Returns
-    -------
-    Chain or None
-        None where no two such modules follow one another.
+    Returns: None where no two such modules follow one another.
     """
     calls = [call for call in tape.calls if call.past is not None and call.x_shape == call.y_shape]
     # Each must be given what the one before returned: a growing list of states, and not any list of tensors of one shape.

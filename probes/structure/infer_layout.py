@@ -11,23 +11,10 @@ from depthscope.probes.structure.layout_evidence import Copies, LayoutEvidence
 def infer_layout(shape: Sequence[int], *, batch_size: int, evidence: LayoutEvidence | None = None) -> str:
     """Infer the layout of a plain residual state, or refuse.
 
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape of the state.
-    batch_size : int
-        Size of the batch that the model was called with.
-    evidence : LayoutEvidence, optional
-        What the calls show of the state's axes.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    LayoutError
-        Where the shape fits no plain layout, or where streams may be merged into it; the message names the override.
+    ``batch_size``: size of the batch that the model was called with.
+    ``evidence``: what the calls show of the state's axes.
+    Raises LayoutError: Where the shape fits no plain layout, or where streams may be merged into it; the message names
+    the override.
     """
     size, evidence = tuple(shape), evidence or LayoutEvidence()
     plain = _plain_layout(size, batch_size, evidence)
@@ -106,18 +93,8 @@ def _refusal(size: tuple[int, ...], batch_size: int, plain: str, streams: tuple[
 def takes_tokens_first(shape: Sequence[int], lead: Sequence[int], evidence: LayoutEvidence) -> bool:
     """Whether a model is called with the tokens before the sequences, so that its batch is the second axis.
 
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape of the first state.
-    lead : sequence of int
-        Shape of the first tensor that the model was called with.
-    evidence : LayoutEvidence
-        What the calls show of the state's axes.
-
-    Returns
-    -------
-    bool
+    ``lead``: shape of the first tensor that the model was called with.
+    ``evidence``: what the calls show of the state's axes.
     """
     return (
         evidence.tokens_first and len(shape) == 3 and len(lead) >= 2 and tuple(lead[:2]) == tuple(shape[:2])

@@ -15,15 +15,8 @@ from depthscope.probes.dataflow.trace import Value
 def inner_streams(states: Sequence[Value | None]) -> int:
     """The number of streams that every step of a chain makes of its state, and merges again.
 
-    Parameters
-    ----------
-    states : sequence of Value or None
-        The states of a chain in the trace of a forward.
-
-    Returns
-    -------
-    int
-        0 where some step makes none, or not as many as the others.
+    ``states``: the states of a chain in the trace of a forward.
+    Returns: 0 where some step makes none, or not as many as the others.
     """
     counts = set()
     for before, after in pairwise(states):

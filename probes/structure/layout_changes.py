@@ -16,17 +16,8 @@ from depthscope.probes.structure.tape import Tape
 def split_at_layout_changes(tape: Tape, chain: Chain) -> list[Chain]:
     """The parts of a plain chain in which the axes of the states have one order, as image first and sequence of tokens later.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        The chain.
-
-    Returns
-    -------
-    list of Chain
-        The chain itself where the order of its axes does not change, or is not known to.
+    ``tape``: the calls of the first forward, with its trace.
+    Returns: The chain itself where the order of its axes does not change, or is not known to.
     """
     if chain.has_streams or chain.history:
         return [chain]

@@ -66,16 +66,7 @@ class LayoutEvidence:
 def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
     """Read what the calls show of a chain's states.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of one forward, with the tensor that the first block took.
-    chain : Chain
-        The chain.
-
-    Returns
-    -------
-    LayoutEvidence
+    ``tape``: the calls of one forward, with the tensor that the first block took.
     """
     if chain.points[0].item:
         return _evidence_of_track(tape, chain)

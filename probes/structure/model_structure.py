@@ -143,15 +143,8 @@ class Structure:
 def require_same(found: Structure, before: Structure) -> None:
     """Require that a structure has the depths and connections of an earlier one, so that one run can have both.
 
-    Parameters
-    ----------
-    found, before : Structure
-        Modules may have been wrapped or replaced in between.
-
-    Raises
-    ------
-    CaptureError
-        Where a depth or a connection of one is not in the other.
+    ``found, before``: modules may have been wrapped or replaced in between.
+    Raises CaptureError: Where a depth or a connection of one is not in the other.
     """
     for name, now, then in (
         ("depths", [len(chain.points) for chain in found.chains], [len(c.points) for c in before.chains]),

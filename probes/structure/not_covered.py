@@ -72,21 +72,8 @@ class LeftOut:
 def not_covered(tape: Tape, model: nn.Module, chains: Sequence[Chain], *, named: bool) -> tuple[LeftOut, ...]:
     """The parts of a model that ran and lie in no chain.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    model : Module
-        The model.
-    chains : sequence of Chain
-        All that were found.
-    named : bool
-        Whether the user named the blocks.
-
-    Returns
-    -------
-    tuple of LeftOut
-        In the order in which they ran.
+    ``tape``: the calls of the first forward, with its trace.
+    Returns: In the order in which they ran.
     """
     return tuple(_LeftOutParts(tape, model, chains, named=named).found())
 
@@ -233,19 +220,7 @@ def _is_block(call: Call) -> bool:
 
 
 def calls_on_the_way(trace: Trace, before: Value, after: Value) -> set[int]:
-    """Orders of the module calls that computed something from one value that another one was computed from.
-
-    Parameters
-    ----------
-    trace : Trace
-        Of the forward.
-    before, after : Value
-        The earlier and the later value.
-
-    Returns
-    -------
-    set of int
-    """
+    """Orders of the module calls that computed something from one value that another one was computed from."""
     waiting, needed = [after.number], {after.number}
     while waiting:
         for parent in trace.parents[waiting.pop()]:

@@ -28,21 +28,7 @@ NO_STEP = "every block changes the shape of the state, so none is a sum with the
 
 
 def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> str:
-    """Why the next state is no plain step from the one before; empty where it is one.
-
-    Parameters
-    ----------
-    trace : Trace
-        Of the forward.
-    before, after : Value
-        The two states.
-    earlier : sequence of Value
-        The states before these.
-
-    Returns
-    -------
-    str
-    """
+    """Why the next state is no plain step from the one before; empty where it is one."""
     if before is after:
         return "the state is one and the same value before and after: no block changes it"
     if not trace.depends(after, before):
@@ -98,16 +84,7 @@ def plain_path(
 def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[int, str]]:
     """The steps between states, with the number of the state before.
 
-    Parameters
-    ----------
-    trace : Trace
-        Of the forward.
-    states : sequence of Value or None
-        In depth order; None where a state was not seen in the trace.
-
-    Yields
-    ------
-    (int, str)
+    ``states``: in depth order; None where a state was not seen in the trace.
     """
     for depth, (before, after) in enumerate(pairwise(states)):
         if before is None or after is None:
@@ -121,16 +98,7 @@ def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[
 def with_proof(tape: Tape, chain: Chain) -> Chain:
     """A plain chain with its proof; one with connections of another kind as it came, since these have a proof of their own.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        The chain.
-
-    Returns
-    -------
-    Chain
+    ``tape``: the calls of the first forward, with its trace.
     """
     if chain.has_streams or chain.history:
         return chain
@@ -212,16 +180,7 @@ def _proof(tape: Tape, chain: Chain) -> str:
 def with_shown_inputs(tape: Tape, chain: Chain) -> Chain:
     """A proven chain; unproven where a block takes another state than is shown, such as with positions added before it.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        The chain.
-
-    Returns
-    -------
-    Chain
+    ``tape``: the calls of the first forward, with its trace.
     """
     changed = _taken_changed(tape, states_of(tape, chain.points)) if chain.proof == PROVEN else None
     if changed is None:

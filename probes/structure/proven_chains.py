@@ -60,25 +60,9 @@ def proven_chains(
 ) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    model : Module
-        The model.
-    batch_size : int
-        Of the forward.
-    layers : sequence of str, optional
-        As in `find_chains`: the user's own blocks are taken whatever else is found.
-
-    Returns
-    -------
-    FoundChains
-
-    Raises
-    ------
-    ChainError
-        Where neither the calls nor the values form a chain.
+    ``tape``: the calls of the first forward, with its trace.
+    ``layers``: as in `find_chains`: the user's own blocks are taken whatever else is found.
+    Raises ChainError: Where neither the calls nor the values form a chain.
     """
     refusal: ChainError | None = None
     chains: list[Chain] = []

@@ -181,22 +181,7 @@ class SiteSelection:
     def require_attention(
         self, chains: Sequence[Chain], found: Iterable[tuple[int, int]], reasons: Iterable[str]
     ) -> None:
-        """Refuse a request for attention that no forward shows.
-
-        Parameters
-        ----------
-        chains : sequence of Chain
-            As found in the first forward.
-        found : iterable of (chain, depth)
-            The states that attention leads to.
-        reasons : iterable of str
-            Why other attention is not known.
-
-        Raises
-        ------
-        SiteError
-            With the name, and why.
-        """
+        """Refuse a request for attention that no forward shows."""
         layers = {chains[number].points[depth].layer for number, depth in found}
         for request in self.requests:
             if ATTENTION not in request.kinds or (
@@ -214,15 +199,7 @@ class SiteSelection:
     def require(self, chains: Sequence[Chain]) -> None:
         """Refuse a request for what no chain has.
 
-        Parameters
-        ----------
-        chains : sequence of Chain
-            As found in the first forward.
-
-        Raises
-        ------
-        SiteError
-            With the name, why no state or variable has it, and what the model has.
+        Raises SiteError: With the name, why no state or variable has it, and what the model has.
         """
         for request in self.requests:
             if not any(request.fits(chain) for chain in chains):
@@ -259,19 +236,8 @@ def _why_missing(chains: Sequence[Chain], request: Request) -> str:
 def select(names: str | Sequence[str] | None) -> SiteSelection:
     """The selection that some names of sites mean.
 
-    Parameters
-    ----------
-    names : str or sequence of str or None
-        See the module docstring; None for the default.
-
-    Returns
-    -------
-    SiteSelection
-
-    Raises
-    ------
-    SiteError
-        For a name that is not known, with the closest ones.
+    ``names``: see the module docstring; None for the default.
+    Raises SiteError: For a name that is not known, with the closest ones.
 
     Examples
     --------

@@ -16,17 +16,8 @@ BRIDGE = 4
 def join_stages(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
     """Join the runs of one class that a short bridge of other calls links.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls.
-    runs : sequence of sequence of Call
-        Runs of linked calls of one class.
-
-    Returns
-    -------
-    list of list of Call
-        Longer runs; between two stages stands the call that gives the next one its first state.
+    ``runs``: runs of linked calls of one class.
+    Returns: Longer runs; between two stages stands the call that gives the next one its first state.
     """
     calls = _CallsByPath(tape)
     pieces = _with_single_blocks(tape, runs)

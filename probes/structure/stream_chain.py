@@ -46,21 +46,8 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
 
     A state that changes outside of the connections, as by a per-layer embedding, is captured before and after the change.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of one forward.
-    connections : list of Call
-        The calls of its connections, in order.
-
-    Returns
-    -------
-    Chain
-
-    Raises
-    ------
-    ChainError
-        Where no module shows the state after the last connection.
+    ``connections``: the calls of its connections, in order.
+    Raises ChainError: Where no module shows the state after the last connection.
     """
     layers = _block_numbers(connections)
     first = connections[0]
@@ -187,17 +174,7 @@ _LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 
 def branch_label(*names: str) -> str:
-    """The kind of a branch by its names: attn, mlp, or block where no name shows it.
-
-    Parameters
-    ----------
-    *names : str
-        The most specific first.
-
-    Returns
-    -------
-    str
-    """
+    """The kind of a branch by its names: attn, mlp, or block where no name shows it."""
     for text in names:
         for label, matches in _LABELS:
             if matches(text):

@@ -30,24 +30,9 @@ class TracedStreams:
 def traced_streams(tape: Tape, chain: Chain, states: Sequence[Value]) -> TracedStreams | None:
     """A chain of values as one with streams.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    chain : Chain
-        As the values form it.
-    states : sequence of Value
-        Its states.
-
-    Returns
-    -------
-    TracedStreams or None
-        None where its states have no axis of streams.
-
-    Raises
-    ------
-    StreamConnectionError
-        Where they have one, and some connection cannot be read.
+    ``tape``: the calls of the first forward, with its trace.
+    Returns: None where its states have no axis of streams.
+    Raises StreamConnectionError: Where they have one, and some connection cannot be read.
     """
     # The states of a chain have one layout; the proof would not hold in another one.
     layouts = {found for state in states if (found := _layout(state)) is not None}

@@ -17,24 +17,10 @@ from depthscope.probes.structure.tape import Call, SeveralStatesError, same_tens
 def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[Chain]:
     """The chain and one more for every further state that its blocks pass on and change.
 
-    Parameters
-    ----------
-    chain : Chain
-        The chain of the first state.
-    blocks : sequence of Call
-        The calls of its blocks.
-    named : bool
-        Whether the user named the blocks: states of one shape, which look like streams, are then taken one by one.
-
-    Returns
-    -------
-    list of Chain
-        Named after the parameters of the block's forward where there is more than one.
-
-    Raises
-    ------
-    SeveralStatesError
-        For states of one shape that the user did not name.
+    ``named``: whether the user named the blocks: states of one shape, which look like streams, are then taken one by
+    one.
+    Returns: Named after the parameters of the block's forward where there is more than one.
+    Raises SeveralStatesError: For states of one shape that the user did not name.
     """
     pairs = _passed_on(blocks)
     if not pairs:

@@ -79,18 +79,8 @@ def viewed_origin(value: Value) -> Value:
 def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
     """The values that lead to one, in groups: each begins with a sum with something that was computed from the value before.
 
-    Parameters
-    ----------
-    trace : Trace
-        Of the forward.
-    last : Value
-        Where to go back from.
-
-    Returns
-    -------
-    list of list of Value
-        The first group begins with what no such sum made. What follows in a group is the same state, scaled, moved or put
-        together with others of its kind.
+    Returns: The first group begins with what no such sum made. What follows in a group is the same state, scaled, moved
+    or put together with others of its kind.
     """
     groups: list[list[Value]] = [[]]
     value = last
@@ -173,17 +163,8 @@ def _state_of_shape(group: Sequence[CarriedState], shape: tuple[int, ...]) -> Ca
 def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Value]]]:
     """The chains of states that the forward carries, that of most sums first, with the values of their states.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    model : Module
-        The model.
-
-    Yields
-    ------
-    Chain and list of Value
-        Of two states at least. Two chains have no sum in common.
+    ``tape``: the calls of the first forward, with its trace.
+    Yields: Of two states at least. Two chains have no sum in common.
     """
     trace = tape.trace
     if trace is None or trace.error is not None or trace.most_merged is None or tape.split:
@@ -206,19 +187,7 @@ def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Val
 def chain_of_states(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
     """The chain of some states, labelled by the blocks in which what was added to each of them was computed.
 
-    Parameters
-    ----------
-    tape : Tape
-        The calls of the first forward, with its trace.
-    model : Module
-        The model.
-    states : sequence of CarriedState
-        In depth order.
-
-    Returns
-    -------
-    Chain
-        Without connections.
+    ``tape``: the calls of the first forward, with its trace.
     """
     assert tape.trace is not None
     branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]

@@ -88,10 +88,7 @@ class LiveRecording:
     def open(self) -> dict[str, Any]:
         """Open the store, as the block begins.
 
-        Returns
-        -------
-        dict
-            What earlier attempts noted of the run.
+        Returns: What earlier attempts noted of the run.
         """
         try:
             self._store = LiveStore(self._folder, **self._options, keep_states=self._keep_states)
@@ -113,25 +110,9 @@ class LiveRecording:
     ) -> str | None:
         """Write the rows that are not written yet, and sometimes the large arrays.
 
-        Parameters
-        ----------
-        session : Session
-            That measured them.
-        rows : list of StepStatistics
-            All of the recorder.
-        build : callable
-            Makes a run of some of its rows.
-        attrs : mapping
-            What is noted of the run.
-        live_row_of : callable, optional
-            The live metrics of a step.
-        awaited : collection of int
-            Steps whose live metrics come later, see `add_later`.
-
-        Returns
-        -------
-        str or None
-            What went wrong; the same is said once.
+        ``build``: makes a run of some of its rows.
+        ``awaited``: steps whose live metrics come later, see `add_later`.
+        Returns: What went wrong; the same is said once.
         """
         if self._is_taken:
             return None
@@ -157,17 +138,8 @@ class LiveRecording:
     def add_later(self, steps: Iterable[int], live_row_of: LiveRowOf) -> str | None:
         """Add live metrics to rows that were written without them.
 
-        Parameters
-        ----------
-        steps : iterable of int
-            Of the rows.
-        live_row_of : callable
-            The live metrics of a step; None where there are none after all.
-
-        Returns
-        -------
-        str or None
-            What went wrong; the same is said once.
+        ``live_row_of``: the live metrics of a step; None where there are none after all.
+        Returns: What went wrong; the same is said once.
         """
         self._later = [*self._later, *steps]
         if self._is_taken or self._store is None:
@@ -249,17 +221,8 @@ class LiveRecording:
     def finish(self, rows: list[StepStatistics], build: Callable[[], xr.DataTree]) -> None:
         """End writing: the final arrays, or the file in place of the live store.
 
-        Parameters
-        ----------
-        rows : list of StepStatistics
-            All of the recorder.
-        build : callable
-            Makes the run of all of them.
-
-        Raises
-        ------
-        Exception
-            Where something was not written. What the live store has stays.
+        ``build``: makes the run of all of them.
+        Raises Exception: Where something was not written. What the live store has stays.
         """
         store, self._store = self._store, None
         is_complete = store is not None and self._num_written == len(rows)

@@ -63,14 +63,8 @@ class ScriptWatch:
     def run(self, script: Path | str, arguments: Sequence[str], *, is_module: bool = False) -> None:
         """Run a script as ``python SCRIPT ARGUMENTS`` would; the store is finished when it ends, however it ends.
 
-        Parameters
-        ----------
-        script : path-like
-            A Python file, or the name of a module.
-        arguments : sequence of str
-            Its own.
-        is_module : bool
-            Whether a module is run, as ``python -m`` does.
+        ``script``: A Python file, or the name of a module.
+        ``is_module``: whether a module is run, as ``python -m`` does.
         """
         steps = register_optimizer_step_post_hook(self._end_step)
         try:

@@ -39,18 +39,7 @@ MOST_ROWS, MOST_COLUMNS = 1000, 100
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
 def plotly_component(name: str) -> Any:
-    """A component of the files ``NAME.css`` and ``NAME.js`` beside this one, which draws with plotly.js.
-
-    Parameters
-    ----------
-    name : str
-        Of the files.
-
-    Returns
-    -------
-    function
-        Mounts it, see `streamlit.components.v2`.
-    """
+    """A component of the files ``NAME.css`` and ``NAME.js`` beside this one, which draws with plotly.js."""
     folder = Path(__file__).parent
 
     def text(file: str) -> str:
@@ -70,18 +59,7 @@ _plot = plotly_component("chart")
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
     """Figure of a kind, with those choices of a selection that it uses.
 
-    Parameters
-    ----------
-    kind : FigureKind
-        What to build.
-    analyses : mapping
-        Run name → analysis.
-    selection : mapping
-        Choices of all controls of the page.
-
-    Returns
-    -------
-    Lines or Heatmap
+    ``selection``: choices of all controls of the page.
     """
     return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
 
@@ -96,18 +74,8 @@ def card(
 ) -> None:
     """A figure with its title and caption; its numbers open as a table and are saved as a CSV file.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to show.
-    key : str
-        Widget key; the zoom lasts as long as it does.
-    height : int
-        Pixels of the plot.
-    clickable : bool
-        Whether a click on a cell reruns the page; `clicked_cell` returns it then.
-    mark : tuple of float or None
-        Cell to ring, as (x, y).
+    ``key``: widget key; the zoom lasts as long as it does.
+    ``clickable``: whether a click on a cell reruns the page; `clicked_cell` returns it then.
     """
     # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
@@ -141,18 +109,9 @@ def show_drawing(
 ) -> None:
     """A drawing without title, caption and numbers.
 
-    Parameters
-    ----------
-    drawing : str
-        JSON of a plotly figure.
-    name : str
-        Of the file that the visitor saves.
-    alt : str
-        What it shows, for those who do not see it.
-    key, height, clickable
-        As in `card`.
-    axes : str
-        What its axes are: a zoom is given up where this changes.
+    ``name``: of the file that the visitor saves.
+    ``alt``: what it shows, for those who do not see it.
+    ``axes``: what its axes are: a zoom is given up where this changes.
     """
     _plot(
         data={
@@ -195,18 +154,7 @@ def _numbers(figure: Figure, key: str) -> None:
 
 
 def clicked_cell(key: str) -> tuple[float, float] | None:
-    """Cell of a clickable heat map that was clicked last.
-
-    Parameters
-    ----------
-    key : str
-        Key of its card.
-
-    Returns
-    -------
-    tuple of float or None
-        (x, y).
-    """
+    """Cell of a clickable heat map that was clicked last."""
     state = st.session_state.get(key)
     clicked = state.get("clicked") if state is not None else None
     return (float(clicked["x"]), float(clicked["y"])) if clicked else None

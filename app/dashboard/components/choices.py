@@ -21,24 +21,9 @@ def choose_one(
 ) -> str:
     """One of some names, in the URL under its key.
 
-    Parameters
-    ----------
-    label : str
-        Above the control.
-    options : sequence of str
-        At least one; a single one is taken without asking.
-    key : str
-        Of the control and in the URL.
-    default : str, optional
-        Chosen at first; the first option where it is None or no option.
-    words : function
-        What is shown of an option.
-    width : int
-        Pixels.
-
-    Returns
-    -------
-    str
+    ``options``: at least one; a single one is taken without asking.
+    ``key``: of the control and in the URL.
+    ``default``: chosen at first; the first option where it is None or no option.
     """
     # A name of other runs, or of a link: Streamlit raises for a value that is no option.
     if st.session_state.get(key) not in options:
@@ -54,22 +39,7 @@ def choose_one(
 def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
     """A whole number from 0 to the last one, in the URL under its key.
 
-    Parameters
-    ----------
-    label : str
-        Above the control.
-    last : int
-        The largest.
-    key : str
-        Of the control and in the URL.
-    default : int
-        Chosen at first.
-    width : int
-        Pixels.
-
-    Returns
-    -------
-    int
+    ``key``: of the control and in the URL.
     """
     # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
     bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None

@@ -102,13 +102,7 @@ def _read(names: Sequence[str]) -> ChosenRuns:
 
 
 def require_chosen_runs() -> ChosenRuns:
-    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
-
-    Returns
-    -------
-    ChosenRuns
-        With at least one reading.
-    """
+    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left."""
     # Read here and not where they are chosen: the table of all runs is drawn before the first of them is analysed. They are
     # not left in the session, where a page that is open but idle would keep them in memory.
     chosen = _read(st.session_state[_KEY])

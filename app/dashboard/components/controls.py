@@ -62,19 +62,9 @@ def choose(
 ) -> dict[str, Any]:
     """A row of controls: those that change at least one of a page's figures and have more than one option.
 
-    Parameters
-    ----------
-    kinds : iterable of FigureKind
-        Figures of the page.
-    analyses : mapping
-        Run name → analysis, of the chosen runs.
-    without : collection of str
-        Fields of `Selection` that the page decides itself.
-
-    Returns
-    -------
-    dict
-        Fields of `Selection`; those that are not offered are missing.
+    ``analyses``: run name → analysis, of the chosen runs.
+    ``without``: fields of `Selection` that the page decides itself.
+    Returns: Fields of `Selection`; those that are not offered are missing.
     """
     used = {name for kind in kinds for name in kind.uses} - set(without)
     selection: dict[str, Any] = {}
@@ -135,17 +125,7 @@ def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
 
 
 def choose_section(sections: Sequence[str]) -> str:
-    """Which section of a page is shown, in the URL as `?part=`.
-
-    Parameters
-    ----------
-    sections : sequence of str
-        At least one.
-
-    Returns
-    -------
-    str
-    """
+    """Which section of a page is shown, in the URL as `?part=`."""
     # The section of another page, or of other runs: Streamlit raises for a value that is no option.
     if st.session_state.get("part") not in sections:
         st.session_state.pop("part", None)
@@ -163,14 +143,7 @@ def choose_section(sections: Sequence[str]) -> str:
 def chosen_run(names: Sequence[str]) -> str:
     """The run that heat maps show, in the URL as `?run=`.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Runs that can feed them; at least one.
-
-    Returns
-    -------
-    str
+    ``names``: runs that can feed them; at least one.
     """
     if len(names) == 1:
         return names[0]

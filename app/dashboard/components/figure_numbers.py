@@ -13,14 +13,7 @@ __all__ = ["numbers_of"]
 def numbers_of(figure: Figure) -> pd.DataFrame:
     """Table of a figure's numbers, as shown and as downloaded.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        Any figure; a heat map gives every cell, reduced or not.
-
-    Returns
-    -------
-    pandas.DataFrame
+    ``figure``: any figure; a heat map gives every cell, reduced or not.
     """
     table = figure_table(figure)
     if isinstance(figure, Heatmap):

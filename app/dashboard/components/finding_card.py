@@ -42,12 +42,7 @@ _drawing = st.components.v2.component(
 def show_card(card: Card, *, of: Reading | None = None) -> None:
     """One finding in a bordered box.
 
-    Parameters
-    ----------
-    card : Card
-        Of `cards_of`.
-    of : Reading, optional
-        What it is about: with it the card has a button that opens the microscope there.
+    ``of``: what it is about: with it the card has a button that opens the microscope there.
     """
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
@@ -93,13 +88,7 @@ def _offer_microscope(finding: Finding, reading: Reading) -> None:
 
 
 def show_causes(findings: Sequence[Finding]) -> None:
-    """Which findings of a run follow from which, as a small graph; nothing where none does.
-
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Findings of one chain.
-    """
+    """Which findings of a run follow from which, as a small graph; nothing where none does."""
     graph = cause_svg(findings)
     if graph:
         st.caption("What follows from what")
@@ -114,13 +103,7 @@ def _show_drawing(name: str, svg: str, words: str) -> None:
 
 
 def tally(findings: Sequence[Finding]) -> None:
-    """Badges with the number of findings of each severity.
-
-    Parameters
-    ----------
-    findings : sequence of Finding
-        Findings of one run.
-    """
+    """Badges with the number of findings of each severity."""
     with st.container(horizontal=True, gap="small"):
         for severity, (word, colour, sign) in BADGES.items():
             count = sum(finding.severity.name == severity for finding in findings)

@@ -60,14 +60,7 @@ def _code(text: str) -> str:
 def inside_sentence(title: str) -> str:
     """A title as it is written inside a sentence: its first letter small, but for an abbreviation.
 
-    Parameters
-    ----------
-    title : str
-        Such as the title of a figure.
-
-    Returns
-    -------
-    str
+    ``title``: such as the title of a figure.
 
     Examples
     --------

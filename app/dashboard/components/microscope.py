@@ -111,17 +111,7 @@ class View:
 
 
 def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
-    """Curves that a reading feeds and that have a depth: all of them, and those shown at first.
-
-    Parameters
-    ----------
-    reading : Reading
-        Under the microscope.
-
-    Returns
-    -------
-    tuple of list of str and list of str
-    """
+    """Curves that a reading feeds and that have a depth: all of them, and those shown at first."""
     analyses = _analyses(reading)
     names = [name for name, kind in available(analyses).items() if _axis_of(kind.metric, reading)]
     return names, [name for name in DEFAULT_STRIPS if name in names]
@@ -140,17 +130,7 @@ def _axis_of(metric: str, reading: Reading) -> str:
 
 
 def first_pin(reading: Reading) -> int:
-    """The depth that is pinned before the visitor pins one: where the worst finding is worst, else the last one.
-
-    Parameters
-    ----------
-    reading : Reading
-        Under the microscope.
-
-    Returns
-    -------
-    int
-    """
+    """The depth that is pinned before the visitor pins one: where the worst finding is worst, else the last one."""
     last = max(len(depth_names(reading)) - 1, 0)
     places = (worst_depth(finding, reading.analysis) for finding in reading.findings)
     return next((min(max(depth, 0), last) for depth in places if depth is not None), last)
@@ -159,16 +139,7 @@ def first_pin(reading: Reading) -> int:
 def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> None:
     """The panels of a reading.
 
-    Parameters
-    ----------
-    reading : Reading
-        Under the microscope.
-    close_up : CloseUp or None
-        Its states, where the run has them.
-    view : View
-        What is chosen.
-    on_pin : function
-        Called when a depth is pinned.
+    ``close_up``: its states, where the run has them.
     """
     drawn = st.session_state.get(_DRAWN)
     if drawn is None or not drawn.is_of(reading, close_up, view):
@@ -188,17 +159,7 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
 def pinned_by_page(key: str, pin: float | None, other: float | None) -> dict[str, float | None]:
     """What the panels are told to pin: nothing new where they pinned it themselves, so that the same data are not sent again.
 
-    Parameters
-    ----------
-    key : str
-        Of the component.
-    pin, other : float or None
-        What is pinned, and what it is compared with.
-
-    Returns
-    -------
-    dict
-        ``pin`` and ``other``.
+    ``pin, other``: what is pinned, and what it is compared with.
     """
     told = st.session_state.get(f"{key}_told")
     own = st.session_state.get(key, {}).get("pin") or {}
@@ -244,17 +205,7 @@ class _Drawn:
 
 
 def depth_names(reading: Reading) -> list[str]:
-    """What people call each depth of a reading.
-
-    Parameters
-    ----------
-    reading : Reading
-        Any.
-
-    Returns
-    -------
-    list of str
-    """
+    """What people call each depth of a reading."""
     along = next((array for array in reading.analysis.data_vars.values() if "depth" in array.dims), None)
     return [] if along is None else names_of(along, "depth")
 
@@ -368,13 +319,7 @@ def _stream_panel(close_up: CloseUp) -> Panel:
 
 
 def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
-    """All about the depth that is pinned.
-
-    Parameters
-    ----------
-    reading, close_up, view
-        As in `show_panels`.
-    """
+    """All about the depth that is pinned."""
     names = depth_names(reading)
     against = f" against depth {view.other}" if view.other is not None else ""
     st.markdown(f"##### Depth {view.pin}{against}: {escaped(names[view.pin])}")
@@ -471,15 +416,7 @@ def _show_connections(close_up: CloseUp, view: View) -> None:
 
 
 def show_matrices(matrices: Sequence[Matrix], key: str) -> None:
-    """One of some matrices with its sums and its eigenvalues, and the choice of it.
-
-    Parameters
-    ----------
-    matrices : sequence of Matrix
-        Of `CloseUp.matrices` or `CloseUp.composite`.
-    key : str
-        Widget key.
-    """
+    """One of some matrices with its sums and its eigenvalues, and the choice of it."""
     if not matrices:
         st.caption("No token of the run is real.")
         return

@@ -17,14 +17,7 @@ __all__ = ["offer_metrics"]
 def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: str) -> None:
     """A choice of metrics and a button that computes them for the runs that lack them; nothing where none lacks any.
 
-    Parameters
-    ----------
-    readings : iterable of Reading
-        The runs of the page.
-    metrics : sequence of str
-        Names of the catalogue, in the order in which they are offered.
-    key : str
-        Of the controls.
+    ``metrics``: names of the catalogue, in the order in which they are offered.
     """
     readings = list(readings)
     _explain_impossible(readings, metrics)

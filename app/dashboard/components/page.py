@@ -61,13 +61,7 @@ class Page:
 
 
 def show_page(page: Page) -> None:
-    """Draw a page for the chosen runs.
-
-    Parameters
-    ----------
-    page : Page
-        One of the registered pages.
-    """
+    """Draw a page for the chosen runs."""
     st.markdown(f"### {page.heading or page.title}")
     st.caption(page.help)
     say_unknown_runs()

@@ -23,12 +23,7 @@ __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
 def show_findings(chosen: ChosenRuns, question: str) -> None:
     """Findings on the metrics that a question's figures draw, folded under the worst one of each run.
 
-    Parameters
-    ----------
-    chosen : ChosenRuns
-        The chosen runs.
-    question : str
-        A question of the register of figures.
+    ``question``: A question of the register of figures.
     """
     kinds = [kind for kind in FIGURES.values() if kind.question == question]
     # Also of figures that the runs do not feed: a finding is worth reading without its curve.
@@ -50,14 +45,9 @@ def show_figures(
 ) -> None:
     """Figures of the chosen section of a question, curves before heat maps, under their controls.
 
-    Parameters
-    ----------
-    chosen : ChosenRuns
-        The chosen runs; they feed at least one of its figures.
-    question : str
-        A question of the register of figures.
-    before, after : mapping of str to function, optional
-        Sections that draw themselves, before and after those of the figures.
+    ``chosen``: the chosen runs; they feed at least one of its figures.
+    ``question``: A question of the register of figures.
+    ``before, after``: sections that draw themselves, before and after those of the figures.
     """
     figures = chosen.figures(question)
     first, last = before or {}, after or {}
@@ -82,14 +72,7 @@ def show_figures(
 def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> None:
     """Figures whose metrics are computed only when they are named, with a button that computes them.
 
-    Parameters
-    ----------
-    chosen : ChosenRuns
-        The chosen runs.
-    question : str
-        A question of the register of figures.
-    section : str
-        Section of the question.
+    ``question``: A question of the register of figures.
     """
     metrics = [
         name
@@ -110,16 +93,7 @@ def show_in_rows(
 ) -> None:
     """Figures in rows of two.
 
-    Parameters
-    ----------
-    kinds : sequence of FigureKind
-        What to show.
-    chosen : ChosenRuns
-        The chosen runs.
-    selection : dict
-        Choices of the controls.
-    change : function, optional
-        Applied to every figure before it is drawn.
+    ``change``: applied to every figure before it is drawn.
     """
     for first in range(0, len(kinds), 2):
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.

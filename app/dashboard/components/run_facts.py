@@ -20,15 +20,7 @@ _DIGEST_LENGTH = len("sha256:") + 12
 def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
     """Facts as rows, runs as columns; a fact that no run has is left out.
 
-    Parameters
-    ----------
-    readings : iterable of Reading
-        The chosen runs.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Of escaped text, with a dash where a run lacks a fact.
+    Returns: Of escaped text, with a dash where a run lacks a fact.
     """
     table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
     # A row of dashes would only lengthen the table.

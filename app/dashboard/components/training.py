@@ -72,35 +72,13 @@ class Shown:
 
 
 def default_measures(history: TrainingHistory) -> list[str]:
-    """What is shown at first.
-
-    Parameters
-    ----------
-    history : TrainingHistory
-        Of a run.
-
-    Returns
-    -------
-    list of str
-    """
+    """What is shown at first."""
     known = history.measures
     return [name for name in DEFAULT_MEASURES if name in known] or list(known)[:3]
 
 
 def position_of(history: TrainingHistory, step: int | None) -> int:
-    """The measured step that is nearest to one; the last one where none is pinned.
-
-    Parameters
-    ----------
-    history : TrainingHistory
-        With at least one step.
-    step : int or None
-        Of the training.
-
-    Returns
-    -------
-    int
-    """
+    """The measured step that is nearest to one; the last one where none is pinned."""
     if step is None:
         return len(history.steps) - 1
     return int(np.abs(history.steps - np.int64(step)).argmin())
@@ -111,16 +89,7 @@ def show_history(
 ) -> None:
     """The panels of a history.
 
-    Parameters
-    ----------
-    history : TrainingHistory
-        Of a run.
-    shown : Shown
-        What is chosen.
-    begun : sequence of Begun
-        Where findings began.
-    on_change : function
-        Called when a step is pinned, or a range of steps chosen.
+    ``on_change``: called when a step is pinned, or a range of steps chosen.
     """
     panels = [_panel(history, name, shown) for name in shown.measures]
     last = float(history.steps[-1])
@@ -181,13 +150,7 @@ def _places(history: TrainingHistory, panels: Sequence[Panel]) -> list[float]:
 
 
 def show_step_heading(history: TrainingHistory, shown: Shown) -> None:
-    """Which step is shown beside the panels.
-
-    Parameters
-    ----------
-    history, shown
-        As in `show_history`.
-    """
+    """Which step is shown beside the panels."""
     first, *others = _positions(history, shown)
     words = f"Step {_spaced(history.steps[first])}"
     if others:
@@ -203,13 +166,7 @@ def _positions(history: TrainingHistory, shown: Shown) -> list[int]:
 
 
 def show_step(history: TrainingHistory, shown: Shown) -> None:
-    """All about one step, and the one that it is compared with.
-
-    Parameters
-    ----------
-    history, shown
-        As in `show_history`.
-    """
+    """All about one step, and the one that it is compared with."""
     positions = _positions(history, shown)
     numbers = [name for name in shown.measures if not history.measures[name].rows]
     if numbers:

@@ -48,17 +48,7 @@ _tested = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for e
 
 
 def comparable(chosen: ChosenRuns) -> list[str]:
-    """Figures of one number along depth or connections that a chosen run feeds.
-
-    Parameters
-    ----------
-    chosen : ChosenRuns
-        The chosen runs.
-
-    Returns
-    -------
-    list of str
-    """
+    """Figures of one number along depth or connections that a chosen run feeds."""
     return [
         name
         for name, kind in FIGURES.items()
@@ -116,17 +106,7 @@ def _choose_group(readings: Sequence[Reading]) -> str | None:
 
 
 def groups_of(readings: Sequence[Reading]) -> list[str]:
-    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Chosen runs.
-
-    Returns
-    -------
-    list of str
-    """
+    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
     shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
     found = []
     for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
@@ -141,17 +121,8 @@ def groups_of(readings: Sequence[Reading]) -> list[str]:
 def folded(figure: Lines, group_of: Mapping[str, str]) -> Lines:
     """The measured curves of a group as one: their mean, and a band from the smallest to the largest.
 
-    Parameters
-    ----------
-    figure : Lines
-        One curve of each run, at relative depths.
-    group_of : mapping of str to str
-        Run name → group.
-
-    Returns
-    -------
-    Lines
-        Groups whose runs are not equally deep are left as they are.
+    ``figure``: one curve of each run, at relative depths.
+    Returns: Groups whose runs are not equally deep are left as they are.
     """
     lines: list[Line] = []
     measured = [line for line in figure.lines if line.role == "measured"]

@@ -90,30 +90,14 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
 
 
 def measure_table(figure: Figure) -> Table:
-    """The numbers of a figure as a table that every format can write.
-
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        Any.
-
-    Returns
-    -------
-    Table
-    """
+    """The numbers of a figure as a table that every format can write."""
     data = figure_table(figure).rename(columns=str)
     printed = data.map(lambda value: number(float(value)) if isinstance(value, float) else str(value))
     return Table(figure.name, figure.title, figure.caption, data, printed, metrics=(figure.metric,))
 
 
 def show_table(table: Table) -> None:
-    """A table with its caption, and as a file of each format.
-
-    Parameters
-    ----------
-    table : Table
-        Any.
-    """
+    """A table with its caption, and as a file of each format."""
     data = plain_frame(table.data)
     cites = {name: CATALOGUE[name].cite for name in table.metrics if name in CATALOGUE}
     with st.container(border=True):
@@ -147,17 +131,7 @@ def show_table(table: Table) -> None:
 
 
 def plain_frame(data: pd.DataFrame) -> pd.DataFrame:
-    """A table that can be sent and saved: names of columns differ, and text is text in which everything can be seen.
-
-    Parameters
-    ----------
-    data : pandas.DataFrame
-        Of a `Table`.
-
-    Returns
-    -------
-    pandas.DataFrame
-    """
+    """A table that can be sent and saved: names of columns differ, and text is text in which everything can be seen."""
     plain = pd.DataFrame(index=data.index)
     for position, name in enumerate(data.columns):
         shown = visible(name)
@@ -174,17 +148,7 @@ def plain_frame(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def parquet_bytes(data: pd.DataFrame) -> bytes:
-    """A table as Parquet.
-
-    Parameters
-    ----------
-    data : pandas.DataFrame
-        Of `plain_frame`.
-
-    Returns
-    -------
-    bytes
-    """
+    """A table as Parquet."""
     file = io.BytesIO()
     data.to_parquet(file, index=False)
     return file.getvalue()
@@ -235,21 +199,7 @@ def _table_python(readings: Sequence[Reading], table: str) -> str:
 
 
 def measure_python(readings: Sequence[Reading], kind: FigureKind, used: Mapping[str, Any]) -> str:
-    """Code that prints the numbers of a figure.
-
-    Parameters
-    ----------
-    readings : sequence of Reading
-        The runs that it shows.
-    kind : FigureKind
-        What it shows.
-    used : mapping
-        Fields of `Selection` that change it.
-
-    Returns
-    -------
-    str
-    """
+    """Code that prints the numbers of a figure."""
     # The names of the runs are those of their paths, in the address and here alike only where they are unique: a heat map of
     # one run needs none.
     choices = ", ".join(

@@ -88,18 +88,7 @@ def _ends(sums: np.ndarray) -> str:
 def cells_figure(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
     """Every cell of H_res over the connections, the mean over tokens.
 
-    Parameters
-    ----------
-    means : ndarray
-        Shape (connection, n, n).
-    close_up : CloseUp
-        Of the run, for the names of its connections.
-    run : str
-        Its name.
-
-    Returns
-    -------
-    Heatmap
+    ``close_up``: of the run, for the names of its connections.
     """
     names = [close_up.connection_name(i) for i in range(len(means))]
     return _cells(
@@ -111,20 +100,7 @@ def cells_figure(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
 def steps_figure(history: xr.DataArray, connection: int, close_up: CloseUp, run: str) -> Heatmap:
     """Every cell of the H_res of one connection over the steps of a training, the mean over tokens.
 
-    Parameters
-    ----------
-    history : DataArray
-        Of `mixing_history`.
-    connection : int
-        Which one.
-    close_up : CloseUp
-        Of the run, for the name of the connection.
-    run : str
-        Its name.
-
-    Returns
-    -------
-    Heatmap
+    ``close_up``: of the run, for the name of the connection.
     """
     steps = history["step"].values if "step" in history.coords else np.arange(history.sizes["step"])
     return _cells(

@@ -152,14 +152,7 @@ def _explain_missing(reading: Reading, measure: str, side: str) -> None:
 def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
     """One map less another one, at the depths of the shallower run and the nearest relative depths of the other.
 
-    Parameters
-    ----------
-    left, right : Heatmap
-        Of the same measure, of two runs.
-
-    Returns
-    -------
-    Heatmap
+    ``left, right``: of the same measure, of two runs.
     """
     shallow = left if len(left.x) <= len(right.x) else right
     size = len(shallow.x)

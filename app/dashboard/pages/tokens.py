@@ -89,25 +89,7 @@ def _explain_no_states(reading: Reading) -> None:
 
 
 def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, run: str) -> Heatmap:
-    """The map of a sequence: its tokens over the depths.
-
-    Parameters
-    ----------
-    close_up : CloseUp
-        The states of a run.
-    measure : str
-        A key of `TOKEN_MEASURES`.
-    sequence : int
-        Whose tokens.
-    stream : str
-        ``mean`` or the number of one.
-    run : str
-        Name of the run.
-
-    Returns
-    -------
-    Heatmap
-    """
+    """The map of a sequence: its tokens over the depths."""
     z = close_up.token_map(measure, sequence, stream)
     # Padding at the end would only take room.
     z = z[: int(np.flatnonzero(close_up.mask[sequence]).max(initial=0)) + 1]

@@ -67,51 +67,19 @@ _first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDict
 
 
 def is_growing(path: Path) -> bool:
-    """Whether a process writes a live store at this moment.
-
-    Parameters
-    ----------
-    path : Path
-        Of a run.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a process writes a live store at this moment."""
     return schema.is_live_store(path) and schema.is_being_written(path)
 
 
 def is_known(path: Path) -> bool:
-    """Whether a run that is being written was analysed before.
-
-    Parameters
-    ----------
-    path : Path
-        Of a run.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a run that is being written was analysed before."""
     return path in _growing
 
 
 def read_growing(
     name: str, path: Path, progress: Callable[[str, int, int], None] | None
 ) -> tuple[Reading, ...] | UnreadableRun:
-    """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time.
-
-    Parameters
-    ----------
-    name, path
-        Of `list_runs`.
-    progress : function or None
-        As of `read_run`.
-
-    Returns
-    -------
-    tuple of Reading or UnreadableRun
-    """
+    """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time."""
     with _lock:
         known = _growing.get(path)
         now = time.monotonic()
@@ -133,15 +101,7 @@ def read_growing(
 def read_again(reading: Reading) -> Reading | None:
     """A reading of a run that is being written, as of its last steps.
 
-    Parameters
-    ----------
-    reading : Reading
-        Of `read_run`.
-
-    Returns
-    -------
-    Reading or None
-        The same one where there is nothing new; None where it cannot be read any more.
+    Returns: The same one where there is nothing new; None where it cannot be read any more.
     """
     found = read_growing(reading.run, Path(reading.path), None)
     if isinstance(found, UnreadableRun):
@@ -150,18 +110,7 @@ def read_again(reading: Reading) -> Reading | None:
 
 
 def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
-    """What is to be said of the runs that are or were written step by step.
-
-    Parameters
-    ----------
-    listed : mapping of str to Path
-        Of `list_runs`.
-
-    Returns
-    -------
-    dict of str to LiveState
-        By the names of those runs.
-    """
+    """What is to be said of the runs that are or were written step by step."""
     found = {}
     for name, path in listed.items():
         if not schema.is_live_store(path):
@@ -180,17 +129,7 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
-    """What a reading measured step by step; of a live store with the rows that were added since the last call.
-
-    Parameters
-    ----------
-    reading : Reading
-        Of `read_run`.
-
-    Returns
-    -------
-    TrainingHistory or UnreadableRun
-    """
+    """What a reading measured step by step; of a live store with the rows that were added since the last call."""
     path = Path(reading.path)
     with _lock:
         try:
@@ -214,16 +153,6 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
 
 
 def first_findings_of(history: TrainingHistory) -> FirstFindings:
-    """Where findings began: one for a history, which remembers the steps that were judged.
-
-    Parameters
-    ----------
-    history : TrainingHistory
-        Of `history_of`.
-
-    Returns
-    -------
-    FirstFindings
-    """
+    """Where findings began: one for a history, which remembers the steps that were judged."""
     with _lock:
         return _first_findings.setdefault(history, FirstFindings(history))

@@ -42,16 +42,7 @@ class LiveState:
 def live_state(status: Status, times: np.ndarray | None) -> LiveState:
     """The state of a live store.
 
-    Parameters
-    ----------
-    status : Status
-        What it is at the moment.
-    times : ndarray or None
-        When its steps were measured, in seconds since 1970.
-
-    Returns
-    -------
-    LiveState
+    ``times``: when its steps were measured, in seconds since 1970.
     """
     step = "no step yet" if status.last_step is None else f"step {status.last_step:,}".replace(",", " ")
     age = _duration(status.age_seconds)

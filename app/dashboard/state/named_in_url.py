@@ -17,23 +17,9 @@ def choose_names(
 ) -> list[str]:
     """Some of many names, in the address under their key.
 
-    Parameters
-    ----------
-    label : str
-        Above the field.
-    options, default : sequence of str
-        Names that there are, and those that are chosen at first.
-    key : str
-        Of the field, and in the address.
-    words : dict of str to str
-        What each name is called.
-    most : int
-        Names at most.
-
-    Returns
-    -------
-    list of str
-        Those that are chosen; the default where none is.
+    ``options, default``: names that there are, and those that are chosen at first.
+    ``key``: of the field, and in the address.
+    Returns: Those that are chosen; the default where none is.
     """
     known = set(options)
     asked = st.query_params.get_all(key)[: 2 * most] if key in st.query_params else []

@@ -45,16 +45,7 @@ class ReadingCache:
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of a key, made where it is not kept.
 
-        Parameters
-        ----------
-        key : hashable
-            Identifies the value.
-        make : callable
-            Makes it; what it raises is raised, and nothing is kept.
-
-        Returns
-        -------
-        Any
+        ``make``: makes it; what it raises is raised, and nothing is kept.
         """
         kept = self._find(key)
         if kept is not None:
@@ -69,16 +60,7 @@ class ReadingCache:
     def replace(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Another value for a key, made while no other is.
 
-        Parameters
-        ----------
-        key : hashable
-            Identifies the value.
-        make : callable
-            Makes it, and may ask for the present one; what it raises is raised, and the present one stays.
-
-        Returns
-        -------
-        Any
+        ``make``: makes it, and may ask for the present one; what it raises is raised, and the present one stays.
         """
         with self._making:
             made = make()
@@ -86,17 +68,7 @@ class ReadingCache:
         return made
 
     def peek(self, key: Hashable) -> Any:
-        """The value of a key, None where it is not kept; nothing is made.
-
-        Parameters
-        ----------
-        key : hashable
-            Identifies the value.
-
-        Returns
-        -------
-        Any
-        """
+        """The value of a key, None where it is not kept; nothing is made."""
         return self._find(key)
 
     def _find(self, key: Hashable) -> Any:

@@ -47,12 +47,7 @@ _summaries: dict[Path, tuple[FileVersion, list[Summary]]] = {}
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
     """Fix the files and folders that this process may show.
 
-    Parameters
-    ----------
-    paths : sequence of Path
-        Runs, or folders of runs.
-    max_bytes : int, optional
-        Of the arrays of one run; see `schema.open_run`.
+    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     """
     LIMIT["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
@@ -61,10 +56,7 @@ def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
 def list_runs() -> dict[str, Path]:
     """Runs below the allowed paths, under names that differ to the eye.
 
-    Returns
-    -------
-    dict of str to Path
-        Name, in which everything can be seen → resolved path.
+    Returns: Name, in which everything can be seen → resolved path.
     """
     found: dict[str, Path] = {}
     # The same run by two roots is listed once; a set, since a folder may contain thousands.
@@ -103,18 +95,9 @@ def read_run(
 
     An analysis is kept beside the run, see `kept_readings`.
 
-    Parameters
-    ----------
-    name : str
-        A name from `list_runs`, possibly from a URL.
-    listed : mapping, optional
-        What `list_runs` returned just now: for many names the folders are walked through once.
-    progress : function, optional
-        Called with (metric, number done, number in all) while the run is analysed.
-
-    Returns
-    -------
-    tuple of Reading or UnreadableRun
+    ``name``: A name from `list_runs`, possibly from a URL.
+    ``listed``: what `list_runs` returned just now: for many names the folders are walked through once.
+    ``progress``: called with (metric, number done, number in all) while the run is analysed.
     """
     path = (list_runs() if listed is None else listed).get(name)
     if path is None:
@@ -140,19 +123,9 @@ def measure(
 ) -> str:
     """Measure the run of a reading by further metrics, which are kept with its analysis.
 
-    Parameters
-    ----------
-    reading : Reading
-        Of `read_run`.
-    metrics : sequence of str
-        Names of the catalogue; of one that the run cannot feed the reason is kept.
-    progress : function, optional
-        Called with (metric, number done, number in all).
-
-    Returns
-    -------
-    str
-        Why it is not possible; empty where it was done.
+    ``metrics``: names of the catalogue; of one that the run cannot feed the reason is kept.
+    ``progress``: called with (metric, number done, number in all).
+    Returns: Why it is not possible; empty where it was done.
     """
     name, path = reading.run, Path(reading.path)
     if growing_runs.is_growing(path):
@@ -181,15 +154,7 @@ def measure(
 def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
     """What the verdicts of a run say, where that is known without an analysis.
 
-    Parameters
-    ----------
-    name, path
-        Of `list_runs`.
-
-    Returns
-    -------
-    list of Summary, UnreadableRun or None
-        None where the run has to be analysed first.
+    Returns: None where the run has to be analysed first.
     """
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
@@ -215,15 +180,7 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
 def close_up_of(reading: Reading) -> CloseUp | None:
     """The states of a reading, from its file.
 
-    Parameters
-    ----------
-    reading : Reading
-        Of `read_run`.
-
-    Returns
-    -------
-    CloseUp or None
-        None where it has no states, or its file has gone or changed.
+    Returns: None where it has no states, or its file has gone or changed.
     """
     path = Path(reading.path)
     try:
@@ -241,15 +198,7 @@ def close_up_of(reading: Reading) -> CloseUp | None:
 def mixing_history_of(reading: Reading) -> xr.DataArray | None:
     """The mixing matrices of a reading over the steps of a training, from its file.
 
-    Parameters
-    ----------
-    reading : Reading
-        Of `read_run`.
-
-    Returns
-    -------
-    DataArray or None
-        None where none were recorded, or the file has gone.
+    Returns: None where none were recorded, or the file has gone.
     """
     path = Path(reading.path)
     try:

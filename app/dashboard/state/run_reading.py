@@ -39,17 +39,7 @@ class UnreadableRun:
 
 
 def version_of(path: Path) -> FileVersion:
-    """The version of a run, and of the results of experiments beside it, which are part of what is shown.
-
-    Parameters
-    ----------
-    path : Path
-        Its file.
-
-    Returns
-    -------
-    FileVersion
-    """
+    """The version of a run, and of the results of experiments beside it, which are part of what is shown."""
     return FileVersion.of(path, *(beside(path, what) for what in RESULTS))
 
 
@@ -58,18 +48,7 @@ def read(
 ) -> tuple[Reading, ...] | UnreadableRun:
     """Read, analyse and judge a run; whatever is wrong with it is a reason, and no error.
 
-    Parameters
-    ----------
-    name : str
-        Name in the list of runs.
-    path : Path
-        Its file.
-    progress : function or None
-        Called with (metric, number done, number in all).
-
-    Returns
-    -------
-    tuple of Reading or UnreadableRun
+    ``progress``: called with (metric, number done, number in all).
     """
     try:
         run = schema.open_run(path, max_bytes=LIMIT["max_bytes"])
@@ -90,13 +69,6 @@ def read(
 def sentence(error: Exception) -> str:
     """What an error says, with everything in it visible.
 
-    Parameters
-    ----------
-    error : Exception
-        Of a file, whose names and texts may be anybody's.
-
-    Returns
-    -------
-    str
+    ``error``: of a file, whose names and texts may be anybody's.
     """
     return visible(error, lines=True, longest=LONGEST_TEXT)

@@ -18,14 +18,8 @@ _KEY = "visit"
 def open_microscope(runs: Sequence[str], *, look_at: str, depth: int | None = None) -> None:
     """Note that the microscope is to be opened.
 
-    Parameters
-    ----------
-    runs : sequence of str
-        Names in the list of runs: they are chosen in the sidebar.
-    look_at : str
-        Name of the reading that is under the microscope.
-    depth : int, optional
-        The depth to pin.
+    ``runs``: names in the list of runs: they are chosen in the sidebar.
+    ``look_at``: name of the reading that is under the microscope.
     """
     chosen = {"runs": list(dict.fromkeys(runs)), "look": look_at, "pin": depth}
     st.session_state[_KEY] = ("microscope", chosen)
@@ -37,13 +31,7 @@ def a_click_leads_on() -> bool:
 
 
 def follow(pages: Mapping[str, Any]) -> None:
-    """Go where the last click leads.
-
-    Parameters
-    ----------
-    pages : mapping of str to page
-        Streamlit's pages by their address.
-    """
+    """Go where the last click leads."""
     visit = st.session_state.pop(_KEY, None)
     if visit is not None:
         page, chosen = visit

@@ -69,19 +69,9 @@ def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:
 def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "icml") -> None:
     """Draw a figure once and write it to files; their endings say the formats.
 
-    Parameters
-    ----------
-    figure : Lines, Heatmap or Composed
-        What to draw.
-    *paths : Path
-        End in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
-    width : str or Width
-        A key of `WIDTHS`, or any other width.
-
-    Raises
-    ------
-    InputError
-        For a width or an ending that is not known, or PGF without LaTeX.
+    ``*paths``: end in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
+    ``width``: A key of `WIDTHS`, or any other width.
+    Raises InputError: For a width or an ending that is not known, or PGF without LaTeX.
     """
     # All endings before the first file: a wrong one leaves none of them.
     for path in paths:
@@ -101,20 +91,7 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
 
 
 def translated(figure: Any, translate: Callable[[str], str]) -> Any:
-    """A figure with its labels translated.
-
-    Parameters
-    ----------
-    figure : Lines, Heatmap, Points or Composed
-        A figure.
-    translate : function
-        Text in, text out.
-
-    Returns
-    -------
-    Lines, Heatmap, Points or Composed
-        As it was given.
-    """
+    """A figure with its labels translated."""
     if isinstance(figure, Composed):
         panels = [
             replace(
@@ -197,19 +174,8 @@ _DIGITS = re.compile(r"(\.\d\d)\d+")
 def to_svg(figure: Figure, *, width: str = "neurips", page: bool = False) -> str:
     """A figure as an SVG element, its ids marked by its name so that several share a page.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw.
-    width : str
-        A key of `WIDTHS`.
-    page : bool
-        For a page in HTML: letters are text, ink has the colour of the page's text, and the page shows through.
-
-    Returns
-    -------
-    str
-        From ``<svg`` on, without the XML declaration.
+    ``page``: for a page in HTML: letters are text, ink has the colour of the page's text, and the page shows through.
+    Returns: From ``<svg`` on, without the XML declaration.
     """
     buffer = io.StringIO()
     with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE if page else {}):

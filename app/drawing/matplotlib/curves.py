@@ -36,16 +36,7 @@ FULL_BANDS = 4
 def draw_lines(figure: Lines, size: Width) -> Canvas:
     """Draw curves with their bands, nulls, laws, thresholds and healthy range.
 
-    Parameters
-    ----------
-    figure : Lines
-        What to draw.
-    size : Width
-        Inches across and type size; `figure_style` must be active.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    ``size``: inches across and type size; `figure_style` must be active.
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     looks = {line: keywords_of(look) for line, look in looks_of(figure).items()}
@@ -64,14 +55,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
 def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]) -> None:
     """Draw curves into axes, with their limits; labels and legend are left to the caller.
 
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-        Empty axes.
-    figure : Lines
-        What to draw.
-    looks : mapping of int to mapping
-        By the ``id`` of each measured line: the keywords that draw it, see `keywords_of`.
+    ``looks``: by the ``id`` of each measured line: the keywords that draw it, see `keywords_of`.
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     # On a log axis without a positive value matplotlib warns and draws nothing.
@@ -108,18 +92,7 @@ def _axes_height(size: Width) -> float:
 
 
 def keywords_of(look: Look) -> dict[str, Any]:
-    """How a measured line is drawn.
-
-    Parameters
-    ----------
-    look : Look
-        Of the palette.
-
-    Returns
-    -------
-    dict of str to object
-        Keywords of matplotlib.
-    """
+    """How a measured line is drawn."""
     return {
         "color": look.colour,
         "linestyle": DASHES[look.variant % len(DASHES)],

@@ -42,12 +42,8 @@ def label_axes(axes: Axes, x_label: str, y_label: str, inches: tuple[float, floa
 def fit_labels(canvas: Figure, labels: Sequence[Label]) -> None:
     """Lay a figure out, and wrap its labels to the room that this leaves them.
 
-    Parameters
-    ----------
-    canvas : matplotlib.figure.Figure
-        With an engine that lays it out.
-    labels : sequence of Label
-        Titles and labels of axes, also of colour bars.
+    ``canvas``: with an engine that lays it out.
+    ``labels``: titles and labels of axes, also of colour bars.
     """
     engine = canvas.get_layout_engine()
     assert engine is not None

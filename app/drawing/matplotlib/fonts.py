@@ -30,45 +30,20 @@ _TRUETYPE = (b"\x00\x01\x00\x00", b"true")
 def can_draw(letter: str) -> bool:
     """Whether a letter can be drawn, as it is written and not as an empty box.
 
-    Parameters
-    ----------
-    letter : str
-        One character.
-
-    Returns
-    -------
-    bool
-        False for letters that no installed font has an outline of, such as joiners, and for those of alphabets that this
-        matplotlib cannot order or join.
+    Returns: False for letters that no installed font has an outline of, such as joiners, and for those of alphabets
+    that this matplotlib cannot order or join.
     """
     return _family_of(letter) is not None
 
 
 def further_fonts(texts: Iterable[str]) -> list[str]:
-    """The installed fonts that draw what `FONTS` lack.
-
-    Parameters
-    ----------
-    texts : iterable of str
-        Such as the names of runs.
-
-    Returns
-    -------
-    list of str
-        Families, sorted.
-    """
+    """The installed fonts that draw what `FONTS` lack."""
     letters = sorted({letter for text in texts for letter in text if not letter.isascii()})
     return sorted({family for family in map(_family_of, letters) if family is not None} - set(FONTS))
 
 
 def set_fonts(root: Artist) -> None:
-    """Give the texts of a figure further fonts, where letters in them need some.
-
-    Parameters
-    ----------
-    root : matplotlib.artist.Artist
-        A figure, axes or a legend.
-    """
+    """Give the texts of a figure further fonts, where letters in them need some."""
     for text in root.findobj(Text):
         assert isinstance(text, Text)
         letters = set(text.get_text())
@@ -85,19 +60,7 @@ def set_fonts(root: Artist) -> None:
 def points_across(text: str, points: float, families: Iterable[str] = FONTS) -> float:
     """How wide a text is.
 
-    Parameters
-    ----------
-    text : str
-        Without mathematics.
-    points : float
-        Type size.
-    families : iterable of str
-        Fonts; letters that they lack are measured in those that draw them.
-
-    Returns
-    -------
-    float
-        Points.
+    ``families``: fonts; letters that they lack are measured in those that draw them.
     """
     lacking = (_family_of(letter) for letter in sorted(set(text)) if not letter.isascii())
     known = list(dict.fromkeys([*families, *filter(None, lacking)]))

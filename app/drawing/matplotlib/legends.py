@@ -26,17 +26,7 @@ FEW, SHORT_NAME = 4, 24
 
 
 def fits_inside(entries: Sequence[str]) -> bool:
-    """Whether a legend inside the axes hides little of the curves: few entries, and short ones.
-
-    Parameters
-    ----------
-    entries : sequence of str
-        Labels.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a legend inside the axes hides little of the curves: few entries, and short ones."""
     return len(entries) <= LEGEND_INSIDE and max(map(len, entries), default=0) <= LONGEST_INSIDE
 
 
@@ -45,17 +35,7 @@ def named_apart(
 ) -> Iterator[tuple[Any, str]]:
     """Entries of the runs in their colours, then of the variants in grey; nothing for few lines.
 
-    Parameters
-    ----------
-    measured : sequence of Line
-        All measured lines.
-    looks : mapping of int to mapping
-        By the ``id`` of each: the keywords that draw it.
-
-    Yields
-    ------
-    tuple of (Line2D, str)
-        Handle and label.
+    ``looks``: by the ``id`` of each: the keywords that draw it.
     """
     runs: dict[str, Mapping[str, Any]] = {}
     variants: dict[str, Mapping[str, Any]] = {}
@@ -74,52 +54,19 @@ def named_apart(
 def variant_of(line: Line) -> str:
     """What distinguishes a line from others of its run.
 
-    Parameters
-    ----------
-    line : Line
-        A measured line.
-
-    Returns
-    -------
-    str
-        Empty for the plain line of a run.
+    Returns: Empty for the plain line of a run.
     """
     return line.label.removeprefix(line.group).removeprefix(" · ")
 
 
 def legend_name(run: str, count: int) -> str:
-    """The name of a run in a legend: of many runs shorter, so that the legend is not higher than the axes.
-
-    Parameters
-    ----------
-    run : str
-        Name.
-    count : int
-        Runs that the legend lists.
-
-    Returns
-    -------
-    str
-    """
+    """The name of a run in a legend: of many runs shorter, so that the legend is not higher than the axes."""
     # LaTeX of a PGF figure is not cut.
     return plain(run if isinstance(run, Latex) or count <= FEW else shortened(run, SHORT_NAME, counted=False))
 
 
 def num_columns(entries: Sequence[str], size: Width) -> int:
-    """Columns of a legend below the axes, so that the longest entry fits.
-
-    Parameters
-    ----------
-    entries : sequence of str
-        Labels.
-    size : Width
-        Of the figure.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
+    """Columns of a legend below the axes, so that the longest entry fits."""
     points = size.points - 1
     # The handle with its spaces is four and a half em wide. LaTeX of a PGF figure is not measured: half an em a letter.
     longest = max(

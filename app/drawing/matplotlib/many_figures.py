@@ -32,13 +32,8 @@ class FigureFiles(NamedTuple):
 def write_figures(drawings: Sequence[FigureFiles], *, second_process: bool = False) -> None:
     """Write figures, the same bytes whoever draws them.
 
-    Parameters
-    ----------
-    drawings : sequence of FigureFiles
-        What `write_figure` takes, for each.
-    second_process : bool
-        Leave half of them to a process of its own where they are many and there is a core for it: matplotlib uses one,
-        and its state is shared by all threads of a process.
+    ``second_process``: leave half of them to a process of its own where they are many and there is a core for it:
+    matplotlib uses one, and its state is shared by all threads of a process.
     """
     if not second_process or len(drawings) < MANY or _num_cores() < 2:
         _write(drawings)

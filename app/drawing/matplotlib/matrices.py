@@ -25,18 +25,8 @@ DENSE_ON_A_PAGE = 64  # a report of four runs has thirty matrices; nobody prints
 def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     """Draw a matrix with its colour bar.
 
-    Parameters
-    ----------
-    figure : Heatmap
-        What to draw.
-    size : Width
-        Inches across and type size; `figure_style` must be active.
-    dense : int
-        Cells from which the mesh is rasterised.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    ``size``: inches across and type size; `figure_style` must be active.
+    ``dense``: cells from which the mesh is rasterised.
     """
     across = min(size.inches, 4.2)  # a square across the page would be as high as the page
     canvas = PaperFigure(size, (size.inches, 0.82 * across), "compressed")
@@ -52,19 +42,7 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
 def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh:
     """Draw a matrix into axes; labels and colour bar are left to the caller.
 
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-        Empty axes.
-    figure : Heatmap
-        What to draw.
-    dense : int
-        Cells from which the mesh is rasterised.
-
-    Returns
-    -------
-    matplotlib.collections.QuadMesh
-        For the colour bar.
+    ``dense``: cells from which the mesh is rasterised.
     """
     mesh = axes.pcolormesh(
         edges(figure.x),
@@ -92,21 +70,7 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
 
 
 def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> Label:
-    """The colour bar of a matrix, to the right of its axes.
-
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-        Where the matrix is.
-    mesh : matplotlib.collections.QuadMesh
-        The matrix.
-    label : str
-        What the colours are.
-
-    Returns
-    -------
-    Label
-    """
+    """The colour bar of a matrix, to the right of its axes."""
     bar = axes.figure.colorbar(mesh, ax=axes, label=plain(label), fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
     if isinstance(mesh.norm, LogNorm):

@@ -45,26 +45,12 @@ class PaperFigure(Figure):
         super().__init__(figsize=figsize, layout=layout)
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draw with the settings of the figure.
-
-        Parameters
-        ----------
-        renderer : matplotlib.backend_bases.RendererBase
-            See `matplotlib.figure.Figure.draw`.
-        """
+        """Draw with the settings of the figure."""
         with mpl.rc_context(self._settings):
             super().draw(renderer)
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
-        """Save with the settings of the figure: TrueType fonts and, unless ``metadata`` is given, no date.
-
-        Parameters
-        ----------
-        fname : path or file
-            Where.
-        **kwargs : object
-            See `matplotlib.figure.Figure.savefig`.
-        """
+        """Save with the settings of the figure: TrueType fonts and, unless ``metadata`` is given, no date."""
         ending = Path(fname).suffix.removeprefix(".") if isinstance(fname, str | PathLike) else ""
         ending = str(kwargs.get("format") or ending or mpl.rcParams["savefig.format"])
         if ending in _UNDATED:

@@ -74,17 +74,7 @@ def figure_style(width: str | Width = "icml") -> Iterator[Width]:
 
 @contextmanager
 def pgf_style() -> Iterator[None]:
-    """Matplotlib's settings for PGF, which LaTeX sets in the fonts of the document.
-
-    Yields
-    ------
-    None
-
-    Raises
-    ------
-    InputError
-        Without a LaTeX installation.
-    """
+    """Matplotlib's settings for PGF, which LaTeX sets in the fonts of the document."""
     if shutil.which("pdflatex") is None:
         raise InputError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
     settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": unicode_declarations()}
@@ -93,15 +83,7 @@ def pgf_style() -> Iterator[None]:
 
 
 def plain_ticks(axis: Axis, low: float, high: float) -> None:
-    """Number the ticks of a logarithmic axis plainly where it spans little: 0.9 and 1.2, not 9 × 10⁻¹.
-
-    Parameters
-    ----------
-    axis : matplotlib.axis.Axis
-        A logarithmic axis.
-    low, high : float
-        Its limits.
-    """
+    """Number the ticks of a logarithmic axis plainly where it spans little: 0.9 and 1.2, not 9 × 10⁻¹."""
     if not 0 < low < high:
         return
     # Over more than about one and a half decades, powers of ten are read faster than plain numbers, where there are two.
@@ -120,18 +102,7 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
 
 
 def settings_of(size: Width) -> dict[str, Any]:
-    """Matplotlib's settings for a width.
-
-    Parameters
-    ----------
-    size : Width
-        Inches and type size.
-
-    Returns
-    -------
-    dict of str to object
-        Values of `matplotlib.rcParams`.
-    """
+    """Matplotlib's settings for a width."""
     small = size.points - 1
     return {
         # Looks like the Times of most venues, and comes with matplotlib: the same on every machine.
@@ -172,16 +143,8 @@ def settings_of(size: Width) -> dict[str, Any]:
 def plain(text: str, *, longest: int | None = LONGEST_LABEL) -> str:
     r"""Text that matplotlib sets as it is: dollars are no mathematics, and what no installed font has is escaped.
 
-    Parameters
-    ----------
-    text : str
-        Any label; `Latex`, which is code for another typesetter, comes back unchanged.
-    longest : int or None
-        Letters after which the middle is left out; None keeps all.
-
-    Returns
-    -------
-    str
+    ``text``: any label; `Latex`, which is code for another typesetter, comes back unchanged.
+    ``longest``: letters after which the middle is left out; None keeps all.
 
     Examples
     --------
@@ -202,53 +165,22 @@ def plain(text: str, *, longest: int | None = LONGEST_LABEL) -> str:
 
 
 def inches_of(axes: Axes) -> tuple[float, float]:
-    """Width and height of axes, as far as their figure's layout is known.
-
-    Parameters
-    ----------
-    axes : matplotlib.axes.Axes
-        In a figure.
-
-    Returns
-    -------
-    tuple of float
-        Inches.
-    """
+    """Width and height of axes, as far as their figure's layout is known."""
     box, canvas = axes.get_window_extent(), axes.get_figure(root=True)
     assert canvas is not None  # axes that were removed from their figure are drawn into by nobody
     return box.width / canvas.dpi, box.height / canvas.dpi
 
 
 def are_whole(values: np.ndarray) -> bool:
-    """Whether positions are whole numbers, so that their axis has no ticks between them.
-
-    Parameters
-    ----------
-    values : numpy.ndarray
-        Positions.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether positions are whole numbers, so that their axis has no ticks between them."""
     return bool(np.all(np.mod(values, 1) == 0))
 
 
 def wrapped(text: str, inches: float, points: float | None = None) -> str:
     """A label in as many lines as it takes to fit along an axis.
 
-    Parameters
-    ----------
-    text : str
-        A label; `Latex` stays as it is.
-    inches : float
-        Length of the axis.
-    points : float, optional
-        Type size; that of labels by default.
-
-    Returns
-    -------
-    str
+    ``text``: A label; `Latex` stays as it is.
+    ``points``: type size; that of labels by default.
     """
     if isinstance(text, Latex):
         return text

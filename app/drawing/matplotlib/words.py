@@ -20,12 +20,7 @@ HIGH, BELOW = 1.2, 0.25
 def write_word(text: str, path: Path) -> None:
     """Write a word as a PDF that is one line high.
 
-    Parameters
-    ----------
-    text : str
-        What no installed font has is written as Python escapes it.
-    path : Path
-        Ends in ``.pdf``.
+    ``text``: what no installed font has is written as Python escapes it.
     """
     # The margin of the figures' settings is for two widths; the font is one that has many alphabets.
     with (

@@ -24,15 +24,7 @@ LARGEST_NAMED = 64
 def shrink(figure: Heatmap) -> Heatmap:
     """Heat map small enough for a screen: neighbours along a long axis are one cell, which the caption states.
 
-    Parameters
-    ----------
-    figure : Heatmap
-        Any size.
-
-    Returns
-    -------
-    Heatmap
-        The same one where nothing had to be reduced.
+    Returns: The same one where nothing had to be reduced.
     """
     note = reduction_words(figure)
     if not note:
@@ -80,19 +72,7 @@ def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
 
 
 def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go.Figure:
-    """Heat map, its numbers as float32, with one cell ringed where asked.
-
-    Parameters
-    ----------
-    figure : Heatmap
-        What to draw, small enough already.
-    mark : tuple of float or None
-        Cell to ring, (x, y).
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
-    """
+    """Heat map, its numbers as float32, with one cell ringed where asked."""
     # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.

@@ -22,17 +22,7 @@ __all__ = ["draw_lines"]
 
 
 def draw_lines(figure: Lines) -> go.Figure:
-    """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later.
-
-    Parameters
-    ----------
-    figure : Lines
-        What to draw.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
-    """
+    """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later."""
     drawn = go.Figure()
     looks = _drawn_as(figure)
     # Dashes appear where a run has several lines: the legend then lists runs and variants instead of every line.

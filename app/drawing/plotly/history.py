@@ -55,20 +55,8 @@ def draw_history(
 ) -> go.Figure:
     """Panels over one axis of steps.
 
-    Parameters
-    ----------
-    panels : sequence of Panel
-        From top to bottom.
-    marks : sequence of Mark
-        Findings, drawn above the panels.
-    zoom : tuple of float or None
-        First and last step that are shown; None for all.
-    resumed : sequence of float
-        Steps at which the training went on after an end.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
+    ``zoom``: first and last step that are shown; None for all.
+    ``resumed``: steps at which the training went on after an end.
     """
     total = stack_height(panels, marks)
     room = total - TOP - BOTTOM

@@ -12,16 +12,8 @@ __all__ = ["words"]
 def words(text: str, longest: int = LONGEST_LABEL) -> str:
     """Text that plotly draws as it is.
 
-    Parameters
-    ----------
-    text : str
-        Label of a line, an axis, a position.
-    longest : int
-        Letters after which the middle is left out.
-
-    Returns
-    -------
-    str
+    ``text``: label of a line, an axis, a position.
+    ``longest``: letters after which the middle is left out.
 
     Examples
     --------

@@ -68,37 +68,14 @@ class Panel:
 
 
 def stack_height(panels: Sequence[Panel], bars: Sequence[Any]) -> int:
-    """Pixels of a drawing.
-
-    Parameters
-    ----------
-    panels : sequence of Panel
-        From top to bottom.
-    bars : sequence
-        Findings above them.
-
-    Returns
-    -------
-    int
-    """
+    """Pixels of a drawing."""
     return TOP + BOTTOM + LANE * len(bars) + sum(panel.height + GAP for panel in panels)
 
 
 def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str]) -> go.Figure:
     """Panels over one axis of depth.
 
-    Parameters
-    ----------
-    panels : sequence of Panel
-        From top to bottom.
-    bars : sequence of Bar
-        Findings, drawn above the panels; their range is shaded in the first panel too.
-    names : sequence of str
-        Of the depths.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
+    ``bars``: findings, drawn above the panels; their range is shaded in the first panel too.
     """
     total = stack_height(panels, bars)
     room = total - TOP - BOTTOM
@@ -149,16 +126,7 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
 def hidden_axis(low: float, high: float, lanes: int) -> dict[str, Any]:
     """The axis of the findings above the panels.
 
-    Parameters
-    ----------
-    low, high : float
-        Share of the drawing where it begins and ends.
-    lanes : int
-        Number of findings.
-
-    Returns
-    -------
-    dict
+    ``low, high``: share of the drawing where it begins and ends.
     """
     return {"domain": [low, high], "range": [lanes - 0.5, -0.5], "visible": False, "fixedrange": True}
 
@@ -208,15 +176,7 @@ def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
 def panel_title(high: float) -> dict[str, Any]:
     """Where the title of a panel stands.
 
-    Parameters
-    ----------
-    high : float
-        Share of the drawing where the panel ends.
-
-    Returns
-    -------
-    dict
-        Of an annotation without its text.
+    ``high``: share of the drawing where the panel ends.
     """
     return {
         "xref": "paper",
@@ -235,18 +195,7 @@ def add_panel(
 ) -> None:
     """Draw one panel into its share of a drawing.
 
-    Parameters
-    ----------
-    drawn : plotly.graph_objects.Figure
-        Gets its traces.
-    panel : Panel
-        What to draw.
-    number : int
-        Of its vertical axis.
-    domain : tuple of float
-        Share of the drawing, from and to.
-    axes : dict
-        Gets its axis.
+    ``domain``: share of the drawing, from and to.
     """
     name = f"y{number}"
     own = draw_lines(panel.figure) if isinstance(panel.figure, Lines) else draw_heatmap(panel.figure)
@@ -290,17 +239,7 @@ def add_panel(
 
 
 def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]]) -> go.Figure:
-    """Eigenvalues in the complex plane, with the unit circle.
-
-    Parameters
-    ----------
-    eigenvalues : mapping of str to sequence of complex
-        By whose they are.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
-    """
+    """Eigenvalues in the complex plane, with the unit circle."""
     angle = np.linspace(0, 2 * np.pi, 121)
     drawn = go.Figure(
         go.Scatter(

@@ -30,17 +30,7 @@ class Bins:
     def of(cls, positions: np.ndarray, most: int) -> Bins:
         """Bins of nearly the same number of positions.
 
-        Parameters
-        ----------
-        positions : ndarray
-            (position,), increasing.
-        most : int
-            Bins at most.
-
-        Returns
-        -------
-        Bins
-            One position a bin where there are few enough.
+        Returns: One position a bin where there are few enough.
 
         Examples
         --------
@@ -64,18 +54,7 @@ class Bins:
         return (self.positions[self.starts] + self.positions[ends]) / 2 if len(self.starts) else np.zeros(0)
 
     def least_and_greatest(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each bin the least and the greatest number; NaN where it has none.
-
-        Parameters
-        ----------
-        values : ndarray
-            (step, …), of the same steps.
-
-        Returns
-        -------
-        tuple of two ndarray
-            (bin, …).
-        """
+        """Of each bin the least and the greatest number; NaN where it has none."""
         if not len(self.starts):
             return values[:0], values[:0]
         # fmin and fmax: a step without a number does not hide the others of its bin.
@@ -84,17 +63,7 @@ class Bins:
     def most_unusual(self, values: np.ndarray, *, log: bool = False) -> np.ndarray:
         """Of each bin that of its extremes that lies farther from the median of its row over all bins.
 
-        Parameters
-        ----------
-        values : ndarray
-            (step, row).
-        log : bool
-            Measure the distance in decades, as a logarithmic scale of colours shows it.
-
-        Returns
-        -------
-        ndarray
-            (bin, row).
+        ``log``: measure the distance in decades, as a logarithmic scale of colours shows it.
 
         Examples
         --------
@@ -114,15 +83,7 @@ class Bins:
     def curve(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A line through the least and the greatest number of each bin, in the order in which they came.
 
-        Parameters
-        ----------
-        values : ndarray
-            (step,).
-
-        Returns
-        -------
-        tuple of two ndarray
-            Steps and numbers; all of them where each bin has one step.
+        Returns: Steps and numbers; all of them where each bin has one step.
         """
         if self.largest <= 2:
             return self.positions.astype(float), values
@@ -141,19 +102,9 @@ def reduce_blocks(
 ) -> np.ndarray:
     """A matrix with one number for each bin of rows and bin of columns; NaN only where a block has no number.
 
-    Parameters
-    ----------
-    matrix : ndarray
-        (row, column).
-    rows, columns : Bins
-        Of its two axes, each by itself.
-    by : {"mean", "largest"}
-        What stands for the numbers of a block.
-
-    Returns
-    -------
-    ndarray
-        (bin of rows, bin of columns), float64.
+    ``rows, columns``: of its two axes, each by itself.
+    ``by``: what stands for the numbers of a block.
+    Returns: (bin of rows, bin of columns), float64.
 
     Examples
     --------
@@ -178,15 +129,6 @@ def reduce_blocks(
 
 def edges(centres: np.ndarray) -> np.ndarray:
     """Borders between the cells around positions; one more than there are positions.
-
-    Parameters
-    ----------
-    centres : numpy.ndarray
-        Positions in growing order.
-
-    Returns
-    -------
-    numpy.ndarray
 
     Examples
     --------

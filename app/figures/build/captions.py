@@ -41,16 +41,7 @@ _LABEL_WORDS = {
 def selection_words(dims: Iterable[str], choice: Selection) -> str:
     """What was done to get from raw numbers to the ones shown, as one phrase.
 
-    Parameters
-    ----------
-    dims : iterable of str
-        Dimensions of the variables before the selection; labels of others do not matter.
-    choice : Selection
-        What was selected.
-
-    Returns
-    -------
-    str
+    ``dims``: dimensions of the variables before the selection; labels of others do not matter.
     """
     known = set(dims)
     phrases = [words[getattr(choice, dim)] for dim, words in _LABEL_WORDS.items() if dim in known]
@@ -63,15 +54,7 @@ def selection_words(dims: Iterable[str], choice: Selection) -> str:
 def versions_words(dims: Iterable[str], choice: Selection) -> str:
     """As `selection_words`, of several metrics, which have not all of these dimensions.
 
-    Parameters
-    ----------
-    dims, choice
-        See `selection_words`.
-
-    Returns
-    -------
-    str
-        Empty where no metric has several versions.
+    Returns: Empty where no metric has several versions.
     """
     words = selection_words(dims, choice)
     return f"of metrics with several versions: {words}" if words else ""
@@ -80,19 +63,8 @@ def versions_words(dims: Iterable[str], choice: Selection) -> str:
 def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
     """How many tokens the numbers come from, by `num_tokens`.
 
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-    choice : Selection
-        What was selected.
-    scope : str
-        "sequence" counts the tokens of one sequence, "data" those of all.
-
-    Returns
-    -------
-    str
-        Such as "N = 512 tokens"; a range where runs or depths differ; empty when not recorded.
+    ``scope``: "sequence" counts the tokens of one sequence, "data" those of all.
+    Returns: Such as "N = 512 tokens"; a range where runs or depths differ; empty when not recorded.
     """
     found = [pick(data, "num_tokens", choice, scope=scope, stream="mean") for data in analyses.values()]
     # One count for each depth where stages of a network differ in it, such as those of a convolutional one.
@@ -110,18 +82,7 @@ def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
 def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:
     """Alt text of curves: first, last, lowest and highest value of each, with their positions.
 
-    Parameters
-    ----------
-    lines : sequence of Line
-        Curves; only measured ones are described.
-    title : str
-        What is drawn.
-    axis : str
-        Word for a position, "depth" or "connection".
-
-    Returns
-    -------
-    str
+    ``axis``: word for a position, "depth" or "connection".
     """
     # The caption explains nulls and laws.
     sentences = [_describe_line(line, axis) for line in lines if line.role == "measured"]
@@ -148,23 +109,7 @@ def _describe_line(line: Line, axis: str) -> str:
 def describe_matrix(
     matrix: Array, rows: Sequence[str], columns: Sequence[str], *, title: str, run: str
 ) -> str:
-    """Alt text of a heat map: size, range and median, with the cells of the extremes.
-
-    Parameters
-    ----------
-    matrix : numpy.ndarray
-        Shape (rows, columns).
-    rows, columns : sequence of str
-        Names of the entries.
-    title : str
-        What is drawn.
-    run : str
-        Run it comes from.
-
-    Returns
-    -------
-    str
-    """
+    """Alt text of a heat map: size, range and median, with the cells of the extremes."""
     size = f"{title} of {run}, {matrix.shape[0]} by {matrix.shape[1]}"
     known = np.isfinite(matrix)
     if not known.any():
@@ -183,16 +128,7 @@ def describe_matrix(
 def remarks_by_run(remarks: Iterable[tuple[str, str]], runs: Collection[str]) -> list[str]:
     """Remarks about some runs, each once; those that are not about all of them name theirs.
 
-    Parameters
-    ----------
-    remarks : iterable of (str, str)
-        Run, and a sentence about it, such as "Band: ± …".
-    runs : collection of str
-        All that are drawn.
-
-    Returns
-    -------
-    list of str
+    ``remarks``: run, and a sentence about it, such as "Band: ± …".
 
     Examples
     --------

@@ -34,19 +34,7 @@ _STREAMED = "Streamed: from sums over every token that was seen, not over the sa
 
 
 def axis_title(dim: str, axis: str) -> str:
-    """Title of the axis along a dimension.
-
-    Parameters
-    ----------
-    dim : str
-        Dimension of the metric.
-    axis : {"depth", "relative"}
-        See `Selection`.
-
-    Returns
-    -------
-    str
-    """
+    """Title of the axis along a dimension."""
     # A dimension without a title here, such as that of a new metric, goes by its name.
     return _AXES.get((dim, axis), dim.replace("_", " "))
 
@@ -109,19 +97,7 @@ class CurveFigure(FigureKind):
         return (*chosen, "axis", "step")
 
     def figure(self, analyses: Analyses, choice: Selection) -> Lines:
-        """The curves of every run that has the metric.
-
-        Parameters
-        ----------
-        analyses : mapping
-            Run name → analysis.
-        choice : Selection
-            Which version of the numbers.
-
-        Returns
-        -------
-        Lines
-        """
+        """The curves of every run that has the metric."""
         if self.derive is not None:
             # Before anything is selected: a derived variable is picked, labelled and captioned as a measured one.
             analyses = {run: self.derive(data) for run, data in analyses.items()}

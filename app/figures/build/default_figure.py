@@ -21,17 +21,7 @@ _LINES = ("direction", "kind", "norm", "component", "quantile")
 def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
     """A figure for each of some metrics that one can be made for.
 
-    Parameters
-    ----------
-    metrics : sequence of Metric
-        Those that no defined figure draws.
-    defined : sequence of FigureKind
-        Figures of the catalogue, whose pages and sections are used.
-
-    Returns
-    -------
-    list of FigureKind
-        In the order of the metrics.
+    ``defined``: figures of the catalogue, whose pages and sections are used.
     """
     # Called when the app is imported: a metric that no default figure can draw must not stop the command line.
     # tests/rules/test_registered_figures.py fails for it, with the advice of `default_figure`.
@@ -43,15 +33,7 @@ def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) ->
 def undrawn_dims(metric: Metric) -> list[str]:
     """Dimensions of a metric that no default figure shows at once; empty where one can be made.
 
-    Parameters
-    ----------
-    metric : Metric
-        Any metric.
-
-    Returns
-    -------
-    list of str
-        Those besides the axis of which no label is selected.
+    Returns: Those besides the axis of which no label is selected.
     """
     others = _further_dims(metric)
     # Curves spend their one dimension on the directions; a heat map is of one direction, see `MatrixFigure.figure`.
@@ -63,21 +45,7 @@ def undrawn_dims(metric: Metric) -> list[str]:
 def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
     """The figure that a declaration gives: a heat map of a matrix, curves of anything else.
 
-    Parameters
-    ----------
-    metric : Metric
-        Any metric.
-    question, section : str
-        Where it is shown.
-
-    Returns
-    -------
-    FigureKind
-
-    Raises
-    ------
-    InputError
-        For a metric with more dimensions than a figure has axes.
+    Raises InputError: For a metric with more dimensions than a figure has axes.
     """
     if undrawn := undrawn_dims(metric):
         raise InputError(

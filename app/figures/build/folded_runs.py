@@ -15,17 +15,9 @@ __all__ = ["folded"]
 def folded(figure: Lines, experiment_of: Mapping[str, str]) -> Lines:
     """Curves of runs that belong together, as one curve with a band.
 
-    Parameters
-    ----------
-    figure : Lines
-        Curves of several runs.
-    experiment_of : mapping of str to str
-        Run → what its experiment is called; runs of the same one are put together.
-
-    Returns
-    -------
-    Lines
-        A curve for each experiment and variant; runs of different depth stay apart, and so do those of no experiment.
+    ``experiment_of``: run → what its experiment is called; runs of the same one are put together.
+    Returns: A curve for each experiment and variant; runs of different depth stay apart, and so do those of no
+    experiment.
     """
     gathered: dict[tuple[str, str, int], list[Line]] = {}
     others: list[Line] = []

@@ -28,33 +28,13 @@ MOST_COLUMNS = 400
 
 
 def measure_title(measure: Measure) -> str:
-    """What a measure is called.
-
-    Parameters
-    ----------
-    measure : Measure
-        Of a history.
-
-    Returns
-    -------
-    str
-    """
+    """What a measure is called."""
     known = CATALOGUE.get(measure.name)
     return known.title if known is not None else TITLES.get(measure.name, measure.name.replace("_", " "))
 
 
 def row_names(measure: Measure) -> list[str]:
-    """What people call each row of a measure.
-
-    Parameters
-    ----------
-    measure : Measure
-        With rows.
-
-    Returns
-    -------
-    list of str
-    """
+    """What people call each row of a measure."""
     if measure.rows in ("depth", "connection", "weight"):
         return names_of(measure.sample, measure.rows)
     return [visible(label, longest=LONGEST_NAME) for label in measure.sample[measure.rows].values]
@@ -65,21 +45,9 @@ def history_figure(
 ) -> Figure:
     """A measure over steps: a curve, or a map with a row for each depth, connection or module.
 
-    Parameters
-    ----------
-    history : TrainingHistory
-        Of a run.
-    name : str
-        One of its measures.
-    choice : mapping of str to str
-        Labels of its other dims.
-    span : tuple of float or None
-        The steps from and to which it is shown; None for all.
-
-    Returns
-    -------
-    Lines or Heatmap
-        Where there are more steps than columns, each column has the extremes of its steps, and the caption says so.
+    ``span``: the steps from and to which it is shown; None for all.
+    Returns: Where there are more steps than columns, each column has the extremes of its steps, and the caption says
+    so.
     """
     measure = history.measures[name]
     steps = history.steps
@@ -149,20 +117,7 @@ def profile_figure(
 ) -> Lines:
     """A measure along depth at some steps, with its null.
 
-    Parameters
-    ----------
-    history : TrainingHistory
-        Of a run.
-    name : str
-        One of its measures that has rows.
-    choice : mapping of str to str
-        Labels of its other dims.
-    positions : sequence of int
-        Of the steps in the history.
-
-    Returns
-    -------
-    Lines
+    ``name``: one of its measures that has rows.
     """
     measure = history.measures[name]
     values = history.values(name, choice)

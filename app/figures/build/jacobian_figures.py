@@ -42,16 +42,8 @@ CURVES = {
 def jacobian_figures(results: Mapping[str, xr.Dataset], analyses: Analyses) -> list[Lines]:
     """Curves of some runs over depth: largest singular value, and mean and variance of σ².
 
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        Run name → of `depthscope.probes.jacobian.jacobians_by_depth`; runs that have some.
-    analyses : mapping
-        Of all runs that are shown together, for their colours.
-
-    Returns
-    -------
-    list of Lines
+    ``results``: run name → of `depthscope.probes.jacobian.jacobians_by_depth`; runs that have some.
+    ``analyses``: of all runs that are shown together, for their colours.
     """
     return [_curve(results, analyses, variable) for variable in CURVES]
 
@@ -98,18 +90,7 @@ def _curve(results: Mapping[str, xr.Dataset], analyses: Analyses, variable: str)
 
 
 def jacobian_maps(results: Mapping[str, xr.Dataset]) -> dict[str, Heatmap]:
-    """The singular values of every block of each run, as a heat map over depth.
-
-    Parameters
-    ----------
-    results : mapping of str to Dataset
-        As of `jacobian_figures`.
-
-    Returns
-    -------
-    dict of str to Heatmap
-        By run.
-    """
+    """The singular values of every block of each run, as a heat map over depth."""
     maps = {}
     for run, found in results.items():
         title = "Singular values of each block's Jacobian"

@@ -17,19 +17,7 @@ __all__ = ["law_lines", "law_words", "missing_laws", "null_words"]
 
 
 def law_lines(overlays: Iterable[Overlay], like: Line) -> list[Line]:
-    """The lines of the laws that apply, at the positions of the measured one.
-
-    Parameters
-    ----------
-    overlays : iterable of Overlay
-        The laws of a curve.
-    like : Line
-        The measured line.
-
-    Returns
-    -------
-    list of Line
-    """
+    """The lines of the laws that apply, at the positions of the measured one."""
     return [
         Line(
             like.x,
@@ -46,17 +34,7 @@ def law_lines(overlays: Iterable[Overlay], like: Line) -> list[Line]:
 
 
 def law_words(overlays: Iterable[tuple[str, Overlay]]) -> str:
-    """Sentences of a caption: each law that is drawn, its source and its assumption.
-
-    Parameters
-    ----------
-    overlays : iterable of (str, Overlay)
-        Run and law.
-
-    Returns
-    -------
-    str
-    """
+    """Sentences of a caption: each law that is drawn, its source and its assumption."""
     # By name: several runs and directions draw the same law, which is explained once.
     drawn = {overlay.law.name: overlay.law for _, overlay in overlays if overlay.values is not None}
     return " ".join(
@@ -68,15 +46,7 @@ def law_words(overlays: Iterable[tuple[str, Overlay]]) -> str:
 def missing_laws(overlays: Iterable[tuple[str, Overlay]]) -> tuple[str, ...]:
     """Why a law is not drawn, once for all runs that share the reason.
 
-    Parameters
-    ----------
-    overlays : iterable of (str, Overlay)
-        Run and law.
-
-    Returns
-    -------
-    tuple of str
-        Such as "No curve «Gaussian product» for a: …".
+    Returns: Such as "No curve «Gaussian product» for a: …".
     """
     runs: dict[tuple[str, str], list[str]] = {}
     for run, overlay in overlays:
@@ -91,17 +61,7 @@ def missing_laws(overlays: Iterable[tuple[str, Overlay]]) -> tuple[str, ...]:
 
 
 def null_words(metric: str) -> str:
-    """Sentence of a caption about the null of a metric, with the law that gives it.
-
-    Parameters
-    ----------
-    metric : str
-        Name of the variable.
-
-    Returns
-    -------
-    str
-    """
+    """Sentence of a caption about the null of a metric, with the law that gives it."""
     # Here: the theory imports scipy's integration.
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.theory import null_law

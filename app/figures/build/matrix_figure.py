@@ -74,21 +74,8 @@ class MatrixFigure(FigureKind):
     def figure(self, analyses: Analyses, choice: Selection) -> Heatmap:
         """The matrix of one run, the selected one or the first that can feed it.
 
-        Parameters
-        ----------
-        analyses : mapping
-            Run name → analysis.
-        choice : Selection
-            Which version of the numbers, and which run.
-
-        Returns
-        -------
-        Heatmap
-
-        Raises
-        ------
-        InputError
-            No run, or not the selected one, has the variable.
+        ``choice``: which version of the numbers, and which run.
+        Raises InputError: No run, or not the selected one, has the variable.
         """
         measurement = Measurement(self.metric, analyses, choice)
         # One matrix shows one direction: forward where both are selected.

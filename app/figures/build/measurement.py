@@ -97,34 +97,13 @@ class Measurement:
         return {str(name): value for name, value in self.variable.attrs.items()}
 
     def of(self, runs: Sequence[str]) -> Measurement:
-        """The same for some of the runs.
-
-        Parameters
-        ----------
-        runs : sequence of str
-            Their names.
-
-        Returns
-        -------
-        Measurement
-        """
+        """The same for some of the runs."""
         # In the order of the analyses, not of `runs`: it is the order of the colours.
         chosen = {run: data for run, data in self.analyses.items() if run in runs}
         return Measurement(self.metric, chosen, self.choice)
 
     def slices(self, **fixed: str) -> Iterator[tuple[str, xr.Dataset, xr.DataArray]]:
-        """Runs with a defined value under the selection.
-
-        Parameters
-        ----------
-        **fixed : str
-            Labels that override the selection.
-
-        Yields
-        ------
-        tuple
-            Run name, analysis, slice.
-        """
+        """Runs with a defined value under the selection."""
         return fed(self.analyses, self.metric, self.choice, **fixed)
 
     def curve(
@@ -132,24 +111,7 @@ class Measurement:
     ) -> Curve:
         """A measured curve of one run, with its band, its null and its laws.
 
-        Parameters
-        ----------
-        run : str
-            Name of the run.
-        values : DataArray
-            One-dimensional slice of the metric.
-        axis : str
-            Its dimension.
-        label : str
-            What distinguishes it from other curves of the run.
-        around : str
-            Variable with its band, see `spread_of`.
-        **fixed : str
-            Labels that override the selection.
-
-        Returns
-        -------
-        Curve
+        ``label``: what distinguishes it from other curves of the run.
         """
         from depthscope.diagnostics import theory  # here: it imports scipy's integration
 
@@ -175,21 +137,7 @@ class Measurement:
     def null_line(self, like: Line, values: xr.DataArray, run: str, **fixed: str) -> Line | None:
         """The null at the points of a measured line.
 
-        Parameters
-        ----------
-        like : Line
-            The measured line.
-        values : DataArray
-            The slice that it draws.
-        run : str
-            Name of the run.
-        **fixed : str
-            Labels that override the selection.
-
-        Returns
-        -------
-        Line or None
-            None where the analysis has none, or none that is defined.
+        Returns: None where the analysis has none, or none that is defined.
         """
         null = pick(self.analyses[run], f"{self.metric}_null", self.choice, **fixed)
         if null is None or not bool(null.notnull().any()):
@@ -205,17 +153,7 @@ class Measurement:
     # --- words
 
     def axis_label(self, name: str) -> str:
-        """A name with the units of the metric, where it has some.
-
-        Parameters
-        ----------
-        name : str
-            What people call it.
-
-        Returns
-        -------
-        str
-        """
+        """A name with the units of the metric, where it has some."""
         # "1" is the unit of pure numbers in the CF conventions, which readers need not see.
         units = str(self.attrs.get("units") or "1")
         return name if units == "1" else f"{name} ({units})"
@@ -223,14 +161,8 @@ class Measurement:
     def token_words(self, scope: str) -> str:
         """How many tokens the numbers come from, such as "N = 512 tokens".
 
-        Parameters
-        ----------
-        scope : str
-            Tokens that a metric without scopes is taken from, those of all "data" or of one "sequence"; empty for none.
-
-        Returns
-        -------
-        str
+        ``scope``: tokens that a metric without scopes is taken from, those of all "data" or of one "sequence"; empty
+        for none.
         """
         # A metric with scopes counts those of the selected one, whatever the figure declares.
         scope = self.choice.scope if scope and "scope" in self.dims else scope
@@ -267,18 +199,7 @@ class Measurement:
     def caption(self, drawn: Sequence[Line], *, scope: str, remarks: Sequence[str] = ()) -> str:
         """Caption of curves: selection, number of tokens, null, remarks, basis, sample, and which runs are missing.
 
-        Parameters
-        ----------
-        drawn : sequence of Line
-            What is drawn.
-        scope : str
-            See `token_words`.
-        remarks : sequence of str
-            Sentences of the figure; empty ones are left out.
-
-        Returns
-        -------
-        str
+        ``remarks``: sentences of the figure; empty ones are left out.
         """
         runs = {line.group for line in drawn}
         # Tokens and samples are those of the runs that are drawn; the others are named as missing.
@@ -296,17 +217,7 @@ class Measurement:
         return " ".join(part for part in parts if part)
 
     def missing_words(self, drawn: set[str]) -> str:
-        """Sentence that names the runs that are missing from a figure, empty when none is.
-
-        Parameters
-        ----------
-        drawn : set of str
-            Runs that are in the figure.
-
-        Returns
-        -------
-        str
-        """
+        """Sentence that names the runs that are missing from a figure, empty when none is."""
         missing = [run for run in self.analyses if run not in drawn]
         if len(missing) > MOST_NAMED:
             return f"Not measured in {len(missing)} of the {len(self.analyses)} runs."

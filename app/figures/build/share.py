@@ -19,16 +19,9 @@ _WORDS = "Divided by the null: 1 is what independent noise of the same shape wou
 def share_of_null(figure: Lines) -> Lines:
     """A figure whose curves are divided by their nulls.
 
-    Parameters
-    ----------
-    figure : Lines
-        Measured curves, each followed by its null.
-
-    Returns
-    -------
-    Lines
-        The same figure where a measured curve has no null, or it is not clear which one it has: shares and values do not stand
-        over one axis. Where the null is zero a share is undefined.
+    ``figure``: measured curves, each followed by its null.
+    Returns: The same figure where a measured curve has no null, or it is not clear which one it has: shares and values
+    do not stand over one axis. Where the null is zero a share is undefined.
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     nulls = {id(line): _null_of(line, figure.lines) for line in measured}

@@ -50,16 +50,7 @@ class SpectrumFigure(FigureKind):
     def figure(self, analyses: Analyses, choice: Selection) -> Lines:
         """The spectra of every run that has them, at the chosen depths.
 
-        Parameters
-        ----------
-        analyses : mapping
-            Run name → analysis.
-        choice : Selection
-            Which version of the numbers; `depths` names the depths.
-
-        Returns
-        -------
-        Lines
+        ``choice``: which version of the numbers; `depths` names the depths.
         """
         measurement = Measurement(self.metric, analyses, choice)
         lines = [
@@ -156,34 +147,12 @@ def _rounding(sigma: Array, orders: Array) -> float:
 
 
 def by_order(orders: Array, sigma: Array) -> tuple[Array, Array]:
-    """The singular values themselves.
-
-    Parameters
-    ----------
-    orders, sigma : numpy.ndarray
-        Shape (K,), from the largest on.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        Orders and singular values.
-    """
+    """The singular values themselves."""
     return orders, sigma
 
 
 def density(orders: Array, sigma: Array) -> tuple[Array, Array]:
-    """Share of the eigenvalues between two orders over the decades between them, at their middle.
-
-    Parameters
-    ----------
-    orders, sigma : numpy.ndarray
-        Shape (K,), from the largest on.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        Eigenvalues and density per decade.
-    """
+    """Share of the eigenvalues between two orders over the decades between them, at their middle."""
     # Singular values come sorted: the share of eigenvalues between two orders is known exactly, without a histogram.
     ends = _bin_ends(orders)
     if len(ends) < 2:

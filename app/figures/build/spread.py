@@ -26,22 +26,8 @@ class Spread(NamedTuple):
 def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: str, **fixed: str) -> Spread:
     """The band around a curve: quantiles or percentiles over tokens, or the interval over sequences.
 
-    Parameters
-    ----------
-    data : Dataset
-        Analysis of the run.
-    curve : DataArray
-        One-dimensional slice of a variable, under its name.
-    choice : Selection
-        What was selected.
-    around : str
-        Variable with the band: along ``quantile``, or as ± of the value; empty where there is none.
-    **fixed : str
-        Labels that override the selection.
-
-    Returns
-    -------
-    Spread
+    ``curve``: one-dimensional slice of a variable, under its name.
+    ``around``: variable with the band: along ``quantile``, or as ± of the value; empty where there is none.
     """
     name = f"{curve.name}_stderr"
     error = _margin(data, curve, choice, fixed)
@@ -105,17 +91,8 @@ def _percentiles(
 def aligned(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:
     """Values of another variable at the points of a curve.
 
-    Parameters
-    ----------
-    found : DataArray or None
-        A slice, with the dimensions of the curve and those that the curve is one label of.
-    curve : DataArray
-        One-dimensional slice.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        None where the curve has no label for a dimension.
+    ``found``: A slice, with the dimensions of the curve and those that the curve is one label of.
+    Returns: None where the curve has no label for a dimension.
     """
     if found is None:
         return None

@@ -24,19 +24,7 @@ LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", 
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
-    """Whether an analysis has a defined number of every variable named.
-
-    Parameters
-    ----------
-    data : xarray.Dataset
-        Analysis of one run.
-    needs : tuple of str
-        Names of variables.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether an analysis has a defined number of every variable named."""
     # All NaN is no number: an analysis has a metric that was computed and is undefined everywhere.
     return all(name in data and bool(data[name].notnull().any()) for name in needs)
 
@@ -44,21 +32,7 @@ def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
 def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.DataArray | None:
     """The slice of one variable that a selection names.
 
-    Parameters
-    ----------
-    data : xarray.Dataset
-        Analysis of one run.
-    name : str
-        Variable.
-    choice : Selection
-        What is asked for.
-    **fixed : str
-        Labels that override the selection.
-
-    Returns
-    -------
-    xarray.DataArray or None
-        None where the run has no such variable or no such label (stream "2" of a residual run).
+    Returns: None where the run has no such variable or no such label (stream "2" of a residual run).
     """
     if name not in data:
         return None
@@ -81,17 +55,6 @@ def defined_labels(array: xr.DataArray, dim: str) -> list:
     """Labels of a dimension under which a variable has a value.
 
     Variables of an analysis share their labels: the mean over streams is a label of shares of streams too, but undefined.
-
-    Parameters
-    ----------
-    array : xarray.DataArray
-        Variable of an analysis.
-    dim : str
-        One of its dimensions.
-
-    Returns
-    -------
-    list
     """
     defined = array.notnull().any([other for other in array.dims if other != dim])
     # As Python values: labels are compared with those of a selection, and printed.
@@ -101,24 +64,7 @@ def defined_labels(array: xr.DataArray, dim: str) -> list:
 def fed(
     analyses: Analyses, name: str, choice: Selection, **fixed: str
 ) -> Iterator[tuple[str, xr.Dataset, xr.DataArray]]:
-    """Runs that can feed a variable under a selection, with the slice.
-
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-    name : str
-        Variable.
-    choice : Selection
-        What is asked for.
-    **fixed : str
-        Labels that override the selection.
-
-    Yields
-    ------
-    tuple
-        Run name, analysis, slice.
-    """
+    """Runs that can feed a variable under a selection, with the slice."""
     for run, data in analyses.items():
         array = pick(data, name, choice, **fixed)
         if array is not None and bool(array.notnull().any()):
@@ -128,19 +74,7 @@ def fed(
 def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     """Positions of the values of a slice: indices, or fractions of the last index.
 
-    Parameters
-    ----------
-    array : xarray.DataArray
-        Slice that has the dimension `along`.
-    along : str
-        "depth", "connection" or "weight".
-    axis : {"depth", "relative"}
-        Index, or index divided by the last one.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (size of the dimension,).
+    ``axis``: index, or index divided by the last one.
     """
     # The labels of modules are names; of the other axes they are numbers, with gaps where a depth was left out.
     numbered = along in array.coords and along != "weight"
@@ -152,19 +86,7 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
 
 
 def names_of(array: xr.DataArray, along: str) -> list[str]:
-    """What people call each position: module path, else layer and site.
-
-    Parameters
-    ----------
-    array : xarray.DataArray
-        Slice that has the dimension `along`.
-    along : str
-        "depth", "other_depth", "connection", "other_connection" or "weight".
-
-    Returns
-    -------
-    list of str
-    """
+    """What people call each position: module path, else layer and site."""
     # Both axes of a matrix share the names, which are coordinates of the first one.
     base = along.removeprefix("other_")
     if base == "weight":
@@ -185,17 +107,7 @@ def _labels(array: xr.DataArray, name: str, base: str) -> list | None:
 
 
 def streams_of(analyses: Analyses) -> list[str]:
-    """Stream labels of all runs together, "mean" first.
-
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-
-    Returns
-    -------
-    list of str
-    """
+    """Stream labels of all runs together, "mean" first."""
     found = {str(s) for data in analyses.values() if "stream" in data.coords for s in data["stream"].values}
     # As numbers: "10" comes after "9".
     numbered = sorted((s for s in found if s.isdigit()), key=int)

@@ -183,18 +183,7 @@ adjacent_angle = _steps(
 def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) -> Lines:
     """CKA of two depths of one run with every depth of it: two rows of the heat map.
 
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-    depths : tuple of int
-        The two depths.
-    **selection : str or int
-        Fields of `Selection`; `run` names the run, else the first one.
-
-    Returns
-    -------
-    Lines
+    ``**selection``: fields of `Selection`; `run` names the run, else the first one.
     """
     choice = Selection.of(selection)
     # The first run that has CKA where none is selected, as in the heat map above it.

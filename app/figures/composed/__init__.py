@@ -62,21 +62,7 @@ def compose(
 
 
 def composed_of(question: Question, subjects: Subjects, view: Selection) -> Composed:
-    """As `compose`, of runs whose matrices and histories are shared between several figures.
-
-    Parameters
-    ----------
-    question : Question
-        What is asked.
-    subjects : Subjects
-        The runs.
-    view : Selection
-        Which version of the numbers.
-
-    Returns
-    -------
-    Composed
-    """
+    """As `compose`, of runs whose matrices and histories are shared between several figures."""
     panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
@@ -98,15 +84,6 @@ def composed_of(question: Question, subjects: Subjects, view: Selection) -> Comp
 
 def letter(place: int) -> str:
     """The letter of a panel: a to z, then aa, ab and so on.
-
-    Parameters
-    ----------
-    place : int
-        From 0 on.
-
-    Returns
-    -------
-    str
 
     Examples
     --------

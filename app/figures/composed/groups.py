@@ -22,22 +22,7 @@ __all__ = ["differing_ranges", "grouped", "groups_of"]
 def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
     """The group of each run.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    by : str
-        The attribute that the runs of a group share, such as ``"family"``; empty for no groups.
-
-    Returns
-    -------
-    dict of str to str
-        Run → group; empty without `by`.
-
-    Raises
-    ------
-    InputError
-        Where a run lacks the attribute.
+    ``by``: the attribute that the runs of a group share, such as ``"family"``; empty for no groups.
     """
     if not by:
         return {}
@@ -51,17 +36,8 @@ def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
 def grouped(figure: Lines, groups: Mapping[str, str]) -> Lines:
     """Curves of runs as one curve for each group: the mean, with the 95 % interval over its runs.
 
-    Parameters
-    ----------
-    figure : Lines
-        With a line for every run.
-    groups : mapping of str to str
-        Run → group.
-
-    Returns
-    -------
-    Lines
-        Runs of a group whose positions differ have no mean: they stay lines of their own, in the colour of the group.
+    Returns: Runs of a group whose positions differ have no mean: they stay lines of their own, in the colour of the
+    group.
     """
     names = tuple(dict.fromkeys(groups.values()))
     lines = [line for line in figure.lines if line.role == "threshold"]
@@ -114,23 +90,7 @@ def differing_ranges(
 ) -> tuple[tuple[float, float], ...]:
     """Ranges of the axis in which the first two groups differ, corrected for the number of positions.
 
-    Parameters
-    ----------
-    metric : str
-        Name in the catalogue.
-    analyses : mapping
-        Run name → analysis.
-    groups : mapping of str to str
-        Run → group.
-    choice : Selection
-        Which version of the numbers.
-    **fixed : str
-        Labels that override the selection.
-
-    Returns
-    -------
-    tuple of (float, float)
-        Empty for other than two groups, runs of different depth, and where nothing is told.
+    Returns: Empty for other than two groups, runs of different depth, and where nothing is told.
     """
     names = list(dict.fromkeys(groups.values()))
     if len(names) != 2 or CATALOGUE[metric].axis not in ("depth", "connection"):

@@ -75,17 +75,7 @@ class Subjects:
         return {run: history for run, history in found.items() if history is not None}
 
     def why_not(self, metric: str) -> str:
-        """Why no run has a metric.
-
-        Parameters
-        ----------
-        metric : str
-            Name in the catalogue.
-
-        Returns
-        -------
-        str
-        """
+        """Why no run has a metric."""
         reasons = dict.fromkeys(
             str(data.attrs.get("not_computed", {}).get(metric, "")) for data in self.analyses.values()
         )
@@ -226,22 +216,7 @@ class Maps:
 
 
 def first_of(what: str, most: int, count: int) -> str:
-    """A sentence for a caption, where not all runs are shown.
-
-    Parameters
-    ----------
-    what : str
-        Such as ``"Maps"``.
-    most : int
-        Runs that are shown at most.
-    count : int
-        Runs that could be shown.
-
-    Returns
-    -------
-    str
-        Empty where all are shown.
-    """
+    """A sentence for a caption, where not all runs are shown."""
     return f"{what} of the first {most} of {count} runs." if count > most else ""
 
 
@@ -261,15 +236,7 @@ def _without_rounding(figure: Heatmap, floor: float) -> Heatmap:
 def streams_as_rows(data: xr.Dataset) -> xr.Dataset:
     """The analysis with every stream of the shares along a dimension of its own, of which no label is selected.
 
-    Parameters
-    ----------
-    data : Dataset
-        Analysis of one run.
-
-    Returns
-    -------
-    Dataset
-        ``read_share`` and ``write_share`` over (…, connection, of_stream).
+    Returns: ``read_share`` and ``write_share`` over (…, connection, of_stream).
     """
     shares = [name for name in ("read_share", "write_share") if name in data]
     streams = [label for label in data["stream"].values.tolist() if label != "mean"] if shares else []

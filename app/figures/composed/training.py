@@ -77,15 +77,7 @@ class Loss:
 def first_steps(history: xr.Dataset) -> dict[int, list[str]]:
     """The steps at which a verdict warns or fails for the first time.
 
-    Parameters
-    ----------
-    history : Dataset
-        Metrics by step.
-
-    Returns
-    -------
-    dict of int to list of str
-        Step → names of verdicts; of a long history so many steps are judged as `MOST_JUDGED`.
+    Returns: Step → names of verdicts; of a long history so many steps are judged as `MOST_JUDGED`.
     """
     steps = history["step"].values
     chosen = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(len(steps), MOST_JUDGED))})

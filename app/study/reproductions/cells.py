@@ -26,58 +26,20 @@ PATIENCE = 10.0
 
 
 def row_path(out: Path, cell: Cell) -> Path:
-    """Where a cell's row is kept: the digest of its settings is in the name.
-
-    Parameters
-    ----------
-    out : Path
-        Folder of the study.
-    cell : Cell
-        One of its cells.
-
-    Returns
-    -------
-    Path
-    """
+    """Where a cell's row is kept: the digest of its settings is in the name."""
     return out / "cells" / f"{cell.name}-{cell.digest}.json"
 
 
 def run_path(out: Path, cell: Cell) -> Path:
-    """Where a cell's run is kept, if it is.
-
-    Parameters
-    ----------
-    out : Path
-        Folder of the study.
-    cell : Cell
-        One of its cells.
-
-    Returns
-    -------
-    Path
-    """
+    """Where a cell's run is kept, if it is."""
     return out / "runs" / f"{cell.name}-{cell.digest}.nc"
 
 
 def kept_row(out: Path, cell: Cell) -> Row | None:
     """The row of a cell that is done.
 
-    Parameters
-    ----------
-    out : Path
-        Folder of the study.
-    cell : Cell
-        One of its cells.
-
-    Returns
-    -------
-    Row or None
-        None where it has to be measured: its row or its run is not there.
-
-    Raises
-    ------
-    TakenError
-        Where a file of another origin, or one that was changed, has the row's name.
+    Returns: None where it has to be measured: its row or its run is not there.
+    Raises TakenError: Where a file of another origin, or one that was changed, has the row's name.
     """
     path = row_path(out, cell)
     if not path.exists() or (cell.keeps_run and not run_path(out, cell).exists()):
@@ -108,17 +70,7 @@ def _number(value: Any) -> float:
 
 
 def keep(out: Path, cell: Cell, row: Row) -> None:
-    """Write a row; the cell is done once it is there.
-
-    Parameters
-    ----------
-    out : Path
-        Folder of the study.
-    cell : Cell
-        One of its cells.
-    row : Row
-        What was measured.
-    """
+    """Write a row; the cell is done once it is there."""
     # JSON has no NaN.
     plain = {name: value if math.isfinite(value) else None for name, value in row.numbers.items()}
     lines = {name: [v if math.isfinite(v) else None for v in line] for name, line in row.curves.items()}
@@ -139,30 +91,10 @@ def run_cells(
 ) -> tuple[list[Row], int]:
     """Measure every cell that is not kept yet, one after the other.
 
-    Parameters
-    ----------
-    study : Study
-        What is measured.
-    scale : Scale
-        How large.
-    out : Path
-        Folder of the study; rows and runs of other settings in it stay.
-    minutes : float, optional
-        No further cell begins after so long; one is measured in any case.
-    progress : bool, optional
-        Show a bar on stderr; by default on a terminal.
-
-    Returns
-    -------
-    rows : list of Row
-        Of the cells that are done.
-    planned : int
-        How many there are in all.
-
-    Raises
-    ------
-    TakenError
-        Where a file of another origin has the name of a cell; before anything is measured.
+    ``out``: folder of the study; rows and runs of other settings in it stay.
+    ``minutes``: no further cell begins after so long; one is measured in any case.
+    ``progress``: show a bar on stderr; by default on a terminal.
+    Raises TakenError: Where a file of another origin has the name of a cell; before anything is measured.
     """
     cells = list(study.cells(scale))
     for cell in cells:

@@ -68,12 +68,7 @@ class Claim:
         return f"{self.statement}: {self.verdict} ({self.measured} {self._number}; {self._limit}; {self.source})."
 
     def as_dict(self) -> dict[str, Any]:
-        """Verdict, statement, number and limits with plain values; None is undefined or no limit.
-
-        Returns
-        -------
-        dict
-        """
+        """Verdict, statement, number and limits with plain values; None is undefined or no limit."""
         found = self.found
         numbers = {
             "mean": found.mean,
@@ -110,36 +105,12 @@ class Claim:
 
 
 def deepest(rows: Sequence[Row]) -> int:
-    """The largest depth of some rows; 0 of none.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of a study.
-
-    Returns
-    -------
-    int
-    """
+    """The largest depth of some rows; 0 of none."""
     return max((int(row.settings["depth"]) for row in rows), default=0)
 
 
 def by_seed(rows: Sequence[Row], name: str, family: str, depth: int) -> dict[int, float]:
-    """A number of each seed.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of a study.
-    name, family : str
-        Which number, of which family.
-    depth : int
-        Of the network.
-
-    Returns
-    -------
-    dict of int to float
-    """
+    """A number of each seed."""
     return {
         int(row.settings["seed"]): float(row.numbers.get(name, math.nan))
         for row in rows
@@ -150,37 +121,14 @@ def by_seed(rows: Sequence[Row], name: str, family: str, depth: int) -> dict[int
 def paired(
     one: Mapping[int, float], other: Mapping[int, float], combine: Callable[[float, float], float]
 ) -> list[float]:
-    """Two numbers of each seed combined: seeds share their data and, where families allow it, their weights.
-
-    Parameters
-    ----------
-    one, other : mapping of int to float
-        By seed.
-    combine : callable
-        Such as a difference.
-
-    Returns
-    -------
-    list of float
-        Of the seeds that have both.
-    """
+    """Two numbers of each seed combined: seeds share their data and, where families allow it, their weights."""
     return [combine(one[seed], other[seed]) for seed in one if seed in other]
 
 
 def exponents(rows: Sequence[Row], name: str, family: str) -> list[float]:
     """For each seed, the power of the depth with which a positive number grows: a straight line in logarithms.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of a study.
-    name, family : str
-        Which number, of which family.
-
-    Returns
-    -------
-    list of float
-        NaN where a seed has fewer than two depths, or a number that is not positive.
+    Returns: NaN where a seed has fewer than two depths, or a number that is not positive.
     """
     points: dict[int, list[tuple[int, float]]] = {}
     for row in rows:

@@ -58,32 +58,12 @@ LITE_PAPERS = "2601.05732 and 2601.21579"
 
 
 def measure(settings: Mapping[str, Any]) -> Measured:
-    """Train and measure one network.
-
-    Parameters
-    ----------
-    settings : mapping
-        Of a cell.
-
-    Returns
-    -------
-    Measured
-    """
+    """Train and measure one network."""
     return train(settings, NUMBERS, CURVES)[1]
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks and over depth.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    list of Claim
-    """
+    """What is tested, at the deepest networks and over depth."""
     depth = deepest(rows)
 
     def at_depth(name: str, family: str) -> dict[int, float]:

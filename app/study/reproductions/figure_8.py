@@ -33,33 +33,14 @@ def _printed() -> dict[str, Any]:
 
 
 def matrices(family: str) -> dict[str, np.ndarray]:
-    """The printed matrices of a family, by name: three connections and three products.
-
-    Parameters
-    ----------
-    family : {"HC", "mHC"}
-        Which.
-
-    Returns
-    -------
-    dict of str to ndarray, shape (4, 4)
-        Rows are destinations.
-    """
+    """The printed matrices of a family, by name: three connections and three products."""
     return {name: np.asarray(values, float) for name, values in _printed()[family].items()}
 
 
 def order_errors(family: str) -> tuple[float, float]:
     """How far P31-60 P1-30, and the product in the reversed order, are from the printed P1-60.
 
-    Parameters
-    ----------
-    family : {"HC", "mHC"}
-        Which.
-
-    Returns
-    -------
-    tuple of float
-        Worst entry over the largest of P1-60, for each order.
+    Returns: Worst entry over the largest of P1-60, for each order.
     """
     printed = matrices(family)
     late, early, total = printed["P31-60"], printed["P1-30"], printed["P1-60"]
@@ -72,15 +53,7 @@ def order_errors(family: str) -> tuple[float, float]:
 def measure(settings: Mapping[str, Any]) -> Measured:
     """Recompute what the printed matrices of a family give.
 
-    Parameters
-    ----------
-    settings : mapping
-        With the family.
-
-    Returns
-    -------
-    Measured
-        Without a run: the matrices are not those of adjacent connections.
+    Returns: Without a run: the matrices are not those of adjacent connections.
     """
     printed = matrices(settings["family"])
     right, reversed_order = order_errors(settings["family"])
@@ -103,17 +76,7 @@ def measure(settings: Mapping[str, Any]) -> Measured:
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What the paper says of these matrices, and what follows from them.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the two families.
-
-    Returns
-    -------
-    list of Claim
-    """
+    """What the paper says of these matrices, and what follows from them."""
 
     def only(name: str, family: str) -> list[float]:
         return list(by_seed(rows, name, family, LAYERS).values())
@@ -160,17 +123,7 @@ def _exact(statement: str, measured: str, values: Sequence[float], **limits: flo
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
-    """The matrices, and the sums of their rows and columns.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the two families.
-
-    Returns
-    -------
-    list of Lines or Heatmap
-    """
+    """The matrices, and the sums of their rows and columns."""
     streams = np.arange(4)
     found: list[Figure] = []
     for row in rows:

@@ -16,16 +16,7 @@ LOSS = RunNumber("loss", "held-out loss, nats a byte")
 def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:
     """Every figure that has something to show.
 
-    Parameters
-    ----------
-    study : Study
-        With its numbers, curves and further figures.
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    list of Lines or Heatmap
+    ``study``: with its numbers, curves and further figures.
     """
     found: list[Figure] = []
     if study.trained:

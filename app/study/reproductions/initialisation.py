@@ -64,17 +64,7 @@ DONG, XIONG, SUN = (
 
 
 def measure(settings: Mapping[str, Any]) -> Measured:
-    """Train and measure one network.
-
-    Parameters
-    ----------
-    settings : mapping
-        Of a cell.
-
-    Returns
-    -------
-    Measured
-    """
+    """Train and measure one network."""
     model, found = train(settings, NUMBERS, CURVES)
     return replace(found, numbers={**found.numbers, **_skipped(model, settings)})
 
@@ -99,30 +89,13 @@ def _added(norms: Sequence[float]) -> float:
 def orders_apart(one: float, other: float) -> float:
     """How many powers of ten lie between two positive numbers; NaN where one is not positive.
 
-    Parameters
-    ----------
-    one, other : float
-        Such as 100 and 1, which are 2 apart.
-
-    Returns
-    -------
-    float
+    ``one, other``: such as 100 and 1, which are 2 apart.
     """
     return math.log10(one / other) if one > 0 and other > 0 else math.nan
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks and over depth.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    list of Claim
-    """
+    """What is tested, at the deepest networks and over depth."""
     depth = deepest(rows)
 
     def compared(name: str, one: str, other: str, *, orders: bool = False) -> list[float]:

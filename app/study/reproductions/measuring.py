@@ -28,28 +28,12 @@ SEQUENCES = 4
 
 @cache
 def corpus() -> Corpus:
-    """Python's documentation, which comes with Python, as bytes.
-
-    Returns
-    -------
-    Corpus
-    """
+    """Python's documentation, which comes with Python, as bytes."""
     return split_corpus(sample_text())
 
 
 def measured_batch(settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Evenly spread held-out sequences: the same ones for every cell of a length.
-
-    Parameters
-    ----------
-    settings : mapping
-        Of a cell.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``input_ids`` and ``labels``.
-    """
+    """Evenly spread held-out sequences: the same ones for every cell of a length."""
     ids, length = corpus().held_out, settings["length"]
     starts = torch.linspace(0, len(ids) - length - 1, SEQUENCES).long()[:, None]
     batch = ids[starts + torch.arange(length)]
@@ -65,23 +49,10 @@ def train(
 ) -> tuple[nn.Module, Measured]:
     """Build a cell's network, measure it, train it on the text, and measure it again.
 
-    Parameters
-    ----------
-    settings : mapping
-        Of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
-    numbers : sequence of RunNumber
-        Each is kept as ``start_NAME`` and ``NAME``.
-    curves : sequence of Along
-        Curves along the network.
-    build : callable
-        Takes a family, a size and a seed.
-
-    Returns
-    -------
-    model : Module
-        Trained.
-    measured : Measured
-        With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
+    ``settings``: of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
+    ``numbers``: each is kept as ``start_NAME`` and ``NAME``.
+    ``build``: takes a family, a size and a seed.
+    Returns: With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
     """
     size = Size(settings["depth"], settings["width"], settings["heads"], settings["streams"])
     recipe = Recipe(steps=settings["steps"], seed=settings["seed"], size=size)

@@ -36,31 +36,13 @@ class ByteDecoder(nn.Module):
         self.head = nn.Linear(size.width, NUM_BYTES, bias=False)
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """Carry the embedding (B, T, D) through all layers.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            The embedding.
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """Carry the embedding (B, T, D) through all layers."""
         raise NotImplementedError
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> LanguageOutput:
         """Predict each next byte.
 
-        Parameters
-        ----------
-        input_ids, labels : torch.Tensor
-            (B, T) bytes.
-
-        Returns
-        -------
-        LanguageOutput
-            With a loss in nats a byte where there are labels.
+        Returns: With a loss in nats a byte where there are labels.
         """
         logits = self.head(self.norm(self.trunk(self.embedding(input_ids))))
         if labels is None:
@@ -68,15 +50,7 @@ class ByteDecoder(nn.Module):
         return LanguageOutput(logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
     def initialise(self, size: Size, *, depth_scaled: bool) -> None:
-        """Normal weights of variance 1/fan-in; what writes to the stream divided by √(2L) where asked; a small head.
-
-        Parameters
-        ----------
-        size : Size
-            With the number of layers L.
-        depth_scaled : bool
-            GPT-2's rule.
-        """
+        """Normal weights of variance 1/fan-in; what writes to the stream divided by √(2L) where asked; a small head."""
         nn.init.normal_(self.embedding.weight)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -95,17 +69,7 @@ class ScaledNorm(nn.LayerNorm):
         self.factor = 1 / math.sqrt(layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise and scale.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (B, T, D).
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """Normalise and scale."""
         return super().forward(x) * self.factor
 
 
@@ -126,17 +90,7 @@ class NormLayer(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Carry a state (B, T, D) through the layer.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            The state.
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """Carry a state (B, T, D) through the layer."""
         if self.kind == "no-skip":
             return self.mlp(self.attention(x))
         if self.kind == "post-ln":
@@ -164,17 +118,7 @@ class NormDecoder(ByteDecoder):
         self.initialise(size, depth_scaled=False)
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the blocks one after the other.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (B, T, D).
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """Run the blocks one after the other."""
         for block in self.blocks:
             x = block(x)
         return x
@@ -192,18 +136,7 @@ class DepthQuery(nn.Module):
         self.norm = nn.RMSNorm(width, elementwise_affine=False)
 
     def forward(self, values: list[torch.Tensor]) -> torch.Tensor:
-        """Mix the embedding and the outputs so far.
-
-        Parameters
-        ----------
-        values : list of torch.Tensor
-            (B, T, D) each.
-
-        Returns
-        -------
-        torch.Tensor
-            (B, T, D).
-        """
+        """Mix the embedding and the outputs so far."""
         stacked = torch.stack(values)
         weights = (self.norm(stacked) @ self.query).softmax(0)
         return (weights.unsqueeze(-1) * stacked).sum(0)
@@ -227,18 +160,7 @@ class DepthAttentionLM(ByteDecoder):
         self.initialise(size, depth_scaled=False)
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the sublayers, each on what its query reads.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (B, T, D).
-
-        Returns
-        -------
-        torch.Tensor
-            What the last query reads.
-        """
+        """Run the sublayers, each on what its query reads."""
         values = [x]
         for query, branch in zip(self.queries, self.branches, strict=False):
             values.append(branch(query(values)))
@@ -248,20 +170,7 @@ class DepthAttentionLM(ByteDecoder):
 def make(family: str, size: Size, seed: int, *, diagonal: float = DIAGONAL, broken: float = 0.0) -> nn.Module:
     """A fresh network of a family.
 
-    Parameters
-    ----------
-    family : str
-        residual, hc, mhc (of the package), mhc-lite, kromhc, attention residuals, or one of `NORMS`.
-    size : Size
-        Depth, width, heads, streams.
-    seed : int
-        Of the weights.
-    diagonal, broken : float
-        Of `StreamConnection`.
-
-    Returns
-    -------
-    Module
+    ``family``: residual, hc, mhc (of the package), mhc-lite, kromhc, attention residuals, or one of `NORMS`.
     """
     if family in ("residual", "hc", "mhc"):
         return build(family, size=size, seed=seed)

@@ -70,17 +70,7 @@ class RunNumber:
     log: bool = False
 
     def of(self, analysis: xr.Dataset) -> float:
-        """The number in an analysis; NaN where it has none.
-
-        Parameters
-        ----------
-        analysis : Dataset
-            What `diagnostics.analyze` returned.
-
-        Returns
-        -------
-        float
-        """
+        """The number in an analysis; NaN where it has none."""
         values = profile(analysis, self.metric, self.at)
         values = values[np.isfinite(values)]
         if not values.size:
@@ -120,19 +110,7 @@ class Along:
 def profile(analysis: xr.Dataset, metric: str, at: Mapping[str, str]) -> np.ndarray:
     """A metric along depth or connections, or over all pairs of depths; empty where the analysis has none.
 
-    Parameters
-    ----------
-    analysis : Dataset
-        What `diagnostics.analyze` returned.
-    metric : str
-        Its name.
-    at : mapping of str to str
-        Labels of its other dims; of those that are not named, the first one.
-
-    Returns
-    -------
-    ndarray
-        float64.
+    ``at``: labels of its other dims; of those that are not named, the first one.
     """
     if metric not in analysis:
         return np.empty(0)
@@ -144,16 +122,7 @@ def profile(analysis: xr.Dataset, metric: str, at: Mapping[str, str]) -> np.ndar
 def slice_of(values: xr.DataArray, at: Mapping[str, str]) -> xr.DataArray:
     """A metric with depth or connections as its only dims.
 
-    Parameters
-    ----------
-    values : DataArray
-        Of an analysis.
-    at : mapping of str to str
-        Labels of its other dims; of those that are not named, the first one.
-
-    Returns
-    -------
-    DataArray
+    ``at``: labels of its other dims; of those that are not named, the first one.
     """
     kept = ("depth", "other_depth", "connection")
     others = [dim for dim in values.dims if dim not in kept]
@@ -265,17 +234,7 @@ class Study:
     trained: bool = True
 
     def cells(self, scale: Scale) -> Iterator[Cell]:
-        """Every cell, seed by seed: a study that is stopped early has all families and depths of some seeds.
-
-        Parameters
-        ----------
-        scale : Scale
-            How large the study is.
-
-        Yields
-        ------
-        Cell
-        """
+        """Every cell, seed by seed: a study that is stopped early has all families and depths of some seeds."""
         shared = {
             name: getattr(scale, name) for name in ("width", "heads", "streams", "steps", "batch", "length")
         }

@@ -44,15 +44,7 @@ MISSED = 0.01
 def measure(settings: Mapping[str, Any]) -> Measured:
     """Train one network, then remove each stream at each depth and put it back.
 
-    Parameters
-    ----------
-    settings : mapping
-        Of a cell.
-
-    Returns
-    -------
-    Measured
-        With the loss by removing a stream, by depth, and the share of it that putting it back restores.
+    Returns: With the loss by removing a stream, by depth, and the share of it that putting it back restores.
     """
     model, found = train(settings, TRAINED, (), build=_build)
     last = 2 * settings["depth"]
@@ -102,17 +94,7 @@ def _restored(model: nn.Module, settings: Mapping[str, Any], early: int, later: 
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    list of Claim
-    """
+    """What is tested, at the deepest networks."""
     depth = deepest(rows)
     found: list[Claim] = []
     for family, title in SHORT.items():

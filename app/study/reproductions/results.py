@@ -29,23 +29,7 @@ VERDICTS = ("reproduced", "not reproduced", "not decided")
 
 
 def summary_text(study: Study, scale: Scale, rows: Sequence[Row], planned: int) -> str:
-    """What was and what was not reproduced, as Markdown; every sentence follows from the rows.
-
-    Parameters
-    ----------
-    study : Study
-        The study.
-    scale : Scale
-        Its size.
-    rows : sequence of Row
-        Of the cells that are done.
-    planned : int
-        How many there are in all.
-
-    Returns
-    -------
-    str
-    """
+    """What was and what was not reproduced, as Markdown; every sentence follows from the rows."""
     claims = study.claims(rows)
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -80,19 +64,7 @@ def _scale_sentence(study: Study, scale: Scale) -> str:
 
 
 def results_table(study: Study, rows: Sequence[Row]) -> Table:
-    """A row for each family and depth: means over seeds, half widths of their intervals in ``_error`` columns.
-
-    Parameters
-    ----------
-    study : Study
-        With its numbers.
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    Table
-    """
+    """A row for each family and depth: means over seeds, half widths of their intervals in ``_error`` columns."""
     numbers = (LOSS, *study.numbers) if study.trained else study.numbers
     data, printed = [], []
     for family, title in study.families.items():
@@ -118,19 +90,7 @@ def _cell(mean: float, reach: float) -> str:
 def require_own(study: Study, out: Path) -> None:
     """Refuse a folder of another study, or of somebody else, before anything is computed.
 
-    Parameters
-    ----------
-    study : Study
-        The study.
-    out : Path
-        Its folder; it may be missing.
-
-    Raises
-    ------
-    TakenError
-        Where the summary there is not this study's.
-    ValueError
-        Where one of its folders is somebody else's, or files in it were edited.
+    Raises ValueError: Where one of its folders is somebody else's, or files in it were edited.
     """
     require_replaceable_file(out / "summary.md", partial(_require_summary, study))
     for name in ("results", "paper"):
@@ -155,30 +115,9 @@ def _require_summary(study: Study, path: Path) -> None:
 def write_results(study: Study, scale: Scale, rows: Sequence[Row], planned: int, out: Path) -> list[Path]:
     """Write ``results/`` (figures, table, claims), ``paper/`` (a bundle of the deepest networks' runs) and ``summary.md``.
 
-    Parameters
-    ----------
-    study : Study
-        The study.
-    scale : Scale
-        Its size.
-    rows : sequence of Row
-        Of the cells that are done.
-    planned : int
-        How many there are in all.
-    out : Path
-        Folder of the study. Files of others in it stay.
-
-    Returns
-    -------
-    list of Path
-        What was written.
-
-    Raises
-    ------
-    OSError
-        Where a file of another origin has a name of the study's.
-    ValueError
-        Where one of the two folders is somebody else's, or its files were edited.
+    ``out``: folder of the study. Files of others in it stay.
+    Raises OSError: Where a file of another origin has a name of the study's.
+    Raises ValueError: Where one of the two folders is somebody else's, or its files were edited.
     """
     from depthscope.app.drawing.matplotlib import write_figure  # matplotlib takes a second to import
 

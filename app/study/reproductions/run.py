@@ -32,25 +32,8 @@ class Outcome:
 def scale_of(study: Study, *, quick: bool, depths: Sequence[int] | None, seeds: int | None) -> Scale:
     """The size of a study as it was asked for.
 
-    Parameters
-    ----------
-    study : Study
-        With its two sizes.
-    quick : bool
-        The small one.
-    depths : sequence of int, optional
-        Layers, in place of the study's.
-    seeds : int, optional
-        How many, in place of the study's.
-
-    Returns
-    -------
-    Scale
-
-    Raises
-    ------
-    InputError
-        For depths or seeds where nothing is trained, no depth, or one outside 2 … 256.
+    ``seeds``: how many, in place of the study's.
+    Raises InputError: For depths or seeds where nothing is trained, no depth, or one outside 2 … 256.
     """
     scale = study.quick if quick else study.scale
     if not study.trained and (depths is not None or seeds is not None):
@@ -76,33 +59,12 @@ def run_reproduction(
 ) -> Outcome:
     """Run a study, or go on with one: cells that are kept in the folder with the same settings are not measured again.
 
-    Parameters
-    ----------
-    name : str
-        A key of `STUDIES`.
-    out : Path
-        Folder for ``cells/``, ``runs/``, ``results/``, ``paper/`` and ``summary.md``. Files of others in it stay.
-    quick : bool
-        Tiny networks and a few steps: to see that it runs, not to learn from.
-    depths : sequence of int, optional
-        Layers of the networks.
-    seeds : int, optional
-        How many.
-    minutes : float, optional
-        No further network begins after so long.
-    progress : bool, optional
-        Show a bar on stderr; by default on a terminal.
-
-    Returns
-    -------
-    Outcome
-
-    Raises
-    ------
-    InputError
-        For a size that cannot be run, or folders that are somebody else's.
-    OSError
-        Where a file of another origin has a name of the study's, or nothing can be written.
+    ``out``: folder for ``cells/``, ``runs/``, ``results/``, ``paper/`` and ``summary.md``. Files of others in it stay.
+    ``quick``: tiny networks and a few steps: to see that it runs, not to learn from.
+    ``minutes``: no further network begins after so long.
+    ``progress``: show a bar on stderr; by default on a terminal.
+    Raises InputError: For a size that cannot be run, or folders that are somebody else's.
+    Raises OSError: Where a file of another origin has a name of the study's, or nothing can be written.
     """
     study = STUDIES[name]
     scale = scale_of(study, quick=quick, depths=depths, seeds=seeds)

@@ -42,15 +42,7 @@ PAPER = "2606.03483"
 def measure(settings: Mapping[str, Any]) -> Measured:
     """Train and measure one network.
 
-    Parameters
-    ----------
-    settings : mapping
-        Of a cell.
-
-    Returns
-    -------
-    Measured
-        With the dominance of a stream, over depth and along it.
+    Returns: With the dominance of a stream, over depth and along it.
     """
     shares = tuple(Along(name, name, name) for name in SHARES)
     _, found = train(settings, NUMBERS, (*CURVES, *shares), build=_build)
@@ -78,16 +70,7 @@ def _build(family: str, size: Size, seed: int) -> nn.Module:
 def stream_mass(analysis: xr.Dataset, read: str) -> np.ndarray:
     """Read share times write share of each stream at each connection: what it both gives and takes.
 
-    Parameters
-    ----------
-    analysis : Dataset
-        With the shares.
-    read : {"read_share", "signal_share"}
-        Share in the weights, or in the signal that is read.
-
-    Returns
-    -------
-    ndarray, shape (connections, streams)
+    ``read``: share in the weights, or in the signal that is read.
     """
     streams = [label for label in analysis["stream"].values.astype(object).astype(str) if label != "mean"]
     shares = [
@@ -98,17 +81,7 @@ def stream_mass(analysis: xr.Dataset, read: str) -> np.ndarray:
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of the cells that are done.
-
-    Returns
-    -------
-    list of Claim
-    """
+    """What is tested, at the deepest networks."""
     depth = deepest(rows)
     streams = next((row.settings["streams"] for row in rows), 4)
 

@@ -47,17 +47,7 @@ class Permutations(nn.Module):
         self.start = start
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """H_res (…, N, N) of logits (…, N!).
-
-        Parameters
-        ----------
-        logits : torch.Tensor
-            One for each permutation.
-
-        Returns
-        -------
-        torch.Tensor
-        """
+        """H_res (…, N, N) of logits (…, N!)."""
         return torch.einsum("...p,pij->...ij", logits.softmax(-1), self.matrices)
 
 
@@ -87,14 +77,7 @@ class Kronecker(nn.Module):
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """H_res (…, N, N) of logits (…, log₂ N).
 
-        Parameters
-        ----------
-        logits : torch.Tensor
-            One for each factor [[p, 1 − p], [1 − p, p]], p = σ(logit).
-
-        Returns
-        -------
-        torch.Tensor
+        ``logits``: one for each factor [[p, 1 − p], [1 − p, p]], p = σ(logit).
         """
         kept = torch.sigmoid(logits)
         factors = torch.stack((kept, 1 - kept, 1 - kept, kept), -1).unflatten(-1, (2, 2)).unbind(-3)
@@ -155,15 +138,7 @@ class StreamConnection(nn.Module):
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """Carry the streams through one branch.
 
-        Parameters
-        ----------
-        packed : torch.Tensor
-            (B·N, T, D), the streams of a sequence next to each other, as the package has them.
-
-        Returns
-        -------
-        torch.Tensor
-            Of the same shape.
+        ``packed``: (B·N, T, D), the streams of a sequence next to each other, as the package has them.
         """
         x_BTND = packed.unflatten(0, (-1, self.streams)).permute(0, 2, 1, 3)
         scale = torch.repeat_interleave(self.scale, torch.tensor(self.sizes))

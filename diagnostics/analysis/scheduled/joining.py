@@ -28,15 +28,7 @@ def joined(
 ) -> tuple[dict[str, xr.DataArray], dict[str, str]]:
     """Join what the tasks of one chain measured.
 
-    Parameters
-    ----------
-    parts : sequence of (Task, dict)
-        What each task returned.
-
-    Returns
-    -------
-    tuple of dict
-        Variables by name; and of metrics that were not computed, also where this is so of one block, the reason.
+    Returns: Variables by name; and of metrics that were not computed, also where this is so of one block, the reason.
     """
     reasons: dict[str, str] = {}
     by_variable: dict[str, list[tuple[Task, xr.DataArray]]] = {}

@@ -57,21 +57,8 @@ def measure_chains(
 ) -> list[Found]:
     """Measure several chains, of one run or of many, on the workers of a cluster.
 
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    chains : sequence of ChainOfRun
-        Each with a trace.
-    metrics : sequence of str
-        By name.
-    progress : function, optional
-        Called with (what, number of tasks done, number in all).
-
-    Returns
-    -------
-    list of (dict, dict)
-        For each chain the variables, and the reasons of metrics that were not computed.
+    ``progress``: called with (what, number of tasks done, number in all).
+    Returns: For each chain the variables, and the reasons of metrics that were not computed.
     """
     budget = task_budget(client)
     tasks: list[tuple[int, Task]] = []

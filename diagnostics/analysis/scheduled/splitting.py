@@ -107,17 +107,8 @@ class TooLarge(InputError):
 def tasks_of(chain: Chain, metrics: Iterable[str]) -> tuple[list[Task], dict[str, str]]:
     """The tasks of one chain, those that take longest first; and why some metrics have none.
 
-    Parameters
-    ----------
-    chain : Chain
-        Which one, and what a task may take.
-    metrics : iterable of str
-        Their names.
-
-    Returns
-    -------
-    tuple of (list of Task, dict of str to str)
-        The reasons by metric: how many bytes its smallest part takes, and how many a task may take.
+    ``chain``: which one, and what a task may take.
+    Returns: The reasons by metric: how many bytes its smallest part takes, and how many a task may take.
     """
     groups: dict[tuple[str, object], list[str]] = {}
     for name in metrics:

@@ -37,16 +37,8 @@ Measured = tuple[dict[str, xr.DataArray], str]
 def separable_by(metric: Metric) -> str:
     """Of what a part of a metric's values is computed alone.
 
-    Parameters
-    ----------
-    metric : Metric
-        Of the catalogue.
-
-    Returns
-    -------
-    str
-        ``"depth"``, ``"step"`` (two depths in a row), ``"pair"`` (two depths), ``"connection"``, ``"sequence"`` (all depths of
-        it), or ``"whole"``. Which tokens are massive depends on all depths, and is found before.
+    Returns: ``"depth"``, ``"step"`` (two depths in a row), ``"pair"`` (two depths), ``"connection"``, ``"sequence"``
+    (all depths of it), or ``"whole"``. Which tokens are massive depends on all depths, and is found before.
     """
     if metric.separable:
         return CONNECTION
@@ -61,17 +53,7 @@ def separable_by(metric: Metric) -> str:
 
 
 def needed_quantities(function: Callable[..., Any]) -> set[str]:
-    """Names of the derived quantities that a function is computed from.
-
-    Parameters
-    ----------
-    function : function
-        Its parameters name quantities.
-
-    Returns
-    -------
-    set of str
-    """
+    """Names of the derived quantities that a function is computed from."""
     found: set[str] = set()
     for name in inspect.signature(function).parameters:
         if name in registry.QUANTITIES:
@@ -122,22 +104,7 @@ class Task:
 def chain_trace(
     path: str, chain: str, attrs: Mapping[str, Any], *, max_bytes: int | None = None
 ) -> xr.Dataset:
-    """The trace of one chain with what its metrics need of the statistics; arrays are read when they are used.
-
-    Parameters
-    ----------
-    path, chain : str
-        Of the run.
-    attrs : mapping
-        Attributes of the run.
-    max_bytes : int, optional
-        As in `open_run`.
-
-    Returns
-    -------
-    Dataset
-        To be closed by the caller.
-    """
+    """The trace of one chain with what its metrics need of the statistics; arrays are read when they are used."""
     trace = open_group(path, "trace", chain, max_bytes=max_bytes)
     try:
         statistics = open_group(path, "statistics", chain, max_bytes=max_bytes)
@@ -159,18 +126,7 @@ def chain_trace(
 def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, Measured]:
     """Measure the metrics of one task, on whichever worker it lands.
 
-    Parameters
-    ----------
-    task : Task
-        The task.
-    attrs : mapping
-        Attributes of the run.
-    facts : Facts or None
-        What it has to know of the whole run, where a metric needs that.
-
-    Returns
-    -------
-    dict of str to Measured
+    ``facts``: what it has to know of the whole run, where a metric needs that.
     """
     massive = None if facts is None else facts.massive
     with chain_trace(task.path, task.chain, attrs) as trace:
@@ -243,14 +199,7 @@ class Facts:
     def joined(cls, parts: Sequence[Facts]) -> Facts:
         """The facts of blocks of depths together.
 
-        Parameters
-        ----------
-        parts : sequence of Facts
-            In depth order, of the same tokens.
-
-        Returns
-        -------
-        Facts
+        ``parts``: in depth order, of the same tokens.
         """
         massive = [part.massive for part in parts if part.massive is not None]
         return cls(
@@ -264,21 +213,7 @@ def find_facts(
 ) -> Facts | None:
     """What some depths tell of the whole, on whichever worker this lands.
 
-    Parameters
-    ----------
-    path, chain : str
-        Of the run.
-    attrs : mapping
-        Its attributes.
-    depths : sequence of int
-        Positions on the depth axis.
-    has_massive : bool
-        Whether massive tokens are looked for.
-
-    Returns
-    -------
-    Facts or None
-        None of a run without a real token: the metrics say so.
+    Returns: None of a run without a real token: the metrics say so.
     """
     with chain_trace(path, chain, attrs) as trace:
         source = Quantities(trace.isel(depth=list(depths)))
@@ -292,14 +227,7 @@ def find_facts(
 def blocks_of(count: int, size: int) -> list[list[int]]:
     """Positions on an axis in blocks of about equal size, each of at most ``size``.
 
-    Parameters
-    ----------
-    count, size : int
-        How many positions there are, and how many a block may have.
-
-    Returns
-    -------
-    list of list of int
+    ``count, size``: how many positions there are, and how many a block may have.
 
     Examples
     --------

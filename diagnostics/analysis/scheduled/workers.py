@@ -48,26 +48,10 @@ class LostWorker(DepthscopeError, RuntimeError):
 def workers(scheduler: Any, *, count: int | None = None, memory: int | None = None) -> Iterator[Any]:
     """The client of a cluster; one that is made here is closed at the end.
 
-    Parameters
-    ----------
-    scheduler : str or distributed.Client
-        ``"threads"`` or ``"processes"`` of this machine; the address of a scheduler, such as ``"tcp://10.0.0.1:8786"``; or a
-        client.
-    count : int, optional
-        Workers of this machine; by default one for each processor.
-    memory : int, optional
-        Bytes that each of them may take; by default its share of the machine's.
-
-    Yields
-    ------
-    distributed.Client
-
-    Raises
-    ------
-    InputError
-        For another scheduler.
-    StorageError
-        Where nothing answers at the address.
+    ``scheduler``: ``"threads"`` or ``"processes"`` of this machine; the address of a scheduler, such as
+    ``"tcp://10.0.0.1:8786"``; or a client.
+    ``count``: workers of this machine; by default one for each processor.
+    ``memory``: bytes that each of them may take; by default its share of the machine's.
     """
     import dask
     import distributed
@@ -112,18 +96,7 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
 
 
 def require_same_version(client: Any) -> None:
-    """Refuse workers that have another version of this package, or none: they would measure something else.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-
-    Raises
-    ------
-    InputError
-        With the workers and what they have.
-    """
+    """Refuse workers that have another version of this package, or none: they would measure something else."""
     # By a function of Python itself, which every worker has.
     found = client.run(pydoc.locate, "depthscope.diagnostics.package_versions.DEPTHSCOPE", on_error="return")
     other = {address: version or "none" for address, version in found.items() if version != DEPTHSCOPE}
@@ -136,22 +109,7 @@ def require_same_version(client: Any) -> None:
 
 
 def task_budget(client: Any) -> int:
-    """Bytes that one task may take: the smallest worker's limit, shared by its threads, less what Python itself takes.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    StorageError
-        Where the cluster has no worker.
-    """
+    """Bytes that one task may take: the smallest worker's limit, shared by its threads, less what Python itself takes."""
     known = client.scheduler_info(n_workers=-1)["workers"].values()
     if not known:
         raise StorageError("the cluster has no worker; start one with: dask worker ADDRESS")
@@ -165,21 +123,8 @@ def run_all(
 ) -> list[Any]:
     """Call a function with each of several arguments on the workers.
 
-    Parameters
-    ----------
-    client : distributed.Client
-        Of the cluster.
-    function : callable
-        What the workers call.
-    arguments : sequence of tuple
-        Of each call.
-    report : callable
-        Called after each call that is done.
-
-    Returns
-    -------
-    list
-        In the order of the arguments: what was returned, or a `LostWorker` where the worker died.
+    ``report``: called after each call that is done.
+    Returns: In the order of the arguments: what was returned, or a `LostWorker` where the worker died.
     """
     futures = [client.submit(function, *of_one, pure=False) for of_one in arguments]
     positions = {future.key: number for number, future in enumerate(futures)}
@@ -205,10 +150,8 @@ def run_all(
 def _as_completed(client: Any, futures: Sequence[Any]) -> Iterator[Any]:
     """Futures as they end.
 
-    Raises
-    ------
-    StorageError
-        Where the scheduler is gone, or no worker has been there for `SECONDS_WITHOUT_WORKERS`: they would never end.
+    Raises StorageError: Where the scheduler is gone, or no worker has been there for `SECONDS_WITHOUT_WORKERS`: they
+    would never end.
     """
     import distributed
 

@@ -87,19 +87,8 @@ def participation_ratio(
 def corrected_ratio(trace: Array, square: Array, diagonal: Array, count: Array, *, center: bool) -> Array:
     """Participation ratio without the bias of sampled rows, from sums over K = XXᵀ.
 
-    Parameters
-    ----------
-    trace, square, diagonal
-        (tr K)², ‖K‖² and Σ K_ii², (...).
-    count
-        Number of rows, (...).
-    center
-        Whether the mean row was removed.
-
-    Returns
-    -------
-    Array
-        (...); NaN for fewer than four rows, two of them uncentred.
+    ``trace, square, diagonal``: (tr K)², ‖K‖² and Σ K_ii², (...).
+    Returns: (...); NaN for fewer than four rows, two of them uncentred.
 
     Examples
     --------

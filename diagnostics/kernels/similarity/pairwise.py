@@ -49,30 +49,13 @@ def compare_sides(
 ) -> Array:
     """Compare x with y, or without y every layer of x with every other.
 
-    Parameters
-    ----------
-    prepare
-        From the namespace and a matrix (N, d) of the rows that count: what is needed of one side.
-    combine
-        From the namespace and two prepared sides: the number.
-    x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; or layers (L, N, d) and None.
-    mask
-        Booleans (..., N), False for rows that do not count; without y (N,).
-    center
-        Remove the mean row.
-    symmetric
-        Whether both orders of two sides give the same number.
-
-    Returns
-    -------
-    Array
-        (...), or (L, L) with the first of the two sides along the first dim.
-
-    Raises
-    ------
-    InputError
-        If rows do not match, or without y if x is not a stack of layers.
+    ``prepare``: from the namespace and a matrix (N, d) of the rows that count: what is needed of one side.
+    ``combine``: from the namespace and two prepared sides: the number.
+    ``x, y``: matrices (..., N, d_x) and (..., N, d_y) over the same rows; or layers (L, N, d) and None.
+    ``mask``: booleans (..., N), False for rows that do not count; without y (N,).
+    ``symmetric``: whether both orders of two sides give the same number.
+    Returns: (...), or (L, L) with the first of the two sides along the first dim.
+    Raises InputError: If rows do not match, or without y if x is not a stack of layers.
     """
     if y is None:
         return _layer_table(prepare, combine, *_layers(x, mask), center=center, symmetric=symmetric)

@@ -50,25 +50,8 @@ def find_traced(
 ) -> TracedConnection:
     """The branch between two states.
 
-    Parameters
-    ----------
-    trace : Trace
-        Of the forward.
-    before, after : Value
-        The states.
-    shown : mapping of int to Value
-        Values that some module took or returned, by their numbers.
-    num_streams : int
-        N.
-
-    Returns
-    -------
-    TracedConnection
-
-    Raises
-    ------
-    StreamConnectionError
-        Where the next state is no sum of mixed streams and one branch.
+    ``shown``: values that some module took or returned, by their numbers.
+    Raises StreamConnectionError: Where the next state is no sum of mixed streams and one branch.
     """
     width = math.prod(before.shape) // num_streams
     found = LinearDependence(after, [before])
@@ -118,19 +101,7 @@ def _axes_within(value: Value, state: Value) -> bool:
 def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_streams: int) -> Parts:
     """The weights of a connection at every token.
 
-    Parameters
-    ----------
-    connection : TracedConnection
-        The values around it.
-    layout : str
-        Of the states.
-    batch_size, num_streams : int
-        B and N.
-
-    Returns
-    -------
-    Parts
-        With an empty branch input: what the branch takes is H_pre X, which the caller has the states for.
+    Returns: With an empty branch input: what the branch takes is H_pre X, which the caller has the states for.
     """
     before, after = connection.before, connection.after
 

@@ -186,17 +186,7 @@ class AnalysisProcess:
         return {row.step for row in self._waiting}
 
     def hand_over(self, step: int, sums: Sequence[TokenSums], begun: list[Begun]) -> None:
-        """Have a row completed; it is dropped where both slots are in use.
-
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        sums : sequence of TokenSums
-            Of the step, by chain.
-        begun : list
-            See `LiveMetrics.begin`.
-        """
+        """Have a row completed; it is dropped where both slots are in use."""
         free = [number for number in range(SLOTS) if all(row.slot != number for row in self._waiting)]
         if not free:
             self.dropped.append(step)

@@ -28,19 +28,7 @@ ABSOLUTE, RELATIVE = 100.0, 1000.0
 def state_metrics(sums: TokenSums, depths: Sequence[int], cut: Sequence[int] = ()) -> dict[str, LiveValue]:
     """Sizes, directions and gradients by depth and view.
 
-    Parameters
-    ----------
-    sums : TokenSums
-        Of all forwards of the step, of one chain.
-    depths : sequence of int
-        Of the group.
-    cut : sequence of int
-        As in `LiveGroup`.
-
-    Returns
-    -------
-    dict of str to LiveValue
-        By the names of the catalogue.
+    ``sums``: of all forwards of the step, of one chain.
     """
     count = _views(sums, "token_count", depths)
     found = {"residual_norm": LiveValue(PROFILE, np.sqrt(_views(sums, "square_norm_sum", depths) / count))}
@@ -115,22 +103,8 @@ def massive_tokens(
 ) -> dict[str, LiveValue]:
     """Massive activations: sizes of every token, beside the median of the sampled ones.
 
-    Parameters
-    ----------
-    live : LiveSums
-        With the largest magnitude of every token.
-    depths : sequence of int
-        Of the group.
-    medians : ndarray
-        (L, V), of the magnitudes that are not zero.
-    count : ndarray
-        (L,), number of real tokens.
-    estimator : str
-        What the median is of.
-
-    Returns
-    -------
-    dict of str to LiveValue
+    ``live``: with the largest magnitude of every token.
+    ``medians``: (L, V), of the magnitudes that are not zero.
     """
     how = f"largest activation of every token; median {estimator}"
     if live.histograms:
@@ -168,18 +142,7 @@ def _massive_by_histogram(
 def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -> dict[str, LiveValue]:
     """Amax gains of every connection and of the products up to it, reduced over every token; empty without mixing.
 
-    Parameters
-    ----------
-    live : LiveSums
-        With the gains of every token.
-    connections : sequence of int
-        Of the group.
-    transposed : bool
-        Whether the matrices are source by destination, as was proven.
-
-    Returns
-    -------
-    dict of str to LiveValue
+    ``transposed``: whether the matrices are source by destination, as was proven.
     """
     # Of a matrix that is the transposed one, rows and columns change places, and so does the order of a product.
     product = "reversed_product_gain" if transposed else "product_gain"
@@ -204,19 +167,9 @@ def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -
 def logit_metrics(sums: TokenSums, connections: Sequence[int], transposed: bool) -> dict[str, LiveValue]:
     """Range of the logits of H_res, and how much gradient reaches H_res and them; empty where they were not seen.
 
-    Parameters
-    ----------
-    sums : TokenSums
-        Of all forwards of the step, of the chain.
-    connections : sequence of int
-        Of the group.
-    transposed : bool
-        Whether the matrices are source by destination, as was proven.
-
-    Returns
-    -------
-    dict of str to LiveValue
-        Of the range over the tokens the mean alone: its quantiles would need the logits of every token.
+    ``sums``: of all forwards of the step, of the chain.
+    ``transposed``: whether the matrices are source by destination, as was proven.
+    Returns: Of the range over the tokens the mean alone: its quantiles would need the logits of every token.
     """
     found = {}
     if _has_any(sums, "logit_token_count", connections):

@@ -95,19 +95,7 @@ class Watched:
         return time.perf_counter() - ended > took / SHARE_OF_TIME
 
     def judge(self, row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-        """Findings about one row that are new, or more severe than before, the worst first.
-
-        Parameters
-        ----------
-        row : LiveRow
-            The step.
-        attrs : mapping of str to mapping
-            Of its groups.
-
-        Returns
-        -------
-        list of Finding
-        """
+        """Findings about one row that are new, or more severe than before, the worst first."""
         began = time.perf_counter()
         found = self.new(findings_of(row, attrs))
         ended = time.perf_counter()
@@ -128,17 +116,7 @@ class Watched:
     def tell(self, step: int, findings: list[Finding]) -> None:
         """Print those that are a warning or worse to the standard error, and call the user's function for each.
 
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        findings : list of Finding
-            The new ones.
-
-        Raises
-        ------
-        Exception
-            What the user's function raised first, after all are told.
+        Raises Exception: What the user's function raised first, after all are told.
         """
         failed: list[Exception] = []
         for finding in findings:

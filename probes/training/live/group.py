@@ -78,16 +78,7 @@ class LiveGroup:
     def applied(self, number: int, mix: torch.Tensor) -> torch.Tensor:
         """H_res, destination by source, as the model applies it.
 
-        Parameters
-        ----------
-        number : int
-            Of the connection.
-        mix : Tensor
-            (K, N, N), as its module computes it.
-
-        Returns
-        -------
-        Tensor
+        ``mix``: (K, N, N), as its module computes it.
         """
         assert self.readings is not None
         rounded = mix.to(self.dtype).float() if self.readings[number].cast else mix
@@ -107,16 +98,7 @@ class LiveGroup:
 def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
     """The groups of a session whose first step was measured.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found and at least one sequence sampled.
-    run : DataTree
-        Built from that step.
-
-    Returns
-    -------
-    list of LiveGroup
+    ``session``: with its chains found and at least one sequence sampled.
     """
     readings = _readings(session)
     found = []

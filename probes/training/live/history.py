@@ -17,17 +17,7 @@ SAMPLED_TOKENS = "sampled_tokens"
 def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
     """The metrics of all measured steps, by chain.
 
-    Parameters
-    ----------
-    rows : sequence of LiveRow
-        One per measured step.
-    attrs : mapping of str to mapping
-        Of every dataset, by chain.
-
-    Returns
-    -------
-    dict of str to Dataset
-        Dims of an analysis, ``step`` first; nulls have no step. NaN in steps without a value.
+    Returns: Dims of an analysis, ``step`` first; nulls have no step. NaN in steps without a value.
     """
     found: dict[str, dict[str, Any]] = {}
     coords: dict[str, dict[str, Any]] = {}

@@ -94,21 +94,9 @@ class Live:
     ) -> LiveRow | None:
         """Compute the row of a step, or have it computed by the process beside.
 
-        Parameters
-        ----------
-        sums : sequence of TokenSums
-            Of the step, by chain.
-        measured : StepStatistics
-            The row of statistics of the same step.
-        first_run : callable
-            Builds the run of the first measured step, which tells what the model is.
-        overflowed : bool
-            Whether the gradients mean nothing.
-
-        Returns
-        -------
-        LiveRow or None
-            None where `collect` returns it later, or never where it is dropped.
+        ``measured``: the row of statistics of the same step.
+        ``first_run``: builds the run of the first measured step, which tells what the model is.
+        Returns: None where `collect` returns it later, or never where it is dropped.
         """
         if not self._metrics.groups or self._may_orient():
             run = first_run()
@@ -147,17 +135,7 @@ class Live:
     def collect(self, say: Callable[[str, Exception | None], None], *, finish: bool = False) -> list[int]:
         """Hand on the rows that the process beside has completed since.
 
-        Parameters
-        ----------
-        say : callable
-            As of `tell`.
-        finish : bool
-            Whether to wait for all that it was given, and to end it.
-
-        Returns
-        -------
-        list of int
-            Their steps.
+        ``finish``: whether to wait for all that it was given, and to end it.
         """
         beside = self._beside
         if beside is None:
@@ -199,12 +177,7 @@ class Live:
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         """Hand a row to the sinks, and what is new in its findings to the user.
 
-        Parameters
-        ----------
-        row : LiveRow
-            The step.
-        say : callable
-            Called with a sentence and the error where a sink, a verdict or the user's function failed.
+        ``say``: called with a sentence and the error where a sink, a verdict or the user's function failed.
         """
         self._send(row, say)
         self._unjudged = row
@@ -224,10 +197,7 @@ class Live:
     def judge(self, say: Callable[[str, Exception | None], None]) -> None:
         """Judge the last row, where that was not done yet.
 
-        Parameters
-        ----------
-        say : callable
-            Called with a sentence and the error where that failed.
+        ``say``: called with a sentence and the error where that failed.
         """
         row, self._unjudged = self._unjudged, None
         if row is None:
@@ -255,15 +225,7 @@ class Live:
     def stop_if_severe(self, step: int) -> None:
         """Raise `TrainingStopped` where a row has a new finding as severe as was asked for.
 
-        Parameters
-        ----------
-        step : int
-            That ends; the row may be of an earlier one.
-
-        Raises
-        ------
-        TrainingStopped
-            With these findings.
+        ``step``: that ends; the row may be of an earlier one.
         """
         severe, self._severe = self._severe, None
         if severe is not None:
@@ -285,14 +247,7 @@ class Live:
     ) -> None:
         """Judge whether the loss of a step that is not measured is finite, where nothing has to wait for it.
 
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        loss : float, Tensor or None
-            Of the step; one on another device than the CPU is not read.
-        say : callable
-            As of `tell`.
+        ``loss``: of the step; one on another device than the CPU is not read.
         """
         if isinstance(loss, torch.Tensor):
             if loss.device.type != "cpu" or loss.numel() != 1:
@@ -303,17 +258,7 @@ class Live:
             self._tell_findings(step, self._watched.new(VERDICTS["loss_not_finite"].findings(row)), say)
 
     def row_of(self, step: int) -> LiveRow | None:
-        """The row of a measured step; None where it could not be computed.
-
-        Parameters
-        ----------
-        step : int
-            Of the training.
-
-        Returns
-        -------
-        LiveRow or None
-        """
+        """The row of a measured step; None where it could not be computed."""
         return next((row for row in reversed(self.rows) if row.step == step), None)
 
     def datasets(self) -> dict[str, xr.Dataset]:
@@ -341,19 +286,8 @@ def _forget_gradients(sums: Sequence[TokenSums]) -> None:
 def place_of_analysis(wanted: str) -> str:
     """Where rows are completed: ``"inline"`` or ``"process"``.
 
-    Parameters
-    ----------
-    wanted : str
-        One of these or ``"auto"``: in a process where a core is free for it.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    InputError
-        For another place, or where this system offers no such process.
+    ``wanted``: one of these or ``"auto"``: in a process where a core is free for it.
+    Raises InputError: For another place, or where this system offers no such process.
     """
     if wanted not in PLACES:
         raise InputError(f"analysis is {wanted!r}; expected one of {', '.join(map(repr, PLACES))}")
@@ -367,19 +301,8 @@ def place_of_analysis(wanted: str) -> str:
 def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
     """The metrics that a recorder computes at every measured step.
 
-    Parameters
-    ----------
-    metrics : str or iterable of str
-        ``"live"``, ``"all"`` (every default metric that needs no whole sequences), or names of the catalogue.
-
-    Returns
-    -------
-    tuple of str
-
-    Raises
-    ------
-    InputError
-        For an unknown name, or a metric of whole sequences.
+    ``metrics``: ``"live"``, ``"all"`` (every default metric that needs no whole sequences), or names of the catalogue.
+    Raises InputError: For an unknown name, or a metric of whole sequences.
     """
     if metrics == "live":
         return LIVE

@@ -36,17 +36,6 @@ class LiveValue:
 def sampled(count: int, how: str = "") -> str:
     """The estimator of what is computed on K tokens of a step.
 
-    Parameters
-    ----------
-    count : int
-        K.
-    how : str
-        What else there is to say.
-
-    Returns
-    -------
-    str
-
     Examples
     --------
     >>> sampled(128)

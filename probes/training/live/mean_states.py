@@ -31,20 +31,7 @@ RANK_DIMS = ("scope", "tokens", "centering", "depth")
 
 
 def mean_state_metrics(states_LKD: np.ndarray, ordinary_K: np.ndarray) -> Tables:
-    """Ranks, CKA, angles and block influence of the sampled tokens, all of them and those without massive activations.
-
-    Parameters
-    ----------
-    states_LKD : ndarray
-        Mean over streams, float32.
-    ordinary_K : ndarray of bool
-        Tokens without massive activations.
-
-    Returns
-    -------
-    dict of str to (dims, ndarray)
-        By the names of the catalogue.
-    """
+    """Ranks, CKA, angles and block influence of the sampled tokens, all of them and those without massive activations."""
     every = _of_tokens(states_LKD)
     ordinary = every if ordinary_K.all() else _of_tokens(states_LKD[:, ordinary_K])
     found = _rank_tables(states_LKD, ordinary_K, every, ordinary)

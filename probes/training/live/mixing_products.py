@@ -22,18 +22,7 @@ Tables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def mixing_metrics(mixing: Mixing) -> Tables:
-    """Metrics of H_res and of the products of all connections from the embedding on, reduced over the tokens.
-
-    Parameters
-    ----------
-    mixing : Mixing
-        The matrices of every sampled token.
-
-    Returns
-    -------
-    dict of str to (dims, ndarray)
-        By the names of the catalogue.
-    """
+    """Metrics of H_res and of the products of all connections from the embedding on, reduced over the tokens."""
     curve = ("connection", "reduction")
     left = left_of_differences(mixing)
     kinds = mixing.reduced_values(mixing.each(violations))  # (connection, kind, reduction)

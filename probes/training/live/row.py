@@ -98,19 +98,8 @@ class LiveMetrics:
     ) -> list[Begun]:
         """What of a row costs nothing and needs the session, by group.
 
-        Parameters
-        ----------
-        sums : sequence of TokenSums
-            Of the step, by chain.
-        measured : StepStatistics
-            The row of statistics of the same step.
-        learning_rate : float or None
-            That the optimizer made the step with.
-
-        Returns
-        -------
-        list
-            Values and coordinates by group.
+        ``measured``: the row of statistics of the same step.
+        ``learning_rate``: that the optimizer made the step with.
         """
         found = []
         for at, group in enumerate(self.groups):
@@ -124,21 +113,7 @@ class LiveMetrics:
         return found
 
     def complete(self, step: int, sums: Sequence[TokenSums], begun: Sequence[Begun]) -> LiveRow:
-        """Measure the rest of a row that `begin` began.
-
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        sums : sequence of TokenSums
-            Of the step, by chain.
-        begun : sequence
-            By group.
-
-        Returns
-        -------
-        LiveRow
-        """
+        """Measure the rest of a row that `begin` began."""
         numbers: dict[str, Any] = {}
         coords: dict[str, Any] = {}
         not_computed: dict[str, dict[str, str]] = {}
@@ -283,19 +258,7 @@ def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Map
 
 
 def group_coords(group: LiveGroup, values: Mapping[str, LiveValue]) -> dict[str, Any]:
-    """Coordinates of every dim that some values have.
-
-    Parameters
-    ----------
-    group : LiveGroup
-        Which depths and connections.
-    values : mapping of str to LiveValue
-        What was measured.
-
-    Returns
-    -------
-    dict of str to (dims, ndarray, attributes)
-    """
+    """Coordinates of every dim that some values have."""
     dims = {dim: size for of in values.values() for dim, size in zip(of.dims, of.values.shape, strict=True)}
     known: dict[str, Any] = {
         **group.depth_coords,

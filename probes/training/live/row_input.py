@@ -56,15 +56,7 @@ class RowInput:
 def on_host(sums: Sequence[TokenSums]) -> list[TokenSums]:
     """The same sums in the memory of the host, copied from a device at once: one tensor for each dtype.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        Of one step, by chain.
-
-    Returns
-    -------
-    list of TokenSums
-        The same objects where all of them are there already.
+    Returns: The same objects where all of them are there already.
     """
     far: list[torch.Tensor] = []
     for chain in sums:

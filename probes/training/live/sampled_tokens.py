@@ -114,14 +114,7 @@ class SampledTokens:
     def mean_states(self, *, each_stream: bool) -> dict[str, LiveValue]:
         """Ranks, similarities and angles in the mean over streams.
 
-        Parameters
-        ----------
-        each_stream : bool
-            Ranks of each of several streams too, which cost as much again for each; NaN otherwise.
-
-        Returns
-        -------
-        dict of str to LiveValue
+        ``each_stream``: ranks of each of several streams too, which cost as much again for each; NaN otherwise.
         """
         found = {}
         streams = range(len(self._group.streams) - 1)
@@ -184,15 +177,7 @@ class SampledTokens:
     ) -> tuple[dict[str, LiveValue], dict[str, xr.DataArray], dict[str, str]]:
         """Measure metrics of the catalogue.
 
-        Parameters
-        ----------
-        names : iterable of str
-            Their names.
-
-        Returns
-        -------
-        tuple of dict
-            Values by name, nulls by name, and why others have no value.
+        Returns: Values by name, nulls by name, and why others have no value.
         """
         values: dict[str, LiveValue] = {}
         nulls: dict[str, xr.DataArray] = {}
@@ -217,17 +202,7 @@ class SampledTokens:
         return values, nulls, reasons
 
     def nulls(self, names: Iterable[str]) -> dict[str, xr.DataArray]:
-        """The nulls of metrics in the mean over streams, as `NAME_null`; empty for those whose null is a constant.
-
-        Parameters
-        ----------
-        names : iterable of str
-            Of the metrics.
-
-        Returns
-        -------
-        dict of str to DataArray
-        """
+        """The nulls of metrics in the mean over streams, as `NAME_null`; empty for those whose null is a constant."""
         source = self._quantities(of_mean=True)
         found = {}
         for name in names:

@@ -22,17 +22,9 @@ POINTS = ("depth", "connection", "weight")
 def scalars(row: LiveRow) -> dict[str, float]:
     """A row as single finite numbers.
 
-    Parameters
-    ----------
-    row : LiveRow
-        Of one step.
-
-    Returns
-    -------
-    dict of str to float
-        ``NAME`` for one number a step, ``NAME/depth_3`` for curves by depth (in the mean over streams), such as
-        ``amax_gain_fwd/connection_3`` (mean over tokens) and ``amax_gain_fwd_max/connection_3``; shares of streams end in
-        ``/stream_0``. Tables of all pairs of depths, and singular values, are left out.
+    Returns: ``NAME`` for one number a step, ``NAME/depth_3`` for curves by depth (in the mean over streams), such as
+    ``amax_gain_fwd/connection_3`` (mean over tokens) and ``amax_gain_fwd_max/connection_3``; shares of streams end in
+    ``/stream_0``. Tables of all pairs of depths, and singular values, are left out.
     """
     found: dict[str, float] = {}
     for path, (dims, values, _) in row.numbers.items():

@@ -138,20 +138,8 @@ class Ranks:
     def open(self, first_step: int) -> int:
         """Connect the processes, and require that all measure the same.
 
-        Parameters
-        ----------
-        first_step : int
-            Number of the first step; where the first process resumes a store, only it knows the number.
-
-        Returns
-        -------
-        int
-            That of the first process.
-
-        Raises
-        ------
-        CaptureError
-            In all processes, where settings differ; LostError where a process does not come.
+        ``first_step``: number of the first step; where the first process resumes a store, only it knows the number.
+        Raises CaptureError: In all processes, where settings differ; LostError where a process does not come.
         """
         self._channel = Channel(self.group, self._timeout)
         told = self._channel.texts(json.dumps({"first_step": first_step, "settings": self._settings}))
@@ -188,29 +176,13 @@ class Ranks:
     ) -> tuple[Measurement, WeightNorms | None] | None:
         """Add what all processes measured in a step.
 
-        Parameters
-        ----------
-        step : int
-            Of the training.
-        local : Measurement or None
-            Of this process; None where it had no data, or could not measure.
-        weights : WeightNorms or None
-            Of this process's weights, or of its shards; None where they are not measured.
-        num_modules : int
-            How many entries the weights of every process have; 0 where they are not measured.
-        failure : str
-            Why this process could not measure, empty where it could.
-
-        Returns
-        -------
-        tuple or None
-            What all measured, in the process that writes; None in the others.
-
-        Raises
-        ------
-        CaptureError
-            In all processes, where one could not measure, none had data, or they measured different things; LostError where
-            a process does not come.
+        ``local``: of this process; None where it had no data, or could not measure.
+        ``weights``: of this process's weights, or of its shards; None where they are not measured.
+        ``num_modules``: how many entries the weights of every process have; 0 where they are not measured.
+        ``failure``: why this process could not measure, empty where it could.
+        Returns: What all measured, in the process that writes; None in the others.
+        Raises CaptureError: In all processes, where one could not measure, none had data, or they measured different
+        things; LostError where a process does not come.
         """
         assert self._channel is not None
         # What may fail comes before the first collective, so that all are told; the others wait for nobody.
@@ -375,18 +347,7 @@ class Ranks:
         self._stopped = self._stopped or stopped
 
     def stop_now(self, step: int) -> None:
-        """Raise `TrainingStopped` in all processes where the first one asked for it.
-
-        Parameters
-        ----------
-        step : int
-            Of the training.
-
-        Raises
-        ------
-        TrainingStopped
-            In the first process with its findings.
-        """
+        """Raise `TrainingStopped` in all processes where the first one asked for it."""
         if self._stops_now:
             self._stops_now = False
             raise self._stopped or TrainingStopped(step, ())

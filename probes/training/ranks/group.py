@@ -50,22 +50,11 @@ def inner_model(model: nn.Module) -> nn.Module:
 def data_group(model: nn.Module, group: Any = None) -> DataGroup | None:
     """The processes that measure together with this one; None where it measures alone.
 
-    Parameters
-    ----------
-    model : Module
-        As the user trains it, with its wrappers.
-    group : ProcessGroup, DeviceMesh or str, optional
-        ``"world"``, ``"none"``, or the processes that train one model on different data. By default those of the model's own
-        wrapper: DistributedDataParallel, `fully_shard`, FullyShardedDataParallel.
-
-    Returns
-    -------
-    DataGroup or None
-
-    Raises
-    ------
-    InputError
-        For a group of another kind, and where several processes run and nothing tells which of them belong together.
+    ``model``: as the user trains it, with its wrappers.
+    ``group``: ``"world"``, ``"none"``, or the processes that train one model on different data. By default those of the
+    model's own wrapper: DistributedDataParallel, `fully_shard`, FullyShardedDataParallel.
+    Raises InputError: For a group of another kind, and where several processes run and nothing tells which of them
+    belong together.
     """
     if isinstance(group, str) and group not in (WORLD, NONE):
         raise InputError(
@@ -179,17 +168,8 @@ def _sharded_by_tensor(model: nn.Module) -> bool:
 def weight_share(group: DataGroup, parameter: nn.Parameter) -> float | None:
     """By which factor the numbers of a parameter are multiplied before they are added over processes.
 
-    Parameters
-    ----------
-    group : DataGroup
-        Who adds.
-    parameter : Parameter
-        Copied to every process, or sharded over them.
-
-    Returns
-    -------
-    float or None
-        None where the processes of the group do not have all of it.
+    ``parameter``: copied to every process, or sharded over them.
+    Returns: None where the processes of the group do not have all of it.
     """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:

@@ -95,16 +95,7 @@ def digest(facts: Sequence[str]) -> int:
 def layout_of(sums: Sequence[TokenSums], most: int) -> Layout:
     """The layout of what one process measured.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        By chain.
-    most : int
-        Number of sampled tokens; 0 for none.
-
-    Returns
-    -------
-    Layout
+    ``most``: number of sampled tokens; 0 for none.
     """
     added = [entry for entry, _ in summed(sums)]
     maxima = [

@@ -20,17 +20,7 @@ def measured_here(
 ) -> tuple[Measurement | None, str]:
     """The statistics of the present step of this process, and why they could not be had.
 
-    Parameters
-    ----------
-    session : Session
-        Whose hooks are off.
-    loss, loss_terms : float or None
-        Of the step.
-
-    Returns
-    -------
-    tuple of (Measurement or None, str)
-        None without a reason where the process had no data: an empty batch, only padding, or no forward.
+    Returns: None without a reason where the process had no data: an empty batch, only padding, or no forward.
     """
     try:
         session.raise_first_error()
@@ -72,33 +62,13 @@ def _whole_tokens(sums: Many[TokenSums]) -> float:
 
 
 def num_tokens(parts: Many[Measured]) -> float:
-    """The number of real tokens of all chains, at their first depths.
-
-    Parameters
-    ----------
-    parts : sequence of Measured
-        Of one step.
-
-    Returns
-    -------
-    float
-    """
+    """The number of real tokens of all chains, at their first depths."""
     counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
     return sum(float(next(iter(count.values()))) for count in counts if count)
 
 
 def site_facts(session: Session) -> list[str]:
-    """Where the states and connections of a model were found, in sentences that its copies in other processes share.
-
-    Parameters
-    ----------
-    session : Session
-        With its structure found.
-
-    Returns
-    -------
-    list of str
-    """
+    """Where the states and connections of a model were found, in sentences that its copies in other processes share."""
     structure, observer = session.structure, session.observer
     facts = [
         f"{structure.chains[number].name or 'depth'} {'final' if depth == FINAL else depth}: {point.at} of "

@@ -24,20 +24,8 @@ def sums_vector(
 ) -> torch.Tensor:
     """What is added, float64, on the CPU.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        By chain.
-    layout : Layout
-        Of these.
-    rank, ranks : int
-        This process, and how many there are.
-    gradient_factor : float
-        By which the gradients of this process are multiplied.
-
-    Returns
-    -------
-    Tensor
+    ``rank, ranks``: this process, and how many there are.
+    ``gradient_factor``: by which the gradients of this process are multiplied.
     """
     parts = [torch.zeros(layout.num_sets * ranks, dtype=torch.float64)]
     for at, real in enumerate(_real_tokens(sums, layout)):
@@ -64,22 +52,7 @@ def samples_vector(
 ) -> torch.Tensor:
     """The share of this process in the sampled tokens, as bits in int32; zeros in the places of the others.
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        By chain.
-    layout : Layout
-        Of these.
-    numbers : Tensor
-        (sets, R), how many tokens each process can give.
-    rank : int
-        This process.
-    gradient_factor : float
-        By which its gradients are multiplied.
-
-    Returns
-    -------
-    Tensor
+    ``numbers``: (sets, R), how many tokens each process can give.
     """
     shares = [apportioned(of.tolist(), layout.most) for of in numbers]
     chosen = []
@@ -121,17 +94,7 @@ def _put(vector: torch.Tensor, at: int, tokens: torch.Tensor, most: int, first: 
 def apportioned(available: Sequence[float], most: int) -> list[int]:
     """How many of some tokens each process gives: in proportion to what it has, by largest remainders.
 
-    Parameters
-    ----------
-    available : sequence of float
-        Number of tokens of each process.
-    most : int
-        Number wanted together.
-
-    Returns
-    -------
-    list of int
-        Their sum is ``most``, or all there are.
+    Returns: Their sum is ``most``, or all there are.
 
     Examples
     --------
@@ -213,25 +176,7 @@ def unpacked(
     gradient_factor: float,
     seed: int,
 ) -> list[TokenSums]:
-    """The statistics of all processes together.
-
-    Parameters
-    ----------
-    layout : Layout
-        Of each of them.
-    ranks : int
-        Number of processes.
-    summed, maxima, sampled : Tensor
-        The vectors of all.
-    gradient_factor : float
-        By which all gradients are multiplied.
-    seed : int
-        Of the samples.
-
-    Returns
-    -------
-    list of TokenSums
-    """
+    """The statistics of all processes together."""
     chains = 1 + max(entry.chain for entry in (*layout.sums, *layout.samples))
     found = [TokenSums(live=LiveSums(layout.most, seed) if layout.most else None) for _ in range(chains)]
     cursor = _Cursor(summed)

@@ -22,17 +22,8 @@ EXACT_INTEGERS = 2**24  # of float32
 def parts_vector(sequences: Many[Sequence], shards: TokenShards) -> torch.Tensor:
     """The tokens of this process at their places in the whole sequences, float32, and a digest of what has which shape.
 
-    Parameters
-    ----------
-    sequences : sequence of Sequence
-        Those of which this process has a part, in an order that all processes share.
-    shards : TokenShards
-        Which part.
-
-    Returns
-    -------
-    Tensor
-        Zeros at the tokens of the other processes; at its end one digest a process.
+    ``sequences``: those of which this process has a part, in an order that all processes share.
+    Returns: Zeros at the tokens of the other processes; at its end one digest a process.
     """
     vectors, shapes = [], []
     for sequence, name, key, part, length in _tensors(sequences):
@@ -64,19 +55,8 @@ def _tensors(
 def put_together(sequences: Many[Sequence], joined: torch.Tensor, num_processes: int) -> None:
     """Take over whole sequences in place of their parts.
 
-    Parameters
-    ----------
-    sequences : sequence of Sequence
-        As they were given to `parts_vector`; they are changed.
-    joined : Tensor
-        The sum of the vectors.
-    num_processes : int
-        That have a part each.
-
-    Raises
-    ------
-    CaptureError
-        Where some process had no part, or one of other sequences.
+    ``sequences``: as they were given to `parts_vector`; they are changed.
+    Raises CaptureError: Where some process had no part, or one of other sequences.
     """
     at, shapes, whole = 0, [], []
     for sequence, name, key, _, length in _tensors(sequences):
