@@ -1,0 +1,152 @@
+"""What joins two states? Replays of the recorded steps on unit streams give H_res, H_pre and H_post."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.cuts import Cut
+from depthscope.probes.reading.graph import ReadingError, Value
+from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.states import States, source_numbers
+
+GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
+
+
+@dataclass
+class BranchParts:
+    """What one branch reads and writes in one connection; weights are (tokens, to, from, features or 1)."""
+
+    branch: Branch
+    write: torch.Tensor
+    out: torch.Tensor | None  # (tokens, streams of the branch, features)
+    added: torch.Tensor  # what it adds to the next state, (tokens, streams, features)
+    reads: list[tuple[Value, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Parts:
+    """What joins two states."""
+
+    h_res: torch.Tensor  # (tokens, to, from, features or 1)
+    branches: list[BranchParts]
+    constant: torch.Tensor | None
+    target: list[Value]  # the next state, before its last norm
+    functions: list[str]
+    error: float = 0.0
+
+
+def weights(found: torch.Tensor) -> torch.Tensor:
+    """Weights along the features as one number where they are the same: (…, D) as (…, 1)."""
+    mean = found.mean(-1, keepdim=True)
+    scale = mean.abs().max().clamp_min(1.0)
+    return mean if bool((found - mean).abs().max() <= GATE * scale) else found
+
+
+def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch]) -> Parts:
+    """The parts of the connection between two states."""
+    target = [states.before_functions(value) for value in after]
+    functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
+    h_res = _columns(states, target, before)
+    between = [b for b in branches if any(_last(before) < w.number <= _last(after) for w in b.writes)]
+    found = [_branch_parts(states, before, target, branch) for branch in between]
+    zeros = [*before, *(branch.source for branch in between)]
+    nothing = {v.number: torch.zeros_like(states.graph.tensor(v)) for v in zeros}
+    constant = states.array(target, states.replay(target, nothing, real=True))
+    return Parts(h_res, found, constant if bool(constant.any()) else None, target, functions)
+
+
+def _last(cut: Cut) -> int:
+    return max(value.number for value in cut)
+
+
+def _columns(states: States, target: Sequence[Value], cut: Cut) -> torch.Tensor:
+    """What some values hold of each stream of a state: (tokens, to, from, features or 1)."""
+    units = (states.unit(cut, stream) for stream in range(states.num_streams(cut)))
+    columns = [states.array(target, states.replay(target, unit)) for unit in units]
+    return weights(torch.stack(columns, 2))
+
+
+def _branch_parts(states: States, before: Cut, target: Sequence[Value], branch: Branch) -> BranchParts:
+    source = branch.source
+    own = states.graph.tensor(source)
+    added = states.array(target, states.replay(target, {source.number: own}))
+    out, columns = source_streams(states, branch, target)
+    found = BranchParts(branch, columns, out, added)
+    first = min(value.number for value in before)
+    for read in dict.fromkeys([*branch.reads_before_norms, branch.read]):
+        if read.number >= first:
+            found.reads.append((read, _columns(states, [read], before)))
+    return found
+
+
+def source_streams(
+    states: States, branch: Branch, target: Sequence[Value]
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """A branch's output as (tokens, streams, features), and the weights with which some values hold its streams."""
+    source, numbers = branch.source, source_numbers(states.memory, branch)
+    own = states.graph.tensor(source)
+    try:
+        if numbers is None:
+            raise ReadingError("no order")
+        order, n = states.order([numbers])
+        out: torch.Tensor | None = states.sorted([own], [numbers])
+    except ReadingError:
+        # Written to some of the features or tokens alone, or spread over them: one weight for the output as it is.
+        order, n, out = None, 1, None
+    columns = []
+    for stream in range(n):
+        unit = torch.ones_like(own) if n == 1 else _unit(own, order, n, stream)
+        columns.append(states.array(target, states.replay(target, {source.number: unit})))
+    return out, weights(torch.stack(columns, 2))
+
+
+def _unit(own: torch.Tensor, order: torch.Tensor | None, n: int, stream: int) -> torch.Tensor:
+    flat = torch.zeros(own.numel())
+    places = torch.arange(own.numel()) if order is None else order
+    flat[places.reshape(-1, n)[:, stream]] = 1
+    return flat.reshape(own.shape).to(own)
+
+
+@dataclass
+class DepthParts:
+    """Reads over depth: each state is a sum of the first value and of all branches' outputs."""
+
+    reads: list[Value]
+    sources: list[torch.Tensor | None]  # (tokens, features)
+    weights: list[list[torch.Tensor]]  # by state and source: (tokens, features or 1)
+    constants: list[torch.Tensor]
+
+
+def over_depth(states: States, branches: Sequence[Branch], last: Value) -> DepthParts:
+    """The weights with which each read holds the first value and the outputs of all branches."""
+    reads = list(dict.fromkeys([*(branch.read for branch in branches), last]))
+    counts = {states.num_streams([read]) for read in reads}
+    if counts != {1}:
+        raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
+    root = states.memory.root
+    sources: list[torch.Tensor | None] = [states.array([root])[:, 0]]
+    columns = [_held_by(states, reads, root)]
+    for branch in branches:
+        numbers: Numbers | None = source_numbers(states.memory, branch)
+        try:
+            out = None if numbers is None else states.sorted([states.graph.tensor(branch.source)], [numbers])
+        except ReadingError:
+            out = None
+        sources.append(out[:, 0] if out is not None and out.shape[1] == 1 else None)
+        columns.append(_held_by(states, reads, branch.source))
+    zeros = {
+        v.number: torch.zeros_like(states.graph.tensor(v)) for v in (root, *(b.source for b in branches))
+    }
+    again = states.replay(reads, zeros, real=True)
+    constants = [states.array([read], again)[:, 0] for read in reads]
+    return DepthParts(reads, sources, [list(of) for of in zip(*columns, strict=True)], constants)
+
+
+def _held_by(states: States, reads: Sequence[Value], source: Value) -> list[torch.Tensor]:
+    ones = {source.number: torch.ones_like(states.graph.tensor(source))}
+    again = states.replay(reads, ones)
+    return [weights(states.array([read], again)[:, 0]) for read in reads]

@@ -1,0 +1,215 @@
+"""What was computed from what in one forward? Values, the operations that made them, the module calls around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from depthscope.probes.model.errors import CaptureError
+
+LEAF = "leaf"  # the name of a value that no operation of the forward made
+PARAMETER, INPUT, CONSTANT = "parameter", "input", "constant"
+# What takes only the shape of its operand.
+SHAPE_ONLY = frozenset(
+    ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "rand_like", "randn_like", "bernoulli"]
+)
+
+
+class ReadingError(CaptureError):
+    """No residual memory, or one that cannot be described."""
+
+
+class Place(NamedTuple):
+    """Where a later forward makes a value again: the k-th operation of its name in a call, and which of its results."""
+
+    module: str
+    call: int  # of the module's calls in one forward
+    operation: str
+    order: int
+    result: int
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    path: str
+    index: int  # among the calls of the module
+    parent: int  # the number of the call around it; -1 for the model's own
+    kind: str  # the module's class
+
+
+class Value:
+    """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
+
+    __slots__ = (
+        "args",
+        "call",
+        "dtype",
+        "func",
+        "held",
+        "item",
+        "kind",
+        "kwargs",
+        "name",
+        "number",
+        "order",
+        "parents",
+        "shape",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor, call: int
+    ):
+        self.number, self.name, self.func, self.call = number, name, func, call
+        self.args, self.kwargs = args, kwargs
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.item = self.order = 0
+        self.kind = ""
+        self.held: torch.Tensor | None = None
+        self.parents: tuple[Value, ...] = ()
+        if name not in SHAPE_ONLY:
+            self.parents = tuple(dict.fromkeys((*values_in(args), *values_in(kwargs))))
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether its elements are real numbers."""
+        return self.dtype.is_floating_point
+
+    def __repr__(self) -> str:
+        return f"%{self.number} {self.name}{[p.number for p in self.parents]} {self.shape}"
+
+
+def values_in(args: Any) -> Iterator[Value]:
+    """The values among the arguments of an operation."""
+    if isinstance(args, Value):
+        yield args
+    elif isinstance(args, (list, tuple)):
+        for item in args:
+            yield from values_in(item)
+    elif isinstance(args, dict):
+        for item in args.values():
+            yield from values_in(item)
+
+
+def filled(args: Any, fill: Callable[[Value], Any]) -> Any:
+    """Arguments with ``fill(value)`` in the place of every value."""
+    if isinstance(args, Value):
+        return fill(args)
+    if isinstance(args, (list, tuple)):
+        return type(args)([filled(item, fill) for item in args])
+    if isinstance(args, dict):
+        return {name: filled(item, fill) for name, item in args.items()}
+    return args
+
+
+@dataclass
+class Graph:
+    """The values of one forward in the order in which they were made.
+
+    Parameters
+    ----------
+    values : list of Value
+        By number.
+    calls : list of Call
+        Module calls by number; the first one is the model's.
+    outputs : list of Value
+        What the model returned.
+    parameter_names : dict of int to str
+        By the numbers of values that are parameters.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    parameter_names: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._asked: dict[int, int] = {}
+        self._later: dict[int, bytearray] = {}
+        self._from_input: bytearray | None = None
+
+    def depends(self, value: Value, on: Value) -> bool:
+        """Whether a value was computed from another one, by whatever operations."""
+        if value.number <= on.number:
+            return value is on
+        known = self._later.get(on.number)
+        if known is None:
+            asked = self._asked[on.number] = self._asked.get(on.number, 0) + 1
+            if asked <= 3:  # a search is cheaper than marking everything, as long as few ask
+                return self._search(value, on.number)
+            known = self._later[on.number] = self._marked([on])
+        return bool(known[value.number])
+
+    def depends_on_input(self, value: Value) -> bool:
+        """Whether a value was computed from the batch; True for all where the batch has no tensor."""
+        if self._from_input is None:
+            given = [v for v in self.values if v.kind == INPUT]
+            self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
+        return bool(self._from_input[value.number])
+
+    def _marked(self, origins: list[Value]) -> bytearray:
+        marks = bytearray(len(self.values))
+        for origin in origins:
+            marks[origin.number] = 1
+        for value in self.values[min(origin.number for origin in origins) + 1 :]:
+            for parent in value.parents:
+                if marks[parent.number]:
+                    marks[value.number] = 1
+                    break
+        return marks
+
+    @staticmethod
+    def _search(value: Value, origin: int) -> bool:
+        seen: set[int] = set()
+        waiting = [value]
+        while waiting:
+            for parent in waiting.pop().parents:
+                if parent.number == origin:
+                    return True
+                if parent.number > origin and parent.number not in seen:
+                    seen.add(parent.number)
+                    waiting.append(parent)
+        return False
+
+    def path(self, value: Value) -> str:
+        """The module in whose call a value was made."""
+        return self.calls[value.call].path
+
+    def stack(self, value: Value) -> list[int]:
+        """The numbers of the module calls around a value, the outermost first."""
+        found, call = [], value.call
+        while call >= 0:
+            found.append(call)
+            call = self.calls[call].parent
+        return found[::-1]
+
+    def place(self, value: Value) -> Place:
+        """Where a later forward makes a value again."""
+        call = self.calls[value.call]
+        return Place(call.path, call.index, value.name, value.order, value.item)
+
+    def tensor(self, value: Value) -> torch.Tensor:
+        """The tensor of a value: as it was held, or made again from what it is a view of."""
+        if value.held is not None:
+            return value.held
+        if value.func is None or not value.parents or value.name not in REMADE:
+            raise ReadingError(f"the value of {value!r} was not kept")
+        result = value.func(*filled(value.args, self.tensor), **filled(value.kwargs, self.tensor))
+        return result[value.item] if isinstance(result, (tuple, list)) else result
+
+
+# What a value is made again by, where its tensor is gone: it costs nothing, or little.
+REMADE = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "narrow", "split", "split_with_sizes", "select", "unbind", "alias", "detach", "clone", "_to_copy", "neg", "diagonal", "index_select", "index", "gather"]
+)

@@ -1,0 +1,267 @@
+"""What is carried linearly from one value, and where do branches write into it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from depthscope.probes.reading.carrying import Carried, Rules
+from depthscope.probes.reading.graph import Graph, Value
+from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.operations import (
+    FUNCTIONS,
+    JOINS,
+    MATRICES,
+    MOVES,
+    PRODUCTS,
+    REDUCES,
+    addends,
+    is_statistic,
+)  # fmt: skip
+
+
+@dataclass
+class Memory:
+    """What is carried from one value, the root.
+
+    Parameters
+    ----------
+    graph : Graph
+        The forward.
+    root : Value
+        The first value.
+    shape : tuple of int
+        Of the first value; its last axis is shorter where that holds several streams from the beginning.
+    carried : dict of int to Numbers
+        The values that hold parts of the memory, by number.
+    depth : dict of int to int
+        How many writes lie on the longest way to each of them.
+    writes : dict of int to list of Value
+        What branches add, by the number of the sum.
+    leaves : list of (Value, Value)
+        A carried value, and the opaque operation that takes it.
+    born : set of int
+        Branch outputs that are kept next to the memory as they are.
+    end : Value
+        The last value of the longest way.
+    trunk : set of int
+        The values on the ways to the end.
+    """
+
+    graph: Graph
+    root: Value
+    shape: tuple[int, ...]
+    carried: Carried = field(default_factory=dict)
+    depth: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, list[Value]] = field(default_factory=dict)
+    leaves: list[tuple[Value, Value]] = field(default_factory=list)
+    born: set[int] = field(default_factory=set)
+    end: Value = None  # type: ignore[assignment]
+    trunk: set[int] = field(default_factory=set)
+    functions: bool = False
+    axis: int = -1  # of the first value, along which its features lie
+
+    @property
+    def count(self) -> int:
+        """How many elements one stream has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_writes(self) -> int:
+        """How many writes follow each other on the longest way."""
+        return self.depth[self.end.number]
+
+    def holds(self, value: Value) -> bool:
+        """Whether a value is a part of the memory."""
+        return value.number in self.carried
+
+    def inside(self, value: Value) -> list[Value]:
+        """The values of the memory that a value of it carries on."""
+        if value.number in self.born or value is self.root:
+            return []
+        return [parent for parent in value.parents if parent.number in self.carried]
+
+    def back(self, ends: Collection[Value]) -> set[int]:
+        """The values of the memory that come into some of its values."""
+        found, waiting = {end.number for end in ends}, list(ends)
+        while waiting:
+            for parent in self.inside(waiting.pop()):
+                if parent.number not in found:
+                    found.add(parent.number)
+                    waiting.append(parent)
+        return found
+
+    def is_whole(self, value: Value) -> bool:
+        """Whether a value has every token and feature of the memory."""
+        numbers = self.carried[value.number]
+        return numbers.count >= self.count and numbers.distinct >= self.count
+
+    def mixes(self, value: Value) -> bool:
+        """Whether an operation joins several values or streams of the memory, or leaves some out."""
+        inside = self.inside(value)
+        if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
+            return True
+        return value.name in MOVES and value.numel < inside[0].numel
+
+    def passes_function(self, value: Value) -> bool:
+        """Whether a step is a norm or an activation of the memory itself."""
+        if value.name in FUNCTIONS:
+            return True
+        inside = self.inside(value)
+        if value.name not in PRODUCTS or not inside:
+            return False
+        others = [v for v in value.parents if v is not inside[0]]
+        return any(is_statistic(self.graph, other, inside[0]) for other in others)
+
+
+def follow(
+    graph: Graph,
+    root: Value,
+    *,
+    functions: bool = False,
+    streams: int = 1,
+    banned: Collection[int] = (),
+    seeds: Mapping[int, Numbers] | None = None,
+) -> Memory:
+    """The memory that begins with a value.
+
+    Parameters
+    ----------
+    graph : Graph
+        The forward.
+    root : Value
+        The first value.
+    functions : bool
+        Whether norms and activations are passed, as in post-norm blocks.
+    streams : int
+        How many streams lie behind each other in the last axis of the first value.
+    banned : collection of int
+        Numbers of values that are opaque.
+    seeds : mapping of int to Numbers, optional
+        Branch outputs of which it is known from a first pass that the memory keeps them as they are.
+
+    Returns
+    -------
+    Memory
+    """
+    *lead, width = root.shape
+    shape = (*lead, width // streams)
+    memory = Memory(graph, root, shape, functions=functions)
+    first = Numbers.first(shape)
+    if streams > 1:
+        first = (
+            first.reshape((*lead, 1, width // streams))
+            .expand((*lead, streams, width // streams))
+            .reshape(root.shape)
+        )
+    memory.carried[root.number], memory.depth[root.number] = first, 0
+    rules = Rules(graph, memory.carried, functions=functions, may_join=_joining(memory))
+    seeds = seeds or {}
+    for value in graph.values[root.number + 1 :]:
+        if not graph.depends(value, root):
+            continue
+        if value.number in seeds:
+            _be_born(memory, value, seeds[value.number], 0)
+            continue
+        inside = [p for p in value.parents if p.number in memory.carried]
+        if not inside:
+            continue
+        numbers = None if value.number in banned else rules.numbers(value)
+        if numbers is None:
+            memory.leaves += [(parent, value) for parent in inside]
+            continue
+        memory.carried[value.number] = numbers
+        memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
+        _note_write(memory, value, inside)
+    memory.end = graph.values[max(memory.carried, key=lambda number: (memory.depth[number], number))]
+    memory.trunk = memory.back([memory.end])
+    return memory
+
+
+def _joining(memory: Memory):  # type: ignore[no-untyped-def]
+    """Whether a piece may lie next to the memory as a stream: it comes from it or is a constant, and the memory is whole."""
+    graph, root = memory.graph, memory.root
+
+    def may_join(piece: Value, model: Numbers) -> bool:
+        own = graph.depends(piece, root) or not graph.depends_on_input(piece)
+        return own and model.distinct >= memory.count
+
+    return may_join
+
+
+def _be_born(memory: Memory, value: Value, numbers: Numbers, depth: int) -> None:
+    memory.carried[value.number], memory.depth[value.number] = numbers, depth + 1
+    memory.born.add(value.number)
+    memory.writes[value.number] = [value]
+
+
+def _note_write(memory: Memory, value: Value, inside: list[Value]) -> None:
+    """Note what a carried sum or join takes that was computed from the memory and is no part of it."""
+    if value.name in JOINS:
+        _note_pieces(memory, value, inside)
+        return
+    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
+    if new:
+        memory.writes[value.number] = new
+        memory.depth[value.number] += 1
+
+
+def _note_pieces(memory: Memory, value: Value, inside: list[Value]) -> None:
+    model = memory.carried[inside[0].number]
+    depth = max(memory.depth[p.number] for p in inside)
+    for piece in addends(value):
+        if memory.holds(piece) or not memory.graph.depends(piece, memory.root):
+            continue
+        if len(model.shape) != len(piece.shape):
+            continue
+        numbers = _alike(model, piece.shape)
+        if numbers is not None:
+            _be_born(memory, piece, numbers, depth)
+            memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
+
+
+def _alike(model: Numbers, shape: tuple[int, ...]) -> Numbers | None:
+    """The numbers of a piece next to the memory: the same, along axes where these do not change."""
+    found: Numbers | None = model
+    for dim, (a, b) in enumerate(zip(model.shape, shape, strict=True)):
+        if a != b and found is not None:
+            found = found.collapsed([dim])
+    return None if found is None else found.expand(shape)
+
+
+def without_forks(graph: Graph, root: Value, **options) -> Memory:  # type: ignore[no-untyped-def]
+    """The memory of a root, in which a norm lies on the way only where the memory goes on nowhere else."""
+    banned: frozenset[int] = frozenset()
+    for _ in range(8):
+        memory = follow(graph, root, banned=banned, **options)
+        forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
+        if not forks:
+            return memory
+        banned |= forks
+    return memory
+
+
+def _is_fork(memory: Memory, value: Value) -> bool:
+    if value is memory.root or value.number in memory.born or not memory.passes_function(value):
+        return False
+    carrier = memory.inside(value)[0]
+    values = memory.graph.values
+    return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1
+
+
+def hidden_sums(memory: Memory) -> dict[int, Numbers]:
+    """Parts of sums that begin anew: what is added up before the memory is first joined by the sum."""
+    found: dict[int, Numbers] = {}
+    waiting = [memory.graph.values[number] for number in memory.born]
+    while waiting:
+        value = waiting.pop()
+        if value.name not in ("add", "sub"):
+            continue
+        parts = [v for v in addends(value) if memory.graph.depends(v, memory.root)]
+        if len(parts) < 2 or any(v.shape != value.shape or memory.holds(v) for v in parts):
+            continue
+        for part in parts:
+            found[part.number] = memory.carried.get(value.number) or found[value.number]
+            waiting.append(part)
+    return found

@@ -1,0 +1,223 @@
+"""How is a forward read? Memories, branches, states, what joins them, the proof, and names: the one way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.probes.reading.branches import Branch, before_norms, branches_of
+from depthscope.probes.reading.connections import DepthParts, Parts, joined_by, over_depth
+from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
+from depthscope.probes.reading.description import (
+    PROVEN,
+    BranchReading,
+    ConnectionReading,
+    MemoryReading,
+    Reading,
+    StateReading,
+)  # fmt: skip
+from depthscope.probes.reading.graph import Graph, ReadingError
+from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.names import Names, labels, name_of
+from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
+from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.roots import NO_MEMORY, memories
+from depthscope.probes.reading.states import States
+
+
+def read_model(model: nn.Module, batch: Any) -> Reading:
+    """The reading of one forward of a model, without gradients.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    batch : object
+        What it is called with: a dict is passed as keywords, a tuple as positional arguments.
+
+    Returns
+    -------
+    Reading
+    """
+    graph, _ = recorded(model, batch)
+    return read_graph(graph)
+
+
+def read_graph(graph: Graph) -> Reading:
+    """The reading of a recorded forward."""
+    try:
+        with torch.no_grad():
+            found = memories(graph)
+            _refuse_recurrence(graph, found[0])
+            first = _Reader(found[0]).reading()
+    except ReadingError as error:
+        return Reading((), {}, str(error))
+    done, left_out = [first], {}
+    for memory in found[1:]:
+        reader = _Reader(memory)
+        try:
+            with torch.no_grad():
+                done.append(reader.reading())
+        except ReadingError as error:
+            left_out[reader.name] = str(error)
+    return Reading(tuple(done), left_out)
+
+
+def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
+    path = graph.path(memory.root)
+    branches = branches_of(memory)
+    inside = [v for b in branches for v in (b.source, b.read, *b.writes)]
+    if path and all(graph.path(v) == path for v in inside):
+        tokens = max((v.numel for v in graph.values if v.name == "embedding"), default=0)
+        if 2 * memory.count <= tokens:
+            raise ReadingError(
+                f"what is carried goes along the tokens inside of {path}, and not along the depth"
+            )
+
+
+class _Reader:
+    """The reading of one memory."""
+
+    def __init__(self, memory: Memory):
+        self.memory, self.graph = memory, memory.graph
+        self.branches = branches_of(memory)
+        self.names = Names(memory, self.branches)
+        self.name = name_of(memory, self.names)
+
+    def reading(self) -> MemoryReading:
+        """The memory's description.
+
+        Returns
+        -------
+        MemoryReading
+
+        Raises
+        ------
+        ReadingError
+            Where its states are none that can be described.
+        """
+        if not self.branches:
+            raise ReadingError(NO_MEMORY)
+        found = cuts_of(self.memory, self.branches)
+        self.states = States(self.memory, self.branches)
+        if found.over_depth:
+            return self._over_depth()
+        parts = []
+        for before, after in zip(found.cuts, found.cuts[1:], strict=False):
+            of = joined_by(self.states, before, after, self.branches)
+            of.error = recomputed(self.states, before, of)
+            parts.append(of)
+        connections = [self._connection(number, of) for number, of in enumerate(parts)]
+        errors = [of.error for of in parts]
+        return self._described(found.cuts, connections, errors, over_depth=False)
+
+    def _described(
+        self,
+        cuts: Sequence[Cut],
+        connections: list[ConnectionReading],
+        errors: list[float],
+        *,
+        over_depth: bool,
+    ) -> MemoryReading:
+        coverage = Coverage(self.memory, self.branches, cuts[-1])
+        worst = max(errors, default=math.inf)
+        allowed = tolerance([value for cut in cuts for value in cut])
+        why = coverage.why_incomplete()
+        if not worst <= allowed:
+            number = next(n for n, error in enumerate(errors) if not error <= allowed)
+            why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is recomputed from its parts"
+        return MemoryReading(
+            name=self.name,
+            states=tuple(self._states(cuts, over_depth)),
+            connections=tuple(connections),
+            num_streams=self.states.num_streams(cuts[-1]),
+            over_depth=over_depth,
+            token_shape=self.states.token_shape,
+            proof=f"unproven: {why}" if why else PROVEN,
+            error=worst,
+            weights=coverage.shares(),
+        )
+
+    def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
+        sites = labels(self.graph, cuts, self.branches, self.names.layers)
+        found = []
+        for cut, (layer, site) in zip(cuts, sites, strict=True):
+            places = tuple(self.graph.place(value) for value in cut)
+            value = self.states.array(cut)
+            found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, value))
+        return found
+
+    def _connection(self, number: int, of: Parts) -> ConnectionReading:
+        parts: dict[str, torch.Tensor] = {}
+        if of.h_res.shape[-1] == 1:
+            parts["h_res"] = of.h_res[..., 0]
+        elif of.h_res.shape[1:3] == (1, 1):
+            parts["residual_gate"] = of.h_res[:, 0, 0]
+        else:
+            parts["h_res_gate"] = of.h_res
+        if of.constant is not None:
+            parts["constant"] = of.constant
+        branches = tuple(self._branch(b.branch, _branch_arrays(b)) for b in of.branches)
+        return ConnectionReading(number, number + 1, parts, branches, tuple(of.functions), of.error)
+
+    def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
+        number = next(n for n, other in enumerate(self.branches) if other is branch)
+        reads = tuple(self.graph.place(read) for read in branch.reads)
+        return BranchReading(
+            self.names.paths[number], self.names.kind(number), self.names.layers[number],
+            self.graph.place(branch.source), reads, parts,
+        )  # fmt: skip
+
+    def _over_depth(self) -> MemoryReading:
+        last = before_norms(self.memory, last_read(self.memory, self.branches))
+        parts = over_depth(self.states, self.branches, last)
+        error = recomputed_depth(self.states, parts)
+        connections = [self._depth_connection(number, parts, error) for number in range(len(parts.reads) - 1)]
+        cuts = [[read] for read in parts.reads]
+        return self._described(cuts, connections, [error] * max(len(connections), 1), over_depth=True)
+
+    def _depth_connection(self, number: int, parts: DepthParts, error: float) -> ConnectionReading:
+        read, after = (_table(parts.weights[n]) for n in (number, number + 1))
+        new = [k for k, branch in enumerate(self.branches) if branch.read is parts.reads[number]]
+        carry = after.clone()
+        carry[:, [k + 1 for k in new]] = 0
+        found = {"depth_read": read, "depth_carry": carry}
+        branches = []
+        for k in new:
+            weight = parts.weights[number + 1][k + 1]
+            name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
+            branches.append(self._branch(self.branches[k], {name: weight}))
+        if bool(parts.constants[number + 1].any()):
+            found["constant"] = parts.constants[number + 1]
+        return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+
+
+def _table(row: list[torch.Tensor]) -> torch.Tensor:
+    """Weights of sources as (tokens, sources); those of each feature by their mean."""
+    return torch.stack([weight.mean(-1) for weight in row], -1)
+
+
+def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    write = of.write  # (tokens, streams, streams of the branch, features or 1)
+    if write.shape[-1] > 1:
+        found["branch_gate"] = write[:, 0, 0] if write.shape[1:3] == (1, 1) else write
+    elif write.shape[2] == 1:
+        found["h_post"] = write[:, :, 0, 0]
+    else:
+        found["write"] = write[..., 0]
+    if of.out is not None:
+        found["out"] = of.out
+    for name, matrix in of.reads[-1:]:
+        if matrix.shape[-1] > 1:
+            found["read_gate"] = matrix
+        elif matrix.shape[1] == 1:
+            found["h_pre"] = matrix[:, 0, :, 0]
+        else:
+            found["read"] = matrix[..., 0]
+        assert name is not None
+    return found
