@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from depthscope.probes.reading.graph import PARAMETER, Value
+import numpy as np
+
+from depthscope.probes.reading.carrying import Rules
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, Value
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, factors
+from depthscope.probes.reading.numbers import NOTHING, Numbers
+from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, factors
+
+MOST_STREAMS = 64
 
 
 @dataclass
@@ -39,26 +46,55 @@ class Branch:
 
 
 def branches_of(memory: Memory) -> list[Branch]:
-    """The branches that write to the trunk of a memory, in the order of their reads."""
+    """The branches that write to a memory, in the order of their reads: to its trunk, and to what other branches read."""
     found: dict[int, Branch] = {}
-    values = memory.graph.values
-    for number in sorted(memory.writes.keys() & memory.trunk):
-        for addend in memory.writes[number]:
-            source, steps = _source(memory, addend)
-            branch = found.get(source.number)
-            if branch is None:
-                branch = Branch(source, [])
-                branch.reads = _reads(memory, source)
-                if not branch.reads:
-                    continue
-                found[source.number] = branch
-                whole = [r for r in branch.reads if memory.is_whole(r)]
-                branch.read = before_norms(memory, (whole or branch.reads)[-1])
-                branch.reads_before_norms = list(dict.fromkeys(before_norms(memory, r) for r in whole))
-                branch.before = branch.read.number + 0.5 * (branch.read.number in memory.trunk)
-            branch.writes.append(values[number])
-            branch.steps |= steps
-    return sorted(found.values(), key=lambda b: (b.before, b.source.number))
+    ways, done = set(memory.trunk), set[int]()
+    gates = _carry_gates(memory)
+    while new := (memory.writes.keys() & ways) - done:
+        for number in sorted(new):
+            for addend in memory.writes[number]:
+                _note_branch(memory, found, memory.graph.values[number], addend, gates)
+        done |= new
+        ways |= memory.back([branch.read for branch in found.values()])
+    return sorted(found.values(), key=lambda branch: (branch.before, branch.source.number))
+
+
+def _note_branch(
+    memory: Memory, found: dict[int, Branch], write: Value, addend: Value, gates: set[int]
+) -> None:
+    source, steps = _source(memory, write, addend, gates)
+    branch = found.get(source.number)
+    if branch is None:
+        branch = Branch(source, [], _reads(memory, source))
+        if not branch.reads:
+            return
+        found[source.number] = branch
+        whole = [read for read in branch.reads if memory.is_whole(read)]
+        branch.read = before_norms(memory, (whole or branch.reads)[-1])
+        branch.reads_before_norms = list(dict.fromkeys(before_norms(memory, read) for read in whole))
+        branch.before = branch.read.number + 0.5 * (branch.read.number in memory.trunk)
+    branch.writes.append(write)
+    branch.steps |= steps
+
+
+def _carry_gates(memory: Memory) -> set[int]:
+    """Values that scale the memory itself, and those of which they are one minus: a branch that they scale is gated by them."""
+    found: set[int] = set()
+    for number in memory.trunk:
+        value = memory.graph.values[number]
+        if value.name not in PRODUCTS or len(memory.inside(value)) != 1:
+            continue
+        waiting = [f for f in factors(value) if isinstance(f, Value) and not memory.holds(f)]
+        while waiting:
+            of = waiting.pop()
+            found.add(of.number)
+            if of.name in SAME or (of.name in SUMS and len(of.parents) == 1):
+                waiting += of.parents
+            elif of.name in ("sub", "rsub", "add"):
+                waiting += [
+                    parent for parent in of.parents if not parent.kind and parent.name not in SHAPE_ONLY
+                ]
+    return found
 
 
 def before_norms(memory: Memory, value: Value) -> Value:
@@ -70,19 +106,24 @@ def before_norms(memory: Memory, value: Value) -> Value:
     return value
 
 
-def _source(memory: Memory, addend: Value) -> tuple[Value, dict[int, Value]]:
+def _source(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[Value, dict[int, Value]]:
     """The branch's own output: back through what only moves or scales it; a norm of the output is a part of the branch."""
     way: list[tuple[Value, Value | None]] = [
         (addend, None)
     ]  # values, and what each is scaled by in the step after
     while True:
-        back, coefficient = _before(memory, way[-1][0])
+        back, coefficient = _before(memory, way[-1][0], gates)
+        if back is None:
+            back, coefficient = _before_mixing(memory, write, [value for value, _ in way])
         if back is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
             break
         way.append((back, coefficient))
     way = way[: _length_without_norm(memory, way)]
-    steps = {after.number: before for (after, _), (before, _) in zip(way, way[1:], strict=False)}
-    return way[-1][0], steps
+    return way[-1][0], _steps([value for value, _ in way])
+
+
+def _steps(way: list[Value]) -> dict[int, Value]:
+    return {after.number: before for after, before in pairwise(way)}
 
 
 def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) -> int:
@@ -98,21 +139,33 @@ def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) 
     return len(way)
 
 
-def _before(memory: Memory, value: Value) -> tuple[Value | None, Value | None]:
+def _before(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
     """The value that a step moves or scales, and its coefficient."""
     moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
     if moved and value.args and isinstance(value.args[0], Value):
         return value.args[0], None
-    if value.name in PRODUCTS:
-        return _scaled(memory, value)
-    if value.name in ("mm", "bmm", "matmul"):
-        a, b = factors(value)
-        if len(a.shape) > 1 and a.shape[-1] == 1 and len(b.shape) > 1:
-            return (a, b) if a.numel > b.numel else (b, a)
-    return None, None
+    return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
 
 
-def _scaled(memory: Memory, value: Value) -> tuple[Value | None, Value | None]:
+def _before_mixing(memory: Memory, write: Value, way: list[Value]) -> tuple[Value | None, Value | None]:
+    """The value whose streams a small matrix spreads over those of the memory, and that matrix."""
+    value = way[-1]
+    if value.name not in ("mm", "bmm", "matmul"):
+        return None, None
+    a, b = factors(value)
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] > MOST_STREAMS:
+        return None, None
+    numbers = source_numbers(memory, Branch(value, [write], steps=_steps(way)))
+    if numbers is None:
+        return None, None
+    rank = len(value.shape)
+    both = [
+        (back, by) for back, by, axis in ((b, a, rank - 2), (a, b, rank - 1)) if numbers.collapsed([axis])
+    ]
+    return max(both, key=lambda of: of[0].numel) if both else (None, None)
+
+
+def _scaled(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
     both = [v for v in value.args[:2] if isinstance(v, Value)]
     if len(both) == 1:
         return both[0], None
@@ -124,7 +177,11 @@ def _scaled(memory: Memory, value: Value) -> tuple[Value | None, Value | None]:
         back = depending[0]
         coefficient = b if back is a else a
     else:
-        return None, None
+        gating = [v for v in both if v.number in gates]
+        if len(gating) != 1:
+            return None, None
+        coefficient = gating[0]
+        back = b if coefficient is a else a
     fine = back in depending and not (value.name == "div" and back is not a)
     return (back, coefficient) if fine else (None, None)
 
@@ -141,3 +198,30 @@ def _reads(memory: Memory, source: Value) -> list[Value]:
                 seen.add(parent.number)
                 waiting.append(parent)
     return [found[number] for number in sorted(found)]
+
+
+def source_numbers(memory: Memory, branch: Branch) -> Numbers | None:
+    """The numbers of the memory's elements to which those of a branch's output are added; None where there is no such order."""
+    graph, source = memory.graph, branch.source
+    own = {source.number: Numbers.first(source.shape)}
+    rules = Rules(graph, own, functions=False, may_join=lambda piece, model: False)
+    for number in sorted(branch.steps):
+        if (found := rules.numbers(graph.values[number])) is not None:
+            own[number] = found
+    write = branch.writes[0]
+    target = memory.carried[write.number]
+    mine = own.get(write.number) or rules.numbers(write)
+    if mine is None:
+        return None
+    if mine.key == own[source.number].key and source.shape == mine.shape:
+        return target
+    return _inverted(mine.dense(), target.dense(), source)
+
+
+def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | None:
+    known = mine >= 0
+    found = np.full(source.numel, NOTHING, dtype=np.int64)
+    found[mine[known]] = target[known]
+    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
+        return None
+    return Numbers.of(found.reshape(source.shape))

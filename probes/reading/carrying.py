@@ -164,11 +164,8 @@ class Rules:
             return under
         beneath = under.dense() if under is not None else np.full(value.shape, NOTHING)
         put = self._put(value, source, beneath, given.dense())
-        adds = (
-            value.name in ("index_add", "scatter_add")
-            or (len(value.args) > 3
-            and value.name == "index_put"
-            and value.args[3])
+        adds = value.name in ("index_add", "scatter_add") or (
+            len(value.args) > 3 and value.name == "index_put" and value.args[3]
         )
         if not adds:
             return Numbers.of(put)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.branches import Branch, source_numbers
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, Value
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.states import States, source_numbers
+from depthscope.probes.reading.states import States
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
 

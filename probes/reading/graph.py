@@ -10,11 +10,25 @@ import torch
 
 from depthscope.probes.model.errors import CaptureError
 
+
+def names(text: str) -> frozenset[str]:
+    """Names of operations."""
+    return frozenset(text.split())
+
+
 LEAF = "leaf"  # the name of a value that no operation of the forward made
 PARAMETER, INPUT, CONSTANT = "parameter", "input", "constant"
 # What takes only the shape of its operand.
-SHAPE_ONLY = frozenset(
-    ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "rand_like", "randn_like", "bernoulli"]
+SHAPE_ONLY = names(
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided rand_like "
+    "randn_like bernoulli"
+)
+# What a value is made again by, where its tensor is gone: it costs little, and changes nothing.
+REMADE = names(
+    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice narrow split "
+    "split_with_sizes select unbind alias detach clone _to_copy neg diagonal index_select index gather native_layer_norm "
+    "_fused_rms_norm native_group_norm relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish softplus clamp "
+    "zeros ones full arange"
 )
 
 
@@ -200,16 +214,16 @@ class Graph:
         return Place(call.path, call.index, value.name, value.order, value.item)
 
     def tensor(self, value: Value) -> torch.Tensor:
-        """The tensor of a value: as it was held, or made again from what it is a view of."""
+        """The tensor of a value: as it was held, or made again from what it is a view, a norm or a shape of."""
         if value.held is not None:
             return value.held
-        if value.func is None or not value.parents or value.name not in REMADE:
+        if value.name in SHAPE_ONLY and not value.name.startswith(("rand", "bernoulli")):
+            return value.func(*filled(value.args, _blank), **value.kwargs)
+        if value.func is None or value.name not in REMADE:
             raise ReadingError(f"the value of {value!r} was not kept")
         result = value.func(*filled(value.args, self.tensor), **filled(value.kwargs, self.tensor))
         return result[value.item] if isinstance(result, (tuple, list)) else result
 
 
-# What a value is made again by, where its tensor is gone: it costs nothing, or little.
-REMADE = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "narrow", "split", "split_with_sizes", "select", "unbind", "alias", "detach", "clone", "_to_copy", "neg", "diagonal", "index_select", "index", "gather"]
-)
+def _blank(value: Value) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype)

@@ -42,7 +42,7 @@ class Names:
                 continue
             found[value.number] = value
             waiting += value.parents
-        return list(found.values())
+        return [found[number] for number in sorted(found, reverse=True)]
 
     def _common_call(self) -> list[int]:
         """The module calls that contain all branches."""
@@ -58,8 +58,9 @@ class Names:
     def unit(self, number: int) -> int | None:
         """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
         depth = len(self._around)
-        units = [stack[depth] for v in self._insides[number] if len(stack := self.graph.stack(v)) > depth]
-        return max(set(units), key=units.count) if units else None
+        # The latest operations come first: before them may lie those of other branches, as of another track.
+        units = (stack[depth] for v in self._insides[number] if len(stack := self.graph.stack(v)) > depth)
+        return next(units, None)
 
     def _path(self, number: int) -> str:
         """The outermost module call whose work a branch is."""
@@ -81,7 +82,7 @@ class Names:
         """Where no module is called: the owner of the branch's first parameter."""
         weights = [w for v in self._insides[number] for w in weights_of(v)]
         names = sorted(self.graph.parameter_names.get(w.number, "") for w in weights)
-        return names[0].rpartition(".")[0] if names else ""
+        return names[0] if names else ""
 
     def kind(self, number: int) -> str:
         """Attention, feed-forward, or the module's own name."""

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthscope.probes.reading.graph import Graph, Value, values_in
+from depthscope.probes.reading.graph import Graph, Value, names, values_in
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-SAME = _names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
-VIEWS = _names("view _unsafe_view reshape _reshape_alias flatten unflatten")
-MOVES = VIEWS | _names(
+SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
+VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
+MOVES = VIEWS | names(
     "permute transpose t mT movedim unsqueeze squeeze expand repeat slice narrow split split_with_sizes chunk select "
     "unbind index_select index gather tile repeat_interleave diagonal unfold constant_pad_nd"
 )
@@ -34,21 +29,21 @@ PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,)}
 MATRICES: dict[str, tuple[int, int]] = {
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1), "dot": (0, 1),
 }  # fmt: skip
-REDUCES = _names("sum mean")
-JOINS = _names("cat stack")
+REDUCES = names("sum mean")
+JOINS = names("cat stack")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
-NORMS = _names(
+NORMS = names(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_batch_norm _native_batch_norm_legit batch_norm "
     "cudnn_batch_norm native_group_norm group_norm _native_batch_norm_legit_no_training _batch_norm_with_update "
     "_batch_norm_no_update"
 )
-FUNCTIONS = NORMS | _names(
+FUNCTIONS = NORMS | names(
     "relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish prelu _prelu_kernel softplus hardsigmoid clamp "
     "relu6 threshold clamp_min"
 )
-STATISTICS = _names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # what a norm divides by
+STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # what a norm divides by
 # Norms along the channels of images, whose features are the second axis.
-CHANNEL_NORMS = NORMS - _names("native_layer_norm layer_norm _fused_rms_norm rms_norm")
+CHANNEL_NORMS = NORMS - names("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 
 
 def addends(value: Value) -> list[Value]:

@@ -93,7 +93,10 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
 class Coverage:
     """Where the parameters work that reach the output: before the first state, in a branch, in the head, or elsewhere."""
 
-    def __init__(self, memory: Memory, branches: Sequence[Branch], last: Sequence[Value]):
+    def __init__(
+        self, memory: Memory, branches: Sequence[Branch], last: Sequence[Value], others: Sequence[Memory]
+    ):
+        self._others = set().union(*(other.carried for other in others))
         self.memory, self.graph, self.branches = memory, memory.graph, branches
         self.last = {value.number for value in last}
         reach = self._behind(self.graph.outputs or [memory.end], set())
@@ -136,7 +139,8 @@ class Coverage:
             if not memory.holds(p)
         ]
         ends += [values[number] for number in memory.born & carried]
-        stop = set(memory.carried) - memory.born
+        stop = carried - memory.born
+        ends += [branch.source for branch in self.branches]
         found = self._behind(ends, stop) | carried - {memory.root.number}
         return found - self._behind([memory.root], set())
 
@@ -162,7 +166,11 @@ class Coverage:
         for number in sorted(numbers):
             value = self.graph.values[number]
             added = addends(value) if value.name in ("add", "sub") else []
-            if len(added) == 2 and any(self._is_branch(a, b) for a, b in (added, added[::-1])):
+            if (
+                number not in self._others
+                and len(added) == 2
+                and any(self._is_branch(a, b) for a, b in (added, added[::-1]))
+            ):
                 return value
         return None
 

@@ -53,12 +53,12 @@ def read_graph(graph: Graph) -> Reading:
         with torch.no_grad():
             found = memories(graph)
             _refuse_recurrence(graph, found[0])
-            first = _Reader(found[0]).reading()
+            first = _Reader(found[0], found[1:]).reading()
     except ReadingError as error:
         return Reading((), {}, str(error))
     done, left_out = [first], {}
     for memory in found[1:]:
-        reader = _Reader(memory)
+        reader = _Reader(memory, [other for other in found if other is not memory])
         try:
             with torch.no_grad():
                 done.append(reader.reading())
@@ -82,7 +82,8 @@ def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
 class _Reader:
     """The reading of one memory."""
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, others: Sequence[Memory]):
+        self.others = others
         self.memory, self.graph = memory, memory.graph
         self.branches = branches_of(memory)
         self.names = Names(memory, self.branches)
@@ -123,7 +124,7 @@ class _Reader:
         *,
         over_depth: bool,
     ) -> MemoryReading:
-        coverage = Coverage(self.memory, self.branches, cuts[-1])
+        coverage = Coverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         allowed = tolerance([value for cut in cuts for value in cut])
         why = coverage.why_incomplete()

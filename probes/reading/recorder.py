@@ -16,13 +16,15 @@ from torch import nn
 from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.reading.graph import CONSTANT, INPUT, LEAF, PARAMETER, Call, Graph, Value
+from depthscope.probes.reading.graph import CONSTANT, INPUT, LEAF, PARAMETER, Call, Graph, Value, names
 
 # Operations whose operands are held; of products of matrices without a weight among them.
-HELD = frozenset(
-    ["add", "sub", "rsub", "mul", "div", "where", "lerp", "masked_fill", "addcmul", "addcdiv", "index_add", "index_copy", "scatter_add", "scatter", "index_put", "slice_scatter", "select_scatter", "patch", "copy", "masked_scatter", "cat", "stack", "native_dropout", "sum", "mean", "embedding"]
+HELD = names(
+    "add sub rsub mul div where lerp masked_fill addcmul addcdiv index_add index_copy scatter_add scatter index_put "
+    "slice_scatter select_scatter patch copy masked_scatter cat stack native_dropout sum mean embedding "
+    "native_batch_norm _native_batch_norm_legit cudnn_batch_norm _batch_norm_with_update"
 )
-MATRICES = frozenset(["mm", "bmm", "matmul", "addmm", "baddbmm", "mv", "dot"])
+MATRICES = names("mm bmm matmul addmm baddbmm mv dot")
 # Sums with a product in one operation, and the product alone.
 FUSED = {
     "addmm": torch.ops.aten.mm.default,

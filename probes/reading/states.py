@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.carrying import Rules
 from depthscope.probes.reading.graph import ReadingError, Value
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.numbers import NOTHING, Numbers
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import CHANNEL_NORMS, NORMS
 from depthscope.probes.reading.replays import run
 
@@ -163,31 +162,3 @@ def _step(numbers: Numbers, axis: int) -> int:
         else np.moveaxis(numbers.array, axis, -1).reshape(-1, numbers.shape[axis])[0]
     )
     return abs(int(vector[-1] - vector[-2]))
-
-
-def source_numbers(memory: Memory, branch: Branch) -> Numbers | None:
-    """The numbers of the memory's elements to which those of a branch's output are added; None where there is no such order."""
-    graph, source = memory.graph, branch.source
-    own = {source.number: Numbers.first(source.shape)}
-    rules = Rules(graph, own, functions=False, may_join=lambda piece, model: False)
-    for number in sorted(branch.steps):
-        if (found := rules.numbers(graph.values[number])) is not None:
-            own[number] = found
-    write = branch.writes[0]
-    target = memory.carried[write.number]
-    addend = next((v for v in memory.writes[write.number] if v.number in own), None)
-    if addend is None:
-        return None
-    mine = own[addend.number]
-    if mine.shape == target.shape and mine.key == own[source.number].key and source.shape == mine.shape:
-        return target
-    return _inverted(mine.expand(target.shape).dense(), target.dense(), source)
-
-
-def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | None:
-    known = mine >= 0
-    found = np.full(source.numel, NOTHING, dtype=np.int64)
-    found[mine[known]] = target[known]
-    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
-        return None
-    return Numbers.of(found.reshape(source.shape))
