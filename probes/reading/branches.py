@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from depthscope.probes.reading.carrying import Rules
-from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, Value
+from depthscope.probes.reading.graph import SHAPE_ONLY, Value
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, factors
@@ -43,6 +43,9 @@ class Branch:
     before: float = 0
     steps: dict[int, Value] = field(default_factory=dict)
     reads_before_norms: list[Value] = field(default_factory=list)  # of the whole ones
+    numbers: Numbers | None = (
+        None  # of the memory's elements to which the source's are added, where it has such an order
+    )
 
 
 def branches_of(memory: Memory) -> list[Branch]:
@@ -62,19 +65,19 @@ def branches_of(memory: Memory) -> list[Branch]:
 def _note_branch(
     memory: Memory, found: dict[int, Branch], write: Value, addend: Value, gates: set[int]
 ) -> None:
-    source, steps = _source(memory, write, addend, gates)
-    branch = found.get(source.number)
+    way, numbers = _way(memory, write, addend, gates)
+    branch = found.get(way[-1].number)
     if branch is None:
-        branch = Branch(source, [], _reads(memory, source))
+        branch = Branch(way[-1], [], _reads(memory, way[-1]), numbers=numbers)
         if not branch.reads:
             return
-        found[source.number] = branch
+        found[branch.source.number] = branch
         whole = [read for read in branch.reads if memory.is_whole(read)]
         branch.read = before_norms(memory, (whole or branch.reads)[-1])
         branch.reads_before_norms = list(dict.fromkeys(before_norms(memory, read) for read in whole))
         branch.before = branch.read.number + 0.5 * (branch.read.number in memory.trunk)
     branch.writes.append(write)
-    branch.steps |= steps
+    branch.steps |= {after.number: before for after, before in pairwise(way)}
 
 
 def _carry_gates(memory: Memory) -> set[int]:
@@ -106,24 +109,26 @@ def before_norms(memory: Memory, value: Value) -> Value:
     return value
 
 
-def _source(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[Value, dict[int, Value]]:
-    """The branch's own output: back through what only moves or scales it; a norm of the output is a part of the branch."""
-    way: list[tuple[Value, Value | None]] = [
-        (addend, None)
-    ]  # values, and what each is scaled by in the step after
+def _way(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[list[Value], Numbers | None]:
+    """From an addend back to the branch's own output: through what moves, scales or spreads it; and the output's numbers.
+
+    A norm of the output is a part of the branch.
+    """
+    target = memory.carried[write.number]
+    numbers = target if write is addend else _before_step(memory, write, addend, target)
+    way: list[tuple[Value, Value | None, Numbers | None]] = [(addend, None, numbers)]
     while True:
-        back, coefficient = _before(memory, way[-1][0], gates)
-        if back is None:
-            back, coefficient = _before_mixing(memory, write, [value for value, _ in way])
+        value, _, numbers = way[-1]
+        back, coefficient = _before(memory, value, gates)
+        if back is not None:
+            numbers = _before_step(memory, value, back, numbers)
+        elif numbers is not None:
+            back, coefficient, numbers = _before_mixing(value, numbers)
         if back is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
             break
-        way.append((back, coefficient))
-    way = way[: _length_without_norm(memory, way)]
-    return way[-1][0], _steps([value for value, _ in way])
-
-
-def _steps(way: list[Value]) -> dict[int, Value]:
-    return {after.number: before for after, before in pairwise(way)}
+        way.append((back, coefficient, numbers))  # a value, and what it is scaled by in the step after
+    way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
+    return [value for value, _, _ in way], way[-1][2]
 
 
 def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) -> int:
@@ -132,11 +137,34 @@ def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) 
         coefficient = way[number + 1][1]
         if coefficient is None:
             continue
-        if any(memory.graph.depends(coefficient, v) for v, _ in way[number + 1 :]):
+        if any(memory.graph.depends(coefficient, value) for value, _ in way[number + 1 :]):
             gain = way[number][1]
             with_gain = number and gain is not None and gain.kind == PARAMETER
             return number if with_gain else number + 1
     return len(way)
+
+
+def _before_step(memory: Memory, after: Value, before: Value, numbers: Numbers | None) -> Numbers | None:
+    """The numbers of what a step moves or scales, from those of what it gives."""
+    if numbers is None:
+        return None
+    first = Numbers.first(before.shape)
+    carried = {before.number: first}
+    moved = Rules(memory.graph, carried, functions=False, may_join=lambda piece, model: False).numbers(after)
+    if moved is None:
+        return None
+    if before.shape == after.shape and moved.key == first.key:
+        return numbers
+    return _inverted(moved.dense(), numbers.dense(), before)
+
+
+def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | None:
+    known = mine >= 0
+    found = np.full(source.numel, NOTHING, dtype=np.int64)
+    found[mine[known]] = target[known]
+    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
+        return None
+    return Numbers.of(found.reshape(source.shape))
 
 
 def _before(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
@@ -147,22 +175,21 @@ def _before(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None
     return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
 
 
-def _before_mixing(memory: Memory, write: Value, way: list[Value]) -> tuple[Value | None, Value | None]:
-    """The value whose streams a small matrix spreads over those of the memory, and that matrix."""
-    value = way[-1]
+def _before_mixing(value: Value, numbers: Numbers) -> tuple[Value | None, Value | None, Numbers | None]:
+    """The value whose streams a small matrix spreads over those of the memory, that matrix, and the value's numbers."""
+    nothing = None, None, None
     if value.name not in ("mm", "bmm", "matmul"):
-        return None, None
+        return nothing
     a, b = factors(value)
     if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] > MOST_STREAMS:
-        return None, None
-    numbers = source_numbers(memory, Branch(value, [write], steps=_steps(way)))
-    if numbers is None:
-        return None, None
+        return nothing
     rank = len(value.shape)
-    both = [
-        (back, by) for back, by, axis in ((b, a, rank - 2), (a, b, rank - 1)) if numbers.collapsed([axis])
-    ]
-    return max(both, key=lambda of: of[0].numel) if both else (None, None)
+    found = []
+    for back, by, axis in ((b, a, rank - 2), (a, b, rank - 1)):
+        one = numbers.collapsed([axis])
+        if one is not None and len(back.shape) == rank:
+            found.append((back, by, one.expand(back.shape)))
+    return max(found, key=lambda of: of[0].numel) if found else nothing
 
 
 def _scaled(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
@@ -198,30 +225,3 @@ def _reads(memory: Memory, source: Value) -> list[Value]:
                 seen.add(parent.number)
                 waiting.append(parent)
     return [found[number] for number in sorted(found)]
-
-
-def source_numbers(memory: Memory, branch: Branch) -> Numbers | None:
-    """The numbers of the memory's elements to which those of a branch's output are added; None where there is no such order."""
-    graph, source = memory.graph, branch.source
-    own = {source.number: Numbers.first(source.shape)}
-    rules = Rules(graph, own, functions=False, may_join=lambda piece, model: False)
-    for number in sorted(branch.steps):
-        if (found := rules.numbers(graph.values[number])) is not None:
-            own[number] = found
-    write = branch.writes[0]
-    target = memory.carried[write.number]
-    mine = own.get(write.number) or rules.numbers(write)
-    if mine is None:
-        return None
-    if mine.key == own[source.number].key and source.shape == mine.shape:
-        return target
-    return _inverted(mine.dense(), target.dense(), source)
-
-
-def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | None:
-    known = mine >= 0
-    found = np.full(source.numel, NOTHING, dtype=np.int64)
-    found[mine[known]] = target[known]
-    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
-        return None
-    return Numbers.of(found.reshape(source.shape))

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthscope.probes.reading.branches import Branch, source_numbers
+from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, Value
-from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.states import States
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
@@ -74,8 +73,8 @@ def _branch_parts(states: States, before: Cut, target: Sequence[Value], branch: 
     source = branch.source
     own = states.graph.tensor(source)
     added = states.array(target, states.replay(target, {source.number: own}))
-    out, columns = source_streams(states, branch, target)
-    found = BranchParts(branch, columns, out, added)
+    out = branch_output(states, branch)
+    found = BranchParts(branch, _write_weights(states, branch, out, target), out, added)
     first = min(value.number for value in before)
     for read in dict.fromkeys([*branch.reads_before_norms, branch.read]):
         if read.number >= first:
@@ -83,30 +82,35 @@ def _branch_parts(states: States, before: Cut, target: Sequence[Value], branch: 
     return found
 
 
-def source_streams(
-    states: States, branch: Branch, target: Sequence[Value]
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """A branch's output as (tokens, streams, features), and the weights with which some values hold its streams."""
-    source, numbers = branch.source, source_numbers(states.memory, branch)
-    own = states.graph.tensor(source)
+def branch_output(states: States, branch: Branch) -> torch.Tensor | None:
+    """What a branch gave as (tokens, streams, features); None where it is spread over tokens, or has some features alone."""
+    if branch.numbers is None:
+        return None
     try:
-        if numbers is None:
-            raise ReadingError("no order")
-        order, n = states.order([numbers])
-        out: torch.Tensor | None = states.sorted([own], [numbers])
+        return states.sorted([states.graph.tensor(branch.source)], [branch.numbers])
     except ReadingError:
-        # Written to some of the features or tokens alone, or spread over them: one weight for the output as it is.
-        order, n, out = None, 1, None
+        return None
+
+
+def _write_weights(
+    states: States, branch: Branch, out: torch.Tensor | None, target: Sequence[Value]
+) -> torch.Tensor:
+    """The weights with which the next state holds a branch's streams: (tokens, to, from, features or 1)."""
+    source = branch.source
+    own = states.graph.tensor(source)
     columns = []
-    for stream in range(n):
-        unit = torch.ones_like(own) if n == 1 else _unit(own, order, n, stream)
+    for stream in range(1 if out is None else out.shape[1]):
+        single = out is None or out.shape[1] == 1
+        unit = torch.ones_like(own) if single else _unit(states, branch, own, stream)
         columns.append(states.array(target, states.replay(target, {source.number: unit})))
-    return out, weights(torch.stack(columns, 2))
+    return weights(torch.stack(columns, 2))
 
 
-def _unit(own: torch.Tensor, order: torch.Tensor | None, n: int, stream: int) -> torch.Tensor:
-    flat = torch.zeros(own.numel())
+def _unit(states: States, branch: Branch, own: torch.Tensor, stream: int) -> torch.Tensor:
+    assert branch.numbers is not None
+    order, n = states.order([branch.numbers])
     places = torch.arange(own.numel()) if order is None else order
+    flat = torch.zeros(own.numel())
     flat[places.reshape(-1, n)[:, stream]] = 1
     return flat.reshape(own.shape).to(own)
 
@@ -131,11 +135,7 @@ def over_depth(states: States, branches: Sequence[Branch], last: Value) -> Depth
     sources: list[torch.Tensor | None] = [states.array([root])[:, 0]]
     columns = [_held_by(states, reads, root)]
     for branch in branches:
-        numbers: Numbers | None = source_numbers(states.memory, branch)
-        try:
-            out = None if numbers is None else states.sorted([states.graph.tensor(branch.source)], [numbers])
-        except ReadingError:
-            out = None
+        out = branch_output(states, branch)
         sources.append(out[:, 0] if out is not None and out.shape[1] == 1 else None)
         columns.append(_held_by(states, reads, branch.source))
     zeros = {

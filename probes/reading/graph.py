@@ -141,12 +141,15 @@ class Graph:
         What the model returned.
     parameter_names : dict of int to str
         By the numbers of values that are parameters.
+    modules : dict of str to str
+        The classes of all modules by their paths, whether they were called or not.
     """
 
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     parameter_names: dict[int, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._asked: dict[int, int] = {}

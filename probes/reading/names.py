@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import Graph, Value
+from depthscope.probes.reading.graph import Value
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import MATRICES, weights_of
 
@@ -23,7 +24,8 @@ class Names:
         self._insides = [self._inside(branch) for branch in branches]
         self._around = self._common_call()
         self.paths = [self._path(number) for number in range(len(branches))]
-        self.layers = _numbered(self._keys())
+        self.layers: list[int] = []
+        self.first_layer = -1  # of the block that made the first value; -1 where none did
 
     def _inside(self, branch: Branch) -> list[Value]:
         """The operations of a branch."""
@@ -101,66 +103,120 @@ class Names:
     def _class_of(self, path: str) -> list[str]:
         return [call.kind for call in self.graph.calls if call.path == path][:1]
 
-    def _keys(self) -> list[tuple[object, ...]]:
-        """What branches of one block have in common: the numbers of the containers, or the call of the block."""
-        around = self.graph.calls[self._around[-1]].path if self._around else ""
+    def keys(self) -> list[Key]:
+        """What branches of one block have in common: the numbers of its containers, or its call."""
         found = []
         for number in range(len(self.branches)):
             unit = self.unit(number)
             path = self.paths[number] if unit is None else self.graph.calls[unit].path
-            inner = path[len(around) :] if path.startswith(around) else path
-            digits = tuple(int(part) for part in inner.split(".") if part.isdigit())
-            digits = digits or tuple(int(part) for part in path.split(".") if part.isdigit())
-            call = self.graph.calls[unit].index if unit is not None else 0
-            found.append((digits, call, unit, path))
-        return self._cut_keys(found)
+            found.append(self._key(path, unit))
+        return found
 
-    def _cut_keys(self, found: list[tuple]) -> list[tuple[object, ...]]:  # type: ignore[type-arg]
-        """The digits as far as they number blocks: a container whose members are of several classes holds branches."""
-        keys: list[tuple[object, ...]] = []
-        kinds: dict[int, set[str]] = {}
-        for _digits, _, unit, path in found:
-            level = len([part for part in path.split(".") if part.isdigit()])
-            kinds.setdefault(level, set()).add(self.graph.calls[unit].kind if unit is not None else path)
-        for digits, call, unit, _path in found:
-            if len(digits) > 1 and len(kinds.get(len(digits), ())) > 1:
-                digits = digits[:-1]
-            if digits:
-                keys.append((digits, call))
-            else:
-                keys.append(((), call if self._is_repeated(unit) else unit))
-        return keys
+    def _key(self, path: str, unit: int | None) -> Key:
+        around = self.graph.calls[self._around[-1]].path if self._around else ""
+        parts = path.split(".")
+        skipped = len(around.split(".")) if around and path.startswith(around) else 0
+        places = [n for n, part in enumerate(parts) if part.isdigit()]
+        places = [n for n in places if n >= skipped] or places
+        if len(places) > 1 and self._holds_branches(parts[: places[-1]]):
+            places = places[:-1]
+        digits = tuple(int(parts[n]) for n in places)
+        call = 0 if unit is None else self.graph.calls[unit].index
+        if digits:
+            return Key(digits, call, ".".join(parts[: places[-1]]))
+        return Key((), call if self._is_repeated(unit) else unit or 0, "")
+
+    def _holds_branches(self, container: list[str]) -> bool:
+        """Whether the numbered members of a container are of several classes: the branches of a block, and no blocks."""
+        prefix = ".".join(container) + "."
+        members = {path: kind for path, kind in self.graph.modules.items() if path.startswith(prefix)}
+        return len({kind for path, kind in members.items() if path[len(prefix) :].isdigit()}) > 1
 
     def _is_repeated(self, unit: int | None) -> bool:
         return unit is not None and any(
             call.path == self.graph.calls[unit].path and call.index for call in self.graph.calls
         )
 
+    def key_of_root(self) -> Key | None:
+        """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
+        stack = self.graph.stack(self.memory.root)
+        if len(stack) <= len(self._around):
+            return None
+        unit = stack[len(self._around)]
+        key = self._key(self.graph.calls[unit].path, unit)
+        like = self.keys()[0]
+        return key if len(key.digits) == len(like.digits) > 1 and key != like else None
 
-def _numbered(keys: list[tuple]) -> list[int]:  # type: ignore[type-arg]
-    """Block numbers: the containers' own where these ascend by one, else the order of the blocks."""
-    groups = [key for key, _ in groupby(keys)]
-    order, number = [], -1
-    for _, group in groupby(keys):
-        number += 1
+
+class Key(NamedTuple):
+    """What branches of one block have in common."""
+
+    digits: tuple[int, ...]
+    call: int
+    container: str
+
+    def block(self) -> tuple[object, ...]:
+        """What is the same for all branches of a block, whose modules may lie in a list each."""
+        return self.digits, self.call
+
+
+def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
+    """Block numbers: the containers' own where these ascend, else the order of the blocks.
+
+    Parameters
+    ----------
+    keys : sequence of Key
+        Of the branches, in order.
+    modules : mapping of str to str
+        Classes by paths: a number may be left out where a block of the same class did not run.
+
+    Returns
+    -------
+    list of int
+    """
+    groups = [next(group) for _, group in groupby(keys, Key.block)]
+    if all(len(key.digits) == 1 and not key.call for key in groups):
+        if all(_follows(a, b, modules) for a, b in pairwise(groups)):
+            return [key.digits[0] for key in keys]
+    order: list[int] = []
+    for number, (_, group) in enumerate(groupby(keys, Key.block)):
         order += [number] * len(list(group))
-    if all(len(key[0]) == 1 and not key[1] for key in groups):
-        digits = [key[0][0] for key in groups]
-        if all(b - a == 1 for a, b in pairwise(digits)) and digits[0] >= 0:
-            return [key[0][0] for key in keys]
     return order
 
 
-def labels(
-    graph: Graph, cuts: Sequence[Sequence[Value]], branches: Sequence[Branch], layers: Sequence[int]
-) -> list[tuple[int, str]]:
-    """The block and site of each state, from the branches that were written before it and those that read after it."""
+def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
+    (first,), (second,) = a.digits, b.digits
+    if second <= first:
+        return False
+    kinds = {modules.get(f"{a.container}.{n}") for n in range(first, second + 1)}
+    return second == first + 1 or (len(kinds) == 1 and None not in kinds)
+
+
+def number_blocks(all_names: Sequence[Names]) -> None:
+    """Number the blocks of memories; the blocks of a later stage follow those of the stage before."""
+    for names in all_names:
+        names.layers = numbered(names.keys(), names.graph.modules)
+    for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
+        root = names.key_of_root()
+        same = before.paths[0].partition(".")[0] == names.paths[0].partition(".")[0]
+        if root is None or not same or not names.graph.depends(names.memory.root, before.memory.end):
+            continue
+        names.first_layer = max(before.layers) + 1
+        names.layers = [names.first_layer + 1 + number for number in numbered(names.keys(), {})]
+
+
+def labels(names: Names, cuts: Sequence[Sequence[Value]]) -> list[tuple[int, str]]:
+    """The block and site of each state, from the branches that were written before it and those that write after it."""
     found: list[tuple[int, str]] = []
+    pairs = list(zip(names.branches, names.layers, strict=True))
     for number, cut in enumerate(cuts):
         moment = max(value.number for value in cut)
-        written = [layer for b, layer in zip(branches, layers, strict=True) if b.writes[0].number <= moment]
-        coming = [layer for b, layer in zip(branches, layers, strict=True) if b.writes[0].number > moment]
-        found.append(_label(number, written, coming, found))
+        written = [layer for branch, layer in pairs if branch.writes[0].number <= moment]
+        coming = [layer for branch, layer in pairs if branch.writes[0].number > moment]
+        if number == 0 and not written and names.first_layer >= 0:
+            found.append((names.first_layer, "post"))
+        else:
+            found.append(_label(number, written, coming, found))
     return found
 
 

@@ -22,7 +22,7 @@ from depthscope.probes.reading.description import (
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.names import Names, labels, name_of
+from depthscope.probes.reading.names import Names, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
 from depthscope.probes.reading.recorder import recorded
 from depthscope.probes.reading.roots import NO_MEMORY, memories
@@ -49,21 +49,20 @@ def read_model(model: nn.Module, batch: Any) -> Reading:
 
 def read_graph(graph: Graph) -> Reading:
     """The reading of a recorded forward."""
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             found = memories(graph)
             _refuse_recurrence(graph, found[0])
-            first = _Reader(found[0], found[1:]).reading()
-    except ReadingError as error:
-        return Reading((), {}, str(error))
-    done, left_out = [first], {}
-    for memory in found[1:]:
-        reader = _Reader(memory, [other for other in found if other is not memory])
-        try:
-            with torch.no_grad():
-                done.append(reader.reading())
+            readers = [_Reader(memory, found) for memory in found]
+            number_blocks([reader.names for reader in readers])
+            done, left_out = [readers[0].reading()], {}
         except ReadingError as error:
-            left_out[reader.name] = str(error)
+            return Reading((), {}, str(error))
+        for reader in readers[1:]:
+            try:
+                done.append(reader.reading())
+            except ReadingError as error:
+                left_out[reader.name] = str(error)
     return Reading(tuple(done), left_out)
 
 
@@ -83,9 +82,11 @@ class _Reader:
     """The reading of one memory."""
 
     def __init__(self, memory: Memory, others: Sequence[Memory]):
-        self.others = others
+        self.others = [other for other in others if other is not memory]
         self.memory, self.graph = memory, memory.graph
         self.branches = branches_of(memory)
+        if not self.branches:
+            raise ReadingError(NO_MEMORY)
         self.names = Names(memory, self.branches)
         self.name = name_of(memory, self.names)
 
@@ -101,8 +102,6 @@ class _Reader:
         ReadingError
             Where its states are none that can be described.
         """
-        if not self.branches:
-            raise ReadingError(NO_MEMORY)
         found = cuts_of(self.memory, self.branches)
         self.states = States(self.memory, self.branches)
         if found.over_depth:
@@ -144,7 +143,7 @@ class _Reader:
         )
 
     def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
-        sites = labels(self.graph, cuts, self.branches, self.names.layers)
+        sites = labels(self.names, cuts)
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
@@ -213,12 +212,11 @@ def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
         found["write"] = write[..., 0]
     if of.out is not None:
         found["out"] = of.out
-    for name, matrix in of.reads[-1:]:
-        if matrix.shape[-1] > 1:
-            found["read_gate"] = matrix
-        elif matrix.shape[1] == 1:
-            found["h_pre"] = matrix[:, 0, :, 0]
-        else:
-            found["read"] = matrix[..., 0]
-        assert name is not None
+    matrices = [matrix for _, matrix in of.reads]
+    if of.out is not None and of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
+        found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
+    elif matrices and matrices[-1].shape[-1] > 1:
+        found["read_gate"] = matrices[-1]
+    elif matrices:
+        found["h_pre" if matrices[-1].shape[1] == 1 else "read"] = matrices[-1].squeeze(-1).squeeze(1)
     return found

@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
         super().__init__()
-        self.graph = Graph()
+        self.graph = Graph(modules={path: type(module).__name__ for path, module in model.named_modules()})
         self._given = {id(tensor) for tensor in batch}
         self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         self._stack = [-1]

@@ -69,7 +69,7 @@ def _nested(graph: Graph, one, other) -> bool:  # type: ignore[no-untyped-def]
     """Whether one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
         if graph.depends(inner.root, outer.root) and any(
-            graph.depends(b.source, inner.end) for b in branches
+            graph.depends(b.source, inner.root) for b in branches
         ):
             return True
     return False
