@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 
 from depthscope.probes.reading.carrying import Rules
-from depthscope.probes.reading.graph import SHAPE_ONLY, Value
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, Value
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
-from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, factors
+from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, addends, factors
 
 MOST_STREAMS = 64
 
@@ -75,7 +75,8 @@ def _note_branch(
         whole = [read for read in branch.reads if memory.is_whole(read)]
         branch.read = before_norms(memory, (whole or branch.reads)[-1])
         branch.reads_before_norms = list(dict.fromkeys(before_norms(memory, read) for read in whole))
-        branch.before = branch.read.number + 0.5 * (branch.read.number in memory.trunk)
+        is_state = branch.read.number in memory.trunk or branch.read.number in memory.writes
+        branch.before = branch.read.number + 0.5 * is_state
     branch.writes.append(write)
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
@@ -103,7 +104,7 @@ def _carry_gates(memory: Memory) -> set[int]:
 def before_norms(memory: Memory, value: Value) -> Value:
     """Back over what does not mix the memory, to what a branch reads of it."""
     while value.number not in memory.trunk and memory.inside(value):
-        if memory.mixes(value) and memory.is_whole(value):
+        if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
             break
         value = memory.inside(value)[0]
     return value
@@ -172,7 +173,19 @@ def _before(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None
     moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
     if moved and value.args and isinstance(value.args[0], Value):
         return value.args[0], None
+    if value.name in ("add", "sub"):
+        return _beside_constant(memory, value), None
     return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
+
+
+def _beside_constant(memory: Memory, value: Value) -> Value | None:
+    """What is added to a constant that is no weight, as to the zeros with which a sum begins."""
+    added = addends(value)
+    depending = [v for v in added if memory.graph.depends(v, memory.root)]
+    others = [v for v in added if v not in depending]
+    if len(depending) != 1 or depending[0].shape != value.shape or not others:
+        return None
+    return None if any(memory.graph.has_origin(v) for v in others) else depending[0]
 
 
 def _before_mixing(value: Value, numbers: Numbers) -> tuple[Value | None, Value | None, Numbers | None]:
@@ -225,3 +238,40 @@ def _reads(memory: Memory, source: Value) -> list[Value]:
                 seen.add(parent.number)
                 waiting.append(parent)
     return [found[number] for number in sorted(found)]
+
+
+def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
+    """Parts of sums that begin anew, as those of a few blocks: what is added up before the memory is joined by the sum."""
+    members = {v.number: b for b in branches for v in (b.source, *b.steps.values())}
+    members |= {number: b for b in branches for number in b.steps}
+    found: dict[int, Numbers] = {}
+    for branch in branches:
+        waiting = [branch.source]
+        while waiting:
+            value = waiting.pop()
+            if value.name not in ("add", "sub") or branch.numbers is None:
+                continue
+            parts = [
+                v for v in addends(value) if memory.graph.depends(v, memory.root) and v.shape == value.shape
+            ]
+            for part in parts if len(parts) > 1 else ():
+                before = _of_another(memory, part, branch, members)
+                if before is not None:
+                    found[before.number] = branch.numbers
+                elif branch.source.number in memory.born and not any(
+                    other is not part and memory.graph.depends(part, other) for other in parts
+                ):
+                    found[part.number] = branch.numbers
+                    waiting.append(part)
+    return {number: of for number, of in found.items() if number not in memory.carried}
+
+
+def _of_another(memory: Memory, part: Value, branch: Branch, members: dict[int, Branch]) -> Value | None:
+    """What another branch gave, if a part of a sum is that, moved or scaled."""
+    at: Value | None = part
+    while at is not None and memory.graph.depends(at, memory.root):
+        other = members.get(at.number)
+        if other is not None and other is not branch and at.shape == branch.source.shape:
+            return at
+        at = _before(memory, at, set())[0]
+    return None

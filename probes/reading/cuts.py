@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import Value
@@ -20,9 +22,9 @@ class Cuts:
     over_depth: bool
 
 
-def cuts_of(memory: Memory, branches: list[Branch]) -> Cuts:
-    """The states: all that later steps need of the memory, at the moments between branches."""
-    life = _Life(memory, branches)
+def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cuts:
+    """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers."""
+    life = _Life(memory, branches, layers)
     cuts = life.cuts()
     sizes = [size_of(memory, cut) for cut in cuts]
     aged = _long_lived(cuts)
@@ -64,8 +66,8 @@ def _long_lived(cuts: list[Cut]) -> dict[int, int]:
 class _Life:
     """When each value of a memory is needed for the last time."""
 
-    def __init__(self, memory: Memory, branches: list[Branch]):
-        self.memory, self.branches = memory, branches
+    def __init__(self, memory: Memory, branches: list[Branch], layers: Sequence[int]):
+        self.memory, self.branches, self.layers = memory, branches, layers
         values = memory.graph.values
         self.relevant = memory.back([memory.end, *(branch.read for branch in branches)])
         self.takers: dict[int, list[Value]] = {number: [] for number in self.relevant}
@@ -90,7 +92,21 @@ class _Life:
             time = max([root, *(write for write in self.writes if write <= branch.before)])
             times[time] = min(branch.before, times.get(time, branch.before))
         times.setdefault(self.writes[-1], self.memory.end.number + 0.5)
+        for write, until in self._unread():
+            if not any(write <= time < until for time in times):
+                times[write] = until
         return sorted(times.items())
+
+    def _unread(self) -> list[tuple[int, float]]:
+        """After which blocks no branch reads before the next block writes: their states are there all the same."""
+        pairs = zip(self.branches, self.layers, strict=True)
+        ordered = sorted(pairs, key=lambda of: of[0].writes[0].number)
+        found = []
+        for (before, layer), (branch, other) in pairwise(ordered):
+            write, until = before.writes[-1].number, branch.writes[0].number
+            if layer != other and branch.source.number > write and write in self.memory.trunk:
+                found.append((write, float(until)))
+        return found
 
     def cuts(self) -> list[Cut]:
         """The values alive where fewest are, between each write and the next read."""

@@ -175,6 +175,18 @@ class Graph:
             self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
         return bool(self._from_input[value.number])
 
+    def has_origin(self, value: Value) -> bool:
+        """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
+        seen, waiting = set(), [value]
+        while waiting:
+            of = waiting.pop()
+            if of.kind:
+                return True
+            if of.number not in seen:
+                seen.add(of.number)
+                waiting += of.parents
+        return False
+
     def _marked(self, origins: list[Value]) -> bytearray:
         marks = bytearray(len(self.values))
         for origin in origins:

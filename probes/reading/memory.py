@@ -161,19 +161,16 @@ def follow(
     for value in graph.values[root.number + 1 :]:
         if not graph.depends(value, root):
             continue
-        if value.number in seeds:
-            _be_born(memory, value, seeds[value.number], 0)
-            continue
         inside = [p for p in value.parents if p.number in memory.carried]
-        if not inside:
-            continue
-        numbers = None if value.number in banned else rules.numbers(value)
-        if numbers is None:
+        numbers = rules.numbers(value) if inside and value.number not in banned else None
+        if numbers is None and value.number in seeds:
+            _be_born(memory, value, seeds[value.number], 0)
+        elif numbers is None:
             memory.leaves += [(parent, value) for parent in inside]
-            continue
-        memory.carried[value.number] = numbers
-        memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
-        _note_write(memory, value, inside)
+        else:
+            memory.carried[value.number] = numbers
+            memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
+            _note_write(memory, value, inside)
     memory.end = graph.values[max(memory.carried, key=lambda number: (memory.depth[number], number))]
     memory.trunk = memory.back([memory.end])
     return memory
@@ -248,20 +245,3 @@ def _is_fork(memory: Memory, value: Value) -> bool:
     carrier = memory.inside(value)[0]
     values = memory.graph.values
     return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1
-
-
-def hidden_sums(memory: Memory) -> dict[int, Numbers]:
-    """Parts of sums that begin anew: what is added up before the memory is first joined by the sum."""
-    found: dict[int, Numbers] = {}
-    waiting = [memory.graph.values[number] for number in memory.born]
-    while waiting:
-        value = waiting.pop()
-        if value.name not in ("add", "sub"):
-            continue
-        parts = [v for v in addends(value) if memory.graph.depends(v, memory.root)]
-        if len(parts) < 2 or any(v.shape != value.shape or memory.holds(v) for v in parts):
-            continue
-        for part in parts:
-            found[part.number] = memory.carried.get(value.number) or found[value.number]
-            waiting.append(part)
-    return found

@@ -71,7 +71,7 @@ class Names:
         common = stacks[0]
         for stack in stacks[1:]:
             common = [a for a, b in zip(common, stack, strict=False) if a == b]
-        others = {
+        others = set(self._around) | {
             call for other in range(len(self.branches)) if other != number
             for v in self._insides[other][:1] for call in self.graph.stack(v)
         }  # fmt: skip

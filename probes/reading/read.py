@@ -102,7 +102,7 @@ class _Reader:
         ReadingError
             Where its states are none that can be described.
         """
-        found = cuts_of(self.memory, self.branches)
+        found = cuts_of(self.memory, self.branches, self.names.layers)
         self.states = States(self.memory, self.branches)
         if found.over_depth:
             return self._over_depth()

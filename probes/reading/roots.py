@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from depthscope.probes.reading.branches import branches_of
+from depthscope.probes.reading.branches import branches_of, hidden_sums
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, ReadingError, Value
-from depthscope.probes.reading.memory import Memory, hidden_sums, without_forks
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
@@ -79,7 +79,11 @@ def _with_hidden_sums(memory: Memory) -> Memory:
     """The memory followed again, where sums that begin anew hide branches from it."""
     seeds: dict = {}
     for _ in range(4):
-        new = {number: found for number, found in hidden_sums(memory).items() if number not in seeds}
+        new = {
+            number: found
+            for number, found in hidden_sums(memory, branches_of(memory)).items()
+            if number not in seeds
+        }
         if not new:
             break
         seeds |= new
