@@ -125,9 +125,9 @@ class DepthParts:
     constants: list[torch.Tensor]
 
 
-def over_depth(states: States, branches: Sequence[Branch], last: Value) -> DepthParts:
+def over_depth(states: States, branches: Sequence[Branch], reads: Sequence[Value]) -> DepthParts:
     """The weights with which each read holds the first value and the outputs of all branches."""
-    reads = list(dict.fromkeys([*(branch.read for branch in branches), last]))
+    reads = sorted(dict.fromkeys(reads), key=lambda value: value.number)
     counts = {states.num_streams([read]) for read in reads}
     if counts != {1}:
         raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")

@@ -20,6 +20,7 @@ class Cuts:
 
     cuts: list[Cut]
     over_depth: bool
+    inner: frozenset[int] = frozenset()  # sums inside of blocks that hold more than the states between blocks
 
 
 def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cuts:
@@ -32,9 +33,11 @@ def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cu
     returns = sizes.count(least) > 2 and any(size > least for size in sizes[sizes.index(least) :])
     if returns and not any(first < len(cuts) // 2 for first in aged.values()):
         # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
+        inside = {v.number for cut, size in zip(cuts, sizes, strict=True) if size > least for v in cut}
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
-        sizes = [least] * len(cuts)
-    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[1:])) > 1)
+        inside -= {value.number for cut in cuts for value in cut}
+        return Cuts(cuts, bool(_long_lived(cuts)), frozenset(inside & memory.writes.keys()))
+    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes)) > 1)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:

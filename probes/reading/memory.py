@@ -227,11 +227,19 @@ def _alike(model: Numbers, shape: tuple[int, ...]) -> Numbers | None:
     return None if found is None else found.expand(shape)
 
 
-def without_forks(graph: Graph, root: Value, **options) -> Memory:  # type: ignore[no-untyped-def]
-    """The memory of a root, in which a norm lies on the way only where the memory goes on nowhere else."""
-    banned: frozenset[int] = frozenset()
+def without_forks(
+    graph: Graph,
+    root: Value,
+    *,
+    functions: bool = False,
+    streams: int = 1,
+    seeds: Mapping[int, Numbers] | None = None,
+    also: Collection[int] = (),
+) -> Memory:
+    """The memory of a root, in which a norm lies on the way only where the memory goes on nowhere else; see `follow`."""
+    banned = frozenset(also)
     for _ in range(8):
-        memory = follow(graph, root, banned=banned, **options)
+        memory = follow(graph, root, functions=functions, streams=streams, seeds=seeds, banned=banned)
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
         if not forks:
             return memory
@@ -245,3 +253,8 @@ def _is_fork(memory: Memory, value: Value) -> bool:
     carrier = memory.inside(value)[0]
     values = memory.graph.values
     return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1
+
+
+def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
+    """The memory without sums inside of its blocks, which are then branches with a residual of their own."""
+    return without_forks(memory.graph, memory.root, functions=memory.functions, also=inner)

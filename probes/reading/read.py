@@ -21,7 +21,7 @@ from depthscope.probes.reading.description import (
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError
-from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import Names, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
 from depthscope.probes.reading.recorder import recorded
@@ -103,14 +103,20 @@ class _Reader:
             Where its states are none that can be described.
         """
         found = cuts_of(self.memory, self.branches, self.names.layers)
+        if found.inner:
+            again = _Reader(without_inner(self.memory, found.inner), self.others)
+            number_blocks([again.names])
+            return again.reading()
         self.states = States(self.memory, self.branches)
         if found.over_depth:
-            return self._over_depth()
+            return self._over_depth(found.cuts)
         parts = []
         for before, after in zip(found.cuts, found.cuts[1:], strict=False):
             of = joined_by(self.states, before, after, self.branches)
             of.error = recomputed(self.states, before, of)
             parts.append(of)
+        if any(not branch.reads for of in parts for branch in of.branches):
+            return self._over_depth(found.cuts)  # a branch reads an earlier state than the last one
         connections = [self._connection(number, of) for number, of in enumerate(parts)]
         errors = [of.error for of in parts]
         return self._described(found.cuts, connections, errors, over_depth=False)
@@ -172,9 +178,12 @@ class _Reader:
             self.graph.place(branch.source), reads, parts,
         )  # fmt: skip
 
-    def _over_depth(self) -> MemoryReading:
+    def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        parts = over_depth(self.states, self.branches, last)
+        reads = [*(branch.read for branch in self.branches), last]
+        if all(len(cut) == 1 for cut in cuts):
+            reads = [value for cut in cuts for value in cut]
+        parts = over_depth(self.states, self.branches, reads)
         error = recomputed_depth(self.states, parts)
         connections = [self._depth_connection(number, parts, error) for number in range(len(parts.reads) - 1)]
         cuts = [[read] for read in parts.reads]
