@@ -117,36 +117,40 @@ def _unit(states: States, branch: Branch, own: torch.Tensor, stream: int) -> tor
 
 @dataclass
 class DepthParts:
-    """Reads over depth: each state is a sum of the first value and of all branches' outputs."""
+    """Sums over depth: each state, and what each branch reads, is a sum of the first value and of all branches' outputs."""
 
-    reads: list[Value]
-    sources: list[torch.Tensor | None]  # (tokens, features)
-    weights: list[list[torch.Tensor]]  # by state and source: (tokens, features or 1)
-    constants: list[torch.Tensor]
+    states: list[Value]
+    sources: list[torch.Tensor | None]  # (tokens, features); None where an output has no order of its own
+    weights: dict[
+        int, list[torch.Tensor]
+    ]  # by the number of a state or read, and by source: (tokens, features or 1)
+    constants: dict[int, torch.Tensor]
 
 
-def over_depth(states: States, branches: Sequence[Branch], reads: Sequence[Value]) -> DepthParts:
-    """The weights with which each read holds the first value and the outputs of all branches."""
-    reads = sorted(dict.fromkeys(reads), key=lambda value: value.number)
-    counts = {states.num_streams([read]) for read in reads}
+def over_depth(states: States, branches: Sequence[Branch], values: Sequence[Value]) -> DepthParts:
+    """The weights with which states and reads hold the first value and the outputs of all branches."""
+    ordered = sorted(dict.fromkeys(values), key=lambda value: value.number)
+    held = list(dict.fromkeys([*ordered, *(branch.read for branch in branches)]))
+    counts = {states.num_streams([value]) for value in held}
     if counts != {1}:
         raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
     root = states.memory.root
     sources: list[torch.Tensor | None] = [states.array([root])[:, 0]]
-    columns = [_held_by(states, reads, root)]
+    columns = [_held_by(states, held, root)]
     for branch in branches:
         out = branch_output(states, branch)
         sources.append(out[:, 0] if out is not None and out.shape[1] == 1 else None)
-        columns.append(_held_by(states, reads, branch.source))
+        columns.append(_held_by(states, held, branch.source))
     zeros = {
         v.number: torch.zeros_like(states.graph.tensor(v)) for v in (root, *(b.source for b in branches))
     }
-    again = states.replay(reads, zeros, real=True)
-    constants = [states.array([read], again)[:, 0] for read in reads]
-    return DepthParts(reads, sources, [list(of) for of in zip(*columns, strict=True)], constants)
+    again = states.replay(held, zeros, real=True)
+    constants = {value.number: states.array([value], again)[:, 0] for value in held}
+    rows = zip(held, zip(*columns, strict=True), strict=True)
+    return DepthParts(ordered, sources, {value.number: list(row) for value, row in rows}, constants)
 
 
-def _held_by(states: States, reads: Sequence[Value], source: Value) -> list[torch.Tensor]:
+def _held_by(states: States, held: Sequence[Value], source: Value) -> list[torch.Tensor]:
     ones = {source.number: torch.ones_like(states.graph.tensor(source))}
-    again = states.replay(reads, ones)
-    return [weights(states.array([read], again)[:, 0]) for read in reads]
+    again = states.replay(held, ones)
+    return [weights(states.array([value], again)[:, 0]) for value in held]

@@ -66,7 +66,11 @@ class Names:
 
     def _path(self, number: int) -> str:
         """The outermost module call whose work a branch is."""
-        stacks = [self.graph.stack(v) for v in self._insides[number] if v.name in MATRICES or weights_of(v)]
+        unit, depth = self.unit(number), len(self._around)
+        works = [v for v in self._insides[number] if v.name in MATRICES or weights_of(v)]
+        stacks = [self.graph.stack(v) for v in works]
+        if unit is not None:  # before it may lie the work of other branches, as of another track
+            stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
         stacks = stacks or [self.graph.stack(self.branches[number].source)]
         common = stacks[0]
         for stack in stacks[1:]:

@@ -76,17 +76,17 @@ def _is_pure(states: States, before: Cut, read: Value) -> bool:
 
 
 def recomputed_depth(states: States, parts: DepthParts) -> float:
-    """How far the reads over depth are from the weighted sums of what is reported; infinite where a source has no order."""
+    """How far states and reads are from the weighted sums of what is reported; infinite where a source has no order."""
     worst = 0.0
-    for read, row, constant in zip(parts.reads, parts.weights, parts.constants, strict=True):
-        total = constant
+    for number, row in parts.weights.items():
+        total = parts.constants[number]
         for source, weight in zip(parts.sources, row, strict=True):
             if source is None:
                 if bool(weight.any()):
                     return float("inf")
                 continue
             total = total + weight.to(source) * source
-        worst = max(worst, _error(total, states.array([read])[:, 0]))
+        worst = max(worst, _error(total, states.array([states.graph.values[number]])[:, 0]))
     return worst
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from depthscope.probes.reading.description import (
     Reading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError
+from depthscope.probes.reading.graph import Graph, ReadingError, Value
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import Names, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
@@ -132,7 +133,7 @@ class _Reader:
         coverage = Coverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         allowed = tolerance([value for cut in cuts for value in cut])
-        why = coverage.why_incomplete()
+        why = coverage.why_incomplete() or self._why_unread(over_depth)
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is recomputed from its parts"
@@ -180,29 +181,49 @@ class _Reader:
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        reads = [*(branch.read for branch in self.branches), last]
-        if all(len(cut) == 1 for cut in cuts):
-            reads = [value for cut in cuts for value in cut]
-        parts = over_depth(self.states, self.branches, reads)
+        values = [*(branch.read for branch in self.branches), last]
+        single = all(
+            len(cut) == 1 for cut in cuts
+        )  # one state at a time, of which branches read earlier ones
+        parts = over_depth(self.states, self.branches, [cut[0] for cut in cuts] if single else values)
         error = recomputed_depth(self.states, parts)
-        connections = [self._depth_connection(number, parts, error) for number in range(len(parts.reads) - 1)]
-        cuts = [[read] for read in parts.reads]
-        return self._described(cuts, connections, [error] * max(len(connections), 1), over_depth=True)
+        pairs = list(pairwise(parts.states))
+        connections = [
+            self._depth_connection(number, pair, parts, error, single) for number, pair in enumerate(pairs)
+        ]
+        cuts = [[value] for value in parts.states]
+        return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
 
-    def _depth_connection(self, number: int, parts: DepthParts, error: float) -> ConnectionReading:
-        read, after = (_table(parts.weights[n]) for n in (number, number + 1))
-        new = [k for k, branch in enumerate(self.branches) if branch.read is parts.reads[number]]
-        carry = after.clone()
+    def _depth_connection(
+        self, number: int, pair: tuple[Value, Value], parts: DepthParts, error: float, single: bool
+    ) -> ConnectionReading:
+        before, after = pair
+        new = [
+            k for k, branch in enumerate(self.branches)
+            if (before.number < branch.writes[0].number <= after.number if single else branch.read is before)
+        ]  # fmt: skip
+        reads = [self.branches[k].read for k in new] or [before]
+        carry = _table(parts.weights[after.number]).clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = {"depth_read": read, "depth_carry": carry}
+        found = {"depth_read": _table(parts.weights[reads[-1].number]), "depth_carry": carry}
+        if bool(parts.constants[after.number].any()):
+            found["constant"] = parts.constants[after.number]
         branches = []
         for k in new:
-            weight = parts.weights[number + 1][k + 1]
+            weight = parts.weights[after.number][k + 1]
             name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
             branches.append(self._branch(self.branches[k], {name: weight}))
-        if bool(parts.constants[number + 1].any()):
-            found["constant"] = parts.constants[number + 1]
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+
+    def _why_unread(self, over_depth: bool) -> str:
+        """Reads that a description has no place for."""
+        ways = self.memory.trunk
+        for branch in self.branches if over_depth else ():
+            mixtures = [read for read in branch.reads_before_norms if read.number not in ways]
+            if len(mixtures) > 1:
+                path = self.graph.path(branch.source) or "a branch"
+                return f"{path} reads {len(mixtures)} mixtures of earlier outputs at once"
+        return ""
 
 
 def _table(row: list[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from depthscope.probes.reading.branches import branches_of, hidden_sums
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, ReadingError, Value
-from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.memory import Memory, without_forks, without_inner
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
@@ -52,9 +52,8 @@ def memories(graph: Graph) -> list[Memory]:
     ranked = _ranked(graph, _candidates(graph))
     if not ranked:
         raise ReadingError(NO_MEMORY)
-    best = _with_hidden_sums(ranked[0].memory)
-    found = [best]
-    taken = [(best, branches_of(best))]
+    found = _tracks(_with_hidden_sums(ranked[0].memory))
+    taken = [(memory, branches_of(memory)) for memory in found]
     for other in ranked[1:]:
         if other.share < 0.002 or any(other.memory.trunk & known.trunk for known in found):
             continue
@@ -92,6 +91,27 @@ def _with_hidden_sums(memory: Memory) -> Memory:
             break
         memory = again
     return memory
+
+
+def _tracks(memory: Memory) -> list[Memory]:
+    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
+    branches = branches_of(memory)
+    last = max((write.number for branch in branches for write in branch.writes), default=0)
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
+    track: dict[int, int] = {}
+    for number in sorted(n for n in relevant if n <= last):
+        joined = {track[p.number] for p in memory.inside(memory.graph.values[number]) if p.number in track}
+        own = min(joined, default=number)
+        track |= {n: own for n, of in track.items() if of in joined}
+        track[number] = own
+    writes = {
+        name: {n for n, of in track.items() if of == name and n in memory.writes} for name in track.values()
+    }
+    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
+        return [memory]
+    merges = {n for n in memory.trunk if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1}
+    everything = merges.union(*writes.values())
+    return [without_inner(memory, everything - of) for of in writes.values()]
 
 
 def _ranked(graph: Graph, roots: list[Value]) -> list[Ranked]:
