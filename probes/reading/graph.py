@@ -55,23 +55,19 @@ class Call(NamedTuple):
     kind: str  # the module's class
 
 
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where the elements of a tensor lie in its memory: shape, stride, offset."""
+    if tensor.layout is not torch.strided:
+        return tuple(tensor.shape), (), 0
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
 class Value:
     """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
 
     __slots__ = (
-        "args",
-        "call",
-        "dtype",
-        "func",
-        "held",
-        "item",
-        "kind",
-        "kwargs",
-        "name",
-        "number",
-        "order",
-        "parents",
-        "shape",
+        "alias", "args", "call", "dtype", "func", "geometry", "held", "item", "kwargs", "kind", "name", "number", "order",
+        "parents", "shape",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +78,8 @@ class Value:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
         self.item = self.order = 0
         self.kind = ""
+        self.geometry = geometry(tensor)
+        self.alias = False  # whether it lies in the memory of its first parent
         self.held: torch.Tensor | None = None
         self.parents: tuple[Value, ...] = ()
         if name not in SHAPE_ONLY:

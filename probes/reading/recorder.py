@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.reading.graph import CONSTANT, INPUT, LEAF, PARAMETER, Call, Graph, Value, names
+from depthscope.probes.reading.graph import CONSTANT, INPUT, LEAF, PARAMETER, Call, Graph, Value, geometry, names
 
 # Operations whose operands are held; of products of matrices without a weight among them.
 HELD = names(
@@ -24,6 +25,7 @@ HELD = names(
     "slice_scatter select_scatter patch copy masked_scatter cat stack native_dropout sum mean embedding "
     "native_batch_norm _native_batch_norm_legit cudnn_batch_norm _batch_norm_with_update"
 )
+COPIES = names("clone contiguous _to_copy lift_fresh_copy")
 MATRICES = names("mm bmm matmul addmm baddbmm mv dot")
 # Sums with a product in one operation, and the product alone.
 FUSED = {
@@ -42,10 +44,6 @@ class _Entry(weakref.ref):
     key: int
     value: Value
     writes: int
-
-
-def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -114,7 +112,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def _rewritten(self, entry: _Entry, tensor: torch.Tensor, writes: list[tuple[Value, tuple]]) -> None:
-        own = _geometry(tensor)
+        own = geometry(tensor)
         for new, where in writes[entry.writes :]:
             if new is entry.value:
                 continue
@@ -138,9 +136,22 @@ class Recorder(TorchDispatchMode):
         self._entries[entry.key] = entry
 
     def _hold(self, tensor: torch.Tensor, value: Value) -> None:
-        if value.held is None:
-            value.held = tensor.detach()
-            self._held.setdefault(_storage(tensor), []).append(value)
+        """Hold a value, and those of which it is a view or a copy."""
+        held = tensor.detach()
+        while value.held is None:
+            value.held = held
+            storage = _storage(held)
+            self._held.setdefault(storage, []).append(value)
+            parent = value.parents[0] if value.parents else None
+            if parent is None or storage in self._writes:
+                return
+            if value.alias:
+                held = held.as_strided(*parent.geometry)
+            elif value.name in COPIES and torch.promote_types(parent.dtype, value.dtype) == value.dtype:
+                held = held.to(parent.dtype)
+            else:
+                return
+            value = parent
 
     def _replaced(self, argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
@@ -196,10 +207,10 @@ class Recorder(TorchDispatchMode):
             if not isinstance(tensor, torch.Tensor):
                 continue
             value = self._new(name, func, found, named, tensor)
-            value.item, value.order = item, order
+            value.item, value.order, value.alias = item, order, _is_view(func)
             if target is not None and tensor is target:
                 self._alive.append(tensor)
-                self._writes.setdefault(_storage(target), []).append((value, _geometry(target)))
+                self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
             self._enter(tensor, value)
             if name in HELD or not value.is_floating or (name in MATRICES and _is_small(value, found)):
                 self._hold(tensor, value)
@@ -221,6 +232,13 @@ class Recorder(TorchDispatchMode):
         for value in self._held.pop(_storage(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether what an operation gives lies in the memory of what it takes."""
+    alias = func._schema.returns[0].alias_info if func._schema.returns else None
+    return alias is not None and not alias.is_write
 
 
 def _has_weight(found: Sequence[Any]) -> bool:
