@@ -153,6 +153,7 @@ class Graph:
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
+        self._to_output: bytearray | None = None
 
     def depends(self, value: Value, on: Value) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -172,6 +173,18 @@ class Graph:
             given = [v for v in self.values if v.kind == INPUT]
             self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
         return bool(self._from_input[value.number])
+
+    def reaches_output(self, value: Value) -> bool:
+        """Whether the output was computed from a value; True for all where the model returned no tensor."""
+        if self._to_output is None:
+            marks = self._to_output = bytearray(len(self.values))
+            waiting = list(self.outputs) or self.values[:]
+            while waiting:
+                of = waiting.pop()
+                if not marks[of.number]:
+                    marks[of.number] = 1
+                    waiting += of.parents
+        return bool(self._to_output[value.number])
 
     def has_origin(self, value: Value) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""

@@ -171,7 +171,9 @@ def follow(
             memory.carried[value.number] = numbers
             memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
             _note_write(memory, value, inside)
-    memory.end = graph.values[max(memory.carried, key=lambda number: (memory.depth[number], number))]
+    reaching = [number for number in memory.carried if graph.reaches_output(graph.values[number])]
+    ends = reaching or list(memory.carried)
+    memory.end = graph.values[max(ends, key=lambda number: (memory.depth[number], number))]
     memory.trunk = memory.back([memory.end])
     return memory
 

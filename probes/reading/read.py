@@ -181,26 +181,27 @@ class _Reader:
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        values = [*(branch.read for branch in self.branches), last]
-        single = all(
-            len(cut) == 1 for cut in cuts
-        )  # one state at a time, of which branches read earlier ones
-        parts = over_depth(self.states, self.branches, [cut[0] for cut in cuts] if single else values)
+        if all(len(cut) == 1 for cut in cuts):  # one state at a time, of which branches read earlier ones
+            values = [cut[0] for cut in cuts]
+        else:
+            values = self._bases(last)
+        by_read = not values
+        parts = over_depth(self.states, self.branches, values or [*(b.read for b in self.branches), last])
         error = recomputed_depth(self.states, parts)
         pairs = list(pairwise(parts.states))
         connections = [
-            self._depth_connection(number, pair, parts, error, single) for number, pair in enumerate(pairs)
+            self._depth_connection(number, pair, parts, error, by_read) for number, pair in enumerate(pairs)
         ]
         cuts = [[value] for value in parts.states]
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
 
     def _depth_connection(
-        self, number: int, pair: tuple[Value, Value], parts: DepthParts, error: float, single: bool
+        self, number: int, pair: tuple[Value, Value], parts: DepthParts, error: float, by_read: bool
     ) -> ConnectionReading:
         before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
-            if (before.number < branch.writes[0].number <= after.number if single else branch.read is before)
+            if (branch.read is before if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
         reads = [self.branches[k].read for k in new] or [before]
         carry = _table(parts.weights[after.number]).clone()
@@ -214,6 +215,18 @@ class _Reader:
             name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
             branches.append(self._branch(self.branches[k], {name: weight}))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+
+    def _bases(self, last: Value) -> list[Value]:
+        """What each branch's output is added to, where these are the states and branches read sums of them; else nothing."""
+        if last.number not in {write.number for branch in self.branches for write in branch.writes}:
+            return []
+        found = []
+        for branch in self.branches:
+            inside = self.memory.inside(branch.writes[0])
+            if len(inside) != 1 or inside[0].number not in self.memory.back([branch.read]):
+                return []
+            found.append(inside[0])
+        return [*found, last] if len(set(found)) == len(found) else []
 
     def _why_unread(self, over_depth: bool) -> str:
         """Reads that a description has no place for."""

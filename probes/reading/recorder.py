@@ -17,7 +17,17 @@ from torch import nn
 from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.reading.graph import CONSTANT, INPUT, LEAF, PARAMETER, Call, Graph, Value, geometry, names
+from depthscope.probes.reading.graph import (
+    CONSTANT,
+    INPUT,
+    LEAF,
+    PARAMETER,
+    Call,
+    Graph,
+    Value,
+    geometry,
+    names,
+)
 
 # Operations whose operands are held; of products of matrices without a weight among them.
 HELD = names(

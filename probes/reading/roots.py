@@ -109,7 +109,11 @@ def _tracks(memory: Memory) -> list[Memory]:
     }
     if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
         return [memory]
-    merges = {n for n in memory.trunk if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1}
+    merges = {
+        n
+        for n in memory.trunk
+        if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1
+    }
     everything = merges.union(*writes.values())
     return [without_inner(memory, everything - of) for of in writes.values()]
 

@@ -134,7 +134,7 @@ class LambdaSkips(Base):
         first = x
         for number, block in enumerate(self.blocks):
             x = self.lambdas[number, 0] * x + self.lambdas[number, 1] * first
-            truth.state(x, number - 1, "pre|post|embed", need="")
+            truth.state(x, number - 1, "pre|post|embed", need=f"layer {number - 1}")
             x = block(x)
         return x
 
@@ -143,7 +143,9 @@ class Gates(Base):
     """tanh gates a layer, then one gate a token from the state."""
 
     def layer(self, number):
-        return nn.ModuleDict({"attn": Attention(norm=True), "mlp": Mlp(norm=True), "to_gate": nn.Linear(WIDTH, 1)})
+        return nn.ModuleDict(
+            {"attn": Attention(norm=True), "mlp": Mlp(norm=True), "to_gate": nn.Linear(WIDTH, 1)}
+        )
 
     def build(self):
         super().build()
@@ -217,7 +219,7 @@ class LearnedSkips(Base):
         for number, block in enumerate(self.blocks):
             if number >= 2:
                 x = x + self.shares[number - 2] * skips.pop()
-                truth.state(x, number - 1, "pre|post", need="")
+                truth.state(x, number - 1, "pre|post", need=f"layer {number - 1}")
             x = block(x)
             if number < 2:
                 skips.append(x)
@@ -232,7 +234,14 @@ class PostNormEncoder(nn.Module):
         self.word, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(32, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.layer = nn.ModuleList(
-            nn.ModuleDict({"attention": Attention(causal=False), "ln1": nn.LayerNorm(WIDTH), "output": Mlp(), "ln2": nn.LayerNorm(WIDTH)})
+            nn.ModuleDict(
+                {
+                    "attention": Attention(causal=False),
+                    "ln1": nn.LayerNorm(WIDTH),
+                    "output": Mlp(),
+                    "ln2": nn.LayerNorm(WIDTH),
+                }
+            )
             for _ in range(BLOCKS)
         )
         self.pooler = nn.Linear(WIDTH, WIDTH)
@@ -347,10 +356,12 @@ class StreamBase(nn.Module):
 
     def note(self, x, row, branch_in=None):
         """The state after a row, from (B, T, n, D)."""
-        truth.state(x, row // 2, "post" if row % 2 else "mid", axes="b t n d -> b t n d")
+        truth.state(x, row, axes="b t n d -> b t n d")  # the list of branches numbers the blocks
 
     def joined(self, row, res=None):
-        truth.connection(h_res=self.res[row] if res is None else res, h_pre=self.pre[row], h_post=self.post[row])
+        truth.connection(
+            h_res=self.res[row] if res is None else res, h_pre=self.pre[row], h_post=self.post[row]
+        )
 
     def begin(self, ids):
         x = self.embed(ids)[:, :, None] + self.offsets
@@ -368,7 +379,10 @@ class ListLoop(StreamBase):
         x = list(self.begin(ids).unbind(2))
         for row, branch in enumerate(self.branches):
             out = branch(sum(self.pre[row, n] * x[n] for n in range(STREAMS)))
-            x = [sum(self.res[row, i, j] * x[j] for j in range(STREAMS)) + self.post[row, i] * out for i in range(STREAMS)]
+            x = [
+                sum(self.res[row, i, j] * x[j] for j in range(STREAMS)) + self.post[row, i] * out
+                for i in range(STREAMS)
+            ]
             self.joined(row)
             self.note(torch.stack(x, 2), row)
         return self.end(sum(x))
@@ -410,7 +424,10 @@ class NextRead(StreamBase):
         x = self.begin(ids)
         u = torch.einsum("btnd,n->btd", x, self.pre[0])
         for row, branch in enumerate(self.branches):
-            x = torch.einsum("ij,btjd->btid", self.res[row], x) + branch(u)[:, :, None] * self.post[row][:, None]
+            x = (
+                torch.einsum("ij,btjd->btid", self.res[row], x)
+                + branch(u)[:, :, None] * self.post[row][:, None]
+            )
             u = torch.einsum("btnd,n->btd", x, self.pre[min(row + 1, 2 * BLOCKS - 1)])
             self.joined(row)
             self.note(x, row)
@@ -437,7 +454,9 @@ class DynamicMhc(StreamBase):
 
     def __init__(self):
         super().__init__()
-        self.dynamic = nn.ModuleList(nn.Linear(STREAMS * WIDTH, STREAMS**2 + 2 * STREAMS) for _ in self.branches)
+        self.dynamic = nn.ModuleList(
+            nn.Linear(STREAMS * WIDTH, STREAMS**2 + 2 * STREAMS) for _ in self.branches
+        )
 
     def forward(self, ids):
         x = self.begin(ids).transpose(1, 2)
@@ -473,14 +492,14 @@ class PaddedBlocks(nn.Module):
         history = [x]
         for block in range(4):
             h = self.read(history, self.queries[block])
-            truth.state(h, block - 1, "pre|post|embed", need="")
+            truth.state(h, 2 * block - 1, "pre|post|embed", need="")
             a, b = self.branches[2 * block], self.branches[2 * block + 1]
             partial_sum = a(h)
             partial_sum = partial_sum + b(h + partial_sum)
-            truth.state(h + a(h), block, "mid", need="")
+            truth.state(h + a(h), 2 * block, "post|mid", need="")
             history.append(partial_sum)
         h = self.read(history, self.queries[4])
-        truth.state(h, 3, "post|pre")
+        truth.state(h, 7, "post|pre")
         return self.head(h)
 
 

@@ -43,7 +43,11 @@ def truth_of(model: Unseen) -> notes.Truth:
     def leave(block, args, output):
         note(opened(output, model.held), (len(chain.states) - 2) // 2, "post")
 
-    hooks = [hook for block in model.blocks for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    hooks = [
+        hook
+        for block in model.blocks
+        for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
+    ]
     with torch.no_grad():
         model(ids())
     for hook in hooks:

@@ -15,7 +15,7 @@ from depthscope.probes.reading.read import read_graph
 from depthscope.probes.reading.recorder import recorded
 from tests.models.designs import truth as notes
 from tests.models.designs.design import Design
-from tests.models.designs.outcome import ROUNDING, Outcome
+from tests.models.designs.outcome import PLAIN, ROUNDING, Outcome, _all_ones
 
 
 class Mistake(Exception):
@@ -129,11 +129,17 @@ def _places(
         label = f"{state.site} of block {state.layer}"
         if place is None:
             true = tuple(_flat(chain.states[min(begin, len(chain.states) - 1)].value).shape)
-            return places, f"state {depth} of {len(memory.states)}, «{label}», {tuple(values.shape)} is none (next {true}, earlier {fits})"
+            return (
+                places,
+                f"state {depth} of {len(memory.states)}, «{label}», {tuple(values.shape)} is none (next {true}, earlier {fits})",
+            )
         true_state = chain.states[place]
         number = -1 if state.site == "embed" else true_state.layer + (state.site == "pre")
         if labels and (state.site not in true_state.sites or state.layer != number):
-            return places, f"state {depth}, «{label}», is {'|'.join(true_state.sites)} of block {true_state.layer}"
+            return (
+                places,
+                f"state {depth}, «{label}», is {'|'.join(true_state.sites)} of block {true_state.layer}",
+            )
         places.append(place)
     return places, ""
 
@@ -141,12 +147,14 @@ def _places(
 def _parts_missing(fit: _Fit, chain: notes.Chain, rounding: float) -> set[str]:
     true = {(c.state_in, c.state_out): c.parts for c in chain.connections}
     missing: set[str] = set()
+    # Plain connections without any scale need not say so.
+    plain = all(set(parts) <= PLAIN and _all_ones(parts) for parts in true.values())
     for connection in fit.memory.connections:
         joined = fit.places[connection.depth_in], fit.places[connection.depth_out]
         for name, value in true.get(joined, {}).items():
             mine = _part(connection, name, value)
             if mine is None:
-                if name not in ("branch_in", "branch_out"):
+                if name not in ("branch_in", "branch_out") and not plain:
                     missing.add(name)
                 continue
             mine, value = mine.expand(len(fit.order), *mine.shape[1:])[fit.order].float(), _flat(value)
