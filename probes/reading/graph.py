@@ -186,6 +186,18 @@ class Graph:
                     waiting += of.parents
         return bool(self._to_output[value.number])
 
+    def has_own_weights(self, value: Value) -> bool:
+        """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
+        seen, waiting = {value.number}, [value]
+        while waiting:
+            of = waiting.pop()
+            if of.kind == PARAMETER and not self.reaches_output(of):
+                return True
+            new = [p for p in of.parents if p.number not in seen and not self.reaches_output(p)]
+            seen.update(p.number for p in new)
+            waiting += new
+        return False
+
     def has_origin(self, value: Value) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
         seen, waiting = set(), [value]

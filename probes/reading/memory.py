@@ -171,11 +171,18 @@ def follow(
             memory.carried[value.number] = numbers
             memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
             _note_write(memory, value, inside)
-    reaching = [number for number in memory.carried if graph.reaches_output(graph.values[number])]
-    ends = reaching or list(memory.carried)
-    memory.end = graph.values[max(ends, key=lambda number: (memory.depth[number], number))]
+    memory.end = _end(memory)
     memory.trunk = memory.back([memory.end])
     return memory
+
+
+def _end(memory: Memory) -> Value:
+    """The value after most writes: of those that reach the output, or that weights made which work nowhere else."""
+    values = [memory.graph.values[number] for number in memory.carried]
+    for value in sorted(values, key=lambda value: (memory.depth[value.number], value.number), reverse=True):
+        if memory.graph.reaches_output(value) or memory.graph.has_own_weights(value):
+            return value
+    return memory.root
 
 
 def _joining(memory: Memory):  # type: ignore[no-untyped-def]
