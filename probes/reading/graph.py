@@ -66,8 +66,21 @@ class Value:
     """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
 
     __slots__ = (
-        "alias", "args", "call", "dtype", "func", "geometry", "held", "item", "kwargs", "kind", "name", "number", "order",
-        "parents", "shape",
+        "alias",
+        "args",
+        "call",
+        "dtype",
+        "func",
+        "geometry",
+        "held",
+        "item",
+        "kind",
+        "kwargs",
+        "name",
+        "number",
+        "order",
+        "parents",
+        "shape",
     )  # fmt: skip
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from depthscope.probes.reading.carrying import Carried, Rules
 from depthscope.probes.reading.graph import Graph, Value
@@ -21,6 +21,34 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a memory begins, and what is known of it from an earlier pass.
+
+    Parameters
+    ----------
+    root : Value
+        The first value.
+    shape : tuple of int
+        Of one stream of it.
+    numbers : Numbers
+        Of the first value's elements.
+    functions : bool
+        Whether norms and activations are passed, as in post-norm blocks.
+    banned : frozenset of int
+        Numbers of values that are opaque.
+    seeds : mapping of int to Numbers
+        Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
+    """
+
+    root: Value
+    shape: tuple[int, ...]
+    numbers: Numbers
+    functions: bool = False
+    banned: frozenset[int] = frozenset()
+    seeds: Mapping[int, Numbers] = field(default_factory=dict)
+
+
 @dataclass
 class Memory:
     """What is carried from one value, the root.
@@ -29,10 +57,8 @@ class Memory:
     ----------
     graph : Graph
         The forward.
-    root : Value
-        The first value.
-    shape : tuple of int
-        Of the first value; its last axis is shorter where that holds several streams from the beginning.
+    start : Start
+        How it begins.
     carried : dict of int to Numbers
         The values that hold parts of the memory, by number.
     depth : dict of int to int
@@ -50,8 +76,7 @@ class Memory:
     """
 
     graph: Graph
-    root: Value
-    shape: tuple[int, ...]
+    start: Start
     carried: Carried = field(default_factory=dict)
     depth: dict[int, int] = field(default_factory=dict)
     writes: dict[int, list[Value]] = field(default_factory=dict)
@@ -59,8 +84,16 @@ class Memory:
     born: set[int] = field(default_factory=set)
     end: Value = None  # type: ignore[assignment]
     trunk: set[int] = field(default_factory=set)
-    functions: bool = False
-    axis: int = -1  # of the first value, along which its features lie
+
+    @property
+    def root(self) -> Value:
+        """The first value."""
+        return self.start.root
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one stream of the first value."""
+        return self.start.shape
 
     @property
     def count(self) -> int:
@@ -115,56 +148,42 @@ class Memory:
         return any(is_statistic(self.graph, other, inside[0]) for other in others)
 
 
-def follow(
-    graph: Graph,
-    root: Value,
-    *,
-    functions: bool = False,
-    streams: int = 1,
-    banned: Collection[int] = (),
-    seeds: Mapping[int, Numbers] | None = None,
-) -> Memory:
-    """The memory that begins with a value.
+def start_of(root: Value, streams: int = 1) -> Start:
+    """A memory's begin with a value, whose last axis may hold streams behind each other."""
+    *lead, width = root.shape
+    shape = (*lead, width // streams)
+    first = Numbers.first(shape)
+    if streams > 1:
+        one = Numbers(array=first.dense().reshape(*lead, 1, width // streams))
+        first = one.expand((*lead, streams, width // streams)).reshape(root.shape) or first
+    return Start(root, shape, first)
+
+
+def follow(graph: Graph, start: Start) -> Memory:
+    """The memory that begins so.
 
     Parameters
     ----------
     graph : Graph
         The forward.
-    root : Value
-        The first value.
-    functions : bool
-        Whether norms and activations are passed, as in post-norm blocks.
-    streams : int
-        How many streams lie behind each other in the last axis of the first value.
-    banned : collection of int
-        Numbers of values that are opaque.
-    seeds : mapping of int to Numbers, optional
-        Branch outputs of which it is known from a first pass that the memory keeps them as they are.
+    start : Start
+        The first value, and what is known of the way.
 
     Returns
     -------
     Memory
     """
-    *lead, width = root.shape
-    shape = (*lead, width // streams)
-    memory = Memory(graph, root, shape, functions=functions)
-    first = Numbers.first(shape)
-    if streams > 1:
-        first = (
-            first.reshape((*lead, 1, width // streams))
-            .expand((*lead, streams, width // streams))
-            .reshape(root.shape)
-        )
-    memory.carried[root.number], memory.depth[root.number] = first, 0
-    rules = Rules(graph, memory.carried, functions=functions, may_join=_joining(memory))
-    seeds = seeds or {}
+    root = start.root
+    memory = Memory(graph, start)
+    memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
     for value in graph.values[root.number + 1 :]:
         if not graph.depends(value, root):
             continue
         inside = [p for p in value.parents if p.number in memory.carried]
-        numbers = rules.numbers(value) if inside and value.number not in banned else None
-        if numbers is None and value.number in seeds:
-            _be_born(memory, value, seeds[value.number], 0)
+        numbers = rules.numbers(value) if inside and value.number not in start.banned else None
+        if numbers is None and value.number in start.seeds:
+            _be_born(memory, value, start.seeds[value.number], 0)
         elif numbers is None:
             memory.leaves += [(parent, value) for parent in inside]
         else:
@@ -236,24 +255,22 @@ def _alike(model: Numbers, shape: tuple[int, ...]) -> Numbers | None:
     return None if found is None else found.expand(shape)
 
 
-def without_forks(
-    graph: Graph,
-    root: Value,
-    *,
-    functions: bool = False,
-    streams: int = 1,
-    seeds: Mapping[int, Numbers] | None = None,
-    also: Collection[int] = (),
-) -> Memory:
-    """The memory of a root, in which a norm lies on the way only where the memory goes on nowhere else; see `follow`."""
-    banned = frozenset(also)
-    for _ in range(8):
-        memory = follow(graph, root, functions=functions, streams=streams, seeds=seeds, banned=banned)
+def without_forks(graph: Graph, start: Start) -> Memory:
+    """The memory that begins so, in which a norm lies on the way only where the memory goes on nowhere else."""
+    memory = follow(graph, start)
+    for _ in range(7):
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
         if not forks:
-            return memory
-        banned |= forks
+            break
+        start = replace(start, banned=start.banned | forks)
+        memory = follow(graph, start)
     return memory
+
+
+def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
+    """The memory without some sums, as those inside of its blocks, which are then branches with a residual of their own."""
+    start = replace(memory.start, banned=memory.start.banned | frozenset(inner))
+    return without_forks(memory.graph, start)
 
 
 def _is_fork(memory: Memory, value: Value) -> bool:
@@ -262,8 +279,3 @@ def _is_fork(memory: Memory, value: Value) -> bool:
     carrier = memory.inside(value)[0]
     values = memory.graph.values
     return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1
-
-
-def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
-    """The memory without sums inside of its blocks, which are then branches with a residual of their own."""
-    return without_forks(memory.graph, memory.root, functions=memory.functions, also=inner)

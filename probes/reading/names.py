@@ -149,7 +149,7 @@ class Names:
         unit = stack[len(self._around)]
         key = self._key(self.graph.calls[unit].path, unit)
         like = self.keys()[0]
-        return key if len(key.digits) == len(like.digits) > 1 and key != like else None
+        return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
 class Key(NamedTuple):
@@ -202,11 +202,11 @@ def number_blocks(all_names: Sequence[Names]) -> None:
         names.layers = numbered(names.keys(), names.graph.modules)
     for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
         root = names.key_of_root()
-        same = before.paths[0].partition(".")[0] == names.paths[0].partition(".")[0]
-        if root is None or not same or not names.graph.depends(names.memory.root, before.memory.end):
+        if root is None or not names.graph.depends(names.memory.root, before.memory.end):
             continue
         names.first_layer = max(before.layers) + 1
-        names.layers = [names.first_layer + 1 + number for number in numbered(names.keys(), {})]
+        own = numbered(names.keys(), {})
+        names.layers = [names.first_layer + 1 + number - own[0] for number in own]
 
 
 def labels(names: Names, cuts: Sequence[Sequence[Value]]) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
+from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import DepthParts, Parts, joined_by, over_depth
 from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
 from depthscope.probes.reading.description import (
@@ -26,7 +27,6 @@ from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import Names, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
 from depthscope.probes.reading.recorder import recorded
-from depthscope.probes.reading.roots import NO_MEMORY, memories
 from depthscope.probes.reading.states import States
 
 

@@ -147,8 +147,9 @@ class Recorder(TorchDispatchMode):
 
     def _hold(self, tensor: torch.Tensor, value: Value) -> None:
         """Hold a value, and those of which it is a view or a copy."""
-        held = tensor.detach()
-        while value.held is None:
+        held: torch.Tensor | None = tensor.detach()
+        own = True  # whether what is held lies in the memory of the value itself
+        while held is not None and value.held is None:
             value.held = held
             storage = _storage(held)
             self._held.setdefault(storage, []).append(value)
@@ -156,9 +157,9 @@ class Recorder(TorchDispatchMode):
             if parent is None or storage in self._writes:
                 return
             if value.alias:
-                held = held.as_strided(*parent.geometry)
+                held = held.as_strided(*parent.geometry) if own else _unviewed(value, parent, held)
             elif value.name in COPIES and torch.promote_types(parent.dtype, value.dtype) == value.dtype:
-                held = held.to(parent.dtype)
+                held, own = held.to(parent.dtype), False
             else:
                 return
             value = parent
@@ -244,6 +245,17 @@ class Recorder(TorchDispatchMode):
                 value.held = value.held.clone()
 
 
+def _unviewed(value: Value, parent: Value, held: torch.Tensor) -> torch.Tensor | None:
+    """What a view was taken of, from a copy of the view; None where that is not all of it."""
+    if value.numel != parent.numel:
+        return None
+    if value.name == "permute":
+        return held.permute([[d % held.ndim for d in value.args[1]].index(dim) for dim in range(held.ndim)])
+    if value.name in ("transpose", "t"):
+        return held.transpose(*(value.args[1:3] or (0, -1)))
+    return held.reshape(parent.shape)
+
+
 @cache
 def _is_view(func: Any) -> bool:
     """Whether what an operation gives lies in the memory of what it takes."""
@@ -317,8 +329,8 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Recorder]:
 
 
 def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
-    """The values of one forward, without gradients; a dict is passed as keywords, a tuple as positional arguments."""
-    with torch.no_grad(), recording(model, batch) as recorder:
+    """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
+    with recording(model, batch) as recorder:
         if isinstance(batch, dict):
             output = model(**batch)
         else:
