@@ -81,13 +81,13 @@ def _between_expansions(memory: Memory) -> Memory:
     reads = {branch.source.number: branch.reads for branch in branches_of(memory)}
     writes = memory.writes.keys() & memory.trunk
     known: set[int] = set()
-    for number in sorted(memory.trunk):
+    for number in sorted(memory.carried):
         join = values[number]
         pieces = {p.number for p in addends(join)} if join.name in JOINS else set()
         born = pieces & memory.born - known
         known |= pieces
         taken = [read for piece in born for read in reads.get(piece, ())]
-        if len(born) < 2 or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken):
+        if number not in memory.trunk or len(born) < 2 or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken):
             continue
         if all(memory.depth[read.number] == 0 for read in taken):
             start = replace(memory.start, root=join, numbers=memory.carried[number])

@@ -33,11 +33,22 @@ def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cu
     returns = sizes.count(least) > 2 and any(size > least for size in sizes[sizes.index(least) :])
     if returns and not any(first < len(cuts) // 2 for first in aged.values()):
         # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
-        inside = {v.number for cut, size in zip(cuts, sizes, strict=True) if size > least for v in cut}
+        inner = _inner(memory, cuts, sizes)
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
-        inside -= {value.number for cut in cuts for value in cut}
-        return Cuts(cuts, bool(_long_lived(cuts)), frozenset(inside & memory.writes.keys()))
+        return Cuts(cuts, bool(_long_lived(cuts)), inner)
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes)) > 1)
+
+
+def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
+    """The values inside of blocks to which something was added there, next to the states between blocks."""
+    found: set[int] = set()
+    depth, least = 0, sizes[-1]
+    for cut, size in zip(cuts, sizes, strict=True):
+        if size == least:
+            depth = max(memory.depth[value.number] for value in cut)
+        else:
+            found |= {value.number for value in cut if memory.depth[value.number] > depth}
+    return frozenset(found)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:
