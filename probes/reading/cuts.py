@@ -171,16 +171,23 @@ class _Life:
     def advanced(
         self, value: Value, last: bool, pattern: list[str] | None, *, widen: bool = False
     ) -> tuple[Value, list[str]]:
-        """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before."""
-        memory, names = self.memory, list[str]()
-        while len(self.takers[value.number]) == 1 and value.number not in self.readers:
-            (step,) = self.takers[value.number]
-            if not self._is_passive(value, step, widen) or (last and step.name not in (pattern or ())):
+        """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before.
+
+        Where a block hands one of them on, to that one.
+        """
+        way = [value]
+        while len(self.takers[way[-1].number]) == 1 and way[-1].number not in self.readers:
+            (step,) = self.takers[way[-1].number]
+            if not self._is_passive(way[-1], step, widen):
                 break
-            names.append(step.name)
-            value = step
-        assert memory.holds(value)
-        return value, names
+            way.append(step)
+        handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
+        if handed and not widen:
+            way = way[: handed[-1] + 1]
+        elif last:
+            end = next((n for n, step in enumerate(way[1:], 1) if step.name not in (pattern or ())), len(way))
+            way = way[:end]
+        return way[-1], [step.name for step in way[1:]]
 
     def _is_passive(self, value: Value, step: Value, widen: bool) -> bool:
         memory = self.memory

@@ -154,6 +154,8 @@ class Graph:
         By the numbers of values that are parameters.
     modules : dict of str to str
         The classes of all modules by their paths, whether they were called or not.
+    handed_on : set of int
+        Numbers of the values that modules with a number, as blocks have, returned.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -161,6 +163,7 @@ class Graph:
     outputs: list[Value] = field(default_factory=list)
     parameter_names: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    handed_on: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._asked: dict[int, int] = {}

@@ -92,9 +92,11 @@ class Recorder(TorchDispatchMode):
         self.graph.calls.append(Call(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
 
-    def leave(self) -> None:
-        """Note that the innermost call has ended."""
+    def leave(self, path: str, output: Any) -> None:
+        """Note that the innermost call has ended, and what a numbered module hands on."""
         self._stack.pop()
+        if path.rpartition(".")[2].isdigit():
+            self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
 
     def value_of(self, tensor: torch.Tensor) -> Value:
         """The value that a tensor has now."""
@@ -315,8 +317,9 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Recorder]:
             recorder.enter(known, type(module).__name__)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) in paths:
-            recorder.leave()
+        path = paths.get(id(module))
+        if path is not None:
+            recorder.leave(path, output)
 
     before = hooked.register_module_forward_pre_hook(enter)
     after = hooked.register_module_forward_hook(leave, always_call=True)
