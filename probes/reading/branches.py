@@ -127,6 +127,10 @@ def _way(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[
             back, coefficient, numbers = _before_mixing(value, numbers)
         if back is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
             break
+        if not memory.graph.is_kept(
+            back
+        ):  # as what is padded to whole windows: the output is what is left of it
+            break
         way.append((back, coefficient, numbers))  # a value, and what it is scaled by in the step after
     way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
     return [value for value, _, _ in way], way[-1][2]

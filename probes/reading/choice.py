@@ -7,14 +7,18 @@ Others, whose values are apart from it and that lie in no branch of it, are furt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from depthscope.probes.reading.branches import branches_of, hidden_sums
+from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, Value
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
 from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights_of
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 
+LEAST_SHARE = 0.002  # of the weights
+MOST_FURTHER = 24
+Taken = tuple[Memory, list[Branch]]
 NO_MEMORY = "nothing that is computed from a value is added to it: no residual network"
 
 
@@ -35,22 +39,37 @@ class Ranked:
 
 def memories(graph: Graph) -> list[Memory]:
     """The memories of a forward: the model's, and further ones in the order of their ranks."""
-    ranked = _ranked(graph, candidates(graph))
+    first, rest = candidates(graph)
+    ranked = _ranked(graph, first)
     if not ranked:
         raise ReadingError(NO_MEMORY)
-    found = _tracks(_between_expansions(_with_hidden_sums(ranked[0].memory)))
-    taken = [(memory, branches_of(memory)) for memory in found]
-    for other in ranked[1:]:
-        if other.share < 0.002 or any(other.memory.trunk & known.trunk for known in found):
+    taken: list[Taken] = []
+    for memory in _tracks(_between_expansions(_with_hidden_sums(ranked[0].memory))):
+        taken.append((memory, branches_of(memory)))
+    _take(graph, taken, ranked[1:])
+    for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
+        if not any(_is_within(graph, root, memory) for memory, _ in taken):
+            memory = without_forks(graph, start_of(root))
+            _take(graph, taken, [Ranked(memory, _share(memory))])
+    return [memory for memory, _ in taken]
+
+
+def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
+    """Take the memories that are apart from those taken, and inside of no branch of theirs."""
+    for other in ranked:
+        apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
+        if other.share < LEAST_SHARE or not other.memory.num_writes or not apart:
             continue
         branches = branches_of(other.memory)
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
-            found.append(other.memory)
             taken.append((other.memory, branches))
-    return found
 
 
-def _nested(graph: Graph, one, other) -> bool:  # type: ignore[no-untyped-def]
+def _is_within(graph: Graph, root: Value, memory: Memory) -> bool:
+    return memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
+
+
+def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
     """Whether one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
         if graph.depends(inner.root, outer.root) and any(
@@ -87,7 +106,11 @@ def _between_expansions(memory: Memory) -> Memory:
         born = pieces & memory.born - known
         known |= pieces
         taken = [read for piece in born for read in reads.get(piece, ())]
-        if number not in memory.trunk or len(born) < 2 or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken):
+        if (
+            number not in memory.trunk
+            or len(born) < 2
+            or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
+        ):
             continue
         if all(memory.depth[read.number] == 0 for read in taken):
             start = replace(memory.start, root=join, numbers=memory.carried[number])

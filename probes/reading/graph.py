@@ -267,6 +267,12 @@ class Graph:
         call = self.calls[value.call]
         return Place(call.path, call.index, value.name, value.order, value.item)
 
+    def is_kept(self, value: Value) -> bool:
+        """Whether the tensor of a value is there, or can be made again."""
+        if value.held is not None or value.name in SHAPE_ONLY:
+            return True
+        return value.func is not None and value.name in REMADE and all(self.is_kept(p) for p in value.parents)
+
     def tensor(self, value: Value) -> torch.Tensor:
         """The tensor of a value: as it was held, or made again from what it is a view, a norm or a shape of."""
         if value.held is not None:

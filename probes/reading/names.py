@@ -178,6 +178,15 @@ def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     -------
     list of int
     """
+    blocks = [key for key in keys if key.digits] or list(keys)
+    own = iter(_of_blocks(blocks, modules))
+    found: list[int] = []
+    for key in keys:  # what has no number, next to blocks that have one, belongs to the block before it
+        found.append(next(own) if key in blocks else found[-1] if found else -1)
+    return found
+
+
+def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     groups = [next(group) for _, group in groupby(keys, Key.block)]
     if all(len(key.digits) == 1 and not key.call for key in groups):
         if all(_follows(a, b, modules) for a, b in pairwise(groups)):
@@ -230,6 +239,8 @@ def _label(
     if not written:
         return (-1, "embed") if number == 0 else (min(coming, default=0), "pre")
     layer = max(written)
+    if layer < 0:  # what is added before the first block
+        return -1, "embed"
     if layer in coming:
         return layer, "mid"
     if (layer, "post") in before:

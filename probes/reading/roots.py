@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, Value
 from depthscope.probes.reading.operations import (
@@ -20,17 +20,21 @@ MOST_CANDIDATES = 14
 MOST_STREAMS = 64
 
 
-def candidates(graph: Graph) -> list[Value]:
-    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings."""
+def candidates(graph: Graph) -> tuple[list[Value], list[Value]]:
+    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest."""
     most = _Sums(graph).by_root()
-    count = lambda of: (-of[1], of[0])  # noqa: E731
-    busiest = [number for number, _ in sorted(most.items(), key=count)[:4]]
+    busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
     floats = [
         v.number for v in graph.values
         if v.name == "embedding" or (v.name == LEAF and v.kind != PARAMETER and v.is_floating and len(v.shape) > 1)
     ]  # fmt: skip
-    numbers = [*busiest, *sorted(most)[: MOST_CANDIDATES - 4], *floats[:4]]
-    found = [graph.values[number] for number in dict.fromkeys(numbers)]
+    first = dict.fromkeys([*busiest[:4], *sorted(most)[: MOST_CANDIDATES - 4], *floats[:4]])
+    rest = [number for number in busiest if number not in first and most[number] > 1]
+    return _possible(graph, first), _possible(graph, rest)
+
+
+def _possible(graph: Graph, numbers: Iterable[int]) -> list[Value]:
+    found = [graph.values[number] for number in numbers]
     return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
 
 

@@ -5,7 +5,6 @@ Each writes down its own truth (`tests.models.designs.truth`). A first score is 
 
 from __future__ import annotations
 
-
 import torch
 from torch import nn
 from torch.nn import functional
