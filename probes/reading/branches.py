@@ -82,7 +82,7 @@ def _note_branch(
 
 
 def _carry_gates(memory: Memory) -> set[int]:
-    """Values that scale the memory itself, and those of which they are one minus: a branch that they scale is gated by them."""
+    """Values that scale the memory itself, and those of which they are one minus: gates of a branch that they scale."""
     found: set[int] = set()
     for number in memory.trunk:
         value = memory.graph.values[number]

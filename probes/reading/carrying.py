@@ -195,8 +195,9 @@ class Rules:
 
 
 def _slice(own: Numbers, value: Value) -> Numbers:
-    dim, start, end, step = (*value.args[1:], *(0, None, None, 1)[len(value.args) - 1 :])
-    return own.take(dim % len(own.shape), slice(start, end, step))
+    given: list[Any] = [0, None, None, 1]
+    given[: len(value.args) - 1] = value.args[1:]
+    return own.take(given[0] % len(own.shape), slice(*given[1:]))
 
 
 def _transpose(own: Numbers, value: Value) -> Numbers:

@@ -1,4 +1,4 @@
-"""Which of several memories is the model's, and which are further ones?
+"""Which of several memories is the model's? The rule, and what is taken as a further one.
 
 The rule: of all memories that have a write, the one between whose first and last value the largest share of the weights
 works; of equal ones (within 5 %) the one whose first value is the largest, then the one with most writes, then the earliest.

@@ -50,7 +50,7 @@ class Call(NamedTuple):
     """One call of a module."""
 
     path: str
-    index: int  # among the calls of the module
+    number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
 
@@ -265,7 +265,7 @@ class Graph:
     def place(self, value: Value) -> Place:
         """Where a later forward makes a value again."""
         call = self.calls[value.call]
-        return Place(call.path, call.index, value.name, value.order, value.item)
+        return Place(call.path, call.number, value.name, value.order, value.item)
 
     def is_kept(self, value: Value) -> bool:
         """Whether the tensor of a value is there, or can be made again."""

@@ -1,4 +1,4 @@
-"""What is carried linearly from one value, and where do branches write into it?"""
+"""What is carried linearly from one value? The memory, and where branches write into it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from depthscope.probes.reading.carrying import Carried, Rules
+from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
 from depthscope.probes.reading.graph import Graph, Value
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
@@ -204,7 +204,7 @@ def _end(memory: Memory) -> Value:
     return memory.root
 
 
-def _joining(memory: Memory):  # type: ignore[no-untyped-def]
+def _joining(memory: Memory) -> MayJoin:
     """Whether a piece may lie next to the memory as a stream: it comes from it or is a constant, and the memory is whole."""
     graph, root = memory.graph, memory.root
 

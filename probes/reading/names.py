@@ -125,7 +125,7 @@ class Names:
         if len(places) > 1 and self._holds_branches(parts[: places[-1]]):
             places = places[:-1]
         digits = tuple(int(parts[n]) for n in places)
-        call = 0 if unit is None else self.graph.calls[unit].index
+        call = 0 if unit is None else self.graph.calls[unit].number
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
         return Key((), call if self._is_repeated(unit) else unit or 0, "")
@@ -138,7 +138,7 @@ class Names:
 
     def _is_repeated(self, unit: int | None) -> bool:
         return unit is not None and any(
-            call.path == self.graph.calls[unit].path and call.index for call in self.graph.calls
+            call.path == self.graph.calls[unit].path and call.number for call in self.graph.calls
         )
 
     def key_of_root(self) -> Key | None:
@@ -188,9 +188,9 @@ def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
 
 def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     groups = [next(group) for _, group in groupby(keys, Key.block)]
-    if all(len(key.digits) == 1 and not key.call for key in groups):
-        if all(_follows(a, b, modules) for a, b in pairwise(groups)):
-            return [key.digits[0] for key in keys]
+    counted = all(len(key.digits) == 1 and not key.call for key in groups)
+    if counted and all(_follows(a, b, modules) for a, b in pairwise(groups)):
+        return [key.digits[0] for key in keys]
     order: list[int] = []
     for number, (_, group) in enumerate(groupby(keys, Key.block)):
         order += [number] * len(list(group))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, reduce
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,9 @@ class Numbers:
         offset = int(array[base])
         axes = []
         for dim in range(array.ndim):
-            vector = array[(*base[:dim], slice(None), *base[dim + 1 :])].astype(np.int64)
+            place: list[Any] = list(base)
+            place[dim] = slice(None)
+            vector = array[tuple(place)].astype(np.int64)
             axes.append(np.where(vector < 0, _HOLE, vector - offset))
         found = cls(tuple(axes), offset)
         same = np.array_equal(found.dense(), np.maximum(array, NOTHING))
@@ -187,7 +190,9 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        group, sizes, have, want = [], [], 1, 1
+        group: list[int] = []
+        sizes: list[int] = []
+        have = want = 1
         while True:
             if have < want or (have == want and not group and not sizes and i < len(old)):
                 have *= old[i]
@@ -222,8 +227,8 @@ def _split(vector: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray] | None:
     array = vector.reshape(tuple(sizes))
     if (array <= _HOLE // 2).any():
         return None
-    base = (0,) * len(sizes)
-    parts = [array[(*base[:dim], slice(None), *base[dim + 1 :])] for dim in range(len(sizes))]
-    parts = [parts[0], *(part - array[base] for part in parts[1:])] if parts else []
+    origin = array[(0,) * len(sizes)]
+    parts = [np.moveaxis(array, dim, 0).reshape(array.shape[dim], -1)[:, 0] for dim in range(len(sizes))]
+    parts = [parts[0], *(part - origin for part in parts[1:])] if parts else []
     total = reduce(lambda a, b: a[..., None] + b, parts) if parts else vector.reshape(())
     return parts if np.array_equal(total, array) else None

@@ -136,7 +136,7 @@ class _Reader:
         why = coverage.why_incomplete() or self._why_unread(over_depth)
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
-            why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is recomputed from its parts"
+            why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
         return MemoryReading(
             name=self.name,
             states=tuple(self._states(cuts, over_depth)),
@@ -181,10 +181,10 @@ class _Reader:
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        if all(len(cut) == 1 for cut in cuts):  # one state at a time, of which branches read earlier ones
-            values = [cut[0] for cut in cuts]
-        else:
-            values = self._bases(last)
+        single = all(
+            len(cut) == 1 for cut in cuts
+        )  # one state at a time, of which branches read earlier ones
+        values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
         parts = over_depth(self.states, self.branches, values or [*(b.read for b in self.branches), last])
         error = recomputed_depth(self.states, parts)

@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
                 self._alive.append(tensor)
                 self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
             self._enter(tensor, value)
-            if name in HELD or not value.is_floating or (name in MATRICES and _is_small(value, found)):
+            if name in HELD or not value.is_floating or (name in MATRICES and not _has_weight(found)):
                 self._hold(tensor, value)
 
     def _hold_operands(self, name: str, args: Any, found: Any) -> None:
@@ -271,14 +271,10 @@ def _has_weight(found: Sequence[Any]) -> bool:
         origin = value
         while isinstance(origin, Value) and len(origin.parents) == 1 and not origin.kind:
             origin = origin.parents[0]
-        if isinstance(origin, Value) and origin.kind == PARAMETER and len(value.shape) > 1:
-            if min(value.shape[-2:]) > MOST_STREAMS:
-                return True
+        is_weight = isinstance(origin, Value) and origin.kind == PARAMETER and len(value.shape) > 1
+        if is_weight and min(value.shape[-2:]) > MOST_STREAMS:
+            return True
     return False
-
-
-def _is_small(value: Value, found: Sequence[Any]) -> bool:
-    return not _has_weight(found)
 
 
 def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
@@ -334,9 +330,7 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Recorder]:
 def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
     with recording(model, batch) as recorder:
-        if isinstance(batch, dict):
-            output = model(**batch)
-        else:
-            output = model(*batch) if isinstance(batch, tuple) else model(batch)
+        args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+        output = model(*args, **(batch if isinstance(batch, dict) else {}))
     recorder.graph.outputs = [recorder.value_of(tensor) for tensor in tensors_of(output)]
     return recorder.graph, output

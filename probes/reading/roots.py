@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, Value
 from depthscope.probes.reading.operations import (
@@ -85,22 +85,23 @@ def folded_beginnings(graph: Graph) -> list[tuple[Value, int]]:
     """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
     found: list[tuple[Value, int]] = []
     made: dict[int, Value] = {}  # what a weight made, by what is viewed of it
-    for value in graph.values:
-        if value.name == LEAF or not value.is_floating or not value.shape:
-            continue
+    for value in _tensors(graph):
         if value.name in ("mm", "addmm", "embedding", "bmm") and len(value.shape) > 1:
             if len(set(made.values())) > 5:
                 break
             made[value.number] = value
-        elif value.parents and (value.name in MOVES or value.name in SAME or value.name == "add"):
-            origin = made.get(value.parents[0].number)
-            if origin is None:
-                continue
-            if value.shape[-1] == origin.shape[-1]:
-                made[value.number] = origin
-            elif _takes_apart(value, origin.shape[-1]):
-                found.append((origin, value.shape[-2]))
+            continue
+        passes = value.name in MOVES or value.name in SAME or value.name == "add"
+        origin = made.get(value.parents[0].number) if value.parents and passes else None
+        if origin is not None and value.shape[-1] == origin.shape[-1]:
+            made[value.number] = origin
+        elif origin is not None and _takes_apart(value, origin.shape[-1]):
+            found.append((origin, value.shape[-2]))
     return list(dict.fromkeys(found))[:12]
+
+
+def _tensors(graph: Graph) -> Iterator[Value]:
+    return (v for v in graph.values if v.name != LEAF and v.is_floating and v.shape)
 
 
 def _takes_apart(value: Value, width: int) -> bool:

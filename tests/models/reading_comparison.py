@@ -1,4 +1,4 @@
-"""Where do the one reading and today's capture differ? ``python -m tests.models.reading_comparison [word] [--matrix] [--tenth]``.
+"""Where do the one reading and today's capture differ? ``python -m tests.models.reading_comparison [word] [--matrix]``.
 
 A line a model: what each found, and the first difference between their states, labels and matrices. Who is right is told by
 what is independent of both: the matrix's verdict of the capture (plain hooks), and the reading's own proof.
@@ -92,7 +92,9 @@ def _unlike(trace: xr.Dataset | None, memory: MemoryReading) -> str:
             None,
         )
         if place is None:
-            return f"state {depth} of {len(states)} {label} {tuple(state.shape)} is none of {len(memory.states)} {tuple(memory.states[0].value.shape)}"
+            return (
+                f"state {depth} of {len(states)} {label} {tuple(state.shape)} is none of {len(memory.states)}"
+            )
         mine = memory.states[place]
         if (mine.layer, mine.site) != label:
             return f"state {depth} is {label}, read as {(mine.layer, mine.site)}"

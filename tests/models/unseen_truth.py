@@ -52,12 +52,18 @@ def truth_of(model: Unseen) -> notes.Truth:
         model(ids())
     for hook in hooks:
         hook.remove()
-    for block, number in ((block, number) for block in model.blocks for number in range(2)):
-        at = len(chain.connections)
-        parts = {"h_res": block.mix[number], "h_pre": block.read[number]}
-        if block.whole is None:
-            parts["h_post"] = block.write[number]
-        values = {name: of.detach().expand(BATCH, TOKENS, *of.shape) for name, of in parts.items()}
-        chain.connections.append(notes.Connection(at, at + 1, values))
+    chain.connections += [
+        _joined(block, number, 2 * at + number)
+        for at, block in enumerate(model.blocks)
+        for number in range(2)
+    ]
     assert chain.states[0].value.shape == (BATCH, TOKENS, STREAMS, WIDTH)
     return {"": chain}
+
+
+def _joined(block, number: int, at: int) -> notes.Connection:
+    parts = {"h_res": block.mix[number], "h_pre": block.read[number]}
+    if block.whole is None:
+        parts["h_post"] = block.write[number]
+    values = {name: of.detach().expand(BATCH, TOKENS, *of.shape) for name, of in parts.items()}
+    return notes.Connection(at, at + 1, values)

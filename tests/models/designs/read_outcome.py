@@ -5,7 +5,7 @@ The words are those of `outcome`; names of families and constraints, gradients a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,11 +128,8 @@ def _places(
         place = next((n for n in fits if n >= begin), None)
         label = f"{state.site} of block {state.layer}"
         if place is None:
-            true = tuple(_flat(chain.states[min(begin, len(chain.states) - 1)].value).shape)
-            return (
-                places,
-                f"state {depth} of {len(memory.states)}, «{label}», {tuple(values.shape)} is none (next {true}, earlier {fits})",
-            )
+            where = f"state {depth} of {len(memory.states)}, «{label}», {tuple(values.shape)}"
+            return places, f"{where} is none (earlier: {fits})"
         true_state = chain.states[place]
         number = -1 if state.site == "embed" else true_state.layer + (state.site == "pre")
         if labels and (state.site not in true_state.sites or state.layer != number):
@@ -195,8 +192,3 @@ def _branch_scale(branches: Any) -> torch.Tensor | None:
     if not scales or len(scales) < len(branches) or any(not torch.equal(s, scales[0]) for s in scales[1:]):
         return None
     return scales[0]
-
-
-def bare(design: Design) -> Design:
-    """The design without labels."""
-    return replace(design, labelled=False)
