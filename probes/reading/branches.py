@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Rules
+from depthscope.probes.reading.carrying import Rules, transposed
 from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, Value
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
-from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, addends, factors
+from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, VIEWS, addends, factors
 
 MOST_STREAMS = 64
 
@@ -50,6 +50,12 @@ class Branch:
 
 def branches_of(memory: Memory) -> list[Branch]:
     """The branches that write to a memory, in the order of their reads: to its trunk, and to what other branches read."""
+    if memory.branches is None:
+        memory.branches = _found_branches(memory)
+    return memory.branches
+
+
+def _found_branches(memory: Memory) -> list[Branch]:
     found: dict[int, Branch] = {}
     ways, done = set(memory.trunk), set[int]()
     gates = _carry_gates(memory)
@@ -151,8 +157,12 @@ def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) 
 
 def _before_step(memory: Memory, after: Value, before: Value, numbers: Numbers | None) -> Numbers | None:
     """The numbers of what a step moves or scales, from those of what it gives."""
-    if numbers is None:
-        return None
+    if numbers is None or after.name in SAME or (after.name in PRODUCTS and before.shape == after.shape):
+        return numbers
+    if after.name in VIEWS:
+        return numbers.reshape(before.shape)
+    if after.name in ("transpose", "t"):
+        return transposed(numbers, after)
     first = Numbers.first(before.shape)
     carried = {before.number: first}
     moved = Rules(memory.graph, carried, functions=False, may_join=lambda piece, model: False).numbers(after)

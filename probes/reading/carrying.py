@@ -200,7 +200,8 @@ def _slice(own: Numbers, value: Value) -> Numbers:
     return own.take(given[0] % len(own.shape), slice(*given[1:]))
 
 
-def _transpose(own: Numbers, value: Value) -> Numbers:
+def transposed(own: Numbers, value: Value) -> Numbers:
+    """The numbers with two axes exchanged, which is its own inverse."""
     dims = list(range(len(own.shape)))
     a, b = (0, 1) if value.name == "t" else value.args[1:3]
     if len(dims) > 1:
@@ -223,8 +224,8 @@ def _place(own: Numbers, value: Value) -> Numbers:
 # Moves that are computed from the vectors of the axes alone.
 _SHORT_MOVES: dict[str, Callable[[Numbers, Value], Numbers | None]] = {
     "permute": lambda own, value: own.permute([dim % len(own.shape) for dim in value.args[1]]),
-    "transpose": _transpose,
-    "t": _transpose,
+    "transpose": transposed,
+    "t": transposed,
     "unsqueeze": lambda own, value: own.reshape(value.shape),
     "squeeze": lambda own, value: own.reshape(value.shape),
     "expand": lambda own, value: own.expand(value.shape),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
 from depthscope.probes.reading.graph import Graph, Value
@@ -84,6 +85,7 @@ class Memory:
     born: set[int] = field(default_factory=set)
     end: Value = None  # type: ignore[assignment]
     trunk: set[int] = field(default_factory=set)
+    branches: list[Any] | None = None  # once they were looked for
 
     @property
     def root(self) -> Value:

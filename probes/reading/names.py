@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -23,6 +24,8 @@ class Names:
         self.graph, self.memory, self.branches = memory.graph, memory, list(branches)
         self._insides = [self._inside(branch) for branch in branches]
         self._around = self._common_call()
+        self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
+        self._shared = Counter(call for stack in self._stacks for call in stack)
         self.paths = [self._path(number) for number in range(len(branches))]
         self.layers: list[int] = []
         self.first_layer = -1  # of the block that made the first value; -1 where none did
@@ -75,11 +78,9 @@ class Names:
         common = stacks[0]
         for stack in stacks[1:]:
             common = [a for a, b in zip(common, stack, strict=False) if a == b]
-        others = set(self._around) | {
-            call for other in range(len(self.branches)) if other != number
-            for v in self._insides[other][:1] for call in self.graph.stack(v)
-        }  # fmt: skip
-        own = [call for call in common if call not in others]
+        # The outermost call that contains no other branch.
+        mine = self._stacks[number]
+        own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
         call = own[0] if own else common[-1] if common else 0
         path = self.graph.calls[call].path
         return path if path else self._parameter_path(number)
