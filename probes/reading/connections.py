@@ -51,7 +51,8 @@ def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch
     functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
     h_res = _columns(states, target, before)
     begin, end = _last(before), _last(after)
-    between = [b for b in branches if any(begin < write.number <= end for write in b.writes)]
+    near = (b for b in branches if b.writes[0].number <= end and b.writes[-1].number > begin)
+    between = [b for b in near if any(begin < write.number <= end for write in b.writes)]
     found = [_branch_parts(states, before, target, branch) for branch in between]
     zeros = [*before, *(branch.source for branch in between)]
     nothing = {v.number: torch.zeros_like(states.graph.tensor(v)) for v in zeros}
