@@ -183,7 +183,7 @@ class _Life:
             way.append(step)
         handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
         if handed and not widen:
-            way = way[: handed[-1] + 1]
+            way = way[: handed[0 if last else -1] + 1]
         elif last:
             end = next((n for n, step in enumerate(way[1:], 1) if step.name not in (pattern or ())), len(way))
             way = way[:end]
