@@ -28,6 +28,7 @@ class Names:
         self._shared = Counter(call for stack in self._stacks for call in stack)
         self.paths = [self._path(number) for number in range(len(branches))]
         self.layers: list[int] = []
+        self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
 
     def _inside(self, branch: Branch) -> list[Value]:
@@ -209,6 +210,10 @@ def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
 def number_blocks(all_names: Sequence[Names]) -> None:
     """Number the blocks of memories; the blocks of a later stage follow those of the stage before."""
     for names in all_names:
+        keys = names.keys()
+        if any(key.digits for key in keys):
+            outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.digits)
+            names.between = {branch.source.number for branch in outside}
         names.layers = numbered(names.keys(), names.graph.modules)
     for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
         root = names.key_of_root()
@@ -226,7 +231,11 @@ def labels(names: Names, cuts: Sequence[Sequence[Value]]) -> list[tuple[int, str
     for number, cut in enumerate(cuts):
         moment = max(value.number for value in cut)
         written = [layer for branch, layer in pairs if branch.writes[0].number <= moment]
-        coming = [layer for branch, layer in pairs if branch.writes[0].number > moment]
+        coming = [
+            layer
+            for branch, layer in pairs
+            if branch.writes[0].number > moment and branch.source.number not in names.between
+        ]
         if number == 0 and not written and names.first_layer >= 0:
             found.append((names.first_layer, "post"))
         else:
