@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from depthscope.probes.reading.carrying import Rules, transposed
-from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, Value
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, VIEWS, addends, factors
@@ -22,27 +22,27 @@ class Branch:
 
     Parameters
     ----------
-    source : Value
+    source : TracedValue
         What it gives, before it is moved or scaled.
-    writes : list of Value
+    writes : list of TracedValue
         The sums to which that is added.
-    reads : list of Value
+    reads : list of TracedValue
         All values of the memory that it is computed from, whole or not, as they leave the memory.
-    read : Value
+    read : TracedValue
         The latest whole one, before the norm.
     before : float
         Moment of the read: later than what was made before it.
-    steps : dict of int to Value
+    steps : dict of int to TracedValue
         On the ways from the source to the writes: the value that each step moves or scales, by the step's number.
     """
 
-    source: Value
-    writes: list[Value]
-    reads: list[Value] = field(default_factory=list)
-    read: Value = None  # type: ignore[assignment]
+    source: TracedValue
+    writes: list[TracedValue]
+    reads: list[TracedValue] = field(default_factory=list)
+    read: TracedValue = None  # type: ignore[assignment]
     before: float = 0
-    steps: dict[int, Value] = field(default_factory=dict)
-    reads_before_norms: list[Value] = field(default_factory=list)  # of the whole ones
+    steps: dict[int, TracedValue] = field(default_factory=dict)
+    reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
     numbers: Numbers | None = (
         None  # of the memory's elements to which the source's are added, where it has such an order
     )
@@ -69,7 +69,7 @@ def _found_branches(memory: Memory) -> list[Branch]:
 
 
 def _note_branch(
-    memory: Memory, found: dict[int, Branch], write: Value, addend: Value, gates: set[int]
+    memory: Memory, found: dict[int, Branch], write: TracedValue, addend: TracedValue, gates: set[int]
 ) -> None:
     way, numbers = _way(memory, write, addend, gates)
     branch = found.get(way[-1].number)
@@ -94,7 +94,7 @@ def _carry_gates(memory: Memory) -> set[int]:
         value = memory.graph.values[number]
         if value.name not in PRODUCTS or len(memory.inside(value)) != 1:
             continue
-        waiting = [f for f in factors(value) if isinstance(f, Value) and not memory.holds(f)]
+        waiting = [f for f in factors(value) if isinstance(f, TracedValue) and not memory.holds(f)]
         while waiting:
             of = waiting.pop()
             found.add(of.number)
@@ -107,7 +107,7 @@ def _carry_gates(memory: Memory) -> set[int]:
     return found
 
 
-def before_norms(memory: Memory, value: Value) -> Value:
+def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
     """Back over what does not mix the memory, to what a branch reads of it."""
     while value.number not in memory.trunk and memory.inside(value):
         if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
@@ -116,14 +116,16 @@ def before_norms(memory: Memory, value: Value) -> Value:
     return value
 
 
-def _way(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[list[Value], Numbers | None]:
+def _way(
+    memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]
+) -> tuple[list[TracedValue], Numbers | None]:
     """From an addend back to the branch's own output: through what moves, scales or spreads it; and the output's numbers.
 
     A norm of the output is a part of the branch.
     """
     target = memory.carried[write.number]
     numbers = target if write is addend else _before_step(memory, write, addend, target)
-    way: list[tuple[Value, Value | None, Numbers | None]] = [(addend, None, numbers)]
+    way: list[tuple[TracedValue, TracedValue | None, Numbers | None]] = [(addend, None, numbers)]
     while True:
         value, _, numbers = way[-1]
         back, coefficient = _before(memory, value, gates)
@@ -142,7 +144,7 @@ def _way(memory: Memory, write: Value, addend: Value, gates: set[int]) -> tuple[
     return [value for value, _, _ in way], way[-1][2]
 
 
-def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) -> int:
+def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValue | None]]) -> int:
     """How far back a way goes before a coefficient that is computed from the output itself."""
     for number in range(len(way) - 1):
         coefficient = way[number + 1][1]
@@ -155,7 +157,9 @@ def _length_without_norm(memory: Memory, way: list[tuple[Value, Value | None]]) 
     return len(way)
 
 
-def _before_step(memory: Memory, after: Value, before: Value, numbers: Numbers | None) -> Numbers | None:
+def _before_step(
+    memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers | None
+) -> Numbers | None:
     """The numbers of what a step moves or scales, from those of what it gives."""
     if numbers is None or after.name in SAME or (after.name in PRODUCTS and before.shape == after.shape):
         return numbers
@@ -173,7 +177,7 @@ def _before_step(memory: Memory, after: Value, before: Value, numbers: Numbers |
     return _inverted(moved.dense(), numbers.dense(), before)
 
 
-def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | None:
+def _inverted(mine: np.ndarray, target: np.ndarray, source: TracedValue) -> Numbers | None:
     known = mine >= 0
     found = np.full(source.numel, NOTHING, dtype=np.int64)
     found[mine[known]] = target[known]
@@ -182,17 +186,19 @@ def _inverted(mine: np.ndarray, target: np.ndarray, source: Value) -> Numbers | 
     return Numbers.of(found.reshape(source.shape))
 
 
-def _before(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
+def _before(
+    memory: Memory, value: TracedValue, gates: set[int]
+) -> tuple[TracedValue | None, TracedValue | None]:
     """The value that a step moves or scales, and its coefficient."""
     moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
-    if moved and value.args and isinstance(value.args[0], Value):
+    if moved and value.args and isinstance(value.args[0], TracedValue):
         return value.args[0], None
     if value.name in ("add", "sub"):
         return _beside_constant(memory, value), None
     return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
 
 
-def _beside_constant(memory: Memory, value: Value) -> Value | None:
+def _beside_constant(memory: Memory, value: TracedValue) -> TracedValue | None:
     """What is added to a constant that is no weight, as to the zeros with which a sum begins."""
     added = addends(value)
     depending = [v for v in added if memory.graph.depends(v, memory.root)]
@@ -202,7 +208,9 @@ def _beside_constant(memory: Memory, value: Value) -> Value | None:
     return None if any(memory.graph.has_origin(v) for v in others) else depending[0]
 
 
-def _before_mixing(value: Value, numbers: Numbers) -> tuple[Value | None, Value | None, Numbers | None]:
+def _before_mixing(
+    value: TracedValue, numbers: Numbers
+) -> tuple[TracedValue | None, TracedValue | None, Numbers | None]:
     """The value whose streams a small matrix spreads over those of the memory, that matrix, and the value's numbers."""
     nothing = None, None, None
     if value.name not in ("mm", "bmm", "matmul"):
@@ -219,8 +227,10 @@ def _before_mixing(value: Value, numbers: Numbers) -> tuple[Value | None, Value 
     return max(found, key=lambda of: of[0].numel) if found else nothing
 
 
-def _scaled(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None, Value | None]:
-    both = [v for v in value.args[:2] if isinstance(v, Value)]
+def _scaled(
+    memory: Memory, value: TracedValue, gates: set[int]
+) -> tuple[TracedValue | None, TracedValue | None]:
+    both = [v for v in value.args[:2] if isinstance(v, TracedValue)]
     if len(both) == 1:
         return both[0], None
     depending = [v for v in both if memory.graph.depends(v, memory.root)]
@@ -240,9 +250,9 @@ def _scaled(memory: Memory, value: Value, gates: set[int]) -> tuple[Value | None
     return (back, coefficient) if fine else (None, None)
 
 
-def _reads(memory: Memory, source: Value) -> list[Value]:
+def _reads(memory: Memory, source: TracedValue) -> list[TracedValue]:
     """The values of the memory that a branch is computed from."""
-    found: dict[int, Value] = {}
+    found: dict[int, TracedValue] = {}
     seen, waiting = {source.number}, [source]
     while waiting:
         for parent in waiting.pop().parents:
@@ -280,9 +290,11 @@ def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
     return {number: of for number, of in found.items() if number not in memory.carried}
 
 
-def _of_another(memory: Memory, part: Value, branch: Branch, members: dict[int, Branch]) -> Value | None:
+def _of_another(
+    memory: Memory, part: TracedValue, branch: Branch, members: dict[int, Branch]
+) -> TracedValue | None:
     """What another branch gave, if a part of a sum is that, moved or scaled."""
-    at: Value | None = part
+    at: TracedValue | None = part
     while at is not None and memory.graph.depends(at, memory.root):
         other = members.get(at.number)
         if other is not None and other is not branch and at.shape == branch.source.shape:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import Graph, Value, filled, values_in
+from depthscope.probes.reading.graph import Graph, TracedValue, filled, values_in
 from depthscope.probes.reading.numbers import NOTHING, Numbers, joined
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -32,7 +32,7 @@ from depthscope.probes.reading.replays import run
 
 Carried = dict[int, Numbers]
 # Whether a piece that was computed from a memory may be joined to it as a further stream.
-MayJoin = Callable[[Value, Numbers], bool]
+MayJoin = Callable[[TracedValue, Numbers], bool]
 
 
 class Rules:
@@ -42,7 +42,7 @@ class Rules:
         self._graph, self._carried = graph, carried
         self._functions, self._may_join = functions, may_join
 
-    def numbers(self, value: Value) -> Numbers | None:
+    def numbers(self, value: TracedValue) -> Numbers | None:
         """The numbers of what an operation gives; None where it is opaque."""
         rule = _RULES.get(value.name)
         if rule is None:
@@ -55,16 +55,16 @@ class Rules:
             return None
         return found
 
-    def _inside(self, value: Value) -> list[Value]:
+    def _inside(self, value: TracedValue) -> list[TracedValue]:
         return [parent for parent in value.parents if parent.number in self._carried]
 
     def _of(self, argument: Any) -> Numbers | None:
-        return self._carried.get(argument.number) if isinstance(argument, Value) else None
+        return self._carried.get(argument.number) if isinstance(argument, TracedValue) else None
 
-    def _same(self, value: Value) -> Numbers | None:
+    def _same(self, value: TracedValue) -> Numbers | None:
         return self._of(value.args[0])
 
-    def _move(self, value: Value) -> Numbers | None:
+    def _move(self, value: TracedValue) -> Numbers | None:
         own = self._of(value.args[0])
         if own is None or len(self._inside(value)) > 1:
             return None
@@ -80,7 +80,7 @@ class Rules:
         out = value.func(tensor, *rest, **filled(value.kwargs, self._graph.tensor))
         return Numbers.of((out[value.item] if isinstance(out, (list, tuple)) else out).numpy())
 
-    def _sum(self, value: Value) -> Numbers | None:
+    def _sum(self, value: TracedValue) -> Numbers | None:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
         if not carriers or len(carriers) < len(self._inside(value)):
             return None  # a condition, a weight or a factor comes from the memory itself
@@ -93,16 +93,16 @@ class Rules:
             found = found.agreed(other.expand(shape)) if found is not None else None
         return found
 
-    def _product(self, value: Value) -> Numbers | None:
+    def _product(self, value: TracedValue) -> Numbers | None:
         carriers = [f for f in factors(value) if self._of(f) is not None]
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
             return None
         return self._carried[carriers[0].number].expand(value.shape)
 
-    def _dropout(self, value: Value) -> Numbers | None:
+    def _dropout(self, value: TracedValue) -> Numbers | None:
         return self._of(value.args[0]) if value.item == 0 else None
 
-    def _reduce(self, value: Value) -> Numbers | None:
+    def _reduce(self, value: TracedValue) -> Numbers | None:
         own = self._of(value.args[0])
         if own is None:
             return None
@@ -111,7 +111,7 @@ class Rules:
         found = own.collapsed([dim % len(own.shape) for dim in dims])
         return None if found is None else found.reshape(value.shape)
 
-    def _matrix(self, value: Value) -> Numbers | None:
+    def _matrix(self, value: TracedValue) -> Numbers | None:
         first, second = factors(value)
         a, b = self._of(first), self._of(second)
         if (a is None) == (b is None):
@@ -126,7 +126,7 @@ class Rules:
             return found.reshape(value.shape) if found.count == value.numel else found.expand(value.shape)
         return found.expand(value.shape)
 
-    def _join(self, value: Value) -> Numbers | None:
+    def _join(self, value: TracedValue) -> Numbers | None:
         pieces = list(values_in(value.args[0]))
         axis = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)
         axis %= len(value.shape)
@@ -143,7 +143,7 @@ class Rules:
             )
         return joined([f for f in found if f is not None], axis)
 
-    def _new_piece(self, value: Value, piece: Value, model: Numbers, axis: int) -> Numbers | None:
+    def _new_piece(self, value: TracedValue, piece: TracedValue, model: Numbers, axis: int) -> Numbers | None:
         """The numbers of a stream that was computed from others; other tokens or features are a new memory."""
         if not self._may_join(piece, model):
             return None
@@ -152,7 +152,7 @@ class Rules:
         one = model.collapsed([axis])
         return None if one is None else one.expand(piece.shape)
 
-    def _scatter(self, value: Value) -> Numbers | None:
+    def _scatter(self, value: TracedValue) -> Numbers | None:
         if value.name == "copy":
             own = self._of(value.args[1])
             return None if own is None else own.expand(value.shape)
@@ -172,7 +172,9 @@ class Rules:
         found, old = Numbers.of(put), Numbers.of(beneath)
         return found if old is None or found is None else old.agreed(found)
 
-    def _put(self, value: Value, source: Value, beneath: np.ndarray, given: np.ndarray) -> np.ndarray:
+    def _put(
+        self, value: TracedValue, source: TracedValue, beneath: np.ndarray, given: np.ndarray
+    ) -> np.ndarray:
         """The numbers after a write of some into others, by the operation itself."""
         under, new = torch.from_numpy(beneath.copy()), torch.from_numpy(np.ascontiguousarray(given))
         args, tensor = value.args, self._graph.tensor
@@ -189,18 +191,18 @@ class Rules:
         rest = filled(args[1:], lambda v: new if v is source else tensor(v))
         return value.func(under, *rest, **value.kwargs).numpy()
 
-    def _function(self, value: Value) -> Numbers | None:
+    def _function(self, value: TracedValue) -> Numbers | None:
         alone = self._functions and value.item == 0 and len(self._inside(value)) == 1
         return self._of(value.args[0]) if alone else None
 
 
-def _slice(own: Numbers, value: Value) -> Numbers:
+def _slice(own: Numbers, value: TracedValue) -> Numbers:
     given: list[Any] = [0, None, None, 1]
     given[: len(value.args) - 1] = value.args[1:]
     return own.take(given[0] % len(own.shape), slice(*given[1:]))
 
 
-def transposed(own: Numbers, value: Value) -> Numbers:
+def transposed(own: Numbers, value: TracedValue) -> Numbers:
     """The numbers with two axes exchanged, which is its own inverse."""
     dims = list(range(len(own.shape)))
     a, b = (0, 1) if value.name == "t" else value.args[1:3]
@@ -209,20 +211,20 @@ def transposed(own: Numbers, value: Value) -> Numbers:
     return own.permute(dims)
 
 
-def _split(own: Numbers, value: Value) -> Numbers:
+def _split(own: Numbers, value: TracedValue) -> Numbers:
     sizes, axis = value.args[1], (value.args[2] if len(value.args) > 2 else 0) % len(own.shape)
     start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
     return own.take(axis, slice(start, start + value.shape[axis]))
 
 
-def _place(own: Numbers, value: Value) -> Numbers:
+def _place(own: Numbers, value: TracedValue) -> Numbers:
     """One place along an axis: of select, and of each piece of unbind."""
     axis = (value.args[1] if len(value.args) > 1 else 0) % len(own.shape)
     return own.take(axis, (value.args[2] if value.name == "select" else value.item) % own.shape[axis])
 
 
 # Moves that are computed from the vectors of the axes alone.
-_SHORT_MOVES: dict[str, Callable[[Numbers, Value], Numbers | None]] = {
+_SHORT_MOVES: dict[str, Callable[[Numbers, TracedValue], Numbers | None]] = {
     "permute": lambda own, value: own.permute([dim % len(own.shape) for dim in value.args[1]]),
     "transpose": transposed,
     "t": transposed,
@@ -235,7 +237,7 @@ _SHORT_MOVES: dict[str, Callable[[Numbers, Value], Numbers | None]] = {
     "split": _split,
     "split_with_sizes": _split,
 }
-_RULES: dict[str, Callable[[Rules, Value], Numbers | None]] = {
+_RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(FUNCTIONS, Rules._function),
     **dict.fromkeys(SAME, Rules._same),
     **dict.fromkeys(MOVES, Rules._move),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
-from depthscope.probes.reading.graph import Graph, ReadingError, Value
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
 from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights_of
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
@@ -65,7 +65,7 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             taken.append((other.memory, branches))
 
 
-def _is_within(graph: Graph, root: Value, memory: Memory) -> bool:
+def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
     return memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
 
 
@@ -145,7 +145,7 @@ def _tracks(memory: Memory) -> list[Memory]:
     return [without_inner(memory, everything - of) for of in writes.values()]
 
 
-def _ranked(graph: Graph, roots: list[Value]) -> list[Ranked]:
+def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     for root in roots:  # grows while it is gone through
         plain = without_forks(graph, start_of(root))
@@ -161,7 +161,7 @@ def _ranked(graph: Graph, roots: list[Value]) -> list[Ranked]:
     return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
 
 
-def _breaks(memory: Memory) -> list[Value]:
+def _breaks(memory: Memory) -> list[TracedValue]:
     """Where tokens were mixed or joined, another memory may begin."""
     found = [v for _, v in memory.leaves if v.name in JOINS or v.name in SUMS]
     return [v for v in found if v.numel >= memory.count]

@@ -9,7 +9,7 @@ import torch
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import ReadingError, Value
+from depthscope.probes.reading.graph import ReadingError, TracedValue
 from depthscope.probes.reading.states import States
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
@@ -23,17 +23,17 @@ class BranchParts:
     write: torch.Tensor
     out: torch.Tensor | None  # (tokens, streams of the branch, features)
     added: torch.Tensor  # what it adds to the next state, (tokens, streams, features)
-    reads: list[tuple[Value, torch.Tensor]] = field(default_factory=list)
+    reads: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass
-class Parts:
+class ConnectionParts:
     """What joins two states."""
 
     h_res: torch.Tensor  # (tokens, to, from, features or 1)
     branches: list[BranchParts]
     constant: torch.Tensor | None
-    target: list[Value]  # the next state, before its last norm
+    target: list[TracedValue]  # the next state, before its last norm
     functions: list[str]
     error: float = 0.0
 
@@ -45,7 +45,7 @@ def weights(found: torch.Tensor) -> torch.Tensor:
     return mean if bool((found - mean).abs().max() <= GATE * scale) else found
 
 
-def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch]) -> Parts:
+def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
     """The parts of the connection between two states."""
     target = [states.before_functions(value) for value in after]
     functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
@@ -57,21 +57,21 @@ def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch
     zeros = [*before, *(branch.source for branch in between)]
     nothing = {v.number: torch.zeros_like(states.graph.tensor(v)) for v in zeros}
     constant = states.array(target, states.replay(target, nothing, real=True))
-    return Parts(h_res, found, constant if bool(constant.any()) else None, target, functions)
+    return ConnectionParts(h_res, found, constant if bool(constant.any()) else None, target, functions)
 
 
 def _last(cut: Cut) -> int:
     return max(value.number for value in cut)
 
 
-def _columns(states: States, target: Sequence[Value], cut: Cut) -> torch.Tensor:
+def _columns(states: States, target: Sequence[TracedValue], cut: Cut) -> torch.Tensor:
     """What some values hold of each stream of a state: (tokens, to, from, features or 1)."""
     units = (states.unit(cut, stream) for stream in range(states.num_streams(cut)))
     columns = [states.array(target, states.replay(target, unit)) for unit in units]
     return weights(torch.stack(columns, 2))
 
 
-def _branch_parts(states: States, before: Cut, target: Sequence[Value], branch: Branch) -> BranchParts:
+def _branch_parts(states: States, before: Cut, target: Sequence[TracedValue], branch: Branch) -> BranchParts:
     source = branch.source
     own = states.graph.tensor(source)
     added = states.array(target, states.replay(target, {source.number: own}))
@@ -95,7 +95,7 @@ def branch_output(states: States, branch: Branch) -> torch.Tensor | None:
 
 
 def _write_weights(
-    states: States, branch: Branch, out: torch.Tensor | None, target: Sequence[Value]
+    states: States, branch: Branch, out: torch.Tensor | None, target: Sequence[TracedValue]
 ) -> torch.Tensor:
     """The weights with which the next state holds a branch's streams: (tokens, to, from, features or 1)."""
     source = branch.source
@@ -121,7 +121,7 @@ def _unit(states: States, branch: Branch, own: torch.Tensor, stream: int) -> tor
 class DepthParts:
     """Sums over depth: each state, and what each branch reads, is a sum of the first value and of all branches' outputs."""
 
-    states: list[Value]
+    states: list[TracedValue]
     sources: list[torch.Tensor | None]  # (tokens, features); None where an output has no order of its own
     weights: dict[
         int, list[torch.Tensor]
@@ -129,7 +129,7 @@ class DepthParts:
     constants: dict[int, torch.Tensor]
 
 
-def over_depth(states: States, branches: Sequence[Branch], values: Sequence[Value]) -> DepthParts:
+def over_depth(states: States, branches: Sequence[Branch], values: Sequence[TracedValue]) -> DepthParts:
     """The weights with which states and reads hold the first value and the outputs of all branches."""
     ordered = sorted(dict.fromkeys(values), key=lambda value: value.number)
     held = list(dict.fromkeys([*ordered, *(branch.read for branch in branches)]))
@@ -152,7 +152,7 @@ def over_depth(states: States, branches: Sequence[Branch], values: Sequence[Valu
     return DepthParts(ordered, sources, {value.number: list(row) for value, row in rows}, constants)
 
 
-def _held_by(states: States, held: Sequence[Value], source: Value) -> list[torch.Tensor]:
+def _held_by(states: States, held: Sequence[TracedValue], source: TracedValue) -> list[torch.Tensor]:
     ones = {source.number: torch.ones_like(states.graph.tensor(source))}
     again = states.replay(held, ones)
     return [weights(states.array([value], again)[:, 0]) for value in held]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import Value
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS
 
-Cut = list[Value]
+Cut = list[TracedValue]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def size_of(memory: Memory, cut: Cut) -> int:
     return sum(memory.carried[value.number].count for value in cut)
 
 
-def last_read(memory: Memory, branches: list[Branch]) -> Value:
+def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
     """The last value of the memory that is not yet normed or merged for the head."""
     last = max(write.number for branch in branches for write in branch.writes)
     value = memory.end
@@ -84,7 +84,7 @@ class _Life:
         self.memory, self.branches, self.layers = memory, branches, layers
         values = memory.graph.values
         self.relevant = memory.back([memory.end, *(branch.read for branch in branches)])
-        self.takers: dict[int, list[Value]] = {number: [] for number in self.relevant}
+        self.takers: dict[int, list[TracedValue]] = {number: [] for number in self.relevant}
         for number in sorted(self.relevant):
             for parent in memory.inside(values[number]):
                 if parent.number in self.relevant:
@@ -169,8 +169,8 @@ class _Life:
         return live, size
 
     def advanced(
-        self, value: Value, last: bool, pattern: list[str] | None, *, widen: bool = False
-    ) -> tuple[Value, list[str]]:
+        self, value: TracedValue, last: bool, pattern: list[str] | None, *, widen: bool = False
+    ) -> tuple[TracedValue, list[str]]:
         """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before.
 
         Where a block hands one of them on, to that one.
@@ -189,7 +189,7 @@ class _Life:
             way = way[:end]
         return way[-1], [step.name for step in way[1:]]
 
-    def _is_passive(self, value: Value, step: Value, widen: bool) -> bool:
+    def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory
         if step.number in memory.writes or len(memory.inside(step)) != 1:
             return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from depthscope.probes.reading.graph import Place
+from depthscope.probes.reading.graph import ValuePlace
 
 PROVEN = "proven"
 
@@ -19,7 +19,7 @@ class StateReading:
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
     module: str  # in whose call it was made
-    places: tuple[Place, ...]  # of the values that it consists of
+    places: tuple[ValuePlace, ...]  # of the values that it consists of
     value: torch.Tensor = field(repr=False)
 
 
@@ -34,8 +34,8 @@ class BranchReading:
     path: str
     kind: str  # attn, mlp, or the name of its module
     layer: int
-    source: Place
-    reads: tuple[Place, ...]
+    source: ValuePlace
+    reads: tuple[ValuePlace, ...]
     parts: Mapping[str, torch.Tensor] = field(repr=False)
 
 
@@ -78,7 +78,7 @@ class MemoryReading:
 
 
 @dataclass(frozen=True)
-class Reading:
+class NetworkReading:
     """The memories of one forward, the model's first; none where ``refused`` has the reason."""
 
     memories: tuple[MemoryReading, ...]

@@ -12,7 +12,7 @@ from depthscope.probes.model.errors import CaptureError
 
 
 def names(text: str) -> frozenset[str]:
-    """Names of operations."""
+    """The names of operations in a text."""
     return frozenset(text.split())
 
 
@@ -36,7 +36,7 @@ class ReadingError(CaptureError):
     """No residual memory, or one that cannot be described."""
 
 
-class Place(NamedTuple):
+class ValuePlace(NamedTuple):
     """Where a later forward makes a value again: the k-th operation of its name in a call, and which of its results."""
 
     module: str
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     result: int
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """One call of a module."""
 
     path: str
@@ -62,7 +62,7 @@ def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
-class Value:
+class TracedValue:
     """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
 
     __slots__ = (
@@ -94,7 +94,7 @@ class Value:
         self.geometry = geometry(tensor)
         self.alias = False  # whether it lies in the memory of its first parent
         self.held: torch.Tensor | None = None
-        self.parents: tuple[Value, ...] = ()
+        self.parents: tuple[TracedValue, ...] = ()
         if name not in SHAPE_ONLY:
             self.parents = tuple(dict.fromkeys((*values_in(args), *values_in(kwargs))))
 
@@ -115,9 +115,9 @@ class Value:
         return f"%{self.number} {self.name}{[p.number for p in self.parents]} {self.shape}"
 
 
-def values_in(args: Any) -> Iterator[Value]:
+def values_in(args: Any) -> Iterator[TracedValue]:
     """The values among the arguments of an operation."""
-    if isinstance(args, Value):
+    if isinstance(args, TracedValue):
         yield args
     elif isinstance(args, (list, tuple)):
         for item in args:
@@ -127,9 +127,9 @@ def values_in(args: Any) -> Iterator[Value]:
             yield from values_in(item)
 
 
-def filled(args: Any, fill: Callable[[Value], Any]) -> Any:
+def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
     """Arguments with ``fill(value)`` in the place of every value."""
-    if isinstance(args, Value):
+    if isinstance(args, TracedValue):
         return fill(args)
     if isinstance(args, (list, tuple)):
         return type(args)([filled(item, fill) for item in args])
@@ -144,11 +144,11 @@ class Graph:
 
     Parameters
     ----------
-    values : list of Value
+    values : list of TracedValue
         By number.
-    calls : list of Call
+    calls : list of ModuleCall
         Module calls by number; the first one is the model's.
-    outputs : list of Value
+    outputs : list of TracedValue
         What the model returned.
     parameter_names : dict of int to str
         By the numbers of values that are parameters.
@@ -158,9 +158,9 @@ class Graph:
         Numbers of the values that modules with a number, as blocks have, returned.
     """
 
-    values: list[Value] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
+    values: list[TracedValue] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    outputs: list[TracedValue] = field(default_factory=list)
     parameter_names: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     handed_on: set[int] = field(default_factory=set)
@@ -171,7 +171,7 @@ class Graph:
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
 
-    def depends(self, value: Value, on: Value) -> bool:
+    def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
         if value.number <= on.number:
             return value is on
@@ -183,14 +183,14 @@ class Graph:
             known = self._later[on.number] = self._marked([on])
         return bool(known[value.number])
 
-    def depends_on_input(self, value: Value) -> bool:
+    def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
         if self._from_input is None:
             given = [v for v in self.values if v.kind == INPUT]
             self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
         return bool(self._from_input[value.number])
 
-    def reaches_output(self, value: Value) -> bool:
+    def reaches_output(self, value: TracedValue) -> bool:
         """Whether the output was computed from a value; True for all where the model returned no tensor."""
         if self._to_output is None:
             marks = self._to_output = bytearray(len(self.values))
@@ -202,7 +202,7 @@ class Graph:
                     waiting += of.parents
         return bool(self._to_output[value.number])
 
-    def has_own_weights(self, value: Value) -> bool:
+    def has_own_weights(self, value: TracedValue) -> bool:
         """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
         seen, waiting = {value.number}, [value]
         while waiting:
@@ -214,7 +214,7 @@ class Graph:
             waiting += new
         return False
 
-    def has_origin(self, value: Value) -> bool:
+    def has_origin(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
         seen, waiting = set(), [value]
         while waiting:
@@ -226,7 +226,7 @@ class Graph:
                 waiting += of.parents
         return False
 
-    def _marked(self, origins: list[Value]) -> bytearray:
+    def _marked(self, origins: list[TracedValue]) -> bytearray:
         marks = bytearray(len(self.values))
         for origin in origins:
             marks[origin.number] = 1
@@ -238,7 +238,7 @@ class Graph:
         return marks
 
     @staticmethod
-    def _search(value: Value, origin: int) -> bool:
+    def _search(value: TracedValue, origin: int) -> bool:
         seen: set[int] = set()
         waiting = [value]
         while waiting:
@@ -250,11 +250,11 @@ class Graph:
                     waiting.append(parent)
         return False
 
-    def path(self, value: Value) -> str:
+    def path(self, value: TracedValue) -> str:
         """The module in whose call a value was made."""
         return self.calls[value.call].path
 
-    def stack(self, value: Value) -> list[int]:
+    def stack(self, value: TracedValue) -> list[int]:
         """The numbers of the module calls around a value, the outermost first."""
         found, call = [], value.call
         while call >= 0:
@@ -262,18 +262,18 @@ class Graph:
             call = self.calls[call].parent
         return found[::-1]
 
-    def place(self, value: Value) -> Place:
+    def place(self, value: TracedValue) -> ValuePlace:
         """Where a later forward makes a value again."""
         call = self.calls[value.call]
-        return Place(call.path, call.number, value.name, value.order, value.item)
+        return ValuePlace(call.path, call.number, value.name, value.order, value.item)
 
-    def is_kept(self, value: Value) -> bool:
+    def is_kept(self, value: TracedValue) -> bool:
         """Whether the tensor of a value is there, or can be made again."""
         if value.held is not None or value.name in SHAPE_ONLY:
             return True
         return value.func is not None and value.name in REMADE and all(self.is_kept(p) for p in value.parents)
 
-    def tensor(self, value: Value) -> torch.Tensor:
+    def tensor(self, value: TracedValue) -> torch.Tensor:
         """The tensor of a value: as it was held, or made again from what it is a view, a norm or a shape of."""
         if value.held is not None:
             return value.held
@@ -285,5 +285,5 @@ class Graph:
         return result[value.item] if isinstance(result, (tuple, list)) else result
 
 
-def _blank(value: Value) -> torch.Tensor:
+def _blank(value: TracedValue) -> torch.Tensor:
     return torch.empty(value.shape, dtype=value.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
-from depthscope.probes.reading.graph import Graph, Value
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -28,7 +28,7 @@ class Start:
 
     Parameters
     ----------
-    root : Value
+    root : TracedValue
         The first value.
     shape : tuple of int
         Of one stream of it.
@@ -42,7 +42,7 @@ class Start:
         Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     """
 
-    root: Value
+    root: TracedValue
     shape: tuple[int, ...]
     numbers: Numbers
     functions: bool = False
@@ -64,13 +64,13 @@ class Memory:
         The values that hold parts of the memory, by number.
     depth : dict of int to int
         How many writes lie on the longest way to each of them.
-    writes : dict of int to list of Value
+    writes : dict of int to list of TracedValue
         What branches add, by the number of the sum.
-    leaves : list of (Value, Value)
+    leaves : list of (TracedValue, TracedValue)
         A carried value, and the opaque operation that takes it.
     born : set of int
         Branch outputs that are kept next to the memory as they are.
-    end : Value
+    end : TracedValue
         The last value of the longest way.
     trunk : set of int
         The values on the ways to the end.
@@ -80,15 +80,15 @@ class Memory:
     start: Start
     carried: Carried = field(default_factory=dict)
     depth: dict[int, int] = field(default_factory=dict)
-    writes: dict[int, list[Value]] = field(default_factory=dict)
-    leaves: list[tuple[Value, Value]] = field(default_factory=list)
+    writes: dict[int, list[TracedValue]] = field(default_factory=dict)
+    leaves: list[tuple[TracedValue, TracedValue]] = field(default_factory=list)
     born: set[int] = field(default_factory=set)
-    end: Value = None  # type: ignore[assignment]
+    end: TracedValue = None  # type: ignore[assignment]
     trunk: set[int] = field(default_factory=set)
     branches: list[Any] | None = None  # once they were looked for
 
     @property
-    def root(self) -> Value:
+    def root(self) -> TracedValue:
         """The first value."""
         return self.start.root
 
@@ -107,17 +107,17 @@ class Memory:
         """How many writes follow each other on the longest way."""
         return self.depth[self.end.number]
 
-    def holds(self, value: Value) -> bool:
+    def holds(self, value: TracedValue) -> bool:
         """Whether a value is a part of the memory."""
         return value.number in self.carried
 
-    def inside(self, value: Value) -> list[Value]:
+    def inside(self, value: TracedValue) -> list[TracedValue]:
         """The values of the memory that a value of it carries on."""
         if value.number in self.born or value is self.root:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 
-    def back(self, ends: Collection[Value]) -> set[int]:
+    def back(self, ends: Collection[TracedValue]) -> set[int]:
         """The values of the memory that come into some of its values."""
         found, waiting = {end.number for end in ends}, list(ends)
         while waiting:
@@ -127,19 +127,19 @@ class Memory:
                     waiting.append(parent)
         return found
 
-    def is_whole(self, value: Value) -> bool:
+    def is_whole(self, value: TracedValue) -> bool:
         """Whether a value has every token and feature of the memory."""
         numbers = self.carried[value.number]
         return numbers.count >= self.count and numbers.distinct >= self.count
 
-    def mixes(self, value: Value) -> bool:
+    def mixes(self, value: TracedValue) -> bool:
         """Whether an operation joins several values or streams of the memory, or leaves some out."""
         inside = self.inside(value)
         if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
             return True
         return value.name in MOVES and value.numel < inside[0].numel
 
-    def passes_function(self, value: Value) -> bool:
+    def passes_function(self, value: TracedValue) -> bool:
         """Whether a step is a norm or an activation of the memory itself."""
         if value.name in FUNCTIONS:
             return True
@@ -150,7 +150,7 @@ class Memory:
         return any(is_statistic(self.graph, other, inside[0]) for other in others)
 
 
-def start_of(root: Value, streams: int = 1) -> Start:
+def start_of(root: TracedValue, streams: int = 1) -> Start:
     """A memory's begin with a value, whose last axis may hold streams behind each other."""
     *lead, width = root.shape
     shape = (*lead, width // streams)
@@ -197,7 +197,7 @@ def follow(graph: Graph, start: Start) -> Memory:
     return memory
 
 
-def _end(memory: Memory) -> Value:
+def _end(memory: Memory) -> TracedValue:
     """The value after most writes: of those that reach the output, or that weights made which work nowhere else."""
     values = [memory.graph.values[number] for number in memory.carried]
     for value in sorted(values, key=lambda value: (memory.depth[value.number], value.number), reverse=True):
@@ -210,20 +210,20 @@ def _joining(memory: Memory) -> MayJoin:
     """Whether a piece may lie next to the memory as a stream: it comes from it or is a constant, and the memory is whole."""
     graph, root = memory.graph, memory.root
 
-    def may_join(piece: Value, model: Numbers) -> bool:
+    def may_join(piece: TracedValue, model: Numbers) -> bool:
         own = graph.depends(piece, root) or not graph.depends_on_input(piece)
         return own and model.distinct >= memory.count
 
     return may_join
 
 
-def _be_born(memory: Memory, value: Value, numbers: Numbers, depth: int) -> None:
+def _be_born(memory: Memory, value: TracedValue, numbers: Numbers, depth: int) -> None:
     memory.carried[value.number], memory.depth[value.number] = numbers, depth + 1
     memory.born.add(value.number)
     memory.writes[value.number] = [value]
 
 
-def _note_write(memory: Memory, value: Value, inside: list[Value]) -> None:
+def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
     """Note what a carried sum or join takes that was computed from the memory and is no part of it."""
     if value.name in JOINS:
         _note_pieces(memory, value, inside)
@@ -234,7 +234,7 @@ def _note_write(memory: Memory, value: Value, inside: list[Value]) -> None:
         memory.depth[value.number] += 1
 
 
-def _note_pieces(memory: Memory, value: Value, inside: list[Value]) -> None:
+def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
     model = memory.carried[inside[0].number]
     depth = max(memory.depth[p.number] for p in inside)
     for piece in addends(value):
@@ -275,7 +275,7 @@ def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
     return without_forks(memory.graph, start)
 
 
-def _is_fork(memory: Memory, value: Value) -> bool:
+def _is_fork(memory: Memory, value: TracedValue) -> bool:
     if value is memory.root or value.number in memory.born or not memory.passes_function(value):
         return False
     carrier = memory.inside(value)[0]

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import Value
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import MATRICES, weights_of
 
@@ -17,7 +17,7 @@ ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
 
 
-class Names:
+class BranchNames:
     """The names of the branches of one memory."""
 
     def __init__(self, memory: Memory, branches: Sequence[Branch]):
@@ -31,10 +31,10 @@ class Names:
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
 
-    def _inside(self, branch: Branch) -> list[Value]:
+    def _inside(self, branch: Branch) -> list[TracedValue]:
         """The operations of a branch."""
         reads = {read.number for read in branch.reads}
-        found: dict[int, Value] = {}
+        found: dict[int, TracedValue] = {}
         waiting = [branch.source]
         while waiting:
             value = waiting.pop()
@@ -207,7 +207,7 @@ def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
     return second == first + 1 or (len(kinds) == 1 and None not in kinds)
 
 
-def number_blocks(all_names: Sequence[Names]) -> None:
+def number_blocks(all_names: Sequence[BranchNames]) -> None:
     """Number the blocks of memories; the blocks of a later stage follow those of the stage before."""
     for names in all_names:
         keys = names.keys()
@@ -224,7 +224,7 @@ def number_blocks(all_names: Sequence[Names]) -> None:
         names.layers = [names.first_layer + 1 + number - own[0] for number in own]
 
 
-def labels(names: Names, cuts: Sequence[Sequence[Value]]) -> list[tuple[int, str]]:
+def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tuple[int, str]]:
     """The block and site of each state, from the branches that were written before it and those that write after it."""
     found: list[tuple[int, str]] = []
     pairs = list(zip(names.branches, names.layers, strict=True))
@@ -258,7 +258,7 @@ def _label(
     return layer, "post"
 
 
-def name_of(memory: Memory, names: Names) -> str:
+def name_of(memory: Memory, names: BranchNames) -> str:
     """What a memory is called: the container of its blocks, else the module around them."""
     paths = [path for path in names.paths if path]
     if not paths:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthscope.probes.reading.graph import Graph, Value, names, values_in
+from depthscope.probes.reading.graph import Graph, TracedValue, names, values_in
 
 SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
 VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
@@ -46,7 +46,7 @@ STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # w
 CHANNEL_NORMS = NORMS - names("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 
 
-def addends(value: Value) -> list[Value]:
+def addends(value: TracedValue) -> list[TracedValue]:
     """What an operation adds up, whatever it multiplies."""
     if value.name in JOINS:
         return list(values_in(value.args[0]))
@@ -56,12 +56,12 @@ def addends(value: Value) -> list[Value]:
     return [v for at in positions if at < len(value.args) for v in values_in(value.args[at])]
 
 
-def factors(value: Value) -> list[Any]:
+def factors(value: TracedValue) -> list[Any]:
     """What an operation multiplies: values, numbers."""
     return [value.args[at] for at in PRODUCTS.get(value.name) or MATRICES.get(value.name) or ()]
 
 
-def weights_of(value: Value) -> list[Value]:
+def weights_of(value: TracedValue) -> list[TracedValue]:
     """The parameters that an operation takes, also where they were cast, cut or transposed before."""
     found, waiting = [], list(value.parents)
     while waiting:
@@ -73,7 +73,7 @@ def weights_of(value: Value) -> list[Value]:
     return found
 
 
-def is_statistic(graph: Graph, value: Value, of: Value) -> bool:
+def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
     """Whether a factor is a norm of what it scales, or of what that was computed from."""
     for _ in range(6):
         if value.name in STATISTICS:

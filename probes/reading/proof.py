@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.connections import BranchParts, DepthParts, Parts
+from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import Value
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import MATRICES, addends, weights_of
 from depthscope.probes.reading.states import States
@@ -18,7 +18,7 @@ from depthscope.probes.reading.states import States
 ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 
 
-def tolerance(values: Iterable[Value]) -> float:
+def tolerance(values: Iterable[TracedValue]) -> float:
     """How far recomputed values may be off, relative to their largest number."""
     return max(ROUNDING.get(v.dtype, 4.0) * torch.finfo(v.dtype).eps for v in values if v.is_floating)
 
@@ -35,7 +35,7 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return (matrix.to(state) * state[:, None]).sum(2)
 
 
-def recomputed(states: States, before: Cut, parts: Parts) -> float:
+def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
     """How far the next state, and every read, is from what the reported parts give."""
     state = states.array(before)
     total = _applied(parts.h_res, state)
@@ -58,7 +58,7 @@ def _added(branch: BranchParts) -> torch.Tensor:
     return _applied(branch.write, branch.out)
 
 
-def _is_pure(states: States, before: Cut, read: Value) -> bool:
+def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
     """Whether a read is made of a state alone: no other branch and no constant comes to it in between."""
     memory, cut = states.memory, {value.number for value in before}
     seen: set[int] = set()
@@ -90,11 +90,15 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
     return worst
 
 
-class Coverage:
+class WeightCoverage:
     """Where the parameters work that reach the output: before the first state, in a branch, in the head, or elsewhere."""
 
     def __init__(
-        self, memory: Memory, branches: Sequence[Branch], last: Sequence[Value], others: Sequence[Memory]
+        self,
+        memory: Memory,
+        branches: Sequence[Branch],
+        last: Sequence[TracedValue],
+        others: Sequence[Memory],
     ):
         self._others = set().union(*(other.carried for other in others))
         self.memory, self.graph, self.branches = memory, memory.graph, branches
@@ -112,11 +116,11 @@ class Coverage:
         self.elsewhere = used - set().union(*self.by_place.values())
         self._used = used
 
-    def _weights(self, numbers: Iterable[int]) -> set[Value]:
+    def _weights(self, numbers: Iterable[int]) -> set[TracedValue]:
         return {w for n in numbers for w in weights_of(self.graph.values[n])}
 
     @staticmethod
-    def _behind(ends: Sequence[Value], stop: set[int]) -> set[int]:
+    def _behind(ends: Sequence[TracedValue], stop: set[int]) -> set[int]:
         found: set[int] = set()
         waiting = [end for end in ends if end.number not in stop]
         while waiting:
@@ -161,7 +165,7 @@ class Coverage:
             return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
         return self._hidden_branches()
 
-    def _residual_sum(self, numbers: set[int]) -> Value | None:
+    def _residual_sum(self, numbers: set[int]) -> TracedValue | None:
         """A sum of a value and of something that a weight computed from it."""
         for number in sorted(numbers):
             value = self.graph.values[number]
@@ -174,7 +178,7 @@ class Coverage:
                 return value
         return None
 
-    def _is_branch(self, a: Value, b: Value) -> bool:
+    def _is_branch(self, a: TracedValue, b: TracedValue) -> bool:
         if a.shape != b.shape or len(a.shape) < 2 or a.kind or not self.graph.depends(b, a):
             return False
         behind = self._behind([b], {a.number})

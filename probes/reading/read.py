@@ -12,25 +12,25 @@ from torch import nn
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, memories
-from depthscope.probes.reading.connections import DepthParts, Parts, joined_by, over_depth
+from depthscope.probes.reading.connections import ConnectionParts, DepthParts, joined_by, over_depth
 from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
     MemoryReading,
-    Reading,
+    NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, Value
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
-from depthscope.probes.reading.names import Names, labels, name_of, number_blocks
-from depthscope.probes.reading.proof import Coverage, recomputed, recomputed_depth, tolerance
+from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
+from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
 from depthscope.probes.reading.recorder import recorded
 from depthscope.probes.reading.states import States
 
 
-def read_model(model: nn.Module, batch: Any) -> Reading:
+def read_model(model: nn.Module, batch: Any) -> NetworkReading:
     """The reading of one forward of a model, without gradients.
 
     Parameters
@@ -42,13 +42,13 @@ def read_model(model: nn.Module, batch: Any) -> Reading:
 
     Returns
     -------
-    Reading
+    NetworkReading
     """
     graph, _ = recorded(model, batch)
     return read_graph(graph)
 
 
-def read_graph(graph: Graph) -> Reading:
+def read_graph(graph: Graph) -> NetworkReading:
     """The reading of a recorded forward."""
     with torch.no_grad():
         try:
@@ -58,13 +58,13 @@ def read_graph(graph: Graph) -> Reading:
             number_blocks([reader.names for reader in readers])
             done, left_out = [readers[0].reading()], {}
         except ReadingError as error:
-            return Reading((), {}, str(error))
+            return NetworkReading((), {}, str(error))
         for reader in readers[1:]:
             try:
                 done.append(reader.reading())
             except ReadingError as error:
                 left_out[reader.name] = str(error)
-    return Reading(tuple(done), left_out)
+    return NetworkReading(tuple(done), left_out)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -88,7 +88,7 @@ class _Reader:
         self.branches = branches_of(memory)
         if not self.branches:
             raise ReadingError(NO_MEMORY)
-        self.names = Names(memory, self.branches)
+        self.names = BranchNames(memory, self.branches)
         self.name = name_of(memory, self.names)
 
     def reading(self) -> MemoryReading:
@@ -130,7 +130,7 @@ class _Reader:
         *,
         over_depth: bool,
     ) -> MemoryReading:
-        coverage = Coverage(self.memory, self.branches, cuts[-1], self.others)
+        coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         allowed = tolerance([value for cut in cuts for value in cut])
         why = coverage.why_incomplete() or self._why_unread(over_depth)
@@ -158,7 +158,7 @@ class _Reader:
             found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, value))
         return found
 
-    def _connection(self, number: int, of: Parts) -> ConnectionReading:
+    def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
         parts: dict[str, torch.Tensor] = {}
         if of.h_res.shape[-1] == 1:
             parts["h_res"] = of.h_res[..., 0]
@@ -196,7 +196,12 @@ class _Reader:
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
 
     def _depth_connection(
-        self, number: int, pair: tuple[Value, Value], parts: DepthParts, error: float, by_read: bool
+        self,
+        number: int,
+        pair: tuple[TracedValue, TracedValue],
+        parts: DepthParts,
+        error: float,
+        by_read: bool,
     ) -> ConnectionReading:
         before, after = pair
         new = [
@@ -216,7 +221,7 @@ class _Reader:
             branches.append(self._branch(self.branches[k], {name: weight}))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
 
-    def _bases(self, last: Value) -> list[Value]:
+    def _bases(self, last: TracedValue) -> list[TracedValue]:
         """What each branch's output is added to, where these are the states and branches read sums of them; else nothing."""
         if last.number not in {write.number for branch in self.branches for write in branch.writes}:
             return []

@@ -22,9 +22,9 @@ from depthscope.probes.reading.graph import (
     INPUT,
     LEAF,
     PARAMETER,
-    Call,
     Graph,
-    Value,
+    ModuleCall,
+    TracedValue,
     geometry,
     names,
 )
@@ -52,7 +52,7 @@ class _Entry(weakref.ref):
     __slots__ = ("key", "value", "writes")
 
     key: int
-    value: Value
+    value: TracedValue
     writes: int
 
 
@@ -63,7 +63,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
-class Recorder(TorchDispatchMode):
+class GraphRecorder(TorchDispatchMode):
     """The values of a forward, as long as it is on."""
 
     def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
@@ -75,8 +75,8 @@ class Recorder(TorchDispatchMode):
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
         self._entries: dict[int, _Entry] = {}
-        self._held: dict[int, list[Value]] = {}  # by the memory that they share
-        self._writes: dict[int, list[tuple[Value, tuple[Any, ...]]]] = {}
+        self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
+        self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
         self._alive: list[
             torch.Tensor
         ] = []  # memory that was written, so that its address is not given twice
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
     def enter(self, path: str, kind: str) -> None:
         """Note that a module is called."""
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        self.graph.calls.append(Call(path, index, self._stack[-1], kind))
+        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
 
     def leave(self, path: str, output: Any) -> None:
@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
         if path.rpartition(".")[2].isdigit():
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
 
-    def value_of(self, tensor: torch.Tensor) -> Value:
+    def value_of(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
         entry = self._entries.get(id(tensor))
         writes = self._writes and self._writes.get(_storage(tensor))
@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):
             self._rewritten(entry, tensor, writes)
         return entry.value
 
-    def _leaf(self, tensor: torch.Tensor) -> Value:
+    def _leaf(self, tensor: torch.Tensor) -> TracedValue:
         value = self._new(LEAF, None, (), {}, tensor)
         if isinstance(tensor, nn.Parameter) or id(tensor) in self._names:
             value.kind = PARAMETER
@@ -123,7 +123,9 @@ class Recorder(TorchDispatchMode):
         self._hold(tensor, value)
         return value
 
-    def _rewritten(self, entry: _Entry, tensor: torch.Tensor, writes: list[tuple[Value, tuple]]) -> None:
+    def _rewritten(
+        self, entry: _Entry, tensor: torch.Tensor, writes: list[tuple[TracedValue, tuple]]
+    ) -> None:
         own = geometry(tensor)
         for new, where in writes[entry.writes :]:
             if new is entry.value:
@@ -136,18 +138,18 @@ class Recorder(TorchDispatchMode):
             self._hold(tensor, entry.value)
         entry.writes = len(writes)
 
-    def _new(self, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> Value:
-        value = Value(len(self.graph.values), name, func, args, kwargs, tensor, self._stack[-1])
+    def _new(self, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> TracedValue:
+        value = TracedValue(len(self.graph.values), name, func, args, kwargs, tensor, self._stack[-1])
         self.graph.values.append(value)
         return value
 
-    def _enter(self, tensor: torch.Tensor, value: Value) -> None:
+    def _enter(self, tensor: torch.Tensor, value: TracedValue) -> None:
         entry = _Entry(tensor, self._forget)
         entry.key, entry.value = id(tensor), value
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
         self._entries[entry.key] = entry
 
-    def _hold(self, tensor: torch.Tensor, value: Value) -> None:
+    def _hold(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Hold a value, and those of which it is a view or a copy."""
         held: torch.Tensor | None = tensor.detach()
         own = True  # whether what is held lies in the memory of the value itself
@@ -232,12 +234,16 @@ class Recorder(TorchDispatchMode):
         """Hold what an operation takes, where it may carry a memory; and whatever is no real number."""
         holds = name in HELD or (name in MATRICES and not _has_weight(found))
         for argument, value in zip(args, found, strict=True):
-            if isinstance(value, Value):
+            if isinstance(value, TracedValue):
                 if value.held is None and (holds or not value.is_floating):
                     self._hold(argument, value)
             elif isinstance(value, list):
                 for tensor, each in zip(argument, value, strict=True):
-                    if isinstance(each, Value) and each.held is None and (holds or not each.is_floating):
+                    if (
+                        isinstance(each, TracedValue)
+                        and each.held is None
+                        and (holds or not each.is_floating)
+                    ):
                         self._hold(tensor, each)
 
     def _keep_numbers(self, target: torch.Tensor) -> None:
@@ -247,7 +253,7 @@ class Recorder(TorchDispatchMode):
                 value.held = value.held.clone()
 
 
-def _unviewed(value: Value, parent: Value, held: torch.Tensor) -> torch.Tensor | None:
+def _unviewed(value: TracedValue, parent: TracedValue, held: torch.Tensor) -> torch.Tensor | None:
     """What a view was taken of, from a copy of the view; None where that is not all of it."""
     if value.numel != parent.numel:
         return None
@@ -269,9 +275,9 @@ def _has_weight(found: Sequence[Any]) -> bool:
     """Whether a matrix is a weight that is larger than what mixes streams: a layer of a branch."""
     for value in found:
         origin = value
-        while isinstance(origin, Value) and len(origin.parents) == 1 and not origin.kind:
+        while isinstance(origin, TracedValue) and len(origin.parents) == 1 and not origin.kind:
             origin = origin.parents[0]
-        is_weight = isinstance(origin, Value) and origin.kind == PARAMETER and len(value.shape) > 1
+        is_weight = isinstance(origin, TracedValue) and origin.kind == PARAMETER and len(value.shape) > 1
         if is_weight and min(value.shape[-2:]) > MOST_STREAMS:
             return True
     return False
@@ -302,9 +308,9 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def recording(model: nn.Module, batch: Any) -> Iterator[Recorder]:
+def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     """Record the forward that runs inside; hooks of torch on all modules note the calls."""
-    recorder = Recorder(model, list(tensors_of(batch)))
+    recorder = GraphRecorder(model, list(tensors_of(batch)))
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
 
     def enter(module: nn.Module, args: Any) -> None:

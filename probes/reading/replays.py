@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.reading.graph import Graph, Value, filled
+from depthscope.probes.reading.graph import Graph, TracedValue, filled
 from depthscope.probes.reading.operations import SUMS, VIEWS, addends
 
 
 def run(
-    graph: Graph, value: Value, given: Mapping[int, torch.Tensor], *, real: bool = False, empty: float = 0
+    graph: Graph,
+    value: TracedValue,
+    given: Mapping[int, torch.Tensor],
+    *,
+    real: bool = False,
+    empty: float = 0,
 ) -> torch.Tensor:
     """An operation on other operands; what is only added counts as zero, or as it was.
 
@@ -20,7 +25,7 @@ def run(
     ----------
     graph : Graph
         The forward.
-    value : Value
+    value : TracedValue
         What the operation made.
     given : mapping of int to Tensor
         Operands by their numbers, in the place of their own values.
@@ -34,10 +39,10 @@ def run(
     Tensor
     """
     added = {v.number for v in addends(value)}
-    if value.name == "copy" and isinstance(value.args[0], Value):
+    if value.name == "copy" and isinstance(value.args[0], TracedValue):
         added.add(value.args[0].number)
 
-    def operand(of: Value) -> torch.Tensor:
+    def operand(of: TracedValue) -> torch.Tensor:
         if of.number in given:
             return given[of.number]
         if of.number in added and not real:
@@ -56,14 +61,16 @@ def run(
     return result[value.item] if isinstance(result, (tuple, list)) else result
 
 
-def _leave_out_constants(value: Value, args: list[Any]) -> None:
+def _leave_out_constants(value: TracedValue, args: list[Any]) -> None:
     """Numbers that are added count as zero."""
     for at in SUMS.get(value.name, ()):
         if at < len(args) and isinstance(args[at], (int, float)):
             args[at] = 0
 
 
-def _patched(graph: Graph, value: Value, operand: Callable[[Value], Any], empty: float) -> torch.Tensor:
+def _patched(
+    graph: Graph, value: TracedValue, operand: Callable[[TracedValue], Any], empty: float
+) -> torch.Tensor:
     old, new, own, where = value.args
     a, b = operand(old), operand(new)
     ends = [
@@ -75,7 +82,9 @@ def _patched(graph: Graph, value: Value, operand: Callable[[Value], Any], empty:
     return flat.as_strided(*own).clone()
 
 
-def _dropout(graph: Graph, value: Value, operand: Callable[[Value], Any], empty: float) -> torch.Tensor:
+def _dropout(
+    graph: Graph, value: TracedValue, operand: Callable[[TracedValue], Any], empty: float
+) -> torch.Tensor:
     mask = next(
         v for v in graph.values[value.number : value.number + 3] if v.item == 1 and v.args is value.args
     )

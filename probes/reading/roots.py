@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, Value
+from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     MOVES,
@@ -20,7 +20,7 @@ MOST_CANDIDATES = 14
 MOST_STREAMS = 64
 
 
-def candidates(graph: Graph) -> tuple[list[Value], list[Value]]:
+def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
     """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest."""
     most = _Sums(graph).by_root()
     busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
@@ -33,7 +33,7 @@ def candidates(graph: Graph) -> tuple[list[Value], list[Value]]:
     return _possible(graph, first), _possible(graph, rest)
 
 
-def _possible(graph: Graph, numbers: Iterable[int]) -> list[Value]:
+def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
     found = [graph.values[number] for number in numbers]
     return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
 
@@ -43,7 +43,7 @@ class _Sums:
 
     def __init__(self, graph: Graph):
         self._graph = graph
-        self._root: dict[int, Value] = {}
+        self._root: dict[int, TracedValue] = {}
         self._merges: dict[int, int] = {}
         self._best: dict[int, int] = {}
 
@@ -59,7 +59,7 @@ class _Sums:
                     self._best[root.number] = max(self._best.get(root.number, 0), merges)
         return self._best
 
-    def _carrier(self, value: Value) -> tuple[Value | None, bool]:
+    def _carrier(self, value: TracedValue) -> tuple[TracedValue | None, bool]:
         operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
         if not operands:
             return None, False
@@ -75,16 +75,16 @@ class _Sums:
             return None, False
         return max(depending or added, key=lambda a: self._merges[a.number]), bool(depending)
 
-    def _is_added(self, a: Value, b: Value) -> bool:
+    def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
         """Whether one addend was computed from the root of the other, and not carried from it."""
         root = self._root[a.number]
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 
-def folded_beginnings(graph: Graph) -> list[tuple[Value, int]]:
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
-    found: list[tuple[Value, int]] = []
-    made: dict[int, Value] = {}  # what a weight made, by what is viewed of it
+    found: list[tuple[TracedValue, int]] = []
+    made: dict[int, TracedValue] = {}  # what a weight made, by what is viewed of it
     for value in _tensors(graph):
         if value.name in ("mm", "addmm", "embedding", "bmm") and len(value.shape) > 1:
             if len(set(made.values())) > 5:
@@ -100,11 +100,11 @@ def folded_beginnings(graph: Graph) -> list[tuple[Value, int]]:
     return list(dict.fromkeys(found))[:12]
 
 
-def _tensors(graph: Graph) -> Iterator[Value]:
+def _tensors(graph: Graph) -> Iterator[TracedValue]:
     return (v for v in graph.values if v.name != LEAF and v.is_floating and v.shape)
 
 
-def _takes_apart(value: Value, width: int) -> bool:
+def _takes_apart(value: TracedValue, width: int) -> bool:
     shape: Sequence[int] = value.shape
     return (
         value.name in VIEWS

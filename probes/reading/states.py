@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import ReadingError, Value
+from depthscope.probes.reading.graph import ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import CHANNEL_NORMS, NORMS
@@ -27,7 +27,7 @@ class States:
         self.num_features = memory.shape[self.axis]
         self.token_shape = tuple(size for dim, size in enumerate(memory.shape) if dim != self.axis)
         self._orders: dict[tuple, tuple[torch.Tensor | None, int]] = {}
-        self._steps: dict[int, list[Value]] = {}
+        self._steps: dict[int, list[TracedValue]] = {}
         for branch in branches:
             for number, before in branch.steps.items():
                 self._steps.setdefault(number, []).append(before)
@@ -46,11 +46,11 @@ class States:
             self._orders[key] = None if sorted_already else torch.from_numpy(order), int(counts[0])
         return self._orders[key]
 
-    def num_streams(self, cut: Sequence[Value]) -> int:
+    def num_streams(self, cut: Sequence[TracedValue]) -> int:
         """How many values of each token and feature some values hold."""
         return self.order([self.memory.carried[value.number] for value in cut])[1]
 
-    def array(self, cut: Sequence[Value], given: Given | None = None) -> torch.Tensor:
+    def array(self, cut: Sequence[TracedValue], given: Given | None = None) -> torch.Tensor:
         """Some values of the memory, or others in their places, as (tokens, streams, features)."""
         tensors = [self.graph.tensor(v) if given is None else given[v.number] for v in cut]
         return self.sorted(tensors, [self.memory.carried[value.number] for value in cut])
@@ -66,7 +66,7 @@ class States:
         shape = self.memory.shape
         return flat.reshape(*shape, n).movedim(self.axis, -1).reshape(-1, n, shape[self.axis])
 
-    def unit(self, cut: Sequence[Value], stream: int) -> dict[int, torch.Tensor]:
+    def unit(self, cut: Sequence[TracedValue], stream: int) -> dict[int, torch.Tensor]:
         """Values that are one in one stream, and zero in the others."""
         order, n = self.order([self.memory.carried[value.number] for value in cut])
         sizes = [value.numel for value in cut]
@@ -79,7 +79,7 @@ class States:
         return {v.number: part.reshape(v.shape).to(self.graph.tensor(v)) for v, part in parts}
 
     def replay(
-        self, targets: Sequence[Value], given: Given, *, real: bool = False
+        self, targets: Sequence[TracedValue], given: Given, *, real: bool = False
     ) -> dict[int, torch.Tensor]:
         """Values of the memory once more, from others; what branches add counts as zero unless ``real``."""
         done: dict[int, torch.Tensor | None] = dict(given)
@@ -101,9 +101,9 @@ class States:
             found[value.number] = torch.zeros_like(self.graph.tensor(value)) if again is None else again
         return found
 
-    def _needed(self, targets: Sequence[Value], given: Given) -> list[Value]:
+    def _needed(self, targets: Sequence[TracedValue], given: Given) -> list[TracedValue]:
         first = min(given)
-        needed: dict[int, Value] = {}
+        needed: dict[int, TracedValue] = {}
         waiting = list(targets)
         while waiting:
             value = waiting.pop()
@@ -113,14 +113,14 @@ class States:
             waiting += self._taken(value)
         return [needed[number] for number in sorted(needed)]
 
-    def _taken(self, value: Value) -> list[Value]:
+    def _taken(self, value: TracedValue) -> list[TracedValue]:
         """What a step takes of the memory, and of branches that are written into it."""
         memory = self.memory
         found = memory.inside(value) if memory.holds(value) else []
         found = [*found, *(v for v in memory.writes.get(value.number, ()) if v is not value)]
         return [*found, *self._steps.get(value.number, ())]
 
-    def before_functions(self, value: Value) -> Value:
+    def before_functions(self, value: TracedValue) -> TracedValue:
         """Back over the norms and activations at the end of a step."""
         memory, seen, at = self.memory, False, value
         while at is not memory.root and at.number not in memory.writes and not memory.mixes(at):
@@ -144,7 +144,7 @@ def feature_axis(memory: Memory) -> int:
     return max(range(len(votes)), key=lambda dim: (votes[dim], dim))
 
 
-def _voted_axis(value: Value, taker: Value) -> int | None:
+def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
     """The axis along which an opaque operation takes features together."""
     at = next((n for n, argument in enumerate(taker.args) if argument is value), None)
     if (taker.name in ("mm", "bmm", "matmul") and at == 0) or (taker.name == "addmm" and at == 1):

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import xarray as xr
 
 from depthscope import probes
 from depthscope.diagnostics import schema
-from depthscope.probes.reading.description import MemoryReading, Reading
+from depthscope.probes.reading.description import MemoryReading, NetworkReading
 from depthscope.probes.reading.read import read_model
 from tests.fuzz.isolation import in_child
 
@@ -39,7 +40,7 @@ def called(model: torch.nn.Module, batch: Any) -> tuple[Any, Any]:
         return run, read_model(model, batch)
 
 
-def difference(run: Any, found: Reading) -> tuple[str, str]:
+def difference(run: Any, found: NetworkReading) -> tuple[str, str]:
     """A word and the first difference: same, today only, reading only, neither, or what differs."""
     if isinstance(run, str):
         line = f"{' '.join(run.split())[:90]}"
@@ -69,7 +70,7 @@ def difference(run: Any, found: Reading) -> tuple[str, str]:
     return ("same" + (", unproven" if proof else ""), proof[:110] + more)
 
 
-def summary(found: Reading) -> str:
+def summary(found: NetworkReading) -> str:
     """What was read."""
     return "; ".join(
         f"{m.name} {len(m.states)} states n={m.num_streams} {m.proof[:80]}" for m in found.memories
@@ -149,14 +150,22 @@ def subjects(matrix: bool, tenth: bool, word: str) -> Iterator[tuple[str, Any]]:
             ):
                 yield (
                     f"{case.package}/{case.name}",
-                    lambda case=case: [(s.model, s.make(SEQUENCES, TOKENS)) for s in case.subjects(0)],
+                    partial(_built, case, (SEQUENCES, TOKENS)),
                 )
         return
     from tests.models.families import FAMILIES, built
 
     for family in FAMILIES:
         if word in family.name:
-            yield family.name, lambda family=family: [(built(family), family.batch())]
+            yield family.name, partial(_pair, built, family)
+
+
+def _built(case: Any, sizes: tuple[int, int]) -> list[tuple[torch.nn.Module, Any]]:
+    return [(subject.model, subject.make(*sizes)) for subject in case.subjects(0)]
+
+
+def _pair(built: Any, family: Any) -> list[tuple[torch.nn.Module, Any]]:
+    return [(built(family), family.batch())]
 
 
 def compared(make: Any) -> list[tuple[str, str]]:
@@ -181,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     counts: Counter[str] = Counter()
     for name, make in subjects(args.matrix, args.tenth, args.word):
-        ended = in_child(lambda make=make: compared(make), seconds=60)
+        ended = in_child(partial(compared, make), seconds=60)
         for word, line in ended.answer or [("crashed", "no answer: " + (ended.stderr or "")[-200:])]:
             counts[word] += 1
             if word != "same" or line:

@@ -1,4 +1,4 @@
-"""Is what the one reading says of a design right? As `outcome`, of a `Reading` in the place of a run.
+"""Is what the one reading says of a design right? As `outcome`, of a `NetworkReading` in the place of a run.
 
 The words are those of `outcome`; names of families and constraints, gradients and sampling are no part of a reading.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.reading.description import ConnectionReading, MemoryReading, Reading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading, NetworkReading
 from depthscope.probes.reading.read import read_graph
 from depthscope.probes.reading.recorder import recorded
 from tests.models.designs import truth as notes
@@ -31,7 +31,7 @@ class _Fit:
     order: torch.Tensor
 
 
-def reading_of(design: Design) -> Reading:
+def reading_of(design: Design) -> NetworkReading:
     """The reading of a design's first batch."""
     model, batch = design.build(), design.batch(0)
     with torch.random.fork_rng():
@@ -49,7 +49,7 @@ def read_outcome(design: Design) -> Outcome:
         return Outcome("crashed", f"{type(error).__name__}: {error}")
 
 
-def judged(found: Reading, truth: notes.Truth, *, labels: bool, rounding: float) -> Outcome:
+def judged(found: NetworkReading, truth: notes.Truth, *, labels: bool, rounding: float) -> Outcome:
     """A reading compared with the truth."""
     if found.refused:
         return Outcome("refused", found.refused)
@@ -67,7 +67,7 @@ def judged(found: Reading, truth: notes.Truth, *, labels: bool, rounding: float)
     return Outcome("states", f"without {', '.join(missing)}") if missing else Outcome("right")
 
 
-def _compared(found: Reading, truth: notes.Truth, labels: bool, rounding: float) -> set[str]:
+def _compared(found: NetworkReading, truth: notes.Truth, labels: bool, rounding: float) -> set[str]:
     missing: set[str] = set()
     left = {name: {s.need for s in chain.states if s.need} for name, chain in truth.items()}
     all_needs = {name: set(of) for name, of in left.items()}
