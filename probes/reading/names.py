@@ -71,7 +71,11 @@ class BranchNames:
     def _path(self, number: int) -> str:
         """The outermost module call whose work a branch is."""
         unit, depth = self.unit(number), len(self._around)
-        works = [v for v in self._insides[number] if v.name in MATRICES or weights_of(v)]
+        inside = self._insides[number]
+        works = [
+            v for v in inside if v.name in MATRICES or v.name == "convolution"
+        ]  # its norm may lie next to it
+        works = works or [v for v in inside if weights_of(v)]
         stacks = [self.graph.stack(v) for v in works]
         if unit is not None:  # before it may lie the work of other branches, as of another track
             stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
