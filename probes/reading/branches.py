@@ -47,6 +47,14 @@ class Branch:
         None  # of the memory's elements to which the source's are added, where it has such an order
     )
 
+    def way(self) -> tuple[int, ...]:
+        """The numbers of its source, and of what is moved or scaled of it up to what is added."""
+        after = {before.number: number for number, before in self.steps.items()}
+        found = [self.source.number]
+        while found[-1] in after:
+            found.append(after[found[-1]])
+        return tuple(found)
+
 
 def branches_of(memory: Memory) -> list[Branch]:
     """The branches that write to a memory, in the order of their reads: to its trunk, and to what other branches read."""

@@ -46,6 +46,14 @@ class ValuePlace(NamedTuple):
     result: int
 
 
+class Shown(NamedTuple):
+    """Where a call of a module showed a value: the number of the call, ``"input"`` or ``"output"``, which of its tensors."""
+
+    call: int
+    at: str
+    item: int
+
+
 class ModuleCall(NamedTuple):
     """One call of a module."""
 
@@ -156,6 +164,10 @@ class Graph:
         The classes of all modules by their paths, whether they were called or not.
     handed_on : set of int
         Numbers of the values that modules with a number, as blocks have, returned.
+    shown : dict of int to list of Shown
+        By the numbers of values: the calls that took or returned them, in order.
+    error : Exception or None
+        Why nothing was recorded from some operation on.
     """
 
     values: list[TracedValue] = field(default_factory=list)
@@ -164,12 +176,16 @@ class Graph:
     parameter_names: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     handed_on: set[int] = field(default_factory=set)
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
+        self._takers: list[list[TracedValue]] | None = None
+        self._by_place: dict[ValuePlace, TracedValue] = {}
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -182,6 +198,15 @@ class Graph:
                 return self._search(value, on.number)
             known = self._later[on.number] = self._marked([on])
         return bool(known[value.number])
+
+    def takers(self, value: TracedValue) -> list[TracedValue]:
+        """The values that were made of one."""
+        if self._takers is None:
+            self._takers = [[] for _ in self.values]
+            for other in self.values:
+                for parent in other.parents:
+                    self._takers[parent.number].append(other)
+        return self._takers[value.number]
 
     def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
@@ -266,6 +291,12 @@ class Graph:
         """Where a later forward makes a value again."""
         call = self.calls[value.call]
         return ValuePlace(call.path, call.number, value.name, value.order, value.item)
+
+    def at(self, place: ValuePlace) -> TracedValue | None:
+        """The value that is made at a place; None where none is."""
+        if not self._by_place:
+            self._by_place = {self.place(value): value for value in self.values if value.func is not None}
+        return self._by_place.get(place)
 
     def is_kept(self, value: TracedValue) -> bool:
         """Whether the tensor of a value is there, or can be made again."""

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
     INPUT,
@@ -24,6 +26,7 @@ from depthscope.probes.reading.graph import (
     PARAMETER,
     Graph,
     ModuleCall,
+    Shown,
     TracedValue,
     geometry,
     names,
@@ -81,25 +84,49 @@ class GraphRecorder(TorchDispatchMode):
             torch.Tensor
         ] = []  # memory that was written, so that its address is not given twice
         self._forget = _forgetting(self._entries)
+        # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
+        self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
+        # Called with every value and its tensor when it is made.
+        self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap every call of the method below; nothing of it is compiled anyway
 
-    def enter(self, path: str, kind: str) -> None:
-        """Note that a module is called."""
+    def enter(self, path: str, kind: str, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
+        """Note that a module is called with some tensors; the numbers of their values."""
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
+        return self._show("input", tensors)
 
-    def leave(self, path: str, output: Any) -> None:
-        """Note that the innermost call has ended, and what a numbered module hands on."""
-        self._stack.pop()
+    def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
+        """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
+        numbers = self._show("output", tensors)
         if path.rpartition(".")[2].isdigit():
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
+        self._stack.pop()
+        return numbers
+
+    def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
+        numbers = [self.value_of(tensor).number for tensor in tensors]
+        for item, number in enumerate(numbers):
+            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item))
+        return numbers
+
+    def end(self, output: Any) -> Graph:
+        """The graph of the forward that returned this output."""
+        self.graph.outputs = [self.value_of(tensor) for tensor in tensors_of(output)]
+        return self.graph
 
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
+        value = self._value_of(tensor)
+        if self.on_taken is not None:
+            self.on_taken(value, tensor)
+        return value
+
+    def _value_of(self, tensor: torch.Tensor) -> TracedValue:
         entry = self._entries.get(id(tensor))
         writes = self._writes and self._writes.get(_storage(tensor))
         if entry is None:
@@ -119,7 +146,7 @@ class GraphRecorder(TorchDispatchMode):
             self.graph.parameter_names[value.number] = self._names.get(id(tensor), "")
         else:
             value.kind = INPUT if id(tensor) in self._given else CONSTANT
-        self._enter(tensor, value)
+        self.enter_value(tensor, value)
         self._hold(tensor, value)
         return value
 
@@ -143,7 +170,8 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.values.append(value)
         return value
 
-    def _enter(self, tensor: torch.Tensor, value: TracedValue) -> None:
+    def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
+        """Note which value a tensor has from now on."""
         entry = _Entry(tensor, self._forget)
         entry.key, entry.value = id(tensor), value
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
@@ -176,14 +204,27 @@ class GraphRecorder(TorchDispatchMode):
         return argument
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note what it made from what."""
+        """Run an operation, and note what it made from what; nothing of the recorder's own may raise in it."""
         kwargs = kwargs or {}
+        if self.graph.error is not None:
+            return func(*args, **kwargs)
+        try:
+            operation = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
+        except Exception as error:
+            self.graph.error = without_frames(error)
+        result = func(*args, **kwargs)
+        if self.graph.error is None:
+            try:
+                operation.note(result)
+            except Exception as error:
+                self.graph.error = without_frames(error)
+        return result
+
+    def _taken(self, func: Any, args: Any, kwargs: Any) -> _Operation:
+        """What an operation takes that is about to run."""
         name = func.overloadpacket.__name__
         if name == "set_" and len(args) == 2 and isinstance(args[1], torch.Tensor):
-            value = self.value_of(args[1])  # another memory for the same tensor
-            result = func(*args, **kwargs)
-            self._enter(args[0], value)
-            return result
+            return _NewMemory(self, args[0], self.value_of(args[1]))
         found = [self._replaced(argument) for argument in args]
         named = {key: self._replaced(item) for key, item in kwargs.items()} if kwargs else {}
         writes = name.endswith("_") and func._schema.is_mutable and isinstance(args[0], torch.Tensor)
@@ -194,28 +235,25 @@ class GraphRecorder(TorchDispatchMode):
             self._keep_numbers(target)
             named.pop("out", None)
         if plain in FUSED and found[0].is_floating and found[0].kind != PARAMETER:
-            return self._fused(plain, func, args, found, kwargs, target)
-        result = func(*args, **kwargs)
-        self._note(plain, func, found, named, result, target)
-        return result
+            return self._fused(plain, args, found, kwargs, target)
+        return _Operation(self, plain, func, found, named, target)
 
-    def _fused(self, name: str, func: Any, args: Any, found: Any, kwargs: Any, target: Any) -> Any:
+    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Operation:
         """A product that is added to a state in one operation is noted as the product and the sum."""
         product_of = FUSED[name]
         with torch.no_grad():
             product = product_of(*args[1:3])
-        result = func(*args, **kwargs)
-        self._note(product_of.overloadpacket.__name__, product_of, found[1:3], {}, product, None)
-        terms = [found[0], self.value_of(product)]
+        self.note(product_of.overloadpacket.__name__, product_of, found[1:3], {}, product, None)
+        terms, tensors = [found[0], self.value_of(product)], [args[0], product]
         for at, scale in enumerate((kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1)))):
             if scale != 1:
-                scaled = (args[0] if at == 0 else product) * scale
-                self._note("mul", torch.ops.aten.mul.Tensor, [terms[at], scale], {}, scaled, None)
-                terms[at] = self.value_of(scaled)
-        self._note("add", torch.ops.aten.add.Tensor, terms, {}, result, target)
-        return result
+                tensors[at] = tensors[at] * scale
+                self.note("mul", torch.ops.aten.mul.Tensor, [terms[at], scale], {}, tensors[at], None)
+                terms[at] = self.value_of(tensors[at])
+        return _Operation(self, "add", torch.ops.aten.add.Tensor, terms, {}, target)
 
-    def _note(self, name: str, func: Any, found: Any, named: Any, result: Any, target: Any) -> None:
+    def note(self, name: str, func: Any, found: Any, named: Any, result: Any, target: Any) -> None:
+        """Note the values that an operation made."""
         key = (self._stack[-1], name)
         order = self._orders[key] = self._orders.get(key, -1) + 1
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
@@ -226,7 +264,9 @@ class GraphRecorder(TorchDispatchMode):
             if target is not None and tensor is target:
                 self._alive.append(tensor)
                 self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
-            self._enter(tensor, value)
+            self.enter_value(tensor, value)
+            if self.on_value is not None:
+                self.on_value(value, tensor)
             if name in HELD or not value.is_floating or (name in MATRICES and not _has_weight(found)):
                 self._hold(tensor, value)
 
@@ -251,6 +291,26 @@ class GraphRecorder(TorchDispatchMode):
         for value in self._held.pop(_storage(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
+
+
+class _Operation:
+    """What an operation takes that is about to run: its name, its arguments with values for tensors, what it writes into."""
+
+    def __init__(self, recorder: GraphRecorder, *operation: Any):
+        self._recorder, self._operation = recorder, operation
+
+    def note(self, result: Any) -> None:
+        """Note what it made."""
+        name, func, found, named, target = self._operation
+        self._recorder.note(name, func, found, named, result, target)
+
+
+class _NewMemory(_Operation):
+    """A tensor that is about to get the memory of another one, and with it its value."""
+
+    def note(self, result: Any) -> None:
+        """Note which value it has now."""
+        self._recorder.enter_value(*self._operation)
 
 
 def _unviewed(value: TracedValue, parent: TracedValue, held: torch.Tensor) -> torch.Tensor | None:
@@ -316,12 +376,12 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     def enter(module: nn.Module, args: Any) -> None:
         known = paths.get(id(module))
         if known is not None:
-            recorder.enter(known, type(module).__name__)
+            recorder.enter(known, type(module).__name__, floats_in(args))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         path = paths.get(id(module))
         if path is not None:
-            recorder.leave(path, output)
+            recorder.leave(path, output, floats_in(output))
 
     before = hooked.register_module_forward_pre_hook(enter)
     after = hooked.register_module_forward_hook(leave, always_call=True)
@@ -338,5 +398,4 @@ def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     with recording(model, batch) as recorder:
         args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
         output = model(*args, **(batch if isinstance(batch, dict) else {}))
-    recorder.graph.outputs = [recorder.value_of(tensor) for tensor in tensors_of(output)]
-    return recorder.graph, output
+    return recorder.end(output), output
