@@ -69,6 +69,9 @@ class MemoryReading:
     connections: tuple[ConnectionReading, ...]
     num_streams: int
     over_depth: bool
+    inner_streams: (
+        int  # how many streams every step makes of its state and merges again; 0 where some step makes none
+    )
     token_shape: tuple[int, ...]
     root: int  # the number of its first value
     proof: str  # "proven", or "unproven: why"

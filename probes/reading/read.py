@@ -143,12 +143,22 @@ class _Reader:
             connections=tuple(connections),
             num_streams=self.states.num_streams(cuts[-1]),
             over_depth=over_depth,
+            inner_streams=self._inner_streams(cuts),
             token_shape=self.states.token_shape,
             root=self.memory.root.number,
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
         )
+
+    def _inner_streams(self, cuts: Sequence[Cut]) -> int:
+        """How many copies of one state every step makes and merges again."""
+        memory, counts = self.memory, set()
+        for before, after in pairwise(cuts):
+            between = (n for n in memory.trunk if before[-1].number < n < after[-1].number)
+            counts.add(max((memory.carried[n].count for n in between), default=0) // memory.count)
+        single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
+        return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
     def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
         sites = labels(self.names, cuts)

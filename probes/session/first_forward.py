@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import DepthWeights
@@ -27,7 +26,7 @@ from depthscope.probes.connections.reading import Opening, branch_output, return
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
+from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
@@ -37,7 +36,8 @@ from depthscope.probes.model.user_modes import outside_user_modes, under_functio
 from depthscope.probes.reading.graph import PARAMETER, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
-from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
+from depthscope.probes.session.forward import CurrentForward, Forward
+from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
@@ -194,9 +194,7 @@ class FirstForward:
         if state is not None and self._observer is not None:
             self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
         if self._gradients and tensor.requires_grad and value.kind != PARAMETER:
-            listener = forward.listeners[value.number] = GradientListener(get_gradient_edge(tensor))
-            hook = Hook(partial(_forward_gradient, listener), self._report)
-            listener.handle = tensor.register_hook(hook)
+            forward.listeners[value.number] = GradientListener(tensor, self._report)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -286,11 +284,6 @@ def _taped(path: str) -> str:
     return f"{path} on the tape"
 
 
-def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    for receive in listener.receivers:
-        receive(gradient)
-
-
 # --- what the model is ---
 
 
@@ -325,7 +318,7 @@ def find_structure(
         named_streams=named_streams,
         batch_axis=forward.batch_axis,
         selection=options.selection,
-        inner_streams=0
+        inner_streams=found.inner_streams
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
         not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
@@ -365,7 +358,8 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
 def _readable_chains(tape: Tape, model: nn.Module, options: Options, batch_size: int) -> FoundChains:
     """The chains of a model; where a known connection computes other weights than it applies, from its operations."""
     if tape.unreadable is None:
-        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
+        inside = options.selection.inside_blocks
+        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size, inside=inside)
     for call in tape.calls:
         call.site = None
     try:
@@ -436,10 +430,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = None if value is None else forward.listeners.get(value.number)
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
-            assert listener.handle is not None
-            assert listener.edge is not None
-            observer.expect_gradient(forward, (number, depth), listener.edge, listener.handle)
+            observer.expect_gradient(forward, (number, depth), listener)
         observer.record_state(forward, number, depth, tensor)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
     for number, connection in enumerate(structure.connections):

@@ -13,6 +13,9 @@ from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.modules import module_paths
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.read import read_graph
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
@@ -34,6 +37,7 @@ from depthscope.probes.structure.plain_proof import (
     with_shown_inputs,
 )
 from depthscope.probes.structure.ran_parameters import ran_parameters
+from depthscope.probes.structure.read_chains import read_chain
 from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
@@ -53,17 +57,28 @@ class FoundChains:
 
     chains: tuple[Chain, ...]
     traced: Mapping[int, Site] = field(default_factory=dict)
+    inner_streams: int = 0
 
 
 def proven_chains(
-    tape: Tape, model: nn.Module, *, batch_size: int, layers: Sequence[str] | None = None
+    tape: Tape,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    layers: Sequence[str] | None = None,
+    inside: bool = False,
 ) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
     ``tape``: the calls of the first forward, with its trace.
     ``layers``: as in `find_chains`: the user's own blocks are taken whatever else is found.
+    ``inside``: whether the states inside of plain blocks are wanted.
     Raises ChainError: Where neither the calls nor the values form a chain.
     """
+    if layers is None and not tape.connection_calls():
+        read = _chains_of_memories(tape, model, inside=inside)
+        if read is not None:
+            return read
     refusal: ChainError | None = None
     chains: list[Chain] = []
     try:
@@ -102,19 +117,50 @@ def proven_chains(
     )
 
 
+def _chains_of_memories(tape: Tape, model: nn.Module, *, inside: bool) -> FoundChains | None:
+    """The chains of the memories of the recorded graph; None where these are not proven, or are stages of one trunk."""
+    assert tape.recorder is not None
+    graph = tape.recorder.graph
+    if graph.error is not None or tape.split:
+        return None
+    memories = read_graph(graph).memories
+    if not memories or not memories[0].is_proven or _has_stages(graph, memories):
+        return None
+    least = FURTHER_SHARE * memories[0].weights["branches"]
+    taken = [m for m in memories if m is memories[0] or (m.is_proven and m.weights["branches"] >= least)]
+    if any(m.num_streams > 1 or m.over_depth for m in taken):
+        return None
+    taken.sort(key=lambda memory: memory.root)
+    chains = [with_final(tape, read_chain(graph, memory, inside=inside).chain) for memory in taken]
+    for chain in chains:
+        _require_all_blocks(tape, model, chain)
+    return FoundChains(_with_names(chains, tape), inner_streams=taken[0].inner_streams)
+
+
+def _has_stages(graph: Graph, memories: Sequence[MemoryReading]) -> bool:
+    """Whether a memory begins with what the last state of another one was made to, in blocks of the same class."""
+    for one in memories:
+        for other in memories:
+            end = graph.values[one.states[-1].values[-1]]
+            first = graph.values[other.root]
+            if one is not other and first.number > end.number and graph.depends(first, end):
+                return True
+    return False
+
+
 def _chains_of_modules(tape: Tape, model: nn.Module, layers: Sequence[str] | None) -> list[Chain]:
     found = find_chains(tape, model, layers=layers)
-    return _with_steps([with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
+    return _with_steps(tape, [with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
 
 
-def _with_steps(chains: list[Chain]) -> list[Chain]:
+def _with_steps(tape: Tape, chains: list[Chain]) -> list[Chain]:
     """Without those of which every step changes the shape, where others are proven: a neck of convolutions is no chain."""
     if not any(chain.proof == PROVEN for chain in chains):
         return chains
     kept = [chain for chain in chains if not chain.proof.endswith(NO_STEP)]
     # Tracks are called after arguments; numbers, or the name of one of several, say nothing of those that are left.
     if len(kept) < len(chains) and (len(kept) == 1 or any(NUMBERED.fullmatch(chain.name) for chain in kept)):
-        return list(_with_names(kept))
+        return list(_with_names(kept, tape))
     return kept
 
 
@@ -136,14 +182,29 @@ def _with_other_towers(
         taken += [proven] if proven.proof == PROVEN else []
     if len(taken) == len(found.chains):
         return found
-    return replace(found, chains=_with_names(taken))
+    return replace(found, chains=_with_names(taken, tape))
 
 
-def _with_names(chains: Sequence[Chain]) -> tuple[Chain, ...]:
-    """Chains with distinct names, by their blocks; a chain that is alone has none."""
+def _with_names(chains: Sequence[Chain], tape: Tape) -> tuple[Chain, ...]:
+    """Chains with distinct names, by their blocks; a chain that is alone has none.
+
+    Of the same blocks by the parameters that these take the states as.
+    """
     # A state that begins without any module has no block; numbers tell chains from one another then.
-    names = distinct_names([chain.blocks[0] if chain.blocks else "" for chain in chains])
-    return tuple(replace(chain, name=name) for chain, name in zip(chains, names, strict=True))
+    first = [chain.blocks[0] if chain.blocks else "" for chain in chains]
+    names = [_parameter(tape, chain) for chain in chains] if len(set(first)) == 1 < len(first) else first
+    if len(set(names)) < len(names) or not all(names):
+        names = first
+    return tuple(replace(chain, name=name) for chain, name in zip(chains, distinct_names(names), strict=True))
+
+
+def _parameter(tape: Tape, chain: Chain) -> str:
+    """As which parameter of its forward the first block takes a chain's state."""
+    for point in chain.points:
+        call = tape.by_key()[point.path, point.method, point.index]
+        if point.at == "input" and point.path in chain.blocks:
+            return call.inputs[point.item].name if call.inputs else ""
+    return ""
 
 
 def _have_blocks_in_common(a: Chain, b: Chain) -> bool:
@@ -178,7 +239,7 @@ def _carried_chains(
         return FoundChains((replace(chains[0] if chains else proven[0], proof=why),))
     if any(chain.proof != PROVEN for chain in proven):
         return None
-    return FoundChains(_with_names(proven))
+    return FoundChains(_with_names(proven, tape))
 
 
 def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int, *, above: float) -> FoundChains | None:

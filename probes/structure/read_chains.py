@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.operations import SAME, VIEWS
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 
-BLOCK = re.compile(r"(.*?\d+)(\.|$)")  # a module path up to its first number
+MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class _ChainOf:
         self.graph, self.memory = graph, memory
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
+        self.is_fine = False  # whether numbered parts of blocks are the blocks
+        self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool) -> ReadChain:
         """The chain, without the states inside of plain blocks where these are not wanted."""
@@ -63,12 +64,50 @@ class _ChainOf:
     def _is_plain(self) -> bool:
         return self.memory.num_streams == 1 and not self.memory.over_depth
 
+    def _units(self) -> dict[int, int]:
+        """By the number of a branch's source the call of its block; -1 where it is in none.
+
+        Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
+        """
+        coarse = {branch.way[0]: branch.unit for branch in self.branches}
+        fine: dict[int, int] = {}
+        for connection in self.connections:
+            call = self._sublayer(connection)
+            if call is None:
+                return coarse
+            fine |= {branch.way[0]: call for branch in connection.branches}
+        self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
+        return fine if self.is_fine else coarse
+
+    def _sublayer(self, connection: ConnectionReading) -> int | None:
+        """The numbered call inside of a block in which a state was made that it hands on."""
+        state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
+        around = self.graph.stack(state)
+        given = {
+            s.call for v in self._same(state) for s in self.graph.shown.get(v.number, ()) if s.at == "output"
+        }
+        units = {branch.unit for branch in connection.branches}
+        inside = (
+            around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
+        )
+        numbered = [call for call in inside if self.graph.calls[call].path.rpartition(".")[2].isdigit()]
+        return next((call for call in numbered if call in given), None)
+
+    def _unit(self, branch: BranchReading) -> int:
+        return self.units[branch.way[0]]
+
     def _block(self, branch: BranchReading) -> str:
-        """The path of the block that a branch is in."""
-        if branch.unit >= 0:
-            return self.graph.calls[branch.unit].path
-        found = BLOCK.match(branch.path)
-        return found[1] if found else branch.path
+        """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
+        calls = {self._unit(other) for other in self.branches if other.layer == branch.layer}
+        if len(calls) == 1 and self._unit(branch) >= 0:
+            return self.graph.calls[self._unit(branch)].path
+        if self.is_fine:
+            return self.graph.calls[self._unit(branch)].path
+        paths = [other.path.split(".") for other in self.branches if other.layer == branch.layer]
+        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        while common and not common[-1].isdigit():
+            common.pop()
+        return ".".join(common) or branch.path
 
     # --- states
 
@@ -77,7 +116,7 @@ class _ChainOf:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or not before or not after:
             return False
-        return before[-1].unit == after[0].unit >= 0
+        return self._unit(before[-1]) == self._unit(after[0]) >= 0
 
     def _around(self, depth: int) -> tuple[list[BranchReading], list[BranchReading]]:
         """The branches that were added before a state, and those that come after it."""
@@ -113,8 +152,8 @@ class _ChainOf:
         What a block takes is what is really handed on, in autograd too.
         """
         before, after = self._around(depth)
-        takes = bool(after) and shown.at == "input" and shown.call == after[0].unit
-        gives = bool(before) and shown.at == "output" and shown.call == before[-1].unit
+        takes = bool(after) and shown.at == "input" and shown.call == self._unit(after[0])
+        gives = bool(before) and shown.at == "output" and shown.call == self._unit(before[-1])
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
     def _same(self, value: TracedValue) -> list[TracedValue]:
@@ -128,11 +167,11 @@ class _ChainOf:
                 if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
                     found.append(taker)
                     waiting.append(taker)
-        return found
+        return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
 
     @staticmethod
     def _is_same(value: TracedValue, parent: TracedValue) -> bool:
-        same = value.name in VIEWS or (value.name in SAME and value.name not in ("neg", "positive"))
+        same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
         return (
             same
             and value.numel == parent.numel
@@ -145,10 +184,12 @@ class _ChainOf:
         before, _ = self._around(depth)
         if before and self.memory.states[depth].site != "embed":
             block = self._block(before[-1])
-            whole = before[-1].unit >= 0 and self.memory.states[depth].site != "mid"
+            whole = self._unit(before[-1]) >= 0 and not self._is_inside(depth)
             return block if whole else before[-1].path
-        given = [shown.call for shown in places if shown.at == "output"]
-        return self.graph.calls[given[-1]].path if given else "(input)"
+        given = [call for shown in places if shown.at == "output" and (call := shown.call)]
+        around = self.graph.stack(self.graph.values[self.memory.states[depth].values[-1]])
+        made = [call for call in around if call in given] or given
+        return self.graph.calls[made[0]].path if made else "(input)"
 
     # --- connections
 
