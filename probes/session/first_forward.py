@@ -183,17 +183,18 @@ class FirstForward:
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
-        if value.number in tape.met or not value.is_floating or tensor.ndim < 2:
+        if not value.is_floating or tensor.ndim < 2:
             return
-        if tensor.requires_grad and not tensor.is_leaf and tensor.grad_fn is None:
-            return  # inside of a function of autograd that a reentrant checkpoint is; outside of it has a graph
-        tape.met.add(value.number)
-        if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
-            tape.twins[value.number] = twin
-        state = self._record_operation(forward, tape, value, tensor)
-        if state is not None and self._observer is not None:
-            self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
-        if self._gradients and tensor.requires_grad and value.kind != PARAMETER:
+        if value.number not in tape.met:
+            tape.met.add(value.number)
+            if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
+                tape.twins[value.number] = twin
+            state = self._record_operation(forward, tape, value, tensor)
+            if state is not None and self._observer is not None:
+                self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+        # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
+        listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
+        if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
 
     def _record_operation(

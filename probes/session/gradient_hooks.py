@@ -25,27 +25,27 @@ class GradientListener:
     """
 
     def __init__(self, tensor: torch.Tensor, report: Report):
-        edge = get_gradient_edge(tensor)
-        self.edge: GradientEdge | None = edge
-        self._number = edge.output_nr
         # Several where one value is a state of two chains; none until it is known to be a state.
         self.receivers: list[Receive] = []
+        self.end: torch.Tensor | GradientEdge | None  # where the graph of the tensor begins
         self.handle: RemovableHandle
         if tensor.grad_fn is None:
+            self.end, self._number = tensor, 0
             self.handle = tensor.register_hook(Hook(self.receive, report))
         else:
+            self.end, self._number = get_gradient_edge(tensor), tensor.output_nr
             self.handle = tensor.grad_fn.register_prehook(Hook(self._at_node, report))
 
     @property
     def node(self) -> Any:
-        """Where the graph of the tensor begins."""
-        assert self.edge is not None, "the forward was released"
-        return self.edge.node
+        """The node at which the graph of the tensor begins."""
+        assert self.end is not None, "the forward was released"
+        return (get_gradient_edge(self.end) if isinstance(self.end, torch.Tensor) else self.end).node
 
     def release(self) -> None:
         """Listen no more, and let go of the graph."""
         self.handle.remove()
-        self.edge = None
+        self.end = None
 
     def receive(self, gradient: torch.Tensor | None) -> None:
         """Hand a gradient to all receivers."""
@@ -66,7 +66,7 @@ def backward_to(
     """
     before = dict(forward.arrivals)
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    edges = [edge for key in ends if (edge := forward.expected_gradients[key].edge) is not None]
+    edges = [edge for key in ends if (edge := forward.expected_gradients[key].end) is not None]
     found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
     for key, gradient in zip(ends, found, strict=True):
         if forward.arrivals[key] == before.get(key, 0):  # nothing below its node was run
