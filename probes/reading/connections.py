@@ -10,6 +10,7 @@ import torch
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.operations import JOINS, MATRICES, MOVES, PRODUCTS, REDUCES
 from depthscope.probes.reading.states import States
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
@@ -35,6 +36,7 @@ class ConnectionParts:
     constant: torch.Tensor | None
     target: list[TracedValue]  # the next state, before its last norm
     functions: list[str]
+    weighs: bool = True  # whether an operation scales or mixes the streams
     error: float = 0.0
 
 
@@ -57,7 +59,19 @@ def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch
     zeros = [*before, *(branch.source for branch in between)]
     nothing = {v.number: torch.zeros_like(states.graph.tensor(v)) for v in zeros}
     constant = states.array(target, states.replay(target, nothing, real=True))
-    return ConnectionParts(h_res, found, constant if bool(constant.any()) else None, target, functions)
+    weighs = any(_weighs(states, value) for value in states.steps(target, before))
+    return ConnectionParts(
+        h_res, found, constant if bool(constant.any()) else None, target, functions, weighs
+    )
+
+
+def _weighs(states: States, value: TracedValue) -> bool:
+    """Whether a step of the memory scales or mixes streams, or takes some of them apart."""
+    memory = states.memory
+    if not memory.holds(value):
+        return False
+    smaller = value.name in MOVES and value.numel < max(v.numel for v in memory.inside(value))
+    return smaller or any(value.name in group for group in (PRODUCTS, MATRICES, REDUCES, JOINS))
 
 
 def _last(cut: Cut) -> int:

@@ -12,7 +12,13 @@ from torch import nn
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, memories
-from depthscope.probes.reading.connections import ConnectionParts, DepthParts, joined_by, over_depth
+from depthscope.probes.reading.connections import (
+    BranchParts,
+    ConnectionParts,
+    DepthParts,
+    joined_by,
+    over_depth,
+)
 from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
@@ -50,21 +56,61 @@ def read_model(model: nn.Module, batch: Any) -> NetworkReading:
 
 def read_graph(graph: Graph) -> NetworkReading:
     """The reading of a recorded forward."""
-    with torch.no_grad():
+    return Rereading(graph).reading
+
+
+class Rereading:
+    """The reading of a forward, and that of later ones: where these run the same operations, nothing is looked for again."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._readers: list[_Reader] = []
+        self.reading = self._read()
+
+    @torch.no_grad()
+    def _read(self) -> NetworkReading:
         try:
-            found = memories(graph)
-            _refuse_recurrence(graph, found[0])
-            readers = [_Reader(memory, found) for memory in found]
-            number_blocks([reader.names for reader in readers])
-            done, left_out = [readers[0].reading()], {}
+            found = memories(self.graph)
+            _refuse_recurrence(self.graph, found[0])
+            self._readers = [_Reader(memory, found) for memory in found]
+            number_blocks([reader.names for reader in self._readers])
+            done, left_out = [self._readers[0].reading()], {}
         except ReadingError as error:
             return NetworkReading((), {}, str(error))
-        for reader in readers[1:]:
+        for reader in self._readers[1:]:
             try:
                 done.append(reader.reading())
             except ReadingError as error:
                 left_out[reader.name] = str(error)
-    return NetworkReading(tuple(done), left_out)
+        return NetworkReading(tuple(done), left_out)
+
+    def keep(self, memories: Sequence[MemoryReading]) -> None:
+        """Read these memories alone from now on, and let go of the first forward's tensors."""
+        roots = {memory.root for memory in memories}
+        self._readers = [reader for reader in self._readers if reader.memory.root.number in roots]
+        self.reading = NetworkReading((), {})
+        self.graph.let_go()
+
+    @torch.no_grad()
+    def again(self, graph: Graph) -> list[MemoryReading]:
+        """The same memories in a later forward; in the order of `reading`.
+
+        Raises ReadingError: Where these are not found again.
+        """
+        if not self.graph.takes_over(graph):
+            roots = [self.graph.place(reader.memory.root) for reader in self._readers]
+            other = Rereading(graph)
+            self.graph, self._readers = graph, other._readers
+            found = [reader for reader in self._readers if graph.place(reader.memory.root) in roots]
+            if len(found) != len(roots):
+                raise ReadingError(
+                    f"{len(found)} of {len(roots)} memories were found again in a later forward, whose operations are others"
+                )
+            self._readers = found
+        try:
+            return [reader.reading() for reader in self._readers]
+        finally:
+            self.graph.let_go()
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -92,7 +138,7 @@ class _Reader:
         self.name = name_of(memory, self.names)
 
     def reading(self) -> MemoryReading:
-        """The memory's description.
+        """The memory's description, at the present values of its tensors.
 
         Returns
         -------
@@ -146,6 +192,8 @@ class _Reader:
             inner_streams=self._inner_streams(cuts),
             token_shape=self.states.token_shape,
             root=self.memory.root.number,
+            shape=self.memory.shape,
+            feature_axis=self.states.axis,
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
@@ -166,8 +214,10 @@ class _Reader:
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
+            carried = tuple(self.memory.carried[value.number] for value in cut)
             array = self.states.array(cut)
-            found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, numbers, array))
+            path = self.graph.path(cut[-1])
+            found.append(StateReading(layer, site, path, places, numbers, carried, array))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -180,8 +230,22 @@ class _Reader:
             parts["h_res_gate"] = of.h_res
         if of.constant is not None:
             parts["constant"] = of.constant
-        branches = tuple(self._branch(b.branch, _branch_arrays(b)) for b in of.branches)
-        return ConnectionReading(number, number + 1, parts, branches, tuple(of.functions), of.error)
+        branches = tuple(self._branch(b.branch, self._with_input(b, _branch_arrays(b))) for b in of.branches)
+        return ConnectionReading(
+            number, number + 1, parts, branches, tuple(of.functions), of.error, of.weighs
+        )
+
+    def _with_input(self, of: BranchParts, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parts of a branch that reads several streams, with what it reads of them."""
+        several = (
+            "read" in parts or ("h_pre" in parts and parts["h_pre"].shape[-1] > 1) or "read_gate" in parts
+        )
+        reads = [read for read, _ in of.reads if self.memory.is_whole(read)]
+        if several and reads:
+            parts["in"] = torch.cat(
+                [self.states.array([read]) for read in (reads if "read" in parts else reads[-1:])], 1
+            )
+        return parts
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
         number = next(n for n, other in enumerate(self.branches) if other is branch)
@@ -224,14 +288,20 @@ class _Reader:
         reads = [self.branches[k].read for k in new] or [before]
         carry = _table(parts.weights[after.number]).clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = {"depth_read": _table(parts.weights[reads[-1].number]), "depth_carry": carry}
+        found = {
+            "depth_read": _table(parts.weights[reads[-1].number]),
+            "depth_carry": carry,
+            "state": _table(parts.weights[before.number]),
+        }
         if bool(parts.constants[after.number].any()):
             found["constant"] = parts.constants[after.number]
         branches = []
         for k in new:
             weight = parts.weights[after.number][k + 1]
             name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
-            branches.append(self._branch(self.branches[k], {name: weight}))
+            out = parts.sources[k + 1]
+            given = {} if out is None else {"out": out.unsqueeze(1)}
+            branches.append(self._branch(self.branches[k], {name: weight, **given}))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
 
     def _bases(self, last: TracedValue) -> list[TracedValue]:

@@ -101,6 +101,16 @@ class States:
             found[value.number] = torch.zeros_like(self.graph.tensor(value)) if again is None else again
         return found
 
+    def steps(self, targets: Sequence[TracedValue], cut: Sequence[TracedValue]) -> list[TracedValue]:
+        """The steps of the memory that lead from a state to some values."""
+        given = {value.number: torch.empty(0) for value in cut}
+        reached, found = set(given), []
+        for value in self._needed(targets, given):
+            if any(v.number in reached for v in self.memory.inside(value) if self.memory.holds(value)):
+                reached.add(value.number)
+                found.append(value)
+        return found
+
     def _needed(self, targets: Sequence[TracedValue], given: Given) -> list[TracedValue]:
         first = min(given)
         needed: dict[int, TracedValue] = {}

@@ -33,6 +33,7 @@ from depthscope.probes.model.preserved_state import preserved_state, unhooked_tw
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import first_float, floats_in, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
@@ -324,6 +325,7 @@ def find_structure(
         else inner_streams(states_of(tape, chains[0].points)),
         not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
         shards=shards,
+        read=found.read,
     )
 
 
@@ -419,7 +421,7 @@ def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
 def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     """Hand what the tape stored to the observer, as the hooks of later forwards do."""
     structure = observer.structure
-    if structure.traced:
+    if structure.traced and structure.read is None:
         # Which of its tensors are needed is known only now, and most are gone.
         raise RewrittenError(
             "the states and weights of this model's connections are local variables; call the model once more: from the "
@@ -433,6 +435,11 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
             observer.expect_gradient(forward, (number, depth), listener)
         observer.record_state(forward, number, depth, tensor)
+    if structure.read is not None:
+        assert structure.read.first is not None
+        _record_read(tape, forward, observer, structure.read.first)
+        structure.read.keep()
+        return
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
     for number, connection in enumerate(structure.connections):
         call = connection_calls[connection.path, connection.index]
@@ -450,6 +457,10 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
     ``tape``: the calls of the forward, with its trace.
     """
     structure = observer.structure
+    if structure.read is not None:
+        assert tape.recorder is not None
+        _record_read(tape, forward, observer, structure.read.again(tape.recorder.graph))
+        return
     states = states_of(tape, structure.chains[0].points)
     if structure.chains[0].over_depth:
         _record_depth_weights(tape, forward, observer)
@@ -474,6 +485,28 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         if tape.logits is not None:
             handled = tape.logits.between(before.number, after.number)
             observer.record_logits(forward, number, complete.mix, handled)
+    tape.logits = None  # it holds tensors of the graph
+
+
+def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
+    """Record the coefficients of one forward, by the reading of its memory."""
+    structure = observer.structure
+    assert structure.read is not None
+    states = states_of(tape, structure.chains[0].points)
+    for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
+        connection = structure.chains[0].connections[number]
+        if isinstance(weights, DepthWeights):
+            if len(forward.rows):
+                forward.parts[0, number] = weights.sampled(forward.rows.cpu())
+                assert given is not None
+                forward.branches[0, number] = forward.sampled(given)
+            forward.fired.add(("branch", 0, number))
+            continue
+        observer.record_connection(forward, number, weights)
+        before, after = states[connection.depth_in], states[connection.depth_out]
+        if tape.logits is not None and before is not None and after is not None:
+            handled = tape.logits.between(before.number, after.number)
+            observer.record_logits(forward, number, weights.mix, handled)
     tape.logits = None  # it holds tensors of the graph
 
 

@@ -15,8 +15,8 @@ from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph
-from depthscope.probes.reading.read import read_graph
-from depthscope.probes.structure.chain import Chain
+from depthscope.probes.reading.read import Rereading
+from depthscope.probes.structure.chain import READ, Chain
 from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
@@ -38,6 +38,8 @@ from depthscope.probes.structure.plain_proof import (
 )
 from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.read_chains import read_chain
+from depthscope.probes.structure.read_layout import read_layout
+from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
@@ -58,6 +60,7 @@ class FoundChains:
     chains: tuple[Chain, ...]
     traced: Mapping[int, Site] = field(default_factory=dict)
     inner_streams: int = 0
+    read: ReadStructure | None = None
 
 
 def proven_chains(
@@ -76,7 +79,7 @@ def proven_chains(
     Raises ChainError: Where neither the calls nor the values form a chain.
     """
     if layers is None and not tape.connection_calls():
-        read = _chains_of_memories(tape, model, inside=inside)
+        read = _chains_of_memories(tape, model, batch_size=batch_size, inside=inside)
         if read is not None:
             return read
     refusal: ChainError | None = None
@@ -117,24 +120,51 @@ def proven_chains(
     )
 
 
-def _chains_of_memories(tape: Tape, model: nn.Module, *, inside: bool) -> FoundChains | None:
+def _chains_of_memories(tape: Tape, model: nn.Module, *, batch_size: int, inside: bool) -> FoundChains | None:
     """The chains of the memories of the recorded graph; None where these are not proven, or are stages of one trunk."""
     assert tape.recorder is not None
     graph = tape.recorder.graph
     if graph.error is not None or tape.split:
         return None
-    memories = read_graph(graph).memories
+    rereading = Rereading(graph)
+    memories = rereading.reading.memories
     if not memories or not memories[0].is_proven or _has_stages(graph, memories):
         return None
+    if memories[0].num_streams > 1 or memories[0].over_depth:
+        return weighed_chain(tape, rereading, batch_size)
     least = FURTHER_SHARE * memories[0].weights["branches"]
-    taken = [m for m in memories if m is memories[0] or (m.is_proven and m.weights["branches"] >= least)]
-    if any(m.num_streams > 1 or m.over_depth for m in taken):
-        return None
+    further = [m for m in memories[1:] if m.is_proven and m.weights["branches"] >= least]
+    taken = [memories[0], *(m for m in further if m.num_streams == 1 and not m.over_depth)]
     taken.sort(key=lambda memory: memory.root)
     chains = [with_final(tape, read_chain(graph, memory, inside=inside).chain) for memory in taken]
     for chain in chains:
         _require_all_blocks(tape, model, chain)
     return FoundChains(_with_names(chains, tape), inner_streams=taken[0].inner_streams)
+
+
+def weighed_chain(tape: Tape, rereading: Rereading, batch_size: int) -> FoundChains | None:
+    """The chain of the first memory, which has streams or sums over depth; None where it has no place for what was read."""
+    memory = rereading.reading.memories[0]
+    chain = read_chain(rereading.graph, memory, inside=False).chain
+    twin = tape.twins.get(memory.root)
+    axes = None if twin is None else twin.axes
+    layouts = {read_layout(memory, state, axes, batch_size) for state in memory.states}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None or not chain.connections:
+        return None
+    read = ReadStructure(rereading, layout, memory.num_streams)
+    try:
+        weights = read.weights(memory, batch_size)
+    except StreamConnectionError:
+        return None
+    if memory.over_depth:
+        chain = replace(chain, family=depth_family([of for of, _ in weights]))
+        return FoundChains((with_final(tape, chain),), read=read)
+    family = "hc" if read.mixes else "independent_hc"
+    family = "gated" if any(of.read is None for of, _ in weights) else family
+    site = Site(READ, family, memory.num_streams, layout, mixes=read.mixes, reads_features=family == "gated")
+    chain = with_final(tape, replace(chain, proof=""), memory.num_streams)
+    return FoundChains((chain,), dict.fromkeys(range(len(chain.connections)), site), read=read)
 
 
 def _has_stages(graph: Graph, memories: Sequence[MemoryReading]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.operations import SAME, VIEWS
-from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
@@ -43,8 +43,12 @@ class _ChainOf:
     def chain(self, *, inside: bool) -> ReadChain:
         """The chain, without the states inside of plain blocks where these are not wanted."""
         depths = list(range(len(self.memory.states)))
-        joined = self._plain_connections(depths) if inside and self._is_plain else ()
-        if self._is_plain and not joined:
+        joined: tuple[Connection, ...] = ()
+        if not self._is_plain:
+            joined = self._weighed_connections()
+        elif inside:
+            joined = self._plain_connections(depths)
+        if not joined and self._is_plain:
             depths = [depth for depth in depths if not self._is_inside(depth)]
         points = [self._point(depth) for depth in depths]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
@@ -56,6 +60,7 @@ class _ChainOf:
             blocks=blocks,
             block_class="/".join(kinds),
             shapes=tuple(value.shape for _, value in points),
+            history=self.memory.over_depth,
             proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, tuple(depths))
@@ -192,6 +197,27 @@ class _ChainOf:
         return self.graph.calls[made[0]].path if made else "(input)"
 
     # --- connections
+
+    def _weighed_connections(self) -> tuple[Connection, ...]:
+        """The connections of a memory with streams, or over depth."""
+        return tuple(self._weighed(of) for of in self.connections if of.branches)
+
+    def _weighed(self, of: ConnectionReading) -> Connection:
+        branch = of.branches[-1]
+        call = self.shown_branch(branch)
+        path = branch.path or self._producer(of.depth_out, ())
+        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
+        return Connection(
+            path=path,
+            index=of.depth_in,
+            layer=branch.layer,
+            branch=kind,
+            branch_path=None if call is None else self.graph.calls[call].path,
+            branch_index=0 if call is None else self.graph.calls[call].number,
+            style=DEPTH if self.memory.over_depth else READ,
+            depth_in=of.depth_in,
+            depth_out=of.depth_out,
+        )
 
     def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
         """The branches of plain blocks, where every one of them is the output of some module; else none."""
