@@ -27,6 +27,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     addends,
     factors,
+    is_mean,
 )  # fmt: skip
 from depthscope.probes.reading.replays import run
 
@@ -84,6 +85,8 @@ class Rules:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
         if not carriers or len(carriers) < len(self._inside(value)):
             return None  # a condition, a weight or a factor comes from the memory itself
+        if not self._functions and any(is_mean(v, carrier) for v in addends(value) for carrier in carriers):
+            return None  # the first half of a norm
         return self._agreed([self._carried[v.number] for v in carriers], value.shape)
 
     @staticmethod

@@ -17,7 +17,9 @@ from depthscope.probes.reading.operations import (
     MOVES,
     PRODUCTS,
     REDUCES,
+    SUMS,
     addends,
+    is_mean,
     is_statistic,
 )  # fmt: skip
 
@@ -144,6 +146,8 @@ class Memory:
         if value.name in FUNCTIONS:
             return True
         inside = self.inside(value)
+        if value.name in SUMS:
+            return any(is_mean(addend, carrier) for addend in addends(value) for carrier in inside)
         if value.name not in PRODUCTS or not inside:
             return False
         others = [v for v in value.parents if v is not inside[0]]
@@ -229,7 +233,7 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
         _note_pieces(memory, value, inside)
         return
     new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
-    if new:
+    if new and not memory.passes_function(value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
 

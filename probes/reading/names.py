@@ -177,6 +177,12 @@ class BranchNames:
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
+def kind_of(path: str, modules: Mapping[str, str]) -> str:
+    """Whether a module is attention or feed-forward, by its name and class; block where neither tells."""
+    words = " ".join([*[part for part in path.split(".") if not part.isdigit()][-1:], modules.get(path, "")])
+    return "attn" if ATTENTION.search(words) else "mlp" if MLP.search(words) else "block"
+
+
 class Key(NamedTuple):
     """What branches of one block have in common."""
 

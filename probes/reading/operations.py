@@ -73,6 +73,18 @@ def weights_of(value: TracedValue) -> list[TracedValue]:
     return found
 
 
+def is_mean(value: TracedValue, of: TracedValue) -> bool:
+    """Whether an addend is a mean of what it is added to, as a norm that is written out takes one away."""
+    for _ in range(6):
+        if value.name in REDUCES:
+            return any(parent is of for parent in value.parents)
+        scales = value.name in PRODUCTS and len([v for v in value.parents if v.shape]) == 1
+        if not value.parents or not (value.name in SAME or value.name in MOVES or scales):
+            return False
+        value = value.parents[0]
+    return False
+
+
 def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
     """Whether a factor is a norm of what it scales, or of what that was computed from."""
     for _ in range(6):

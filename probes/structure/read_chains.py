@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
-from depthscope.probes.reading.operations import SAME, VIEWS
+from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
@@ -50,7 +51,7 @@ class _ChainOf:
             joined = self._plain_connections(depths)
         if not joined and self._is_plain:
             depths = [depth for depth in depths if not self._is_inside(depth)]
-        points = [self._point(depth) for depth in depths]
+        points = [point for depth in depths for point in self._points(depth)]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -127,6 +128,42 @@ class _ChainOf:
         """The branches that were added before a state, and those that come after it."""
         before = [b for c in self.connections if c.depth_out <= depth for b in c.branches]
         return before, [b for c in self.connections if c.depth_in >= depth for b in c.branches]
+
+    def _points(self, depth: int) -> Iterator[tuple[HookPoint, TracedValue]]:
+        """What shows a state; twice where its axes are in another order when the next block takes it."""
+        point, value = self._point(depth)
+        before, after = self._around(depth)
+        moved = value
+        while (
+            moved.name in MOVES
+            and moved.numel == moved.parents[0].numel
+            and self._is_plain
+            and before
+            and after
+        ):
+            moved = moved.parents[0]
+            shown = [
+                s
+                for s in self.graph.shown.get(moved.number, ())
+                if s.at == "output" and s.call == self._unit(before[-1])
+            ]
+            if shown and len(moved.shape) != len(value.shape):
+                call = self.graph.calls[shown[0].call]
+                yield (
+                    HookPoint(
+                        call.path,
+                        call.number,
+                        "output",
+                        point.layer,
+                        point.site,
+                        point.module,
+                        item=shown[0].item,
+                    ),
+                    moved,
+                )
+                point = replace(point, layer=after[0].layer, site="pre", module="(input)")
+                break
+        yield point, value
 
     def _point(self, depth: int) -> tuple[HookPoint, TracedValue]:
         """What shows a state in a later forward, and the value that it shows."""
@@ -226,32 +263,41 @@ class _ChainOf:
 
     def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
         for branch in of.branches:
-            call = self.shown_branch(branch)
-            if call is None:
-                yield None
-                continue
-            path, index = self.graph.calls[call].path, self.graph.calls[call].number
-            yield Connection(
-                path=path,
-                index=index,
-                layer=branch.layer,
-                branch=branch.kind if branch.kind in ("attn", "mlp") else "block",
-                branch_path=path,
-                branch_index=index,
-                style="normed" if of.functions else "add",
-                depth_in=depths.index(of.depth_in),
-                depth_out=depths.index(of.depth_out),
-            )
+            for call in self._shown_parts(branch):
+                if call is None:
+                    yield None
+                    continue
+                path, index = self.graph.calls[call].path, self.graph.calls[call].number
+                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
+                yield Connection(
+                    path=path,
+                    index=index,
+                    layer=branch.layer,
+                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
+                    branch_path=path,
+                    branch_index=index,
+                    style="normed" if of.functions else "add",
+                    depth_in=depths.index(of.depth_in),
+                    depth_out=depths.index(of.depth_out),
+                )
+
+    def _shown_parts(self, branch: BranchReading) -> list[int | None]:
+        """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
+        call = self.shown_branch(branch)
+        source = self.graph.values[branch.way[0]]
+        if call is not None or source.name != "add":
+            return [call]
+        return [self._shown_by(addend) for addend in addends(source)]
 
     def shown_branch(self, branch: BranchReading) -> int | None:
         """The outermost call that gives what a branch adds: that itself, or what is moved or scaled of it."""
-        for number in reversed(branch.way):
-            for value in self._same(self.graph.values[number]):
-                calls = [
-                    shown.call
-                    for shown in self.graph.shown.get(value.number, ())
-                    if shown.at == "output" and not shown.item
-                ]
-                if calls:
-                    return min(calls)
+        calls = (self._shown_by(self.graph.values[number]) for number in reversed(branch.way))
+        return next((call for call in calls if call is not None), None)
+
+    def _shown_by(self, value: TracedValue) -> int | None:
+        for other in self._same(value):
+            shown = self.graph.shown.get(other.number, ())
+            calls = [each.call for each in shown if each.at == "output" and not each.item]
+            if calls:
+                return min(calls)
         return None
