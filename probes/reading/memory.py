@@ -19,7 +19,7 @@ from depthscope.probes.reading.operations import (
     REDUCES,
     SUMS,
     addends,
-    is_mean,
+    centred,
     is_statistic,
 )  # fmt: skip
 
@@ -147,7 +147,7 @@ class Memory:
             return True
         inside = self.inside(value)
         if value.name in SUMS:
-            return any(is_mean(addend, carrier) for addend in addends(value) for carrier in inside)
+            return bool(centred(value, inside))
         if value.name not in PRODUCTS or not inside:
             return False
         others = [v for v in value.parents if v is not inside[0]]

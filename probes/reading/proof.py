@@ -11,7 +11,7 @@ from depthscope.probes.reading.connections import BranchParts, ConnectionParts, 
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MATRICES, addends, weights_of
+from depthscope.probes.reading.operations import MATRICES, MOVES, PRODUCTS, SAME, addends, weights_of
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -113,6 +113,7 @@ class WeightCoverage:
             "before": self._weights(before) & used,
             "head": self._weights(head) & used,
         }
+        self._head = head
         self.elsewhere = used - set().union(*self.by_place.values())
         self._used = used
 
@@ -163,7 +164,14 @@ class WeightCoverage:
             return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
         if (value := self._residual_sum(self._behind([self.memory.root], set()))) is not None:
             return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
+        later = {n for n in self._head if n > max(self.last) and self._is_of_no_other(self.graph.values[n])}
+        if (value := self._residual_sum(later)) is not None:
+            return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
         return self._hidden_branches()
+
+    def _is_of_no_other(self, value: TracedValue) -> bool:
+        """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
+        return value.numel == self.memory.count and not any(p.number in self._others for p in value.parents)
 
     def _residual_sum(self, numbers: set[int]) -> TracedValue | None:
         """A sum of a value and of something that a weight computed from it."""
@@ -179,7 +187,9 @@ class WeightCoverage:
         return None
 
     def _is_branch(self, a: TracedValue, b: TracedValue) -> bool:
-        if a.shape != b.shape or len(a.shape) < 2 or a.kind or not self.graph.depends(b, a):
+        while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):
+            a = a.parents[0]  # what is added to may be a view of what the branch takes, or scaled
+        if a.numel != b.numel or len(b.shape) < 2 or a.kind or not self.graph.depends(b, a):
             return False
         behind = self._behind([b], {a.number})
         return any(

@@ -184,7 +184,7 @@ class FirstForward:
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
-        if not value.is_floating or tensor.ndim < 2:
+        if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
         if value.number not in tape.met:
             tape.met.add(value.number)
