@@ -47,11 +47,12 @@ class ValuePlace(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """Where a call of a module showed a value: the number of the call, ``"input"`` or ``"output"``, which of its tensors."""
+    """Where a call of a module showed a value."""
 
-    call: int
-    at: str
-    item: int
+    call: int  # the number of the call
+    at: str  # "input" or "output"
+    item: int  # which of its floating tensors
+    order: int  # among all that were shown
 
 
 class ModuleCall(NamedTuple):

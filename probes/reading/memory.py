@@ -165,7 +165,7 @@ def start_of(root: TracedValue, streams: int = 1) -> Start:
     return Start(root, shape, first)
 
 
-def follow(graph: Graph, start: Start) -> Memory:
+def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     """The memory that begins so.
 
     Parameters
@@ -174,6 +174,8 @@ def follow(graph: Graph, start: Start) -> Memory:
         The forward.
     start : Start
         The first value, and what is known of the way.
+    until : int, optional
+        The number of the last value that is looked at.
 
     Returns
     -------
@@ -183,7 +185,7 @@ def follow(graph: Graph, start: Start) -> Memory:
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
-    for value in graph.values[root.number + 1 :]:
+    for value in graph.values[root.number + 1 : None if until is None else until + 1]:
         if not graph.depends(value, root):
             continue
         inside = [p for p in value.parents if p.number in memory.carried]

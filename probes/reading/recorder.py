@@ -75,6 +75,7 @@ class GraphRecorder(TorchDispatchMode):
         self._given = {id(tensor) for tensor in batch}
         self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         self._stack = [-1]
+        self._num_shown = 0
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
         self._entries: dict[int, _Entry] = {}
@@ -111,7 +112,8 @@ class GraphRecorder(TorchDispatchMode):
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
-            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item))
+            self._num_shown += 1
+            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item, self._num_shown))
         return numbers
 
     def end(self, output: Any) -> Graph:

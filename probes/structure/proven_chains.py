@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from torch import nn
 
@@ -135,11 +135,35 @@ def _chains_of_memories(tape: Tape, model: nn.Module, *, batch_size: int, inside
     least = FURTHER_SHARE * memories[0].weights["branches"]
     further = [m for m in memories[1:] if m.is_proven and m.weights["branches"] >= least]
     taken = [memories[0], *(m for m in further if m.num_streams == 1 and not m.over_depth)]
-    taken.sort(key=lambda memory: memory.root)
     chains = [with_final(tape, read_chain(graph, memory, inside=inside).chain) for memory in taken]
     for chain in chains:
         _require_all_blocks(tape, model, chain)
-    return FoundChains(_with_names(chains, tape), inner_streams=taken[0].inner_streams)
+    modules = _proven_chains_of_modules(tape, model)
+    if _share_of_blocks(tape, model, chains) < FINER_SHARE * _share_of_blocks(tape, model, modules):
+        return None  # stages of which the reading has one
+    found = _with_other_towers(
+        tape, FoundChains(tuple(chains), inner_streams=memories[0].inner_streams), modules, []
+    )
+    return replace(found, chains=_with_names(sorted(found.chains, key=partial(_begin, tape)), tape))
+
+
+def _proven_chains_of_modules(tape: Tape, model: nn.Module) -> list[Chain]:
+    try:
+        return [chain for chain in _chains_of_modules(tape, model, None) if chain.proof == PROVEN]
+    except ChainError:
+        return []
+
+
+def _share_of_blocks(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> float:
+    """Share of the parameters that ran of those in the blocks of some chains."""
+    ran, modules = ran_parameters(tape, model), dict(module_paths(model))
+    paths = {path for chain in chains for path in chain.blocks if path in modules}
+    return ran.share(set().union(*(ran.within(modules[path]) for path in paths)))
+
+
+def _begin(tape: Tape, chain: Chain) -> int:
+    """The order of the first call of a chain's blocks."""
+    return min((call.order for call in tape.calls if call.path in chain.blocks), default=0)
 
 
 def weighed_chain(tape: Tape, rereading: Rereading, batch_size: int) -> FoundChains | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
+from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
@@ -168,12 +169,15 @@ class _ChainOf:
     def _point(self, depth: int) -> tuple[HookPoint, TracedValue]:
         """What shows a state in a later forward, and the value that it shows."""
         state = self.memory.states[depth]
-        value = self.graph.values[state.values[-1]]
+        value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
         places = [
             (other, shown) for other in self._same(value) for shown in self.graph.shown.get(other.number, ())
         ]
-        producer = self._producer(depth, [shown for _, shown in places])
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
+        until = None if best is None or best[1].at == "output" else best[1].order
+        producer = self._producer(
+            depth, [shown for _, shown in places if until is None or shown.order < until]
+        )
         if best is None:
             place = self.graph.place(value)
             point = HookPoint(
@@ -187,6 +191,20 @@ class _ChainOf:
             call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
         )
         return point, shown_value
+
+    def _first(self) -> TracedValue:
+        """The first state: before the norm, where the first block begins with one of the state itself."""
+        value = self.graph.values[self.memory.states[0].values[-1]]
+        unit = self._unit(self.branches[0])
+        if unit not in self.graph.stack(value):
+            return value
+        for number, shown in self.graph.shown.items():
+            given = self.graph.values[number]
+            takes = any(each.call == unit and each.at == "input" for each in shown)
+            if takes and given.shape == value.shape and self.graph.depends(value, given):
+                passing = follow(self.graph, replace(start_of(given), functions=True), until=value.number)
+                return given if passing.holds(value) else value
+        return value
 
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
         """The larger, the better a place shows a state: what its block takes, then what the block before gave.
@@ -228,10 +246,8 @@ class _ChainOf:
             block = self._block(before[-1])
             whole = self._unit(before[-1]) >= 0 and not self._is_inside(depth)
             return block if whole else before[-1].path
-        given = [call for shown in places if shown.at == "output" and (call := shown.call)]
-        around = self.graph.stack(self.graph.values[self.memory.states[depth].values[-1]])
-        made = [call for call in around if call in given] or given
-        return self.graph.calls[made[0]].path if made else "(input)"
+        given = [shown for shown in places if shown.at == "output" and shown.call]
+        return self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else "(input)"
 
     # --- connections
 
