@@ -210,6 +210,7 @@ class Graph:
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
+        self._by_shown: dict[tuple[int, str, int], int] | None = None
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -321,6 +322,25 @@ class Graph:
         if not self._by_place:
             self._by_place = {self.place(value): value for value in self.values if value.func is not None}
         return self._by_place.get(place)
+
+    def call_of(self, path: str, number: int) -> int:
+        """The number of the k-th call of a module, among all calls.
+
+        Raises ReadingError: Where it was not called so often.
+        """
+        found = [n for n, call in enumerate(self.calls) if (call.path, call.number) == (path, number)]
+        if not found:
+            raise ReadingError(f"{path or 'the model'} was not called {number + 1} times")
+        return found[0]
+
+    def shown_at(self, path: str, number: int, at: str, item: int) -> TracedValue | None:
+        """The value that a call took or gave; None where it did not."""
+        if self._by_shown is None:
+            self._by_shown = {
+                (shown.call, shown.at, shown.item): of for of, places in self.shown.items() for shown in places
+            }
+        of = self._by_shown.get((self.call_of(path, number), at, item))
+        return None if of is None else self.values[of]
 
     def let_go(self) -> None:
         """Hold no tensor any more."""

@@ -17,19 +17,22 @@ MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 @dataclass(frozen=True)
 class ReadChain:
-    """A chain, the memory that it was read from, and which state of the memory each of its depths is."""
+    """A chain, the memory that it was read from, and the value that shows each state."""
 
     chain: Chain
     memory: MemoryReading
-    states: tuple[int, ...]
+    values: tuple[int, ...]  # numbers of what is shown of each state
 
 
-def read_chain(graph: Graph, memory: MemoryReading, *, inside: bool) -> ReadChain:
+def read_chain(
+    graph: Graph, memory: MemoryReading, *, inside: bool, depths: Sequence[int] | None = None
+) -> ReadChain:
     """The chain of one memory.
 
     ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
+    ``depths``: the states that are wanted, where the user names them.
     """
-    return _ChainOf(graph, memory).chain(inside=inside)
+    return _ChainOf(graph, memory).chain(inside=inside, wanted=depths)
 
 
 class _ChainOf:
@@ -42,7 +45,7 @@ class _ChainOf:
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self.units = self._units()  # the call of the block of each branch
 
-    def chain(self, *, inside: bool) -> ReadChain:
+    def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
         """The chain, without the states inside of plain blocks where these are not wanted."""
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
@@ -52,6 +55,7 @@ class _ChainOf:
             joined = self._plain_connections(depths)
         if not joined and self._is_plain:
             depths = [depth for depth in depths if not self._is_inside(depth)]
+            depths = depths if wanted is None else list(wanted)
         points = [point for depth in depths for point in self._points(depth)]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
@@ -65,7 +69,7 @@ class _ChainOf:
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, self.memory, tuple(depths))
+        return ReadChain(chain, self.memory, tuple(value.number for _, value in points))
 
     @property
     def _is_plain(self) -> bool:
