@@ -18,6 +18,7 @@ from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
@@ -89,6 +90,8 @@ class GraphRecorder(TorchDispatchMode):
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
         # Called with every value and its tensor when it is made.
         self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
+        # Called with every operation, after what it made was noted.
+        self.listeners: list[Listener] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -121,14 +124,20 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.outputs = [self.value_of(tensor) for tensor in tensors_of(output)]
         return self.graph
 
+    @property
+    def path(self) -> str:
+        """The module whose call is running; that of the model is empty."""
+        return self.graph.calls[self._stack[-1]].path
+
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
-        """The value that a tensor has now."""
-        value = self._value_of(tensor)
+        """The value that a tensor has now, as it is taken."""
+        value = self.known(tensor)
         if self.on_taken is not None:
             self.on_taken(value, tensor)
         return value
 
-    def _value_of(self, tensor: torch.Tensor) -> TracedValue:
+    def known(self, tensor: torch.Tensor) -> TracedValue:
+        """The value that a tensor has now."""
         entry = self._entries.get(id(tensor))
         writes = self._writes and self._writes.get(_storage(tensor))
         if entry is None:
@@ -218,6 +227,8 @@ class GraphRecorder(TorchDispatchMode):
         if self.graph.error is None:
             try:
                 operation.note(result)
+                for listener in self.listeners:
+                    listener(func, args, kwargs, result)
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result

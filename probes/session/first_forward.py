@@ -6,7 +6,7 @@ hands the observer what the tape stored of the states, so that the first forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -171,16 +171,17 @@ class FirstForward:
                 tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
             )
             trace.watch(tensor, forward.batch_axis if batched else None)
+        recorder = tape.recorder
+        assert recorder is not None
         if self._attention is not None:
-            watch_attention(tape, trace, forward, forward.rows[: self._attention])
+            rows = forward.rows[: self._attention]
+            tape.attention = watch_attention(recorder, self._model, forward, rows)
         if self._observer is not None and self._observer.logits is not None:
-            tape.logits = OperationLogits(self._observer.structure.num_streams, lambda: len(trace.parents))
-        listeners = [each for each in (tape.attention, tape.logits) if each is not None]
-        if listeners:
-            trace.on_operation = partial(_tell, listeners)
-        assert tape.recorder is not None
+            values = recorder.graph.values
+            tape.logits = OperationLogits(self._observer.structure.num_streams, lambda: len(values))
+            recorder.listeners.append(tape.logits)
         # The trace on top of it: what the recorder copies for itself is no operation of the model's.
-        return MethodWatch(_Modes(tape.recorder, trace), tape.recorder.end)
+        return MethodWatch(_Modes(recorder, trace), recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
@@ -273,12 +274,6 @@ class _Modes:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-
-
-def _tell(listeners: list[Callable[..., None]], *operation: Any) -> None:
-    """Tell several listeners of one operation."""
-    for listener in listeners:
-        listener(*operation)
 
 
 def _taped(path: str) -> str:
@@ -482,19 +477,15 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
             # What the branch takes is what its weights read from the streams: a linear map found in the trace.
             sampled.branch_in = sampled.read @ forward.states[0, connection.depth_in].to("cpu")
         observer.record_connection(forward, number, complete, sampled)
-        if tape.logits is not None:
-            handled = tape.logits.between(before.number, after.number)
-            observer.record_logits(forward, number, complete.mix, handled)
-    tape.logits = None  # it holds tensors of the graph
+        _record_logits(tape, forward, observer, number, complete.mix)
+    tape.logits = None
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
     """Record the coefficients of one forward, by the reading of its memory."""
     structure = observer.structure
     assert structure.read is not None
-    states = states_of(tape, structure.chains[0].points)
     for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
-        connection = structure.chains[0].connections[number]
         if isinstance(weights, DepthWeights):
             if len(forward.rows):
                 forward.parts[0, number] = weights.sampled(forward.rows.cpu())
@@ -503,11 +494,21 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        before, after = states[connection.depth_in], states[connection.depth_out]
-        if tape.logits is not None and before is not None and after is not None:
-            handled = tape.logits.between(before.number, after.number)
-            observer.record_logits(forward, number, weights.mix, handled)
+        _record_logits(tape, forward, observer, number, weights.mix)
     tape.logits = None  # it holds tensors of the graph
+
+
+def _record_logits(
+    tape: Tape, forward: Forward, observer: Observer, number: int, mix: torch.Tensor | None
+) -> None:
+    chain = observer.structure.chains[0]
+    connection = chain.connections[number]
+    before, after = (
+        tape.recorded(chain.points[depth]) for depth in (connection.depth_in, connection.depth_out)
+    )
+    if tape.logits is not None and before is not None and after is not None:
+        handled = tape.logits.between(before.number, after.number)
+        observer.record_logits(forward, number, mix, handled)
 
 
 def _record_depth_weights(tape: Tape, forward: Forward, observer: Observer) -> None:
