@@ -19,6 +19,7 @@ from depthscope.probes.reading.operations import (
     JOINS,
     MATRICES,
     MOVES,
+    PARTS,
     PRODUCTS,
     REDUCES,
     SAME,
@@ -27,6 +28,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     addends,
     factors,
+    part_of,
 )  # fmt: skip
 from depthscope.probes.reading.replays import run
 
@@ -179,9 +181,8 @@ class Rules:
         under, new = torch.from_numpy(beneath.copy()), torch.from_numpy(np.ascontiguousarray(given))
         args, tensor = value.args, self._graph.tensor
         if value.name == "patch":
-            return run(
-                self._graph, value, {args[0].number: under, args[1].number: new}, empty=NOTHING
-            ).numpy()
+            parts = {args[0].number: under, args[1].number: new}
+            return run(self._graph, value, lambda of: parts[of.number], constants=True, empty=NOTHING).numpy()
         if value.name == "index_add":
             return under.index_copy(args[1], tensor(args[2]), new).numpy()
         if value.name == "scatter_add":
@@ -196,10 +197,10 @@ class Rules:
         return self._of(value.args[0]) if alone else None
 
 
-def _slice(own: Numbers, value: TracedValue) -> Numbers:
-    given: list[Any] = [0, None, None, 1]
-    given[: len(value.args) - 1] = value.args[1:]
-    return own.take(given[0] % len(own.shape), slice(*given[1:]))
+def _part(own: Numbers, value: TracedValue) -> Numbers:
+    """The numbers of a part of an axis."""
+    axis, part = part_of(value)
+    return own.take(axis, part if isinstance(part, slice) else part % own.shape[axis])
 
 
 def transposed(own: Numbers, value: TracedValue) -> Numbers:
@@ -211,18 +212,6 @@ def transposed(own: Numbers, value: TracedValue) -> Numbers:
     return own.permute(dims)
 
 
-def _split(own: Numbers, value: TracedValue) -> Numbers:
-    sizes, axis = value.args[1], (value.args[2] if len(value.args) > 2 else 0) % len(own.shape)
-    start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
-    return own.take(axis, slice(start, start + value.shape[axis]))
-
-
-def _place(own: Numbers, value: TracedValue) -> Numbers:
-    """One place along an axis: of select, and of each piece of unbind."""
-    axis = (value.args[1] if len(value.args) > 1 else 0) % len(own.shape)
-    return own.take(axis, (value.args[2] if value.name == "select" else value.item) % own.shape[axis])
-
-
 # Moves that are computed from the vectors of the axes alone.
 _SHORT_MOVES: dict[str, Callable[[Numbers, TracedValue], Numbers | None]] = {
     "permute": lambda own, value: own.permute([dim % len(own.shape) for dim in value.args[1]]),
@@ -231,11 +220,7 @@ _SHORT_MOVES: dict[str, Callable[[Numbers, TracedValue], Numbers | None]] = {
     "unsqueeze": lambda own, value: own.reshape(value.shape),
     "squeeze": lambda own, value: own.reshape(value.shape),
     "expand": lambda own, value: own.expand(value.shape),
-    "slice": _slice,
-    "select": _place,
-    "unbind": _place,
-    "split": _split,
-    "split_with_sizes": _split,
+    **dict.fromkeys(PARTS, _part),
 }
 _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(FUNCTIONS, Rules._function),

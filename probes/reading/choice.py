@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights_of
+from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 
 LEAST_SHARE = 0.002  # of the weights
@@ -169,15 +169,14 @@ def _breaks(memory: Memory) -> list[TracedValue]:
 
 def _share(memory: Memory) -> float:
     """The share of the weights that work between a memory's first and last value."""
-    graph, used = memory.graph, set()
-    seen = {memory.end.number}
-    waiting = [memory.end]
-    while waiting:
-        value = waiting.pop()
-        used.update(weights_of(value))
-        for parent in value.parents:
-            if parent.number not in seen and parent is not memory.root and graph.depends(parent, memory.root):
-                seen.add(parent.number)
-                waiting.append(parent)
+    graph = memory.graph
+    after, before = graph.later(memory.root), graph.earlier([memory.end])
+    working = weights(graph).items()
+    used = {
+        weight
+        for number, of in working
+        if after[number] and before[number] and number != memory.root.number
+        for weight in of
+    }
     total = sum(graph.values[number].numel for number in graph.parameter_names)
     return sum(v.numel for v in used) / max(total, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,15 +23,9 @@ SHAPE_ONLY = names(
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided rand_like "
     "randn_like bernoulli"
 )
-# What a value is made again by, where its tensor is gone: it costs little, and changes nothing.
-REMADE = names(
-    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice narrow split "
-    "split_with_sizes select unbind alias detach clone _to_copy neg diagonal index_select index gather native_layer_norm "
-    "_fused_rms_norm native_group_norm relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish softplus clamp "
-    "zeros ones full arange"
-)
-
-
+# Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
+FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
+FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
 class ReadingError(CaptureError):
     """No residual memory, or one that cannot be described."""
 
@@ -63,7 +57,7 @@ def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class TracedValue:
-    """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
+    """What one operation made: ``held`` is its tensor, or it can be made again from others where it is ``remade``."""
 
     __slots__ = (
         "alias",
@@ -78,8 +72,10 @@ class TracedValue:
         "kwargs",
         "name",
         "number",
+        "of_parameter",
         "order",
         "parents",
+        "remade",
         "shape",
     )  # fmt: skip
 
@@ -93,6 +89,7 @@ class TracedValue:
         self.kind = ""
         self.geometry = geometry(tensor)
         self.alias = False  # whether it lies in the memory of its first parent
+        self.remade = self.of_parameter = False  # the second: whether it is a parameter, cast, cut or transposed
         self.held: torch.Tensor | None = None
         self.parents: tuple[TracedValue, ...] = ()
         if name not in SHAPE_ONLY:
@@ -105,6 +102,11 @@ class TracedValue:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its tensor is there, or can be made again."""
+        return self.remade or self.held is not None
 
     @property
     def is_floating(self) -> bool:
@@ -166,6 +168,8 @@ class Graph:
     handed_on: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
+        self._takers: list[list[TracedValue]] | None = None
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
@@ -180,8 +184,40 @@ class Graph:
             asked = self._asked[on.number] = self._asked.get(on.number, 0) + 1
             if asked <= 3:  # a search is cheaper than marking everything, as long as few ask
                 return self._search(value, on.number)
-            known = self._later[on.number] = self._marked([on])
+            known = self.later(on)
         return bool(known[value.number])
+
+    def later(self, on: TracedValue) -> bytearray:
+        """Marks, by number, of all values that were computed from one, and of itself."""
+        if on.number not in self._later:
+            self._later[on.number] = self._marked([on])
+        return self._later[on.number]
+
+    def earlier(self, ends: Iterable[TracedValue], stop: Container[int] = ()) -> bytearray:
+        """Marks of all values that some were computed from, and of these, as far as the numbers in ``stop``."""
+        marks = bytearray(len(self.values))
+        last = -1
+        for end in ends:
+            if end.number not in stop:
+                marks[end.number] = 1
+                last = max(last, end.number)
+        for number in range(last, -1, -1):
+            if marks[number]:
+                for parent in self.values[number].parents:
+                    if parent.number not in stop:
+                        marks[parent.number] = 1
+        return marks
+
+    @property
+    def takers(self) -> list[list[TracedValue]]:
+        """By number: the values that were made of a value, in order."""
+        if self._takers is None:
+            found: list[list[TracedValue]] = [[] for _ in self.values]
+            for value in self.values:
+                for parent in value.parents:
+                    found[parent.number].append(value)
+            self._takers = found
+        return self._takers
 
     def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
@@ -193,13 +229,7 @@ class Graph:
     def reaches_output(self, value: TracedValue) -> bool:
         """Whether the output was computed from a value; True for all where the model returned no tensor."""
         if self._to_output is None:
-            marks = self._to_output = bytearray(len(self.values))
-            waiting = list(self.outputs) or self.values[:]
-            while waiting:
-                of = waiting.pop()
-                if not marks[of.number]:
-                    marks[of.number] = 1
-                    waiting += of.parents
+            self._to_output = self.earlier(self.outputs or self.values)
         return bool(self._to_output[value.number])
 
     def has_own_weights(self, value: TracedValue) -> bool:
@@ -267,23 +297,49 @@ class Graph:
         call = self.calls[value.call]
         return ValuePlace(call.path, call.number, value.name, value.order, value.item)
 
-    def is_kept(self, value: TracedValue) -> bool:
-        """Whether the tensor of a value is there, or can be made again."""
-        if value.held is not None or value.name in SHAPE_ONLY:
-            return True
-        return value.func is not None and value.name in REMADE and all(self.is_kept(p) for p in value.parents)
-
     def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value: as it was held, or made again from what it is a view, a norm or a shape of."""
-        if value.held is not None:
-            return value.held
-        if value.name in SHAPE_ONLY and not value.name.startswith(("rand", "bernoulli")):
-            return value.func(*filled(value.args, _blank), **value.kwargs)
-        if value.func is None or value.name not in REMADE:
-            raise ReadingError(f"the value of {value!r} was not kept")
-        result = value.func(*filled(value.args, self.tensor), **filled(value.kwargs, self.tensor))
+        """The tensor of a value: as it was held, or made again from what was held."""
+        if value.held is None:
+            made: dict[int, torch.Tensor] = {}
+            for of in self._to_make(value):
+                made[of.number] = self.run(of, lambda p: made[p.number] if p.held is None else p.held)
+            value.held = made[value.number]
+        return value.held
+
+    def _to_make(self, value: TracedValue) -> list[TracedValue]:
+        needed: dict[int, TracedValue] = {}
+        waiting = [value]
+        while waiting:
+            of = waiting.pop()
+            if of.held is not None or of.number in needed:
+                continue
+            if not of.remade:
+                raise ReadingError(f"the value of {of!r} was not kept")
+            needed[of.number] = of
+            waiting += of.parents
+        return [needed[number] for number in sorted(needed)]
+
+    @staticmethod
+    def run(value: TracedValue, operand: Callable[[TracedValue], Any], constants: bool = True) -> torch.Tensor:
+        """The operation of a value on other operands; without ``constants`` the numbers that it adds count as zero."""
+        args, kwargs = list(filled(value.args, operand)), filled(value.kwargs, operand)
+        if not constants:
+            args = [0 if n and isinstance(arg, (int, float)) else arg for n, arg in enumerate(args)]
+        if value.name in ("view", "_unsafe_view"):  # of what lies elsewhere in another order
+            return args[0].reshape(args[1])
+        schema = getattr(value.func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            args[0] = args[0].clone()
+        result = value.func(*args, **kwargs)
         return result[value.item] if isinstance(result, (tuple, list)) else result
 
 
-def _blank(value: TracedValue) -> torch.Tensor:
-    return torch.empty(value.shape, dtype=value.dtype)
+def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:
+    """A tensor after another one was written into its memory; both by their `geometry`."""
+    ends = [
+        o + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) for shape, stride, o in (own, where)
+    ]
+    flat = torch.full((1 + max(ends),), empty, dtype=old.dtype, device=old.device)
+    flat.as_strided(*own).copy_(old)
+    flat.as_strided(*where).copy_(new)
+    return flat.as_strided(*own).clone()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MATRICES, weights_of
+from depthscope.probes.reading.operations import MATRICES, weights
 
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
@@ -22,6 +22,7 @@ class BranchNames:
 
     def __init__(self, memory: Memory, branches: Sequence[Branch]):
         self.graph, self.memory, self.branches = memory.graph, memory, list(branches)
+        self._weights = weights(memory.graph)
         self._insides = [self._inside(branch) for branch in branches]
         self._around = self._common_call()
         self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
@@ -75,7 +76,7 @@ class BranchNames:
         works = [
             v for v in inside if v.name in MATRICES or v.name == "convolution"
         ]  # its norm may lie next to it
-        works = works or [v for v in inside if weights_of(v)]
+        works = works or [v for v in inside if v.number in self._weights]
         stacks = [self.graph.stack(v) for v in works]
         if unit is not None:  # before it may lie the work of other branches, as of another track
             stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
@@ -92,8 +93,8 @@ class BranchNames:
 
     def _parameter_path(self, number: int) -> str:
         """Where no module is called: the owner of the branch's first parameter."""
-        weights = [w for v in self._insides[number] for w in weights_of(v)]
-        names = sorted(self.graph.parameter_names.get(w.number, "") for w in weights)
+        used = [w for v in self._insides[number] for w in self._weights.get(v.number, ())]
+        names = sorted(self.graph.parameter_names.get(w.number, "") for w in used)
         return names[0] if names else ""
 
     def kind(self, number: int) -> str:

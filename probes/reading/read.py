@@ -12,7 +12,7 @@ from torch import nn
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, memories
-from depthscope.probes.reading.connections import ConnectionParts, DepthParts, joined_by, over_depth
+from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
@@ -109,11 +109,12 @@ class _Reader:
             number_blocks([again.names])
             return again.reading()
         self.states = States(self.memory, self.branches)
+        self.linear = Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
         parts = []
         for before, after in zip(found.cuts, found.cuts[1:], strict=False):
-            of = joined_by(self.states, before, after, self.branches)
+            of = self.linear.joined_by(before, after, self.branches)
             of.error = recomputed(self.states, before, of)
             parts.append(of)
         if any(not branch.reads for of in parts for branch in of.branches):
@@ -133,7 +134,7 @@ class _Reader:
         coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         allowed = tolerance([value for cut in cuts for value in cut])
-        why = coverage.why_incomplete() or self._why_unread(over_depth)
+        why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -186,7 +187,7 @@ class _Reader:
         )  # one state at a time, of which branches read earlier ones
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
-        parts = over_depth(self.states, self.branches, values or [*(b.read for b in self.branches), last])
+        parts = self.linear.over_depth(self.branches, values or [*(b.read for b in self.branches), last])
         error = recomputed_depth(self.states, parts)
         pairs = list(pairwise(parts.states))
         connections = [
@@ -209,16 +210,20 @@ class _Reader:
             if (branch.read is before if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
         reads = [self.branches[k].read for k in new] or [before]
-        carry = _table(parts.weights[after.number]).clone()
+        carry = parts.weights[after.number].clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = {"depth_read": _table(parts.weights[reads[-1].number]), "depth_carry": carry}
-        if bool(parts.constants[after.number].any()):
+        found = _by_source("depth_read", parts.weights[reads[-1].number]) | _by_source("depth_carry", carry)
+        if after.number in parts.constants:
             found["constant"] = parts.constants[after.number]
         branches = []
         for k in new:
-            weight = parts.weights[after.number][k + 1]
-            name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
-            branches.append(self._branch(self.branches[k], {name: weight}))
+            own = weights(parts.weights[after.number][:, k + 1])
+            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own}
+            mixtures = self.linear.mixtures(self.branches[k])
+            if len(mixtures) > 1:
+                rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)
+                written |= _by_source("depth_read", rows)
+            branches.append(self._branch(self.branches[k], written))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
 
     def _bases(self, last: TracedValue) -> list[TracedValue]:
@@ -233,23 +238,13 @@ class _Reader:
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
 
-    def _why_unread(self, over_depth: bool) -> str:
-        """Reads that a description has no place for."""
-        ways = self.memory.trunk
-        for branch in self.branches if over_depth else ():
-            mixtures = [read for read in branch.reads_before_norms if read.number not in ways]
-            if len(mixtures) > 1:
-                path = self.graph.path(branch.source) or "a branch"
-                return f"{path} reads {len(mixtures)} mixtures of earlier outputs at once"
-        return ""
+
+def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights of sources under a name, or under that of a gate where they differ along the features."""
+    return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
 
 
-def _table(row: list[torch.Tensor]) -> torch.Tensor:
-    """Weights of sources as (tokens, sources); those of each feature by their mean."""
-    return torch.stack([weight.mean(-1) for weight in row], -1)
-
-
-def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
+def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     write = of.write  # (tokens, streams, streams of the branch, features or 1)
     if write.shape[-1] > 1:
@@ -258,10 +253,9 @@ def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
         found["h_post"] = write[:, :, 0, 0]
     else:
         found["write"] = write[..., 0]
-    if of.out is not None:
-        found["out"] = of.out
+    found["out"] = of.out
     matrices = [matrix for _, matrix in of.reads]
-    if of.out is not None and of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
+    if of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
         found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
     elif matrices and matrices[-1].shape[-1] > 1:
         found["read_gate"] = matrices[-1]

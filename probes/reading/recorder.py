@@ -26,17 +26,21 @@ from depthscope.probes.reading.graph import (
     ModuleCall,
     TracedValue,
     geometry,
-    names,
+    patched,
 )
+from depthscope.probes.reading.operations import (
+    JOINS,
+    MATRICES,
+    MOVES,
+    PRODUCTS,
+    REDUCES,
+    SAME,
+    SCATTERS,
+    SUMS,
+)  # fmt: skip
 
-# Operations whose operands are held; of products of matrices without a weight among them.
-HELD = names(
-    "add sub rsub mul div where lerp masked_fill addcmul addcdiv index_add index_copy scatter_add scatter index_put "
-    "slice_scatter select_scatter patch copy masked_scatter cat stack native_dropout sum mean embedding "
-    "native_batch_norm _native_batch_norm_legit cudnn_batch_norm _batch_norm_with_update"
-)
-COPIES = names("clone contiguous _to_copy lift_fresh_copy")
-MATRICES = names("mm bmm matmul addmm baddbmm mv dot")
+# What carries a memory: its operands are held, and what it gives is made again from them.
+CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES}
 # Sums with a product in one operation, and the product alone.
 FUSED = {
     "addmm": torch.ops.aten.mm.default,
@@ -133,10 +137,11 @@ class GraphRecorder(TorchDispatchMode):
             if where == own:
                 entry.value = new
                 continue
-            args = (entry.value, new, own, where)
-            entry.value = self._new("patch", "patch", args, {}, tensor)
-            self._hold(tensor, entry.value)
+            old = entry.value
+            entry.value = self._new("patch", patched, (old, new, own, where), {}, tensor)
+            entry.value.remade = old.is_kept and new.is_kept
         entry.writes = len(writes)
+        self._hold(tensor, entry.value)
 
     def _new(self, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> TracedValue:
         value = TracedValue(len(self.graph.values), name, func, args, kwargs, tensor, self._stack[-1])
@@ -150,23 +155,15 @@ class GraphRecorder(TorchDispatchMode):
         self._entries[entry.key] = entry
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue) -> None:
-        """Hold a value, and those of which it is a view or a copy."""
-        held: torch.Tensor | None = tensor.detach()
-        own = True  # whether what is held lies in the memory of the value itself
-        while held is not None and value.held is None:
-            value.held = held
-            storage = _storage(held)
-            self._held.setdefault(storage, []).append(value)
-            parent = value.parents[0] if value.parents else None
-            if parent is None or storage in self._writes:
-                return
-            if value.alias:
-                held = held.as_strided(*parent.geometry) if own else _unviewed(value, parent, held)
-            elif value.name in COPIES and torch.promote_types(parent.dtype, value.dtype) == value.dtype:
-                held, own = held.to(parent.dtype), False
-            else:
-                return
-            value = parent
+        """Hold a value that cannot be made again, or that of which it is a view."""
+        base = value
+        while base.remade and base.alias:
+            base = base.parents[0]
+        if base.is_kept:
+            return
+        held = tensor.detach()
+        base.held = held if base is value else held.as_strided(*base.geometry)
+        self._held.setdefault(_storage(held), []).append(base)
 
     def _replaced(self, argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
@@ -178,73 +175,68 @@ class GraphRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what it made from what."""
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name == "set_" and len(args) == 2 and isinstance(args[1], torch.Tensor):
+        operation = _operation(func)
+        if operation.name == "set_" and len(args) == 2 and isinstance(args[1], torch.Tensor):
             value = self.value_of(args[1])  # another memory for the same tensor
             result = func(*args, **kwargs)
             self._enter(args[0], value)
             return result
         found = [self._replaced(argument) for argument in args]
-        named = {key: self._replaced(item) for key, item in kwargs.items()} if kwargs else {}
-        writes = name.endswith("_") and func._schema.is_mutable and isinstance(args[0], torch.Tensor)
-        target = args[0] if writes else kwargs.get("out")
-        plain = name[:-1] if writes else name
-        self._hold_operands(plain, args, found)
-        if isinstance(target, torch.Tensor):
+        named = {key: self._replaced(item) for key, item in kwargs.items()} if kwargs else kwargs
+        target = args[0] if operation.writes else kwargs.get("out")
+        if operation.carries and not operation.views:
+            self._hold_operands(args, found)
+        if target is not None:
             self._keep_numbers(target)
-            named.pop("out", None)
-        if plain in FUSED and found[0].is_floating and found[0].kind != PARAMETER:
-            return self._fused(plain, func, args, found, kwargs, target)
+            named = {key: item for key, item in named.items() if key != "out"}
+        if operation.name in FUSED and found[0].is_floating and not found[0].of_parameter:
+            return self._fused(func, args, found, kwargs, target)
         result = func(*args, **kwargs)
-        self._note(plain, func, found, named, result, target)
+        self._note(operation, found, named, result, target)
         return result
 
-    def _fused(self, name: str, func: Any, args: Any, found: Any, kwargs: Any, target: Any) -> Any:
+    def _fused(self, func: Any, args: Any, found: Any, kwargs: Any, target: Any) -> Any:
         """A product that is added to a state in one operation is noted as the product and the sum."""
-        product_of = FUSED[name]
+        product_of = FUSED[_operation(func).name]
         with torch.no_grad():
             product = product_of(*args[1:3])
         result = func(*args, **kwargs)
-        self._note(product_of.overloadpacket.__name__, product_of, found[1:3], {}, product, None)
+        self._note(_operation(product_of), found[1:3], {}, product, None)
         terms = [found[0], self.value_of(product)]
         for at, scale in enumerate((kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1)))):
             if scale != 1:
                 scaled = (args[0] if at == 0 else product) * scale
-                self._note("mul", torch.ops.aten.mul.Tensor, [terms[at], scale], {}, scaled, None)
+                self._note(_operation(torch.ops.aten.mul.Tensor), [terms[at], scale], {}, scaled, None)
                 terms[at] = self.value_of(scaled)
-        self._note("add", torch.ops.aten.add.Tensor, terms, {}, result, target)
+        self._hold(product, terms[1])
+        self._note(_operation(torch.ops.aten.add.Tensor), terms, {}, result, target)
         return result
 
-    def _note(self, name: str, func: Any, found: Any, named: Any, result: Any, target: Any) -> None:
-        key = (self._stack[-1], name)
+    def _note(self, operation: _Operation, found: Any, named: Any, result: Any, target: Any) -> None:
+        key = (self._stack[-1], operation.name)
         order = self._orders[key] = self._orders.get(key, -1) + 1
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            value = self._new(name, func, found, named, tensor)
-            value.item, value.order, value.alias = item, order, _is_view(func)
+            value = self._new(operation.name, operation.func, found, named, tensor)
+            value.item, value.order, value.alias = item, order, operation.views
+            if operation.name in FILLS:
+                _fill(value, tensor)
+            elif operation.carries:
+                value.of_parameter = len(value.parents) == 1 and operation.moves and value.parents[0].of_parameter
+                value.remade = operation.name not in MATRICES or not any(v.of_parameter for v in value.parents)
             if target is not None and tensor is target:
                 self._alive.append(tensor)
                 self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
             self._enter(tensor, value)
-            if name in HELD or not value.is_floating or (name in MATRICES and not _has_weight(found)):
-                self._hold(tensor, value)
 
-    def _hold_operands(self, name: str, args: Any, found: Any) -> None:
-        """Hold what an operation takes, where it may carry a memory; and whatever is no real number."""
-        holds = name in HELD or (name in MATRICES and not _has_weight(found))
+    def _hold_operands(self, args: Any, found: Any) -> None:
+        """Hold what an operation takes that may carry a memory."""
         for argument, value in zip(args, found, strict=True):
             if isinstance(value, TracedValue):
-                if value.held is None and (holds or not value.is_floating):
-                    self._hold(argument, value)
+                self._hold(argument, value)
             elif isinstance(value, list):
-                for tensor, each in zip(argument, value, strict=True):
-                    if (
-                        isinstance(each, TracedValue)
-                        and each.held is None
-                        and (holds or not each.is_floating)
-                    ):
-                        self._hold(tensor, each)
+                self._hold_operands(argument, value)
 
     def _keep_numbers(self, target: torch.Tensor) -> None:
         """What is held of a memory that is about to be written keeps its numbers."""
@@ -253,34 +245,31 @@ class GraphRecorder(TorchDispatchMode):
                 value.held = value.held.clone()
 
 
-def _unviewed(value: TracedValue, parent: TracedValue, held: torch.Tensor) -> torch.Tensor | None:
-    """What a view was taken of, from a copy of the view; None where that is not all of it."""
-    if value.numel != parent.numel:
-        return None
-    if value.name == "permute":
-        return held.permute([[d % held.ndim for d in value.args[1]].index(dim) for dim in range(held.ndim)])
-    if value.name in ("transpose", "t"):
-        return held.transpose(*(value.args[1:3] or (0, -1)))
-    return held.reshape(parent.shape)
+class _Operation(NamedTuple):
+    """What is known of an operation by its name."""
+
+    func: Any
+    name: str  # without the sign of what writes in place
+    writes: bool  # into its first operand
+    views: bool  # what it gives lies in the memory of what it takes
+    carries: bool
+    moves: bool
 
 
 @cache
-def _is_view(func: Any) -> bool:
-    """Whether what an operation gives lies in the memory of what it takes."""
+def _operation(func: Any) -> _Operation:
+    name = func.overloadpacket.__name__
+    writes = name.endswith("_") and name != "set_" and func._schema.is_mutable
+    name = name[:-1] if writes else name
     alias = func._schema.returns[0].alias_info if func._schema.returns else None
-    return alias is not None and not alias.is_write
+    views = alias is not None and not alias.is_write
+    return _Operation(func, name, writes, views, name in CARRYING, name in SAME or name in MOVES)
 
 
-def _has_weight(found: Sequence[Any]) -> bool:
-    """Whether a matrix is a weight that is larger than what mixes streams: a layer of a branch."""
-    for value in found:
-        origin = value
-        while isinstance(origin, TracedValue) and len(origin.parents) == 1 and not origin.kind:
-            origin = origin.parents[0]
-        is_weight = isinstance(origin, TracedValue) and origin.kind == PARAMETER and len(value.shape) > 1
-        if is_weight and min(value.shape[-2:]) > MOST_STREAMS:
-            return True
-    return False
+def _fill(value: TracedValue, tensor: torch.Tensor) -> None:
+    """A constant is made again from its shape alone."""
+    number = FILLS[value.name.removeprefix("new_").removesuffix("_like")]
+    fill = value.args[1 if value.name != "new_full" else 2] if number is None else number
 
 
 def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
