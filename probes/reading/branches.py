@@ -11,9 +11,16 @@ from depthscope.probes.reading.carrying import Rules, transposed
 from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
-from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, VIEWS, addends, factors
-
-MOST_STREAMS = 64
+from depthscope.probes.reading.operations import (
+    MOST_STREAMS,
+    MOVES,
+    PRODUCTS,
+    SAME,
+    SUMS,
+    VIEWS,
+    addends,
+    factors,
+)
 
 
 @dataclass
@@ -43,7 +50,17 @@ class Branch:
     before: float = 0
     steps: dict[int, TracedValue] = field(default_factory=dict)
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
-    numbers: dict[int, Numbers] = field(default_factory=dict)  # of the memory's elements, by the values of these ways
+    numbers: dict[int, Numbers] = field(
+        default_factory=dict
+    )  # of the memory's elements, by the values of these ways
+
+    def way(self) -> tuple[int, ...]:
+        """The numbers of its source, and of what is moved or scaled of it up to what is added."""
+        after = {before.number: number for number, before in self.steps.items()}
+        found = [self.source.number]
+        while found[-1] in after:
+            found.append(after[found[-1]])
+        return tuple(found)
 
 
 def branches_of(memory: Memory) -> list[Branch]:
@@ -134,7 +151,12 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
             before = _before_step(memory, value, back, numbers)
         else:
             back, coefficient, before = _before_mixing(value, numbers)
-        if back is None or before is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
+        if (
+            back is None
+            or before is None
+            or memory.holds(back)
+            or not memory.graph.depends(back, memory.root)
+        ):
             break
         way.append((back, coefficient, before))  # a value, and what it is scaled by in the step after
     way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
@@ -154,9 +176,7 @@ def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValu
     return len(way)
 
 
-def _before_step(
-    memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers
-) -> Numbers | None:
+def _before_step(memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers) -> Numbers | None:
     """The numbers of what a step moves or scales, from those of what it gives; None where it is spread over several."""
     if after.name in SAME or (after.name in SUMS and before.shape == after.shape):
         return numbers
@@ -195,7 +215,7 @@ def _before(
     memory: Memory, value: TracedValue, gates: set[int]
 ) -> tuple[TracedValue | None, TracedValue | None]:
     """The value that a step moves or scales, and its coefficient."""
-    moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
+    moved = value.name in SAME or value.name in MOVES
     if moved and value.args and isinstance(value.args[0], TracedValue):
         return value.args[0], None
     if value.name in ("add", "sub"):

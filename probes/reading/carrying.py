@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import Graph, TracedValue, filled, values_in
+from depthscope.probes.reading.graph import Graph, TracedValue, filled, patched, values_in
 from depthscope.probes.reading.numbers import NOTHING, Numbers, joined
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -30,7 +30,6 @@ from depthscope.probes.reading.operations import (
     factors,
     part_of,
 )  # fmt: skip
-from depthscope.probes.reading.replays import run
 
 Carried = dict[int, Numbers]
 # Whether a piece that was computed from a memory may be joined to it as a further stream.
@@ -100,9 +99,6 @@ class Rules:
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
             return None
         return self._carried[carriers[0].number].expand(value.shape)
-
-    def _dropout(self, value: TracedValue) -> Numbers | None:
-        return self._of(value.args[0]) if value.item == 0 else None
 
     def _reduce(self, value: TracedValue) -> Numbers | None:
         own = self._of(value.args[0])
@@ -181,8 +177,7 @@ class Rules:
         under, new = torch.from_numpy(beneath.copy()), torch.from_numpy(np.ascontiguousarray(given))
         args, tensor = value.args, self._graph.tensor
         if value.name == "patch":
-            parts = {args[0].number: under, args[1].number: new}
-            return run(self._graph, value, lambda of: parts[of.number], constants=True, empty=NOTHING).numpy()
+            return patched(under, new, *args[2:], empty=NOTHING).numpy()
         if value.name == "index_add":
             return under.index_copy(args[1], tensor(args[2]), new).numpy()
         if value.name == "scatter_add":
@@ -232,5 +227,4 @@ _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(MATRICES, Rules._matrix),
     **dict.fromkeys(JOINS, Rules._join),
     **dict.fromkeys(SCATTERS, Rules._scatter),
-    "native_dropout": Rules._dropout,
 }

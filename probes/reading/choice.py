@@ -125,24 +125,40 @@ def _tracks(memory: Memory) -> list[Memory]:
     branches = branches_of(memory)
     last = max((write.number for branch in branches for write in branch.writes), default=0)
     relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    track: dict[int, int] = {}
+    values, track = memory.graph.values, _Tracks()
     for number in sorted(n for n in relevant if n <= last):
-        joined = {track[p.number] for p in memory.inside(memory.graph.values[number]) if p.number in track}
-        own = min(joined, default=number)
-        track |= {n: own for n, of in track.items() if of in joined}
-        track[number] = own
-    writes = {
-        name: {n for n, of in track.items() if of == name and n in memory.writes} for name in track.values()
-    }
+        track.join(number, [p.number for p in memory.inside(values[number])])
+    writes: dict[int, set[int]] = {}
+    for number in track:
+        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
     if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
         return [memory]
     merges = {
         n
         for n in memory.trunk
-        if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1
+        if n > last and len({track.of(p.number) for p in memory.inside(values[n])}) > 1
     }
     everything = merges.union(*writes.values())
     return [without_inner(memory, everything - of) for of in writes.values()]
+
+
+class _Tracks(dict[int, int]):
+    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
+
+    def of(self, number: int) -> int | None:
+        """The first value of the track of another one; None for one that is on none."""
+        if number not in self:
+            return None
+        while self[number] != number:
+            self[number] = self[self[number]]
+            number = self[number]
+        return number
+
+    def join(self, number: int, parents: Sequence[int]) -> None:
+        """Note a value that was made of some: all of their tracks are one from now on."""
+        of = [first for parent in parents if (first := self.of(parent)) is not None]
+        self[number] = min(of, default=number)
+        self |= dict.fromkeys(of, self[number])
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,8 @@ import torch
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
 from depthscope.probes.reading.states import States
-from depthscope.probes.reading.unit_replays import FeaturesDiffer, Replays, Table
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
 
@@ -104,6 +105,7 @@ class Linear:
         self.states = states
         self._replays = [Replays(states, one_feature=True), Replays(states, one_feature=False)]
         self._known: dict[Hashable, torch.Tensor] = {}
+        self._writes: list[tuple[int, int]] | None = None
 
     def held(self, targets: Sequence[TracedValue], sources: Sequence[Sequence[TracedValue]]) -> Held:
         """What some values hold of the streams of others."""
@@ -116,8 +118,7 @@ class Linear:
         """The parts of the connection between two states."""
         target = [self.states.before_functions(value) for value in after]
         functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
-        begin, end = _last(before), _last(after)
-        between = [b for b in branches if any(begin < write.number <= end for write in b.writes)]
+        between = self._written(branches, _last(before), _last(after))
         first = min(value.number for value in before)
         reads = [
             [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
@@ -137,6 +138,14 @@ class Linear:
         return ConnectionParts(
             held.columns(target, [0]), parts, constant[0] if constant else None, target, functions
         )
+
+    def _written(self, branches: Sequence[Branch], begin: int, end: int) -> list[Branch]:
+        """The branches that write between two moments, in their order."""
+        if self._writes is None:
+            pairs = ((write.number, at) for at, branch in enumerate(branches) for write in branch.writes)
+            self._writes = sorted(pairs)
+        first, last = (bisect_right(self._writes, (moment, len(branches))) for moment in (begin, end))
+        return [branches[at] for at in sorted({at for _, at in self._writes[first:last]})]
 
     def _constants(
         self, groups: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]

@@ -20,6 +20,7 @@ class StateReading:
     site: str  # embed, pre, mid, post
     module: str  # in whose call it was made
     places: tuple[ValuePlace, ...]  # of the values that it consists of
+    values: tuple[int, ...]  # their numbers in the graph
     value: torch.Tensor = field(repr=False)
 
 
@@ -36,6 +37,10 @@ class BranchReading:
     layer: int
     source: ValuePlace
     reads: tuple[ValuePlace, ...]
+    unit: int  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
+    way: tuple[
+        int, ...
+    ]  # numbers of values: the source, and what is moved or scaled of it up to what is added
     parts: Mapping[str, torch.Tensor] = field(repr=False)
 
 
@@ -65,6 +70,7 @@ class MemoryReading:
     num_streams: int
     over_depth: bool
     token_shape: tuple[int, ...]
+    root: int  # the number of its first value
     proof: str  # "proven", or "unproven: why"
     error: float
     weights: Mapping[

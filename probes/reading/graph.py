@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ SHAPE_ONLY = names(
 # Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
 FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
+
+
 class ReadingError(CaptureError):
     """No residual memory, or one that cannot be described."""
 
@@ -38,6 +40,14 @@ class ValuePlace(NamedTuple):
     operation: str
     order: int
     result: int
+
+
+class Shown(NamedTuple):
+    """Where a call of a module showed a value: the number of the call, ``"input"`` or ``"output"``, which of its tensors."""
+
+    call: int
+    at: str
+    item: int
 
 
 class ModuleCall(NamedTuple):
@@ -63,6 +73,7 @@ class TracedValue:
         "alias",
         "args",
         "call",
+        "costly",
         "dtype",
         "func",
         "geometry",
@@ -80,20 +91,26 @@ class TracedValue:
     )  # fmt: skip
 
     def __init__(
-        self, number: int, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor, call: int
+        self,
+        number: int,
+        call: int,
+        name: str,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        parents: tuple[TracedValue, ...],
+        tensor: torch.Tensor,
     ):
-        self.number, self.name, self.func, self.call = number, name, func, call
-        self.args, self.kwargs = args, kwargs
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.number, self.call, self.name, self.func = number, call, name, func
+        self.args, self.kwargs, self.parents = args, kwargs, parents
+        self.geometry = geometry(tensor)
+        self.shape, self.dtype = self.geometry[0], tensor.dtype
         self.item = self.order = 0
         self.kind = ""
-        self.geometry = geometry(tensor)
-        self.alias = False  # whether it lies in the memory of its first parent
-        self.remade = self.of_parameter = False  # the second: whether it is a parameter, cast, cut or transposed
         self.held: torch.Tensor | None = None
-        self.parents: tuple[TracedValue, ...] = ()
-        if name not in SHAPE_ONLY:
-            self.parents = tuple(dict.fromkeys((*values_in(args), *values_in(kwargs))))
+        self.alias = False  # whether it lies in the memory of its first parent
+        self.remade = self.costly = False  # by much work, so that it is held all the same where it is taken
+        self.of_parameter = False  # whether it is a parameter, as it is or cast, cut or transposed
 
     @property
     def numel(self) -> int:
@@ -102,11 +119,6 @@ class TracedValue:
         for size in self.shape:
             count *= size
         return count
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether its tensor is there, or can be made again."""
-        return self.remade or self.held is not None
 
     @property
     def is_floating(self) -> bool:
@@ -158,6 +170,10 @@ class Graph:
         The classes of all modules by their paths, whether they were called or not.
     handed_on : set of int
         Numbers of the values that modules with a number, as blocks have, returned.
+    shown : dict of int to list of Shown
+        By the numbers of values: the calls that took or returned them, in order.
+    error : Exception or None
+        Why nothing was recorded from some operation on.
     """
 
     values: list[TracedValue] = field(default_factory=list)
@@ -166,14 +182,17 @@ class Graph:
     parameter_names: dict[int, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     handed_on: set[int] = field(default_factory=set)
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
-        self._takers: list[list[TracedValue]] | None = None
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
+        self._takers: list[list[TracedValue]] | None = None
+        self._by_place: dict[ValuePlace, TracedValue] = {}
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -208,16 +227,14 @@ class Graph:
                         marks[parent.number] = 1
         return marks
 
-    @property
-    def takers(self) -> list[list[TracedValue]]:
-        """By number: the values that were made of a value, in order."""
+    def takers(self, value: TracedValue) -> list[TracedValue]:
+        """The values that were made of one."""
         if self._takers is None:
-            found: list[list[TracedValue]] = [[] for _ in self.values]
-            for value in self.values:
-                for parent in value.parents:
-                    found[parent.number].append(value)
-            self._takers = found
-        return self._takers
+            self._takers = [[] for _ in self.values]
+            for other in self.values:
+                for parent in other.parents:
+                    self._takers[parent.number].append(other)
+        return self._takers[value.number]
 
     def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
@@ -297,14 +314,26 @@ class Graph:
         call = self.calls[value.call]
         return ValuePlace(call.path, call.number, value.name, value.order, value.item)
 
+    def at(self, place: ValuePlace) -> TracedValue | None:
+        """The value that is made at a place; None where none is."""
+        if not self._by_place:
+            self._by_place = {self.place(value): value for value in self.values if value.func is not None}
+        return self._by_place.get(place)
+
+    @staticmethod
+    def is_kept(value: TracedValue) -> bool:
+        """Whether the tensor of a value is there, or can be made again."""
+        return value.remade or value.held is not None
+
     def tensor(self, value: TracedValue) -> torch.Tensor:
         """The tensor of a value: as it was held, or made again from what was held."""
         if value.held is None:
             made: dict[int, torch.Tensor] = {}
-            for of in self._to_make(value):
-                made[of.number] = self.run(of, lambda p: made[p.number] if p.held is None else p.held)
+            with torch.no_grad():
+                for of in self._to_make(value):
+                    made[of.number] = self.run(of, lambda p: made[p.number] if p.held is None else p.held)
             value.held = made[value.number]
-        return value.held
+        return value.held.detach() if value.held.requires_grad else value.held
 
     def _to_make(self, value: TracedValue) -> list[TracedValue]:
         needed: dict[int, TracedValue] = {}
@@ -320,18 +349,22 @@ class Graph:
         return [needed[number] for number in sorted(needed)]
 
     @staticmethod
-    def run(value: TracedValue, operand: Callable[[TracedValue], Any], constants: bool = True) -> torch.Tensor:
-        """The operation of a value on other operands; without ``constants`` the numbers that it adds count as zero."""
-        args, kwargs = list(filled(value.args, operand)), filled(value.kwargs, operand)
-        if not constants:
-            args = [0 if n and isinstance(arg, (int, float)) else arg for n, arg in enumerate(args)]
-        if value.name in ("view", "_unsafe_view"):  # of what lies elsewhere in another order
+    def run(value: TracedValue, operand: Callable[[TracedValue], Any], args: Any = None) -> torch.Tensor:
+        """The operation of a value on other operands, and with other arguments if they are given."""
+        args = list(filled(value.args if args is None else args, operand))
+        kwargs = filled(value.kwargs, operand)
+        if value.name in ("view", "_unsafe_view"):  # of what may lie elsewhere in another order
             return args[0].reshape(args[1])
         schema = getattr(value.func, "_schema", None)
         if schema is not None and schema.is_mutable:
             args[0] = args[0].clone()
         result = value.func(*args, **kwargs)
         return result[value.item] if isinstance(result, (tuple, list)) else result
+
+
+def dropped(tensor: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """What a dropout leaves."""
+    return tensor * mask * scale
 
 
 def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:

@@ -181,7 +181,7 @@ def follow(graph: Graph, start: Start) -> Memory:
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
-    waiting += [taker.number for taker in graph.takers[root.number]]
+    waiting += [taker.number for taker in graph.takers(root)]
     heapq.heapify(waiting)
     number = root.number
     while waiting:
@@ -190,7 +190,7 @@ def follow(graph: Graph, start: Start) -> Memory:
             continue
         value = graph.values[number]
         new = _followed(memory, rules, value)
-        for taker in (taker for of in new for taker in graph.takers[of.number]):
+        for taker in (taker for of in new for taker in graph.takers(of)):
             if taker.number > number:
                 heapq.heappush(waiting, taker.number)
     memory.end = _end(memory)
@@ -297,5 +297,5 @@ def _is_fork(memory: Memory, value: TracedValue) -> bool:
     if value is memory.root or value.number in memory.born or not memory.passes_function(value):
         return False
     carrier = memory.inside(value)[0]
-    takers = [taker for taker in memory.graph.takers[carrier.number] if taker.number in memory.trunk]
+    takers = [taker for taker in memory.graph.takers(carrier) if taker.number in memory.trunk]
     return sum(carrier in memory.inside(taker) for taker in takers) > 1

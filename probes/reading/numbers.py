@@ -108,7 +108,9 @@ class Numbers:
         places = [np.flatnonzero((axis - axis.min()) // stride % size == 0) for axis in self.axes]
         if math.prod(len(place) for place in places) * size != math.prod(self.shape):
             return None
-        found = Numbers(tuple(axis[place] for axis, place in zip(self.axes, places, strict=True)), self.offset)
+        found = Numbers(
+            tuple(axis[place] for axis, place in zip(self.axes, places, strict=True)), self.offset
+        )
         if (found.dense() // stride % size).any():
             return None
         cut = zip(places, self.shape, strict=True)
@@ -117,7 +119,11 @@ class Numbers:
     def step(self, axis: int) -> int:
         """How far the numbers of neighbours along an axis are apart."""
         whole = self.array
-        vector = self.axes[axis] if whole is None else np.moveaxis(whole, axis, -1).reshape(-1, self.shape[axis])[0]
+        vector = (
+            self.axes[axis]
+            if whole is None
+            else np.moveaxis(whole, axis, -1).reshape(-1, self.shape[axis])[0]
+        )
         return abs(int(vector[-1] - vector[-2]))
 
     @_once

@@ -10,6 +10,7 @@ from typing import Any
 
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, names, values_in
 
+MOST_STREAMS = 63  # what is wider has features on its axes
 SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
 VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
 MOVES = VIEWS | names(
@@ -26,25 +27,28 @@ SCATTERS: dict[str, tuple[int, ...]] = {
     "index_add": (0, 3), "index_copy": (0, 3), "scatter_add": (0, 3), "scatter": (0, 3), "index_put": (0, 2),
     "slice_scatter": (0, 1), "select_scatter": (0, 1), "patch": (0, 1), "copy": (1,), "masked_scatter": (0, 2),
 }  # fmt: skip
-PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,)}
+PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,), "native_dropout": (0, 1)}
 MATRICES: dict[str, tuple[int, int]] = {
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1), "dot": (0, 1),
 }  # fmt: skip
+# What mixes features by parameters: `linear` is a whole call of a layer.
+LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
 JOINS = names("cat stack")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
-NORMS = names(
-    "native_layer_norm layer_norm _fused_rms_norm rms_norm native_batch_norm _native_batch_norm_legit batch_norm "
-    "cudnn_batch_norm native_group_norm group_norm _native_batch_norm_legit_no_training _batch_norm_with_update "
-    "_batch_norm_no_update"
+BATCH_NORMS = names(
+    "native_batch_norm _native_batch_norm_legit batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training "
+    "_batch_norm_with_update _batch_norm_no_update"
 )
+GROUP_NORMS = names("native_group_norm group_norm")
+NORMS = names("native_layer_norm layer_norm _fused_rms_norm rms_norm") | GROUP_NORMS | BATCH_NORMS
 FUNCTIONS = NORMS | names(
     "relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish prelu _prelu_kernel softplus hardsigmoid clamp "
     "relu6 threshold clamp_min"
 )
 STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # what a norm divides by
 # Norms along the channels of images, whose features are the second axis.
-CHANNEL_NORMS = NORMS - names("native_layer_norm layer_norm _fused_rms_norm rms_norm")
+CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
 
 def addends(value: TracedValue) -> list[TracedValue]:

@@ -11,7 +11,7 @@ from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MATRICES, addends, weights, weights_in
+from depthscope.probes.reading.operations import LAYERS, addends, weights, weights_in
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -136,7 +136,11 @@ class WeightCoverage:
     def _residual_sum(self) -> TracedValue | None:
         """A sum before the first state, of a value and of something that a weight computed from it."""
         for value in self.graph.values[: self.memory.root.number + 1]:
-            if not self._before[value.number] or value.number in self._others or value.name not in ("add", "sub"):
+            if (
+                not self._before[value.number]
+                or value.number in self._others
+                or value.name not in ("add", "sub")
+            ):
                 continue
             added = addends(value)
             if len(added) == 2 and any(self._is_branch(a, b) for a, b in (added, added[::-1])):
@@ -148,7 +152,7 @@ class WeightCoverage:
             return False
         behind = self.graph.earlier([b], {a.number})
         working = (self.graph.values[number].name for number in weights(self.graph) if behind[number])
-        return any(name in MATRICES or name == "convolution" for name in working)
+        return any(name in LAYERS for name in working)
 
     def _hidden_branches(self) -> str:
         """Sums of several branch outputs are one branch only where they are added at once."""

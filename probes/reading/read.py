@@ -50,6 +50,8 @@ def read_model(model: nn.Module, batch: Any) -> NetworkReading:
 
 def read_graph(graph: Graph) -> NetworkReading:
     """The reading of a recorded forward."""
+    if graph.error is not None:
+        return NetworkReading((), {}, f"the forward could not be recorded: {graph.error!r}")
     with torch.no_grad():
         try:
             found = memories(graph)
@@ -88,6 +90,7 @@ class _Reader:
         self.branches = branches_of(memory)
         if not self.branches:
             raise ReadingError(NO_MEMORY)
+        self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self.names = BranchNames(memory, self.branches)
         self.name = name_of(memory, self.names)
 
@@ -145,6 +148,7 @@ class _Reader:
             num_streams=self.states.num_streams(cuts[-1]),
             over_depth=over_depth,
             token_shape=self.states.token_shape,
+            root=self.memory.root.number,
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
@@ -155,8 +159,9 @@ class _Reader:
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
-            value = self.states.array(cut)
-            found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, value))
+            numbers = tuple(value.number for value in cut)
+            array = self.states.array(cut)
+            found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, numbers, array))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -173,11 +178,12 @@ class _Reader:
         return ConnectionReading(number, number + 1, parts, branches, tuple(of.functions), of.error)
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
-        number = next(n for n, other in enumerate(self.branches) if other is branch)
+        number = self._numbers[branch.source.number]
         reads = tuple(self.graph.place(read) for read in branch.reads)
+        unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            self.graph.place(branch.source), reads, parts,
+            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(), parts,
         )  # fmt: skip
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:

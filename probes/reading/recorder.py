@@ -1,37 +1,49 @@
 """How is one forward recorded? Every operation below autograd becomes a value; writes in place become new values.
 
-Tensors are held only where carried steps may be run again: what sums, products and joins take. What a linear layer or a
-norm takes and gives is let go with the forward.
+Tensors are held only where carried steps may be run again, and only what cannot be made again: of what sums, products and
+joins take, that which other operations made, as a layer of a branch or the function of a coefficient. What a linear layer
+or a norm takes and gives inside of a branch is let go with the forward.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
+    FILLS,
     INPUT,
     LEAF,
     PARAMETER,
+    SHAPE_ONLY,
     Graph,
     ModuleCall,
+    Shown,
     TracedValue,
+    dropped,
     geometry,
     patched,
 )
 from depthscope.probes.reading.operations import (
+    BATCH_NORMS,
+    FUNCTIONS,
     JOINS,
     MATRICES,
+    MOST_STREAMS,
     MOVES,
+    NORMS,
     PRODUCTS,
     REDUCES,
     SAME,
@@ -39,15 +51,14 @@ from depthscope.probes.reading.operations import (
     SUMS,
 )  # fmt: skip
 
-# What carries a memory: its operands are held, and what it gives is made again from them.
-CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES}
 # Sums with a product in one operation, and the product alone.
 FUSED = {
     "addmm": torch.ops.aten.mm.default,
     "baddbmm": torch.ops.aten.bmm.default,
     "addcmul": torch.ops.aten.mul.Tensor,
 }
-MOST_STREAMS = 64
+# What carries a memory: what it takes is held, and what it gives is made again from that.
+CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
 
 
 class _Entry(weakref.ref):
@@ -84,51 +95,100 @@ class GraphRecorder(TorchDispatchMode):
         self._alive: list[
             torch.Tensor
         ] = []  # memory that was written, so that its address is not given twice
+        self._layer: list[TracedValue] | None = None  # what the layer takes that is running
+        self._silent = False
         self._forget = _forgetting(self._entries)
+        # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
+        self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
+        # Called with every value and its tensor when it is made.
+        self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
+
+    def __enter__(self) -> GraphRecorder:
+        self._collects = gc.isenabled()
+        gc.disable()  # many objects are made, and all of them stay: to look for garbage took longer than to record
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._collects:
+            gc.enable()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap every call of the method below; nothing of it is compiled anyway
 
-    def enter(self, path: str, kind: str) -> None:
-        """Note that a module is called."""
+    def enter(
+        self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
+    ) -> list[int]:
+        """Note that a module is called with some tensors; the numbers of their values. A linear layer is one operation."""
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
+        if type(module) is nn.Linear and len(tensors) == 1 and _is_closed(module):
+            given = (tensors[0], module.weight, *(() if module.bias is None else (module.bias,)))
+            self._layer = [self.value_of(tensor) for tensor in given]
+            self._silent = True
+        return self._show("input", tensors)
 
-    def leave(self, path: str, output: Any) -> None:
-        """Note that the innermost call has ended, and what a numbered module hands on."""
-        self._stack.pop()
+    def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
+        """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
+        if self._layer is not None:
+            given, self._layer, self._silent = self._layer, None, False
+            if isinstance(output, torch.Tensor):
+                self.note(LINEAR, given, {}, given, output, None)
+        numbers = self._show("output", tensors)
         if path.rpartition(".")[2].isdigit():
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
+        self._stack.pop()
+        return numbers
+
+    def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
+        numbers = [self.value_of(tensor).number for tensor in tensors]
+        for item, number in enumerate(numbers):
+            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item))
+        return numbers
+
+    def end(self, output: Any) -> Graph:
+        """The graph of the forward that returned this output."""
+        self.graph.outputs = [self.value_of(tensor) for tensor in tensors_of(output)]
+        return self.graph
 
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
         entry = self._entries.get(id(tensor))
-        writes = self._writes and self._writes.get(_storage(tensor))
+        value = self._current(tensor, entry) if entry is None or self._writes else entry.value
+        if self.on_taken is not None:
+            self.on_taken(value, tensor)
+        return value
+
+    def _current(self, tensor: torch.Tensor, entry: _Entry | None) -> TracedValue:
+        """The value of a tensor that was not met before, or whose memory may have been written."""
+        writes = self._writes.get(_storage(tensor), ()) if self._writes else ()
         if entry is None:
             value = self._leaf(tensor)
             if not writes:
                 return value
             entry = self._entries[id(tensor)]
             entry.writes = 0
-        if writes and entry.writes < len(writes):
+        if entry.writes < len(writes):
             self._rewritten(entry, tensor, writes)
         return entry.value
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
-        value = self._new(LEAF, None, (), {}, tensor)
+        value = self._new(LEAF, None, (), {}, (), tensor)
         if isinstance(tensor, nn.Parameter) or id(tensor) in self._names:
             value.kind = PARAMETER
             self.graph.parameter_names[value.number] = self._names.get(id(tensor), "")
         else:
             value.kind = INPUT if id(tensor) in self._given else CONSTANT
-        self._enter(tensor, value)
+        self.enter_value(tensor, value)
         self._hold(tensor, value)
+        value.of_parameter = value.kind == PARAMETER
         return value
 
     def _rewritten(
-        self, entry: _Entry, tensor: torch.Tensor, writes: list[tuple[TracedValue, tuple]]
+        self, entry: _Entry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
     ) -> None:
         own = geometry(tensor)
         for new, where in writes[entry.writes :]:
@@ -138,17 +198,27 @@ class GraphRecorder(TorchDispatchMode):
                 entry.value = new
                 continue
             old = entry.value
-            entry.value = self._new("patch", patched, (old, new, own, where), {}, tensor)
-            entry.value.remade = old.is_kept and new.is_kept
+            entry.value = self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor)
+            entry.value.remade = Graph.is_kept(old) and Graph.is_kept(new)
         entry.writes = len(writes)
         self._hold(tensor, entry.value)
 
-    def _new(self, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> TracedValue:
-        value = TracedValue(len(self.graph.values), name, func, args, kwargs, tensor, self._stack[-1])
-        self.graph.values.append(value)
+    def _new(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        parents: tuple[TracedValue, ...],
+        tensor: torch.Tensor,
+    ) -> TracedValue:
+        values = self.graph.values
+        value = TracedValue(len(values), self._stack[-1], name, func, args, kwargs, parents, tensor)
+        values.append(value)
         return value
 
-    def _enter(self, tensor: torch.Tensor, value: TracedValue) -> None:
+    def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
+        """Note which value a tensor has from now on."""
         entry = _Entry(tensor, self._forget)
         entry.key, entry.value = id(tensor), value
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
@@ -159,76 +229,120 @@ class GraphRecorder(TorchDispatchMode):
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
-        if base.is_kept:
+        if base.held is not None or (base.remade and not base.costly):
             return
-        held = tensor.detach()
+        silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
+        held = tensor if tensor.grad_fn is None else tensor.detach()
         base.held = held if base is value else held.as_strided(*base.geometry)
-        self._held.setdefault(_storage(held), []).append(base)
+        self._silent = silent
+        self._held.setdefault(_storage(tensor), []).append(base)
 
-    def _replaced(self, argument: Any) -> Any:
-        if isinstance(argument, torch.Tensor):
-            return self.value_of(argument)
-        if isinstance(argument, (list, tuple)):
-            return [self._replaced(item) for item in argument]
-        return argument
+    def _replaced(self, arguments: Iterable[Any], values: list[TracedValue]) -> list[Any]:
+        """Arguments with values in the place of tensors; these are added to the others."""
+        found: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                value = self.value_of(argument)
+                values.append(value)
+                found.append(value)
+            elif isinstance(argument, (list, tuple)):
+                found.append(self._replaced(argument, values))
+            else:
+                found.append(argument)
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note what it made from what."""
+        """Run an operation, and note what it made from what; nothing of the recorder's own may raise in it."""
         kwargs = kwargs or {}
+        if self._silent or self.graph.error is not None:
+            return func(*args, **kwargs)
+        try:
+            running = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
+        except Exception as error:
+            self.graph.error = without_frames(error)
+        result = func(*args, **kwargs)
+        if self.graph.error is None:
+            try:
+                running.note(result)
+            except Exception as error:
+                self.graph.error = without_frames(error)
+        return result
+
+    def _taken(self, func: Any, args: Any, kwargs: Any) -> _Running:
+        """What an operation takes that is about to run."""
         operation = _operation(func)
         if operation.name == "set_" and len(args) == 2 and isinstance(args[1], torch.Tensor):
-            value = self.value_of(args[1])  # another memory for the same tensor
-            result = func(*args, **kwargs)
-            self._enter(args[0], value)
-            return result
-        found = [self._replaced(argument) for argument in args]
-        named = {key: self._replaced(item) for key, item in kwargs.items()} if kwargs else kwargs
+            return _NewMemory(self, args[0], self.value_of(args[1]))
+        values: list[TracedValue] = []
+        found = self._replaced(args, values)
+        named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
         target = args[0] if operation.writes else kwargs.get("out")
-        if operation.carries and not operation.views:
+        if (
+            operation.carries and not operation.views and not _is_layer(operation, found)
+        ) or operation.name in NORMS:
             self._hold_operands(args, found)
-        if target is not None:
+        if isinstance(target, torch.Tensor):
             self._keep_numbers(target)
             named = {key: item for key, item in named.items() if key != "out"}
         if operation.name in FUSED and found[0].is_floating and not found[0].of_parameter:
-            return self._fused(func, args, found, kwargs, target)
-        result = func(*args, **kwargs)
-        self._note(operation, found, named, result, target)
-        return result
+            return self._fused(operation.name, args, found, kwargs, target)
+        return _Running(self, operation, found, named, values, target)
 
-    def _fused(self, func: Any, args: Any, found: Any, kwargs: Any, target: Any) -> Any:
+    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Running:
         """A product that is added to a state in one operation is noted as the product and the sum."""
-        product_of = FUSED[_operation(func).name]
         with torch.no_grad():
-            product = product_of(*args[1:3])
-        result = func(*args, **kwargs)
-        self._note(_operation(product_of), found[1:3], {}, product, None)
-        terms = [found[0], self.value_of(product)]
+            product = FUSED[name](*args[1:3])
+        self.note(_operation(FUSED[name]), found[1:3], {}, found[1:3], product, None)
+        terms, tensors = [found[0], self.value_of(product)], [args[0], product]
         for at, scale in enumerate((kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1)))):
             if scale != 1:
-                scaled = (args[0] if at == 0 else product) * scale
-                self._note(_operation(torch.ops.aten.mul.Tensor), [terms[at], scale], {}, scaled, None)
-                terms[at] = self.value_of(scaled)
-        self._hold(product, terms[1])
-        self._note(_operation(torch.ops.aten.add.Tensor), terms, {}, result, target)
-        return result
+                self._hold(tensors[at], terms[at])
+                tensors[at] = tensors[at] * scale
+                by = _operation(torch.ops.aten.mul.Tensor)
+                self.note(by, [terms[at], scale], {}, [terms[at]], tensors[at], None)
+                terms[at] = self.value_of(tensors[at])
+        self._hold_operands(tensors, terms)
+        return _Running(self, _operation(torch.ops.aten.add.Tensor), terms, {}, terms, target)
 
-    def _note(self, operation: _Operation, found: Any, named: Any, result: Any, target: Any) -> None:
+    def note(
+        self,
+        operation: Operation,
+        found: Any,
+        named: Any,
+        values: list[TracedValue],
+        result: Any,
+        target: Any,
+    ) -> None:
+        """Note the values that an operation made of others."""
         key = (self._stack[-1], operation.name)
         order = self._orders[key] = self._orders.get(key, -1) + 1
+        func = operation.func
+        if operation.name == "native_dropout":
+            func, found = dropped, [found[0], self._mask(operation, order, result[1]), 1 / (1 - found[1])]
+            values, result = found[:2], result[0]
+        parents = () if operation.name in SHAPE_ONLY else tuple(dict.fromkeys(values))
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            value = self._new(operation.name, operation.func, found, named, tensor)
-            value.item, value.order, value.alias = item, order, operation.views
+            value = self._new(operation.name, func, found, named, parents, tensor)
+            value.item, value.order = item, order
+            operation.describe(value)
             if operation.name in FILLS:
-                _fill(value, tensor)
-            elif operation.carries:
-                value.of_parameter = len(value.parents) == 1 and operation.moves and value.parents[0].of_parameter
-                value.remade = operation.name not in MATRICES or not any(v.of_parameter for v in value.parents)
-            if target is not None and tensor is target:
+                value.held = _filled(value, tensor)
+            if tensor is target:
                 self._alive.append(tensor)
                 self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
-            self._enter(tensor, value)
+            self.enter_value(tensor, value)
+            if self.on_value is not None:
+                self.on_value(value, tensor)
+
+    def _mask(self, operation: Operation, order: int, tensor: torch.Tensor) -> TracedValue:
+        """The elements that a dropout keeps; they depend on nothing."""
+        value = self._new(operation.name, operation.func, (), {}, (), tensor)
+        value.item, value.order = 1, order
+        self.enter_value(tensor, value)
+        self._hold(tensor, value)
+        return value
 
     def _hold_operands(self, args: Any, found: Any) -> None:
         """Hold what an operation takes that may carry a memory."""
@@ -245,7 +359,7 @@ class GraphRecorder(TorchDispatchMode):
                 value.held = value.held.clone()
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """What is known of an operation by its name."""
 
     func: Any
@@ -253,23 +367,71 @@ class _Operation(NamedTuple):
     writes: bool  # into its first operand
     views: bool  # what it gives lies in the memory of what it takes
     carries: bool
-    moves: bool
+
+    def describe(self, value: TracedValue) -> None:
+        """Note whether what it made is a view, a parameter in another form, and can be made again."""
+        value.alias = self.views
+        if self.name in FUNCTIONS:  # what a layer or a norm over the batch made is not made again
+            value.remade = self.name not in BATCH_NORMS and all(Graph.is_kept(p) for p in value.parents)
+        elif self.carries:
+            by_parameter = any(parent.of_parameter for parent in value.parents)
+            value.remade, value.costly = True, by_parameter and self.name in MATRICES
+            passes = self.name in SAME or self.name in MOVES
+            value.of_parameter = by_parameter and passes and len(value.parents) == 1
+
+
+LINEAR = Operation(torch.ops.aten.linear.default, "linear", writes=False, views=False, carries=False)
+
+
+def _is_closed(layer: nn.Linear) -> bool:
+    """Whether a layer mixes features, and nothing but that runs in its call."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return not hooks and min(layer.weight.shape) > MOST_STREAMS and isinstance(layer.weight, nn.Parameter)
 
 
 @cache
-def _operation(func: Any) -> _Operation:
+def _operation(func: Any) -> Operation:
     name = func.overloadpacket.__name__
     writes = name.endswith("_") and name != "set_" and func._schema.is_mutable
     name = name[:-1] if writes else name
     alias = func._schema.returns[0].alias_info if func._schema.returns else None
-    views = alias is not None and not alias.is_write
-    return _Operation(func, name, writes, views, name in CARRYING, name in SAME or name in MOVES)
+    return Operation(func, name, writes, alias is not None and not alias.is_write, name in CARRYING)
 
 
-def _fill(value: TracedValue, tensor: torch.Tensor) -> None:
-    """A constant is made again from its shape alone."""
-    number = FILLS[value.name.removeprefix("new_").removesuffix("_like")]
-    fill = value.args[1 if value.name != "new_full" else 2] if number is None else number
+def _is_layer(operation: Operation, found: Sequence[Any]) -> bool:
+    """Whether a matrix is a parameter that is larger than what mixes streams."""
+    if operation.name not in MATRICES:
+        return False
+    matrices = (v for v in found if isinstance(v, TracedValue) and v.of_parameter and len(v.shape) > 1)
+    return any(min(value.shape[-2:]) > MOST_STREAMS for value in matrices)
+
+
+def _filled(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+    """A constant, without memory of its size."""
+    fill = FILLS[value.name]
+    if fill is None:
+        fill = value.args[2 if value.name == "new_full" else 1]
+    return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+class _Running:
+    """An operation that is about to run: its arguments with values for tensors, and what it writes into."""
+
+    def __init__(self, recorder: GraphRecorder, *noted: Any):
+        self._recorder, self._noted = recorder, noted
+
+    def note(self, result: Any) -> None:
+        """Note what it made."""
+        *given, target = self._noted
+        self._recorder.note(*given, result, target)
+
+
+class _NewMemory(_Running):
+    """A tensor that is about to get the memory of another one, and with it its value."""
+
+    def note(self, result: Any) -> None:
+        """Note which value it has now."""
+        self._recorder.enter_value(*self._noted)
 
 
 def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
@@ -305,12 +467,12 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     def enter(module: nn.Module, args: Any) -> None:
         known = paths.get(id(module))
         if known is not None:
-            recorder.enter(known, type(module).__name__)
+            recorder.enter(known, type(module).__name__, floats_in(args), module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         path = paths.get(id(module))
         if path is not None:
-            recorder.leave(path, output)
+            recorder.leave(path, output, floats_in(output))
 
     before = hooked.register_module_forward_pre_hook(enter)
     after = hooked.register_module_forward_hook(leave, always_call=True)
@@ -327,5 +489,4 @@ def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     with recording(model, batch) as recorder:
         args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
         output = model(*args, **(batch if isinstance(batch, dict) else {}))
-    recorder.graph.outputs = [recorder.value_of(tensor) for tensor in tensors_of(output)]
-    return recorder.graph, output
+    return recorder.end(output), output

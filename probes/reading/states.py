@@ -123,7 +123,7 @@ def feature_axis(memory: Memory) -> int:
 def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
     """The axis along which an opaque operation takes features together."""
     at = next((n for n, argument in enumerate(taker.args) if argument is value), None)
-    if (taker.name in ("mm", "bmm", "matmul") and at == 0) or (taker.name == "addmm" and at == 1):
+    if (taker.name in ("mm", "bmm", "matmul", "linear") and at == 0) or (taker.name == "addmm" and at == 1):
         return len(value.shape) - 1
     if taker.name in CHANNEL_NORMS or taker.name == "convolution":
         return 1 if len(value.shape) > 1 else None

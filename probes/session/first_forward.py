@@ -6,15 +6,16 @@ hands the observer what the tape stored of the states, so that the first forward
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
@@ -25,15 +26,16 @@ from depthscope.probes.connections.logits import OperationLogits
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
-from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.model.tensors import first_float, tensors_in, version
+from depthscope.probes.model.tensors import first_float, floats_in, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
+from depthscope.probes.reading.graph import PARAMETER, TracedValue, ValuePlace
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
@@ -94,7 +96,9 @@ class FirstForward:
         self._observer, self._attention = observer, attention
         captured = observer.structure.captured if observer is not None else ()
         self._operations = {
-            (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
+            ValuePlace(p.path, p.index, p.operation, p.item, p.result): state
+            for state in captured
+            if (p := state.point).at == "operation"
         }
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
@@ -123,9 +127,12 @@ class FirstForward:
             return
         if tape.trace is not None:
             tape.trace.watch_again()
-        call = tape.enter(self._paths[id(module)], module, args, kwargs)
-        if self._gradients:
-            self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
+        path = self._paths[id(module)]
+        call = tape.enter(path, module, args, kwargs)
+        if tape.recorder is None and module is self._model:
+            tape.recorder = self._new_recorder(tape, args, kwargs)
+        if tape.recorder is not None:
+            call.taken = tape.recorder.enter(path, type(module).__name__, floats_in(args, kwargs))
         if tape.trace is not None and len(args) + len(kwargs) == 1 and not under_function_modes():
             tape.trace.step_aside(module, call.x, call.values[0])
 
@@ -138,8 +145,18 @@ class FirstForward:
             computes = tape.searches_blocks or isinstance(output, (tuple, list, dict))
             with outside_user_modes() if computes else nullcontext():
                 call = tape.leave(module, output)
-            if self._gradients:
-                self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
+            if tape.recorder is not None:
+                call.given = tape.recorder.leave(call.path, output, floats_in(output))
+
+    def _new_recorder(self, tape: Tape, args: Any, kwargs: Any) -> GraphRecorder:
+        """What records the values of a forward that begins."""
+        recorder = GraphRecorder(self._model, list(tensors_in((args, kwargs))))
+        forward = self._current.recorded
+        assert forward is not None
+        recorder.on_taken = partial(self._meet, forward, tape)
+        if self._operations:
+            recorder.on_value = partial(self._record_operation, forward, tape)
+        return recorder
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape = self._current.taped
@@ -160,37 +177,39 @@ class FirstForward:
         listeners = [each for each in (tape.attention, tape.logits) if each is not None]
         if listeners:
             trace.on_operation = partial(_tell, listeners)
-        made: list[tuple[CapturedState, Value, torch.Tensor]] = []
-        if self._operations:
-            trace.on_value = partial(self._record_operation, forward, tape, made)
-        return MethodWatch(trace, lambda result: self._hook_operations(forward, made))
+        assert tape.recorder is not None
+        # The trace on top of it: what the recorder copies for itself is no operation of the model's.
+        return MethodWatch(_Modes(tape.recorder, trace), tape.recorder.end)
+
+    def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Note a value that is taken: the tensor has its graph by now."""
+        if value.number in tape.met or not value.is_floating or tensor.ndim < 2:
+            return
+        if tensor.requires_grad and not tensor.is_leaf and tensor.grad_fn is None:
+            return  # inside of a function of autograd that a reentrant checkpoint is; outside of it has a graph
+        tape.met.add(value.number)
+        if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
+            tape.twins[value.number] = twin
+        state = self._record_operation(forward, tape, value, tensor)
+        if state is not None and self._observer is not None:
+            self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+        if self._gradients and tensor.requires_grad and value.kind != PARAMETER:
+            listener = forward.listeners[value.number] = GradientListener(get_gradient_edge(tensor))
+            hook = Hook(partial(_forward_gradient, listener), self._report)
+            listener.handle = tensor.register_hook(hook)
 
     def _record_operation(
-        self,
-        forward: Forward,
-        tape: Tape,
-        made: list[tuple[CapturedState, Value, torch.Tensor]],
-        value: Value,
-        tensor: torch.Tensor,
-    ) -> None:
-        """Record a state when the operation that makes it has run."""
-        if value.call < 0:
-            return
-        call = tape.calls[value.call]
-        place = call.path, call.index, value.ordinal
-        state = self._operations.get(place)
-        if state is not None and self._observer is not None:
-            tape.operations[place] = value
+        self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
+    ) -> CapturedState | None:
+        """Record a state when the operation that makes it has run, or a part of it was written."""
+        if not self._operations or tape.recorder is None:
+            return None
+        state = self._operations.get(tape.recorder.graph.place(value))
+        if state is None or self._observer is None:
+            return None
+        if ("state", state.chain, state.depth) not in forward.fired:
             self._observer.record_state(forward, state.chain, state.depth, tensor)
-            made.append((state, value, tensor))
-
-    def _hook_operations(
-        self, forward: Forward, made: list[tuple[CapturedState, Value, torch.Tensor]]
-    ) -> None:
-        """Put hooks on the gradients of these states, which have a graph by now."""
-        for state, _, tensor in made:
-            if self._observer is not None:
-                self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+        return state
 
     def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
@@ -202,7 +221,7 @@ class FirstForward:
             return None
         opening = Opening(site, forward.batch_size, x.detach())
         opening.key = tape.opened(path, module, pair.opens, x, site)
-        self._listen_to_all([x])
+        opening.key.taken = self._recorded(tape, x)
         forward.openings.setdefault(_taped(path), []).append(opening)
         watch = opening.watch()
 
@@ -230,31 +249,30 @@ class FirstForward:
             output = first_float(result)
             if output is not None:
                 parts = opening.close(branch_out, result, watch)
-                tape.closed(opening.key, method, branch_out, output, parts)
-                self._listen_to_all([output])
+                closed = tape.closed(opening.key, method, branch_out, output, parts)
+                closed.given = self._recorded(tape, output)
 
         return MethodWatch(watch or nullcontext(), done)
 
-    def _listen_to_all(self, tensors: list[torch.Tensor | None]) -> None:
-        """Listen to the gradients of tensors any of which may turn out to be a state.
+    def _recorded(self, tape: Tape, tensor: torch.Tensor | None) -> list[int]:
+        """The number of a tensor's value in the recorded graph, which is listened to from now on."""
+        if tape.recorder is None or tensor is None:
+            return []
+        return [tape.recorder.value_of(tensor).number]
 
-        A hook that is put on when the forward has ended would belong to what the tensor has become by then: where a model
-        writes the next state into the same tensor, as AltUp's models do, that is a later state.
-        """
-        forward = self._current.forward
-        if not self._gradients or forward is None:
-            return
-        for tensor in tensors:
-            if tensor is None or not tensor.requires_grad:
-                continue
-            key = id(tensor), version(tensor)
-            known = forward.listeners.get(key)
-            if known is None or known.tensor() is not tensor:  # the id of a freed tensor is given out again
-                if known is not None and known.handle is not None:
-                    known.handle.remove()  # the graph may have the hook still
-                listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
-                hook = Hook(partial(_forward_gradient, listener), self._report)
-                listener.handle = tensor.register_hook(hook)
+
+class _Modes:
+    """The modes of a first forward, the innermost last."""
+
+    def __init__(self, *modes: TorchDispatchMode):
+        self._modes, self._stack = modes, ExitStack()
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            self._stack.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def _tell(listeners: list[Callable[..., None]], *operation: Any) -> None:
@@ -414,19 +432,15 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         )
     calls = tape.by_key()
     for number, depth, point in structure.captured:
-        call = calls[point.path, point.method, point.index]
-        _refuse_rewritten(call, point)
-        tensor, written = call.passed(point.at, point.item)
-        value = call.value if (point.at, point.item) == ("output", 0) else tensor
-        assert tensor is not None
-        assert value is not None
-        listener = forward.listeners.get((id(tensor), written))
-        if listener is not None and listener.tensor() is tensor:
-            # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
+        value, tensor = _first_value(tape, point)
+        listener = None if value is None else forward.listeners.get(value.number)
+        if listener is not None:
+            # The value has a hook since it was met; from now on the hook knows which state it belongs to.
             listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
             assert listener.handle is not None
-            observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
-        observer.record_state(forward, number, depth, value)
+            assert listener.edge is not None
+            observer.expect_gradient(forward, (number, depth), listener.edge, listener.handle)
+        observer.record_state(forward, number, depth, tensor)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
     for number, connection in enumerate(structure.connections):
         call = connection_calls[connection.path, connection.index]
@@ -511,17 +525,19 @@ def _replay_connection(
         observer.record_returned(forward, number, x, call.output, computed)
 
 
-def _refuse_rewritten(call: Call, point: HookPoint) -> None:
-    """Refuse a state that was written in place since: torch counts a tensor's writes in its version."""
-    tensor, written = call.passed(point.at, point.item)
-    if tensor is None:
+def _first_value(tape: Tape, point: HookPoint) -> tuple[TracedValue | None, torch.Tensor]:
+    """What a hook point showed in the first forward: its value, and the tensor as it was then."""
+    value = tape.recorded(point)
+    if point.at != "operation":
+        call = tape.by_key()[point.path, point.method, point.index]
+        tensor, written = call.passed(point.at, point.item)
+        if (point.at, point.item) == ("output", 0) and call.copy is not None:
+            return value, call.copy
+        if tensor is not None and written == version(tensor):
+            return value, tensor
+    if value is None or tape.recorder is None or not tape.recorder.graph.is_kept(value):
         raise RewrittenError(
-            f"the state at {call.path} was not kept in the first forward; call the model once more: from the second "
-            "forward on states are copied as they pass"
+            f"the state at {point.path} was not kept in the first forward, or it was rewritten in place since; call the model "
+            "once more: from the second forward on states are copied as they pass"
         )
-    copied = (point.at, point.item) == ("output", 0) and call.copy is not None
-    if not copied and written != version(tensor):
-        raise RewrittenError(
-            f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
-            "call the model once more: from the second forward on states are copied as they pass"
-        )
+    return value, tape.recorder.graph.tensor(value)

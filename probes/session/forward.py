@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,13 +25,9 @@ Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINA
 
 @dataclass
 class GradientListener:
-    """The gradient hook on one tensor of the first forward, when nobody knows yet which tensors are states.
+    """The gradient hook on one value of the first forward, when nobody knows yet which values are states."""
 
-    The tensor is referenced weakly: its own hook refers to the listener, and a cycle through autograd's C++ objects is never
-    collected.
-    """
-
-    tensor: weakref.ref[torch.Tensor]
+    edge: GradientEdge | None = None  # where the graph of the value begins
     handle: RemovableHandle | None = None
     # Filled when the tensor turns out to be a state, of two chains where one begins with the last state of the other.
     receivers: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
@@ -61,8 +56,9 @@ class Forward:
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: set[Key] = field(default_factory=set)
     arrived_gradients: set[Key] = field(default_factory=set)
-    # A tensor that is rewritten in place is another one to autograd, hence the version in the key.
-    listeners: dict[tuple[int, int | None], GradientListener] = field(default_factory=dict)
+    listeners: dict[int, GradientListener] = field(
+        default_factory=dict
+    )  # by the number of the recorded value
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
@@ -71,7 +67,7 @@ class Forward:
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
-    first_states: list[torch.Tensor] = field(default_factory=list)
+    first_states: list[GradientEdge] = field(default_factory=list)
     edges: dict[Key, GradientEdge] = field(default_factory=dict)  # where the graph of each state begins
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
@@ -116,12 +112,12 @@ class Forward:
         self.first_states.clear()
         self.edges.clear()
 
-    def backward_ends(self) -> list[torch.Tensor | GradientEdge]:
+    def backward_ends(self) -> list[GradientEdge]:
         """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
 
         A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
         """
-        ends: list[torch.Tensor | GradientEdge] = list(self.first_states)
+        ends = list(self.first_states)
         earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
         for (number, depth), edge in sorted(self.edges.items(), key=lambda of: of[0]):
             known = earlier.setdefault(number, set())

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
@@ -203,17 +203,17 @@ class Observer:
             # A hook on the tensor, not a module's full backward hook: that one would put a function into the user's graph,
             # and would see the gradient of a module's call, not of a state that several calls read.
             hook = Hook(partial(self.record_gradient, forward, number, depth), self._report)
-            self.expect_gradient(forward, key, tensor, tensor.register_hook(hook))
+            self.expect_gradient(forward, key, get_gradient_edge(tensor), tensor.register_hook(hook))
 
     def expect_gradient(
-        self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor, handle: RemovableHandle
+        self, forward: Forward, key: tuple[int, int], edge: GradientEdge, handle: RemovableHandle
     ) -> None:
         """Note that the gradient of a state has a hook, which leaves with the forward."""
         forward.handles.append(handle)
         if all(number != key[0] for number, _ in forward.expected_gradients):
-            forward.first_states.append(tensor)
+            forward.first_states.append(edge)
         forward.expected_gradients.add(key)
-        forward.edges[key] = get_gradient_edge(tensor)
+        forward.edges[key] = edge
 
     def record_gradient(
         self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None

@@ -24,7 +24,11 @@ class HookPoint:
     site: str
     module: str  # the module that computed the state
     method: str = "forward"
-    item: int = 0  # which of the call's floating tensors, or of the values that its own operations make
+    item: int = (
+        0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
+    )
+    operation: str = ""  # its name
+    result: int = 0  # which of its results
 
 
 @dataclass(frozen=True)

@@ -219,8 +219,11 @@ def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
     """The values that some hook points showed."""
     calls = tape.by_key()
     return [
-        tape.operations.get((p.path, p.index, p.item))
-        if p.at == "operation"
-        else calls[p.path, p.method, p.index].value_of(p.at, p.item)
+        _made(tape, p) if p.at == "operation" else calls[p.path, p.method, p.index].value_of(p.at, p.item)
         for p in points
     ]
+
+
+def _made(tape: Tape, point: HookPoint) -> Value | None:
+    value = tape.recorded(point)
+    return None if value is None else tape.twins.get(value.number)

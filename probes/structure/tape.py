@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,6 +21,9 @@ from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import NONE, Value
 from depthscope.probes.model.arguments import named_arguments
 from depthscope.probes.model.tensors import floats_in, version
+from depthscope.probes.reading.graph import TracedValue, ValuePlace
+from depthscope.probes.reading.recorder import GraphRecorder
+from depthscope.probes.structure.chain import HookPoint
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -93,6 +96,9 @@ class Call:
     branch_sums: Any = None  # of a block: how its branches are added, where that was requested
     level: int = 0
     values: tuple[Value | None, Value | None] = (None, None)  # of x and y, in the trace of the forward
+    # Numbers of the values of the floating tensors that it took and returned, in the recorded graph.
+    taken: Sequence[int] = ()
+    given: Sequence[int] = ()
     # Why the tensors of an ended call are still needed; see `Tape._release`.
     runs: int = 0  # by so many runs of linked calls
     pinned: bool = False  # as an end of a chain, a branch, or a connection
@@ -155,6 +161,11 @@ class Call:
             return several[item].value if item < len(several) else None
         return self.values[0 if at == "input" else 1]
 
+    def number_of(self, at: str, item: int) -> int | None:
+        """The number, in the recorded graph, of the value that one of its tensors held."""
+        numbers = self.taken if at == "input" else self.given
+        return numbers[item] if item < len(numbers) else None
+
     def ancestors(self) -> Iterator[Call]:
         """The calls during which this one happened, innermost first."""
         call = self.parent
@@ -199,9 +210,9 @@ class Tape:
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
         self.split = False  # whether some call took a part of a tensor that is split over processes
-        self.operations: dict[
-            tuple[str, int, int], Value
-        ] = {}  # values that only an operation shows, by their places
+        self.recorder: GraphRecorder | None = None  # of the same forward
+        self.met: set[int] = set()  # numbers of the values in it that something took
+        self.twins: dict[int, Value] = {}  # values of the trace by the numbers of those in the recorded graph
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self.unreadable: ValueError | None = None  # why the weights of a known connection cannot be read
         self.ran: Any = None  # the parameters that ran; see `ran_parameters`
@@ -339,6 +350,23 @@ class Tape:
         if len(self._by_key) != len(self.calls):
             self._by_key = {(call.path, call.method, call.index): call for call in self.calls}
         return self._by_key
+
+    def recorded(self, point: HookPoint) -> TracedValue | None:
+        """The value in the recorded graph that a hook point showed."""
+        if self.recorder is None:
+            return None
+        graph = self.recorder.graph
+        if point.at == "operation":
+            place = ValuePlace(point.path, point.index, point.operation, point.item, point.result)
+            return graph.at(place)
+        number = self.by_key()[point.path, point.method, point.index].number_of(point.at, point.item)
+        return None if number is None else graph.values[number]
+
+    def place_of(self, value: Value) -> ValuePlace:
+        """Where the recorded graph has a value of the trace."""
+        assert self.recorder is not None
+        number = next(number for number, twin in sorted(self.twins.items()) if twin is value)
+        return self.recorder.graph.place(self.recorder.graph.values[number])
 
     def linked_runs(self) -> Iterator[tuple[tuple[str, Any], list[Call]]]:
         """All runs of two or more linked calls, with the key of their group."""

@@ -275,10 +275,11 @@ def _block_path(path: str) -> str:
 
 def _point(tape: Tape, state: CarriedState, layer: int, site: str, producer: str) -> HookPoint:
     if not state.places:
-        call = tape.calls[state.value.call]
+        place = tape.place_of(state.value)
         return HookPoint(
-            call.path, call.index, "operation", layer, site, producer, call.method, state.value.ordinal
-        )
+            place.module, place.call, "operation", layer, site, producer,
+            item=place.order, operation=place.operation, result=place.result,
+        )  # fmt: skip
     # Where it was returned, rather than taken: what takes a state may be a branch that does not run in every forward.
     call, at, item = next((place for place in state.places if place[1] == "output"), state.places[0])
     return HookPoint(call.path, call.index, at, layer, site, producer, call.method, item)
