@@ -28,6 +28,9 @@ FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
 
 
+MOST_MADE = 16  # tensors that were made again, from which the next ones are made
+
+
 class ReadingError(CaptureError):
     """No residual memory, or one that cannot be described."""
 
@@ -187,6 +190,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
+        self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
@@ -327,20 +331,26 @@ class Graph:
 
     def tensor(self, value: TracedValue) -> torch.Tensor:
         """The tensor of a value: as it was held, or made again from what was held."""
-        if value.held is None:
+        found = self._tensor(value)
+        if found is None:
             made: dict[int, torch.Tensor] = {}
             with torch.no_grad():
                 for of in self._to_make(value):
-                    made[of.number] = self.run(of, lambda p: made[p.number] if p.held is None else p.held)
-            value.held = made[value.number]
-        return value.held.detach() if value.held.requires_grad else value.held
+                    made[of.number] = self.run(of, lambda p: made.get(p.number, self._tensor(p)))
+            found = self._made[value.number] = made[value.number]
+            if len(self._made) > MOST_MADE:
+                del self._made[next(iter(self._made))]
+        return found.detach() if found.requires_grad else found
+
+    def _tensor(self, value: TracedValue) -> torch.Tensor | None:
+        return self._made.get(value.number) if value.held is None else value.held
 
     def _to_make(self, value: TracedValue) -> list[TracedValue]:
         needed: dict[int, TracedValue] = {}
         waiting = [value]
         while waiting:
             of = waiting.pop()
-            if of.held is not None or of.number in needed:
+            if self._tensor(of) is not None or of.number in needed:
                 continue
             if not of.remade:
                 raise ReadingError(f"the value of {of!r} was not kept")

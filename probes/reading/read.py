@@ -193,7 +193,8 @@ class _Reader:
         )  # one state at a time, of which branches read earlier ones
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
-        parts = self.linear.over_depth(self.branches, values or [*(b.read for b in self.branches), last])
+        values = values or [*map(self._read_state, self.branches), last]
+        parts = self.linear.over_depth(self.branches, values)
         error = recomputed_depth(self.states, parts)
         pairs = list(pairwise(parts.states))
         connections = [
@@ -213,12 +214,13 @@ class _Reader:
         before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
-            if (branch.read is before if by_read else before.number < branch.writes[0].number <= after.number)
+            if (self._read_state(branch) is before if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
-        reads = [self.branches[k].read for k in new] or [before]
+        reads = [self.branches[k] for k in new if len(self.linear.mixtures(self.branches[k])) == 1]
+        read = reads[-1].read if reads else before
         carry = parts.weights[after.number].clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = _by_source("depth_read", parts.weights[reads[-1].number]) | _by_source("depth_carry", carry)
+        found = _by_source("depth_read", parts.weights[read.number]) | _by_source("depth_carry", carry)
         if after.number in parts.constants:
             found["constant"] = parts.constants[after.number]
         branches = []
@@ -231,6 +233,12 @@ class _Reader:
                 written |= _by_source("depth_read", rows)
             branches.append(self._branch(self.branches[k], written))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+
+    def _read_state(self, branch: Branch) -> TracedValue:
+        """What a branch reads; where it reads several mixtures at once, what its output is added to."""
+        inside = self.memory.inside(branch.writes[0])
+        several = len(self.linear.mixtures(branch)) > 1
+        return inside[0] if several and len(inside) == 1 else branch.read
 
     def _bases(self, last: TracedValue) -> list[TracedValue]:
         """What each branch's output is added to, where these are the states and branches read sums of them; else nothing."""

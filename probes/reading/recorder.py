@@ -60,6 +60,9 @@ FUSED = {
 # What carries a memory: what it takes is held, and what it gives is made again from that.
 CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
 
+# Of what these take autograd saves each tensor, where all of them need gradients.
+SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()
+
 
 class _Entry(weakref.ref):
     """The value that a tensor has, and how many writes into its memory it knows of."""
@@ -224,12 +227,12 @@ class GraphRecorder(TorchDispatchMode):
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
         self._entries[entry.key] = entry
 
-    def _hold(self, tensor: torch.Tensor, value: TracedValue) -> None:
-        """Hold a value that cannot be made again, or that of which it is a view."""
+    def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
+        """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
-        if base.held is not None or (base.remade and not base.costly):
+        if base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         held = tensor if tensor.grad_fn is None else tensor.detach()
@@ -277,10 +280,9 @@ class GraphRecorder(TorchDispatchMode):
         found = self._replaced(args, values)
         named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
         target = args[0] if operation.writes else kwargs.get("out")
-        if (
-            operation.carries and not operation.views and not _is_layer(operation, found)
-        ) or operation.name in NORMS:
-            self._hold_operands(args, found)
+        carries = operation.carries and not operation.views and not _is_layer(operation, found)
+        if carries or operation.name in NORMS:
+            self._hold_operands(args, found, operation.name in SAVING and _is_saved(args))
         if isinstance(target, torch.Tensor):
             self._keep_numbers(target)
             named = {key: item for key, item in named.items() if key != "out"}
@@ -344,11 +346,11 @@ class GraphRecorder(TorchDispatchMode):
         self._hold(tensor, value)
         return value
 
-    def _hold_operands(self, args: Any, found: Any) -> None:
+    def _hold_operands(self, args: Any, found: Any, saved: bool = False) -> None:
         """Hold what an operation takes that may carry a memory."""
         for argument, value in zip(args, found, strict=True):
             if isinstance(value, TracedValue):
-                self._hold(argument, value)
+                self._hold(argument, value, saved)
             elif isinstance(value, list):
                 self._hold_operands(argument, value)
 
@@ -396,6 +398,12 @@ def _operation(func: Any) -> Operation:
     name = name[:-1] if writes else name
     alias = func._schema.returns[0].alias_info if func._schema.returns else None
     return Operation(func, name, writes, alias is not None and not alias.is_write, name in CARRYING)
+
+
+def _is_saved(args: Any) -> bool:
+    """Whether autograd saves what an operation of `SAVING` takes: it needs it for the gradients of the others."""
+    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+    return len(tensors) > 1 and all(tensor.requires_grad for tensor in tensors)
 
 
 def _is_layer(operation: Operation, found: Sequence[Any]) -> bool:

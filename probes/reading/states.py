@@ -27,6 +27,7 @@ class States:
         self.feature_stride = math.prod(memory.shape[self.axis + 1 :])
         self.token_shape = tuple(size for dim, size in enumerate(memory.shape) if dim != self.axis)
         self._orders: dict[tuple, tuple[torch.Tensor | None, int]] = {}
+        self._arrays: dict[tuple[int, ...], torch.Tensor] = {}
         self._numbers: dict[int, Numbers] = {}
         # On the ways from branches to their writes: what each step moves or scales.
         self.steps: dict[int, list[TracedValue]] = {}
@@ -62,27 +63,49 @@ class States:
 
     def num_streams(self, cut: Sequence[TracedValue]) -> int:
         """How many values of each token and feature some values hold."""
-        return self.order([self.numbers(value) for value in cut])[1]
+        numbers = [self.numbers(value) for value in cut]
+        found = [part.arrangement(self.memory.shape, self.axis, self.num_features) for part in numbers]
+        if any(of is None for of in found):
+            return self.order(numbers)[1]
+        return sum(of.streams for of in found if of is not None)
 
     def array(self, cut: Sequence[TracedValue]) -> torch.Tensor:
         """Some values of the memory as (tokens, streams, features)."""
-        tensors = [self.graph.tensor(value)[None] for value in cut]
-        return self.sorted(tensors, [self.numbers(value) for value in cut], self.num_features)[0]
+        key = tuple(value.number for value in cut)
+        if key not in self._arrays:
+            tensors = [self.graph.tensor(value)[None] for value in cut]
+            self._arrays[key] = self.sorted(tensors, [self.numbers(v) for v in cut], self.num_features)[0]
+        return self._arrays[key]
 
     def sorted(
         self, tensors: Sequence[torch.Tensor], numbers: Sequence[Numbers], num_features: int
     ) -> torch.Tensor:
         """Some arrays of elements that have numbers of the memory, as (arrays, tokens, streams, features)."""
-        order, n = self.order(numbers)
         kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        parts = [tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        parts = [self._arranged(t.to(kind), of, num_features) for t, of in zip(tensors, numbers, strict=True)]
+        if all(part is not None for part in parts):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # type: ignore[return-value,arg-type]
+        order, n = self.order(numbers)
+        flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
         flat = flat if order is None else flat[:, order.to(flat.device)]
-        shape = list(self.memory.shape)
-        shape[self.axis] = num_features
+        shape = self._shape(num_features)
         if flat.shape[1] != math.prod(shape) * n:
             raise ReadingError("a state does not hold every token and feature of the first one")
         return flat.reshape(-1, *shape, n).movedim(1 + self.axis, -1).reshape(len(flat), -1, n, num_features)
+
+    def _shape(self, num_features: int) -> tuple[int, ...]:
+        shape = self.memory.shape
+        return (*shape[: self.axis], num_features, *shape[self.axis + 1 :])
+
+    def _arranged(self, tensor: torch.Tensor, numbers: Numbers, num_features: int) -> torch.Tensor | None:
+        found = numbers.arrangement(self.memory.shape, self.axis, num_features)
+        if found is None:
+            return None
+        return (
+            tensor.reshape(len(tensor), *found.sizes)
+            .permute(0, *(1 + dim for dim in found.order))
+            .reshape(len(tensor), -1, found.streams, num_features)
+        )
 
     def output(self, branch: Branch) -> torch.Tensor:
         """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""
