@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights
+from depthscope.probes.reading.operations import FUNCTIONS, JOINS, LAYERS, SUMS, VIEWS, addends, weights
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 
 LEAST_SHARE = 0.002  # of the weights
@@ -165,8 +165,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     for root in roots:  # grows while it is gone through
         plain = without_forks(graph, start_of(root))
-        passing = without_forks(graph, replace(start_of(root), functions=True))
-        both = [Ranked(memory, _share(memory)) for memory in (plain, passing)]
+        both = [Ranked(plain, _share(plain))]
+        if _leads_on(plain):
+            passing = without_forks(graph, replace(start_of(root), functions=True))
+            both.append(Ranked(passing, _share(passing)))
         found += both
         if max(of.share for of in both) < 0.6 and len(roots) < 2 * MOST_CANDIDATES:
             roots += [value for value in _breaks(plain) if value not in roots][:2]
@@ -175,6 +177,19 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
             memory = without_forks(graph, start_of(root, streams))
             found.append(Ranked(memory, _share(memory)))
     return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
+
+
+def _leads_on(memory: Memory) -> bool:
+    """Whether what a norm or an activation makes of a memory is moved, scaled or added anywhere."""
+    graph = memory.graph
+    waiting = [value for _, value in memory.leaves if value.name in FUNCTIONS]
+    while waiting:
+        for taker in graph.takers(waiting.pop()):
+            if taker.name in VIEWS:
+                waiting.append(taker)
+            elif taker.name not in LAYERS and not taker.name.startswith("_scaled_dot_product"):
+                return True
+    return False
 
 
 def _breaks(memory: Memory) -> list[TracedValue]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +31,18 @@ FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"
 
 
 MOST_MADE = 16  # tensors that were made again, from which the next ones are made
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for garbage: many objects are made, and as they all stay it would take longer than what is done."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class ReadingError(CaptureError):

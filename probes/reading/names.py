@@ -239,10 +239,12 @@ def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tu
             _, written, is_between = waiting.pop()
             layer = written if layer is None else max(layer, written)
             coming[written] -= not is_between
+            if not coming[written]:
+                del coming[written]
         if number == 0 and layer is None and names.first_layer >= 0:
             found.append((names.first_layer, "post"))
         else:
-            found.append(_label(number, layer, +coming, found))
+            found.append(_label(number, layer, coming, found))
     return found
 
 

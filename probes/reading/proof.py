@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,15 +25,19 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
-    error = (again - true).abs().max() / true.abs().max().clamp_min(1e-9)
-    return float(error.nan_to_num(float("inf"), float("inf")))
+    largest = torch.linalg.vector_norm(true, math.inf).clamp_min(1e-9)
+    error = float(torch.linalg.vector_norm(again - true, math.inf) / largest)
+    return error if math.isfinite(error) else math.inf
 
 
 def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """(tokens, to, from, features or 1) applied to (tokens, from, features)."""
-    if matrix.shape[-1] == 1 and state.shape[1] > 1:
-        return matrix[..., 0].to(state) @ state
-    return (matrix.to(state) * state[:, None]).sum(2)
+    matrix = matrix.to(state)
+    if state.shape[1] == 1:
+        return matrix[:, :, 0] * state
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0] @ state
+    return (matrix * state[:, None]).sum(2)
 
 
 def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:

@@ -22,7 +22,7 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no_collection
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
@@ -52,7 +52,7 @@ def read_graph(graph: Graph) -> NetworkReading:
     """The reading of a recorded forward."""
     if graph.error is not None:
         return NetworkReading((), {}, f"the forward could not be recorded: {graph.error!r}")
-    with torch.no_grad():
+    with torch.no_grad(), no_collection():
         try:
             found = memories(graph)
             _refuse_recurrence(graph, found[0])

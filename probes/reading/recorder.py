@@ -7,7 +7,6 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from depthscope.probes.reading.graph import (
     TracedValue,
     dropped,
     geometry,
+    no_collection,
     patched,
 )
 from depthscope.probes.reading.operations import (
@@ -64,6 +64,10 @@ CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRI
 SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()
 
 
+# An operation, what it takes with values for tensors, these values, and what it writes into.
+_Taken = tuple["Operation", Any, Any, list[TracedValue], Any]
+
+
 class _Entry(weakref.ref):
     """The value that a tensor has, and how many writes into its memory it knows of."""
 
@@ -86,9 +90,14 @@ class GraphRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
         super().__init__()
-        self.graph = Graph(modules={path: type(module).__name__ for path, module in model.named_modules()})
+        self.graph = Graph()
         self._given = {id(tensor) for tensor in batch}
-        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self._names: dict[int, str] = {}  # of parameters
+        for path, module in model.named_modules():
+            self.graph.modules[path] = type(module).__name__
+            for name, parameter in module._parameters.items():
+                self._names[id(parameter)] = f"{path}.{name}" if path else name
+        self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
@@ -107,15 +116,14 @@ class GraphRecorder(TorchDispatchMode):
         self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
 
     def __enter__(self) -> GraphRecorder:
-        self._collects = gc.isenabled()
-        gc.disable()  # many objects are made, and all of them stay: to look for garbage took longer than to record
+        self._paused = no_collection()
+        self._paused.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._collects:
-            gc.enable()
+        self._paused.__exit__(None, None, None)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -131,17 +139,19 @@ class GraphRecorder(TorchDispatchMode):
         if type(module) is nn.Linear and len(tensors) == 1 and _is_closed(module):
             given = (tensors[0], module.weight, *(() if module.bias is None else (module.bias,)))
             self._layer = [self.value_of(tensor) for tensor in given]
-            self._silent = True
+            self._off = torch._C._DisableTorchDispatch()
+            self._off.__enter__()
         return self._show("input", tensors)
 
     def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
         """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
         if self._layer is not None:
-            given, self._layer, self._silent = self._layer, None, False
+            self._off.__exit__(None, None, None)
+            given, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
-                self.note(LINEAR, given, {}, given, output, None)
+                self.note(LINEAR, given, {}, given, None, output)
         numbers = self._show("output", tensors)
-        if path.rpartition(".")[2].isdigit():
+        if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
         self._stack.pop()
         return numbers
@@ -260,51 +270,50 @@ class GraphRecorder(TorchDispatchMode):
         if self._silent or self.graph.error is not None:
             return func(*args, **kwargs)
         try:
-            running = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
+            taken = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
         except Exception as error:
             self.graph.error = without_frames(error)
         result = func(*args, **kwargs)
         if self.graph.error is None:
             try:
-                running.note(result)
+                self.note(*taken, result)
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result
 
-    def _taken(self, func: Any, args: Any, kwargs: Any) -> _Running:
+    def _taken(self, func: Any, args: Any, kwargs: Any) -> _Taken:
         """What an operation takes that is about to run."""
         operation = _operation(func)
-        if operation.name == "set_" and len(args) == 2 and isinstance(args[1], torch.Tensor):
-            return _NewMemory(self, args[0], self.value_of(args[1]))
         values: list[TracedValue] = []
         found = self._replaced(args, values)
         named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
         target = args[0] if operation.writes else kwargs.get("out")
-        carries = operation.carries and not operation.views and not _is_layer(operation, found)
-        if carries or operation.name in NORMS:
-            self._hold_operands(args, found, operation.name in SAVING and _is_saved(args))
-        if isinstance(target, torch.Tensor):
+        if operation.carries and not operation.views:
+            is_norm = operation.name in NORMS
+            if is_norm or not _is_layer(operation, values):
+                self._hold_operands(args, found, operation.name in SAVING and _is_saved(args))
+        if target is not None and operation.name != "set":
             self._keep_numbers(target)
             named = {key: item for key, item in named.items() if key != "out"}
         if operation.name in FUSED and found[0].is_floating and not found[0].of_parameter:
             return self._fused(operation.name, args, found, kwargs, target)
-        return _Running(self, operation, found, named, values, target)
+        return operation, found, named, values, target
 
-    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Running:
+    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Taken:
         """A product that is added to a state in one operation is noted as the product and the sum."""
         with torch.no_grad():
             product = FUSED[name](*args[1:3])
-        self.note(_operation(FUSED[name]), found[1:3], {}, found[1:3], product, None)
+        self.note(_operation(FUSED[name]), found[1:3], {}, found[1:3], None, product)
         terms, tensors = [found[0], self.value_of(product)], [args[0], product]
         for at, scale in enumerate((kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1)))):
             if scale != 1:
                 self._hold(tensors[at], terms[at])
                 tensors[at] = tensors[at] * scale
                 by = _operation(torch.ops.aten.mul.Tensor)
-                self.note(by, [terms[at], scale], {}, [terms[at]], tensors[at], None)
+                self.note(by, [terms[at], scale], {}, [terms[at]], None, tensors[at])
                 terms[at] = self.value_of(tensors[at])
         self._hold_operands(tensors, terms)
-        return _Running(self, _operation(torch.ops.aten.add.Tensor), terms, {}, terms, target)
+        return _operation(torch.ops.aten.add.Tensor), terms, {}, terms, target
 
     def note(
         self,
@@ -312,17 +321,25 @@ class GraphRecorder(TorchDispatchMode):
         found: Any,
         named: Any,
         values: list[TracedValue],
-        result: Any,
         target: Any,
+        result: Any,
     ) -> None:
         """Note the values that an operation made of others."""
+        if operation.name == "set":
+            if len(values) > 1:  # another memory for the same tensor
+                self.enter_value(target, values[1])
+            return
         key = (self._stack[-1], operation.name)
         order = self._orders[key] = self._orders.get(key, -1) + 1
         func = operation.func
         if operation.name == "native_dropout":
             func, found = dropped, [found[0], self._mask(operation, order, result[1]), 1 / (1 - found[1])]
             values, result = found[:2], result[0]
-        parents = () if operation.name in SHAPE_ONLY else tuple(dict.fromkeys(values))
+        parents = (
+            ()
+            if operation.name in SHAPE_ONLY
+            else tuple(dict.fromkeys(values) if len(values) > 1 else values)
+        )
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -394,10 +411,12 @@ def _is_closed(layer: nn.Linear) -> bool:
 @cache
 def _operation(func: Any) -> Operation:
     name = func.overloadpacket.__name__
-    writes = name.endswith("_") and name != "set_" and func._schema.is_mutable
+    writes = name.endswith("_") and func._schema.is_mutable
     name = name[:-1] if writes else name
     alias = func._schema.returns[0].alias_info if func._schema.returns else None
-    return Operation(func, name, writes, alias is not None and not alias.is_write, name in CARRYING)
+    return Operation(
+        func, name, writes, alias is not None and not alias.is_write, name in CARRYING or name in NORMS
+    )
 
 
 def _is_saved(args: Any) -> bool:
@@ -406,11 +425,11 @@ def _is_saved(args: Any) -> bool:
     return len(tensors) > 1 and all(tensor.requires_grad for tensor in tensors)
 
 
-def _is_layer(operation: Operation, found: Sequence[Any]) -> bool:
+def _is_layer(operation: Operation, values: Sequence[TracedValue]) -> bool:
     """Whether a matrix is a parameter that is larger than what mixes streams."""
     if operation.name not in MATRICES:
         return False
-    matrices = (v for v in found if isinstance(v, TracedValue) and v.of_parameter and len(v.shape) > 1)
+    matrices = (value for value in values if value.of_parameter and len(value.shape) > 1)
     return any(min(value.shape[-2:]) > MOST_STREAMS for value in matrices)
 
 
@@ -420,26 +439,6 @@ def _filled(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
     if fill is None:
         fill = value.args[2 if value.name == "new_full" else 1]
     return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-class _Running:
-    """An operation that is about to run: its arguments with values for tensors, and what it writes into."""
-
-    def __init__(self, recorder: GraphRecorder, *noted: Any):
-        self._recorder, self._noted = recorder, noted
-
-    def note(self, result: Any) -> None:
-        """Note what it made."""
-        *given, target = self._noted
-        self._recorder.note(*given, result, target)
-
-
-class _NewMemory(_Running):
-    """A tensor that is about to get the memory of another one, and with it its value."""
-
-    def note(self, result: Any) -> None:
-        """Note which value it has now."""
-        self._recorder.enter_value(*self._noted)
 
 
 def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
