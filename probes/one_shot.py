@@ -21,6 +21,7 @@ from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
+from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
@@ -212,8 +213,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
-    # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    torch.autograd.grad(value, forward.backward_ends(), allow_unused=True)
+    backward_to(forward, forward.backward_ends(), [value])
 
 
 @contextmanager

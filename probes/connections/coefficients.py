@@ -75,6 +75,8 @@ class Parts(Weights):
         (B, T, V, D), where the connection itself takes it.
     read_known : Tensor or None
         (B, T), where H_pre was inferred from the streams: 1 where they determine it, 0 where equal streams leave it open.
+    constant : Tensor or None
+        (B, T, N, D): what else is added to the next state, which was not computed from the streams.
     """
 
     mix: torch.Tensor | None
@@ -83,6 +85,7 @@ class Parts(Weights):
     branch_in: torch.Tensor
     branch_out: torch.Tensor | None = None
     read_known: torch.Tensor | None = None
+    constant: torch.Tensor | None = None
 
 
 def as_views(

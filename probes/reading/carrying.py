@@ -27,7 +27,9 @@ from depthscope.probes.reading.operations import (
     SUMS,
     VIEWS,
     addends,
+    centred,
     factors,
+    is_along_features,
     part_of,
 )  # fmt: skip
 
@@ -85,6 +87,9 @@ class Rules:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
         if not carriers or len(carriers) < len(self._inside(value)):
             return None  # a condition, a weight or a factor comes from the memory itself
+        means = centred(value, carriers)
+        if means and not (self._functions and all(map(is_along_features, means))):
+            return None  # the first half of a norm, or a mixing of tokens
         return self._agreed([self._carried[v.number] for v in carriers], value.shape)
 
     @staticmethod

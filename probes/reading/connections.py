@@ -11,6 +11,8 @@ import torch
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.operations import JOINS, MATRICES, MOVES, PRODUCTS, REDUCES
 from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
 from depthscope.probes.reading.states import States
 
@@ -36,6 +38,7 @@ class ConnectionParts:
     constant: torch.Tensor | None
     target: list[TracedValue]  # the next state, before its last norm
     functions: list[str]
+    weighs: bool = True  # whether an operation scales or mixes the streams
     error: float = 0.0
 
 
@@ -136,8 +139,19 @@ class Linear:
         ]
         constant = self._constants([target], sources)
         return ConnectionParts(
-            held.columns(target, [0]), parts, constant[0] if constant else None, target, functions
+            h_res=held.columns(target, [0]),
+            branches=parts,
+            constant=constant.get(0),
+            target=target,
+            functions=functions,
+            weighs=self._weighs(before, target),
         )
+
+    def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
+        """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""
+        memory = self.states.memory
+        steps = memory.back(target, {value.number for value in before})
+        return any(_scales_or_mixes(memory, memory.graph.values[number]) for number in steps)
 
     def _written(self, branches: Sequence[Branch], begin: int, end: int) -> list[Branch]:
         """The branches that write between two moments, in their order."""
@@ -194,6 +208,12 @@ class Linear:
         trunk = self.states.memory.trunk
         several = [read for read in branch.reads_before_norms if read.number not in trunk]
         return list(dict.fromkeys([*(several if len(several) > 1 else ()), branch.read]))
+
+
+def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
+    if value.name in MOVES:
+        return value.numel < max((v.numel for v in memory.inside(value)), default=0)
+    return any(value.name in group for group in (PRODUCTS, MATRICES, REDUCES, JOINS))
 
 
 def _last(cut: Cut) -> int:

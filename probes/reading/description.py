@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from depthscope.probes.reading.graph import ValuePlace
+from depthscope.probes.reading.numbers import Numbers
 
 PROVEN = "proven"
 
@@ -21,6 +22,9 @@ class StateReading:
     module: str  # in whose call it was made
     places: tuple[ValuePlace, ...]  # of the values that it consists of
     values: tuple[int, ...]  # their numbers in the graph
+    numbers: tuple[Numbers, ...] = field(
+        repr=False
+    )  # where the elements of the memory's first value are in each of them
     value: torch.Tensor = field(repr=False)
 
 
@@ -29,7 +33,7 @@ class BranchReading:
     """One branch: where it reads and what it writes.
 
     ``parts`` are (tokens, …) arrays: ``h_pre`` and ``h_post`` of one stream each, ``read`` and ``write`` where a branch has
-    several, ``branch_gate`` where its weight differs along the features, ``out`` what it gave.
+    several, ``branch_gate`` where its weight differs along the features, ``out`` what it gave, ``in`` what it read.
     """
 
     path: str
@@ -58,6 +62,7 @@ class ConnectionReading:
     branches: tuple[BranchReading, ...]
     functions: tuple[str, ...]  # norms and activations of the whole state at the end of the step
     error: float  # of the recomputed state, relative to its largest number
+    weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,13 @@ class MemoryReading:
     connections: tuple[ConnectionReading, ...]
     num_streams: int
     over_depth: bool
+    inner_streams: (
+        int  # how many streams every step makes of its state and merges again; 0 where some step makes none
+    )
     token_shape: tuple[int, ...]
     root: int  # the number of its first value
+    shape: tuple[int, ...]  # of one stream of that
+    feature_axis: int
     proof: str  # "proven", or "unproven: why"
     error: float
     weights: Mapping[

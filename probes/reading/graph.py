@@ -60,11 +60,12 @@ class ValuePlace(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """Where a call of a module showed a value: the number of the call, ``"input"`` or ``"output"``, which of its tensors."""
+    """Where a call of a module showed a value."""
 
-    call: int
-    at: str
-    item: int
+    call: int  # the number of the call
+    at: str  # "input" or "output"
+    item: int  # which of its floating tensors
+    order: int  # among all that were shown
 
 
 class ModuleCall(NamedTuple):
@@ -142,6 +143,15 @@ class TracedValue:
         """Whether its elements are real numbers."""
         return self.dtype.is_floating_point
 
+    def is_like(self, other: TracedValue) -> bool:
+        """Whether the same operation made another value, of operands with the same numbers."""
+        return (
+            (self.name, self.shape, self.dtype, self.item, self.kind)
+            == (other.name, other.shape, other.dtype, other.item, other.kind)
+            and _like(self.args, other.args)
+            and _like(self.kwargs, other.kwargs)
+        )
+
     def __repr__(self) -> str:
         return f"%{self.number} {self.name}{[p.number for p in self.parents]} {self.shape}"
 
@@ -156,6 +166,20 @@ def values_in(args: Any) -> Iterator[TracedValue]:
     elif isinstance(args, dict):
         for item in args.values():
             yield from values_in(item)
+
+
+def _like(one: Any, other: Any) -> bool:
+    if isinstance(one, TracedValue):
+        return isinstance(other, TracedValue) and one.number == other.number
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(_like, one, other))
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(_like(v, other[k]) for k, v in one.items())
+        )
+    return type(one) is type(other) and (one == other or one != one)
 
 
 def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
@@ -337,6 +361,24 @@ class Graph:
         if not self._by_place:
             self._by_place = {self.place(value): value for value in self.values if value.func is not None}
         return self._by_place.get(place)
+
+    def let_go(self) -> None:
+        """Hold no tensor any more."""
+        self._made.clear()
+        for value in self.values:
+            value.held = None
+
+    def takes_over(self, later: Graph) -> bool:
+        """Hold the tensors of a later forward, if it ran the same operations; whether it did."""
+        if len(self.values) != len(later.values) or later.error is not None:
+            return False
+        pairs = list(zip(self.values, later.values, strict=True))
+        if not all(a.is_like(b) for a, b in pairs):
+            return False
+        self._made.clear()
+        for a, b in pairs:
+            a.held, a.geometry, a.remade = b.held, b.geometry, b.remade
+        return True
 
     @staticmethod
     def is_kept(value: TracedValue) -> bool:

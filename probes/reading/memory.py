@@ -18,7 +18,9 @@ from depthscope.probes.reading.operations import (
     MOVES,
     PRODUCTS,
     REDUCES,
+    SUMS,
     addends,
+    centred,
     is_statistic,
 )  # fmt: skip
 
@@ -118,14 +120,15 @@ class Memory:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 
-    def back(self, ends: Collection[TracedValue]) -> set[int]:
-        """The values of the memory that come into some of its values."""
-        found, waiting = {end.number for end in ends}, list(ends)
+    def back(self, ends: Collection[TracedValue], stop: Collection[int] = ()) -> set[int]:
+        """The values of the memory that come into some of its values, after those with numbers in ``stop``."""
+        found: set[int] = set()
+        waiting = list(ends)
         while waiting:
-            for parent in self.inside(waiting.pop()):
-                if parent.number not in found:
-                    found.add(parent.number)
-                    waiting.append(parent)
+            value = waiting.pop()
+            if value.number not in found and value.number not in stop:
+                found.add(value.number)
+                waiting += self.inside(value)
         return found
 
     def is_whole(self, value: TracedValue) -> bool:
@@ -145,6 +148,8 @@ class Memory:
         if value.name in FUNCTIONS:
             return True
         inside = self.inside(value)
+        if value.name in SUMS:
+            return bool(centred(value, inside))
         if value.name not in PRODUCTS or not inside:
             return False
         others = [v for v in value.parents if v is not inside[0]]
@@ -162,7 +167,7 @@ def start_of(root: TracedValue, streams: int = 1) -> Start:
     return Start(root, shape, first)
 
 
-def follow(graph: Graph, start: Start) -> Memory:
+def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     """The memory that begins so.
 
     Parameters
@@ -171,6 +176,8 @@ def follow(graph: Graph, start: Start) -> Memory:
         The forward.
     start : Start
         The first value, and what is known of the way.
+    until : int, optional
+        The number of the last value that is looked at.
 
     Returns
     -------
@@ -184,7 +191,7 @@ def follow(graph: Graph, start: Start) -> Memory:
     waiting += [taker.number for taker in graph.takers(root)]
     heapq.heapify(waiting)
     number = root.number
-    while waiting:
+    while waiting and (until is None or waiting[0] <= until):
         number, last = heapq.heappop(waiting), number
         if number == last:
             continue
@@ -247,7 +254,7 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
         _note_pieces(memory, value, inside)
         return
     new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
-    if new:
+    if new and not memory.passes_function(value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
 

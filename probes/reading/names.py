@@ -135,10 +135,29 @@ class BranchNames:
         return Key((), call if self._is_repeated(unit) else unit or 0, "")
 
     def _holds_branches(self, container: list[str]) -> bool:
-        """Whether the numbered members of a container are of several classes: the branches of a block, and no blocks."""
-        prefix = ".".join(container) + "."
-        members = {path: kind for path, kind in self.graph.modules.items() if path.startswith(prefix)}
-        return len({kind for path, kind in members.items() if path[len(prefix) :].isdigit()}) > 1
+        """Whether the numbered members of a container are the branches of a block, and no blocks: they are made of others.
+
+        So they are where they have several classes, and where each has other parts, in the same order in all containers.
+        """
+        members = self._members(".".join(container))
+        if len({parts[0] for parts in members}) > 1:
+            return True
+        if len(set(members)) < max(len(members), 2) or not container[-1].isdigit():
+            return False
+        around = ".".join(container[:-1])
+        others = [
+            p for p in self.graph.modules if p.rpartition(".")[0] == around and p.rpartition(".")[2].isdigit()
+        ]
+        return len(others) > 1 and all(self._members(other) == members for other in others)
+
+    def _members(self, container: str) -> list[tuple[str, ...]]:
+        """The classes of all parts of each numbered member of a container."""
+        found: dict[str, list[str]] = {}
+        for path, kind in self.graph.modules.items():
+            name = path[len(container) + 1 :].partition(".")[0] if path.startswith(f"{container}.") else ""
+            if name.isdigit():
+                found.setdefault(name, []).append(kind)
+        return [tuple(kinds) for kinds in found.values()]
 
     def _is_repeated(self, unit: int | None) -> bool:
         return unit is not None and self.graph.calls[unit].path in self._repeated
@@ -152,6 +171,12 @@ class BranchNames:
         key = self._key(self.graph.calls[unit].path, unit)
         like = self.keys()[0]
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
+
+
+def kind_of(path: str, modules: Mapping[str, str]) -> str:
+    """Whether a module is attention or feed-forward, by its name and class; block where neither tells."""
+    words = " ".join([*[part for part in path.split(".") if not part.isdigit()][-1:], modules.get(path, "")])
+    return "attn" if ATTENTION.search(words) else "mlp" if MLP.search(words) else "block"
 
 
 class Key(NamedTuple):

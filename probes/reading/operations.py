@@ -6,6 +6,7 @@ tokens. What is in none of these groups is opaque: a branch begins there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, names, values_in
@@ -101,6 +102,32 @@ def weights(graph: Graph) -> dict[int, list[TracedValue]]:
 def weights_in(graph: Graph, marks: bytearray) -> set[TracedValue]:
     """The parameters that work in marked values."""
     return {weight for number, of in weights(graph).items() if marks[number] for weight in of}
+
+
+def mean_of(value: TracedValue, of: TracedValue) -> TracedValue | None:
+    """The mean of what it is added to that an addend is, as a norm that is written out takes one away; None where it is none."""
+    for _ in range(6):
+        if value.name in REDUCES:
+            return value if any(parent is of for parent in value.parents) else None
+        scales = value.name in PRODUCTS and len([v for v in value.parents if v.shape]) == 1
+        if not value.parents or not (value.name in SAME or value.name in MOVES or scales):
+            return None
+        value = value.parents[0]
+    return None
+
+
+def centred(value: TracedValue, carriers: Sequence[TracedValue]) -> list[TracedValue]:
+    """The means of what a sum carries that it adds."""
+    found = (mean_of(addend, carrier) for addend in addends(value) for carrier in carriers)
+    return [mean for mean in found if mean is not None]
+
+
+def is_along_features(mean: TracedValue) -> bool:
+    """Whether a mean is one over the last axis alone; others mix tokens."""
+    dims = mean.args[1] if len(mean.args) > 1 else None
+    return dims is not None and {
+        dim % len(mean.parents[0].shape) for dim in ([dims] if isinstance(dims, int) else dims)
+    } == {len(mean.parents[0].shape) - 1}
 
 
 def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:

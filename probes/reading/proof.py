@@ -12,7 +12,7 @@ from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import LAYERS, addends, weights, weights_in
+from depthscope.probes.reading.operations import LAYERS, MOVES, PRODUCTS, SAME, addends, weights, weights_in
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -98,11 +98,12 @@ class WeightCoverage:
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self._used = weights_in(graph, graph.earlier(outputs))
         self._before = graph.earlier([memory.root])
+        self._head = graph.earlier(outputs, memory.carried)
         carried = memory.back([memory.end, *(branch.read for branch in branches)])
         self.by_place = {
             "branches": self._between(carried) & self._used,
             "before": weights_in(graph, self._before) & self._used,
-            "head": weights_in(graph, graph.earlier(outputs, memory.carried)) & self._used,
+            "head": weights_in(graph, self._head) & self._used,
         }
         self.elsewhere = self._used - set().union(*self.by_place.values())
 
@@ -134,18 +135,23 @@ class WeightCoverage:
             names = sorted(self.graph.parameter_names.get(w.number, "") for w in self.elsewhere)
             share = self.shares()["elsewhere"]
             return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
-        if (value := self._residual_sum()) is not None:
+        if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
             return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
+        end = max(value.number for value in self.last) + 1
+        later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
+        if (value := self._residual_sum(later, self._head)) is not None:
+            return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
         return self._hidden_branches() or self._unread_writes()
 
-    def _residual_sum(self) -> TracedValue | None:
-        """A sum before the first state, of a value and of something that a weight computed from it."""
-        for value in self.graph.values[: self.memory.root.number + 1]:
-            if (
-                not self._before[value.number]
-                or value.number in self._others
-                or value.name not in ("add", "sub")
-            ):
+    def _is_of_no_other(self, value: TracedValue) -> bool:
+        """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
+        return value.numel == self.memory.count and not any(p.number in self._others for p in value.parents)
+
+    def _residual_sum(self, numbers: Iterable[int], marks: bytearray) -> TracedValue | None:
+        """A marked sum of a value and of something that a weight computed from it."""
+        for number in numbers:
+            value = self.graph.values[number]
+            if not marks[number] or number in self._others or value.name not in ("add", "sub"):
                 continue
             added = addends(value)
             if len(added) == 2 and any(self._is_branch(a, b) for a, b in (added, added[::-1])):
@@ -153,7 +159,9 @@ class WeightCoverage:
         return None
 
     def _is_branch(self, a: TracedValue, b: TracedValue) -> bool:
-        if a.shape != b.shape or len(a.shape) < 2 or a.kind or not self.graph.depends(b, a):
+        while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):
+            a = a.parents[0]  # what is added to may be a view of what the branch takes, or scaled
+        if a.numel != b.numel or len(b.shape) < 2 or a.kind or not self.graph.depends(b, a):
             return False
         behind = self.graph.earlier([b], {a.number})
         working = (self.graph.values[number].name for number in weights(self.graph) if behind[number])
@@ -175,10 +183,9 @@ class WeightCoverage:
         """What the head reads was written before the last state: all of it."""
         memory, graph = self.memory, self.graph
         known = memory.back(self.last)
-        head = graph.earlier(graph.outputs or [memory.end], memory.carried)
         read = [
             parent
-            for number, marked in enumerate(head) if marked
+            for number, marked in enumerate(self._head) if marked
             for parent in graph.values[number].parents if memory.holds(parent)
         ]  # fmt: skip
         read += [output for output in graph.outputs if memory.holds(output)]

@@ -50,23 +50,64 @@ def read_model(model: nn.Module, batch: Any) -> NetworkReading:
 
 def read_graph(graph: Graph) -> NetworkReading:
     """The reading of a recorded forward."""
-    if graph.error is not None:
-        return NetworkReading((), {}, f"the forward could not be recorded: {graph.error!r}")
-    with torch.no_grad(), no_collection():
+    return Rereading(graph).reading
+
+
+class Rereading:
+    """The reading of a forward, and that of later ones: where these run the same operations, nothing is looked for again."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._readers: list[_Reader] = []
+        with torch.no_grad(), no_collection():
+            self.reading = self._read()
+
+    def _read(self) -> NetworkReading:
+        if self.graph.error is not None:
+            return NetworkReading((), {}, f"the forward could not be recorded: {self.graph.error!r}")
         try:
-            found = memories(graph)
-            _refuse_recurrence(graph, found[0])
-            readers = [_Reader(memory, found) for memory in found]
-            number_blocks([reader.names for reader in readers])
-            done, left_out = [readers[0].reading()], {}
+            found = memories(self.graph)
+            _refuse_recurrence(self.graph, found[0])
+            self._readers = [_Reader(memory, found) for memory in found]
+            number_blocks([reader.names for reader in self._readers])
+            done, left_out = [self._readers[0].reading()], {}
         except ReadingError as error:
             return NetworkReading((), {}, str(error))
-        for reader in readers[1:]:
+        for reader in self._readers[1:]:
             try:
                 done.append(reader.reading())
             except ReadingError as error:
                 left_out[reader.name] = str(error)
-    return NetworkReading(tuple(done), left_out)
+        return NetworkReading(tuple(done), left_out)
+
+    def keep(self, memories: Sequence[MemoryReading]) -> None:
+        """Read these memories alone from now on, and let go of the first forward's tensors."""
+        roots = {memory.root for memory in memories}
+        self._readers = [reader for reader in self._readers if reader.memory.root.number in roots]
+        self.reading = NetworkReading((), {})
+        self.graph.let_go()
+
+    @torch.no_grad()
+    def again(self, graph: Graph) -> list[MemoryReading]:
+        """The same memories in a later forward; in the order of `reading`.
+
+        Raises ReadingError: Where these are not found again.
+        """
+        if not self.graph.takes_over(graph):
+            roots = [self.graph.place(reader.memory.root) for reader in self._readers]
+            other = Rereading(graph)
+            self.graph, self._readers = graph, other._readers
+            found = [reader for reader in self._readers if graph.place(reader.memory.root) in roots]
+            if len(found) != len(roots):
+                raise ReadingError(
+                    f"{len(found)} of {len(roots)} memories were found again in a later forward, whose operations are others"
+                )
+            self._readers = found
+        try:
+            with no_collection():
+                return [reader.reading() for reader in self._readers]
+        finally:
+            self.graph.let_go()
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -95,7 +136,7 @@ class _Reader:
         self.name = name_of(memory, self.names)
 
     def reading(self) -> MemoryReading:
-        """The memory's description.
+        """The memory's description, at the present values of its tensors.
 
         Returns
         -------
@@ -147,12 +188,24 @@ class _Reader:
             connections=tuple(connections),
             num_streams=self.states.num_streams(cuts[-1]),
             over_depth=over_depth,
+            inner_streams=self._inner_streams(cuts),
             token_shape=self.states.token_shape,
             root=self.memory.root.number,
+            shape=self.memory.shape,
+            feature_axis=self.states.axis,
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
         )
+
+    def _inner_streams(self, cuts: Sequence[Cut]) -> int:
+        """How many copies of one state every step makes and merges again."""
+        memory, counts = self.memory, set()
+        for before, after in pairwise(cuts):
+            between = (n for n in memory.trunk if before[-1].number < n < after[-1].number)
+            counts.add(max((memory.carried[n].count for n in between), default=0) // memory.count)
+        single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
+        return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
     def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
         sites = labels(self.names, cuts)
@@ -160,8 +213,10 @@ class _Reader:
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
+            carried = tuple(self.memory.carried[value.number] for value in cut)
             array = self.states.array(cut)
-            found.append(StateReading(layer, site, self.graph.path(cut[-1]), places, numbers, array))
+            path = self.graph.path(cut[-1])
+            found.append(StateReading(layer, site, path, places, numbers, carried, array))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -174,8 +229,22 @@ class _Reader:
             parts["h_res_gate"] = of.h_res
         if of.constant is not None:
             parts["constant"] = of.constant
-        branches = tuple(self._branch(b.branch, _branch_arrays(b)) for b in of.branches)
-        return ConnectionReading(number, number + 1, parts, branches, tuple(of.functions), of.error)
+        branches = tuple(self._branch(b.branch, self._with_input(b, _branch_arrays(b))) for b in of.branches)
+        return ConnectionReading(
+            number, number + 1, parts, branches, tuple(of.functions), of.error, of.weighs
+        )
+
+    def _with_input(self, of: BranchParts, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parts of a branch that reads several streams, with what it reads of them."""
+        several = (
+            "read" in parts or ("h_pre" in parts and parts["h_pre"].shape[-1] > 1) or "read_gate" in parts
+        )
+        reads = [read for read, _ in of.reads if self.memory.is_whole(read)]
+        if several and reads:
+            parts["in"] = torch.cat(
+                [self.states.array([read]) for read in (reads if "read" in parts else reads[-1:])], 1
+            )
+        return parts
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
         number = self._numbers[branch.source.number]
@@ -221,12 +290,14 @@ class _Reader:
         carry = parts.weights[after.number].clone()
         carry[:, [k + 1 for k in new]] = 0
         found = _by_source("depth_read", parts.weights[read.number]) | _by_source("depth_carry", carry)
+        found |= _by_source("state", parts.weights[before.number])
         if after.number in parts.constants:
             found["constant"] = parts.constants[after.number]
         branches = []
         for k in new:
             own = weights(parts.weights[after.number][:, k + 1])
-            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own}
+            out = parts.sources[k + 1].unsqueeze(1)
+            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own, "out": out}
             mixtures = self.linear.mixtures(self.branches[k])
             if len(mixtures) > 1:
                 rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)

@@ -99,6 +99,7 @@ class GraphRecorder(TorchDispatchMode):
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
+        self._num_shown = 0
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
         self._entries: dict[int, _Entry] = {}
@@ -159,7 +160,8 @@ class GraphRecorder(TorchDispatchMode):
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
-            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item))
+            self._num_shown += 1
+            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item, self._num_shown))
         return numbers
 
     def end(self, output: Any) -> Graph:

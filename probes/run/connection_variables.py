@@ -210,7 +210,11 @@ def _depth_variables(
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
         "reconstruction_error": ("connection", np.array(errors)),
         **depth_variables([read for read, _, _ in found], [carry for _, carry, _ in found]),
-        **factor_variables([None] * len(found), [scale for _, _, scale in found]),
+        # Also where it is 1: the weights of the sources leave it out.
+        "branch_scale": (
+            schema.TRACE["branch_scale"].dims,
+            torch.stack([scale for _, _, scale in found]).numpy(),
+        ),
     }
 
 

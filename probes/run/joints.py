@@ -44,10 +44,12 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     # Only where no closing method took it: that one shows exactly what is added.
     if branch_out is None:
         branch_out = _hooked_branches(number, sequences, tokens, write.shape[-1], branch_in.shape[-1])
+    constant = stack(lambda parts: parts.constant)
+    after = states(link.depth_out)
     return Joint(
         path=link.path,
         x_in=states(link.depth_in),
-        x_out=states(link.depth_out),
+        x_out=after if constant is None else after - constant,
         parts=Parts(
             stack(lambda p: p.mix),
             stack(lambda p: p.read),

@@ -31,6 +31,7 @@ from depthscope.probes.model.user_modes import user_modes
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
+from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
@@ -302,11 +303,11 @@ class CompiledCalls:
         try:
             with self._own_run(module):  # where a checkpoint runs its part of the model once more
                 # Retained: the user may run another backward through the same call. It is freed when the step ends.
-                torch.autograd.grad(
-                    [second.outputs[number] for number in numbers],
+                backward_to(
+                    second.forward,
                     states,
-                    [second.arrived[number] for number in numbers],
-                    allow_unused=True,
+                    [second.outputs[number] for number in numbers],
+                    grad_outputs=[second.arrived[number] for number in numbers],
                     retain_graph=True,
                 )
         except RuntimeError as error:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import DepthWeights
@@ -27,17 +26,19 @@ from depthscope.probes.connections.reading import Opening, branch_output, return
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
+from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import first_float, floats_in, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
-from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
+from depthscope.probes.session.forward import CurrentForward, Forward
+from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
@@ -183,20 +184,19 @@ class FirstForward:
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
-        if value.number in tape.met or not value.is_floating or tensor.ndim < 2:
+        if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
-        if tensor.requires_grad and not tensor.is_leaf and tensor.grad_fn is None:
-            return  # inside of a function of autograd that a reentrant checkpoint is; outside of it has a graph
-        tape.met.add(value.number)
-        if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
-            tape.twins[value.number] = twin
-        state = self._record_operation(forward, tape, value, tensor)
-        if state is not None and self._observer is not None:
-            self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
-        if self._gradients and tensor.requires_grad and value.kind != PARAMETER:
-            listener = forward.listeners[value.number] = GradientListener(get_gradient_edge(tensor))
-            hook = Hook(partial(_forward_gradient, listener), self._report)
-            listener.handle = tensor.register_hook(hook)
+        if value.number not in tape.met:
+            tape.met.add(value.number)
+            if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
+                tape.twins[value.number] = twin
+            state = self._record_operation(forward, tape, value, tensor)
+            if state is not None and self._observer is not None:
+                self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+        # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
+        listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
+        if listens and value.number not in forward.listeners and value.kind != PARAMETER:
+            forward.listeners[value.number] = GradientListener(tensor, self._report)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -286,11 +286,6 @@ def _taped(path: str) -> str:
     return f"{path} on the tape"
 
 
-def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    for receive in listener.receivers:
-        receive(gradient)
-
-
 # --- what the model is ---
 
 
@@ -325,11 +320,12 @@ def find_structure(
         named_streams=named_streams,
         batch_axis=forward.batch_axis,
         selection=options.selection,
-        inner_streams=0
+        inner_streams=found.inner_streams
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
         not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
         shards=shards,
+        read=found.read,
     )
 
 
@@ -365,7 +361,8 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
 def _readable_chains(tape: Tape, model: nn.Module, options: Options, batch_size: int) -> FoundChains:
     """The chains of a model; where a known connection computes other weights than it applies, from its operations."""
     if tape.unreadable is None:
-        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
+        inside = options.selection.inside_blocks
+        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size, inside=inside)
     for call in tape.calls:
         call.site = None
     try:
@@ -424,7 +421,7 @@ def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
 def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     """Hand what the tape stored to the observer, as the hooks of later forwards do."""
     structure = observer.structure
-    if structure.traced:
+    if structure.traced and structure.read is None:
         # Which of its tensors are needed is known only now, and most are gone.
         raise RewrittenError(
             "the states and weights of this model's connections are local variables; call the model once more: from the "
@@ -436,11 +433,13 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = None if value is None else forward.listeners.get(value.number)
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
-            assert listener.handle is not None
-            assert listener.edge is not None
-            observer.expect_gradient(forward, (number, depth), listener.edge, listener.handle)
+            observer.expect_gradient(forward, (number, depth), listener)
         observer.record_state(forward, number, depth, tensor)
+    if structure.read is not None:
+        assert structure.read.first is not None
+        _record_read(tape, forward, observer, structure.read.first)
+        structure.read.keep()
+        return
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
     for number, connection in enumerate(structure.connections):
         call = connection_calls[connection.path, connection.index]
@@ -458,6 +457,10 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
     ``tape``: the calls of the forward, with its trace.
     """
     structure = observer.structure
+    if structure.read is not None:
+        assert tape.recorder is not None
+        _record_read(tape, forward, observer, structure.read.again(tape.recorder.graph))
+        return
     states = states_of(tape, structure.chains[0].points)
     if structure.chains[0].over_depth:
         _record_depth_weights(tape, forward, observer)
@@ -482,6 +485,28 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         if tape.logits is not None:
             handled = tape.logits.between(before.number, after.number)
             observer.record_logits(forward, number, complete.mix, handled)
+    tape.logits = None  # it holds tensors of the graph
+
+
+def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
+    """Record the coefficients of one forward, by the reading of its memory."""
+    structure = observer.structure
+    assert structure.read is not None
+    states = states_of(tape, structure.chains[0].points)
+    for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
+        connection = structure.chains[0].connections[number]
+        if isinstance(weights, DepthWeights):
+            if len(forward.rows):
+                forward.parts[0, number] = weights.sampled(forward.rows.cpu())
+                assert given is not None
+                forward.branches[0, number] = forward.sampled(given)
+            forward.fired.add(("branch", 0, number))
+            continue
+        observer.record_connection(forward, number, weights)
+        before, after = states[connection.depth_in], states[connection.depth_out]
+        if tape.logits is not None and before is not None and after is not None:
+            handled = tape.logits.between(before.number, after.number)
+            observer.record_logits(forward, number, weights.mix, handled)
     tape.logits = None  # it holds tensors of the graph
 
 

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
+from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.tape import Tape
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
-
-
-@dataclass
-class GradientListener:
-    """The gradient hook on one value of the first forward, when nobody knows yet which values are states."""
-
-    edge: GradientEdge | None = None  # where the graph of the value begins
-    handle: RemovableHandle | None = None
-    # Filled when the tensor turns out to be a state, of two chains where one begins with the last state of the other.
-    receivers: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -54,8 +45,8 @@ class Forward:
     whole_tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
-    expected_gradients: set[Key] = field(default_factory=set)
-    arrived_gradients: set[Key] = field(default_factory=set)
+    expected_gradients: dict[Key, GradientListener] = field(default_factory=dict)
+    arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     listeners: dict[int, GradientListener] = field(
         default_factory=dict
     )  # by the number of the recorded value
@@ -67,11 +58,10 @@ class Forward:
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
-    first_states: list[GradientEdge] = field(default_factory=list)
-    edges: dict[Key, GradientEdge] = field(default_factory=dict)  # where the graph of each state begins
+    first_states: list[Key] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
-    handles: list[RemovableHandle] = field(default_factory=list)  # of gradient hooks
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
@@ -93,37 +83,34 @@ class Forward:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
         self.ended = True
         for listener in self.listeners.values():
-            if listener.handle is not None and not listener.receivers:  # the tensor is no state
-                listener.handle.remove()
+            if not listener.receivers:  # it is no state
+                listener.release()
         self.listeners.clear()
         self.openings.clear()
         self.arguments, self.lead = {}, None
 
     def release(self) -> None:
-        """Remove the gradient hooks, and drop the user's tensors as well.
-
-        The gradient hook of the first state refers to this object, which refers to that state: as long as it does, neither
-        is freed.
-        """
+        """Remove the gradient hooks, and let go of the graph."""
         self.end()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.first_states.clear()
-        self.edges.clear()
+        for listener in self.expected_gradients.values():
+            listener.release()
 
-    def backward_ends(self) -> list[GradientEdge]:
+    def backward_ends(self) -> list[Key]:
         """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
 
         A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
         """
         ends = list(self.first_states)
         earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
-        for (number, depth), edge in sorted(self.edges.items(), key=lambda of: of[0]):
+        for (number, depth), listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
             known = earlier.setdefault(number, set())
-            if known and depth >= 0 and not _leads_to(edge.node, known):
-                ends.append(edge)
-            known.add(edge.node)
+            node = listener.node
+            if known and depth >= 0 and not _leads_to(node, known):
+                ends.append((number, depth))
+            known.add(node)
         return ends
 
     def chain_sums(self, number: int) -> TokenSums:

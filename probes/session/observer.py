@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.logits import Handled, LogitWatch
@@ -16,11 +14,12 @@ from depthscope.probes.connections.reading import canonical_streams, read_return
 from depthscope.probes.connections.tensor_watch import WeightPlace
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Hook, Report
+from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
@@ -200,20 +199,16 @@ class Observer:
         """Put a hook on the gradient of a state, where gradients are wanted and it will have one."""
         key = (number, depth)
         if self.options.gradients and tensor.requires_grad and key not in forward.expected_gradients:
-            # A hook on the tensor, not a module's full backward hook: that one would put a function into the user's graph,
-            # and would see the gradient of a module's call, not of a state that several calls read.
-            hook = Hook(partial(self.record_gradient, forward, number, depth), self._report)
-            self.expect_gradient(forward, key, get_gradient_edge(tensor), tensor.register_hook(hook))
+            # Not a module's full backward hook: that one would put a function into the user's graph, and would see the
+            # gradient of a module's call, not of a state that several calls read.
+            self.expect_gradient(forward, key, GradientListener(tensor, self._report))
 
-    def expect_gradient(
-        self, forward: Forward, key: tuple[int, int], edge: GradientEdge, handle: RemovableHandle
-    ) -> None:
-        """Note that the gradient of a state has a hook, which leaves with the forward."""
-        forward.handles.append(handle)
+    def expect_gradient(self, forward: Forward, key: tuple[int, int], listener: GradientListener) -> None:
+        """Record the gradient that a listener receives as that of a state."""
+        listener.receivers.append(partial(self.record_gradient, forward, *key))
         if all(number != key[0] for number, _ in forward.expected_gradients):
-            forward.first_states.append(edge)
-        forward.expected_gradients.add(key)
-        forward.edges[key] = edge
+            forward.first_states.append(key)
+        forward.expected_gradients[key] = listener
 
     def record_gradient(
         self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None
@@ -238,8 +233,8 @@ class Observer:
         else:
             values = self.structure.canonical(number, unscaled, forward.batch_size)
         self._require_own_part(forward, values)
-        again = (number, depth) in forward.arrived_gradients
-        forward.arrived_gradients.add((number, depth))
+        again = (number, depth) in forward.arrivals
+        forward.arrivals[number, depth] += 1
         sampled = forward.sampled(values)
         if again:
             sampled = sampled + forward.gradients[number, depth]

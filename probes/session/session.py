@@ -683,7 +683,7 @@ class Session:
         """The forwards that a backward followed, where there is one: others of the step were looked at and not trained on."""
         if not self.options.gradients or self._only_own:
             return done
-        trained = [forward for forward in done if forward.arrived_gradients]
+        trained = [forward for forward in done if forward.arrivals]
         # The sample was drawn from all of them: where it has none of those with gradients, the step is not measured.
         if not any(forward.slots for forward in trained):
             return done
@@ -710,7 +710,7 @@ class Session:
         self.observer.require_usual_calls(forward)
 
     def _require_gradients(self, forward: Forward) -> None:
-        if self.options.gradients and not forward.arrived_gradients:
+        if self.options.gradients and not forward.arrivals:
             if self._only_own:
                 raise CaptureError(
                     "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "

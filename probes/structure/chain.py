@@ -10,6 +10,7 @@ from typing import Any
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
 NO_FINAL_NORM = "no norm takes the last state"
+READ = "read"  # the style of a connection with streams whose weights the operations of each forward show
 DEPTH = "depth"  # the style of a branch that reads a sum over depth
 
 

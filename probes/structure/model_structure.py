@@ -16,6 +16,7 @@ from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
+from depthscope.probes.structure.read_parts import ReadStructure
 from depthscope.probes.structure.sites import SiteSelection
 
 FINAL = -1  # used as a depth: the state after the last norm
@@ -53,6 +54,8 @@ class Structure:
         What ran and lies in no chain, with the reasons.
     shards : TokenShards or None
         How the tokens of a sequence are spread over processes that measure together.
+    read : ReadStructure or None
+        How the coefficients of its connections are read, where the operations of each forward show them.
     """
 
     chains: tuple[Chain, ...]
@@ -64,6 +67,7 @@ class Structure:
     inner_streams: int = 0
     not_covered: tuple[LeftOut, ...] = ()
     shards: TokenShards | None = None
+    read: ReadStructure | None = None
 
     @cached_property
     def captured(self) -> tuple[CapturedState, ...]:
@@ -81,7 +85,11 @@ class Structure:
     @property
     def traced(self) -> bool:
         """Whether the weights of its connections are local variables, which only a trace of the forward shows."""
-        return any(site.style == "traced" for site in self.sites.values()) or self.chains[0].over_depth
+        return (
+            self.read is not None
+            or any(site.style == "traced" for site in self.sites.values())
+            or self.chains[0].over_depth
+        )
 
     @property
     def connections(self) -> tuple[Connection, ...]:

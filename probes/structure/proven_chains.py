@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from torch import nn
 
@@ -13,7 +13,10 @@ from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.structure.chain import Chain
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.read import Rereading
+from depthscope.probes.structure.chain import READ, Chain
 from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
@@ -34,6 +37,9 @@ from depthscope.probes.structure.plain_proof import (
     with_shown_inputs,
 )
 from depthscope.probes.structure.ran_parameters import ran_parameters
+from depthscope.probes.structure.read_chains import read_chain
+from depthscope.probes.structure.read_layout import read_layout
+from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
@@ -53,17 +59,29 @@ class FoundChains:
 
     chains: tuple[Chain, ...]
     traced: Mapping[int, Site] = field(default_factory=dict)
+    inner_streams: int = 0
+    read: ReadStructure | None = None
 
 
 def proven_chains(
-    tape: Tape, model: nn.Module, *, batch_size: int, layers: Sequence[str] | None = None
+    tape: Tape,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    layers: Sequence[str] | None = None,
+    inside: bool = False,
 ) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
     ``tape``: the calls of the first forward, with its trace.
     ``layers``: as in `find_chains`: the user's own blocks are taken whatever else is found.
+    ``inside``: whether the states inside of plain blocks are wanted.
     Raises ChainError: Where neither the calls nor the values form a chain.
     """
+    if layers is None and not tape.connection_calls():
+        read = _chains_of_memories(tape, model, batch_size=batch_size, inside=inside)
+        if read is not None:
+            return read
     refusal: ChainError | None = None
     chains: list[Chain] = []
     try:
@@ -102,19 +120,101 @@ def proven_chains(
     )
 
 
+def _chains_of_memories(tape: Tape, model: nn.Module, *, batch_size: int, inside: bool) -> FoundChains | None:
+    """The chains of the memories of the recorded graph; None where these are not proven, or are stages of one trunk."""
+    assert tape.recorder is not None
+    graph = tape.recorder.graph
+    if graph.error is not None or tape.split:
+        return None
+    rereading = Rereading(graph)
+    memories = rereading.reading.memories
+    if not memories or not memories[0].is_proven or _has_stages(graph, memories):
+        return None
+    if memories[0].num_streams > 1 or memories[0].over_depth:
+        return weighed_chain(tape, rereading, batch_size)
+    least = FURTHER_SHARE * memories[0].weights["branches"]
+    further = [m for m in memories[1:] if m.is_proven and m.weights["branches"] >= least]
+    taken = [memories[0], *(m for m in further if m.num_streams == 1 and not m.over_depth)]
+    chains = [with_final(tape, read_chain(graph, memory, inside=inside).chain) for memory in taken]
+    for chain in chains:
+        _require_all_blocks(tape, model, chain)
+    modules = _proven_chains_of_modules(tape, model)
+    if _share_of_blocks(tape, model, chains) < FINER_SHARE * _share_of_blocks(tape, model, modules):
+        return None  # stages of which the reading has one
+    found = _with_other_towers(
+        tape, FoundChains(tuple(chains), inner_streams=memories[0].inner_streams), modules, []
+    )
+    return replace(found, chains=_with_names(sorted(found.chains, key=partial(_begin, tape)), tape))
+
+
+def _proven_chains_of_modules(tape: Tape, model: nn.Module) -> list[Chain]:
+    try:
+        return [chain for chain in _chains_of_modules(tape, model, None) if chain.proof == PROVEN]
+    except ChainError:
+        return []
+
+
+def _share_of_blocks(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> float:
+    """Share of the parameters that ran of those in the blocks of some chains."""
+    ran, modules = ran_parameters(tape, model), dict(module_paths(model))
+    paths = {path for chain in chains for path in chain.blocks if path in modules}
+    return ran.share(set().union(*(ran.within(modules[path]) for path in paths)))
+
+
+def _begin(tape: Tape, chain: Chain) -> int:
+    """The order of the first call of a chain's blocks."""
+    return min((call.order for call in tape.calls if call.path in chain.blocks), default=0)
+
+
+def weighed_chain(tape: Tape, rereading: Rereading, batch_size: int) -> FoundChains | None:
+    """The chain of the first memory, which has streams or sums over depth; None where it has no place for what was read."""
+    memory = rereading.reading.memories[0]
+    chain = read_chain(rereading.graph, memory, inside=False).chain
+    twin = tape.twins.get(memory.root)
+    axes = None if twin is None else twin.axes
+    layouts = {read_layout(memory, state, axes, batch_size) for state in memory.states}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None or not chain.connections:
+        return None
+    read = ReadStructure(rereading, layout, memory.num_streams)
+    try:
+        weights = read.weights(memory, batch_size)
+    except StreamConnectionError:
+        return None
+    if memory.over_depth:
+        chain = replace(chain, family=depth_family([of for of, _ in weights]))
+        return FoundChains((with_final(tape, chain),), read=read)
+    family = "hc" if read.mixes else "independent_hc"
+    family = "gated" if any(of.read is None for of, _ in weights) else family
+    site = Site(READ, family, memory.num_streams, layout, mixes=read.mixes, reads_features=family == "gated")
+    chain = with_final(tape, replace(chain, proof=""), memory.num_streams)
+    return FoundChains((chain,), dict.fromkeys(range(len(chain.connections)), site), read=read)
+
+
+def _has_stages(graph: Graph, memories: Sequence[MemoryReading]) -> bool:
+    """Whether a memory begins with what the last state of another one was made to, in blocks of the same class."""
+    for one in memories:
+        for other in memories:
+            end = graph.values[one.states[-1].values[-1]]
+            first = graph.values[other.root]
+            if one is not other and first.number > end.number and graph.depends(first, end):
+                return True
+    return False
+
+
 def _chains_of_modules(tape: Tape, model: nn.Module, layers: Sequence[str] | None) -> list[Chain]:
     found = find_chains(tape, model, layers=layers)
-    return _with_steps([with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
+    return _with_steps(tape, [with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
 
 
-def _with_steps(chains: list[Chain]) -> list[Chain]:
+def _with_steps(tape: Tape, chains: list[Chain]) -> list[Chain]:
     """Without those of which every step changes the shape, where others are proven: a neck of convolutions is no chain."""
     if not any(chain.proof == PROVEN for chain in chains):
         return chains
     kept = [chain for chain in chains if not chain.proof.endswith(NO_STEP)]
     # Tracks are called after arguments; numbers, or the name of one of several, say nothing of those that are left.
     if len(kept) < len(chains) and (len(kept) == 1 or any(NUMBERED.fullmatch(chain.name) for chain in kept)):
-        return list(_with_names(kept))
+        return list(_with_names(kept, tape))
     return kept
 
 
@@ -136,14 +236,29 @@ def _with_other_towers(
         taken += [proven] if proven.proof == PROVEN else []
     if len(taken) == len(found.chains):
         return found
-    return replace(found, chains=_with_names(taken))
+    return replace(found, chains=_with_names(taken, tape))
 
 
-def _with_names(chains: Sequence[Chain]) -> tuple[Chain, ...]:
-    """Chains with distinct names, by their blocks; a chain that is alone has none."""
+def _with_names(chains: Sequence[Chain], tape: Tape) -> tuple[Chain, ...]:
+    """Chains with distinct names, by their blocks; a chain that is alone has none.
+
+    Of the same blocks by the parameters that these take the states as.
+    """
     # A state that begins without any module has no block; numbers tell chains from one another then.
-    names = distinct_names([chain.blocks[0] if chain.blocks else "" for chain in chains])
-    return tuple(replace(chain, name=name) for chain, name in zip(chains, names, strict=True))
+    first = [chain.blocks[0] if chain.blocks else "" for chain in chains]
+    names = [_parameter(tape, chain) for chain in chains] if len(set(first)) == 1 < len(first) else first
+    if len(set(names)) < len(names) or not all(names):
+        names = first
+    return tuple(replace(chain, name=name) for chain, name in zip(chains, distinct_names(names), strict=True))
+
+
+def _parameter(tape: Tape, chain: Chain) -> str:
+    """As which parameter of its forward the first block takes a chain's state."""
+    for point in chain.points:
+        call = tape.by_key()[point.path, point.method, point.index]
+        if point.at == "input" and point.path in chain.blocks:
+            return call.inputs[point.item].name if call.inputs else ""
+    return ""
 
 
 def _have_blocks_in_common(a: Chain, b: Chain) -> bool:
@@ -178,7 +293,7 @@ def _carried_chains(
         return FoundChains((replace(chains[0] if chains else proven[0], proof=why),))
     if any(chain.proof != PROVEN for chain in proven):
         return None
-    return FoundChains(_with_names(proven))
+    return FoundChains(_with_names(proven, tape))
 
 
 def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int, *, above: float) -> FoundChains | None:

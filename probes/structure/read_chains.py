@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
-from depthscope.probes.reading.operations import SAME, VIEWS
-from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.reading.memory import follow, start_of
+from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends
+from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
-BLOCK = re.compile(r"(.*?\d+)(\.|$)")  # a module path up to its first number
+MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,20 @@ class _ChainOf:
         self.graph, self.memory = graph, memory
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
+        self.is_fine = False  # whether numbered parts of blocks are the blocks
+        self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool) -> ReadChain:
         """The chain, without the states inside of plain blocks where these are not wanted."""
         depths = list(range(len(self.memory.states)))
-        joined = self._plain_connections(depths) if inside and self._is_plain else ()
-        if self._is_plain and not joined:
+        joined: tuple[Connection, ...] = ()
+        if not self._is_plain:
+            joined = self._weighed_connections()
+        elif inside:
+            joined = self._plain_connections(depths)
+        if not joined and self._is_plain:
             depths = [depth for depth in depths if not self._is_inside(depth)]
-        points = [self._point(depth) for depth in depths]
+        points = [point for depth in depths for point in self._points(depth)]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -55,6 +62,7 @@ class _ChainOf:
             blocks=blocks,
             block_class="/".join(kinds),
             shapes=tuple(value.shape for _, value in points),
+            history=self.memory.over_depth,
             proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, tuple(depths))
@@ -63,12 +71,50 @@ class _ChainOf:
     def _is_plain(self) -> bool:
         return self.memory.num_streams == 1 and not self.memory.over_depth
 
+    def _units(self) -> dict[int, int]:
+        """By the number of a branch's source the call of its block; -1 where it is in none.
+
+        Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
+        """
+        coarse = {branch.way[0]: branch.unit for branch in self.branches}
+        fine: dict[int, int] = {}
+        for connection in self.connections:
+            call = self._sublayer(connection)
+            if call is None:
+                return coarse
+            fine |= {branch.way[0]: call for branch in connection.branches}
+        self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
+        return fine if self.is_fine else coarse
+
+    def _sublayer(self, connection: ConnectionReading) -> int | None:
+        """The numbered call inside of a block in which a state was made that it hands on."""
+        state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
+        around = self.graph.stack(state)
+        given = {
+            s.call for v in self._same(state) for s in self.graph.shown.get(v.number, ()) if s.at == "output"
+        }
+        units = {branch.unit for branch in connection.branches}
+        inside = (
+            around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
+        )
+        numbered = [call for call in inside if self.graph.calls[call].path.rpartition(".")[2].isdigit()]
+        return next((call for call in numbered if call in given), None)
+
+    def _unit(self, branch: BranchReading) -> int:
+        return self.units[branch.way[0]]
+
     def _block(self, branch: BranchReading) -> str:
-        """The path of the block that a branch is in."""
-        if branch.unit >= 0:
-            return self.graph.calls[branch.unit].path
-        found = BLOCK.match(branch.path)
-        return found[1] if found else branch.path
+        """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
+        calls = {self._unit(other) for other in self.branches if other.layer == branch.layer}
+        if len(calls) == 1 and self._unit(branch) >= 0:
+            return self.graph.calls[self._unit(branch)].path
+        if self.is_fine:
+            return self.graph.calls[self._unit(branch)].path
+        paths = [other.path.split(".") for other in self.branches if other.layer == branch.layer]
+        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        while common and not common[-1].isdigit():
+            common.pop()
+        return ".".join(common) or branch.path
 
     # --- states
 
@@ -77,22 +123,61 @@ class _ChainOf:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or not before or not after:
             return False
-        return before[-1].unit == after[0].unit >= 0
+        return self._unit(before[-1]) == self._unit(after[0]) >= 0
 
     def _around(self, depth: int) -> tuple[list[BranchReading], list[BranchReading]]:
         """The branches that were added before a state, and those that come after it."""
         before = [b for c in self.connections if c.depth_out <= depth for b in c.branches]
         return before, [b for c in self.connections if c.depth_in >= depth for b in c.branches]
 
+    def _points(self, depth: int) -> Iterator[tuple[HookPoint, TracedValue]]:
+        """What shows a state; twice where its axes are in another order when the next block takes it."""
+        point, value = self._point(depth)
+        before, after = self._around(depth)
+        moved = value
+        while (
+            moved.name in MOVES
+            and moved.numel == moved.parents[0].numel
+            and self._is_plain
+            and before
+            and after
+        ):
+            moved = moved.parents[0]
+            shown = [
+                s
+                for s in self.graph.shown.get(moved.number, ())
+                if s.at == "output" and s.call == self._unit(before[-1])
+            ]
+            if shown and len(moved.shape) != len(value.shape):
+                call = self.graph.calls[shown[0].call]
+                yield (
+                    HookPoint(
+                        call.path,
+                        call.number,
+                        "output",
+                        point.layer,
+                        point.site,
+                        point.module,
+                        item=shown[0].item,
+                    ),
+                    moved,
+                )
+                point = replace(point, layer=after[0].layer, site="pre", module="(input)")
+                break
+        yield point, value
+
     def _point(self, depth: int) -> tuple[HookPoint, TracedValue]:
         """What shows a state in a later forward, and the value that it shows."""
         state = self.memory.states[depth]
-        value = self.graph.values[state.values[-1]]
+        value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
         places = [
             (other, shown) for other in self._same(value) for shown in self.graph.shown.get(other.number, ())
         ]
-        producer = self._producer(depth, [shown for _, shown in places])
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
+        until = None if best is None or best[1].at == "output" else best[1].order
+        producer = self._producer(
+            depth, [shown for _, shown in places if until is None or shown.order < until]
+        )
         if best is None:
             place = self.graph.place(value)
             point = HookPoint(
@@ -107,14 +192,28 @@ class _ChainOf:
         )
         return point, shown_value
 
+    def _first(self) -> TracedValue:
+        """The first state: before the norm, where the first block begins with one of the state itself."""
+        value = self.graph.values[self.memory.states[0].values[-1]]
+        unit = self._unit(self.branches[0])
+        if unit not in self.graph.stack(value):
+            return value
+        for number, shown in self.graph.shown.items():
+            given = self.graph.values[number]
+            takes = any(each.call == unit and each.at == "input" for each in shown)
+            if takes and given.shape == value.shape and self.graph.depends(value, given):
+                passing = follow(self.graph, replace(start_of(given), functions=True), until=value.number)
+                return given if passing.holds(value) else value
+        return value
+
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
         """The larger, the better a place shows a state: what its block takes, then what the block before gave.
 
         What a block takes is what is really handed on, in autograd too.
         """
         before, after = self._around(depth)
-        takes = bool(after) and shown.at == "input" and shown.call == after[0].unit
-        gives = bool(before) and shown.at == "output" and shown.call == before[-1].unit
+        takes = bool(after) and shown.at == "input" and shown.call == self._unit(after[0])
+        gives = bool(before) and shown.at == "output" and shown.call == self._unit(before[-1])
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
     def _same(self, value: TracedValue) -> list[TracedValue]:
@@ -128,11 +227,11 @@ class _ChainOf:
                 if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
                     found.append(taker)
                     waiting.append(taker)
-        return found
+        return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
 
     @staticmethod
     def _is_same(value: TracedValue, parent: TracedValue) -> bool:
-        same = value.name in VIEWS or (value.name in SAME and value.name not in ("neg", "positive"))
+        same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
         return (
             same
             and value.numel == parent.numel
@@ -145,12 +244,33 @@ class _ChainOf:
         before, _ = self._around(depth)
         if before and self.memory.states[depth].site != "embed":
             block = self._block(before[-1])
-            whole = before[-1].unit >= 0 and self.memory.states[depth].site != "mid"
+            whole = self._unit(before[-1]) >= 0 and not self._is_inside(depth)
             return block if whole else before[-1].path
-        given = [shown.call for shown in places if shown.at == "output"]
-        return self.graph.calls[given[-1]].path if given else "(input)"
+        given = [shown for shown in places if shown.at == "output" and shown.call]
+        return self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else "(input)"
 
     # --- connections
+
+    def _weighed_connections(self) -> tuple[Connection, ...]:
+        """The connections of a memory with streams, or over depth."""
+        return tuple(self._weighed(of) for of in self.connections if of.branches)
+
+    def _weighed(self, of: ConnectionReading) -> Connection:
+        branch = of.branches[-1]
+        call = self.shown_branch(branch)
+        path = branch.path or self._producer(of.depth_out, ())
+        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
+        return Connection(
+            path=path,
+            index=of.depth_in,
+            layer=branch.layer,
+            branch=kind,
+            branch_path=None if call is None else self.graph.calls[call].path,
+            branch_index=0 if call is None else self.graph.calls[call].number,
+            style=DEPTH if self.memory.over_depth else READ,
+            depth_in=of.depth_in,
+            depth_out=of.depth_out,
+        )
 
     def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
         """The branches of plain blocks, where every one of them is the output of some module; else none."""
@@ -159,32 +279,41 @@ class _ChainOf:
 
     def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
         for branch in of.branches:
-            call = self.shown_branch(branch)
-            if call is None:
-                yield None
-                continue
-            path, index = self.graph.calls[call].path, self.graph.calls[call].number
-            yield Connection(
-                path=path,
-                index=index,
-                layer=branch.layer,
-                branch=branch.kind if branch.kind in ("attn", "mlp") else "block",
-                branch_path=path,
-                branch_index=index,
-                style="normed" if of.functions else "add",
-                depth_in=depths.index(of.depth_in),
-                depth_out=depths.index(of.depth_out),
-            )
+            for call in self._shown_parts(branch):
+                if call is None:
+                    yield None
+                    continue
+                path, index = self.graph.calls[call].path, self.graph.calls[call].number
+                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
+                yield Connection(
+                    path=path,
+                    index=index,
+                    layer=branch.layer,
+                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
+                    branch_path=path,
+                    branch_index=index,
+                    style="normed" if of.functions else "add",
+                    depth_in=depths.index(of.depth_in),
+                    depth_out=depths.index(of.depth_out),
+                )
+
+    def _shown_parts(self, branch: BranchReading) -> list[int | None]:
+        """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
+        call = self.shown_branch(branch)
+        source = self.graph.values[branch.way[0]]
+        if call is not None or source.name != "add":
+            return [call]
+        return [self._shown_by(addend) for addend in addends(source)]
 
     def shown_branch(self, branch: BranchReading) -> int | None:
         """The outermost call that gives what a branch adds: that itself, or what is moved or scaled of it."""
-        for number in reversed(branch.way):
-            for value in self._same(self.graph.values[number]):
-                calls = [
-                    shown.call
-                    for shown in self.graph.shown.get(value.number, ())
-                    if shown.at == "output" and not shown.item
-                ]
-                if calls:
-                    return min(calls)
+        calls = (self._shown_by(self.graph.values[number]) for number in reversed(branch.way))
+        return next((call for call in calls if call is not None), None)
+
+    def _shown_by(self, value: TracedValue) -> int | None:
+        for other in self._same(value):
+            shown = self.graph.shown.get(other.number, ())
+            calls = [each.call for each in shown if each.at == "output" and not each.item]
+            if calls:
+                return min(calls)
         return None

@@ -12,6 +12,7 @@ REGISTERED = (
     "width",
     "altup",
     "traced",
+    "read",
 )
 FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in REGISTERED)
 BY_NAME = {family.name: family for family in FAMILIES}

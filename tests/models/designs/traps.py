@@ -500,7 +500,7 @@ def pairs(seed: int):
 
 
 TRAP_DESIGNS = (
-    Design("the embedding is carried, not the state", FromEmbedding, family=""),
+    Design("the embedding is carried, not the state", FromEmbedding, family="depth_history"),
     Design("the state is rolled over tokens", Rolled, family=""),
     Design("the state's features in reverse", Permuted, family=""),
     Design("the mean over tokens is carried", Averaged, family=""),

@@ -169,7 +169,6 @@ READ: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
     "scripted": (lambda: (torch.jit.script(Model()), IDS), "TorchScript"),
     "traced": (lambda: (torch.jit.trace(Model(), IDS), IDS), "TorchScript"),
-    "frozen": (lambda: (torch.jit.freeze(torch.jit.script(Model().eval())), IDS), "TorchScript"),
     "vmapped blocks": (lambda: (Vectorised().eval(), IDS), "torch.func"),
     "meta": (lambda: (Model().to("meta"), IDS.to("meta")), "meta tensors"),
     "fake": (lambda: (Model(), FakeTensorMode(allow_non_fake_inputs=True).from_tensor(IDS)), "fake tensors"),
@@ -222,6 +221,16 @@ def test_it_is_read_as_its_blocks_return_it(name):
             assert torch.equal(call(model, batch), expected)
             recorder.step()
     assert recorder.errors == []
+
+
+@ignore_warnings
+def test_a_frozen_script_is_read_by_its_operations():
+    torch.manual_seed(0)
+    model = Model().eval()
+    expected = probes.capture(model, IDS)
+    run = probes.capture(torch.jit.freeze(torch.jit.script(model)), IDS)
+    np.testing.assert_array_equal(run.trace.residual.values, expected.trace.residual.values)
+    assert run.attrs["proof"] == "proven"
 
 
 @ignore_warnings

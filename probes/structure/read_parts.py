@@ -1,0 +1,164 @@
+"""What are the coefficients of one forward, by the reading of its memory? Parts of stream connections, or weights over depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from depthscope.probes.connections.coefficients import DepthWeights, Parts
+from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.read import Rereading
+from depthscope.probes.structure.read_layout import token_order
+
+Weighed = tuple[
+    Parts | DepthWeights, torch.Tensor | None
+]  # of a connection, and what its branch gave, where that is apart
+
+
+class ReadStructure:
+    """How the memory of a model with streams, or with sums over depth, is read in every forward.
+
+    Parameters
+    ----------
+    rereading : Rereading
+        Of the first forward.
+    layout : str
+        Of the states.
+    num_streams : int
+        Of the memory.
+    """
+
+    def __init__(self, rereading: Rereading, layout: str, num_streams: int):
+        self._rereading, self._layout, self._num_streams = rereading, layout, num_streams
+        self.first: MemoryReading | None = rereading.reading.memories[0]
+        self.mixes = any(connection.weighs for connection in self.first.connections)
+
+    def keep(self) -> None:
+        """Let go of the first forward."""
+        if self.first is not None:
+            self._rereading.keep([self.first])
+        self.first = None
+
+    def again(self, graph: Graph) -> MemoryReading:
+        """The memory in a later forward."""
+        (memory,) = self._rereading.again(graph)
+        return memory
+
+    def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
+        """The coefficients of every connection.
+
+        Raises StreamConnectionError, LayoutError: Where they have no place in these.
+        """
+        numbers = memory.states[0].numbers[0]
+        order = token_order(memory, numbers, self._layout, batch_size, self._num_streams)
+        if memory.over_depth:
+            return list(depth_weights(memory, order))
+        joined = (connection for connection in memory.connections if connection.branches)
+        return [(stream_parts(connection, order, mixes=self.mixes), None) for connection in joined]
+
+
+def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: bool) -> Parts:
+    """The parts of a connection with streams.
+
+    ``order``: which of the reading's tokens each (sequence, token) is.
+    ``mixes``: whether some connection of the model has a matrix; otherwise it is left out.
+    Raises StreamConnectionError: Where its weights are no scalars, or what its branch reads has another order than the state.
+    """
+    if "h_res" not in connection.parts:
+        raise StreamConnectionError(
+            "H_res differs between the features of a stream: it is no matrix over streams"
+        )
+    if connection.functions:
+        names = ", ".join(connection.functions)
+        raise StreamConnectionError(
+            f"the streams go through {names} after the sum, which a connection has no part for"
+        )
+    mix = connection.parts["h_res"][order]
+    branches = connection.branches
+    constant = connection.parts.get("constant")
+    return Parts(
+        mix=mix if mixes else None,
+        read=_reads(branches, order),
+        write=_writes(branches, order, mix),
+        branch_in=_given(branches, order, "in"),
+        branch_out=_given(branches, order, "out"),
+        constant=None if constant is None else constant[order],
+    )
+
+
+def _reads(branches: Sequence[BranchReading], order: torch.Tensor) -> torch.Tensor | None:
+    """H_pre, (B, T, V, N); None where a branch reads by gates per feature."""
+    rows = []
+    for branch in branches:
+        if "read" in branch.parts:
+            rows.append(branch.parts["read"][order])
+        elif "h_pre" in branch.parts:
+            rows.append(branch.parts["h_pre"][order].unsqueeze(-2))
+        else:
+            return None
+    return torch.cat(rows, -2) if rows else None
+
+
+def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """H_post, (B, T, N, V); zero where nothing is written."""
+    columns = []
+    for branch in branches:
+        if "write" in branch.parts:
+            columns.append(branch.parts["write"][order])
+        elif "h_post" in branch.parts:
+            columns.append(branch.parts["h_post"][order].unsqueeze(-1))
+        else:
+            raise StreamConnectionError(f"H_post of {branch.path} differs between the features of a stream")
+    return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
+
+
+def _given(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
+    missing = [branch.path or "a branch" for branch in branches if name not in branch.parts]
+    if missing or not branches:
+        what = "takes" if name == "in" else "gives"
+        raise StreamConnectionError(
+            f"what {missing[0] if missing else 'no branch'} {what} has not the tokens of the state"
+        )
+    return torch.cat([branch.parts[name][order] for branch in branches], -2)
+
+
+def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
+    """The weights over depth of every connection, and what its branch gave, (B, T, D).
+
+    The first source is the first state: what scales it there scales its weights.
+    Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
+    """
+    begin = memory.connections[0].parts["state"]
+    if bool(begin[:, 1:].any()) or bool((begin[:, 0] == 0).any()):
+        raise StreamConnectionError("the first state is not the embedding alone")
+    found = []
+    for connection in memory.connections:
+        if len(connection.branches) != 1:
+            raise StreamConnectionError(
+                f"{len(connection.branches)} branches lie between two states of sums over depth; expected one"
+            )
+        (branch,) = connection.branches
+        if "constant" in connection.parts or not {"h_post", "out"} <= branch.parts.keys():
+            raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
+        read, carry = (connection.parts[name].clone() for name in ("depth_read", "depth_carry"))
+        for weights in (read, carry):
+            weights[:, 0] /= begin[:, 0]
+        scale = branch.parts["h_post"].mean(-1)
+        weights_of = DepthWeights(read[order].float(), carry[order].float(), scale[order].float())
+        found.append((weights_of, branch.parts["out"][order].squeeze(-2)))
+    return found
+
+
+def depth_family(weights: Sequence[DepthWeights]) -> str:
+    """The family of a model with weights over depth: those that are the same at every token are learned, others an attention."""
+    rows = [torch.cat([of.read, of.carry, of.scale.unsqueeze(-1)], -1) for of in weights]
+    if all(bool((row == row[:1, :1]).all()) for row in rows):
+        ones = all(
+            bool((of.read[..., : n + 1] == 1).all() and (of.carry[..., : n + 1] == 1).all())
+            for n, of in enumerate(weights)
+        )
+        return "residual" if ones and all(bool((of.scale == 1).all()) for of in weights) else "depth_history"
+    return "depth_attention"
