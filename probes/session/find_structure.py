@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
@@ -33,6 +34,7 @@ from depthscope.probes.structure.read_chains import ReadChain, read_chain
 from depthscope.probes.structure.read_layout import read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.tape import value_at
 
 
 class AxisError(CaptureError):
@@ -69,6 +71,13 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+
+    def along(self, axis: int, batch_size: int) -> StructureFinder:
+        """The same, with the sequences along another axis."""
+        other = copy(self)
+        other.batch_axis, other.batch_size = axis, batch_size
+        other.__dict__.pop("sequences", None)
+        return other
 
     @cached_property
     def sequences(self) -> SequenceAxis:
@@ -193,7 +202,8 @@ class StructureFinder:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
         chain = asserted_chain(self.graph, calls, why)
-        value = self._value_at(chain.points[0])
+        value = value_at(self.graph, chain.points[0])
+        assert value is not None  # it was required of the calls
         layout = self.options.layout or shape_layout(value, self.sequences)
         return [Found(chain, (), layout)]
 
@@ -294,30 +304,12 @@ class StructureFinder:
             )
         return streams
 
-    def _value_at(self, point: HookPoint) -> TracedValue:
-        return value_at(self.graph, point)
-
     def _with_names(self, found: Sequence[Found]) -> list[Found]:
         """Chains with distinct names: of their memories, shortened; a chain that is alone has none."""
         names = _distinct([of.memories[0].name for of in found])
         return [
             replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)
         ]
-
-
-def value_at(graph: Graph, point: HookPoint) -> TracedValue:
-    """The value that a hook point shows.
-
-    Raises ReadingError: Where the forward did not show it.
-    """
-    if point.at == "operation":
-        place = ValuePlace(point.path, point.index, point.operation, point.item, point.result)
-        value = graph.at(place)
-    else:
-        value = graph.shown_at(point.path, point.index, point.at, point.item)
-    if value is None:
-        raise ReadingError(f"{point.path or 'the model'} did not show a state in this forward")
-    return value
 
 
 def _joined(chain: Chain, stage: Chain, offset: int) -> Chain:

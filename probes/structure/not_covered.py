@@ -15,7 +15,7 @@ from torch import nn
 
 from depthscope.probes.model.modules import all_modules, own_parameters
 from depthscope.probes.reading.graph import Graph, ModuleCall
-from depthscope.probes.reading.operations import MATRICES, weights_of
+from depthscope.probes.reading.operations import MATRICES, weights
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.named_blocks import block_paths
 
@@ -78,13 +78,14 @@ class UsedParameters:
         own = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         used = {own[name] for name in graph.parameter_names.values() if name in own}
         outside, vocabularies = set[str](), set[int]()
-        for value in graph.values:
+        taken = [(graph.values[number], of) for number, of in weights(graph).items()]
+        for value, of in taken:
             if value.name == "embedding":
-                outside |= {graph.parameter_names.get(w.number, "") for w in weights_of(value)}
+                outside |= {graph.parameter_names.get(w.number, "") for w in of}
                 vocabularies.add(value.args[0].shape[0])
-        for value in graph.values:
-            if value.name in MATRICES:
-                heads = (w for w in weights_of(value) if w.shape[0] in vocabularies)
+        for value, of in taken:
+            if value.name in MATRICES or value.name == "linear":
+                heads = (w for w in of if w.shape[0] in vocabularies)
                 outside |= {graph.parameter_names.get(w.number, "") for w in heads}
         ends = {id(own[name]) for name in outside if name in own}
         self.sizes = {id(p): 0 if id(p) in ends else p.numel() for p in used}
