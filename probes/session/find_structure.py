@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby, pairwise
 
 import torch
 from torch import nn
@@ -139,7 +140,7 @@ class StructureFinder:
         first = taken[0][0]
         if first.num_streams > 1 or first.over_depth:
             return [self._weighed(first)]
-        found = [self._plain(stages) for stages in taken]
+        found = [of for stages in taken for of in self._plain(stages)]
         for of in found:
             _require_all_blocks(self.graph, self.model, of.chain)
         return self._with_names(sorted(found, key=lambda of: of.memories[0].root))
@@ -176,7 +177,7 @@ class StructureFinder:
 
     def _goes_on(self, before: MemoryReading, after: MemoryReading) -> bool:
         """Whether a memory is the next stage of a trunk: of another shape, in blocks of the same class or container."""
-        end, root = self.graph.values[before.states[-1].values[-1]], self.graph.values[after.root]
+        end, root = self._end(before), self.graph.values[after.root]
         if root.number <= end.number or not self.graph.depends(root, end) or before.shape == after.shape:
             return False
         return bool(self._kinds(before) & self._kinds(after))
@@ -197,7 +198,7 @@ class StructureFinder:
                 continue
             if memory.num_streams > 1 or memory.over_depth:
                 return [self._weighed(memory)]
-            found.append(self._plain([memory], depths))
+            found += self._plain([memory], depths)
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
@@ -209,17 +210,24 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> Found:
-        """The chain of the stages of one trunk."""
+    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[Found]:
+        """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
-        parts = [read_chain(self.graph, memory, inside=inside, depths=depths) for memory in stages]
-        chain, offset = parts[0].chain, 0
-        for before, part in zip(parts, parts[1:], strict=False):
-            offset += len(before.chain.points)
-            chain = _joined(chain, part.chain, offset)
-        scales = branch_scales(self.graph, (b for m in stages for c in m.connections for b in c.branches))
-        chain = replace(self._with_final(chain, stages[-1]), scales=scales)
-        return Found(chain, tuple(stages), self._layout(stages[0], parts[0]))
+        parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
+        found = []
+        for layout, group in groupby(parts, key=lambda part: part.layout):
+            chains = list(group)
+            chain, offset = chains[0].chain, 0
+            for before, part in pairwise(chains):
+                offset += len(before.chain.points)
+                chain = _joined(chain, part.chain, offset)
+            memories = tuple(part.memory for part in chains)
+            branches = (b for memory in memories for c in memory.connections for b in c.branches)
+            chain = replace(
+                self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches)
+            )
+            found.append(Found(chain, memories, layout))
+        return found
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
@@ -231,24 +239,44 @@ class StructureFinder:
         point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
         return replace(chain, final=point)
 
-    def _layout(self, memory: MemoryReading, part: ReadChain) -> str:
-        if self.options.layout is not None:
-            return self.options.layout
+    def _chain(
+        self, memory: MemoryReading, *, inside: bool = False, depths: Sequence[int] | None = None
+    ) -> ReadChain:
+        """The chain of one memory, with its layout."""
         root = self.graph.values[memory.root]
-        if self.sequences.is_mixed(root, self.graph.values[memory.states[-1].values[-1]]):
+        if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
             self._refuse_mixed(root, memory)
-        numbers = [memory.carried.get(number) for number in part.values]
-        known = [of for of in numbers if of is not None]
-        layouts = {read_layout(memory, of, self.sequences) for of in known}
-        if len(layouts) > 1:
+
+        several = next((state for state in memory.states if len(state.values) > 1), None)
+        if several is not None:
             raise LayoutError(
-                f"the states have their axes in several orders ({', '.join(sorted(layouts))}); name the one to read with layout="
+                f"the state of block {several.layer} consists of {len(several.values)} tensors of the shapes "
+                f"{[self.graph.values[n].shape for n in several.values]}; expected one tensor. Stack the streams into one, or "
+                "name the modules whose states are wanted with layers="
             )
-        return layouts.pop()
+
+        def layout_of(value: TracedValue) -> str:
+            numbers = memory.carried.get(value.number)
+            if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
+                numbers = memory.carried[root.number]
+            if self.options.layout is not None:
+                return self.options.layout
+            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
+
+        part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        if not part.layout:
+            raise LayoutError(
+                f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
+                "no order that a layout can name; say how they are read with layout="
+            )
+        return part
+
+    def _end(self, memory: MemoryReading) -> TracedValue:
+        return self.graph.values[memory.states[-1].values[-1]]
 
     def _refuse_mixed(self, root: TracedValue, memory: MemoryReading) -> None:
         """Say along which axis the sequences are, where the branches mix what was taken for them."""
-        end = self.graph.values[memory.states[-1].values[-1]]
+        end = self._end(memory)
         given = [value for value in self.graph.values if value.kind == "input" and len(value.shape) > 1]
         for value in given[:1] if self.batch_axis == 0 else ():
             other = SequenceAxis(self.graph, value.shape[1], 1)
@@ -264,15 +292,16 @@ class StructureFinder:
 
     def _weighed(self, memory: MemoryReading) -> Found:
         """The chain of a memory that has streams or sums over depth."""
-        part = read_chain(self.graph, memory, inside=False)
-        layout = self._layout(memory, part)
+        part = self._chain(memory)
+        layout = part.layout
         chain = self._with_final(part.chain, memory)
         if not memory.is_proven or not chain.connections:
             return Found(replace(chain, connections=()), (memory,), layout)
-        read = ReadStructure(self.rereading, memory, layout)
+        first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
+        read = ReadStructure(self.rereading, memory, first)
         try:
             weights = read.weights(memory, self.batch_size)
-        except StreamConnectionError as error:
+        except (StreamConnectionError, LayoutError) as error:
             return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
         self._read = read
         if memory.over_depth:

@@ -18,19 +18,16 @@ Part = tuple[str, int, int]  # a letter, its size, and how far the numbers of ne
 
 
 def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis) -> str:
-    """The layout of a value of a memory, as text.
+    """The layout of a value of a memory, as text; empty where its axes are in no order that has one.
 
     ``numbers``: where the elements of the memory's first value are in it.
-    Raises LayoutError: Where its axes are in no order that has one.
+    Raises LayoutError: Where the first value has no axis of sequences.
     """
     parts = _parts_of_first(memory, sequences)
     named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
     flat = [letter for axis in named or () for letter in axis]
     if not named or len(set(flat)) < len(flat) or "D" not in flat:
-        raise LayoutError(
-            f"a state of shape {numbers.shape} has its sequences, tokens and features in no order that a layout can name; "
-            f"the first state has shape {memory.shape}, features along axis {memory.feature_axis}"
-        )
+        return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 

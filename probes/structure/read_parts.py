@@ -27,12 +27,12 @@ class ReadStructure:
         Of the first forward.
     memory : MemoryReading
         That is read.
-    layout : str
-        Of its states.
+    first_layout : str
+        Of its first state.
     """
 
-    def __init__(self, rereading: Rereading, memory: MemoryReading, layout: str):
-        self._rereading, self._layout, self._num_streams = rereading, layout, memory.num_streams
+    def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
+        self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
         self.mixes = any(connection.weighs for connection in self.first.connections)
 

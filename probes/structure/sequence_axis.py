@@ -53,21 +53,19 @@ class SequenceAxis:
         return math.prod(value.shape[axis + 1 :])
 
     def _made(self, value: TracedValue) -> int | None:
+        found: list[int] = []
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
                 stride = self._strides[operand.number]
-                if stride is None or not operand.numel:
-                    continue
-                found = self._after(value, position, operand, stride)
-                if found is not None:
-                    return found
-        return None
+                own = None if stride is None else self._after(value, position, operand, stride)
+                found += [] if own is None else [own]
+        return found[0] if found else None
 
     def _after(self, value: TracedValue, position: int, operand: TracedValue, stride: int) -> int | None:
         """The stride in what an operation gives, by that in one of its operands."""
         if value.name in ROW_MAJOR:
             return stride if value.numel == operand.numel else None
-        place = _place(operand.shape, stride, self.size)
+        place = _place(operand.shape, stride, self.size) if operand.numel else None
         if place is None:
             return None
         dim, inner = place
