@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MATRICES, MOVES, PRODUCTS, REDUCES
 from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
@@ -70,35 +71,37 @@ class Held:
         replays: Replays,
         targets: Sequence[TracedValue],
         sources: Sequence[Sequence[TracedValue]],
-        known: dict[Hashable, torch.Tensor],
     ):
-        self._states, self._replays, self._known = states, replays, known
+        self._states, self._replays = states, replays
         self._streams = [states.num_streams(values) for values in sources]
         units: Table = {}
-        for at, values in enumerate(sources):
-            for stream in range(self._streams[at]):
-                for number, unit in replays.unit(values, stream).items():
+        for at, (values, streams) in enumerate(zip(sources, self._streams, strict=True)):
+            for stream in range(streams):
+                for number, unit in replays.unit(values, stream, streams).items():
                     units.setdefault(number, {})[at, stream] = unit
         self._table = replays.held(targets, units)
 
     def columns(self, values: Sequence[TracedValue], sources: Sequence[int]) -> torch.Tensor:
         """The weights with which some values hold the streams of some sources: (tokens, to, from, features or 1)."""
         bases = [(at, stream) for at in sources for stream in range(self._streams[at])]
-        held = [[self._table[value.number].get(basis) for basis in bases] for value in values]
         boxes = [self._replays.box(value) for value in values]
-        passed_on = all(t is None or self._replays.is_unit(t) for of in held for t in of)
-        key = tuple((id(box.numbers), *map(id, of)) for box, of in zip(boxes, held, strict=True))
-        if passed_on and key in self._known:
-            return self._known[key]
+        zeros = [box.zeros(self._replays.kind, self._replays.device) for box in boxes]
         tensors = [
-            torch.stack([box.zeros(self._replays.kind, self._replays.device) if t is None else t for t in of])
-            for box, of in zip(boxes, held, strict=True)
+            torch.stack([self._table[value.number].get(basis, zero) for basis in bases])
+            for value, zero in zip(values, zeros, strict=True)
         ]
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
-        result = weights(found.permute(1, 2, 0, 3))
-        if passed_on:  # as in every block that only adds: the same objects, and the same weights
-            self._known[key] = result
-        return result
+        return weights(found.permute(1, 2, 0, 3))
+
+
+class _Joined(NamedTuple):
+    """What joins two states, apart from the values of the forward."""
+
+    h_res: torch.Tensor
+    writes: list[torch.Tensor]  # by branch
+    reads: list[list[torch.Tensor]]
+    constant: torch.Tensor | None
+    weighs: bool
 
 
 class Linear:
@@ -107,15 +110,15 @@ class Linear:
     def __init__(self, states: States):
         self.states = states
         self._replays = [Replays(states, one_feature=True), Replays(states, one_feature=False)]
-        self._known: dict[Hashable, torch.Tensor] = {}
+        self._known: dict[Hashable, _Joined] = {}
         self._writes: list[tuple[int, int]] | None = None
 
     def held(self, targets: Sequence[TracedValue], sources: Sequence[Sequence[TracedValue]]) -> Held:
         """What some values hold of the streams of others."""
         try:
-            return Held(self.states, self._replays[0], targets, sources, self._known)
+            return Held(self.states, self._replays[0], targets, sources)
         except FeaturesDiffer:
-            return Held(self.states, self._replays[1], targets, sources, self._known)
+            return Held(self.states, self._replays[1], targets, sources)
 
     def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
         """The parts of the connection between two states."""
@@ -127,25 +130,45 @@ class Linear:
             [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
         ]
         sources = [before, *([branch.source] for branch in between)]
-        held = self.held([*target, *(read for of in reads for read in of)], sources)
+        steps = self._steps(target, reads, sources)
+        joined = self._known.get(steps) if steps is not None else None
+        if joined is None:
+            joined = self._joined(target, reads, sources)
+            if steps is not None:
+                self._known[steps] = joined
         parts = [
-            BranchParts(
-                branch,
-                held.columns(target, [at + 1]),
-                self.states.output(branch),
-                [(read, held.columns([read], [0])) for read in of],
-            )
-            for at, (branch, of) in enumerate(zip(between, reads, strict=True))
+            BranchParts(branch, write, self.states.output(branch), list(zip(of, weights, strict=True)))
+            for branch, write, of, weights in zip(between, joined.writes, reads, joined.reads, strict=True)
         ]
-        constant = self._constants([target], sources)
-        return ConnectionParts(
-            h_res=held.columns(target, [0]),
-            branches=parts,
-            constant=constant.get(0),
-            target=target,
-            functions=functions,
-            weighs=self._weighs(before, target),
+        return ConnectionParts(joined.h_res, parts, joined.constant, target, functions, joined.weighs)
+
+    def _joined(
+        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
+    ) -> _Joined:
+        held = self.held([*target, *(read for of in reads for read in of)], sources)
+        return _Joined(
+            held.columns(target, [0]),
+            [held.columns(target, [at]) for at in range(1, len(sources))],
+            [[held.columns([read], [0]) for read in of] for of in reads],
+            self._constants([target], sources).get(0),
+            self._weighs(sources[0], target),
         )
+
+    def _steps(
+        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
+    ) -> Hashable | None:
+        """The steps that join two states, where nothing comes into them that another block may have otherwise; else None."""
+        places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
+        parts: list[Hashable] = [tuple(map(len, sources))]
+        parts += [id(self.states.numbers(value)) for of in sources for value in of]
+        ends = [*target, *(read for of in reads for read in of)]
+        for value in self._replays[0].between(ends, places):
+            if any(parent.number not in places for parent in value.parents):
+                return None
+            operands = repr(filled(value.args, lambda v: places[v.number])), repr(value.kwargs), value.item
+            parts.append((value.name, *operands, id(self.states.numbers(value))))
+            places[value.number] = len(places)
+        return *parts, *(tuple(places[v.number] for v in of) for of in (target, *reads))
 
     def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
         """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""

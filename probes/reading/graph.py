@@ -87,26 +87,13 @@ def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
 class TracedValue:
     """What one operation made: ``held`` is its tensor, or it can be made again from others where it is ``remade``."""
 
-    __slots__ = (
-        "alias",
-        "args",
-        "call",
-        "costly",
-        "dtype",
-        "func",
-        "geometry",
-        "held",
-        "item",
-        "kind",
-        "kwargs",
-        "name",
-        "number",
-        "of_parameter",
-        "order",
-        "parents",
-        "remade",
-        "shape",
-    )  # fmt: skip
+    item = order = 0  # which result of the operation, and of how many earlier ones of its name in the call
+    kind = ""  # of a leaf
+    held: torch.Tensor | None = None
+    geometry: tuple[Any, ...] = ()  # of what an operation made
+    alias = False  # whether it lies in the memory of its first parent
+    remade = costly = False  # by much work, so that it is held all the same where it is taken
+    of_parameter = False  # whether it is a parameter, as it is or cast, cut or transposed
 
     def __init__(
         self,
@@ -121,14 +108,7 @@ class TracedValue:
     ):
         self.number, self.call, self.name, self.func = number, call, name, func
         self.args, self.kwargs, self.parents = args, kwargs, parents
-        self.geometry = geometry(tensor)
-        self.shape, self.dtype = self.geometry[0], tensor.dtype
-        self.item = self.order = 0
-        self.kind = ""
-        self.held: torch.Tensor | None = None
-        self.alias = False  # whether it lies in the memory of its first parent
-        self.remade = self.costly = False  # by much work, so that it is held all the same where it is taken
-        self.of_parameter = False  # whether it is a parameter, as it is or cast, cut or transposed
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
     @property
     def numel(self) -> int:

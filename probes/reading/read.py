@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -202,9 +204,9 @@ class _Reader:
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
         """How many copies of one state every step makes and merges again."""
-        memory, counts = self.memory, set()
+        memory, counts, trunk = self.memory, set(), sorted(self.memory.trunk)
         for before, after in pairwise(cuts):
-            between = (n for n in memory.trunk if before[-1].number < n < after[-1].number)
+            between = trunk[bisect_right(trunk, before[-1].number) : bisect_left(trunk, after[-1].number)]
             counts.add(max((memory.carried[n].count for n in between), default=0) // memory.count)
         single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
@@ -216,9 +218,10 @@ class _Reader:
             places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            array = self.states.array(cut)
             path = self.graph.path(cut[-1])
-            found.append(StateReading(layer, site, path, places, numbers, carried, array))
+            found.append(
+                StateReading(layer, site, path, places, numbers, carried, partial(self.states.array, cut))
+            )
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:

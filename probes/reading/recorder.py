@@ -72,9 +72,8 @@ _Taken = tuple["Operation", Any, Any, list[TracedValue], Any]
 class _Entry(weakref.ref):
     """The value that a tensor has, and how many writes into its memory it knows of."""
 
-    __slots__ = ("key", "value", "writes")
+    __slots__ = ("value", "writes")
 
-    key: int
     value: TracedValue
     writes: int
 
@@ -93,8 +92,10 @@ class GraphRecorder(TorchDispatchMode):
         super().__init__()
         self.graph = Graph()
         self._given = {id(tensor) for tensor in batch}
+        self.paths: dict[int, str] = {}  # of modules
         self._names: dict[int, str] = {}  # of parameters
         for path, module in model.named_modules():
+            self.paths[id(module)] = path
             self.graph.modules[path] = type(module).__name__
             for name, parameter in module._parameters.items():
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
@@ -104,6 +105,7 @@ class GraphRecorder(TorchDispatchMode):
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
         self._entries: dict[int, _Entry] = {}
+        self._newly_held: list[TracedValue] = []
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
         self._alive: list[
@@ -111,7 +113,6 @@ class GraphRecorder(TorchDispatchMode):
         ] = []  # memory that was written, so that its address is not given twice
         self._layer: list[TracedValue] | None = None  # what the layer takes that is running
         self._silent = False
-        self._forget = _forgetting(self._entries)
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
         # Called with every value and its tensor when it is made.
@@ -187,6 +188,8 @@ class GraphRecorder(TorchDispatchMode):
     def known(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
         entry = self._entries.get(id(tensor))
+        if entry is not None and entry() is not tensor:  # of a tensor that is gone
+            entry = None
         return self._current(tensor, entry) if entry is None or self._writes else entry.value
 
     def _current(self, tensor: torch.Tensor, entry: _Entry | None) -> TracedValue:
@@ -226,6 +229,7 @@ class GraphRecorder(TorchDispatchMode):
                 continue
             old = entry.value
             entry.value = self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor)
+            entry.value.geometry = own
             entry.value.remade = Graph.is_kept(old) and Graph.is_kept(new)
         entry.writes = len(writes)
         self._hold(tensor, entry.value)
@@ -246,10 +250,9 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Note which value a tensor has from now on."""
-        entry = _Entry(tensor, self._forget)
-        entry.key, entry.value = id(tensor), value
+        entry = self._entries[id(tensor)] = _Entry(tensor)
+        entry.value = value
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
-        self._entries[entry.key] = entry
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
@@ -262,7 +265,7 @@ class GraphRecorder(TorchDispatchMode):
         held = tensor if tensor.grad_fn is None else tensor.detach()
         base.held = held if base is value else held.as_strided(*base.geometry)
         self._silent = silent
-        self._held.setdefault(_storage(tensor), []).append(base)
+        self._newly_held.append(base)
 
     def _replaced(self, arguments: Iterable[Any], values: list[TracedValue]) -> list[Any]:
         """Arguments with values in the place of tensors; these are added to the others."""
@@ -360,7 +363,7 @@ class GraphRecorder(TorchDispatchMode):
             if not isinstance(tensor, torch.Tensor):
                 continue
             value = self._new(operation.name, func, found, named, parents, tensor)
-            value.item, value.order = item, order
+            value.item, value.order, value.geometry = item, order, geometry(tensor)
             operation.describe(value)
             if operation.name in FILLS:
                 value.held = _filled(value, tensor)
@@ -389,6 +392,10 @@ class GraphRecorder(TorchDispatchMode):
 
     def _keep_numbers(self, target: torch.Tensor) -> None:
         """What is held of a memory that is about to be written keeps its numbers."""
+        for value in self._newly_held:
+            if value.held is not None:
+                self._held.setdefault(_storage(value.held), []).append(value)
+        self._newly_held.clear()
         for value in self._held.pop(_storage(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
@@ -462,16 +469,6 @@ def _filled(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
     return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
-    """A function that forgets the value of a tensor that is gone; no method, since every tensor calls it."""
-
-    def forget(entry: _Entry) -> None:
-        if entries.get(entry.key) is entry:
-            del entries[entry.key]
-
-    return forget
-
-
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     """The tensors among the arguments of a call, and among the parts of what a model returns."""
     if isinstance(batch, torch.Tensor):
@@ -490,15 +487,14 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
 def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     """Record the forward that runs inside; hooks of torch on all modules note the calls."""
     recorder = GraphRecorder(model, list(tensors_of(batch)))
-    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
 
     def enter(module: nn.Module, args: Any) -> None:
-        known = paths.get(id(module))
-        if known is not None:
-            recorder.enter(known, type(module).__name__, floats_in(args), module)
+        path = recorder.paths.get(id(module))
+        if path is not None:
+            recorder.enter(path, type(module).__name__, floats_in(args), module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path = paths.get(id(module))
+        path = recorder.paths.get(id(module))
         if path is not None:
             recorder.leave(path, output, floats_in(output))
 

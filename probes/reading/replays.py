@@ -67,12 +67,11 @@ class Replays:
         root = states.memory.root
         self.kind = torch.float64 if root.dtype == torch.float64 else torch.float32
         self.device = self._graph.tensor(root).device
-        self._ones: dict[tuple[int, ...], torch.Tensor] = {}
 
     def held(self, targets: Sequence[TracedValue], units: Table) -> Table:
         """What some values hold of others, through all steps between these."""
         table = {number: dict(of) for number, of in units.items()}
-        for value in self._between(targets, units):
+        for value in self.between(targets, units):
             found: dict[Hashable, torch.Tensor] = {}
             for operand in self._taken(value):
                 for basis, tensor in table.get(operand.number, {}).items():
@@ -84,7 +83,7 @@ class Replays:
     def constants(self, targets: Sequence[TracedValue], numbers: Collection[int]) -> dict[int, torch.Tensor]:
         """What else is added on the ways from values with some numbers."""
         found: dict[int, torch.Tensor] = {}
-        for value in self._between(targets, numbers):
+        for value in self.between(targets, numbers):
             taken = self._taken(value)
             parts = [self._through(value, p, found[p.number]) for p in taken if p.number in found]
             if self._adds_constant(value):
@@ -98,7 +97,8 @@ class Replays:
     def _own(self, of: TracedValue, given: Mapping[int, torch.Tensor]) -> torch.Tensor:
         return given[of.number] if of.number in given else self._graph.tensor(of)
 
-    def _between(self, targets: Sequence[TracedValue], begins: Collection[int]) -> list[TracedValue]:
+    def between(self, targets: Sequence[TracedValue], begins: Collection[int]) -> list[TracedValue]:
+        """The steps that lead to some values from those with some numbers, in order."""
         first = min(begins)
         needed: dict[int, TracedValue] = {}
         waiting = list(targets)
@@ -135,27 +135,17 @@ class Replays:
             raise FeaturesDiffer
         return Box(*found)
 
-    def unit(self, cut: Sequence[TracedValue], stream: int) -> dict[int, torch.Tensor]:
-        """Values that are one in one stream, and zero in the others."""
+    def unit(self, cut: Sequence[TracedValue], stream: int, streams: int) -> dict[int, torch.Tensor]:
+        """Values that are one in one of their streams, and zero in the others."""
         boxes = [self.box(value) for value in cut]
+        if streams == 1 and len(cut) == 1:
+            return {cut[0].number: torch.ones(boxes[0].shape, dtype=self.kind, device=self.device)}
         order, n = self._states.order([box.numbers for box in boxes])
-        if n == 1 and len(cut) == 1:
-            return {cut[0].number: self.ones(boxes[0].shape)}
         sizes = [math.prod(box.shape) for box in boxes]
         flat = torch.zeros(sum(sizes), dtype=self.kind)
         flat[(torch.arange(len(flat)) if order is None else order).reshape(-1, n)[:, stream]] = 1
         parts = zip(cut, boxes, flat.to(self.device).split(sizes), strict=True)
         return {v.number: part.reshape(box.shape) for v, box, part in parts}
-
-    def ones(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """The same tensor of ones for all values of a shape."""
-        if shape not in self._ones:
-            self._ones[shape] = torch.ones(shape, dtype=self.kind, device=self.device)
-        return self._ones[shape]
-
-    def is_unit(self, tensor: torch.Tensor) -> bool:
-        """Whether a value is one of these ones, as no step changed it."""
-        return self._ones.get(tuple(tensor.shape)) is tensor
 
     def _through(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
         """What a step makes of one of its operands, where all others that it adds are zero."""

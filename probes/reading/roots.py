@@ -51,7 +51,7 @@ class _Sums:
         """The most sums by the number of the root."""
         for value in self._graph.values:
             self._root[value.number], self._merges[value.number] = value, 0
-            carrier, merged = self._carrier(value)
+            carrier, merged = self._carrier(value) if value.parents else (None, False)
             if carrier is not None:
                 root = self._root[value.number] = self._root[carrier.number]
                 merges = self._merges[value.number] = self._merges[carrier.number] + merged

@@ -14,6 +14,7 @@ from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import CHANNEL_NORMS, NORMS
 
+MOST_ARRAYS = 4  # that were asked for last
 UNEQUAL = "some tokens or features have more streams than others"
 
 
@@ -75,6 +76,8 @@ class States:
         if key not in self._arrays:
             tensors = [self.graph.tensor(value)[None] for value in cut]
             self._arrays[key] = self.sorted(tensors, [self.numbers(v) for v in cut], self.num_features)[0]
+            if len(self._arrays) > MOST_ARRAYS:
+                del self._arrays[next(iter(self._arrays))]
         return self._arrays[key]
 
     def sorted(
