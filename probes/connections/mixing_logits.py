@@ -8,7 +8,8 @@ from itertools import islice
 
 import torch
 
-from depthscope.probes.connections.computation import ComputedForward, Search
+from depthscope.probes.connections.computation import Search
+from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits, is_same_matrix
 
 
@@ -66,12 +67,13 @@ def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[tor
     known = {value.number for value in found}
     mix = [
         value
-        for value in search.squares(number, (0, found[-1].order + 1))
-        if value.number in behind & forward.used
+        for value in search.squares(number, (0, found[-1].number + 1))
+        if value.number in behind
+        and forward.is_used(value)
         and (value.number in known or _is_matrix(forward, value.tensor, wanted))
     ]
     exponentials = [each for each in forward.exponentials if each.number in behind]
-    first = exponentials[0].order if exponentials else 0
+    first = exponentials[0].number if exponentials else 0
     before = [each for each in search.squares(number, (0, first)) if each.number in behind][::-1]
     place = find_logits(
         [(each.tensor, each.written) for each in exponentials],

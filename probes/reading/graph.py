@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -222,6 +222,18 @@ class Graph:
                 return self._search(value, on.number)
             known = self._later[on.number] = self._marked([on])
         return bool(known[value.number])
+
+    def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
+        seen = set(numbers)
+        waiting = [number for number in seen if number not in stop]
+        while waiting:
+            for parent in self.values[waiting.pop()].parents:
+                if parent.number not in seen:
+                    seen.add(parent.number)
+                    if parent.number not in stop:
+                        waiting.append(parent.number)
+        return seen
 
     def takers(self, value: TracedValue) -> list[TracedValue]:
         """The values that were made of one."""

@@ -68,10 +68,14 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class GraphRecorder(TorchDispatchMode):
-    """The values of a forward, as long as it is on."""
+    """The values of a forward, as long as it is on.
 
-    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
+    ``holds``: whether tensors are held, so that what is carried can be run again.
+    """
+
+    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
         super().__init__()
+        self._holds = holds
         self.graph = Graph(modules={path: type(module).__name__ for path, module in model.named_modules()})
         self._given = {id(tensor) for tensor in batch}
         self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -190,6 +194,8 @@ class GraphRecorder(TorchDispatchMode):
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Hold a value, and those of which it is a view or a copy."""
+        if not self._holds:
+            return
         held: torch.Tensor | None = tensor.detach()
         own = True  # whether what is held lies in the memory of the value itself
         while held is not None and value.held is None:
