@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.computed_forward import ComputedForward, ComputedValue
+from depthscope.probes.connections.computed_forward import ComputedForward
+from depthscope.probes.connections.computed_values import ComputedValue
 from depthscope.probes.connections.logits import SAME
 from depthscope.probes.reading.graph import INPUT, TracedValue, names
 
@@ -215,7 +216,7 @@ class Search:
         window, found = self._window(number), self.found[number]
         if window is None:
             return Origin()
-        share, later = self._other_tokens(number)
+        share, later = self._other_tokens(number, window)
         mix = found.get("H_res", [])
         behind = self.behind(mix[:1])
         first = [v.number for v in self.squares(number, (0, window[1])) if v.number in behind]
@@ -338,15 +339,20 @@ class Search:
         # Without any state behind them they may come from parameters alone, or from the model's input.
         return (-1,) if any(self.forward.graph.values[n].kind == INPUT for n in reached) else ()
 
-    def _other_tokens(self, number: int) -> tuple[float, bool]:
-        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
+    def _other_tokens(self, number: int, window: tuple[int, int]) -> tuple[float, bool]:
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later.
+
+        Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
+        """
         forward, state = self.forward, self.states[number][0]
+        branch = self._branch(number, window)
         terms, token = [], forward.tokens // 2
         generator = torch.Generator().manual_seed(0)
         for values in self.found[number].values():
             tensor = values[0].tensor if values else None
             if (
                 tensor is None
+                or self.behind(values[:1]) & branch
                 or not tensor.requires_grad
                 or tensor.numel() % (forward.batch_size * forward.tokens)
             ):
@@ -377,8 +383,7 @@ class Search:
         if not dead:
             return None
         last = dead[-1]
-        taken = self.applied[number].branch_in
-        branch = {v.number for v in forward.matching(taken, window)} if taken is not None else set()
+        branch = self._branch(number, window)
         behind = forward.graph.ancestors([last.number], stop=self.every | branch)
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
         if behind & branch:
@@ -400,6 +405,11 @@ class Search:
         limit = SAME * max(1.0, float(mix.abs().max()))
         same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
         return None if same else matrix
+
+    def _branch(self, number: int, window: tuple[int, int]) -> set[int]:
+        """The values that are what a connection's branch takes."""
+        taken = self.applied[number].branch_in
+        return set() if taken is None else {v.number for v in self.forward.matching(taken, window)}
 
     def _sigmoids(self, number: int, window: tuple[int, int]) -> dict[str, float]:
         applied = self.applied[number]

@@ -7,16 +7,16 @@ sequences.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from depthscope.probes.connections.coefficients import per_token, spread
-from depthscope.probes.connections.logits import EXPONENTIALS, SAME
-from depthscope.probes.model.tensors import version
+from depthscope.probes.connections.computed_values import ComputedValue, ComputedValues
+from depthscope.probes.connections.logits import SAME
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.operations import MATRICES, MOVES
 from depthscope.probes.reading.recorder import GraphRecorder
@@ -25,70 +25,25 @@ COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
-@dataclass(frozen=True)
-class ComputedValue:
-    """A value of the graph with its tensor.
+def values_of_connections(recorder: GraphRecorder, num_streams: int, width: int, lead: int) -> ComputedValues:
+    """The values of a forward that is about to be recorded that may be coefficients, states or inputs of branches.
 
-    Parameters
-    ----------
-    value : TracedValue
-        The value.
-    tensor : Tensor
-        Its content may have been rewritten since, see ``rewritten``.
-    written : int or None
-        torch's count of writes at that time.
+    ``num_streams, width, lead``: n, D and the number of tokens of the batch.
     """
+    n = num_streams
+    of_token = [n, n * n, *(n * (n + views) for views in range(1, MOST_VIEWS + 1))]
+    sizes = {*of_token, *(lead * size for size in (*of_token, width, n * width))}
+    found = ComputedValues(recorder.graph, lambda shape: math.prod(shape) in sizes)
 
-    value: TracedValue
-    tensor: torch.Tensor
-    written: int | None
-
-    @property
-    def number(self) -> int:
-        """Of the value in the graph; later values have larger numbers."""
-        return self.value.number
-
-    @property
-    def rewritten(self) -> bool:
-        """Whether it was written in place since."""
-        return self.written != version(self.tensor)
-
-
-class ComputedValues:
-    """The tensors of some numbers of elements among the values of a forward that is recorded.
-
-    Parameters
-    ----------
-    recorder : GraphRecorder
-        Of the forward.
-    num_streams, width, lead : int
-        n, D and the number of tokens of the batch.
-    """
-
-    def __init__(self, recorder: GraphRecorder, num_streams: int, width: int, lead: int):
-        n = self._num_streams = num_streams
-        self._squares = {n * n, lead * n * n}
-        with_views = [n * (n + views) for views in range(1, MOST_VIEWS + 1)]
-        self._sizes = self._squares | {n, lead * n, lead * width, lead * n * width}
-        self._sizes.update(with_views, (lead * size for size in with_views))
-        self._found: dict[int, ComputedValue] = {}
-        recorder.on_taken, recorder.on_value = self._taken, self._made
-
-    def in_order(self) -> list[ComputedValue]:
-        """All that were found."""
-        return [self._found[number] for number in sorted(self._found)]
-
-    def _taken(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if value.is_floating and tensor.numel() in self._sizes:
-            self._found[value.number] = ComputedValue(value, tensor, version(tensor))
-
-    def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        # A matrix that nothing may take: a copy, since autograd would make another tensor of a view that is held here.
-        square = tensor.numel() in self._squares and tensor.shape[-2:] == (self._num_streams,) * 2
+    def note_matrix(value: TracedValue, tensor: torch.Tensor) -> None:
+        """Note a matrix that nothing may take: a copy, since autograd would make another tensor of a view that is held."""
+        square = tensor.numel() in (n * n, lead * n * n) and value.shape[-2:] == (n, n)
         # What autograd keeps for the backward is another detached tensor of one that is there.
-        if square and value.is_floating and value.name not in ("detach", "alias"):
-            copy = tensor.detach().clone()
-            self._found[value.number] = ComputedValue(value, copy, version(copy))
+        if square and value.name not in ("detach", "alias"):
+            found.take(value, tensor.detach().clone())
+
+    recorder.on_taken, recorder.on_value = found.take, note_matrix
+    return found
 
 
 @dataclass
@@ -138,16 +93,8 @@ class ComputedForward:
     _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
+        current = [value for value in self.values if value.value.shape == self.shape]
         self._states = [(v, self._few(self.canonical(v.tensor.detach())[self.rows])) for v in current]
-
-    @cached_property
-    def exponentials(self) -> list[ComputedValue]:
-        """The tensors whose exponential was taken, in order."""
-        names = (value.name.lstrip("_").removeprefix("safe_") for value in self.graph.values)
-        taken = (v.args[0] for v, name in zip(self.graph.values, names, strict=True) if name in EXPONENTIALS)
-        known = {each.number: each for each in self.values}
-        return [known[argument.number] for argument in taken if argument.number in known]
 
     def is_used(self, value: ComputedValue) -> bool:
         """Whether the outputs were computed from a value, by whatever operations."""
@@ -202,7 +149,7 @@ class ComputedForward:
     def within(self, between: tuple[int, int]) -> Sequence[ComputedValue]:
         """The values of a part of the forward that are what they were."""
         first, last = (bisect_left(self.values, number, key=lambda value: value.number) for number in between)
-        return [value for value in self.values[first:last] if not value.rewritten]
+        return self.values[first:last]
 
     def _readings(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         tensor, matrix = value.tensor.detach(), len(tail) == 2

@@ -7,26 +7,24 @@ hands the observer what the tape stored of the states, so that the first forward
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
-from depthscope.probes.connections.logits import OperationLogits
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
+from depthscope.probes.model.hooks import Attachment, MethodWatch, Modes, Report
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
@@ -177,16 +175,16 @@ class FirstForward:
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
         if self._observer is not None and self._observer.logits is not None:
-            values = recorder.graph.values
-            tape.logits = OperationLogits(self._observer.structure.num_streams, lambda: len(values))
-            recorder.listeners.append(tape.logits)
+            tape.logits = self._observer.matrices(recorder.graph)
         # The trace on top of it: what the recorder copies for itself is no operation of the model's.
-        return MethodWatch(_Modes(recorder, trace), recorder.end)
+        return MethodWatch(Modes(recorder, trace), recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
         if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
+        if tape.logits is not None:
+            tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
             if tape.trace is not None and (twin := tape.trace.value(tensor)) is not None:
@@ -260,20 +258,6 @@ class FirstForward:
         if tape.recorder is None or tensor is None:
             return []
         return [tape.recorder.value_of(tensor).number]
-
-
-class _Modes:
-    """The modes of a first forward, the innermost last."""
-
-    def __init__(self, *modes: TorchDispatchMode):
-        self._modes, self._stack = modes, ExitStack()
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            self._stack.enter_context(mode)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
 
 def _taped(path: str) -> str:
@@ -502,13 +486,9 @@ def _record_logits(
     tape: Tape, forward: Forward, observer: Observer, number: int, mix: torch.Tensor | None
 ) -> None:
     chain = observer.structure.chains[0]
-    connection = chain.connections[number]
-    before, after = (
-        tape.recorded(chain.points[depth]) for depth in (connection.depth_in, connection.depth_out)
-    )
-    if tape.logits is not None and before is not None and after is not None:
-        handled = tape.logits.between(before.number, after.number)
-        observer.record_logits(forward, number, mix, handled)
+    before = tape.recorded(chain.points[chain.connections[number].depth_in])
+    if before is not None:
+        observer.record_logits(forward, number, mix, tape.logits, before.number)
 
 
 def _record_depth_weights(tape: Tape, forward: Forward, observer: Observer) -> None:

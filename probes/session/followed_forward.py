@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computed_forward import ComputedForward, ComputedValues
+from depthscope.probes.connections.computed_forward import ComputedForward, values_of_connections
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
@@ -58,7 +58,7 @@ def follow(
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
     model = session.model
     recorder = GraphRecorder(model, list(tensors_in(batch)), holds=False)
-    computed = ComputedValues(recorder, n, width, batch_size * tokens)
+    computed = values_of_connections(recorder, n, width, batch_size * tokens)
     try:
         # The random states are those before the measured forward, so that it drops what that one dropped.
         modes = preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model)

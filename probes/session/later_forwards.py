@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
-from depthscope.probes.model.tensors import first_float, floats_in
+from depthscope.probes.model.hooks import Attachment, MethodWatch, Modes, in_recomputation
+from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
@@ -176,11 +178,12 @@ class LaterForwards:
             return None
         forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
-        logits = self._observer.logit_watch(number, x)
         record = partial(self._observer.record_returned, forward, number, x.detach())
         # The watch sees the user's own call, hence all sequences at once.
-        watch.also = logits
-        return MethodWatch(watch, lambda output: record(output, lambda rows: watch.floating(), logits))
+        recorded = _Recorded(self._observer, path, number, module, (args, kwargs))
+        return recorded.around(
+            watch, lambda output: record(output, lambda rows: watch.floating(), recorded.ended(output))
+        )
 
     def _around_opening(
         self,
@@ -199,15 +202,15 @@ class LaterForwards:
         site, place = self._structure.sites[number], self._observer.place(number)
         opening = Opening(site, forward.batch_size, x.detach(), key=number, place=place)
         forward.openings.setdefault(path, []).append(opening)
-        watch, logits = opening.watch(), self._observer.logit_watch(number, x)
-        watch.also = logits
+        watch = opening.watch()
+        recorded = _Recorded(self._observer, path, number, module, (args, kwargs))
 
         def done(result: Any) -> None:
             opening.read(result, watch)
             mix = None if opening.parts is None else opening.parts.mix
-            self._observer.record_logits(forward, number, mix, None if logits is None else logits.handled)
+            self._observer.record_logits(forward, number, mix, recorded.ended(result))
 
-        return MethodWatch(watch, done)
+        return recorded.around(watch, done)
 
     def _around_closing(
         self,
@@ -265,3 +268,28 @@ class LaterForwards:
             for position, connection in enumerate(chain.connections):
                 if (connection.branch_path, connection.branch_index) == call:
                     self._observer.record_branch(forward, number, position, tensor)
+
+
+class _Recorded:
+    """The operations of one call of a connection, for the logits of its matrix; of none whose logits are not there."""
+
+    def __init__(self, observer: Observer, path: str, number: int, module: nn.Module, given: Any):
+        self._recorder: GraphRecorder | None = None
+        if observer.looks_for_logits(number):
+            recorder = self._recorder = GraphRecorder(module, list(tensors_in(given)), holds=False)
+            recorder.enter(path, type(module).__name__)
+            self._seen = observer.matrices(recorder.graph)
+            recorder.on_taken = self._seen.take
+
+    def around(self, watch: AbstractContextManager[Any], done: Callable[[Any], None]) -> MethodWatch:
+        """The call, watched and recorded."""
+        if self._recorder is None:
+            return MethodWatch(watch, done)
+        return MethodWatch(Modes(watch, self._recorder), done)
+
+    def ended(self, result: Any) -> ComputedValues | None:
+        """The matrices of the call, which gave a result."""
+        if self._recorder is None:
+            return None
+        self._recorder.end(result)
+        return self._seen

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.logits import Handled, LogitWatch
-from depthscope.probes.connections.reading import canonical_streams, read_returned
+from depthscope.probes.connections.computed_values import ComputedValues
+from depthscope.probes.connections.reading import read_returned
 from depthscope.probes.connections.tensor_watch import WeightPlace
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
+from depthscope.probes.reading.graph import Graph
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
@@ -252,13 +253,14 @@ class Observer:
         """Where the weights of a connection, which no returned tensor shows, were in the forward before."""
         return self._places.setdefault(number, WeightPlace())
 
-    def logit_watch(self, number: int, x: torch.Tensor) -> LogitWatch | None:
-        """What watches a call of a connection, which took ``x``, for the logits of its matrix; None where nothing does."""
-        if self.logits is None:
-            return None
-        site = self.structure.sites[number]
-        lead = canonical_streams(site, x.detach()).shape[:2]
-        return self.logits.watch(number, site.num_streams, lead.numel())
+    def looks_for_logits(self, number: int) -> bool:
+        """Whether the logits of a connection's matrix are known, or may still be found."""
+        return self.logits is not None and self.logits.looks_for(number)
+
+    def matrices(self, graph: Graph) -> ComputedValues:
+        """What may be the logits and matrices of connections among the values of a graph that is recorded."""
+        n = self.structure.num_streams
+        return ComputedValues(graph, lambda shape: shape[-2:] == (n, n))
 
     def logits_seen(self, number: int) -> tuple[int, str]:
         """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
@@ -268,11 +270,16 @@ class Observer:
         return 0, ""
 
     def record_logits(
-        self, forward: Forward, number: int, mix: torch.Tensor | None, watch: Handled | None
+        self,
+        forward: Forward,
+        number: int,
+        mix: torch.Tensor | None,
+        seen: ComputedValues | None,
+        after: int = -1,
     ) -> None:
         """Record the logits of a connection whose matrix is known by now."""
-        if self.logits is not None:
-            self.logits.record(forward, number, mix, watch)
+        if self.logits is not None and seen is not None:
+            self.logits.record(forward, number, mix, seen, after)
 
     def record_returned(
         self,
@@ -281,7 +288,7 @@ class Observer:
         x: torch.Tensor,
         output: Any,
         computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
-        logits: LogitWatch | None = None,
+        seen: ComputedValues | None = None,
     ) -> None:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
@@ -289,7 +296,7 @@ class Observer:
         site, every_token = self.structure.sites[number], self._live_tokens > 0
         sampled, complete = read_returned(site, x, output, rows, computed, place, every_token)
         self.record_connection(forward, number, complete, sampled)
-        self.record_logits(forward, number, complete.mix, None if logits is None else logits.handled)
+        self.record_logits(forward, number, complete.mix, seen)
 
     def record_connection(
         self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None
