@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -249,6 +249,17 @@ class Graph:
                     if parent.number not in stop:
                         marks[parent.number] = 1
         return marks
+    def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
+        seen = set(numbers)
+        waiting = [number for number in seen if number not in stop]
+        while waiting:
+            for parent in self.values[waiting.pop()].parents:
+                if parent.number not in seen:
+                    seen.add(parent.number)
+                    if parent.number not in stop:
+                        waiting.append(parent.number)
+        return seen
 
     def takers(self, value: TracedValue) -> list[TracedValue]:
         """The values that were made of one."""

@@ -86,10 +86,14 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class GraphRecorder(TorchDispatchMode):
-    """The values of a forward, as long as it is on."""
+    """The values of a forward, as long as it is on.
 
-    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
+    ``holds``: whether tensors are held, so that what is carried can be run again.
+    """
+
+    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
         super().__init__()
+        self._holds = holds
         self.graph = Graph()
         self._given = {id(tensor) for tensor in batch}
         self.paths: dict[int, str] = {}  # of modules
@@ -259,7 +263,7 @@ class GraphRecorder(TorchDispatchMode):
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
-        if base.held is not None or (base.remade and not base.costly and not saved):
+        if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         held = tensor if tensor.grad_fn is None else tensor.detach()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights
-from depthscope.probes.connections.logits import OperationLogits
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.modules import module_paths
@@ -121,15 +120,15 @@ class RecordedForward:
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
         if self._observer is not None and self._observer.logits is not None:
-            values = recorder.graph.values
-            tape.logits = OperationLogits(self._observer.structure.num_streams, lambda: len(values))
-            recorder.listeners.append(tape.logits)
+            tape.logits = self._observer.matrices(recorder.graph)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
         if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
+        if tape.logits is not None:
+            tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
             state = self._record_operation(forward, tape, value, tensor)
@@ -221,10 +220,6 @@ def _record_logits(
     tape: Tape, forward: Forward, observer: Observer, number: int, mix: torch.Tensor | None
 ) -> None:
     chain = observer.structure.chains[0]
-    connection = chain.connections[number]
-    before, after = (
-        tape.recorded(chain.points[depth]) for depth in (connection.depth_in, connection.depth_out)
-    )
-    if tape.logits is not None and before is not None and after is not None:
-        handled = tape.logits.between(before.number, after.number)
-        observer.record_logits(forward, number, mix, handled)
+    before = tape.recorded(chain.points[chain.connections[number].depth_in])
+    if before is not None:
+        observer.record_logits(forward, number, mix, tape.logits, before.number)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.logits import Handled
+from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
+from depthscope.probes.reading.graph import Graph
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
@@ -244,6 +244,11 @@ class Observer:
 
     # --- connections ---
 
+    def matrices(self, graph: Graph) -> ComputedValues:
+        """What may be the logits and matrices of connections among the values of a graph that is recorded."""
+        n = self.structure.num_streams
+        return ComputedValues(graph, lambda shape: shape[-2:] == (n, n))
+
     def logits_seen(self, number: int) -> tuple[int, str]:
         """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
         if self.logits is not None:
@@ -252,11 +257,16 @@ class Observer:
         return 0, ""
 
     def record_logits(
-        self, forward: Forward, number: int, mix: torch.Tensor | None, watch: Handled | None
+        self,
+        forward: Forward,
+        number: int,
+        mix: torch.Tensor | None,
+        seen: ComputedValues | None,
+        after: int = -1,
     ) -> None:
         """Record the logits of a connection whose matrix is known by now."""
-        if self.logits is not None:
-            self.logits.record(forward, number, mix, watch)
+        if self.logits is not None and seen is not None:
+            self.logits.record(forward, number, mix, seen, after)
 
     def record_connection(
         self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None
