@@ -15,6 +15,7 @@ from depthscope.probes.reading.operations import MATRICES, VIEWS
 ROW_MAJOR = VIEWS | names("squeeze unsqueeze")
 TURNS = names("permute transpose t mT movedim")
 REMOVES = names("select unbind sum mean amax amin max min prod any all argmax logsumexp linalg_vector_norm")
+PARTS = names("slice narrow split split_with_sizes chunk index_select")
 SOFTMAX = names("_softmax softmax _safe_softmax _log_softmax log_softmax cumsum")
 
 
@@ -34,38 +35,42 @@ class SequenceAxis:
     def __init__(self, graph: Graph, batch_size: int, axis: int):
         self.graph, self.size = graph, batch_size
         self._mixed: set[int] = set()  # operations that add several sequences up, by the number of the value
-        self._strides: list[int | None] = []
+        # How far the elements of neighbouring sequences are apart, and how many sequences a value has.
+        self._found: list[tuple[int, int] | None] = []
         for value in graph.values if batch_size > 1 else ():
-            self._strides.append(self._given(value, axis) if value.kind else self._made(value))
+            self._found.append(self._given(value, axis) if value.kind else self._made(value))
 
     def stride(self, value: TracedValue) -> int | None:
         """How far the elements of neighbouring sequences are apart; None where that is not known, or there is one sequence."""
-        return self._strides[value.number] if self.size > 1 else None
+        stride, size = (self._found[value.number] if self.size > 1 else None) or (None, 0)
+        return stride if size == self.size else None
 
     def is_mixed(self, first: TracedValue, last: TracedValue) -> bool:
         """Whether something between two values goes along the sequences, as an attention over tokens does."""
         between = (self.graph.values[n] for n in self._mixed if first.number < n < last.number)
         return any(self.graph.depends(v, first) and self.graph.depends(last, v) for v in between)
 
-    def _given(self, value: TracedValue, axis: int) -> int | None:
+    def _given(self, value: TracedValue, axis: int) -> tuple[int, int] | None:
         if value.kind != INPUT or len(value.shape) <= axis or value.shape[axis] != self.size:
             return None
-        return math.prod(value.shape[axis + 1 :])
+        return math.prod(value.shape[axis + 1 :]), self.size
 
-    def _made(self, value: TracedValue) -> int | None:
-        found: list[int] = []
+    def _made(self, value: TracedValue) -> tuple[int, int] | None:
+        found: list[tuple[int, int]] = []
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
-                stride = self._strides[operand.number]
-                own = None if stride is None else self._after(value, position, operand, stride)
+                given = self._found[operand.number]
+                own = None if given is None else self._after(value, position, operand, *given)
                 found += [] if own is None else [own]
-        return found[0] if found else None
+        return max(found, key=lambda of: of[1]) if found else None
 
-    def _after(self, value: TracedValue, position: int, operand: TracedValue, stride: int) -> int | None:
-        """The stride in what an operation gives, by that in one of its operands."""
+    def _after(
+        self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
+    ) -> tuple[int, int] | None:
+        """The same of what an operation gives, by one of its operands."""
         if value.name in ROW_MAJOR:
-            return stride if value.numel == operand.numel else None
-        place = _place(operand.shape, stride, self.size) if operand.numel else None
+            return (stride, size) if value.numel == operand.numel else None
+        place = _place(operand.shape, stride, size) if operand.numel else None
         if place is None:
             return None
         dim, inner = place
@@ -73,9 +78,15 @@ class SequenceAxis:
             self._mixed.add(value.number)
             return None
         new = _new_dim(value, position, len(operand.shape), dim)
-        if new is None or not 0 <= new < len(value.shape) or value.shape[new] != operand.shape[dim]:
-            return self._by_size(value) if new is None else None
-        return inner * math.prod(value.shape[new + 1 :])
+        if new is None:
+            return self._by_size(value)
+        if not 0 <= new < len(value.shape):
+            return None
+        if value.shape[new] != operand.shape[dim]:  # some of the sequences, where the axis has nothing else
+            if value.name not in PARTS or inner * size != operand.shape[dim]:
+                return None
+            size = value.shape[new] // inner
+        return inner * math.prod(value.shape[new + 1 :]), size
 
     @staticmethod
     def _goes_along(value: TracedValue, position: int, rank: int, dim: int) -> bool:
@@ -89,10 +100,10 @@ class SequenceAxis:
             return position < 3 and dim == rank - 2
         return value.name == "convolution" and position == 0 and dim >= 2
 
-    def _by_size(self, value: TracedValue) -> int | None:
+    def _by_size(self, value: TracedValue) -> tuple[int, int] | None:
         """Of an operation that is not known: the only axis of the size of the batch."""
         dims = [dim for dim, size in enumerate(value.shape) if size == self.size]
-        return math.prod(value.shape[dims[0] + 1 :]) if len(dims) == 1 else None
+        return (math.prod(value.shape[dims[0] + 1 :]), self.size) if len(dims) == 1 else None
 
 
 def _place(shape: Sequence[int], stride: int, size: int) -> tuple[int, int] | None:
