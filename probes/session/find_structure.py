@@ -19,6 +19,7 @@ from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
+from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
@@ -38,7 +39,7 @@ from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.tape import value_at
 
 
-class AxisError(CaptureError):
+class AxisError(RewrittenError):
     """The sequences of the first forward were counted along the wrong axis."""
 
 
@@ -280,7 +281,8 @@ class StructureFinder:
         given = [value for value in self.graph.values if value.kind == "input" and len(value.shape) > 1]
         for value in given[:1] if self.batch_axis == 0 else ():
             other = SequenceAxis(self.graph, value.shape[1], 1)
-            if value.shape[1] == 1 or not other.is_mixed(root, end):
+            single = value.shape[1] == 1 and len(root.shape) > 2
+            if single or (other.stride(root) is not None and not other.is_mixed(root, end)):
                 raise AxisError(
                     "the model takes its tokens first, so the batch is its second axis; call the model once more"
                 )
