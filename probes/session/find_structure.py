@@ -27,6 +27,7 @@ from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     asserted_chain,
+    block_labels,
     likely_blocks,
     named_calls,
     states_around,
@@ -199,7 +200,7 @@ class StructureFinder:
                 continue
             if memory.num_streams > 1 or memory.over_depth:
                 return [self._weighed(memory)]
-            found += self._plain([memory], depths)
+            found += [self._as_named(of, calls, depths) for of in self._plain([memory], depths)]
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
@@ -208,6 +209,20 @@ class StructureFinder:
         assert value is not None  # it was required of the calls
         layout = self.options.layout or shape_layout(value, self.sequences)
         return [Found(chain, (), layout)]
+
+    def _as_named(self, found: Found, calls: Sequence[int], depths: Sequence[int]) -> Found:
+        """A chain with the user's blocks, and the states numbered by them where there is one before each."""
+        blocks = [self.graph.calls[call] for call in calls]
+        chain = replace(
+            found.chain,
+            blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+            block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
+        )
+        if len(depths) == len(calls) + 1 == len(chain.points):
+            labels = block_labels(blocks, constant=len(set(chain.shapes)) == 1)
+            points = zip(chain.points, labels, strict=True)
+            chain = replace(chain, points=tuple(replace(p, layer=n, site=site) for p, (n, site) in points))
+        return replace(found, chain=chain)
 
     # --- chains and layouts
 
@@ -232,7 +247,7 @@ class StructureFinder:
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
-        shown, why = final_norm(self.graph, memory)
+        shown, why = final_norm(self.graph, memory, chain.shapes[-1])
         if shown is None:
             return replace(chain, without_final=why)
         call = self.graph.calls[shown.call]

@@ -253,12 +253,13 @@ class _ChainOf:
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
         """The module that computed a state."""
         before, _ = self._around(depth)
-        if before and self.memory.states[depth].site != "embed":
-            block = self._block(before[-1])
-            whole = self._unit(before[-1]) >= 0 and not self._is_inside(depth)
-            return block if whole else before[-1].path
         given = [shown for shown in places if shown.at == "output" and shown.call]
-        return self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else "(input)"
+        giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
+        if not before or self.memory.states[depth].site == "embed":
+            return giver or "(input)"
+        if self._unit(before[-1]) >= 0 and not self._is_inside(depth):
+            return self._block(before[-1])
+        return giver or before[-1].path
 
     # --- connections
 
