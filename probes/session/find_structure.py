@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
@@ -34,7 +35,7 @@ from depthscope.probes.structure.named_blocks import (
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
 from depthscope.probes.structure.read_chains import ReadChain, read_chain
-from depthscope.probes.structure.read_layout import read_layout, shape_layout
+from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.tape import value_at
@@ -262,7 +263,6 @@ class StructureFinder:
         root = self.graph.values[memory.root]
         if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
             self._refuse_mixed(root, memory)
-
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -333,11 +333,23 @@ class StructureFinder:
         chain = found.chain
         if self._read is None or chain.over_depth:
             return {}
-        streams, family = found.memories[0].num_streams, chain.family
+        (memory,), family = found.memories, chain.family
+        fractions = {num_fractions(n, layout) for n, layout in self._layouts_of(memory) if "F" in layout}
         site = Site(
-            READ, family, streams, found.layout, mixes=self._read.mixes, reads_features=family == "gated"
+            READ,
+            family,
+            memory.num_streams,
+            found.layout,
+            fractions=fractions.pop() if len(fractions) == 1 else 1,
+            mixes=self._read.mixes,
+            reads_features=family == "gated",
         )
         return dict.fromkeys(range(len(chain.connections)), site)
+
+    def _layouts_of(self, memory: MemoryReading) -> Iterator[tuple[Numbers, str]]:
+        """Where elements of the first value are in the states of a memory, and their layouts."""
+        for numbers in (numbers for state in memory.states for numbers in state.numbers):
+            yield numbers, read_layout(memory, numbers, self.sequences)
 
     def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
         asserted = self.options.streams
