@@ -105,7 +105,7 @@ def weights_in(graph: Graph, marks: bytearray) -> set[TracedValue]:
 
 
 def mean_of(value: TracedValue, of: TracedValue) -> TracedValue | None:
-    """The mean of what it is added to that an addend is, as a norm that is written out takes one away; None where it is none."""
+    """The mean of what it is added to that an addend is, as a norm that is written out takes away; None where it is none."""
     for _ in range(6):
         if value.name in REDUCES:
             return value if any(parent is of for parent in value.parents) else None

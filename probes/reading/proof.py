@@ -25,8 +25,8 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
-    largest = torch.linalg.vector_norm(true, math.inf).clamp_min(1e-9)
-    error = float(torch.linalg.vector_norm(again - true, math.inf) / largest)
+    error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
+    error /= max(largest, 1e-9)
     return error if math.isfinite(error) else math.inf
 
 

@@ -107,9 +107,7 @@ class GraphRecorder(TorchDispatchMode):
         self._newly_held: list[TracedValue] = []
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
-        self._alive: list[
-            torch.Tensor
-        ] = []  # memory that was written, so that its address is not given twice
+        self._alive: list[torch.Tensor] = []  # what was written, so that its memory is not given to another
         self._layer: list[TracedValue] | None = None  # what the layer takes that is running
         self._silent = False
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
@@ -138,8 +136,8 @@ class GraphRecorder(TorchDispatchMode):
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
-        if type(module) is nn.Linear and len(tensors) == 1 and _is_closed(module):
-            given = (tensors[0], module.weight, *(() if module.bias is None else (module.bias,)))
+        given = _layer_operands(module, tensors) if type(module) is nn.Linear else None
+        if given is not None:
             self._layer = [self.value_of(tensor) for tensor in given]
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
@@ -195,14 +193,14 @@ class GraphRecorder(TorchDispatchMode):
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
         value = self._new(LEAF, None, (), {}, (), tensor)
-        if isinstance(tensor, nn.Parameter) or id(tensor) in self._names:
-            value.kind = PARAMETER
-            self.graph.parameter_names[value.number] = self._names.get(id(tensor), "")
+        name = self._names.get(id(tensor))
+        if name is not None or isinstance(tensor, nn.Parameter):
+            value.kind, value.of_parameter = PARAMETER, True
+            self.graph.parameter_names[value.number] = name or ""
         else:
             value.kind = INPUT if id(tensor) in self._given else CONSTANT
         self.enter_value(tensor, value)
         self._hold(tensor, value)
-        value.of_parameter = value.kind == PARAMETER
         return value
 
     def _rewritten(
@@ -293,7 +291,8 @@ class GraphRecorder(TorchDispatchMode):
         found = self._replaced(args, values)
         named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
         target = args[0] if operation.writes else kwargs.get("out")
-        if operation.carries and not operation.views:
+        is_random = operation.writes and not values[0].parents and values[0].func is not None
+        if operation.carries and not operation.views and not is_random:
             is_norm = operation.name in NORMS
             if is_norm or not _is_layer(operation, values):
                 self._hold_operands(args, found, operation.name in SAVING and _is_saved(args))
@@ -340,11 +339,7 @@ class GraphRecorder(TorchDispatchMode):
         if operation.name == "native_dropout":
             func, found = dropped, [found[0], self._mask(operation, order, result[1]), 1 / (1 - found[1])]
             values, result = found[:2], result[0]
-        parents = (
-            ()
-            if operation.name in SHAPE_ONLY
-            else tuple(dict.fromkeys(values) if len(values) > 1 else values)
-        )
+        parents = () if operation.name in SHAPE_ONLY else tuple(dict.fromkeys(values))
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -353,12 +348,16 @@ class GraphRecorder(TorchDispatchMode):
             operation.describe(value)
             if operation.name in FILLS:
                 value.held = _filled(value, tensor)
-            if tensor is target:
-                self._alive.append(tensor)
-                self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
-            self.enter_value(tensor, value)
-            if self.on_value is not None:
-                self.on_value(value, tensor)
+            self._made(tensor, value, tensor is target)
+
+    def _made(self, tensor: torch.Tensor, value: TracedValue, written: bool) -> None:
+        """Note which value a tensor is that was made, or written."""
+        if written:
+            self._alive.append(tensor)
+            self._writes.setdefault(_storage(tensor), []).append((value, value.geometry))
+        self.enter_value(tensor, value)
+        if self.on_value is not None:
+            self.on_value(value, tensor)
 
     def _mask(self, operation: Operation, order: int, tensor: torch.Tensor) -> TracedValue:
         """The elements that a dropout keeps; they depend on nothing."""
@@ -403,7 +402,9 @@ class Operation(NamedTuple):
             value.remade = self.name not in BATCH_NORMS and all(Graph.is_kept(p) for p in value.parents)
         elif self.carries:
             by_parameter = any(parent.of_parameter for parent in value.parents)
-            value.remade, value.costly = True, by_parameter and self.name in MATRICES
+            # What is written over random numbers is not made again.
+            value.remade = not self.writes or Graph.is_kept(value.parents[0])
+            value.costly = by_parameter and self.name in MATRICES
             passes = self.name in SAME or self.name in MOVES
             value.of_parameter = by_parameter and passes and len(value.parents) == 1
 
@@ -411,10 +412,14 @@ class Operation(NamedTuple):
 LINEAR = Operation(torch.ops.aten.linear.default, "linear", writes=False, views=False, carries=False)
 
 
-def _is_closed(layer: nn.Linear) -> bool:
-    """Whether a layer mixes features, and nothing but that runs in its call."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooks and min(layer.weight.shape) > MOST_STREAMS and isinstance(layer.weight, nn.Parameter)
+def _layer_operands(layer: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """What a linear layer takes, if it mixes features, and nothing else runs in its call; else None."""
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    if layer._forward_hooks or layer._forward_pre_hooks or type(weight) is not nn.Parameter:
+        return None
+    if len(tensors) != 1 or type(tensors[0]) is not torch.Tensor or min(weight.shape) <= MOST_STREAMS:
+        return None
+    return [tensors[0], weight] if bias is None else [tensors[0], weight, bias]
 
 
 @cache
