@@ -100,7 +100,11 @@ def _note_branch(
         is_state = branch.read.number in memory.trunk or branch.read.number in memory.writes
         branch.before = branch.read.number + 0.5 * is_state
     branch.writes.append(write)
-    branch.numbers |= numbers
+    for number, new in numbers.items():
+        known = branch.numbers.get(
+            number
+        )  # of other features, where each part of the output is added by itself
+        branch.numbers[number] = (known and known.agreed(new)) or new
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
 

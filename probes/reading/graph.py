@@ -19,6 +19,7 @@ def names(text: str) -> frozenset[str]:
 
 
 LEAF = "leaf"  # the name of a value that no operation of the forward made
+UNSEEN = "unseen"  # of one that was computed in the forward, by what is no operation
 PARAMETER, INPUT, CONSTANT = "parameter", "input", "constant"
 # What takes only the shape of its operand.
 SHAPE_ONLY = names(

@@ -179,7 +179,9 @@ class _Reader:
     ) -> MemoryReading:
         coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
-        allowed = tolerance([value for cut in cuts for value in cut])
+        end = max(value.number for value in cuts[-1])
+        carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
+        allowed = tolerance(carried)
         why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
@@ -198,6 +200,7 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
+            casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
         )
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
