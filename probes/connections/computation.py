@@ -1,81 +1,42 @@
-"""From what were the coefficients of the connections computed, and what became of them? Read in one followed forward.
+"""From what were the coefficients of the connections computed, and what became of them? Read in one recorded forward.
 
-One forward runs under two modes: a trace of every operation, which tells what was computed from what, and one that keeps the
-small tensors and the states that the user's code handles. A coefficient is found among these by its value, and then followed
-in the trace back to the states and parameters, and in autograd's graph for what it learns.
-Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
+A coefficient is found among the small tensors of the forward by its value, and then followed in the graph back to the states
+and parameters, and in autograd's for what it learns. Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from depthscope.probes.connections.coefficients import per_token, spread
-from depthscope.probes.connections.logits import SAME, exponential_argument
-from depthscope.probes.dataflow.trace import Trace
-from depthscope.probes.model.hooks import without_frames
-from depthscope.probes.model.tensors import tensors_in, version
+from depthscope.probes.connections.computed_forward import ComputedForward
+from depthscope.probes.connections.computed_values import ComputedValue
+from depthscope.probes.connections.logits import SAME
+from depthscope.probes.reading.graph import INPUT, TracedValue, names
 
-COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
-# torch's names of functions that normalise, or give what a division normalises by; of those that only make the numbers
-# smaller; and of those that exchange axes.
-REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))
-EXTREMES = frozenset(("max", "amax", "min", "amin"))
-TURNS = frozenset(
-    ("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum")
-)
+# Operations that normalise, or give what a division normalises by, with the position of their axes; those that only make
+# the numbers smaller; and those that exchange axes.
+REDUCTIONS = {
+    "sum": 1, "mean": 1, "_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1, "logsumexp": 1, "linalg_vector_norm": 2,
+}  # fmt: skip
+EXTREMES = names("max amax min amin")
+TURNS = names("transpose permute t")
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
-CLEARLY = 30  # so many of these roundings are a difference; a heuristic
-MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
-
-
-@dataclass(frozen=True)
-class ComputedValue:
-    """A tensor that the user's code handled.
-
-    Parameters
-    ----------
-    order : int
-        By the function that returned it, among all of them.
-    number : int
-        Of its value in the trace.
-    tensor : Tensor
-        Its content may have been rewritten since, see ``rewritten``.
-    sigmoid : bool
-        Whether a sigmoid made it.
-    written : int or None
-        torch's count of writes at that time.
-    """
-
-    order: int
-    number: int
-    tensor: torch.Tensor
-    sigmoid: bool
-    written: int | None
-
-    @property
-    def rewritten(self) -> bool:
-        """Whether it was written in place since."""
-        return self.written != version(self.tensor)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A function that normalises a matrix along an axis, or reduces it.
+    """An operation that normalises a matrix along an axis, or reduces it.
 
     Parameters
     ----------
     number : int
-        Of its result in the trace.
+        Of its result in the graph.
     axis : int
         Counted from the end (−1 is the last); 0 where it is not known.
     size : int
@@ -90,249 +51,22 @@ class Reduction:
     turned: bool = False
 
 
-class Computation(TorchFunctionMode):
-    """Keep the tensors of some numbers of elements that the user's code handles in one forward.
-
-    Parameters
-    ----------
-    trace : Trace
-        That is on as well.
-    num_streams, width, lead : int
-        n, D and the number of tokens of the batch.
-    """
-
-    def __init__(self, trace: Trace, num_streams: int, width: int, lead: int):
-        super().__init__()
-        n, self._trace = num_streams, trace
-        self._squares, self._vectors = {n * n, lead * n * n}, {n, lead * n}
-        with_views = [n * (n + views) for views in range(1, MOST_VIEWS + 1)]
-        self._sizes = self._squares | self._vectors | {lead * width, lead * n * width}
-        self._sizes.update(with_views, (lead * size for size in with_views))
-        self._count = 0
-        self.values: list[ComputedValue] = []
-        self.reductions: list[Reduction] = []
-        self.exponentials: list[ComputedValue] = []  # the tensors whose exponential was taken
-        self.error: Exception | None = None  # why no more is kept
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and look at what it takes and returns."""
-        result = func(*args, **(kwargs or {}))
-        if self.error is None:
-            try:
-                with torch._C.DisableTorchFunction():
-                    self._keep(_name_of(func), args, kwargs or {}, result)
-            except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
-                self.error, self.values = without_frames(error), []
-        return result
-
-    def _keep(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        self._count += 1
-        # A parameter may be applied as it stands: then no function has returned it.
-        leaves = [each for each in tensors_in(args) if each.is_leaf and each.requires_grad]
-        for tensor in (*leaves, *tensors_in(result)):
-            if tensor.is_floating_point() and tensor.numel() in self._sizes:
-                value = self._trace.value(tensor)
-                if value is not None:
-                    sigmoid = "sigmoid" in name
-                    self.values.append(
-                        ComputedValue(self._count, value.number, tensor, sigmoid, version(tensor))
-                    )
-        argument = exponential_argument(name, args)
-        if argument is not None and argument.numel() in self._squares:
-            number = value.number if (value := self._trace.value(argument)) is not None else -1
-            self.exponentials.append(
-                ComputedValue(self._count, number, argument, sigmoid=False, written=version(argument))
-            )
-        if args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._squares:
-            self._note_reduction(name, args, kwargs, result)
-
-    def _note_reduction(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        matrix, made = args[0], next(tensors_in(result), None)
-        value = self._trace.value(made)
-        if value is None or made is None:
-            return
-        if name in TURNS and made.numel() == matrix.numel():
-            self.reductions.append(Reduction(value.number, 0, 0, turned=True))
-        elif name in REDUCTIONS and matrix.ndim > 1:
-            axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
-                if isinstance(axis, int):
-                    from_end = axis - matrix.ndim if axis >= 0 else axis
-                    self.reductions.append(Reduction(value.number, from_end, matrix.shape[axis]))
-        elif name not in EXTREMES and made.numel() in self._vectors:
-            self.reductions.append(Reduction(value.number, 0, 0))
-
-
-def _name_of(func: Any) -> str:
-    """The name of a function of torch; of a property, such as ``mT``, that of the property."""
-    name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-
-
-@dataclass
-class ComputedForward:
-    """What one forward computed.
-
-    Parameters
-    ----------
-    trace : Trace
-        Of its operations.
-    values : sequence of ComputedValue
-        In order.
-    reductions : sequence of Reduction
-        Normalisations and sums of small tensors.
-    parameters : mapping of int to Tensor
-        The model's parameters, by their numbers in the trace.
-    outputs : list of Tensor
-        What the model returned.
-    batch_size, tokens : int
-        B and T.
-    canonical : callable
-        A state of the model's own layout as (B, T, N, D).
-    shape : tuple of int
-        Of a state in the model's own layout.
-    rows : list of int
-        The sequences of this batch that were sampled.
-    precision : dtype
-        In which the model multiplies its states: weights that were read by running operations once more are rounded to it.
-    exponentials : sequence of ComputedValue
-        The small tensors whose exponential was taken, in order.
-    loss : Tensor or None
-        With its graph, where gradients are wanted.
-    """
-
-    trace: Trace
-    values: Sequence[ComputedValue]
-    reductions: Sequence[Reduction]
-    parameters: Mapping[int, torch.Tensor]
-    outputs: list[torch.Tensor]
-    batch_size: int
-    tokens: int
-    canonical: Callable[[torch.Tensor], torch.Tensor]
-    shape: tuple[int, ...]
-    rows: list[int]
-    precision: torch.dtype = torch.float32
-    exponentials: Sequence[ComputedValue] = ()
-    loss: torch.Tensor | None = None
-    _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
-    # By identity, with the weights themselves, so that no others get it.
-    _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
-        self._states = [(v, self._few(self.canonical(v.tensor.detach())[self.rows])) for v in current]
-
-    @cached_property
-    def used(self) -> set[int]:
-        """The values that the outputs were computed from, by whatever operations."""
-        values = [self.trace.value(output) for output in self.outputs]
-        return self.ancestors(value.number for value in values if value is not None)
-
-    def ancestors(self, numbers: Iterable[int], stop: frozenset[int] = frozenset()) -> set[int]:
-        """What some values were computed from, themselves included; the walk goes no further than ``stop``."""
-        seen = set(numbers)
-        waiting = [number for number in seen if number not in stop]
-        while waiting:
-            for parent in self.trace.parents[waiting.pop()]:
-                if parent not in seen:
-                    seen.add(parent)
-                    if parent not in stop:
-                        waiting.append(parent)
-        return seen
-
-    @staticmethod
-    def _few(state: torch.Tensor) -> torch.Tensor:
-        flat = state.flatten()
-        return flat[spread(len(flat), COMPARED).to(flat.device)].double().cpu()
-
-    def states(self, x: torch.Tensor) -> list[ComputedValue]:
-        """Every value that is this state, (K, T, N, D) of the sampled sequences; those with the very same numbers, if any."""
-        wanted = self._few(x)
-        limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        apart = [
-            (value, float((few - wanted).abs().max()))
-            for value, few in self._states
-            if len(few) == len(wanted)
-        ]
-        # After an explosion the next states differ by less than a rounding of the largest number.
-        return [value for value, gap in apart if gap == 0] or [value for value, gap in apart if gap <= limit]
-
-    def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
-        return per_token(tensor, tail, self.batch_size, self.tokens)
-
-    def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[ComputedValue]:
-        """The values that are these coefficients (K, T, *tail), or their transpose, in order.
-
-        A matrix may be a part of one that reads too: its last columns, source by destination.
-
-        ``wanted``: coefficients of the sampled sequences, on the CPU.
-        ``between``: the values of which part of the forward are looked at, see `ComputedValue.order`.
-        """
-        limit = SAME * max(1.0, float(wanted.abs().max()))
-        return [
-            value
-            for value in self.within(between)
-            if any(self.equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
-        ]
-
-    def within(self, between: tuple[int, int]) -> Sequence[ComputedValue]:
-        """The values of a part of the forward that are what they were."""
-        first, last = (bisect_left(self.values, order, key=lambda value: value.order) for order in between)
-        return [value for value in self.values[first:last] if not value.rewritten]
-
-    def _readings(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        tensor, matrix = value.tensor.detach(), len(tail) == 2
-        for each in self.per_token(tensor, tail):
-            yield from (each, each.mT) if matrix else (each,)
-        for views in range(1, MOST_VIEWS + 1) if matrix else ():
-            for each in self.per_token(tensor, (tail[0], tail[0] + views)):
-                yield from (each[..., views:], each[..., views:].mT)
-
-    def equal(self, tensor: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
-        """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
-        if tensor.is_meta:  # weights that are elsewhere between two uses
-            return False
-        # One token first, as plain numbers and before the sampled sequences are gathered: most candidates differ everywhere.
-        rounding = torch.finfo(self.precision).eps
-        for one, other in zip(tensor[self.rows[0], 0].flatten().tolist(), self._first(wanted), strict=True):
-            if abs(one - other) > 2 * limit + rounding * abs(one):
-                return False
-        few = tensor[self.rows].to(wanted.device, torch.float32)
-        for tokens in (slice(1), slice(None)):
-            one, other = few[:, tokens], wanted[:, tokens]
-            rounded = torch.equal(one.to(self.precision).float(), other)
-            if not rounded and (one - other).abs().max() > limit:
-                return False
-        return True
-
-    def _first(self, wanted: torch.Tensor) -> list[float]:
-        """The weights of the first token, as numbers."""
-        known = self._firsts.get(id(wanted))
-        if known is None:
-            known = self._firsts[id(wanted)] = wanted[0, 0].flatten().tolist(), wanted
-        return known[0]
-
-    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float | None]:
-        """The largest gradients of a random combination of the outputs; None where autograd has no path to a tensor."""
-        generator = torch.Generator().manual_seed(0)
-        carrying = [output for output in self.outputs if output.requires_grad]
-        wanted = [position for position, tensor in enumerate(tensors) if tensor.requires_grad]
-        found: list[float | None] = [None] * len(tensors)
-        if not carrying or not wanted:
-            return found
-        total = torch.stack(
-            [
-                (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
-                for output in carrying
-            ]
-        ).sum()
-        gradients = torch.autograd.grad(
-            total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True
-        )
-        for position, gradient in zip(wanted, gradients, strict=True):
-            found[position] = None if gradient is None else float(gradient.abs().max())
-        return found
+def _reductions(value: TracedValue, squares: set[int], vectors: set[int]) -> Iterator[Reduction]:
+    """What an operation makes of a matrix, where it normalises, reduces or turns it."""
+    matrix = value.args[0] if value.args else None
+    if not isinstance(matrix, TracedValue) or matrix.numel not in squares:
+        return
+    rank = len(matrix.shape)
+    if value.name in TURNS and value.numel == matrix.numel:
+        yield Reduction(value.number, 0, 0, turned=True)
+    elif value.name in REDUCTIONS and rank > 1:
+        at = REDUCTIONS[value.name]
+        axes = value.kwargs.get("dim", value.args[at] if len(value.args) > at else None)
+        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+            if isinstance(axis, int):
+                yield Reduction(value.number, axis - rank if axis >= 0 else axis, matrix.shape[axis])
+    elif value.name not in EXTREMES and value.numel in vectors:
+        yield Reduction(value.number, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -456,7 +190,7 @@ class Search:
         after = self.forward.states(self.applied[number].x_out)
         if not self.states[number] or not after:
             return None
-        return self.states[number][0].order, after[0].order
+        return self.states[number][0].number, after[0].number
 
     def _find(self, number: int) -> dict[str, list[ComputedValue]]:
         window = self._window(number)
@@ -466,7 +200,7 @@ class Search:
         weights = {"H_res": applied.mix, "H_pre": applied.read, "H_post": applied.write}
         # Weights may have been computed before this connection began: the nearest ones count.
         earlier = self.states[max(0, number - 2)]
-        starts = [window[0], earlier[0].order if earlier else 0, 0]
+        starts = [window[0], earlier[0].number if earlier else 0, 0]
         found: dict[str, list[ComputedValue]] = {}
         for name, wanted in weights.items():
             if wanted is None:
@@ -482,11 +216,13 @@ class Search:
         window, found = self._window(number), self.found[number]
         if window is None:
             return Origin()
-        share, later = self._other_tokens(number)
+        share, later = self._other_tokens(number, window)
         mix = found.get("H_res", [])
         behind = self.behind(mix[:1])
         first = [v.number for v in self.squares(number, (0, window[1])) if v.number in behind]
-        chain = self.forward.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
+        chain = self.forward.graph.ancestors(
+            [v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every
+        )
         return Origin(
             learned=bool(behind & self.forward.parameters.keys()),
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
@@ -494,11 +230,18 @@ class Search:
             later=later,
             unused=self._unused(number, window),
             sigmoids=self._sigmoids(number, window),
-            axes=tuple(each for each in self.forward.reductions if each.number in chain),
+            axes=tuple(self._axes(number, chain)),
             turned=self._turned(number, mix),
             reads_along=self._reads_along(number, mix),
             **(self._before_rounding(number, window) or self._exact(number, mix)),
         )
+
+    def _axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
+        """Along which axes matrices were normalised, or turned, among some values."""
+        forward, n = self.forward, self.applied[number].mix.shape[-1]
+        lead = forward.batch_size * forward.tokens
+        for each in sorted(chain):
+            yield from _reductions(forward.graph.values[each], {n * n, lead * n * n}, {n, lead * n})
 
     def _turned(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
         wanted = self.applied[number].mix
@@ -524,7 +267,11 @@ class Search:
         square = self.squares(number, window)
         for dtype in CASTS:
             # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
-            cast = [value for value in square if value.tensor.dtype == dtype]
+            cast = [
+                value
+                for value in square
+                if value.tensor.dtype == dtype and not self.forward.is_cast_by_autocast(value)
+            ]
             if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
                 continue
             for value in square:
@@ -573,7 +320,7 @@ class Search:
 
     def behind(self, values: Sequence[ComputedValue]) -> set[int]:
         """What some values were computed from, back to the states of the connections."""
-        return self.forward.ancestors([value.number for value in values], stop=self.every)
+        return self.forward.graph.ancestors([value.number for value in values], stop=self.every)
 
     def squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
         """The values of a part of the forward that have the size of a connection's matrix."""
@@ -590,18 +337,22 @@ class Search:
         if others or not number or reached & own:
             return tuple(others)
         # Without any state behind them they may come from parameters alone, or from the model's input.
-        inputs = {n for n in reached if not self.forward.trace.parents[n]} - self.forward.parameters.keys()
-        return (-1,) if inputs else ()
+        return (-1,) if any(self.forward.graph.values[n].kind == INPUT for n in reached) else ()
 
-    def _other_tokens(self, number: int) -> tuple[float, bool]:
-        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
+    def _other_tokens(self, number: int, window: tuple[int, int]) -> tuple[float, bool]:
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later.
+
+        Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
+        """
         forward, state = self.forward, self.states[number][0]
+        branch = self._branch(number, window)
         terms, token = [], forward.tokens // 2
         generator = torch.Generator().manual_seed(0)
         for values in self.found[number].values():
             tensor = values[0].tensor if values else None
             if (
                 tensor is None
+                or self.behind(values[:1]) & branch
                 or not tensor.requires_grad
                 or tensor.numel() % (forward.batch_size * forward.tokens)
             ):
@@ -628,13 +379,12 @@ class Search:
         n = mix.shape[-1]
         # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
         square = [v for v in self.squares(number, window) if v.tensor.shape[-2:] == (n, n)]
-        dead = [value for value in square if value.number not in forward.used]
+        dead = [value for value in square if not forward.is_used(value)]
         if not dead:
             return None
         last = dead[-1]
-        taken = self.applied[number].branch_in
-        branch = {v.number for v in forward.matching(taken, window)} if taken is not None else set()
-        behind = forward.ancestors([last.number], stop=self.every | branch)
+        branch = self._branch(number, window)
+        behind = forward.graph.ancestors([last.number], stop=self.every | branch)
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
         if behind & branch:
             return None
@@ -643,7 +393,7 @@ class Search:
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
         # weights in one tensor. The gradient tells these apart.
         earlier = [v for v in self.squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
-        used = [v for v in earlier if v.number in behind and v.number in forward.used]
+        used = [v for v in earlier if v.number in behind and forward.is_used(v)]
         if used and not (
             used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor])[0] in (0.0, None)
         ):
@@ -656,9 +406,14 @@ class Search:
         same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
         return None if same else matrix
 
+    def _branch(self, number: int, window: tuple[int, int]) -> set[int]:
+        """The values that are what a connection's branch takes."""
+        taken = self.applied[number].branch_in
+        return set() if taken is None else {v.number for v in self.forward.matching(taken, window)}
+
     def _sigmoids(self, number: int, window: tuple[int, int]) -> dict[str, float]:
         applied = self.applied[number]
-        values = [value for value in self.forward.within(window) if value.sigmoid]
+        values = [value for value in self.forward.within(window) if value.value.name == "sigmoid"]
         weights = {"H_pre": applied.read, "H_post": applied.write}
         found = {
             name: self._sigmoid_factor(wanted, values)
@@ -690,8 +445,7 @@ class Search:
         size = mix[0].tensor.numel()
         # A copy that a log keeps is not used, and may carry none.
         severed = any(
-            v.number in self.forward.used and v.tensor.numel() == size and not v.tensor.requires_grad
-            for v in mix
+            self.forward.is_used(v) and v.tensor.numel() == size and not v.tensor.requires_grad for v in mix
         )
         if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
             return None

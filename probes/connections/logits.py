@@ -4,26 +4,24 @@ Softmax and any number of rounds of Sinkhorn multiply the rows and columns of ex
 
     H_res = diag(a) exp(H̃) diag(b),      so that      log H_res − H̃ = log a 1ᵀ + 1 (log b)ᵀ
 
-That equation tells H̃ from other tensors whatever code projects it, and in which orientation. Where the logits come from is
-told by autograd's graph: all of H_res's gradient passes through them. A tensor for which either fails is not taken.
+The recorded graph shows them: H_res is computed from them alone, and from nothing else that was given. The equation proves
+them, whatever code projects, and their orientation. A tensor for which either fails is not taken.
 Shapes: B batch, T token, n streams; m some tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from depthscope.probes.connections.coefficients import per_token, spread
-from depthscope.probes.model.hooks import without_frames
-from depthscope.probes.model.tensors import tensors_in, version
+from depthscope.probes.connections.computed_values import ComputedValue
+from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, TracedValue, names
 
-# torch's names of functions that take logits; of a stable softmax written by hand, of its exponential.
-EXPONENTIALS = frozenset(("exp", "softmax", "log_softmax", "logsumexp"))
+# torch's names of operations that take logits; of a stable softmax written by hand, of its exponential.
+EXPONENTIALS = names("exp _softmax _safe_softmax _log_softmax logsumexp")
 # What models add to their entries and sums so that they divide by no zero, about 1e-6, over the smallest sum that it may have
 # been divided by since: it moves the logarithm of small entries. Heuristic.
 ADDED = 1e-4
@@ -31,11 +29,10 @@ ADDED = 1e-4
 SAME = 3e-6
 CLOSE = 1e-3  # of logarithms, where nothing was added; a heuristic
 COMPARED_TOKENS = 64  # a wrong tensor, or the wrong orientation, differs at nearly every token
-# Shares of tokens at which the equation holds. Of what an exponential takes, and all of H_res's gradient passes through, it
+# Shares of tokens at which the equation holds. Of what an exponential takes, and H_res is computed from alone, it
 # decides the orientation alone: saturated logits of DeepSeek-V4 reach 0.5, the wrong orientation 0. Of other tensors, such as
 # logits before a temperature, it is all that there is. Heuristics.
 ENOUGH, NEARLY_ALL = 0.1, 0.9
-MOST_OPERATIONS = 20_000  # between logits and matrix: 20 rounds of Sinkhorn are about 100
 
 NOT_POSITIVE = "H_res has entries that are not positive: it is no scaled exponential of logits"
 NO_GRAPH = "the forward kept no graph, in which logits are recognised"
@@ -45,39 +42,38 @@ NOT_FOUND = (
 NOT_SEEN = "the matrix itself is no tensor that the module's own code handles"
 
 
-def exponential_argument(name: str, args: Any) -> torch.Tensor | None:
-    """The tensor whose exponential a function of torch takes; None where it takes none."""
-    if name not in EXPONENTIALS or not args or not isinstance(args[0], torch.Tensor):
-        return None
-    return args[0] if args[0].is_floating_point() else None
+class FoundLogits(NamedTuple):
+    """The logits of a matrix, that matrix, and which reading of `as_matrices` has the logits in its orientation."""
+
+    logits: ComputedValue
+    matrix: ComputedValue
+    reading: int
 
 
-def passes_through(result: torch.Tensor, source: torch.Tensor) -> bool | None:
-    """Whether all of a tensor's gradient passes through another one.
+def exponential_arguments(graph: Graph, behind: set[int]) -> list[int]:
+    """The numbers of the values whose exponential was taken, in the order of that, for what some others were computed from."""
+    taken = (graph.values[number] for number in sorted(behind) if graph.values[number].name in EXPONENTIALS)
+    return list(dict.fromkeys(value.parents[0].number for value in taken))
 
-    Returns: False where some of it does, and some goes elsewhere; None where none does, as far as `MOST_OPERATIONS`
-    show.
+
+def is_only_source(graph: Graph, result: TracedValue, source: TracedValue) -> bool | None:
+    """Whether a value was computed from another one, and apart from that from no number that was given or learned.
+
+    Returns: False where it was computed from others too; None where not from this one at all.
     """
-    goal, start = get_gradient_edge(source), get_gradient_edge(result)
-    if _key(goal) == _key(start):
+    if result is source:
         return None
-    waiting, seen, reached, elsewhere = [start.node], {start.node}, False, False
-    while waiting and len(seen) <= MOST_OPERATIONS:
-        node = waiting.pop()
-        elsewhere = elsewhere or not node.next_functions  # a parameter, or another leaf of the graph
-        for below, output in node.next_functions:
-            if below is None:
-                continue
-            if (below, output) == _key(goal):
+    waiting, seen, reached = [result], {result.number}, False
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent is source:
                 reached = True
-            elif below not in seen:
-                seen.add(below)
-                waiting.append(below)
-    return (not elsewhere and not waiting) if reached else None
-
-
-def _key(edge: GradientEdge) -> tuple[Any, int]:
-    return edge.node, edge.output_nr
+            elif parent.number not in seen and parent.is_floating:
+                if parent.kind in (INPUT, PARAMETER):
+                    return False if reached or graph.depends(result, source) else None
+                seen.add(parent.number)
+                waiting.append(parent)
+    return True if reached else None
 
 
 def share_scaled(logits: torch.Tensor, matrix: torch.Tensor, rounding: float) -> float:
@@ -126,174 +122,53 @@ def is_same_matrix(
     )
 
 
-@dataclass
-class Handled:
-    """The matrices that some code handled, and those whose exponential it took.
-
-    Parameters
-    ----------
-    exponentials : list of (Tensor, int)
-        In order, each with torch's count of writes when its exponential was taken.
-    matrices : list of Tensor
-        In order; the same tensor may be there several times.
-    num_earlier : int
-        How many matrices were there when the first exponential was taken.
-    error : Exception or None
-        Why no more was kept.
-    """
-
-    exponentials: list[tuple[torch.Tensor, int | None]] = field(default_factory=list)
-    matrices: list[torch.Tensor] = field(default_factory=list)
-    num_earlier: int = 0
-    error: Exception | None = None
-
-    @property
-    def earlier(self) -> list[tuple[torch.Tensor, int | None]]:
-        """The matrices before the first exponential, the last one first, each with torch's count of writes."""
-        before = self.matrices[: self.num_earlier] if self.exponentials else []
-        return [(matrix, version(matrix)) for matrix in reversed(before)]
-
-    def add(self, argument: torch.Tensor | None, results: Iterable[torch.Tensor]) -> None:
-        """Note one operation: the tensor whose exponential it takes, if it takes one, and its results."""
-        if argument is not None:
-            if not self.exponentials:
-                self.num_earlier = len(self.matrices)
-            self.exponentials.append((argument, version(argument)))
-        self.matrices.extend(results)
-
-    def release(self) -> None:
-        """Drop the tensors: a graph must not live longer than the user's."""
-        self.exponentials, self.matrices = [], []
-
-
-class OperationLogits:
-    """The matrices among all values of a traced forward, and those whose exponential is taken; a listener of `Trace`.
-
-    Parameters
-    ----------
-    num_streams : int
-        n: tensors are kept whose last two axes are n × n.
-    now : callable
-        How many values the trace has.
-    """
-
-    def __init__(self, num_streams: int, now: Callable[[], int]):
-        self._tail, self._now = (num_streams, num_streams), now
-        self._seen: list[tuple[int, torch.Tensor | None, int | None, list[torch.Tensor]]] = []
-        self._error: Exception | None = None
-
-    def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Look at an operation that has run; an error of ours must not reach the user's forward.
-
-        ``func, args, kwargs, result``: the operation, what it took and what it gave.
-        """
-        if self._error is not None:
-            return
-        try:
-            name = func.overloadpacket.__name__.lstrip("_")
-            argument = exponential_argument(name.removeprefix("safe_"), args)
-            if argument is not None and tuple(argument.shape[-2:]) != self._tail:
-                argument = None
-            made = (result,) if isinstance(result, torch.Tensor) else tensors_in(result)
-            kept = [
-                each for each in made if tuple(each.shape[-2:]) == self._tail and each.is_floating_point()
-            ]
-            if kept or argument is not None:
-                written = None if argument is None else version(argument)
-                self._seen.append((self._now(), argument, written, kept))
-        except Exception as error:
-            self._error = without_frames(error)
-
-    def between(self, first: int, last: int) -> Handled:
-        """What was handled between two values of the trace, by their numbers."""
-        found = Handled(error=self._error)
-        for at, argument, written, kept in self._seen:
-            if first < at <= last:
-                found.add(argument, kept)
-                if argument is not None:
-                    found.exponentials[-1] = argument, written
-        return found
-
-
-class LogitWatch:
-    """Look at what the code of one call handles: a listener of `Watch`, the mode that sees its functions.
-
-    Parameters
-    ----------
-    sizes : collection of int
-        Numbers of elements of the tensors that are kept.
-
-    Attributes
-    ----------
-    handled : Handled
-        What was seen.
-    """
-
-    def __init__(self, sizes: Iterable[int]):
-        self._sizes = frozenset(sizes)
-        self.handled = Handled()
-
-    def __call__(self, func: Any, args: Any, result: Any) -> None:
-        """Look at what a function that has run took and gave."""
-        if self.handled.error is None:
-            try:
-                self._keep(getattr(func, "__name__", ""), args, result)
-            except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
-                self.handled = Handled(error=without_frames(error))
-
-    def _keep(self, name: str, args: Any, result: Any) -> None:
-        argument = exponential_argument(name, args) if name in EXPONENTIALS else None
-        if argument is not None and argument.numel() not in self._sizes:
-            argument = None
-        made = (result,) if isinstance(result, torch.Tensor) else tensors_in(result)
-        kept = [each for each in made if each.numel() in self._sizes and each.is_floating_point()]
-        if kept or argument is not None:
-            self.handled.add(argument, kept)
-
-
 def find_logits(
-    exponentials: Sequence[tuple[torch.Tensor, int | None]],
-    others: Sequence[tuple[torch.Tensor, int | None]],
-    matrices: Sequence[torch.Tensor],
+    graph: Graph,
+    values: Sequence[ComputedValue],
+    matrices: Sequence[ComputedValue],
     wanted: torch.Tensor,
     *,
     batch: int,
     tokens: int,
     rows: Sequence[int],
     rounding: float,
-) -> tuple[int, int, int] | str:
-    """Find the logits among the tensors that a connection computed.
+) -> FoundLogits | str:
+    """Find the logits among what a connection computed.
 
-    ``exponentials``: whose exponential was taken, in order; each with torch's count of writes at that time.
-    ``others``: computed before the first of these, the last one first: Sinkhorn in logarithms may add to the logits
-    before it takes an exponential.
+    ``values``: from which its matrices were computed, in order.
     ``matrices``: those that are H_res, or its transpose, in order.
     ``wanted``: H_res of some sequences (K, T, n, n).
-    Returns: Indices among both kinds of candidates together, among the matrices, and of the reading of `as_matrices` in
-    which the logits have the orientation of ``wanted``; or why there are none.
+    Returns: Why there are none, where there are none.
     """
-    n = wanted.shape[-1]
-    graphs = [number for number, each in enumerate(matrices) if each.requires_grad]
-    if not graphs or not bool((wanted > 0).all()):
-        return NOT_POSITIVE if graphs else NO_GRAPH if matrices else NOT_SEEN
+    learned = [each for each in matrices if each.tensor.requires_grad]
+    if not learned or not bool((wanted > 0).all()):
+        return NOT_POSITIVE if learned else NO_GRAPH if matrices else NOT_SEEN
     flat, first = wanted.flatten(0, -3), False
-    for position, (logits, written) in enumerate((*exponentials, *others)):
+    known = {each.number: each for each in values}
+    taken = [
+        known[n]
+        for n in exponential_arguments(graph, graph.ancestors([m.number for m in matrices]))
+        if n in known
+    ]
+    # Sinkhorn in logarithms may add to the logits before it takes an exponential.
+    before = [each for each in values if taken and each.number < taken[0].number][::-1]
+    for position, logits in enumerate((*taken, *before)):
         # Only the first one: later exponentials may be of what was projected already, as of Sinkhorn in logarithms.
-        if first and position < len(exponentials):
+        if first and position < len(taken):
             continue
         # The last matrix is what is applied; in the rounds before, it may have been the same number already.
-        own = [at for at in graphs if matrices[at].numel() == logits.numel()]
-        if not own or not logits.requires_grad or written != version(logits):
+        own = [matrix for matrix in learned if matrix.tensor.numel() == logits.tensor.numel()]
+        if not own or not logits.tensor.requires_grad:
             continue
-        passes = passes_through(matrices[own[-1]], logits)
-        first = first or passes is not None
-        if not passes:
+        alone = is_only_source(graph, own[-1].value, logits.value)
+        first = first or alone is not None
+        if not alone:
             continue
         shares = [
             share_scaled(each[list(rows), : wanted.shape[1]].flatten(0, -3).to(flat.device), flat, rounding)
-            for each in as_matrices(logits.detach(), batch, tokens, n)
+            for each in as_matrices(logits.tensor.detach(), batch, tokens, wanted.shape[-1])
         ]
         best = max(range(len(shares)), key=shares.__getitem__)
-        if shares[best] >= (ENOUGH if position < len(exponentials) else NEARLY_ALL):
-            return position, own[-1], best
+        if shares[best] >= (ENOUGH if position < len(taken) else NEARLY_ALL):
+            return FoundLogits(logits, own[-1], best)
     return NOT_FOUND

@@ -8,7 +8,8 @@ from itertools import islice
 
 import torch
 
-from depthscope.probes.connections.computation import ComputedForward, Search
+from depthscope.probes.connections.computation import Search
+from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits, is_same_matrix
 
 
@@ -57,7 +58,7 @@ def _is_matrix(forward: ComputedForward, tensor: torch.Tensor, wanted: torch.Ten
 def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[torch.Tensor, ...]]:
     """The logits of a connection, and the tensors that are its logits and its matrix."""
     forward, wanted = search.forward, search.applied[number].mix
-    n, found = wanted.shape[-1], search.found[number].get("H_res", [])
+    found = search.found[number].get("H_res", [])
     if not found:
         return MixingLogits(NOT_SEEN), ()
     behind = search.behind(found[-1:])
@@ -66,17 +67,15 @@ def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[tor
     known = {value.number for value in found}
     mix = [
         value
-        for value in search.squares(number, (0, found[-1].order + 1))
-        if value.number in behind & forward.used
+        for value in search.squares(number, (0, found[-1].number + 1))
+        if value.number in behind
+        and forward.is_used(value)
         and (value.number in known or _is_matrix(forward, value.tensor, wanted))
     ]
-    exponentials = [each for each in forward.exponentials if each.number in behind]
-    first = exponentials[0].order if exponentials else 0
-    before = [each for each in search.squares(number, (0, first)) if each.number in behind][::-1]
     place = find_logits(
-        [(each.tensor, each.written) for each in exponentials],
-        [(each.tensor, each.written) for each in before],
-        [each.tensor for each in mix],
+        forward.graph,
+        [each for each in search.squares(number, (0, found[-1].number)) if each.number in behind],
+        mix,
         wanted,
         batch=forward.batch_size,
         tokens=forward.tokens,
@@ -85,7 +84,7 @@ def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[tor
     )
     if isinstance(place, str):
         return MixingLogits(place), ()
-    logits, matrix = (*exponentials, *before)[place[0]].tensor, mix[place[1]].tensor
-    oriented = as_matrices(logits.detach(), forward.batch_size, forward.tokens, n)
-    few = next(islice(oriented, place[2], None))[forward.rows].to("cpu", torch.float32)
+    logits, matrix = place.logits.tensor, place.matrix.tensor
+    oriented = as_matrices(logits.detach(), forward.batch_size, forward.tokens, wanted.shape[-1])
+    few = next(islice(oriented, place.reading, None))[forward.rows].to("cpu", torch.float32)
     return MixingLogits(logits=few), (logits, matrix)

@@ -64,8 +64,6 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._accept = accept
         self._accepted: dict[tuple[int, ...], bool] = {}  # this is asked at every function of the module
-        # Called with every function, its arguments and its result: a mode of its own would take as long again.
-        self.also: Callable[[Any, Any, Any], None] | None = None
         # By id, which stays unique as long as the tensors are stored here
         self.seen: dict[int, torch.Tensor] = {}
         self._error: Exception | None = None  # why no more is kept
@@ -75,8 +73,6 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs) if kwargs else func(*args)
         # A mode of the user's must not see that shapes are read.
         with torch._C.DisableTorchFunction():
-            if self.also is not None:
-                self.also(func, args, result)
             if self._error is None:
                 try:
                     self._look_at(args, result)

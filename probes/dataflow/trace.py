@@ -59,8 +59,6 @@ class Trace(TorchDispatchMode):
         self.error: Exception | None = None
         # Called with every value and its tensor when it is made: the tensor has no gradient function yet.
         self.on_value: Callable[[Value, torch.Tensor], None] | None = None
-        # Called with every operation, what it took and what it gave; raises nothing.
-        self.on_operation: Callable[[Any, Any, Any, Any], None] | None = None
         self.constants = ParameterConstants()
         self.parents: list[tuple[int, ...]] = []
         self.calls: list[int] = []  # of the values, by number
@@ -113,8 +111,6 @@ class Trace(TorchDispatchMode):
                 self.constants.note(func, args, kwargs, result)
         except Exception as error:
             self.error = without_frames(error)
-        if self.on_operation is not None:
-            self.on_operation(func, args, kwargs, result)
         return result
 
     def _replaced(self, argument: Any, operands: list[Value]) -> Any:

@@ -20,7 +20,6 @@ from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import FORWARD
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -151,7 +150,7 @@ def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: Seque
     for (path, method), sides in wanted.items():
         module = modules[path]
         before, after = _input_hook(sides["input"], meet), _output_hook(sides["output"], meet)
-        if method != FORWARD:
+        if method != "forward":
             replace_method(stack, module, method, _with_method_hooks(getattr(module, method), before, after))
             continue
         if sides["input"]:

@@ -172,6 +172,20 @@ def _new_key() -> int:
     return key
 
 
+class Modes:
+    """Several contexts as one, the innermost last."""
+
+    def __init__(self, *modes: AbstractContextManager[Any]):
+        self._modes, self._stack = modes, ExitStack()
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            self._stack.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
 @dataclass
 class MethodWatch:
     """A context to run a method in, and a function that receives its result."""

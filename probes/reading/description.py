@@ -86,6 +86,12 @@ class MemoryReading:
     root: int  # the number of its first value
     shape: tuple[int, ...]  # of one stream of that
     feature_axis: int
+    carried: Mapping[int, Numbers] = field(
+        repr=False
+    )  # where elements of the first value are, in every value that has some
+    parameters: frozenset[str] = field(
+        repr=False
+    )  # names of those that work between its first and last state
     proof: str  # "proven", or "unproven: why"
     error: float
     weights: Mapping[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -216,6 +216,7 @@ class Graph:
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
+        self._by_shown: dict[tuple[int, str, int], int] | None = None
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -249,6 +250,18 @@ class Graph:
                     if parent.number not in stop:
                         marks[parent.number] = 1
         return marks
+
+    def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
+        seen = set(numbers)
+        waiting = [number for number in seen if number not in stop]
+        while waiting:
+            for parent in self.values[waiting.pop()].parents:
+                if parent.number not in seen:
+                    seen.add(parent.number)
+                    if parent.number not in stop:
+                        waiting.append(parent.number)
+        return seen
 
     def takers(self, value: TracedValue) -> list[TracedValue]:
         """The values that were made of one."""
@@ -342,6 +355,27 @@ class Graph:
         if not self._by_place:
             self._by_place = {self.place(value): value for value in self.values if value.func is not None}
         return self._by_place.get(place)
+
+    def call_of(self, path: str, number: int) -> int:
+        """The number of the k-th call of a module, among all calls.
+
+        Raises ReadingError: Where it was not called so often.
+        """
+        found = [n for n, call in enumerate(self.calls) if (call.path, call.number) == (path, number)]
+        if not found:
+            raise ReadingError(f"{path or 'the model'} was not called {number + 1} times")
+        return found[0]
+
+    def shown_at(self, path: str, number: int, at: str, item: int) -> TracedValue | None:
+        """The value that a call took or gave; None where it did not."""
+        if self._by_shown is None:
+            self._by_shown = {
+                (shown.call, shown.at, shown.item): of
+                for of, places in self.shown.items()
+                for shown in places
+            }
+        of = self._by_shown.get((self.call_of(path, number), at, item))
+        return None if of is None else self.values[of]
 
     def let_go(self) -> None:
         """Hold no tensor any more."""

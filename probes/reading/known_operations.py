@@ -114,3 +114,8 @@ def is_unwritten(value: TracedValue) -> bool:
     while value.alias:
         value = value.parents[0]
     return value.name in EMPTY and value.numel > 0
+
+
+def is_alone() -> bool:
+    """Whether no mode of the user's is on, which would not see a layer that runs as one operation."""
+    return torch._C._len_torch_dispatch_stack() == 1

@@ -140,6 +140,10 @@ class WeightCoverage:
         sizes["elsewhere"] = sum(w.numel for w in self.elsewhere)
         return {name: size / max(total, 1) for name, size in sizes.items()}
 
+    def names(self, place: str) -> set[str]:
+        """The names of the parameters that work at a place."""
+        return {self.graph.parameter_names.get(w.number, "") for w in self.by_place[place]}
+
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""
         if self.elsewhere:

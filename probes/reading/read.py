@@ -197,6 +197,8 @@ class _Reader:
             root=self.memory.root.number,
             shape=self.memory.shape,
             feature_axis=self.states.axis,
+            carried=self.memory.carried,
+            parameters=frozenset(coverage.names("branches")),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),

@@ -18,6 +18,7 @@ from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
@@ -43,6 +44,7 @@ from depthscope.probes.reading.known_operations import (
     MUL,
     SAVING,
     Operation,
+    is_alone,
     is_layer,
     is_saved,
     is_unwritten,
@@ -73,10 +75,14 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class GraphRecorder(TorchDispatchMode):
-    """The values of a forward, as long as it is on."""
+    """The values of a forward, as long as it is on.
 
-    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor]):
+    ``holds``: whether tensors are held, so that what is carried can be run again.
+    """
+
+    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
         super().__init__()
+        self._holds = holds
         self.graph = Graph()
         self._given = {id(tensor) for tensor in batch}
         self.paths: dict[int, str] = {}  # of modules
@@ -105,6 +111,8 @@ class GraphRecorder(TorchDispatchMode):
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
         # Called with every value and its tensor when it is made.
         self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
+        # Called with every operation, after what it made was noted.
+        self.listeners: list[Listener] = []
 
     def __enter__(self) -> GraphRecorder:
         self._paused = no_collection()
@@ -128,7 +136,7 @@ class GraphRecorder(TorchDispatchMode):
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
-        given = layer_operands(module, tensors) if type(module) is nn.Linear else None
+        given = layer_operands(module, tensors) if type(module) is nn.Linear and is_alone() else None
         if given is not None:
             self._layer = [self.value_of(tensor) for tensor in given]
             self._off = torch._C._DisableTorchDispatch()
@@ -164,16 +172,26 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.outputs = [self.value_of(tensor) for tensor in tensors_of(output)]
         return self.graph
 
+    @property
+    def path(self) -> str:
+        """The module whose call is running; that of the model is empty."""
+        return self.graph.calls[self._stack[-1]].path
+
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
+        """The value that a tensor has now, as it is taken."""
+        value = self.known(tensor)
+        if self.on_taken is not None:
+            self.on_taken(value, tensor)
+        return value
+
+    def known(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
         entry = self._entries.get(id(tensor))
         if entry is not None and entry() is not tensor:  # of a tensor that is gone
             entry = None
         value = self._current(tensor, entry) if entry is None or self._writes else entry.value
         if value.kind == CONSTANT and tensor.grad_fn is not None:  # computed by what is no operation
-            value = self._unseen(tensor)
-        if self.on_taken is not None:
-            self.on_taken(value, tensor)
+            return self._unseen(tensor)
         return value
 
     def _current(self, tensor: torch.Tensor, entry: _Entry | None) -> TracedValue:
@@ -243,7 +261,7 @@ class GraphRecorder(TorchDispatchMode):
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
-        if base.held is not None or (base.remade and not base.costly and not saved):
+        if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         held = tensor if tensor.grad_fn is None else tensor.detach()
@@ -280,6 +298,8 @@ class GraphRecorder(TorchDispatchMode):
                 if taken[0].is_foreign:
                     taken = self._as_sum(taken, args, kwargs, result)
                 self.note(*taken, result)
+                for listener in self.listeners:
+                    listener(func, args, kwargs, result)
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result

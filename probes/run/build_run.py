@@ -9,7 +9,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.applied import Replacement, as_applied
-from depthscope.probes.connections.computation import ComputedForward
+from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.run.attributes import run_attributes

@@ -11,11 +11,11 @@ import torch
 from depthscope.probes.connections.applied import Replacement
 from depthscope.probes.connections.computation import (
     Applied,
-    ComputedForward,
     Origin,
     Search,
     trace_origins,
 )
+from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks

@@ -1,6 +1,6 @@
 """Between which states does attention lie, and what were its weights? By chain and depth, of the sampled sequences.
 
-The first forward, whose operations are all traced, shows which calls of which modules attend, and to which state that leads.
+The first forward, whose operations are all recorded, shows which calls of which modules attend, and to which state that leads.
 Later forwards look at the operations of these modules alone.
 """
 
@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.dataflow.attention import AttentionRows, AttentionWatch
-from depthscope.probes.dataflow.trace import Trace
-from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.layout import LayoutError
+from depthscope.probes.model.operations import OperationsShown
+from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.recorder import GraphRecorder
+from depthscope.probes.session.attention_rows import AttentionRows, AttentionWatch
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.plain_proof import states_of
 from depthscope.probes.structure.tape import Tape
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
@@ -84,39 +83,40 @@ class AttentionPlaces:
             ] += len(self.heads)
 
 
-def watch_attention(tape: Tape, trace: Trace, forward: Forward, rows: torch.Tensor) -> None:
-    """Let a trace tell what the tokens of its forward attend to.
+def watch_attention(
+    recorder: GraphRecorder, model: nn.Module, forward: Forward, rows: torch.Tensor
+) -> AttentionWatch:
+    """Look at what the tokens of a recorded forward attend to.
 
     ``rows``: the sequences of the batch whose weights are looked at; without any, only where attention lies is found.
     """
 
-    def number(tensor: torch.Tensor) -> int | None:
-        value = trace.value(tensor)
-        return None if value is None else value.number
+    def number(tensor: torch.Tensor) -> int:
+        return recorder.known(tensor).number
 
     def heads_follow() -> bool:
         # torch's own module documents how it joins the axes; of another one it would be a guess.
-        return trace.call >= 0 and isinstance(tape.calls[trace.call].module, nn.MultiheadAttention)
+        return isinstance(model.get_submodule(recorder.path), nn.MultiheadAttention)
 
-    trace.on_operation = tape.attention = AttentionWatch(
-        rows, forward.batch_size, number=number, heads_follow=heads_follow
-    )
+    watch = AttentionWatch(rows, forward.batch_size, number=number, heads_follow=heads_follow)
+    recorder.listeners.append(watch)
+    return watch
 
 
 def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> AttentionPlaces:
-    """Tell between which states the attention of a traced forward lies, and give the forward its numbers."""
+    """Tell between which states the attention of a recorded forward lies, and give the forward its numbers."""
     watch, places = tape.attention, AttentionPlaces()
-    if watch is None or tape.trace is None:
+    if watch is None or tape.recorder is None:
         return places
-    tape.attention = tape.trace.on_operation = None  # it holds tensors of the forward
+    tape.recorder.listeners.remove(watch)  # it holds tensors of the forward
+    tape.attention, graph = None, tape.recorder.graph
     places.reasons.update(watch.reasons)
-    states = [states_of(tape, chain.points) for chain in structure.chains]
+    states = [[tape.recorded(point) for point in chain.points] for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
     for seen in watch.found:
-        call = tape.trace.calls[seen.value]
-        path, index = (tape.calls[call].path, tape.calls[call].index) if call >= 0 else ("", 0)
-        of_call = places.calls.setdefault((path, index), [])
-        place = _place(seen, tape.trace, depths)
+        call = graph.calls[graph.values[seen.value].call]
+        of_call = places.calls.setdefault((call.path, call.number), [])
+        place = _place(seen, graph, depths)
         of_call.append(None)  # before the first state, or in what is no chain
         if place is None:
             continue
@@ -126,7 +126,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
             continue
         key = of_call[-1] = number, depth
         places.heads[key] = places.heads.get(key, 0) + seen.rows.shape[2]
-        places.keys[key], places.modules[key] = seen.rows.shape[-1], path
+        places.keys[key], places.modules[key] = seen.rows.shape[-1], call.path
         add_rows(forward, key, seen.rows)
     places.seen.update(places.heads.keys())
     return places
@@ -138,41 +138,9 @@ def add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
     forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
-class LaterAttention(TorchDispatchMode):
-    """The operations of one module call that attends.
-
-    Parameters
-    ----------
-    forward : Forward
-        The forward.
-    rows : Tensor
-        The sequences whose weights are looked at.
-    module : Module
-        The module.
-    """
-
-    def __init__(self, forward: Forward, rows: torch.Tensor, module: nn.Module):
-        super().__init__()
-        follow = isinstance(module, nn.MultiheadAttention)
-        # Of the operations of one call the order is enough.
-        self.watch = AttentionWatch(
-            rows, forward.batch_size, number=lambda tensor: 0, heads_follow=lambda: follow
-        )
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `Trace`
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at it."""
-        result = func(*args, **(kwargs or {}))
-        self.watch(func, args, kwargs, result)
-        return result
-
-
 def later_attention(
     places: AttentionPlaces, forward: Forward, path: str, module: nn.Module
-) -> tuple[LaterAttention, Callable[[Any], None]] | None:
+) -> tuple[OperationsShown, Callable[[Any], None]] | None:
     """What looks at one call of a module that attends, and what is to be done when it has ended.
 
     Returns: None where the call is not to be looked at.
@@ -181,18 +149,20 @@ def later_attention(
     rows = forward.rows[: places.sequences]
     if expected is None or not any(expected) or not len(rows):
         return None
-    mode = LaterAttention(forward, rows, module)
+    follow = isinstance(module, nn.MultiheadAttention)
+    # Of the operations of one call the order is enough.
+    watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: 0, heads_follow=lambda: follow)
 
     def done(result: Any) -> None:
-        if len(mode.watch.found) != len(expected):
-            places.reasons[next(iter(mode.watch.reasons), CHANGED)] += 1
+        if len(watch.found) != len(expected):
+            places.reasons[next(iter(watch.reasons), CHANGED)] += 1
             return
-        for seen, key in zip(mode.watch.found, expected, strict=True):
+        for seen, key in zip(watch.found, expected, strict=True):
             if key is not None:
                 add_rows(forward, key, seen.rows)
                 places.seen[key] += 1
 
-    return mode, done
+    return OperationsShown(watch), done
 
 
 def attention_sums(
@@ -222,17 +192,18 @@ def attention_sums(
 
 
 def _place(
-    call: AttentionRows, trace: Trace, depths: list[list[tuple[int, Value]]]
-) -> tuple[int, int, Value] | None:
+    seen: AttentionRows, graph: Graph, depths: list[list[tuple[int, TracedValue]]]
+) -> tuple[int, int, TracedValue] | None:
     """Chain, depth and value of the first state that was computed from an attention's output, after another one."""
+    attention = graph.values[seen.value]
     for number, of_chain in enumerate(depths):
-        after = [(depth, value) for depth, value in of_chain if value.number > call.value]
-        if after and after[0][0] > 0 and trace.depends(after[0][1].number, call.value):
+        after = [(depth, value) for depth, value in of_chain if value.number > attention.number]
+        if after and after[0][0] > 0 and graph.depends(after[0][1], attention):
             return number, *after[0]
     return None
 
 
-def _num_tokens(structure: Structure, number: int, state: Value, batch_size: int) -> int | None:
+def _num_tokens(structure: Structure, number: int, state: TracedValue, batch_size: int) -> int | None:
     """How many tokens a state has; None where its shape does not tell them."""
     try:
         return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size).shape[1]

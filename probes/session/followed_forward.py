@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import Computation, ComputedForward
-from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.connections.computed_forward import ComputedForward, values_of_connections
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
@@ -56,40 +56,39 @@ def follow(
     if not structure.connections or not sampled:
         return None
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
-    trace = Trace()
-    computation = Computation(trace, n, width, batch_size * tokens)
     model = session.model
-    weights = list(model.parameters())
-    for tensor in (*weights, *tensors_in(batch)):
-        trace.watch(tensor)
+    recorder = GraphRecorder(model, list(tensors_in(batch)), holds=False)
+    computed = values_of_connections(recorder, n, width, batch_size * tokens)
     try:
         # The random states are those before the measured forward, so that it drops what that one dropped.
         modes = preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model)
         with ExitStack() as stack:
-            for mode in (*modes, torch.enable_grad(), computation, trace):
+            for mode in (*modes, torch.enable_grad()):
                 stack.enter_context(mode)
-            output = call_model(model, batch)
+            with recorder:
+                output = call_model(model, batch)
+            graph = recorder.end(output)
             loss = None if loss_of is None else loss_of(output, batch)
     except Exception as error:
         # It ran without the mode: a remark less, and no error of the user's.
         logger.info("the forward could not be followed: %s", without_frames(error))
         return None
-    if computation.error is not None or trace.error is not None:
-        logger.info("the forward could not be followed: %s", computation.error or trace.error)
+    if graph.error is not None:
+        logger.info("the forward could not be followed: %s", graph.error)
         return None
+    weights, observer = dict(model.named_parameters(remove_duplicate=False)), session.observer
     return ComputedForward(
-        trace=trace,
-        values=computation.values,
-        reductions=computation.reductions,
-        parameters={value.number: weight for weight in weights if (value := trace.value(weight)) is not None},
+        graph=graph,
+        values=computed.in_order(),
+        parameters={number: weights[name] for number, name in graph.parameter_names.items()},
         outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
         batch_size=batch_size,
         tokens=tokens,
         canonical=lambda state: structure.canonical(0, state, batch_size),
         shape=tuple(structure.chains[0].shapes[0]),
-        precision=session.observer.precision,
+        precision=observer.precision,
+        autocast=observer.precision != observer.dtype,
         rows=[sequence.index - first for sequence in sampled],
-        exponentials=computation.exponentials,
         loss=loss,
     )
 

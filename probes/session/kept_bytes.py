@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.forced_eager import eager
@@ -23,7 +23,7 @@ from depthscope.probes.session.session import Session
 COMPILED = "the model is compiled: its kernels keep other tensors than the code as it is written"
 
 
-class _Storages(TorchDispatchMode):
+class _Storages:
     """Weak references to every memory that operations made, with its size.
 
     Hooks on saved tensors would see less (what checkpoints and custom functions hold they do not save) and change more:
@@ -31,23 +31,17 @@ class _Storages(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.known: set[int] = (
             set()
         )  # memory of weights, buffers and the batch, which is there without a backward
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `Trace`: nothing is compiled while it is on
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note what an operation made."""
         for storage in _memory(tensors_in(result)):
             if storage._cdata not in self.known and storage._cdata not in self.made:
                 # As long as the weak reference is there, the address is given to no other memory.
                 self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
 
     def know(self, tensors: Iterable[torch.Tensor]) -> None:
         """Do not count the memory of some tensors."""
@@ -112,6 +106,6 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
 
 def _graph_of_outputs(model: nn.Module, batch: Any, storages: _Storages) -> list[Any]:
     """The last nodes of the graph, without the outputs that they belong to."""
-    with storages:
+    with OperationsShown(storages.note):
         output = call_model(model, batch)
     return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]

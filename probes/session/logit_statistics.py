@@ -1,6 +1,6 @@
 """How much of the gradient of H_res reaches its logits in a measured step, and how far apart are these? Sums over its tokens.
 
-In the user's own loop: the tensors that a connection handles are watched, the logits are found among them once
+In the user's own loop: the operations of a connection are recorded, the logits are found among their values once
 (`depthscope.probes.connections.logits`), and their place is remembered. Hooks on the gradients leave with the forward.
 Shapes: B batch, T token, n streams.
 """
@@ -17,17 +17,18 @@ from itertools import islice
 import torch
 
 from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.connections.logits import (
     NO_GRAPH,
     NOT_SEEN,
     SAME,
-    Handled,
-    LogitWatch,
+    FoundLogits,
     as_matrices,
     find_logits,
     is_same_matrix,
 )
 from depthscope.probes.model.hooks import Hook, Report
+from depthscope.probes.reading.graph import Graph, ValuePlace
 from depthscope.probes.session.forward import Forward
 
 GRADIENT_SUMS = LOGIT_GRADIENT, MIXING_GRADIENT = ("logit_gradient_square_sum", "mixing_gradient_square_sum")
@@ -39,13 +40,27 @@ FIRST = "no forward after the first measured one has shown them yet"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the logits and the matrix of a connection are among the tensors that its call handles."""
+    """Where the logits and the matrix of a connection are computed."""
 
-    exponentials: int  # how many there were: as many again, and the same code has run
-    matrices: int
-    logits: int
-    matrix: int
+    logits: ValuePlace
+    matrix: ValuePlace
+    steps: int  # from one to the other: as many again, and the same code has run
     reading: int  # of `as_matrices`
+
+    @classmethod
+    def of(cls, graph: Graph, found: FoundLogits) -> _Place:
+        logits, matrix = found.logits.value, found.matrix.value
+        return cls(graph.place(logits), graph.place(matrix), matrix.number - logits.number, found.reading)
+
+    def found_again(self, seen: ComputedValues) -> FoundLogits | None:
+        """The same in another forward; None where other operations ran."""
+        values = [seen.graph.at(place) for place in (self.logits, self.matrix)]
+        known = [seen.by_number.get(value.number) for value in values if value is not None]
+        if len(known) < 2 or known[0] is None or known[1] is None:
+            return None
+        logits, matrix = known[0], known[1]
+        same = matrix.number - logits.number == self.steps and not (logits.rewritten or matrix.rewritten)
+        return FoundLogits(logits, matrix, self.reading) if same else None
 
 
 class LogitStatistics:
@@ -81,51 +96,42 @@ class LogitStatistics:
         # Of one matrix that all tokens share: the squares of its gradients do not add up over processes.
         self.of_all_tokens: set[tuple[str, int]] = set()  # names of sums, and connections
 
-    def watch(self, number: int, num_streams: int, lead: int) -> LogitWatch | None:
-        """What watches a call of a connection; None where its logits were looked for and are not there.
-
-        ``num_streams, lead``: n, and the number of tokens of the batch.
-        """
-        if not self.looks_for(number):
-            return None
-        return LogitWatch((num_streams**2, lead * num_streams**2))
-
     def looks_for(self, number: int) -> bool:
         """Whether the logits of a connection are known, or may still be found."""
         return self.reasons.get(number, NO_GRAPH) == NO_GRAPH
 
     def record(
-        self, forward: Forward, number: int, mix_BTnn: torch.Tensor | None, watch: Handled | None
+        self,
+        forward: Forward,
+        number: int,
+        mix_BTnn: torch.Tensor | None,
+        seen: ComputedValues,
+        after: int = -1,
     ) -> None:
         """Add the logits of one call to the statistics, and hook their gradients.
 
-        ``watch``: what was handled while the connection ran.
+        ``seen``: the matrices that were handled while the connection ran.
+        ``after``: the number of the value with which it began.
         """
-        if watch is None or mix_BTnn is None or not self.looks_for(number):
+        if mix_BTnn is None or not self.looks_for(number):
             return
-        try:
-            self._record(forward, number, mix_BTnn.detach(), watch)
-        finally:
-            watch.release()
-
-    def _record(self, forward: Forward, number: int, mix_BTnn: torch.Tensor, watch: Handled) -> None:
+        mix_BTnn = mix_BTnn.detach()
         place = self._places.get(number)
-        counts = len(watch.exponentials), len(watch.matrices)
-        if place is None or (place.exponentials, place.matrices) != counts:
-            found = self._find(mix_BTnn, watch)
-            if isinstance(found, str):
-                self.reasons[number] = found
-                self._places.pop(number, None)
-                return
-            self.reasons.pop(number, None)
-            place = self._places[number] = found
-        candidates = [each for each, _ in (*watch.exponentials, *watch.earlier)]
-        logits, matrix = candidates[place.logits], watch.matrices[place.matrix]
+        found: FoundLogits | str | None = None if place is None else place.found_again(seen)
+        if found is None:
+            found = self._find(mix_BTnn, seen, after)
+        if isinstance(found, str):
+            self.reasons[number] = found
+            self._places.pop(number, None)
+            return
+        self.reasons.pop(number, None)
+        self._places[number] = _Place.of(seen.graph, found)
+        logits, matrix = found.logits.tensor, found.matrix.tensor
         batch, tokens, n, _ = mix_BTnn.shape
 
         def read(tensor: torch.Tensor) -> torch.Tensor:
             """Logits, or their gradient, as (B, T, n, n) with destinations as rows where the matrix has them as rows."""
-            return next(islice(as_matrices(tensor.detach(), batch, tokens, n), place.reading, None))
+            return next(islice(as_matrices(tensor.detach(), batch, tokens, n), found.reading, None))
 
         mask = forward.masks.get(0)
         self.seen[number] += 1
@@ -141,34 +147,32 @@ class LogitStatistics:
                 receive = partial(self._add_gradient, forward, number, name, read if by_token else None)
                 forward.handles.append(tensor.register_hook(Hook(receive, self._report)))
 
-    def _find(self, mix_BTnn: torch.Tensor, watch: Handled) -> _Place | str:
-        """The place of the logits among what a call handled, or why there is none."""
-        if watch.error is not None:
-            return f"the tensors of the connection could not be looked at: {watch.error}"
+    def _find(self, mix_BTnn: torch.Tensor, seen: ComputedValues, after: int) -> FoundLogits | str:
+        """The logits among what a call handled, or why there are none."""
+        if seen.graph.error is not None:
+            return f"the tensors of the connection could not be looked at: {seen.graph.error}"
         batch, tokens = mix_BTnn.shape[:2]
         few = spread(batch, 2).tolist()
         wanted = mix_BTnn[few].float()
+        values = [each for each in seen.in_order() if each.number > after]
         same = [
-            position
-            for position, each in enumerate(watch.matrices)
-            if is_same_matrix(each.detach(), wanted, batch=batch, tokens=tokens, rows=few)
+            each
+            for each in values
+            if is_same_matrix(each.tensor.detach(), wanted, batch=batch, tokens=tokens, rows=few)
         ]
         if not same:
             return NOT_SEEN
-        found = find_logits(
-            watch.exponentials,
-            watch.earlier,
-            [watch.matrices[position] for position in same],
+        behind = seen.graph.ancestors([each.number for each in same])
+        return find_logits(
+            seen.graph,
+            [each for each in values if each.number in behind],
+            same,
             wanted,
             batch=batch,
             tokens=tokens,
             rows=few,
             rounding=max(SAME, torch.finfo(mix_BTnn.dtype).eps),
         )
-        if isinstance(found, str):
-            return found
-        logits, matrix, reading = found
-        return _Place(len(watch.exponentials), len(watch.matrices), logits, same[matrix], reading)
 
     @staticmethod
     def _add_range(

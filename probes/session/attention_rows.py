@@ -71,7 +71,7 @@ class AttentionRows:
     Parameters
     ----------
     value : int
-        Number of its value in the trace.
+        Number of its value in the recorded graph.
     rows : Tensor
         (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of
         these.
@@ -82,7 +82,7 @@ class AttentionRows:
 
 
 class AttentionWatch:
-    """The attention weights of the sampled sequences of one forward; a listener of `Trace`.
+    """The attention weights of the sampled sequences of one forward; a listener of operations.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class AttentionWatch:
     batch_size : int
         Its sequences.
     number : callable
-        The number of the value that a tensor holds in the trace; None where it holds none.
+        The number of the value that a tensor has in the recorded graph.
     heads_follow : callable
         Whether the running module joins sequences and heads into one axis, the heads of a sequence next to each other.
     """
@@ -108,7 +108,7 @@ class AttentionWatch:
         rows: torch.Tensor,
         batch_size: int,
         *,
-        number: Callable[[torch.Tensor], int | None],
+        number: Callable[[torch.Tensor], int],
         heads_follow: Callable[[], bool],
     ):
         self.found: list[AttentionRows] = []
@@ -175,12 +175,11 @@ class AttentionWatch:
         if shape[-1] != own[-1] or shape[-2] != own[-2]:
             return
         self._waiting.clear()
-        number = self._number(waiting.weights)
         heads = self._by_sequence(waiting.weights)
-        if number is None or heads is None:
+        if heads is None:
             return
         seen = (waiting.logits > MASKED).reshape(heads.shape)
-        self._add(number, row_numbers(heads[self._chosen], seen[self._chosen]))
+        self._add(waiting.weights, row_numbers(heads[self._chosen], seen[self._chosen]))
 
     def _by_sequence(self, weights: torch.Tensor) -> torch.Tensor | None:
         """Weights as (B, H, Q, K); None where their axes do not tell sequences from heads."""
@@ -198,8 +197,7 @@ class AttentionWatch:
     def _fused(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
         query, key = given["query"], given["key"]
-        number = self._number(result)
-        if number is None or query.shape[-2] < 2:
+        if query.shape[-2] < 2:
             return
         if query.ndim != 4 or query.shape[0] != self._batch_size:
             shape = tuple(query.shape)
@@ -226,12 +224,12 @@ class AttentionWatch:
                 part = part[..., : k.shape[2]]  # padded to a multiple of 8 for the kernel
                 logits = logits.masked_fill(~part, -math.inf) if part.dtype == torch.bool else logits + part
             parts.append(row_numbers(logits.softmax(-1), logits > MASKED))
-        self._add(number, torch.cat(parts, dim=-1))
+        self._add(result, torch.cat(parts, dim=-1))
 
     # --- both
 
-    def _add(self, number: int, rows: torch.Tensor) -> None:
-        self.found.append(AttentionRows(number, rows))
+    def _add(self, made: torch.Tensor, rows: torch.Tensor) -> None:
+        self.found.append(AttentionRows(self._number(made), rows))
 
     def _refuse(self, reason: str) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
