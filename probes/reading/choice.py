@@ -161,10 +161,8 @@ def _tracks(memory: Memory) -> list[Memory]:
 class _Tracks(dict[int, int]):
     """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
 
-    def of(self, number: int) -> int | None:
-        """The first value of the track of another one; None for one that is on none."""
-        if number not in self:
-            return None
+    def of(self, number: int) -> int:
+        """The first value of the track of another one."""
         while self[number] != number:
             self[number] = self[self[number]]
             number = self[number]
@@ -172,7 +170,7 @@ class _Tracks(dict[int, int]):
 
     def join(self, number: int, parents: Sequence[int]) -> None:
         """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [first for parent in parents if (first := self.of(parent)) is not None]
+        of = [self.of(parent) for parent in parents if parent in self]
         self[number] = min(of, default=number)
         self |= dict.fromkeys(of, self[number])
 

@@ -70,8 +70,8 @@ def part_of(value: TracedValue) -> tuple[int, slice | int]:
         index: slice | int = args[2] if name == "select" else value.item
         return axis % len(args[0].shape), index
     if name == "slice":
-        axis, *ends = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-        return axis % len(args[0].shape), slice(*ends)
+        given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+        return given[0] % len(args[0].shape), slice(*given[1:])
     sizes, axis = args[1], (args[2] if len(args) > 2 else 0) % len(args[0].shape)
     start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
     return axis, slice(start, start + value.shape[axis])

@@ -28,7 +28,7 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
-from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
 
 
@@ -138,17 +138,7 @@ class _Reader:
         self.name = name_of(memory, self.names)
 
     def reading(self) -> MemoryReading:
-        """The memory's description, at the present values of its tensors.
-
-        Returns
-        -------
-        MemoryReading
-
-        Raises
-        ------
-        ReadingError
-            Where its states are none that can be described.
-        """
+        """The memory's description, at the present values of its tensors; ReadingError where none can be given."""
         found = cuts_of(self.memory, self.branches, self.names.layers)
         if found.inner:
             again = _Reader(without_inner(self.memory, found.inner), self.others)

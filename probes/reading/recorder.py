@@ -7,19 +7,15 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import Listener
-from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -33,9 +29,7 @@ from depthscope.probes.reading.graph import (
     Shown,
     TracedValue,
     dropped,
-    geometry,
     no_collection,
-    patched,
 )
 from depthscope.probes.reading.known_operations import (
     ADD,
@@ -52,26 +46,11 @@ from depthscope.probes.reading.known_operations import (
     operation_of,
 )  # fmt: skip
 from depthscope.probes.reading.operations import NORMS
+from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, geometry, patched, storage_of
 from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
 _Taken = tuple[Operation, Any, Any, list[TracedValue], Any]
-
-
-class _Entry(weakref.ref):
-    """The value that a tensor has, and how many writes into its memory it knows of."""
-
-    __slots__ = ("value", "writes")
-
-    value: TracedValue
-    writes: int
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own, as a wrapper's
-        return id(tensor)
 
 
 class GraphRecorder(TorchDispatchMode):
@@ -95,12 +74,10 @@ class GraphRecorder(TorchDispatchMode):
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
         self._num_shown = 0
-        self._begins = {
-            -1: (0, list[int]())
-        }  # by the number of a call: the first value in it, and what it takes
+        self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, TensorEntry] = {}
         self._newly_held: list[TracedValue] = []
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
@@ -194,9 +171,9 @@ class GraphRecorder(TorchDispatchMode):
             return self._unseen(tensor)
         return value
 
-    def _current(self, tensor: torch.Tensor, entry: _Entry | None) -> TracedValue:
+    def _current(self, tensor: torch.Tensor, entry: TensorEntry | None) -> TracedValue:
         """The value of a tensor that was not met before, or whose memory may have been written."""
-        writes = self._writes.get(_storage(tensor), ()) if self._writes else ()
+        writes = self._writes.get(storage_of(tensor), ()) if self._writes else ()
         if entry is None:
             value = self._leaf(tensor)
             if not writes:
@@ -220,7 +197,7 @@ class GraphRecorder(TorchDispatchMode):
         return value
 
     def _rewritten(
-        self, entry: _Entry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
+        self, entry: TensorEntry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
     ) -> None:
         own = geometry(tensor)
         for new, where in writes[entry.writes :]:
@@ -252,9 +229,9 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Note which value a tensor has from now on."""
-        entry = self._entries[id(tensor)] = _Entry(tensor)
+        entry = self._entries[id(tensor)] = TensorEntry(tensor)
         entry.value = value
-        entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
+        entry.writes = len(self._writes.get(storage_of(tensor), ())) if self._writes else 0
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
@@ -397,7 +374,7 @@ class GraphRecorder(TorchDispatchMode):
         if operation.name in (
             "set",
             "lift_fresh",
-        ):  # another memory for the same tensor, another tensor for the same memory
+        ):  # the same value in another tensor, or another one in the same
             if values:
                 self.enter_value(result, values[-1])
             return
@@ -415,14 +392,14 @@ class GraphRecorder(TorchDispatchMode):
             value.item, value.order, value.geometry = item, order, geometry(tensor)
             operation.describe(value)
             if operation.name in FILLS:
-                value.held = _filled(value, tensor)
+                value.held = filled_with(value, tensor)
             self._made(tensor, value, tensor is target)
 
     def _made(self, tensor: torch.Tensor, value: TracedValue, written: bool) -> None:
         """Note which value a tensor is that was made, or written."""
         if written:
             self._alive.append(tensor)
-            self._writes.setdefault(_storage(tensor), []).append((value, value.geometry))
+            self._writes.setdefault(storage_of(tensor), []).append((value, value.geometry))
         self.enter_value(tensor, value)
         if self.on_value is not None:
             self.on_value(value, tensor)
@@ -447,19 +424,11 @@ class GraphRecorder(TorchDispatchMode):
         """What is held of a memory that is about to be written keeps its numbers."""
         for value in self._newly_held:
             if value.held is not None:
-                self._held.setdefault(_storage(value.held), []).append(value)
+                self._held.setdefault(storage_of(value.held), []).append(value)
         self._newly_held.clear()
-        for value in self._held.pop(_storage(target), ()):
+        for value in self._held.pop(storage_of(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
-
-
-def _filled(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
-    """A constant, without memory of its size."""
-    fill = FILLS[value.name]
-    if fill is None:
-        fill = value.args[2 if value.name == "new_full" else 1]
-    return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
@@ -474,36 +443,3 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(item)
     elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
         yield from tensors_of(vars(batch))
-
-
-@contextmanager
-def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
-    """Record the forward that runs inside; hooks of torch on all modules note the calls."""
-    recorder = GraphRecorder(model, list(tensors_of(batch)))
-
-    def enter(module: nn.Module, args: Any) -> None:
-        path = recorder.paths.get(id(module))
-        if path is not None:
-            recorder.enter(path, type(module).__name__, floats_in(args), module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path = recorder.paths.get(id(module))
-        if path is not None:
-            recorder.leave(path, output, floats_in(output))
-
-    before = hooked.register_module_forward_pre_hook(enter)
-    after = hooked.register_module_forward_hook(leave, always_call=True)
-    try:
-        with recorder:
-            yield recorder
-    finally:
-        before.remove()
-        after.remove()
-
-
-def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
-    """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
-    with recording(model, batch) as recorder:
-        args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-        output = model(*args, **(batch if isinstance(batch, dict) else {}))
-    return recorder.end(output), output

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.reading.read import Rereading, read_model
-from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.trials import factors_of_sum
 from tests.models.opaque import BATCH, DEPTH, KERNELS, REFUSED, TOKENS, WITH_GRADIENTS, Blocks, Kernel, Mlp
 
