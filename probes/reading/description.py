@@ -86,13 +86,18 @@ class MemoryReading:
     root: int  # the number of its first value
     shape: tuple[int, ...]  # of one stream of that
     feature_axis: int
-    carried: Mapping[int, Numbers] = field(repr=False)  # where elements of the first value are, in every value that has some
-    parameters: frozenset[str] = field(repr=False)  # names of those that work between its first and last state
+    carried: Mapping[int, Numbers] = field(
+        repr=False
+    )  # where elements of the first value are, in every value that has some
+    parameters: frozenset[str] = field(
+        repr=False
+    )  # names of those that work between its first and last state
     proof: str  # "proven", or "unproven: why"
     error: float
     weights: Mapping[
         str, float
     ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
+    casts: tuple[torch.dtype, ...] = ()  # that the memory passes, other than that of its first value
 
     @property
     def is_proven(self) -> bool:

@@ -196,16 +196,7 @@ class Key(NamedTuple):
 def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     """Block numbers: the containers' own where these ascend, else the order of the blocks.
 
-    Parameters
-    ----------
-    keys : sequence of Key
-        Of the branches, in order.
-    modules : mapping of str to str
-        Classes by paths: a number may be left out where a block of the same class did not run.
-
-    Returns
-    -------
-    list of int
+    A number may be left out where a block of the same class did not run.
     """
     blocks = [key for key in keys if key.digits] or list(keys)
     own = iter(_of_blocks(blocks, modules))
