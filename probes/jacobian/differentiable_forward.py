@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -12,10 +13,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.jacobian.frozen_routing import replaced
+from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.reading.recorder import recording
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
@@ -60,11 +62,12 @@ def explained() -> Iterator[None]:
 
 
 def differentiable_states(
-    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int
+    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int, frozen: FrozenRouting | None = None
 ) -> dict[int, torch.Tensor]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
     ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
+    ``frozen``: records the forward, and then holds the coefficients of its connections constant.
     Returns: In the model's layout, with the graph between them.
     """
     states: dict[int, torch.Tensor] = {}
@@ -75,6 +78,8 @@ def differentiable_states(
             # The tensor itself and not a copy: other references to it, such as a skip around the block, count too.
             state.requires_grad_()
         states[depth], versions[depth] = state, version(state)
+        if frozen is not None:
+            frozen.shown(depth, state)
         # Copies, since a block may write into its input in place; and no graph after the last state, to save memory.
         return state.detach().clone() if depth == stop else state.clone()
 
@@ -91,9 +96,12 @@ def differentiable_states(
         own_call(states),  # no recorder that is on may count it
     ):
         _hook_states(stack, model, chain, range(start, stop + 1), meet)
-        call_model(model, _aliased(batch))
+        with nullcontext() if frozen is None else recording(frozen.recorder, model):
+            call_model(model, _aliased(batch))
     _require_linked(chain, states, versions, start, stop)
     _require_no_recomputation(model, states[start], states[stop])
+    if frozen is not None:
+        frozen.freeze()
     return states
 
 
@@ -223,3 +231,22 @@ def _aliased(batch: Any) -> Any:
         return {name: _aliased(value) for name, value in batch.items()}
     # Of exactly these types: a named tuple takes its items one by one.
     return type(batch)(_aliased(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+def replaced(value: Any, changes: Mapping[int, torch.Tensor]) -> Any:
+    """Nested tuples, lists, dicts and model outputs with some tensors exchanged.
+
+    ``changes``: new tensors by the ``id`` of the old ones.
+    Returns: A shallow copy; the containers that came are unchanged.
+    """
+    if isinstance(value, torch.Tensor):
+        return changes.get(id(value), value)
+    if isinstance(value, dict):
+        changed = copy.copy(value)  # a model output has its own class
+        for name, item in value.items():
+            changed[name] = replaced(item, changes)
+        return changed
+    if isinstance(value, (tuple, list)):
+        items = [replaced(item, changes) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

@@ -75,7 +75,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
         super().__init__()
-        self._holds = holds
+        self.holds = holds
         self.graph = Graph(modules={path: type(module).__name__ for path, module in model.named_modules()})
         self._given = {id(tensor) for tensor in batch}
         self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -162,7 +162,7 @@ class GraphRecorder(TorchDispatchMode):
         else:
             value.kind = INPUT if id(tensor) in self._given else CONSTANT
         self.enter_value(tensor, value)
-        self._hold(tensor, value)
+        self.hold(value, tensor)
         return value
 
     def _rewritten(
@@ -177,7 +177,7 @@ class GraphRecorder(TorchDispatchMode):
                 continue
             args = (entry.value, new, own, where)
             entry.value = self._new("patch", "patch", args, {}, tensor)
-            self._hold(tensor, entry.value)
+            self.hold(entry.value, tensor)
         entry.writes = len(writes)
 
     def _new(self, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> TracedValue:
@@ -192,9 +192,9 @@ class GraphRecorder(TorchDispatchMode):
         entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
         self._entries[entry.key] = entry
 
-    def _hold(self, tensor: torch.Tensor, value: TracedValue) -> None:
+    def hold(self, value: TracedValue, tensor: torch.Tensor) -> None:
         """Hold a value, and those of which it is a view or a copy."""
-        if not self._holds:
+        if not self.holds:
             return
         held: torch.Tensor | None = tensor.detach()
         own = True  # whether what is held lies in the memory of the value itself
@@ -287,7 +287,7 @@ class GraphRecorder(TorchDispatchMode):
             if self.on_value is not None:
                 self.on_value(value, tensor)
             if name in HELD or not value.is_floating or (name in MATRICES and not _has_weight(found)):
-                self._hold(tensor, value)
+                self.hold(value, tensor)
 
     def _hold_operands(self, name: str, args: Any, found: Any) -> None:
         """Hold what an operation takes, where it may carry a memory; and whatever is no real number."""
@@ -295,7 +295,7 @@ class GraphRecorder(TorchDispatchMode):
         for argument, value in zip(args, found, strict=True):
             if isinstance(value, TracedValue):
                 if value.held is None and (holds or not value.is_floating):
-                    self._hold(argument, value)
+                    self.hold(value, argument)
             elif isinstance(value, list):
                 for tensor, each in zip(argument, value, strict=True):
                     if (
@@ -303,7 +303,7 @@ class GraphRecorder(TorchDispatchMode):
                         and each.held is None
                         and (holds or not each.is_floating)
                     ):
-                        self._hold(tensor, each)
+                        self.hold(each, tensor)
 
     def _keep_numbers(self, target: torch.Tensor) -> None:
         """What is held of a memory that is about to be written keeps its numbers."""
@@ -387,9 +387,8 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
-    """Record the forward that runs inside; hooks of torch on all modules note the calls."""
-    recorder = GraphRecorder(model, list(tensors_of(batch)))
+def recording(recorder: GraphRecorder, model: nn.Module) -> Iterator[None]:
+    """Record the forward of a model that runs inside; hooks of torch on all modules note the calls."""
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -406,7 +405,7 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     after = hooked.register_module_forward_hook(leave, always_call=True)
     try:
         with recorder:
-            yield recorder
+            yield
     finally:
         before.remove()
         after.remove()
@@ -414,7 +413,8 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
 
 def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
-    with recording(model, batch) as recorder:
+    recorder = GraphRecorder(model, list(tensors_of(batch)))
+    with recording(recorder, model):
         args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
         output = model(*args, **(batch if isinstance(batch, dict) else {}))
     return recorder.end(output), output

@@ -34,8 +34,18 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = [graph.values[number] for number in numbers]
+    found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
     return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
+
+
+def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
+    """What is cut out of a value before anything else takes it; the value, where nothing is."""
+    part = value
+    while len(takers := graph.takers(value)) == 1 and (takers[0].name in MOVES or takers[0].name in SAME):
+        value = takers[0]
+        if value.numel < part.numel:
+            part = value
+    return part
 
 
 class _Sums:
