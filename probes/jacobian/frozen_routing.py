@@ -39,7 +39,7 @@ class FrozenConnection:
         Its coefficients.
     reads : list of (Tensor, TracedValue, Tensor)
         What its branches take of the streams: with its graph, as a value of the memory, and by which weights; empty where
-        some branch takes all of them.
+        that is carried on as well.
     """
 
     depth_in: int
@@ -109,7 +109,10 @@ class FrozenRouting:
         parts = joined_by(self.states, [before], [after], branches_of(memory))
         reads = [(value, weights) for branch in parts.branches for value, weights in branch.reads]
         known = [(self._tensors[v.number], v, weights) for v, weights in reads if v.number in self._tensors]
-        apart = len(known) == len(reads) and all(value.numel < before.numel for value, _ in reads)
+        # A branch input that is carried on, to the next state or to another one as inside of AltUp, is no way of its own.
+        ends = [after, *(value for value, _ in reads)]
+        carried = {number for end in ends for number in memory.back([end]) - {end.number}}
+        apart = len(known) == len(reads) and not any(value.number in carried for value, _ in reads)
         return FrozenConnection(depth, depth + 1, parts, known if apart else [])
 
     def array(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:

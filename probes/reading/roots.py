@@ -94,19 +94,24 @@ class _Sums:
 def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
     found: list[tuple[TracedValue, int]] = []
-    made: dict[int, TracedValue] = {}  # what a weight made, by what is viewed of it
+    # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
+    made: dict[int, tuple[TracedValue, int]] = {}
     for value in _tensors(graph):
         if value.name in ("mm", "addmm", "embedding", "bmm") and len(value.shape) > 1:
-            if len(set(made.values())) > 5:
+            if len({origin for origin, _ in made.values()}) > 5:
                 break
-            made[value.number] = value
+            made[value.number] = value, 1
             continue
         passes = value.name in MOVES or value.name in SAME or value.name == "add"
-        origin = made.get(value.parents[0].number) if value.parents and passes else None
-        if origin is not None and value.shape[-1] == origin.shape[-1]:
-            made[value.number] = origin
-        elif origin is not None and _takes_apart(value, origin.shape[-1]):
-            found.append((origin, value.shape[-2]))
+        known = made.get(value.parents[0].number) if value.parents and passes else None
+        if known is None:
+            continue
+        origin, parts = known
+        if value.shape[-1] == origin.shape[-1] // parts:
+            made[value.number] = known
+        elif _takes_apart(value, origin.shape[-1] // parts):
+            made[value.number] = origin, parts * value.shape[-2]  # of streams, and of fractions of each
+            found.append(made[value.number])
     return list(dict.fromkeys(found))[:12]
 
 
