@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.family import StreamConnectionError
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.tensors import tensors_in, version
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.coefficients import coefficients, memory_of
 from depthscope.probes.reading.connections import ConnectionParts, joined_by
@@ -71,12 +71,12 @@ class FrozenRouting:
         self.recorder = GraphRecorder(session.model, list(tensors_in(batch)))
         self.recorder.on_taken = self._take
         self._paths = [link.path for link in structure.connections]
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._taken: dict[int, tuple[torch.Tensor, int | None]] = {}
         self._values: dict[int, TracedValue] = {}
 
     def _take(self, value: TracedValue, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
-            self._tensors[value.number] = tensor
+            self._taken[value.number] = tensor, version(tensor)
 
     def shown(self, depth: int, state: torch.Tensor) -> None:
         """Note the state at a depth, as the model hands it on."""
@@ -101,14 +101,20 @@ class FrozenRouting:
                 f"routing='frozen': the coefficients of the connections could not be read: {error}; {INSTEAD}"
             ) from error
         for value in found:
-            if value.number in self._tensors:
-                self._tensors[value.number].register_hook(torch.zeros_like)
+            tensor = self._tensor(value)
+            if tensor is not None:
+                tensor.register_hook(torch.zeros_like)
+
+    def _tensor(self, value: TracedValue) -> torch.Tensor | None:
+        """The tensor of a value with its graph; None where there is none, or where its memory was written since."""
+        tensor, written = self._taken.get(value.number, (None, None))
+        return None if tensor is None or version(tensor) != written else tensor
 
     def _connection(self, memory: Memory, depth: int) -> FrozenConnection:
         before, after = self._values[depth], self._values[depth + 1]
         parts = joined_by(self.states, [before], [after], branches_of(memory))
         reads = [(value, weights) for branch in parts.branches for value, weights in branch.reads]
-        known = [(self._tensors[v.number], v, weights) for v, weights in reads if v.number in self._tensors]
+        known = [(t, v, weights) for v, weights in reads if (t := self._tensor(v)) is not None]
         # A branch input that is carried on, to the next state or to another one as inside of AltUp, is no way of its own.
         ends = [after, *(value for value, _ in reads)]
         carried = {number for end in ends for number in memory.back([end]) - {end.number}}
