@@ -22,7 +22,6 @@ from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import FORWARD
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -96,7 +95,7 @@ def differentiable_states(
         own_call(states),  # no recorder that is on may count it
     ):
         _hook_states(stack, model, chain, range(start, stop + 1), meet)
-        with nullcontext() if frozen is None else recording(frozen.recorder, model):
+        with nullcontext() if frozen is None else recording(frozen.recorder):
             call_model(model, _aliased(batch))
     _require_linked(chain, states, versions, start, stop)
     _require_no_recomputation(model, states[start], states[stop])
@@ -159,7 +158,7 @@ def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: Seque
     for (path, method), sides in wanted.items():
         module = modules[path]
         before, after = _input_hook(sides["input"], meet), _output_hook(sides["output"], meet)
-        if method != FORWARD:
+        if method != "forward":
             replace_method(stack, module, method, _with_method_hooks(getattr(module, method), before, after))
             continue
         if sides["input"]:

@@ -17,7 +17,7 @@ from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.model.tensors import tensors_in, version
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.coefficients import coefficients, memory_of
-from depthscope.probes.reading.connections import ConnectionParts, joined_by
+from depthscope.probes.reading.connections import ConnectionParts, Linear
 from depthscope.probes.reading.graph import ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.recorder import GraphRecorder
@@ -93,7 +93,7 @@ class FrozenRouting:
             if graph.error is not None:
                 raise ReadingError(str(graph.error))
             memory = memory_of(graph, list(self._values.values()))
-            self.states = States(memory, branches_of(memory))
+            self._linear = Linear(States(memory, branches_of(memory)))
             found = coefficients(memory)
             self.connections = [self._connection(memory, depth) for depth in sorted(self._values)[:-1]]
         except ReadingError as error:
@@ -112,7 +112,7 @@ class FrozenRouting:
 
     def _connection(self, memory: Memory, depth: int) -> FrozenConnection:
         before, after = self._values[depth], self._values[depth + 1]
-        parts = joined_by(self.states, [before], [after], branches_of(memory))
+        parts = self._linear.joined_by([before], [after], branches_of(memory))
         reads = [(value, weights) for branch in parts.branches for value, weights in branch.reads]
         known = [(t, v, weights) for v, weights in reads if (t := self._tensor(v)) is not None]
         # A branch input that is carried on, to the next state or to another one as inside of AltUp, is no way of its own.
@@ -123,11 +123,12 @@ class FrozenRouting:
 
     def array(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the order of the state at a depth, as (tokens, streams, features)."""
-        return self.states.array([self._values[depth]], {self._values[depth].number: tensor})
+        return self.as_read(self._values[depth], tensor)
 
     def as_read(self, value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the order of what a branch takes, as (tokens, streams, features)."""
-        return self.states.array([value], {value.number: tensor})
+        states = self._linear.states
+        return states.sorted([tensor[None]], [states.numbers(value)], states.num_features)[0]
 
     def like_state(self, depth: int, array: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The tensor in the order of the state at a depth whose array this is."""

@@ -19,7 +19,6 @@ from depthscope.probes.interventions.predictions import Pick, by_token, named_lo
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.reading.replays import run
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """``head(state)``: logits (B, T, V) from a state (B, T, N, D)."""
@@ -59,9 +58,13 @@ class HeadRecording:
 
     def replay(self, steps: Sequence[TracedValue], state: torch.Tensor) -> torch.Tensor:
         """What the last step would have made of another state, in the model's own layout; with a graph where that has one."""
-        values = {steps[0].number: state.clone()}  # the head may write into it
+        graph, values = self.recorder.graph, {steps[0].number: state}
+
+        def given(of: TracedValue) -> torch.Tensor:
+            return values[of.number] if of.number in values else graph.tensor(of)
+
         for value in steps[1:]:
-            values[value.number] = run(self.recorder.graph, value, values, real=True)
+            values[value.number] = graph.run(value, given)
         return values[steps[-1].number]
 
 

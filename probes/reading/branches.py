@@ -11,9 +11,16 @@ from depthscope.probes.reading.carrying import Rules, transposed
 from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
-from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, VIEWS, addends, factors
-
-MOST_STREAMS = 64
+from depthscope.probes.reading.operations import (
+    MOST_STREAMS,
+    MOVES,
+    PRODUCTS,
+    SAME,
+    SUMS,
+    VIEWS,
+    addends,
+    factors,
+)
 
 
 @dataclass
@@ -43,9 +50,9 @@ class Branch:
     before: float = 0
     steps: dict[int, TracedValue] = field(default_factory=dict)
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
-    numbers: Numbers | None = (
-        None  # of the memory's elements to which the source's are added, where it has such an order
-    )
+    numbers: dict[int, Numbers] = field(
+        default_factory=dict
+    )  # of the memory's elements, by the values of these ways
 
     def way(self) -> tuple[int, ...]:
         """The numbers of its source, and of what is moved or scaled of it up to what is added."""
@@ -79,10 +86,11 @@ def _found_branches(memory: Memory) -> list[Branch]:
 def _note_branch(
     memory: Memory, found: dict[int, Branch], write: TracedValue, addend: TracedValue, gates: set[int]
 ) -> None:
-    way, numbers = _way(memory, write, addend, gates)
+    numbers = _way(memory, write, addend, gates)
+    way = [memory.graph.values[number] for number in numbers] or [addend]
     branch = found.get(way[-1].number)
     if branch is None:
-        branch = Branch(way[-1], [], _reads(memory, way[-1]), numbers=numbers)
+        branch = Branch(way[-1], [], _reads(memory, way[-1]))
         if not branch.reads:
             return
         found[branch.source.number] = branch
@@ -92,6 +100,7 @@ def _note_branch(
         is_state = branch.read.number in memory.trunk or branch.read.number in memory.writes
         branch.before = branch.read.number + 0.5 * is_state
     branch.writes.append(write)
+    branch.numbers |= numbers
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
 
@@ -124,32 +133,34 @@ def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
     return value
 
 
-def _way(
-    memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]
-) -> tuple[list[TracedValue], Numbers | None]:
-    """From an addend back to the branch's own output: through what moves, scales or spreads it; and the output's numbers.
+def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]) -> dict[int, Numbers]:
+    """From an addend back to the branch's own output, through what moves, scales or spreads it; with their numbers.
 
-    A norm of the output is a part of the branch.
+    It ends where one element is spread over several tokens or features; it is empty where the addend itself is. A norm of the
+    output is a part of the branch.
     """
     target = memory.carried[write.number]
     numbers = target if write is addend else _before_step(memory, write, addend, target)
-    way: list[tuple[TracedValue, TracedValue | None, Numbers | None]] = [(addend, None, numbers)]
+    if numbers is None:
+        return {}
+    way: list[tuple[TracedValue, TracedValue | None, Numbers]] = [(addend, None, numbers)]
     while True:
         value, _, numbers = way[-1]
         back, coefficient = _before(memory, value, gates)
         if back is not None:
-            numbers = _before_step(memory, value, back, numbers)
-        elif numbers is not None:
-            back, coefficient, numbers = _before_mixing(value, numbers)
-        if back is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
+            before = _before_step(memory, value, back, numbers)
+        else:
+            back, coefficient, before = _before_mixing(value, numbers)
+        if (
+            back is None
+            or before is None
+            or memory.holds(back)
+            or not memory.graph.depends(back, memory.root)
+        ):
             break
-        if not memory.graph.is_kept(
-            back
-        ):  # as what is padded to whole windows: the output is what is left of it
-            break
-        way.append((back, coefficient, numbers))  # a value, and what it is scaled by in the step after
+        way.append((back, coefficient, before))  # a value, and what it is scaled by in the step after
     way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
-    return [value for value, _, _ in way], way[-1][2]
+    return {value.number: numbers for value, _, numbers in way}
 
 
 def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValue | None]]) -> int:
@@ -165,24 +176,30 @@ def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValu
     return len(way)
 
 
-def _before_step(
-    memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers | None
-) -> Numbers | None:
-    """The numbers of what a step moves or scales, from those of what it gives."""
-    if numbers is None or after.name in SAME or (after.name in PRODUCTS and before.shape == after.shape):
+def _before_step(memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers) -> Numbers | None:
+    """The numbers of what a step moves or scales, from those of what it gives; None where it is spread over several."""
+    if after.name in SAME or (after.name in SUMS and before.shape == after.shape):
         return numbers
-    if after.name in VIEWS:
+    if after.name in PRODUCTS or after.name in SUMS or after.name == "expand":
+        return _without_new_axes(numbers, before.shape)
+    if after.name in VIEWS or after.name in ("unsqueeze", "squeeze"):
         return numbers.reshape(before.shape)
     if after.name in ("transpose", "t"):
         return transposed(numbers, after)
     first = Numbers.first(before.shape)
     carried = {before.number: first}
     moved = Rules(memory.graph, carried, functions=False, may_join=lambda piece, model: False).numbers(after)
-    if moved is None:
-        return None
-    if before.shape == after.shape and moved.key == first.key:
-        return numbers
-    return _inverted(moved.dense(), numbers.dense(), before)
+    return None if moved is None else _inverted(moved.dense(), numbers.dense(), before)
+
+
+def _without_new_axes(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | None:
+    """The numbers of what was spread along axes; None where these are different tokens or features."""
+    new = len(numbers.shape) - len(shape)
+    spread = [
+        dim for dim, size in enumerate(numbers.shape) if size > 1 and (dim < new or shape[dim - new] == 1)
+    ]
+    found = numbers.collapsed([*range(new), *spread])
+    return None if found is None else found.reshape(shape)
 
 
 def _inverted(mine: np.ndarray, target: np.ndarray, source: TracedValue) -> Numbers | None:
@@ -198,7 +215,7 @@ def _before(
     memory: Memory, value: TracedValue, gates: set[int]
 ) -> tuple[TracedValue | None, TracedValue | None]:
     """The value that a step moves or scales, and its coefficient."""
-    moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
+    moved = value.name in SAME or value.name in MOVES
     if moved and value.args and isinstance(value.args[0], TracedValue):
         return value.args[0], None
     if value.name in ("add", "sub"):
@@ -281,7 +298,7 @@ def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
         waiting = [branch.source]
         while waiting:
             value = waiting.pop()
-            if value.name not in ("add", "sub") or branch.numbers is None:
+            if value.name not in ("add", "sub") or not branch.numbers:
                 continue
             parts = [
                 v for v in addends(value) if memory.graph.depends(v, memory.root) and v.shape == value.shape
@@ -289,11 +306,11 @@ def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
             for part in parts if len(parts) > 1 else ():
                 before = _of_another(memory, part, branch, members)
                 if before is not None:
-                    found[before.number] = branch.numbers
+                    found[before.number] = branch.numbers[branch.source.number]
                 elif branch.source.number in memory.born and not any(
                     other is not part and memory.graph.depends(part, other) for other in parts
                 ):
-                    found[part.number] = branch.numbers
+                    found[part.number] = branch.numbers[branch.source.number]
                     waiting.append(part)
     return {number: of for number, of in found.items() if number not in memory.carried}
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import Graph, TracedValue, filled, values_in
+from depthscope.probes.reading.graph import Graph, TracedValue, filled, patched, values_in
 from depthscope.probes.reading.numbers import NOTHING, Numbers, joined
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     MATRICES,
     MOVES,
+    PARTS,
     PRODUCTS,
     REDUCES,
     SAME,
@@ -29,8 +30,8 @@ from depthscope.probes.reading.operations import (
     centred,
     factors,
     is_along_features,
+    part_of,
 )  # fmt: skip
-from depthscope.probes.reading.replays import run
 
 Carried = dict[int, Numbers]
 # Whether a piece that was computed from a memory may be joined to it as a further stream.
@@ -103,9 +104,6 @@ class Rules:
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
             return None
         return self._carried[carriers[0].number].expand(value.shape)
-
-    def _dropout(self, value: TracedValue) -> Numbers | None:
-        return self._of(value.args[0]) if value.item == 0 else None
 
     def _reduce(self, value: TracedValue) -> Numbers | None:
         own = self._of(value.args[0])
@@ -184,9 +182,7 @@ class Rules:
         under, new = torch.from_numpy(beneath.copy()), torch.from_numpy(np.ascontiguousarray(given))
         args, tensor = value.args, self._graph.tensor
         if value.name == "patch":
-            return run(
-                self._graph, value, {args[0].number: under, args[1].number: new}, empty=NOTHING
-            ).numpy()
+            return patched(under, new, *args[2:], empty=NOTHING).numpy()
         if value.name == "index_add":
             return under.index_copy(args[1], tensor(args[2]), new).numpy()
         if value.name == "scatter_add":
@@ -201,10 +197,10 @@ class Rules:
         return self._of(value.args[0]) if alone else None
 
 
-def _slice(own: Numbers, value: TracedValue) -> Numbers:
-    given: list[Any] = [0, None, None, 1]
-    given[: len(value.args) - 1] = value.args[1:]
-    return own.take(given[0] % len(own.shape), slice(*given[1:]))
+def _part(own: Numbers, value: TracedValue) -> Numbers:
+    """The numbers of a part of an axis."""
+    axis, part = part_of(value)
+    return own.take(axis, part if isinstance(part, slice) else part % own.shape[axis])
 
 
 def transposed(own: Numbers, value: TracedValue) -> Numbers:
@@ -216,18 +212,6 @@ def transposed(own: Numbers, value: TracedValue) -> Numbers:
     return own.permute(dims)
 
 
-def _split(own: Numbers, value: TracedValue) -> Numbers:
-    sizes, axis = value.args[1], (value.args[2] if len(value.args) > 2 else 0) % len(own.shape)
-    start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
-    return own.take(axis, slice(start, start + value.shape[axis]))
-
-
-def _place(own: Numbers, value: TracedValue) -> Numbers:
-    """One place along an axis: of select, and of each piece of unbind."""
-    axis = (value.args[1] if len(value.args) > 1 else 0) % len(own.shape)
-    return own.take(axis, (value.args[2] if value.name == "select" else value.item) % own.shape[axis])
-
-
 # Moves that are computed from the vectors of the axes alone.
 _SHORT_MOVES: dict[str, Callable[[Numbers, TracedValue], Numbers | None]] = {
     "permute": lambda own, value: own.permute([dim % len(own.shape) for dim in value.args[1]]),
@@ -236,11 +220,7 @@ _SHORT_MOVES: dict[str, Callable[[Numbers, TracedValue], Numbers | None]] = {
     "unsqueeze": lambda own, value: own.reshape(value.shape),
     "squeeze": lambda own, value: own.reshape(value.shape),
     "expand": lambda own, value: own.expand(value.shape),
-    "slice": _slice,
-    "select": _place,
-    "unbind": _place,
-    "split": _split,
-    "split_with_sizes": _split,
+    **dict.fromkeys(PARTS, _part),
 }
 _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(FUNCTIONS, Rules._function),
@@ -252,5 +232,4 @@ _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(MATRICES, Rules._matrix),
     **dict.fromkeys(JOINS, Rules._join),
     **dict.fromkeys(SCATTERS, Rules._scatter),
-    "native_dropout": Rules._dropout,
 }

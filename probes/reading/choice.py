@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights_of
+from depthscope.probes.reading.operations import FUNCTIONS, JOINS, LAYERS, SUMS, VIEWS, addends, weights
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 
 LEAST_SHARE = 0.002  # of the weights
@@ -125,32 +125,50 @@ def _tracks(memory: Memory) -> list[Memory]:
     branches = branches_of(memory)
     last = max((write.number for branch in branches for write in branch.writes), default=0)
     relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    track: dict[int, int] = {}
+    values, track = memory.graph.values, _Tracks()
     for number in sorted(n for n in relevant if n <= last):
-        joined = {track[p.number] for p in memory.inside(memory.graph.values[number]) if p.number in track}
-        own = min(joined, default=number)
-        track |= {n: own for n, of in track.items() if of in joined}
-        track[number] = own
-    writes = {
-        name: {n for n, of in track.items() if of == name and n in memory.writes} for name in track.values()
-    }
+        track.join(number, [p.number for p in memory.inside(values[number])])
+    writes: dict[int, set[int]] = {}
+    for number in track:
+        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
     if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
         return [memory]
     merges = {
         n
         for n in memory.trunk
-        if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1
+        if n > last and len({track.of(p.number) for p in memory.inside(values[n])}) > 1
     }
     everything = merges.union(*writes.values())
     return [without_inner(memory, everything - of) for of in writes.values()]
+
+
+class _Tracks(dict[int, int]):
+    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
+
+    def of(self, number: int) -> int | None:
+        """The first value of the track of another one; None for one that is on none."""
+        if number not in self:
+            return None
+        while self[number] != number:
+            self[number] = self[self[number]]
+            number = self[number]
+        return number
+
+    def join(self, number: int, parents: Sequence[int]) -> None:
+        """Note a value that was made of some: all of their tracks are one from now on."""
+        of = [first for parent in parents if (first := self.of(parent)) is not None]
+        self[number] = min(of, default=number)
+        self |= dict.fromkeys(of, self[number])
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     for root in roots:  # grows while it is gone through
         plain = without_forks(graph, start_of(root))
-        passing = without_forks(graph, replace(start_of(root), functions=True))
-        both = [Ranked(memory, _share(memory)) for memory in (plain, passing)]
+        both = [Ranked(plain, _share(plain))]
+        if _leads_on(plain):
+            passing = without_forks(graph, replace(start_of(root), functions=True))
+            both.append(Ranked(passing, _share(passing)))
         found += both
         if max(of.share for of in both) < 0.6 and len(roots) < 2 * MOST_CANDIDATES:
             roots += [value for value in _breaks(plain) if value not in roots][:2]
@@ -161,6 +179,19 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
 
 
+def _leads_on(memory: Memory) -> bool:
+    """Whether what a norm or an activation makes of a memory is moved, scaled or added anywhere."""
+    graph = memory.graph
+    waiting = [value for _, value in memory.leaves if value.name in FUNCTIONS]
+    while waiting:
+        for taker in graph.takers(waiting.pop()):
+            if taker.name in VIEWS:
+                waiting.append(taker)
+            elif taker.name not in LAYERS and not taker.name.startswith("_scaled_dot_product"):
+                return True
+    return False
+
+
 def _breaks(memory: Memory) -> list[TracedValue]:
     """Where tokens were mixed or joined, another memory may begin."""
     found = [v for _, v in memory.leaves if v.name in JOINS or v.name in SUMS]
@@ -169,15 +200,14 @@ def _breaks(memory: Memory) -> list[TracedValue]:
 
 def _share(memory: Memory) -> float:
     """The share of the weights that work between a memory's first and last value."""
-    graph, used = memory.graph, set()
-    seen = {memory.end.number}
-    waiting = [memory.end]
-    while waiting:
-        value = waiting.pop()
-        used.update(weights_of(value))
-        for parent in value.parents:
-            if parent.number not in seen and parent is not memory.root and graph.depends(parent, memory.root):
-                seen.add(parent.number)
-                waiting.append(parent)
+    graph = memory.graph
+    after, before = graph.later(memory.root), graph.earlier([memory.end])
+    working = weights(graph).items()
+    used = {
+        weight
+        for number, of in working
+        if after[number] and before[number] and number != memory.root.number
+        for weight in of
+    }
     total = sum(graph.values[number].numel for number in graph.parameter_names)
     return sum(v.numel for v in used) / max(total, 1)

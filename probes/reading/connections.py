@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
+from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MATRICES, MOVES, PRODUCTS, REDUCES
+from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
 from depthscope.probes.reading.states import States
 
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
@@ -22,8 +26,7 @@ class BranchParts:
 
     branch: Branch
     write: torch.Tensor
-    out: torch.Tensor | None  # (tokens, streams of the branch, features)
-    added: torch.Tensor  # what it adds to the next state, (tokens, streams, features)
+    out: torch.Tensor  # (tokens, streams of the branch, features)
     reads: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
 
 
@@ -40,133 +43,201 @@ class ConnectionParts:
     error: float = 0.0
 
 
-def weights(found: torch.Tensor) -> torch.Tensor:
-    """Weights along the features as one number where they are the same: (…, D) as (…, 1)."""
-    mean = found.mean(-1, keepdim=True)
-    scale = mean.abs().max().clamp_min(1.0)
-    return mean if bool((found - mean).abs().max() <= GATE * scale) else found
-
-
-def joined_by(states: States, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
-    """The parts of the connection between two states."""
-    target = [states.before_functions(value) for value in after]
-    functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
-    h_res = _columns(states, target, before)
-    begin, end = _last(before), _last(after)
-    near = (b for b in branches if b.writes[0].number <= end and b.writes[-1].number > begin)
-    between = [b for b in near if any(begin < write.number <= end for write in b.writes)]
-    found = [_branch_parts(states, before, target, branch) for branch in between]
-    zeros = [*before, *(branch.source for branch in between)]
-    nothing = {v.number: torch.zeros_like(states.graph.tensor(v)) for v in zeros}
-    constant = states.array(target, states.replay(target, nothing, real=True))
-    weighs = any(_weighs(states, value) for value in states.steps(target, before))
-    return ConnectionParts(
-        h_res, found, constant if bool(constant.any()) else None, target, functions, weighs
-    )
-
-
-def _weighs(states: States, value: TracedValue) -> bool:
-    """Whether a step of the memory scales or mixes streams, or takes some of them apart."""
-    memory = states.memory
-    if not memory.holds(value):
-        return False
-    smaller = value.name in MOVES and value.numel < max(v.numel for v in memory.inside(value))
-    return smaller or any(value.name in group for group in (PRODUCTS, MATRICES, REDUCES, JOINS))
-
-
-def _last(cut: Cut) -> int:
-    return max(value.number for value in cut)
-
-
-def _columns(states: States, target: Sequence[TracedValue], cut: Cut) -> torch.Tensor:
-    """What some values hold of each stream of a state: (tokens, to, from, features or 1)."""
-    units = (states.unit(cut, stream) for stream in range(states.num_streams(cut)))
-    columns = [states.array(target, states.replay(target, unit)) for unit in units]
-    return weights(torch.stack(columns, 2))
-
-
-def _branch_parts(states: States, before: Cut, target: Sequence[TracedValue], branch: Branch) -> BranchParts:
-    source = branch.source
-    own = states.graph.tensor(source)
-    added = states.array(target, states.replay(target, {source.number: own}))
-    out = branch_output(states, branch)
-    found = BranchParts(branch, _write_weights(states, branch, out, target), out, added)
-    first = min(value.number for value in before)
-    for read in dict.fromkeys([*branch.reads_before_norms, branch.read]):
-        if read.number >= first:
-            found.reads.append((read, _columns(states, [read], before)))
-    return found
-
-
-def branch_output(states: States, branch: Branch) -> torch.Tensor | None:
-    """What a branch gave as (tokens, streams, features); None where it is spread over tokens, or has some features alone."""
-    if branch.numbers is None:
-        return None
-    try:
-        return states.sorted([states.graph.tensor(branch.source)], [branch.numbers])
-    except ReadingError:
-        return None
-
-
-def _write_weights(
-    states: States, branch: Branch, out: torch.Tensor | None, target: Sequence[TracedValue]
-) -> torch.Tensor:
-    """The weights with which the next state holds a branch's streams: (tokens, to, from, features or 1)."""
-    source = branch.source
-    own = states.graph.tensor(source)
-    columns = []
-    for stream in range(1 if out is None else out.shape[1]):
-        single = out is None or out.shape[1] == 1
-        unit = torch.ones_like(own) if single else _unit(states, branch, own, stream)
-        columns.append(states.array(target, states.replay(target, {source.number: unit})))
-    return weights(torch.stack(columns, 2))
-
-
-def _unit(states: States, branch: Branch, own: torch.Tensor, stream: int) -> torch.Tensor:
-    assert branch.numbers is not None
-    order, n = states.order([branch.numbers])
-    places = torch.arange(own.numel()) if order is None else order
-    flat = torch.zeros(own.numel())
-    flat[places.reshape(-1, n)[:, stream]] = 1
-    return flat.reshape(own.shape).to(own)
-
-
 @dataclass
 class DepthParts:
     """Sums over depth: each state, and what each branch reads, is a sum of the first value and of all branches' outputs."""
 
     states: list[TracedValue]
-    sources: list[torch.Tensor | None]  # (tokens, features); None where an output has no order of its own
-    weights: dict[
-        int, list[torch.Tensor]
-    ]  # by the number of a state or read, and by source: (tokens, features or 1)
+    sources: list[torch.Tensor]  # (tokens, features)
+    weights: dict[int, torch.Tensor]  # by the number of a state or read: (tokens, sources, features or 1)
     constants: dict[int, torch.Tensor]
 
 
-def over_depth(states: States, branches: Sequence[Branch], values: Sequence[TracedValue]) -> DepthParts:
-    """The weights with which states and reads hold the first value and the outputs of all branches."""
-    ordered = sorted(dict.fromkeys(values), key=lambda value: value.number)
-    held = list(dict.fromkeys([*ordered, *(branch.read for branch in branches)]))
-    counts = {states.num_streams([value]) for value in held}
-    if counts != {1}:
-        raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
-    root = states.memory.root
-    sources: list[torch.Tensor | None] = [states.array([root])[:, 0]]
-    columns = [_held_by(states, held, root)]
-    for branch in branches:
-        out = branch_output(states, branch)
-        sources.append(out[:, 0] if out is not None and out.shape[1] == 1 else None)
-        columns.append(_held_by(states, held, branch.source))
-    zeros = {
-        v.number: torch.zeros_like(states.graph.tensor(v)) for v in (root, *(b.source for b in branches))
-    }
-    again = states.replay(held, zeros, real=True)
-    constants = {value.number: states.array([value], again)[:, 0] for value in held}
-    rows = zip(held, zip(*columns, strict=True), strict=True)
-    return DepthParts(ordered, sources, {value.number: list(row) for value, row in rows}, constants)
+def weights(found: torch.Tensor) -> torch.Tensor:
+    """Weights along the features as one number where they are the same: (…, D) as (…, 1)."""
+    if found.shape[-1] == 1:
+        return found
+    mean = found.mean(-1, keepdim=True)
+    scale = mean.abs().max().clamp_min(1.0)
+    return mean if bool((found - mean).abs().max() <= GATE * scale) else found
 
 
-def _held_by(states: States, held: Sequence[TracedValue], source: TracedValue) -> list[torch.Tensor]:
-    ones = {source.number: torch.ones_like(states.graph.tensor(source))}
-    again = states.replay(held, ones)
-    return [weights(states.array([value], again)[:, 0]) for value in held]
+class Held:
+    """What values hold of each stream of a state, and of each stream of some branches' outputs."""
+
+    def __init__(
+        self,
+        states: States,
+        replays: Replays,
+        targets: Sequence[TracedValue],
+        sources: Sequence[Sequence[TracedValue]],
+    ):
+        self._states, self._replays = states, replays
+        self._streams = [states.num_streams(values) for values in sources]
+        units: Table = {}
+        for at, (values, streams) in enumerate(zip(sources, self._streams, strict=True)):
+            for stream in range(streams):
+                for number, unit in replays.unit(values, stream, streams).items():
+                    units.setdefault(number, {})[at, stream] = unit
+        self._table = replays.held(targets, units)
+
+    def columns(self, values: Sequence[TracedValue], sources: Sequence[int]) -> torch.Tensor:
+        """The weights with which some values hold the streams of some sources: (tokens, to, from, features or 1)."""
+        bases = [(at, stream) for at in sources for stream in range(self._streams[at])]
+        boxes = [self._replays.box(value) for value in values]
+        zeros = [box.zeros(self._replays.kind, self._replays.device) for box in boxes]
+        tensors = [
+            torch.stack([self._table[value.number].get(basis, zero) for basis in bases])
+            for value, zero in zip(values, zeros, strict=True)
+        ]
+        found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
+        return weights(found.permute(1, 2, 0, 3))
+
+
+class _Joined(NamedTuple):
+    """What joins two states, apart from the values of the forward."""
+
+    h_res: torch.Tensor
+    writes: list[torch.Tensor]  # by branch
+    reads: list[list[torch.Tensor]]
+    constant: torch.Tensor | None
+    weighs: bool
+
+
+class Linear:
+    """The values of a memory as sums of earlier ones."""
+
+    def __init__(self, states: States):
+        self.states = states
+        self._replays = [Replays(states, one_feature=True), Replays(states, one_feature=False)]
+        self._known: dict[Hashable, _Joined] = {}
+        self._writes: list[tuple[int, int]] | None = None
+
+    def held(self, targets: Sequence[TracedValue], sources: Sequence[Sequence[TracedValue]]) -> Held:
+        """What some values hold of the streams of others."""
+        try:
+            return Held(self.states, self._replays[0], targets, sources)
+        except FeaturesDiffer:
+            return Held(self.states, self._replays[1], targets, sources)
+
+    def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
+        """The parts of the connection between two states."""
+        target = [self.states.before_functions(value) for value in after]
+        functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
+        between = self._written(branches, _last(before), _last(after))
+        first = min(value.number for value in before)
+        reads = [
+            [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
+        ]
+        sources = [before, *([branch.source] for branch in between)]
+        steps = self._steps(target, reads, sources)
+        joined = self._known.get(steps) if steps is not None else None
+        if joined is None:
+            joined = self._joined(target, reads, sources)
+            if steps is not None:
+                self._known[steps] = joined
+        parts = [
+            BranchParts(branch, write, self.states.output(branch), list(zip(of, weights, strict=True)))
+            for branch, write, of, weights in zip(between, joined.writes, reads, joined.reads, strict=True)
+        ]
+        return ConnectionParts(joined.h_res, parts, joined.constant, target, functions, joined.weighs)
+
+    def _joined(
+        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
+    ) -> _Joined:
+        held = self.held([*target, *(read for of in reads for read in of)], sources)
+        return _Joined(
+            held.columns(target, [0]),
+            [held.columns(target, [at]) for at in range(1, len(sources))],
+            [[held.columns([read], [0]) for read in of] for of in reads],
+            self._constants([target], sources).get(0),
+            self._weighs(sources[0], target),
+        )
+
+    def _steps(
+        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
+    ) -> Hashable | None:
+        """The steps that join two states, where nothing comes into them that another block may have otherwise; else None."""
+        places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
+        parts: list[Hashable] = [tuple(map(len, sources))]
+        parts += [id(self.states.numbers(value)) for of in sources for value in of]
+        ends = [*target, *(read for of in reads for read in of)]
+        for value in self._replays[0].between(ends, places):
+            if any(parent.number not in places for parent in value.parents):
+                return None
+            operands = repr(filled(value.args, lambda v: places[v.number])), repr(value.kwargs), value.item
+            parts.append((value.name, *operands, id(self.states.numbers(value))))
+            places[value.number] = len(places)
+        return *parts, *(tuple(places[v.number] for v in of) for of in (target, *reads))
+
+    def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
+        """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""
+        memory = self.states.memory
+        steps = memory.back(target, {value.number for value in before})
+        return any(_scales_or_mixes(memory, memory.graph.values[number]) for number in steps)
+
+    def _written(self, branches: Sequence[Branch], begin: int, end: int) -> list[Branch]:
+        """The branches that write between two moments, in their order."""
+        if self._writes is None:
+            pairs = ((write.number, at) for at, branch in enumerate(branches) for write in branch.writes)
+            self._writes = sorted(pairs)
+        first, last = (bisect_right(self._writes, (moment, len(branches))) for moment in (begin, end))
+        return [branches[at] for at in sorted({at for _, at in self._writes[first:last]})]
+
+    def _constants(
+        self, groups: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
+    ) -> dict[int, torch.Tensor]:
+        """What else is added to groups of values, as (tokens, streams, features) by their positions where it is something."""
+        values = [value for group in groups for value in group]
+        found = self._replays[1].constants(values, {value.number for of in sources for value in of})
+        constants: dict[int, torch.Tensor] = {}
+        for at, group in enumerate(groups):
+            if not any(value.number in found for value in group):
+                continue
+            tensors = [found.get(value.number, torch.zeros(value.shape))[None] for value in group]
+            numbers = [self.states.numbers(value) for value in group]
+            constant = self.states.sorted(tensors, numbers, self.states.num_features)[0]
+            if bool(constant.any()):
+                constants[at] = constant
+        return constants
+
+    def over_depth(self, branches: Sequence[Branch], values: Sequence[TracedValue]) -> DepthParts:
+        """The weights with which states and reads hold the first value and the outputs of all branches."""
+        reads = [read for branch in branches for read in self.mixtures(branch)]
+        ordered = sorted(dict.fromkeys(values), key=lambda value: value.number)
+        held_values = list(dict.fromkeys([*ordered, *reads]))
+        counts = {self.states.num_streams([value]) for value in held_values}
+        if counts != {1}:
+            raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
+        root = self.states.memory.root
+        outputs = [self.states.output(branch) for branch in branches]
+        if any(output.shape[1] > 1 for output in outputs):
+            raise ReadingError("the memory grows, and a branch gives several streams of it")
+        sources = [[root], *([branch.source] for branch in branches)]
+        found = self.held(held_values, sources)
+        everything = range(len(sources))
+        return DepthParts(
+            ordered,
+            [self.states.array([root])[:, 0], *(output[:, 0] for output in outputs)],
+            {value.number: found.columns([value], everything)[:, 0] for value in held_values},
+            {
+                held_values[at].number: of[:, 0]
+                for at, of in self._constants([[value] for value in held_values], sources).items()
+            },
+        )
+
+    def mixtures(self, branch: Branch) -> list[TracedValue]:
+        """What a branch reads: several mixtures of earlier outputs at once, or one."""
+        trunk = self.states.memory.trunk
+        several = [read for read in branch.reads_before_norms if read.number not in trunk]
+        return list(dict.fromkeys([*(several if len(several) > 1 else ()), branch.read]))
+
+
+def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
+    if value.name in MOVES:
+        return value.numel < max((v.numel for v in memory.inside(value)), default=0)
+    return any(value.name in group for group in (PRODUCTS, MATRICES, REDUCES, JOINS))
+
+
+def _last(cut: Cut) -> int:
+    return max(value.number for value in cut)

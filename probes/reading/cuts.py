@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
@@ -97,17 +101,34 @@ class _Life:
             self.last[branch.read.number] = max(self.last[branch.read.number], branch.before)
         self.last[memory.end.number] = float("inf")
         self.writes = sorted({write.number for branch in branches for write in branch.writes})
+        self._born = sorted(self.relevant)
+        self._sizes = self._size_at_each()
+        self._trunk = sorted(memory.trunk)
+        self._alive, self._seen = list[int](), 0  # of those made before the last moment that was asked for
+
+    def _size_at_each(self) -> np.ndarray:
+        """How much is alive after each value."""
+        changes = np.zeros(len(self.memory.graph.values) + 2, dtype=np.int64)
+        for number in self.relevant:
+            size = self.memory.carried[number].count
+            gone = math.ceil(min(max(self.last[number], number), len(changes) - 1))
+            changes[number] += size
+            changes[gone] -= size
+        return changes.cumsum()
 
     def times(self) -> list[tuple[int, float]]:
         """Moments: after which write, and before which read."""
         times: dict[int, float] = {}
         root = self.memory.root.number
         for branch in self.branches:
-            time = max([root, *(write for write in self.writes if write <= branch.before)])
+            at = bisect_right(self.writes, branch.before)
+            time = max(root, self.writes[at - 1]) if at else root
             times[time] = min(branch.before, times.get(time, branch.before))
         times.setdefault(self.writes[-1], self.memory.end.number + 0.5)
+        known = sorted(times)
         for write, until in self._unread():
-            if not any(write <= time < until for time in times):
+            at = bisect_left(known, write)
+            if at == len(known) or known[at] >= until:
                 times[write] = until
         return sorted(times.items())
 
@@ -156,17 +177,23 @@ class _Life:
     def _fewest(
         self, time: int, until: float, *, usual: int | None, end: bool, known: list[int]
     ) -> tuple[Cut, int]:
-        moments = [time, *sorted(n for n in self.memory.trunk if time < n < until)]
-        lives = []
-        for moment in moments:
-            live = [self.memory.graph.values[n] for n in sorted(self.relevant) if n <= moment < self.last[n]]
-            lives.append((size_of(self.memory, live), live))
-        if not end:
-            size, live = min(lives, key=lambda of: of[0])
-            return live, size
-        usual = usual if usual is not None else (known[-1] if known else 0)
-        size, live = next((of for of in lives if of[0] == usual), lives[0])
-        return live, size
+        trunk = self._trunk
+        moments = [time, *trunk[bisect_right(trunk, time) : bisect_left(trunk, until)]]
+        sizes = [int(self._sizes[moment]) for moment in moments]
+        if end:
+            usual = usual if usual is not None else (known[-1] if known else 0)
+            at = sizes.index(usual) if usual in sizes else 0
+        else:
+            at = sizes.index(min(sizes))
+        return self._live(moments[at]), sizes[at]
+
+    def _live(self, moment: int) -> Cut:
+        """What is needed after a moment; moments are asked for in order."""
+        end = bisect_right(self._born, moment)
+        waiting = [*self._alive, *self._born[self._seen : end]]
+        self._alive = [number for number in waiting if self.last[number] > moment]
+        self._seen = end
+        return [self.memory.graph.values[number] for number in self._alive]
 
     def advanced(
         self, value: TracedValue, last: bool, pattern: list[str] | None, *, widen: bool = False

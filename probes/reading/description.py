@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ PROVEN = "proven"
 
 @dataclass(frozen=True)
 class StateReading:
-    """One residual state: ``value`` is (tokens, streams, features)."""
+    """One residual state."""
 
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
@@ -25,7 +25,12 @@ class StateReading:
     numbers: tuple[Numbers, ...] = field(
         repr=False
     )  # where the elements of the memory's first value are in each of them
-    value: torch.Tensor = field(repr=False)
+    array: Callable[[], torch.Tensor] = field(repr=False)  # makes ``value``, as long as the forward is held
+
+    @property
+    def value(self) -> torch.Tensor:
+        """(tokens, streams, features)."""
+        return self.array()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,12 @@ class MemoryReading:
     root: int  # the number of its first value
     shape: tuple[int, ...]  # of one stream of that
     feature_axis: int
+    carried: Mapping[int, Numbers] = field(
+        repr=False
+    )  # where elements of the first value are, in every value that has some
+    parameters: frozenset[str] = field(
+        repr=False
+    )  # names of those that work between its first and last state
     proof: str  # "proven", or "unproven: why"
     error: float
     weights: Mapping[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import gc
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,13 +25,24 @@ SHAPE_ONLY = names(
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided rand_like "
     "randn_like bernoulli"
 )
-# What a value is made again by, where its tensor is gone: it costs little, and changes nothing.
-REMADE = names(
-    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice narrow split "
-    "split_with_sizes select unbind alias detach clone _to_copy neg diagonal index_select index gather native_layer_norm "
-    "_fused_rms_norm native_group_norm relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish softplus clamp "
-    "zeros ones full arange"
-)
+# Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
+FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
+FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
+
+
+MOST_MADE = 16  # tensors that were made again, from which the next ones are made
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No search for garbage: many objects are made, and as they all stay it would take longer than what is done."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class ReadingError(CaptureError):
@@ -72,40 +85,30 @@ def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class TracedValue:
-    """What one operation made; `held` is its tensor where that may be needed to run carried steps again."""
+    """What one operation made: ``held`` is its tensor, or it can be made again from others where it is ``remade``."""
 
-    __slots__ = (
-        "alias",
-        "args",
-        "call",
-        "dtype",
-        "func",
-        "geometry",
-        "held",
-        "item",
-        "kind",
-        "kwargs",
-        "name",
-        "number",
-        "order",
-        "parents",
-        "shape",
-    )  # fmt: skip
+    item = order = 0  # which result of the operation, and of how many earlier ones of its name in the call
+    kind = ""  # of a leaf
+    held: torch.Tensor | None = None
+    geometry: tuple[Any, ...] = ()  # of what an operation made
+    alias = False  # whether it lies in the memory of its first parent
+    remade = costly = False  # by much work, so that it is held all the same where it is taken
+    of_parameter = False  # whether it is a parameter, as it is or cast, cut or transposed
 
     def __init__(
-        self, number: int, name: str, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor, call: int
+        self,
+        number: int,
+        call: int,
+        name: str,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        parents: tuple[TracedValue, ...],
+        tensor: torch.Tensor,
     ):
-        self.number, self.name, self.func, self.call = number, name, func, call
-        self.args, self.kwargs = args, kwargs
+        self.number, self.call, self.name, self.func = number, call, name, func
+        self.args, self.kwargs, self.parents = args, kwargs, parents
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.item = self.order = 0
-        self.kind = ""
-        self.geometry = geometry(tensor)
-        self.alias = False  # whether it lies in the memory of its first parent
-        self.held: torch.Tensor | None = None
-        self.parents: tuple[TracedValue, ...] = ()
-        if name not in SHAPE_ONLY:
-            self.parents = tuple(dict.fromkeys((*values_in(args), *values_in(kwargs))))
 
     @property
     def numel(self) -> int:
@@ -204,12 +207,15 @@ class Graph:
     error: Exception | None = None
 
     def __post_init__(self) -> None:
+        self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
+        self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
+        self._by_shown: dict[tuple[int, str, int], int] | None = None
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -220,8 +226,29 @@ class Graph:
             asked = self._asked[on.number] = self._asked.get(on.number, 0) + 1
             if asked <= 3:  # a search is cheaper than marking everything, as long as few ask
                 return self._search(value, on.number)
-            known = self._later[on.number] = self._marked([on])
+            known = self.later(on)
         return bool(known[value.number])
+
+    def later(self, on: TracedValue) -> bytearray:
+        """Marks, by number, of all values that were computed from one, and of itself."""
+        if on.number not in self._later:
+            self._later[on.number] = self._marked([on])
+        return self._later[on.number]
+
+    def earlier(self, ends: Iterable[TracedValue], stop: Container[int] = ()) -> bytearray:
+        """Marks of all values that some were computed from, and of these, as far as the numbers in ``stop``."""
+        marks = bytearray(len(self.values))
+        last = -1
+        for end in ends:
+            if end.number not in stop:
+                marks[end.number] = 1
+                last = max(last, end.number)
+        for number in range(last, -1, -1):
+            if marks[number]:
+                for parent in self.values[number].parents:
+                    if parent.number not in stop:
+                        marks[parent.number] = 1
+        return marks
 
     def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
@@ -254,13 +281,7 @@ class Graph:
     def reaches_output(self, value: TracedValue) -> bool:
         """Whether the output was computed from a value; True for all where the model returned no tensor."""
         if self._to_output is None:
-            marks = self._to_output = bytearray(len(self.values))
-            waiting = list(self.outputs) or self.values[:]
-            while waiting:
-                of = waiting.pop()
-                if not marks[of.number]:
-                    marks[of.number] = 1
-                    waiting += of.parents
+            self._to_output = self.earlier(self.outputs or self.values)
         return bool(self._to_output[value.number])
 
     def has_own_weights(self, value: TracedValue) -> bool:
@@ -334,8 +355,30 @@ class Graph:
             self._by_place = {self.place(value): value for value in self.values if value.func is not None}
         return self._by_place.get(place)
 
+    def call_of(self, path: str, number: int) -> int:
+        """The number of the k-th call of a module, among all calls.
+
+        Raises ReadingError: Where it was not called so often.
+        """
+        found = [n for n, call in enumerate(self.calls) if (call.path, call.number) == (path, number)]
+        if not found:
+            raise ReadingError(f"{path or 'the model'} was not called {number + 1} times")
+        return found[0]
+
+    def shown_at(self, path: str, number: int, at: str, item: int) -> TracedValue | None:
+        """The value that a call took or gave; None where it did not."""
+        if self._by_shown is None:
+            self._by_shown = {
+                (shown.call, shown.at, shown.item): of
+                for of, places in self.shown.items()
+                for shown in places
+            }
+        of = self._by_shown.get((self.call_of(path, number), at, item))
+        return None if of is None else self.values[of]
+
     def let_go(self) -> None:
         """Hold no tensor any more."""
+        self._made.clear()
         for value in self.values:
             value.held = None
 
@@ -346,27 +389,70 @@ class Graph:
         pairs = list(zip(self.values, later.values, strict=True))
         if not all(a.is_like(b) for a, b in pairs):
             return False
+        self._made.clear()
         for a, b in pairs:
-            a.held, a.geometry = b.held, b.geometry
+            a.held, a.geometry, a.remade = b.held, b.geometry, b.remade
         return True
 
-    def is_kept(self, value: TracedValue) -> bool:
+    @staticmethod
+    def is_kept(value: TracedValue) -> bool:
         """Whether the tensor of a value is there, or can be made again."""
-        if value.held is not None or value.name in SHAPE_ONLY:
-            return True
-        return value.func is not None and value.name in REMADE and all(self.is_kept(p) for p in value.parents)
+        return value.remade or value.held is not None
 
     def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value: as it was held, or made again from what it is a view, a norm or a shape of."""
-        if value.held is not None:
-            return value.held
-        if value.name in SHAPE_ONLY and not value.name.startswith(("rand", "bernoulli")):
-            return value.func(*filled(value.args, _blank), **value.kwargs)
-        if value.func is None or value.name not in REMADE:
-            raise ReadingError(f"the value of {value!r} was not kept")
-        result = value.func(*filled(value.args, self.tensor), **filled(value.kwargs, self.tensor))
+        """The tensor of a value: as it was held, or made again from what was held."""
+        found = self._tensor(value)
+        if found is None:
+            made: dict[int, torch.Tensor] = {}
+            with torch.no_grad():
+                for of in self._to_make(value):
+                    made[of.number] = self.run(of, lambda p: made.get(p.number, self._tensor(p)))
+            found = self._made[value.number] = made[value.number]
+            if len(self._made) > MOST_MADE:
+                del self._made[next(iter(self._made))]
+        return found.detach() if found.requires_grad else found
+
+    def _tensor(self, value: TracedValue) -> torch.Tensor | None:
+        return self._made.get(value.number) if value.held is None else value.held
+
+    def _to_make(self, value: TracedValue) -> list[TracedValue]:
+        needed: dict[int, TracedValue] = {}
+        waiting = [value]
+        while waiting:
+            of = waiting.pop()
+            if self._tensor(of) is not None or of.number in needed:
+                continue
+            if not of.remade:
+                raise ReadingError(f"the value of {of!r} was not kept")
+            needed[of.number] = of
+            waiting += of.parents
+        return [needed[number] for number in sorted(needed)]
+
+    @staticmethod
+    def run(value: TracedValue, operand: Callable[[TracedValue], Any], args: Any = None) -> torch.Tensor:
+        """The operation of a value on other operands, and with other arguments if they are given."""
+        args = list(filled(value.args if args is None else args, operand))
+        kwargs = filled(value.kwargs, operand)
+        if value.name in ("view", "_unsafe_view"):  # of what may lie elsewhere in another order
+            return args[0].reshape(args[1])
+        schema = getattr(value.func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            args[0] = args[0].clone()
+        result = value.func(*args, **kwargs)
         return result[value.item] if isinstance(result, (tuple, list)) else result
 
 
-def _blank(value: TracedValue) -> torch.Tensor:
-    return torch.empty(value.shape, dtype=value.dtype)
+def dropped(tensor: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """What a dropout leaves."""
+    return tensor * mask * scale
+
+
+def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:
+    """A tensor after another one was written into its memory; both by their `geometry`."""
+    ends = [
+        o + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) for shape, stride, o in (own, where)
+    ]
+    flat = torch.full((1 + max(ends),), empty, dtype=old.dtype, device=old.device)
+    flat.as_strided(*own).copy_(old)
+    flat.as_strided(*where).copy_(new)
+    return flat.as_strided(*own).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -119,14 +120,15 @@ class Memory:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 
-    def back(self, ends: Collection[TracedValue]) -> set[int]:
-        """The values of the memory that come into some of its values."""
-        found, waiting = {end.number for end in ends}, list(ends)
+    def back(self, ends: Collection[TracedValue], stop: Collection[int] = ()) -> set[int]:
+        """The values of the memory that come into some of its values, after those with numbers in ``stop``."""
+        found: set[int] = set()
+        waiting = list(ends)
         while waiting:
-            for parent in self.inside(waiting.pop()):
-                if parent.number not in found:
-                    found.add(parent.number)
-                    waiting.append(parent)
+            value = waiting.pop()
+            if value.number not in found and value.number not in stop:
+                found.add(value.number)
+                waiting += self.inside(value)
         return found
 
     def is_whole(self, value: TracedValue) -> bool:
@@ -185,22 +187,39 @@ def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
-    for value in graph.values[root.number + 1 : None if until is None else until + 1]:
-        if not graph.depends(value, root):
+    waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
+    waiting += [taker.number for taker in graph.takers(root)]
+    heapq.heapify(waiting)
+    number = root.number
+    while waiting and (until is None or waiting[0] <= until):
+        number, last = heapq.heappop(waiting), number
+        if number == last:
             continue
-        inside = [p for p in value.parents if p.number in memory.carried]
-        numbers = rules.numbers(value) if inside and value.number not in start.banned else None
-        if numbers is None and value.number in start.seeds:
-            _be_born(memory, value, start.seeds[value.number], 0)
-        elif numbers is None:
-            memory.leaves += [(parent, value) for parent in inside]
-        else:
-            memory.carried[value.number] = numbers
-            memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
-            _note_write(memory, value, inside)
+        value = graph.values[number]
+        new = _followed(memory, rules, value)
+        for taker in (taker for of in new for taker in graph.takers(of)):
+            if taker.number > number:
+                heapq.heappush(waiting, taker.number)
     memory.end = _end(memory)
     memory.trunk = memory.back([memory.end])
     return memory
+
+
+def _followed(memory: Memory, rules: Rules, value: TracedValue) -> list[TracedValue]:
+    """Note whether a value is carried, and what is new in the memory by that."""
+    number, start = value.number, memory.start
+    inside = [p for p in value.parents if p.number in memory.carried]
+    numbers = rules.numbers(value) if inside and number not in start.banned else None
+    if numbers is None and number in start.seeds:
+        _be_born(memory, value, start.seeds[number], 0)
+        return [value]
+    if numbers is None:
+        memory.leaves += [(parent, value) for parent in inside]
+        return []
+    memory.carried[number] = numbers
+    memory.depth[number] = max(memory.depth[p.number] for p in inside)
+    _note_write(memory, value, inside)
+    return [value, *(p for p in value.parents if p.number in memory.born)]
 
 
 def _end(memory: Memory) -> TracedValue:
@@ -285,5 +304,5 @@ def _is_fork(memory: Memory, value: TracedValue) -> bool:
     if value is memory.root or value.number in memory.born or not memory.passes_function(value):
         return False
     carrier = memory.inside(value)[0]
-    values = memory.graph.values
-    return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1
+    takers = [taker for taker in memory.graph.takers(carrier) if taker.number in memory.trunk]
+    return sum(carrier in memory.inside(taker) for taker in takers) > 1

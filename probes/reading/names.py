@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MATRICES, weights_of
+from depthscope.probes.reading.operations import LAYERS, weights
 
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
@@ -22,6 +22,9 @@ class BranchNames:
 
     def __init__(self, memory: Memory, branches: Sequence[Branch]):
         self.graph, self.memory, self.branches = memory.graph, memory, list(branches)
+        self._weights = weights(memory.graph)
+        self._kinds = {call.path: call.kind for call in self.graph.calls}
+        self._repeated = {call.path for call in self.graph.calls if call.number}
         self._insides = [self._inside(branch) for branch in branches]
         self._around = self._common_call()
         self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
@@ -72,10 +75,8 @@ class BranchNames:
         """The outermost module call whose work a branch is."""
         unit, depth = self.unit(number), len(self._around)
         inside = self._insides[number]
-        works = [
-            v for v in inside if v.name in MATRICES or v.name == "convolution"
-        ]  # its norm may lie next to it
-        works = works or [v for v in inside if weights_of(v)]
+        works = [v for v in inside if v.name in LAYERS]  # its norm may lie next to it
+        works = works or [v for v in inside if v.number in self._weights]
         stacks = [self.graph.stack(v) for v in works]
         if unit is not None:  # before it may lie the work of other branches, as of another track
             stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
@@ -92,15 +93,15 @@ class BranchNames:
 
     def _parameter_path(self, number: int) -> str:
         """Where no module is called: the owner of the branch's first parameter."""
-        weights = [w for v in self._insides[number] for w in weights_of(v)]
-        names = sorted(self.graph.parameter_names.get(w.number, "") for w in weights)
+        used = [w for v in self._insides[number] for w in self._weights.get(v.number, ())]
+        names = sorted(self.graph.parameter_names.get(w.number, "") for w in used)
         return names[0] if names else ""
 
     def kind(self, number: int) -> str:
         """Attention, feed-forward, or the module's own name."""
         path = self.paths[number]
         last = [part for part in path.split(".") if not part.isdigit()]
-        words = " ".join([*last[-1:], *self._class_of(path)])
+        words = " ".join([*last[-1:], self._kinds.get(path, "")])
         if ATTENTION.search(words):
             return "attn"
         if MLP.search(words):
@@ -109,9 +110,6 @@ class BranchNames:
         if any("attention" in name for name in names) or {"_softmax", "bmm"} <= names:
             return "attn"
         return last[-1] if last else "branch"
-
-    def _class_of(self, path: str) -> list[str]:
-        return [call.kind for call in self.graph.calls if call.path == path][:1]
 
     def keys(self) -> list[Key]:
         """What branches of one block have in common: the numbers of its containers, or its call."""
@@ -162,9 +160,7 @@ class BranchNames:
         return [tuple(kinds) for kinds in found.values()]
 
     def _is_repeated(self, unit: int | None) -> bool:
-        return unit is not None and any(
-            call.path == self.graph.calls[unit].path and call.number for call in self.graph.calls
-        )
+        return unit is not None and self.graph.calls[unit].path in self._repeated
 
     def key_of_root(self) -> Key | None:
         """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
@@ -256,33 +252,37 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
 def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tuple[int, str]]:
     """The block and site of each state, from the branches that were written before it and those that write after it."""
     found: list[tuple[int, str]] = []
-    pairs = list(zip(names.branches, names.layers, strict=True))
+    pairs = zip(names.branches, names.layers, strict=True)
+    waiting = sorted(
+        ((b.writes[0].number, layer, b.source.number in names.between) for b, layer in pairs), reverse=True
+    )
+    coming = Counter(layer for _, layer, is_between in waiting if not is_between)
+    layer = None  # the highest one that was written
     for number, cut in enumerate(cuts):
         moment = max(value.number for value in cut)
-        written = [layer for branch, layer in pairs if branch.writes[0].number <= moment]
-        coming = [
-            layer
-            for branch, layer in pairs
-            if branch.writes[0].number > moment and branch.source.number not in names.between
-        ]
-        if number == 0 and not written and names.first_layer >= 0:
+        while waiting and waiting[-1][0] <= moment:
+            _, written, is_between = waiting.pop()
+            layer = written if layer is None else max(layer, written)
+            coming[written] -= not is_between
+            if not coming[written]:
+                del coming[written]
+        if number == 0 and layer is None and names.first_layer >= 0:
             found.append((names.first_layer, "post"))
         else:
-            found.append(_label(number, written, coming, found))
+            found.append(_label(number, layer, coming, found))
     return found
 
 
 def _label(
-    number: int, written: list[int], coming: list[int], before: list[tuple[int, str]]
+    number: int, layer: int | None, coming: Collection[int], before: list[tuple[int, str]]
 ) -> tuple[int, str]:
-    if not written:
+    if layer is None:
         return (-1, "embed") if number == 0 else (min(coming, default=0), "pre")
-    layer = max(written)
     if layer < 0:  # what is added before the first block
         return -1, "embed"
     if layer in coming:
         return layer, "mid"
-    if (layer, "post") in before:
+    if (layer, "post") in before[-2:]:
         return (min(coming), "pre") if coming else (layer, "post")
     return layer, "post"
 

@@ -8,9 +8,9 @@ them are held. An element that is no part of the memory, such as padding, has th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property, reduce
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce, wraps
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,51 @@ _HOLE = -(1 << 56)  # in a vector of an axis: whatever is added to it stays nega
 Vectors = tuple[np.ndarray, ...]
 
 
+class Arrangement(NamedTuple):
+    """A value in another shape, the order of these axes, tokens before streams before features, and how many streams."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    streams: int
+
+
+def _runs(vector: np.ndarray) -> list[tuple[int, int]]:
+    """An axis as one or two, along each of which the numbers grow by a step, or do not change."""
+    ends = np.flatnonzero(np.diff(vector))
+    if not len(ends):
+        return [(0, len(vector))] if len(vector) > 1 else []
+    inner = int(ends[0]) + 1  # copies next to each other
+    copied = vector[::inner]
+    falls = np.flatnonzero(np.diff(copied) < 0)
+    length = int(falls[0]) + 1 if len(falls) else len(copied)
+    step = int(copied[1] - copied[0]) if length > 1 else 0
+    outer = len(copied) // length
+    parts = [(0, outer), (step, length), (0, inner)]
+    again = np.tile(np.repeat(np.arange(length) * step, inner), outer)
+    if not np.array_equal(again, vector):
+        return [(-1, len(vector))]
+    return [(step, length) for step, length in parts if length > 1]
+
+
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What is made of one object is made once: what equal blocks do to it is one object too, and is looked up from then on."""
+
+    @wraps(make)
+    def found(self: Numbers, *args: Any) -> Any:
+        known = (make.__name__, *(tuple(arg) if isinstance(arg, list) else arg for arg in args))
+        if known not in self._made:
+            self._made[known] = make(self, *args)
+        return self._made[known]
+
+    return found
+
+
 class Numbers:
     """The numbers of the elements of one value: ``offset`` plus a vector an axis, or an ``array`` of all."""
 
     def __init__(self, axes: Vectors = (), offset: int = 0, array: np.ndarray | None = None):
         self.axes, self.offset, self.array = axes, offset, array
+        self._made: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
     def first(cls, shape: Sequence[int]) -> Numbers:
@@ -86,6 +126,58 @@ class Numbers:
         parts = [(axis - shift).clip(_HOLE).tobytes() for axis, shift in zip(self.axes, shifts, strict=True)]
         return self.shape, self.offset + sum(shifts), *parts
 
+    @_once
+    def first_feature(self, stride: int, size: int) -> tuple[Numbers, list[np.ndarray | None]] | None:
+        """The elements of one feature alone, and their places along each axis on which they are not all; None if no box."""
+        if self.array is not None or any(not len(axis) or axis.min() <= _HOLE // 2 for axis in self.axes):
+            return None
+        places = [np.flatnonzero((axis - axis.min()) // stride % size == 0) for axis in self.axes]
+        if math.prod(len(place) for place in places) * size != math.prod(self.shape):
+            return None
+        found = Numbers(
+            tuple(axis[place] for axis, place in zip(self.axes, places, strict=True)), self.offset
+        )
+        if (found.dense() // stride % size).any():
+            return None
+        cut = zip(places, self.shape, strict=True)
+        return found, [place if len(place) < length else None for place, length in cut]
+
+    @_once
+    def arrangement(self, shape: tuple[int, ...], feature: int, num_features: int) -> Arrangement | None:
+        """How a value becomes (tokens, streams, features) by its axes alone: of a shape's elements, all or one feature."""
+        if self.array is not None or any(not len(axis) or axis.min() <= _HOLE // 2 for axis in self.axes):
+            return None
+        first = Numbers.first(shape)
+        stride, size = first.step(feature), shape[feature]
+        parts = [part for axis in self.axes for part in _runs(axis - axis.min())]
+        tokens = [n for n, (step, length) in enumerate(parts) if step and (step, length) != (stride, size)]
+        tokens.sort(key=lambda n: -parts[n][0])
+        features = [n for n, part in enumerate(parts) if part == (stride, size)]
+        streams = [n for n, (step, _) in enumerate(parts) if not step]
+        found = reduce(np.add.outer, (np.arange(parts[n][1]) * parts[n][0] for n in tokens), np.int64(0))
+        true = first.first_feature(stride, size)
+        offset = self.offset + sum(int(axis.min()) for axis in self.axes)
+        if (
+            true is None
+            or offset
+            or len(features) != (num_features > 1)
+            or not np.array_equal(true[0].dense().ravel(), found.ravel())
+        ):
+            return None
+        sizes = tuple(length for _, length in parts)
+        return Arrangement(sizes, (*tokens, *streams, *features), math.prod(sizes[n] for n in streams))
+
+    def step(self, axis: int) -> int:
+        """How far the numbers of neighbours along an axis are apart."""
+        whole = self.array
+        vector = (
+            self.axes[axis]
+            if whole is None
+            else np.moveaxis(whole, axis, -1).reshape(-1, self.shape[axis])[0]
+        )
+        return abs(int(vector[-1] - vector[-2]))
+
+    @_once
     def expand(self, shape: Sequence[int]) -> Numbers:
         """The same along new axes and axes of size one."""
         if tuple(shape) == self.shape:
@@ -98,12 +190,14 @@ class Numbers:
             axes.append(axis if len(axis) == size else np.repeat(axis, size))
         return Numbers(tuple(axes), self.offset)
 
+    @_once
     def permute(self, dims: Sequence[int]) -> Numbers:
         """With the axes in another order."""
         if self.array is not None:
             return Numbers(array=self.array.transpose(tuple(dims)))
         return Numbers(tuple(self.axes[dim] for dim in dims), self.offset)
 
+    @_once
     def reshape(self, shape: Sequence[int]) -> Numbers | None:
         """The same elements in another shape."""
         if tuple(shape) == self.shape:
@@ -120,8 +214,13 @@ class Numbers:
             axes += parts
         return Numbers(tuple(axes), self.offset)
 
-    def take(self, axis: int, index: slice | int) -> Numbers:
+    def take(self, axis: int, part: slice | int) -> Numbers:
         """A part along an axis, or one place of it."""
+        return self._taken(axis, part if isinstance(part, int) else (part.start, part.stop, part.step))
+
+    @_once
+    def _taken(self, axis: int, part: tuple[Any, ...] | int) -> Numbers:
+        index = part if isinstance(part, int) else slice(*part)
         if self.array is not None:
             place = (slice(None),) * axis + (index,)
             return Numbers(array=self.array[place])
@@ -130,6 +229,7 @@ class Numbers:
             return Numbers(self.axes[:axis] + self.axes[axis + 1 :], self.offset + int(part))
         return Numbers((*self.axes[:axis], part, *self.axes[axis + 1 :]), self.offset)
 
+    @_once
     def collapsed(self, dims: Sequence[int]) -> Numbers | None:
         """One place along some axes; None where the numbers change along them."""
         if self.array is not None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from depthscope.probes.reading.graph import Graph, TracedValue, names, values_in
+from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, names, values_in
 
+MOST_STREAMS = 63  # what is wider has features on its axes
 SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
 VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
 MOVES = VIEWS | names(
     "permute transpose t mT movedim unsqueeze squeeze expand repeat slice narrow split split_with_sizes chunk select "
     "unbind index_select index gather tile repeat_interleave diagonal unfold constant_pad_nd"
 )
+PARTS = names("slice select unbind split split_with_sizes")
 # The positions of what is added up.
 SUMS: dict[str, tuple[int, ...]] = {
     "add": (0, 1), "sub": (0, 1), "rsub": (0, 1), "where": (1, 2), "lerp": (0, 1), "masked_fill": (0, 2),
@@ -26,25 +28,28 @@ SCATTERS: dict[str, tuple[int, ...]] = {
     "index_add": (0, 3), "index_copy": (0, 3), "scatter_add": (0, 3), "scatter": (0, 3), "index_put": (0, 2),
     "slice_scatter": (0, 1), "select_scatter": (0, 1), "patch": (0, 1), "copy": (1,), "masked_scatter": (0, 2),
 }  # fmt: skip
-PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,)}
+PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,), "native_dropout": (0, 1)}
 MATRICES: dict[str, tuple[int, int]] = {
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1), "dot": (0, 1),
 }  # fmt: skip
+# What mixes features by parameters: `linear` is a whole call of a layer.
+LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
 JOINS = names("cat stack")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
-NORMS = names(
-    "native_layer_norm layer_norm _fused_rms_norm rms_norm native_batch_norm _native_batch_norm_legit batch_norm "
-    "cudnn_batch_norm native_group_norm group_norm _native_batch_norm_legit_no_training _batch_norm_with_update "
-    "_batch_norm_no_update"
+BATCH_NORMS = names(
+    "native_batch_norm _native_batch_norm_legit batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training "
+    "_batch_norm_with_update _batch_norm_no_update"
 )
+GROUP_NORMS = names("native_group_norm group_norm")
+NORMS = names("native_layer_norm layer_norm _fused_rms_norm rms_norm") | GROUP_NORMS | BATCH_NORMS
 FUNCTIONS = NORMS | names(
     "relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish prelu _prelu_kernel softplus hardsigmoid clamp "
     "relu6 threshold clamp_min"
 )
 STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # what a norm divides by
 # Norms along the channels of images, whose features are the second axis.
-CHANNEL_NORMS = NORMS - names("native_layer_norm layer_norm _fused_rms_norm rms_norm")
+CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
 
 def addends(value: TracedValue) -> list[TracedValue]:
@@ -57,21 +62,46 @@ def addends(value: TracedValue) -> list[TracedValue]:
     return [v for at in positions if at < len(value.args) for v in values_in(value.args[at])]
 
 
+def part_of(value: TracedValue) -> tuple[int, slice | int]:
+    """Along which axis one of `PARTS` takes which places."""
+    args, name = value.args, value.name
+    if name in ("select", "unbind"):
+        axis = args[1] if len(args) > 1 else 0
+        index: slice | int = args[2] if name == "select" else value.item
+        return axis % len(args[0].shape), index
+    if name == "slice":
+        axis, *ends = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+        return axis % len(args[0].shape), slice(*ends)
+    sizes, axis = args[1], (args[2] if len(args) > 2 else 0) % len(args[0].shape)
+    start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
+    return axis, slice(start, start + value.shape[axis])
+
+
 def factors(value: TracedValue) -> list[Any]:
     """What an operation multiplies: values, numbers."""
     return [value.args[at] for at in PRODUCTS.get(value.name) or MATRICES.get(value.name) or ()]
 
 
-def weights_of(value: TracedValue) -> list[TracedValue]:
-    """The parameters that an operation takes, also where they were cast, cut or transposed before."""
-    found, waiting = [], list(value.parents)
-    while waiting:
-        of = waiting.pop()
-        if of.kind == "parameter":
-            found.append(of)
-        elif not of.kind and len(of.parents) == 1 and (of.name in SAME or of.name in MOVES):
-            waiting += of.parents
-    return found
+def weights(graph: Graph) -> dict[int, list[TracedValue]]:
+    """By number, for all values that take some: parameters, also where they were cast, cut or transposed before."""
+    if graph.weights is None:
+        made: dict[int, list[TracedValue]] = {}  # what is a parameter but for that
+        found = graph.weights = {}
+        for value in graph.values:
+            if value.kind == PARAMETER:
+                made[value.number] = [value]
+                continue
+            own = [weight for parent in value.parents for weight in made.get(parent.number, ())]
+            if own:
+                found[value.number] = own
+                if len(value.parents) == 1 and (value.name in SAME or value.name in MOVES):
+                    made[value.number] = own
+    return graph.weights
+
+
+def weights_in(graph: Graph, marks: bytearray) -> set[TracedValue]:
+    """The parameters that work in marked values."""
+    return {weight for number, of in weights(graph).items() if marks[number] for weight in of}
 
 
 def mean_of(value: TracedValue, of: TracedValue) -> TracedValue | None:

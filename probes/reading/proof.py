@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts
+from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import MATRICES, MOVES, PRODUCTS, SAME, addends, weights_of
+from depthscope.probes.reading.operations import LAYERS, MOVES, PRODUCTS, SAME, addends, weights, weights_in
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -24,15 +25,19 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
-    error = (again - true).abs().max() / true.abs().max().clamp_min(1e-9)
-    return float(error.nan_to_num(float("inf"), float("inf")))
+    largest = torch.linalg.vector_norm(true, math.inf).clamp_min(1e-9)
+    error = float(torch.linalg.vector_norm(again - true, math.inf) / largest)
+    return error if math.isfinite(error) else math.inf
 
 
 def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """(tokens, to, from, features or 1) applied to (tokens, from, features)."""
+    matrix = matrix.to(state)
+    if state.shape[1] == 1:
+        return matrix[:, :, 0] * state
     if matrix.shape[-1] == 1:
-        return matrix[..., 0].to(state) @ state
-    return (matrix.to(state) * state[:, None]).sum(2)
+        return matrix[..., 0] @ state
+    return (matrix * state[:, None]).sum(2)
 
 
 def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
@@ -40,22 +45,15 @@ def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
     state = states.array(before)
     total = _applied(parts.h_res, state)
     for branch in parts.branches:
-        total = total + _added(branch)
+        total = total + _applied(branch.write, branch.out)
     if parts.constant is not None:
         total = total + parts.constant
     errors = [_error(total, states.array(parts.target))]
     for branch in parts.branches:
         for read, weight in branch.reads:
-            if _is_pure(states, before, read):
+            if [read] != before and _is_pure(states, before, read):
                 errors.append(_error(_applied(weight, state), states.array([read])))
     return max(errors)
-
-
-def _added(branch: BranchParts) -> torch.Tensor:
-    """What a branch adds, from its output and its weights; from its replay where its output has no order of its own."""
-    if branch.out is None:
-        return branch.added
-    return _applied(branch.write, branch.out)
 
 
 def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
@@ -76,16 +74,11 @@ def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
 
 
 def recomputed_depth(states: States, parts: DepthParts) -> float:
-    """How far states and reads are from the weighted sums of what is reported; infinite where a source has no order."""
+    """How far states and reads are from the weighted sums of what is reported."""
+    sources = torch.stack(parts.sources, 1)
     worst = 0.0
-    for number, row in parts.weights.items():
-        total = parts.constants[number]
-        for source, weight in zip(parts.sources, row, strict=True):
-            if source is None:
-                if bool(weight.any()):
-                    return float("inf")
-                continue
-            total = total + weight.to(source) * source
+    for number, weight in parts.weights.items():
+        total = _applied(weight[:, None], sources)[:, 0] + parts.constants.get(number, 0)
         worst = max(worst, _error(total, states.array([states.graph.values[number]])[:, 0]))
     return worst
 
@@ -101,53 +94,33 @@ class WeightCoverage:
         others: Sequence[Memory],
     ):
         self._others = set().union(*(other.carried for other in others))
-        self.memory, self.graph, self.branches = memory, memory.graph, branches
-        self.last = {value.number for value in last}
-        reach = self._behind(self.graph.outputs or [memory.end], set())
-        used = {w for n in reach for w in weights_of(self.graph.values[n])}
-        inside = self._between()
-        before = self._behind([memory.root], set())
-        head = self._behind(self.graph.outputs or [memory.end], self.last | set(memory.carried))
+        self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
+        graph, outputs = self.graph, self.graph.outputs or [memory.end]
+        self._used = weights_in(graph, graph.earlier(outputs))
+        self._before = graph.earlier([memory.root])
+        self._head = graph.earlier(outputs, memory.carried)
+        carried = memory.back([memory.end, *(branch.read for branch in branches)])
         self.by_place = {
-            "branches": self._weights(inside) & used,
-            "before": self._weights(before) & used,
-            "head": self._weights(head) & used,
+            "branches": self._between(carried) & self._used,
+            "before": weights_in(graph, self._before) & self._used,
+            "head": weights_in(graph, self._head) & self._used,
         }
-        self._head = head
-        self.elsewhere = used - set().union(*self.by_place.values())
-        self._used = used
+        self.elsewhere = self._used - set().union(*self.by_place.values())
 
-    def _weights(self, numbers: Iterable[int]) -> set[TracedValue]:
-        return {w for n in numbers for w in weights_of(self.graph.values[n])}
-
-    @staticmethod
-    def _behind(ends: Sequence[TracedValue], stop: set[int]) -> set[int]:
-        found: set[int] = set()
-        waiting = [end for end in ends if end.number not in stop]
-        while waiting:
-            value = waiting.pop()
-            if value.number in found:
-                continue
-            found.add(value.number)
-            waiting += [parent for parent in value.parents if parent.number not in stop]
-        return found
-
-    def _between(self) -> set[int]:
-        """Operations of branches, and of the coefficients with which the memory is mixed, read and written."""
+    def _between(self, carried: set[int]) -> set[TracedValue]:
+        """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
         memory, values = self.memory, self.graph.values
-        reads = [branch.read for branch in self.branches]
-        carried = memory.back([memory.end, *reads])
-        ends = [
-            p
-            for number in carried - {memory.root.number}
-            for p in values[number].parents
-            if not memory.holds(p)
-        ]
+        taken = (p for number in carried - {memory.root.number} for p in values[number].parents)
+        ends = [p for p in taken if not memory.holds(p)]
         ends += [values[number] for number in memory.born & carried]
-        stop = carried - memory.born
         ends += [branch.source for branch in self.branches]
-        found = self._behind(ends, stop) | carried - {memory.root.number}
-        return found - self._behind([memory.root], set())
+        marks = self.graph.earlier(ends, carried - memory.born)
+        for number in carried:
+            marks[number] = 1
+        for number, is_before in enumerate(self._before):
+            if is_before:
+                marks[number] = 0
+        return weights_in(self.graph, marks)
 
     def shares(self) -> dict[str, float]:
         """The shares of the parameters that reach the output."""
@@ -156,33 +129,36 @@ class WeightCoverage:
         sizes["elsewhere"] = sum(w.numel for w in self.elsewhere)
         return {name: size / max(total, 1) for name, size in sizes.items()}
 
+    def names(self, place: str) -> set[str]:
+        """The names of the parameters that work at a place."""
+        return {self.graph.parameter_names.get(w.number, "") for w in self.by_place[place]}
+
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""
         if self.elsewhere:
             names = sorted(self.graph.parameter_names.get(w.number, "") for w in self.elsewhere)
             share = self.shares()["elsewhere"]
             return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
-        if (value := self._residual_sum(self._behind([self.memory.root], set()))) is not None:
+        if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
             return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
-        later = {n for n in self._head if n > max(self.last) and self._is_of_no_other(self.graph.values[n])}
-        if (value := self._residual_sum(later)) is not None:
+        end = max(value.number for value in self.last) + 1
+        later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
+        if (value := self._residual_sum(later, self._head)) is not None:
             return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
-        return self._hidden_branches()
+        return self._hidden_branches() or self._unread_writes()
 
     def _is_of_no_other(self, value: TracedValue) -> bool:
         """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
         return value.numel == self.memory.count and not any(p.number in self._others for p in value.parents)
 
-    def _residual_sum(self, numbers: set[int]) -> TracedValue | None:
-        """A sum of a value and of something that a weight computed from it."""
-        for number in sorted(numbers):
+    def _residual_sum(self, numbers: Iterable[int], marks: bytearray) -> TracedValue | None:
+        """A marked sum of a value and of something that a weight computed from it."""
+        for number in numbers:
             value = self.graph.values[number]
-            added = addends(value) if value.name in ("add", "sub") else []
-            if (
-                number not in self._others
-                and len(added) == 2
-                and any(self._is_branch(a, b) for a, b in (added, added[::-1]))
-            ):
+            if not marks[number] or number in self._others or value.name not in ("add", "sub"):
+                continue
+            added = addends(value)
+            if len(added) == 2 and any(self._is_branch(a, b) for a, b in (added, added[::-1])):
                 return value
         return None
 
@@ -191,20 +167,34 @@ class WeightCoverage:
             a = a.parents[0]  # what is added to may be a view of what the branch takes, or scaled
         if a.numel != b.numel or len(b.shape) < 2 or a.kind or not self.graph.depends(b, a):
             return False
-        behind = self._behind([b], {a.number})
-        return any(
-            self.graph.values[n].name in MATRICES | {"convolution": 0} and weights_of(self.graph.values[n])
-            for n in behind
-        )
+        behind = self.graph.earlier([b], {a.number})
+        working = (self.graph.values[number].name for number in weights(self.graph) if behind[number])
+        return any(name in LAYERS for name in working)
 
     def _hidden_branches(self) -> str:
         """Sums of several branch outputs are one branch only where they are added at once."""
+        depends = self.graph.depends
         for branch in self.branches:
-            if branch.source.number not in self.memory.born or branch.source.name != "add":
+            source = branch.source
+            if source.number not in self.memory.born or source.name != "add":
                 continue
-            parts = [v for v in addends(branch.source) if self.graph.depends(v, self.memory.root)]
-            if len(parts) > 1 and self.graph.depends(parts[1], parts[0]) | self.graph.depends(
-                parts[0], parts[1]
-            ):
-                return f"a sum of several branches in {self.graph.path(branch.source) or 'the model'} is read as one"
+            parts = [v for v in addends(source) if depends(v, self.memory.root)]
+            if len(parts) > 1 and (depends(parts[1], parts[0]) or depends(parts[0], parts[1])):
+                return f"a sum of several branches in {self.graph.path(source) or 'the model'} is read as one"
+        return ""
+
+    def _unread_writes(self) -> str:
+        """What the head reads was written before the last state: all of it."""
+        memory, graph = self.memory, self.graph
+        known = memory.back(self.last)
+        read = [
+            parent
+            for number, marked in enumerate(self._head) if marked
+            for parent in graph.values[number].parents if memory.holds(parent)
+        ]  # fmt: skip
+        read += [output for output in graph.outputs if memory.holds(output)]
+        for number in sorted(memory.back(read) - known):
+            sources = [branch for branch in self.branches if graph.values[number] in branch.writes]
+            if sources and not any(w.number in known for branch in sources for w in branch.writes):
+                return f"the head reads what {graph.path(sources[0].source) or 'a branch'} writes after the last state"
         return ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +14,7 @@ from torch import nn
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, memories
-from depthscope.probes.reading.connections import (
-    BranchParts,
-    ConnectionParts,
-    DepthParts,
-    joined_by,
-    over_depth,
-)
+from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
@@ -28,7 +24,7 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no_collection
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
@@ -65,10 +61,12 @@ class Rereading:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        self.reading = self._read()
+        with torch.no_grad(), no_collection():
+            self.reading = self._read()
 
-    @torch.no_grad()
     def _read(self) -> NetworkReading:
+        if self.graph.error is not None:
+            return NetworkReading((), {}, f"the forward could not be recorded: {self.graph.error!r}")
         try:
             found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
@@ -108,7 +106,8 @@ class Rereading:
                 )
             self._readers = found
         try:
-            return [reader.reading() for reader in self._readers]
+            with no_collection():
+                return [reader.reading() for reader in self._readers]
         finally:
             self.graph.let_go()
 
@@ -134,6 +133,7 @@ class _Reader:
         self.branches = branches_of(memory)
         if not self.branches:
             raise ReadingError(NO_MEMORY)
+        self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self.names = BranchNames(memory, self.branches)
         self.name = name_of(memory, self.names)
 
@@ -155,11 +155,12 @@ class _Reader:
             number_blocks([again.names])
             return again.reading()
         self.states = States(self.memory, self.branches)
+        self.linear = Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
         parts = []
         for before, after in zip(found.cuts, found.cuts[1:], strict=False):
-            of = joined_by(self.states, before, after, self.branches)
+            of = self.linear.joined_by(before, after, self.branches)
             of.error = recomputed(self.states, before, of)
             parts.append(of)
         if any(not branch.reads for of in parts for branch in of.branches):
@@ -179,7 +180,7 @@ class _Reader:
         coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         allowed = tolerance([value for cut in cuts for value in cut])
-        why = coverage.why_incomplete() or self._why_unread(over_depth)
+        why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -194,6 +195,8 @@ class _Reader:
             root=self.memory.root.number,
             shape=self.memory.shape,
             feature_axis=self.states.axis,
+            carried=self.memory.carried,
+            parameters=frozenset(coverage.names("branches")),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
@@ -201,9 +204,9 @@ class _Reader:
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
         """How many copies of one state every step makes and merges again."""
-        memory, counts = self.memory, set()
+        memory, counts, trunk = self.memory, set(), sorted(self.memory.trunk)
         for before, after in pairwise(cuts):
-            between = (n for n in memory.trunk if before[-1].number < n < after[-1].number)
+            between = trunk[bisect_right(trunk, before[-1].number) : bisect_left(trunk, after[-1].number)]
             counts.add(max((memory.carried[n].count for n in between), default=0) // memory.count)
         single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
@@ -215,9 +218,10 @@ class _Reader:
             places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            array = self.states.array(cut)
             path = self.graph.path(cut[-1])
-            found.append(StateReading(layer, site, path, places, numbers, carried, array))
+            found.append(
+                StateReading(layer, site, path, places, numbers, carried, partial(self.states.array, cut))
+            )
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -248,7 +252,7 @@ class _Reader:
         return parts
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
-        number = next(n for n, other in enumerate(self.branches) if other is branch)
+        number = self._numbers[branch.source.number]
         reads = tuple(self.graph.place(read) for read in branch.reads)
         unit = self.names.unit(number)
         return BranchReading(
@@ -263,7 +267,8 @@ class _Reader:
         )  # one state at a time, of which branches read earlier ones
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
-        parts = over_depth(self.states, self.branches, values or [*(b.read for b in self.branches), last])
+        values = values or [*map(self._read_state, self.branches), last]
+        parts = self.linear.over_depth(self.branches, values)
         error = recomputed_depth(self.states, parts)
         pairs = list(pairwise(parts.states))
         connections = [
@@ -283,26 +288,33 @@ class _Reader:
         before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
-            if (branch.read is before if by_read else before.number < branch.writes[0].number <= after.number)
+            if (self._read_state(branch) is before if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
-        reads = [self.branches[k].read for k in new] or [before]
-        carry = _table(parts.weights[after.number]).clone()
+        reads = [self.branches[k] for k in new if len(self.linear.mixtures(self.branches[k])) == 1]
+        read = reads[-1].read if reads else before
+        carry = parts.weights[after.number].clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = {
-            "depth_read": _table(parts.weights[reads[-1].number]),
-            "depth_carry": carry,
-            "state": _table(parts.weights[before.number]),
-        }
-        if bool(parts.constants[after.number].any()):
+        found = _by_source("depth_read", parts.weights[read.number]) | _by_source("depth_carry", carry)
+        found |= _by_source("state", parts.weights[before.number])
+        if after.number in parts.constants:
             found["constant"] = parts.constants[after.number]
         branches = []
         for k in new:
-            weight = parts.weights[after.number][k + 1]
-            name = "branch_gate" if weight.shape[-1] > 1 else "h_post"
-            out = parts.sources[k + 1]
-            given = {} if out is None else {"out": out.unsqueeze(1)}
-            branches.append(self._branch(self.branches[k], {name: weight, **given}))
+            own = weights(parts.weights[after.number][:, k + 1])
+            out = parts.sources[k + 1].unsqueeze(1)
+            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own, "out": out}
+            mixtures = self.linear.mixtures(self.branches[k])
+            if len(mixtures) > 1:
+                rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)
+                written |= _by_source("depth_read", rows)
+            branches.append(self._branch(self.branches[k], written))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+
+    def _read_state(self, branch: Branch) -> TracedValue:
+        """What a branch reads; where it reads several mixtures at once, what its output is added to."""
+        inside = self.memory.inside(branch.writes[0])
+        several = len(self.linear.mixtures(branch)) > 1
+        return inside[0] if several and len(inside) == 1 else branch.read
 
     def _bases(self, last: TracedValue) -> list[TracedValue]:
         """What each branch's output is added to, where these are the states and branches read sums of them; else nothing."""
@@ -316,23 +328,13 @@ class _Reader:
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
 
-    def _why_unread(self, over_depth: bool) -> str:
-        """Reads that a description has no place for."""
-        ways = self.memory.trunk
-        for branch in self.branches if over_depth else ():
-            mixtures = [read for read in branch.reads_before_norms if read.number not in ways]
-            if len(mixtures) > 1:
-                path = self.graph.path(branch.source) or "a branch"
-                return f"{path} reads {len(mixtures)} mixtures of earlier outputs at once"
-        return ""
+
+def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights of sources under a name, or under that of a gate where they differ along the features."""
+    return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
 
 
-def _table(row: list[torch.Tensor]) -> torch.Tensor:
-    """Weights of sources as (tokens, sources); those of each feature by their mean."""
-    return torch.stack([weight.mean(-1) for weight in row], -1)
-
-
-def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
+def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     write = of.write  # (tokens, streams, streams of the branch, features or 1)
     if write.shape[-1] > 1:
@@ -341,10 +343,9 @@ def _branch_arrays(of: Any) -> dict[str, torch.Tensor]:
         found["h_post"] = write[:, :, 0, 0]
     else:
         found["write"] = write[..., 0]
-    if of.out is not None:
-        found["out"] = of.out
+    found["out"] = of.out
     matrices = [matrix for _, matrix in of.reads]
-    if of.out is not None and of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
+    if of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
         found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
     elif matrices and matrices[-1].shape[-1] > 1:
         found["read_gate"] = matrices[-1]

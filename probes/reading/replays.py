@@ -1,101 +1,258 @@
-"""What does a recorded operation give on other operands? One operation, and all steps between some values and others."""
+"""What does a value hold of earlier ones? The carried steps between them, run again on units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import Graph, TracedValue, filled
-from depthscope.probes.reading.operations import SUMS, VIEWS, addends
+from depthscope.probes.reading.graph import TracedValue, names, values_in
+from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.operations import (
+    JOINS,
+    MATRICES,
+    PARTS,
+    PRODUCTS,
+    REDUCES,
+    SAME,
+    SUMS,
+    VIEWS,
+    addends,
+    part_of,
+)  # fmt: skip
+from depthscope.probes.reading.states import States
+
+Table = dict[int, dict[Hashable, torch.Tensor]]  # by value, and by what it holds
+ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
+SIGNED = names("add sub rsub")
+# What does the same on one feature alone; along an axis that is no part of the features.
+ON_ONE = REDUCES | names("permute transpose t mT repeat where lerp masked_fill")
+ALONG_AN_AXIS = names("index_select index_add index_copy slice_scatter select_scatter select")
 
 
-def run(
-    graph: Graph,
-    value: TracedValue,
-    given: Mapping[int, torch.Tensor],
-    *,
-    real: bool = False,
-    empty: float = 0,
-) -> torch.Tensor:
-    """An operation on other operands; what is only added counts as zero, or as it was.
-
-    Parameters
-    ----------
-    graph : Graph
-        The forward.
-    value : TracedValue
-        What the operation made.
-    given : mapping of int to Tensor
-        Operands by their numbers, in the place of their own values.
-    real : bool
-        Whether what is added besides keeps its value.
-    empty : float
-        What memory holds in which nothing was written.
-
-    Returns
-    -------
-    Tensor
-    """
-    added = {v.number for v in addends(value)}
-    if value.name == "copy" and isinstance(value.args[0], TracedValue):
-        added.add(value.args[0].number)
-
-    def operand(of: TracedValue) -> torch.Tensor:
-        if of.number in given:
-            return given[of.number]
-        if of.number in added and not real:
-            return torch.zeros(of.shape, dtype=of.dtype, device=next(iter(given.values())).device)
-        return graph.tensor(of)
-
-    special = _SPECIAL.get(value.name)
-    if special is not None:
-        return special(graph, value, operand, empty)
-    args, kwargs = list(filled(value.args, operand)), filled(value.kwargs, operand)
-    if not real:
-        _leave_out_constants(value, args)
-    if value.func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
-        args[0] = args[0].clone()
-    result = value.func(*args, **kwargs)
-    return result[value.item] if isinstance(result, (tuple, list)) else result
+class FeaturesDiffer(Exception):
+    """A step that has to be run on all features."""
 
 
-def _leave_out_constants(value: TracedValue, args: list[Any]) -> None:
-    """Numbers that are added count as zero."""
-    for at in SUMS.get(value.name, ()):
-        if at < len(args) and isinstance(args[at], (int, float)):
-            args[at] = 0
+@dataclass(frozen=True)
+class Box:
+    """Elements of a value: their numbers, and their places along each axis on which they are not all."""
+
+    numbers: Numbers
+    places: Sequence[np.ndarray | None] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the elements."""
+        return self.numbers.shape
+
+    def zeros(self, kind: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Nothing, on these elements."""
+        return torch.zeros(self.shape, dtype=kind, device=device)
+
+    def is_cut(self, axis: int) -> bool:
+        """Whether places along an axis are left out."""
+        return self.places is not None and self.places[axis] is not None
 
 
-def _patched(
-    graph: Graph, value: TracedValue, operand: Callable[[TracedValue], Any], empty: float
-) -> torch.Tensor:
-    old, new, own, where = value.args
-    a, b = operand(old), operand(new)
-    ends = [
-        o + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) for shape, stride, o in (own, where)
-    ]
-    flat = torch.full((1 + max(ends),), empty, dtype=a.dtype, device=a.device)
-    flat.as_strided(*own).copy_(a)
-    flat.as_strided(*where).copy_(b)
-    return flat.as_strided(*own).clone()
+class Replays:
+    """The steps of a memory run again: on all features, or on the first one alone where they treat all alike."""
+
+    def __init__(self, states: States, *, one_feature: bool):
+        self._states, self._graph, self._one = states, states.graph, one_feature
+        self.num_features = 1 if one_feature else states.num_features
+        root = states.memory.root
+        self.kind = torch.float64 if root.dtype == torch.float64 else torch.float32
+        self.device = self._graph.tensor(root).device
+
+    def held(self, targets: Sequence[TracedValue], units: Table) -> Table:
+        """What some values hold of others, through all steps between these."""
+        table = {number: dict(of) for number, of in units.items()}
+        for value in self.between(targets, units):
+            found: dict[Hashable, torch.Tensor] = {}
+            for operand in self._taken(value):
+                for basis, tensor in table.get(operand.number, {}).items():
+                    part = self._through(value, operand, tensor)
+                    found[basis] = found[basis] + part if basis in found else part
+            table[value.number] = found
+        return table
+
+    def constants(self, targets: Sequence[TracedValue], numbers: Collection[int]) -> dict[int, torch.Tensor]:
+        """What else is added on the ways from values with some numbers."""
+        found: dict[int, torch.Tensor] = {}
+        for value in self.between(targets, numbers):
+            taken = self._taken(value)
+            parts = [self._through(value, p, found[p.number]) for p in taken if p.number in found]
+            if self._adds_constant(value):
+                zeros = {p.number: torch.zeros(p.shape, dtype=p.dtype, device=self.device) for p in taken}
+                own = self._graph.run(value, lambda of, zeros=zeros: self._own(of, zeros))
+                parts.append(own.to(self.kind))
+            if parts:
+                found[value.number] = sum(parts[1:], parts[0])
+        return found
+
+    def _own(self, of: TracedValue, given: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        return given[of.number] if of.number in given else self._graph.tensor(of)
+
+    def between(self, targets: Sequence[TracedValue], begins: Collection[int]) -> list[TracedValue]:
+        """The steps that lead to some values from those with some numbers, in order."""
+        first = min(begins)
+        needed: dict[int, TracedValue] = {}
+        waiting = list(targets)
+        while waiting:
+            value = waiting.pop()
+            if value.number not in begins and value.number not in needed and value.number > first:
+                needed[value.number] = value
+                waiting += self._taken(value)
+        return [needed[number] for number in sorted(needed)]
+
+    def _taken(self, value: TracedValue) -> list[TracedValue]:
+        """What a step takes of the memory, and of branches that are written into it."""
+        memory, number = self._states.memory, value.number
+        found = memory.inside(value) if number in memory.carried else []
+        found += [v for v in memory.writes.get(number, ()) if v is not value]
+        return found + self._states.steps.get(number, [])
+
+    def _adds_constant(self, value: TracedValue) -> bool:
+        """Whether an operation adds something that is neither of the memory nor of a branch."""
+        given = (value.args[at] for at in SUMS.get(value.name, ()) if at < len(value.args))
+        if any(isinstance(number, (int, float)) and number != 0 for number in given):
+            return True
+        known = self._states.linked
+        others = (v for v in addends(value) if not self._states.memory.holds(v) and v.number not in known)
+        return any(v.name not in ZEROS for v in others)
+
+    def box(self, value: TracedValue) -> Box:
+        """The elements of a value on which its step is run again."""
+        numbers = self._states.numbers(value)
+        if not self._one:
+            return Box(numbers)
+        found = numbers.first_feature(self._states.feature_stride, self._states.num_features)
+        if found is None:
+            raise FeaturesDiffer
+        return Box(*found)
+
+    def unit(self, cut: Sequence[TracedValue], stream: int, streams: int) -> dict[int, torch.Tensor]:
+        """Values that are one in one of their streams, and zero in the others."""
+        boxes = [self.box(value) for value in cut]
+        if streams == 1 and len(cut) == 1:
+            return {cut[0].number: torch.ones(boxes[0].shape, dtype=self.kind, device=self.device)}
+        order, n = self._states.order([box.numbers for box in boxes])
+        sizes = [math.prod(box.shape) for box in boxes]
+        flat = torch.zeros(sum(sizes), dtype=self.kind)
+        flat[(torch.arange(len(flat)) if order is None else order).reshape(-1, n)[:, stream]] = 1
+        parts = zip(cut, boxes, flat.to(self.device).split(sizes), strict=True)
+        return {v.number: part.reshape(box.shape) for v, box, part in parts}
+
+    def _through(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+        """What a step makes of one of its operands, where all others that it adds are zero."""
+        shape, name = self.box(value).shape, value.name
+        if name in SIGNED:
+            scale = _scale(value, operand)
+            found = tensor if scale == 1 else tensor * scale
+        elif name in VIEWS or name in SAME or name in ("squeeze", "unsqueeze"):
+            found = (-tensor if name == "neg" else tensor).reshape(shape)
+        elif name in PRODUCTS:
+            found = self._product(value, operand, tensor)
+        elif name == "copy":
+            found = tensor if operand is value.args[1] else tensor.new_zeros(())
+        elif name in JOINS:
+            found = self._joined(value, operand, tensor, shape)
+        elif name in PARTS:
+            found = self._part(value, operand, tensor)
+        else:
+            found = tensor if name == "expand" else self._run(value, operand, tensor)
+        return found if found.shape == shape else found.expand(shape)
+
+    def _product(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+        for other in value.args:
+            if other is not operand:
+                by = self._factor(value, other) if isinstance(other, TracedValue) else other
+                tensor = tensor / by if value.name == "div" else tensor * by
+        return tensor
+
+    def _joined(
+        self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        axis = (value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)) % len(shape)
+        found, start = tensor.new_zeros(shape), 0
+        for piece in values_in(value.args[0]):
+            size = 1 if value.name == "stack" else self._size(value, piece, axis)
+            if piece is operand:
+                part = tensor.unsqueeze(axis) if value.name == "stack" else tensor
+                found.narrow(axis, start, size).copy_(part)
+            start += size
+        return found
+
+    def _size(self, value: TracedValue, piece: TracedValue, axis: int) -> int:
+        if self._states.memory.holds(piece) or piece.number in self._states.linked:
+            return self.box(piece).shape[axis]
+        if self.box(value).is_cut(axis):
+            raise FeaturesDiffer
+        return piece.shape[axis]
+
+    def _part(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+        axis, part = part_of(value)
+        box = self.box(operand)
+        if box.is_cut(axis):
+            if isinstance(part, int):
+                raise FeaturesDiffer
+            chosen = np.isin(box.places[axis], np.arange(operand.shape[axis])[part])  # type: ignore[index]
+            return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device))
+        return tensor[(slice(None),) * axis + (part,)]
+
+    def _factor(self, value: TracedValue, of: TracedValue) -> torch.Tensor:
+        """What is multiplied with a value, where it is the same for all features."""
+        tensor = self._graph.tensor(of)
+        if self._one:
+            box = self.box(value)
+            for axis in range(-1, -1 - tensor.ndim, -1):
+                if tensor.shape[axis] > 1 and box.is_cut(axis):
+                    if tensor.stride(axis):
+                        raise FeaturesDiffer
+                    tensor = tensor.narrow(axis, 0, box.shape[axis])
+        return tensor.to(self.kind) if tensor.is_floating_point() else tensor
+
+    def _run(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+        if self._one and not self._runs_on_one(value, operand):
+            raise FeaturesDiffer
+        added = {v.number for v in addends(value)}
+
+        def given(of: TracedValue) -> torch.Tensor:
+            if of is operand:
+                return tensor
+            if of.number in added:
+                is_known = self._states.memory.holds(of) or of.number in self._states.linked
+                return tensor.new_zeros(self.box(of).shape if is_known else of.shape)
+            if value.name in SUMS:
+                return self._factor(value, of)
+            own = self._graph.tensor(of)
+            return own.to(self.kind) if own.is_floating_point() else own
+
+        sums = SUMS.get(value.name, ())
+        args = [
+            0 if at in sums and isinstance(arg, (int, float)) else arg for at, arg in enumerate(value.args)
+        ]
+        return self._graph.run(value, given, args)
+
+    def _runs_on_one(self, value: TracedValue, operand: TracedValue) -> bool:
+        """Whether an operation of this name does the same on one feature alone."""
+        box = self.box(value)
+        known = self._states
+        if any(not known.memory.holds(v) and v.number not in known.linked for v in addends(value)):
+            return False
+        if value.name in MATRICES:
+            return not any(box.is_cut(axis) for axis in range(len(value.shape) - 2))
+        if value.name in ALONG_AN_AXIS:
+            return not self.box(operand).is_cut(value.args[1])
+        return value.name in ON_ONE
 
 
-def _dropout(
-    graph: Graph, value: TracedValue, operand: Callable[[TracedValue], Any], empty: float
-) -> torch.Tensor:
-    mask = next(
-        v for v in graph.values[value.number : value.number + 3] if v.item == 1 and v.args is value.args
-    )
-    return operand(value.args[0]) * graph.tensor(mask) / (1 - value.args[1])
-
-
-_SPECIAL: dict[str, Callable[..., torch.Tensor]] = {
-    **dict.fromkeys(VIEWS, lambda graph, value, operand, empty: operand(value.args[0]).reshape(value.shape)),
-    "patch": _patched,
-    "copy": lambda graph, value, operand, empty: operand(value.args[1]).expand(value.shape).clone(),
-    "native_dropout": _dropout,
-    "contiguous": lambda graph, value, operand, empty: operand(value.args[0]),
-    "lift_fresh": lambda graph, value, operand, empty: operand(value.args[0]),
-}
+def _scale(value: TracedValue, operand: TracedValue) -> float:
+    """With which factor a sum holds an operand."""
+    alpha = value.kwargs.get("alpha", 1)
+    scales = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[value.name]
+    return sum(scale for scale, argument in zip(scales, value.args, strict=False) if argument is operand)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
+    MOST_STREAMS,
     MOVES,
     PRODUCTS,
     REDUCES,
@@ -17,7 +18,6 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
-MOST_STREAMS = 64
 
 
 def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
@@ -61,7 +61,7 @@ class _Sums:
         """The most sums by the number of the root."""
         for value in self._graph.values:
             self._root[value.number], self._merges[value.number] = value, 0
-            carrier, merged = self._carrier(value)
+            carrier, merged = self._carrier(value) if value.parents else (None, False)
             if carrier is not None:
                 root = self._root[value.number] = self._root[carrier.number]
                 merges = self._merges[value.number] = self._merges[carrier.number] + merged
@@ -73,7 +73,9 @@ class _Sums:
         operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
         if not operands:
             return None, False
-        if value.name in SAME or value.name in MOVES or value.name in FUNCTIONS:
+        if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
+            return (operands[0] if Graph.is_kept(operands[0]) else None), False
+        if value.name in SAME or value.name in MOVES:
             return operands[0], False
         if value.name in PRODUCTS or value.name in REDUCES:
             return max(operands, key=lambda p: (self._merges[p.number], p.numel)), False
@@ -97,7 +99,7 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int]] = {}
     for value in _tensors(graph):
-        if value.name in ("mm", "addmm", "embedding", "bmm") and len(value.shape) > 1:
+        if value.name in ("mm", "addmm", "linear", "embedding", "bmm") and len(value.shape) > 1:
             if len({origin for origin, _ in made.values()}) > 5:
                 break
             made[value.number] = value, 1

@@ -1,9 +1,9 @@
-"""What are the states as arrays, and what do carried steps make of others? (tokens, streams, features), and replays."""
+"""What are a memory's values as arrays? (tokens, streams, features), in the order of the first value's elements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,24 +13,39 @@ from depthscope.probes.reading.graph import ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import CHANNEL_NORMS, NORMS
-from depthscope.probes.reading.replays import run
 
-Given = Mapping[int, torch.Tensor]
+MOST_ARRAYS = 4  # that were asked for last
+UNEQUAL = "some tokens or features have more streams than others"
 
 
 class States:
-    """The arrays of a memory's values, and the steps between them run again on other values."""
+    """The arrays of a memory's values, and of what branches add to it."""
 
     def __init__(self, memory: Memory, branches: Sequence[Branch]):
         self.memory, self.graph = memory, memory.graph
         self.axis = feature_axis(memory)
         self.num_features = memory.shape[self.axis]
+        self.feature_stride = math.prod(memory.shape[self.axis + 1 :])
         self.token_shape = tuple(size for dim, size in enumerate(memory.shape) if dim != self.axis)
         self._orders: dict[tuple, tuple[torch.Tensor | None, int]] = {}
-        self._steps: dict[int, list[TracedValue]] = {}
+        self._arrays: dict[tuple[int, ...], torch.Tensor] = {}
+        self._numbers: dict[int, Numbers] = {}
+        # On the ways from branches to their writes: what each step moves or scales.
+        self.steps: dict[int, list[TracedValue]] = {}
+        self.linked = {branch.source.number for branch in branches}
         for branch in branches:
+            if not branch.numbers:
+                path = self.graph.path(branch.source) or "the model"
+                raise ReadingError(f"one output of {path} is added to several tokens or features")
+            self._numbers |= branch.numbers
             for number, before in branch.steps.items():
-                self._steps.setdefault(number, []).append(before)
+                self.steps.setdefault(number, []).append(before)
+                self.linked.add(number)
+
+    def numbers(self, value: TracedValue) -> Numbers:
+        """The memory's elements that a value holds, or that it is added to on the way from a branch."""
+        carried = self.memory.carried.get(value.number)
+        return self._numbers[value.number] if carried is None else carried
 
     def order(self, parts: Sequence[Numbers]) -> tuple[torch.Tensor | None, int]:
         """How elements are sorted by token, feature and stream, None where they are; and the number of streams."""
@@ -39,96 +54,73 @@ class States:
             flat = np.concatenate([part.dense().reshape(-1) for part in parts])
             order = np.argsort(flat, kind="stable")
             order = order[int((flat < 0).sum()) :]  # what holds nothing yet, as the rest of a buffer
-            _, counts = np.unique(flat[order], return_counts=True)
-            if len(set(counts.tolist())) != 1:
-                raise ReadingError("some tokens or features have more streams than others")
-            sorted_already = np.array_equal(order, np.arange(len(flat)))
-            self._orders[key] = None if sorted_already else torch.from_numpy(order), int(counts[0])
+            counts = np.bincount(flat[order])
+            streams = int(counts.max(initial=0))
+            if ((counts != streams) & (counts != 0)).any():
+                raise ReadingError(UNEQUAL)
+            is_sorted = len(order) == len(flat) and bool((order[1:] > order[:-1]).all())
+            self._orders[key] = None if is_sorted else torch.from_numpy(order), streams
         return self._orders[key]
 
     def num_streams(self, cut: Sequence[TracedValue]) -> int:
         """How many values of each token and feature some values hold."""
-        return self.order([self.memory.carried[value.number] for value in cut])[1]
+        numbers = [self.numbers(value) for value in cut]
+        found = [part.arrangement(self.memory.shape, self.axis, self.num_features) for part in numbers]
+        if any(of is None for of in found):
+            return self.order(numbers)[1]
+        return sum(of.streams for of in found if of is not None)
 
-    def array(self, cut: Sequence[TracedValue], given: Given | None = None) -> torch.Tensor:
-        """Some values of the memory, or others in their places, as (tokens, streams, features)."""
-        tensors = [self.graph.tensor(v) if given is None else given[v.number] for v in cut]
-        return self.sorted(tensors, [self.memory.carried[value.number] for value in cut])
+    def array(self, cut: Sequence[TracedValue]) -> torch.Tensor:
+        """Some values of the memory as (tokens, streams, features)."""
+        key = tuple(value.number for value in cut)
+        if key not in self._arrays:
+            tensors = [self.graph.tensor(value)[None] for value in cut]
+            self._arrays[key] = self.sorted(tensors, [self.numbers(v) for v in cut], self.num_features)[0]
+            if len(self._arrays) > MOST_ARRAYS:
+                del self._arrays[next(iter(self._arrays))]
+        return self._arrays[key]
 
-    def sorted(self, tensors: Sequence[torch.Tensor], numbers: Sequence[Numbers]) -> torch.Tensor:
-        """Tensors whose elements have numbers of the memory, as (tokens, streams, features)."""
-        order, n = self.order(numbers)
+    def sorted(
+        self, tensors: Sequence[torch.Tensor], numbers: Sequence[Numbers], num_features: int
+    ) -> torch.Tensor:
+        """Some arrays of elements that have numbers of the memory, as (arrays, tokens, streams, features)."""
         kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        flat = torch.cat([t.reshape(-1).to(kind) for t in tensors])
-        flat = flat if order is None else flat[order.to(flat.device)]
-        if flat.numel() != self.memory.count * n:
+        parts = [self._arranged(t.to(kind), of, num_features) for t, of in zip(tensors, numbers, strict=True)]
+        if all(part is not None for part in parts):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # type: ignore[return-value,arg-type]
+        order, n = self.order(numbers)
+        flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
+        flat = flat if order is None else flat[:, order.to(flat.device)]
+        shape = self._shape(num_features)
+        if flat.shape[1] != math.prod(shape) * n:
             raise ReadingError("a state does not hold every token and feature of the first one")
+        return flat.reshape(-1, *shape, n).movedim(1 + self.axis, -1).reshape(len(flat), -1, n, num_features)
+
+    def _shape(self, num_features: int) -> tuple[int, ...]:
         shape = self.memory.shape
-        return flat.reshape(*shape, n).movedim(self.axis, -1).reshape(-1, n, shape[self.axis])
+        return (*shape[: self.axis], num_features, *shape[self.axis + 1 :])
 
-    def unit(self, cut: Sequence[TracedValue], stream: int) -> dict[int, torch.Tensor]:
-        """Values that are one in one stream, and zero in the others."""
-        order, n = self.order([self.memory.carried[value.number] for value in cut])
-        sizes = [value.numel for value in cut]
-        flat = torch.zeros(sum(sizes))
-        if order is None:
-            flat.reshape(-1, n)[:, stream] = 1
-        else:
-            flat[order.reshape(-1, n)[:, stream]] = 1
-        parts = zip(cut, flat.split(sizes), strict=True)
-        return {v.number: part.reshape(v.shape).to(self.graph.tensor(v)) for v, part in parts}
+    def _arranged(self, tensor: torch.Tensor, numbers: Numbers, num_features: int) -> torch.Tensor | None:
+        found = numbers.arrangement(self.memory.shape, self.axis, num_features)
+        if found is None:
+            return None
+        return (
+            tensor.reshape(len(tensor), *found.sizes)
+            .permute(0, *(1 + dim for dim in found.order))
+            .reshape(len(tensor), -1, found.streams, num_features)
+        )
 
-    def replay(
-        self, targets: Sequence[TracedValue], given: Given, *, real: bool = False
-    ) -> dict[int, torch.Tensor]:
-        """Values of the memory once more, from others; what branches add counts as zero unless ``real``."""
-        done: dict[int, torch.Tensor | None] = dict(given)
-        for value in self._needed(targets, given):
-            operands = {
-                p.number: found for p in self._taken(value) if (found := done.get(p.number)) is not None
-            }
-            if not operands:
-                done[value.number] = None
-                continue
-            if not real:
-                for p in self._taken(value):
-                    if self.memory.holds(p) and p.number not in operands:
-                        operands[p.number] = torch.zeros_like(self.graph.tensor(p))
-            done[value.number] = run(self.graph, value, operands, real=real)
-        found = {}
-        for value in targets:
-            again = done.get(value.number)
-            found[value.number] = torch.zeros_like(self.graph.tensor(value)) if again is None else again
-        return found
-
-    def steps(self, targets: Sequence[TracedValue], cut: Sequence[TracedValue]) -> list[TracedValue]:
-        """The steps of the memory that lead from a state to some values."""
-        given = {value.number: torch.empty(0) for value in cut}
-        reached, found = set(given), []
-        for value in self._needed(targets, given):
-            if any(v.number in reached for v in self.memory.inside(value) if self.memory.holds(value)):
-                reached.add(value.number)
-                found.append(value)
-        return found
-
-    def _needed(self, targets: Sequence[TracedValue], given: Given) -> list[TracedValue]:
-        first = min(given)
-        needed: dict[int, TracedValue] = {}
-        waiting = list(targets)
-        while waiting:
-            value = waiting.pop()
-            if value.number in given or value.number in needed or value.number < first:
-                continue
-            needed[value.number] = value
-            waiting += self._taken(value)
-        return [needed[number] for number in sorted(needed)]
-
-    def _taken(self, value: TracedValue) -> list[TracedValue]:
-        """What a step takes of the memory, and of branches that are written into it."""
-        memory = self.memory
-        found = memory.inside(value) if memory.holds(value) else []
-        found = [*found, *(v for v in memory.writes.get(value.number, ()) if v is not value)]
-        return [*found, *self._steps.get(value.number, ())]
+    def output(self, branch: Branch) -> torch.Tensor:
+        """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""
+        own, numbers = self.graph.tensor(branch.source), self.numbers(branch.source)
+        if numbers.distinct == self.memory.count:
+            return self.sorted([own[None]], [numbers], self.num_features)[0]
+        if numbers.distinct != numbers.count:
+            raise ReadingError(UNEQUAL)
+        places = torch.from_numpy(np.array(numbers.dense().reshape(-1)))
+        flat = own.reshape(-1)[places >= 0]
+        found = flat.new_zeros(self.memory.count).index_put((places[places >= 0],), flat)
+        return self.sorted([found[None]], [Numbers.first(self.memory.shape)], self.num_features)[0]
 
     def before_functions(self, value: TracedValue) -> TracedValue:
         """Back over the norms and activations at the end of a step."""
@@ -147,7 +139,7 @@ def feature_axis(memory: Memory) -> int:
         axis = _voted_axis(value, taker)
         if axis is None or value.shape[axis] < 2:
             continue
-        step = _step(memory.carried[value.number], axis)
+        step = memory.carried[value.number].step(axis)
         for dim, stride in enumerate(strides):
             if memory.shape[dim] > 1 and stride == step:
                 votes[dim] += 1
@@ -157,18 +149,8 @@ def feature_axis(memory: Memory) -> int:
 def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
     """The axis along which an opaque operation takes features together."""
     at = next((n for n, argument in enumerate(taker.args) if argument is value), None)
-    if (taker.name in ("mm", "bmm", "matmul") and at == 0) or (taker.name == "addmm" and at == 1):
+    if (taker.name in ("mm", "bmm", "matmul", "linear") and at == 0) or (taker.name == "addmm" and at == 1):
         return len(value.shape) - 1
     if taker.name in CHANNEL_NORMS or taker.name == "convolution":
         return 1 if len(value.shape) > 1 else None
     return len(value.shape) - 1 if taker.name in NORMS else None
-
-
-def _step(numbers: Numbers, axis: int) -> int:
-    """How far the numbers of neighbours along an axis are apart."""
-    vector = (
-        numbers.axes[axis]
-        if numbers.array is None
-        else np.moveaxis(numbers.array, axis, -1).reshape(-1, numbers.shape[axis])[0]
-    )
-    return abs(int(vector[-1] - vector[-2]))

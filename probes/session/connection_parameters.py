@@ -35,7 +35,7 @@ class ConnectionParameters:
         self.cells: dict[int, tuple[str, ...]] = {}
         modules, paths = dict(model.named_modules(remove_duplicate=False)), set()
         for number, connection in enumerate(structure.connections):
-            if number not in structure.sites or structure.traced or connection.path in paths:
+            if number not in structure.sites or structure.is_recorded or connection.path in paths:
                 continue  # a module that several connections share is listed once
             paths.add(connection.path)
             chosen = {

@@ -13,7 +13,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Weights
-from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.session.gradient_hooks import GradientListener
@@ -54,7 +53,6 @@ class Forward:
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
-    openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
@@ -86,7 +84,6 @@ class Forward:
             if not listener.receivers:  # it is no state
                 listener.release()
         self.listeners.clear()
-        self.openings.clear()
         self.arguments, self.lead = {}, None
 
     def release(self) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.computed_values import ComputedValues
-from depthscope.probes.connections.reading import read_returned
-from depthscope.probes.connections.tensor_watch import WeightPlace
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
@@ -42,7 +39,7 @@ class Observer:
         Called with every exception that a gradient hook raises.
     loss_scale : callable, optional
         Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
-    calls : mapping of (path, method) to int
+    calls : mapping of str to int
         How often each module was called in the forward that showed the structure.
     sums : bool
         Whether statistics of all tokens are added up, next to the sampled sequences.
@@ -65,7 +62,7 @@ class Observer:
         report: Report,
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         *,
-        calls: Mapping[tuple[str, str], int],
+        calls: Mapping[str, int],
         sums: bool = True,
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
@@ -86,8 +83,6 @@ class Observer:
         self._sums = sums
         self._live_tokens = live_tokens
         self._exact_sums, self._compiled_sums = exact_sums, compiled_sums
-        # Of the weights that are looked for, by the number of the connection.
-        self._places: dict[int, WeightPlace] = {}
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -186,8 +181,8 @@ class Observer:
                     "than in the first measured step: the model's forward has changed"
                 )
         for _, depth, point in self.structure.captured:
-            ran = forward.call_counts.get((f"{point.at} {point.method}", point.path), 0)
-            usual = self._calls.get((point.path, point.method), ran)
+            ran = forward.call_counts.get((point.at, point.path), 0)
+            usual = self._calls.get(point.path, ran)
             if depth != FINAL and ran > usual:
                 raise CaptureError(
                     f"{point.path or 'the model'} ran {ran} times in a forward, {usual} times in the first measured one; "
@@ -249,14 +244,6 @@ class Observer:
 
     # --- connections ---
 
-    def place(self, number: int) -> WeightPlace:
-        """Where the weights of a connection, which no returned tensor shows, were in the forward before."""
-        return self._places.setdefault(number, WeightPlace())
-
-    def looks_for_logits(self, number: int) -> bool:
-        """Whether the logits of a connection's matrix are known, or may still be found."""
-        return self.logits is not None and self.logits.looks_for(number)
-
     def matrices(self, graph: Graph) -> ComputedValues:
         """What may be the logits and matrices of connections among the values of a graph that is recorded."""
         n = self.structure.num_streams
@@ -280,23 +267,6 @@ class Observer:
         """Record the logits of a connection whose matrix is known by now."""
         if self.logits is not None and seen is not None:
             self.logits.record(forward, number, mix, seen, after)
-
-    def record_returned(
-        self,
-        forward: Forward,
-        number: int,
-        x: torch.Tensor,
-        output: Any,
-        computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
-        seen: ComputedValues | None = None,
-    ) -> None:
-        """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
-        rows = forward.rows.to(x.device)
-        place = self.place(number)
-        site, every_token = self.structure.sites[number], self._live_tokens > 0
-        sampled, complete = read_returned(site, x, output, rows, computed, place, every_token)
-        self.record_connection(forward, number, complete, sampled)
-        self.record_logits(forward, number, complete.mix, seen)
 
     def record_connection(
         self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None

@@ -32,6 +32,7 @@ class ModelOptions(TypedDict, total=False):
     layers: str | Iterable[str] | None
     layout: str | None
     streams: int | None
+    chain: str | None
     mask: Mask
 
 
@@ -65,6 +66,9 @@ class Options:
         Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
     streams : int, optional
         Number of streams, where the layout merges them with another axis, as ``"B T (N D)"`` does.
+    chain : str, optional
+        Which residual memory of the model is read, by its name in `describe`, where it has several; the model's own, and
+        further towers of at least a tenth of its weights, when not given.
     sites : str or iterable of str, optional
         What to capture, by the names that people know, such as ``"mid"``, ``"final"``, ``"h_res"``, ``"attention"`` or
         ``"blocks.3.hook_resid_post"``: see `probes.structure.sites`. By default every state, and every weight of stream
@@ -98,6 +102,7 @@ class Options:
     layers: str | Iterable[str] | None = None
     layout: str | None = None
     streams: int | None = None
+    chain: str | None = None
     sites: str | Iterable[str] | None = None
     mask: Mask = None
     max_sequences: int = 8

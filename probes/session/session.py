@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,12 +35,11 @@ from depthscope.probes.session.attention import AttentionPlaces, attention_sums,
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.connection_parameters import ConnectionParameters
+from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import (
-    AxisError,
-    FirstForward,
+    RecordedForward,
     RewrittenError,
-    find_structure,
-    record_traced,
+    record_operations,
     replay,
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
@@ -48,10 +48,9 @@ from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
-from depthscope.probes.structure.branch_sums import find_branch_sums
-from depthscope.probes.structure.find_chains import block_paths
+from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
-from depthscope.probes.structure.tape import ChainError, Tape
+from depthscope.probes.structure.tape import Tape
 
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 MOST_ERRORS = 8  # of one step, whose first one is what is said
@@ -148,9 +147,9 @@ class Session:
         return self._observer
 
     @property
-    def _traced(self) -> bool:
+    def _is_recorded(self) -> bool:
         """Whether every measured forward is traced, since nothing else shows the weights of the connections."""
-        return self._observer is not None and self._observer.structure.traced
+        return self._observer is not None and self._observer.structure.is_recorded
 
     @property
     def structure(self) -> Structure:
@@ -221,7 +220,7 @@ class Session:
         ):
             # Also where modules came or went since: the structure is looked for again, and must be as it was.
             self._searching, self._containers = True, _containers(self.model)
-            first = FirstForward(
+            first = RecordedForward(
                 self.model,
                 self._current,
                 gradients=self.options.gradients,
@@ -231,9 +230,9 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
-            if self._traced:
+            if self._is_recorded:
                 # Its operations are traced, and its attention with them.
-                FirstForward(
+                RecordedForward(
                     self.model,
                     self._current,
                     gradients=False,
@@ -246,7 +245,7 @@ class Session:
                 self._observer,
                 self._current,
                 lambda: self.forwards,
-                None if self._traced else self.attention,
+                None if self._is_recorded else self.attention,
             )
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
@@ -364,8 +363,8 @@ class Session:
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
-            if self._searching or self._traced:
-                current.tape = self._new_tape()
+            if self._searching or self._is_recorded:
+                current.tape = Tape()
 
     def _may_have_gradients(self) -> bool:
         """Whether a call that begins can have gradients, where these are wanted: a validation under ``no_grad`` has none.
@@ -463,20 +462,12 @@ class Session:
     def _count_along_other_axis(self, tape: Tape, forward: Forward) -> None:
         """Draw the sequences of the first forward again: they are along the second axis of what the model was called with."""
         assert forward.lead is not None
-        assert tape.trace is not None
         self.reservoir = self._new_reservoir()
         for name, value in self._drawn(forward.lead, 1, forward.stamp).items():
             setattr(forward, name, value)
-        tape.trace.count_along(1, forward.batch_size)
         # What its tokens attend to was looked at for the wrong sequences: the next forward shows it.
         tape.attention, forward.attention = None, {}
         self._attention_is_known = self._first_attention is None
-
-    def _new_tape(self) -> Tape:
-        blocks = self.options.blocks
-        # The search for the sums inside of blocks needs the tensors of every call in them: only where it is requested.
-        search = find_branch_sums if self.options.selection.inside_blocks else None
-        return Tape(keep=block_paths(self.model, blocks) if blocks else (), on_block=search)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         current = self._current
@@ -512,7 +503,7 @@ class Session:
     def _end_traced(self, tape: Tape, forward: Forward) -> None:
         """Record what the trace of a later forward shows."""
         with own_call(self.observer):
-            record_traced(tape, forward, self.observer)
+            record_operations(tape, forward, self.observer)
         if tape.attention is not None:
             self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -543,7 +534,7 @@ class Session:
                 self.options,
                 self.report,
                 self._loss_scale,
-                calls=tape.counts(),
+                calls=Counter(call.path for call in tape.graph.calls),
                 sums=self._sums,
                 parameters=ConnectionParameters(self.model, structure) if loops else None,
                 logits=LogitStatistics(self.options.gradients, self.report, self._loss_scale)
@@ -578,14 +569,17 @@ class Session:
                     self._attach()  # with the hooks of the structure, or for another first forward
 
     def _found_structure(self, tape: Tape, forward: Forward) -> Structure:
+        if tape.recorder is None:
+            raise CaptureError("the model's own forward did not run")
+        finder = StructureFinder(tape.graph, self.model, self.options, forward.batch_size, forward.batch_axis)
         try:
-            return find_structure(tape, forward, self.model, self.options, self.shards)
+            return finder.structure(self.shards)
         except AxisError:
             # A forward of ours runs once more. The user's does not: its step would be lost.
-            if own_calls.owner is not None or tape.trace is None:
+            if own_calls.owner is not None:
                 raise
             self._count_along_other_axis(tape, forward)
-            return find_structure(tape, forward, self.model, self.options, self.shards)
+            return finder.along(1, forward.batch_size).structure(self.shards)
 
     def _adopt(self, observer: Observer) -> None:
         self._observer, self._modules = observer, _module_types(self.model)

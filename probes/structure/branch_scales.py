@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
-from depthscope.probes.dataflow.operations import NORMS
-from depthscope.probes.dataflow.parameters import AppliedFunction, ConstantOrigin
-from depthscope.probes.dataflow.trace import Trace
-from depthscope.probes.dataflow.values import Value, carrier_of
-from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.plain_proof import plain_path, states_of
-from depthscope.probes.structure.tape import Tape
+from depthscope.probes.reading.description import BranchReading
+from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.operations import MOVES, NORMS, PRODUCTS, SAME, addends
 
 # Which argument of a norm is the weight that multiplies its result; of all others the second is.
 THIRD = frozenset(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", "group_norm"))
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedFunction:
+    """One function of one tensor: ``args`` has None in the tensor's place."""
+
+    func: Any
+    position: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The result for another tensor."""
+        return self.func(*self.args[: self.position], tensor, *self.args[self.position + 1 :], **self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -42,82 +52,54 @@ class BranchScale:
         return scale.float()
 
 
-Term = tuple[ConstantOrigin, ...]  # what multiplies one thing that is added to the state
+Term = tuple[BranchScale, ...]  # what multiplies one thing that is added to the state
 
 
-def branch_scales(tape: Tape, chain: Chain, model: nn.Module) -> tuple[tuple[BranchScale, ...], ...]:
-    """The scales of each branch that a chain adds; empty where not every step is known to be a sum with the state."""
-    if tape.trace is None or tape.trace.error is not None or chain.has_streams or chain.history:
-        return ()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: list[tuple[BranchScale, ...]] = []
-    for before, after in pairwise(states_of(tape, chain.points)):
-        if before is None or after is None:
-            return ()
-        if before is after or before.shape != after.shape:  # no block between them; a new stage
-            continue
-        terms = _added(tape.trace, before, after)
-        if not terms:
-            return ()
-        # Sharded and replaced parameters are others than the model has after its forward.
-        found += [
-            tuple(BranchScale(names[id(o.parameter)], o.functions) for o in term if id(o.parameter) in names)
-            for term in terms
-        ]
-    return tuple(found)
-
-
-def _added(trace: Trace, before: Value, after: Value) -> list[Term]:
-    """What multiplies each branch that is added between two states."""
-    path = plain_path(before, after)
-    terms: list[Term] = []
-    for linear in () if path is None else path[0]:
-        carrying = linear.carrying
-        numbers = {value.number for value in carrying}
-        for value in carrying:
-            step = value.step
-            if value is before or step is None or not step.rule.sums:
-                continue
-            for operand in step.operands:
-                if operand.number not in numbers and trace.depends(operand, before):
-                    terms += _terms(trace, operand)
-    return terms
-
-
-def _terms(trace: Trace, added: Value) -> list[Term]:
-    """What multiplies each of the things that are added up in a value; walked back to what no linear step made."""
+def branch_scales(graph: Graph, branches: Iterable[BranchReading]) -> tuple[Term, ...]:
+    """The scales of each branch that a plain chain adds."""
     known: dict[int, list[Term]] = {}
-    waiting = [added]
-    while waiting:
-        value = waiting[-1]
-        behind = [v for v in _behind(value) if v.number not in known]
-        if behind:
-            waiting += behind
-            continue
-        own = _own_scale(trace, value)
-        before = _behind(value)
-        inner = [term for v in before for term in known[v.number]] if before else [()]
+    return tuple(term for branch in branches for term in _terms(graph, graph.values[branch.way[-1]], known))
+
+
+def _terms(graph: Graph, value: TracedValue, known: dict[int, list[Term]]) -> list[Term]:
+    """What multiplies each of the things that are added up in a value; walked back to what no linear step made."""
+    if value.number not in known:
+        own: Term = ()
+        behind: list[TracedValue] = []
+        if value.name in NORMS:
+            weight = value.args[2 if value.name in THIRD else 1 : 3 if value.name in THIRD else 2]
+            own = _scales(graph, weight)
+        elif value.name in PRODUCTS:
+            own = _scales(graph, value.args[:2])
+            behind = [v for v in value.args[:2] if isinstance(v, TracedValue) and v.numel == value.numel][:1]
+        elif value.name in ("add", "sub"):
+            behind = [v for v in addends(value) if graph.depends_on_input(v)]
+        elif value.name in SAME or value.name in MOVES:
+            behind = list(value.parents[:1])
+        inner = [term for v in behind for term in _terms(graph, v, known)] if behind else [()]
         known[value.number] = list(dict.fromkeys((*own, *term) for term in inner))
-        waiting.pop()
-    return known[added.number]
+    return known[value.number]
 
 
-def _behind(value: Value) -> Sequence[Value]:
-    """The values that are added up, or the one that is multiplied, in a value."""
-    step = value.step
-    if step is None or step.rule.function:
-        return ()
-    return (carrier_of(step),) if step.rule.product else step.operands
+def _scales(graph: Graph, factors: Iterable[Any]) -> Term:
+    """Those of some factors that are a parameter, or were made of one."""
+    found = (_origin(graph, factor) for factor in factors if isinstance(factor, TracedValue))
+    return tuple(scale for scale in found if scale is not None)
 
 
-def _own_scale(trace: Trace, value: Value) -> Term:
-    """The parameters by which the step that made a value multiplies."""
-    step = value.step
-    if step is None:
-        return ()
-    if step.name in NORMS:
-        weight = 2 if step.name in THIRD else 1
-        factors = step.args[weight : weight + 1]
-    else:
-        factors = step.args[:2] if step.name == "mul" else ()
-    return tuple(found for factor in factors if (found := trace.constants.origin(factor)) is not None)
+def _origin(graph: Graph, value: TracedValue) -> BranchScale | None:
+    """The parameter that a vector is, or was made of; None where it was made of something else."""
+    functions: list[AppliedFunction] = []
+    while value.kind != PARAMETER:
+        if value.func is None or not isinstance(value.func, torch._ops.OpOverload) or len(value.parents) != 1:
+            return None
+        at = next((n for n, argument in enumerate(value.args) if isinstance(argument, TracedValue)), None)
+        if at is None or value.numel != max(value.shape, default=1):
+            return None
+        rest = (*value.args[:at], None, *value.args[at + 1 :])
+        functions.insert(0, AppliedFunction(value.func, at, rest, dict(value.kwargs)))
+        value = value.parents[0]
+    name = graph.parameter_names.get(value.number, "")
+    return (
+        BranchScale(name, tuple(functions)) if name and value.numel == max(value.shape, default=1) else None
+    )

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from depthscope.diagnostics.errors import InputError
+
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
 NO_FINAL_NORM = "no norm takes the last state"
 READ = "read"  # the style of a connection with streams whose weights the operations of each forward show
 DEPTH = "depth"  # the style of a branch that reads a sum over depth
+
+
+class ChainError(InputError):
+    """No chain of blocks was found, or the named layers do not form one."""
 
 
 @dataclass(frozen=True)

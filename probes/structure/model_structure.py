@@ -83,13 +83,9 @@ class Structure:
         return tuple(found)
 
     @property
-    def traced(self) -> bool:
-        """Whether the weights of its connections are local variables, which only a trace of the forward shows."""
-        return (
-            self.read is not None
-            or any(site.style == "traced" for site in self.sites.values())
-            or self.chains[0].over_depth
-        )
+    def is_recorded(self) -> bool:
+        """Whether only the operations of a forward show its states, or the weights of its connections."""
+        return self.read is not None or any(state.point.at == "operation" for state in self.captured)
 
     @property
     def connections(self) -> tuple[Connection, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
@@ -17,32 +18,41 @@ MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 @dataclass(frozen=True)
 class ReadChain:
-    """A chain, the memory that it was read from, and which state of the memory each of its depths is."""
+    """A chain, the memory that it was read from, and the layout of its states."""
 
     chain: Chain
     memory: MemoryReading
-    states: tuple[int, ...]
+    layout: str  # empty where the axes of the states have no order that a layout can name
 
 
-def read_chain(graph: Graph, memory: MemoryReading, *, inside: bool) -> ReadChain:
+def read_chain(
+    graph: Graph,
+    memory: MemoryReading,
+    layout_of: Callable[[TracedValue], str],
+    *,
+    inside: bool,
+    depths: Sequence[int] | None = None,
+) -> ReadChain:
     """The chain of one memory.
 
+    ``layout_of``: the layout of a value of the memory; empty where it has none.
     ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
+    ``depths``: the states that are wanted, where the user names them.
     """
-    return _ChainOf(graph, memory).chain(inside=inside)
+    return _ChainOf(graph, memory, layout_of).chain(inside=inside, wanted=depths)
 
 
 class _ChainOf:
     """The chain of one memory."""
 
-    def __init__(self, graph: Graph, memory: MemoryReading):
-        self.graph, self.memory = graph, memory
+    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[[TracedValue], str]):
+        self.graph, self.memory, self.layout_of = graph, memory, layout_of
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self.units = self._units()  # the call of the block of each branch
 
-    def chain(self, *, inside: bool) -> ReadChain:
+    def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
         """The chain, without the states inside of plain blocks where these are not wanted."""
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
@@ -52,7 +62,13 @@ class _ChainOf:
             joined = self._plain_connections(depths)
         if not joined and self._is_plain:
             depths = [depth for depth in depths if not self._is_inside(depth)]
-        points = [point for depth in depths for point in self._points(depth)]
+            depths = depths if wanted is None else list(wanted)
+        points = [self._point(depth) for depth in depths]
+        layout = self._usual_layout([value for _, value in points])
+        points = [
+            (point, value) if self.layout_of(value) == layout else self._point(depth, layout)
+            for depth, (point, value) in zip(depths, points, strict=True)
+        ]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -65,7 +81,18 @@ class _ChainOf:
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, self.memory, tuple(depths))
+        return ReadChain(chain, self.memory, layout)
+
+    def _usual_layout(self, values: Sequence[TracedValue]) -> str:
+        """The layout that most values have, of those in which all are to be had; the first one of equally many."""
+        counts = Counter(filter(None, map(self.layout_of, values)))
+        if len(counts) > 1:
+            known = [set(map(self.layout_of, self._moved(value))) for value in values]
+            common = set.intersection(*known)
+            counts = Counter(
+                {layout: count for layout, count in counts.items() if layout in common} or counts
+            )
+        return counts.most_common(1)[0][0] if counts else ""
 
     @property
     def _is_plain(self) -> bool:
@@ -130,49 +157,15 @@ class _ChainOf:
         before = [b for c in self.connections if c.depth_out <= depth for b in c.branches]
         return before, [b for c in self.connections if c.depth_in >= depth for b in c.branches]
 
-    def _points(self, depth: int) -> Iterator[tuple[HookPoint, TracedValue]]:
-        """What shows a state; twice where its axes are in another order when the next block takes it."""
-        point, value = self._point(depth)
-        before, after = self._around(depth)
-        moved = value
-        while (
-            moved.name in MOVES
-            and moved.numel == moved.parents[0].numel
-            and self._is_plain
-            and before
-            and after
-        ):
-            moved = moved.parents[0]
-            shown = [
-                s
-                for s in self.graph.shown.get(moved.number, ())
-                if s.at == "output" and s.call == self._unit(before[-1])
-            ]
-            if shown and len(moved.shape) != len(value.shape):
-                call = self.graph.calls[shown[0].call]
-                yield (
-                    HookPoint(
-                        call.path,
-                        call.number,
-                        "output",
-                        point.layer,
-                        point.site,
-                        point.module,
-                        item=shown[0].item,
-                    ),
-                    moved,
-                )
-                point = replace(point, layer=after[0].layer, site="pre", module="(input)")
-                break
-        yield point, value
-
-    def _point(self, depth: int) -> tuple[HookPoint, TracedValue]:
-        """What shows a state in a later forward, and the value that it shows."""
+    def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:
+        """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
         state = self.memory.states[depth]
         value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
-        places = [
-            (other, shown) for other in self._same(value) for shown in self.graph.shown.get(other.number, ())
-        ]
+        same = self._same(value)
+        if layout:
+            same = [other for other in self._moved(value) if self.layout_of(other) == layout]
+            value = same[0] if same else value
+        places = [(other, shown) for other in same for shown in self.graph.shown.get(other.number, ())]
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
         until = None if best is None or best[1].at == "output" else best[1].order
         producer = self._producer(
@@ -228,6 +221,26 @@ class _ChainOf:
                     found.append(taker)
                     waiting.append(taker)
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
+
+    def _moved(self, value: TracedValue) -> list[TracedValue]:
+        """A value, and all that has the same elements in another order, the nearest first."""
+        found, seen = [value], {value.number}
+        for of in found:
+            near = [*of.parents[:1], *self.graph.takers(of)]
+            steps = [(of, of.parents[0])] if of.parents else []
+            steps += [(taker, of) for taker in self.graph.takers(of)]
+            moves = {
+                other.number
+                for after, before in steps
+                for other in (after, before)
+                if (after.name in MOVES or after.name in SAME)
+                and after.numel == before.numel
+                and len(after.parents) == 1
+            }
+            new = [other for other in near if other.number in moves and other.number not in seen]
+            seen.update(other.number for other in new)
+            found += new
+        return found
 
     @staticmethod
     def _is_same(value: TracedValue, parent: TracedValue) -> bool:

@@ -8,72 +8,88 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from depthscope.probes.dataflow.axes import BATCHED, Axes
 from depthscope.probes.model.layout import LayoutError, canonical
-from depthscope.probes.reading.description import MemoryReading, StateReading
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.structure.sequence_axis import SequenceAxis
 
 Part = tuple[str, int, int]  # a letter, its size, and how far the numbers of neighbours along it are apart
 
 
-def read_layout(memory: MemoryReading, state: StateReading, axes: Axes | None, batch_size: int) -> str | None:
-    """The layout of a state as text; None where its axes are in no order that has one.
+def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis) -> str:
+    """The layout of a value of a memory, as text; empty where its axes are in no order that has one.
 
-    ``axes``: of the memory's first value, where they are known.
+    ``numbers``: where the elements of the memory's first value are in it.
+    Raises LayoutError: Where the first value has no axis of sequences.
     """
-    parts = _parts_of_first(memory, axes, batch_size)
-    numbers = state.numbers[0]
-    if parts is None or len(state.numbers) > 1 or numbers.array is not None:
-        return None
-    single = [letter for letter, size, _ in parts if size == 1]
-    named = []
-    for vector in numbers.axes:
-        if len(vector) == 1:
-            named.append([single.pop(0)] if single else ["N"])
-            continue
-        letters = _letters(vector, parts)
-        if letters is None:
-            return None
-        named.append(letters)
-    flat = [letter for axis in named for letter in axis]
-    if len(set(flat)) < len(flat) or "D" not in flat:
-        return None
+    parts = _parts_of_first(memory, sequences)
+    named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
+    flat = [letter for axis in named or () for letter in axis]
+    if not named or len(set(flat)) < len(flat) or "D" not in flat:
+        return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
-def _parts_of_first(memory: MemoryReading, axes: Axes | None, batch_size: int) -> list[Part] | None:
+def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[str]] | None:
+    single = [letter for letter, size, _ in parts if size == 1]
+    named: list[list[str]] = []
+    for vector in axes:
+        letters = ["N"] if len(vector) == 1 else _letters(vector, parts)
+        if letters is None:
+            return None
+        if len(vector) == 1 and single:
+            letters = [single.pop(0)]
+        named.append(letters)
+    if "B" in single:  # one sequence, of which the state has no axis
+        tokens = next((axis for axis in named if axis[0] == "T"), named[0])
+        tokens.insert(0, "B")
+    tokens = [number for number, axis in enumerate(named) if "T" in axis]
+    if len(tokens) == 2 and all(named[number] == ["T"] for number in tokens):
+        named[tokens[0]], named[tokens[1]] = ["H"], ["W"]  # the sides of an image
+    return named
+
+
+def _parts_of_first(memory: MemoryReading, sequences: SequenceAxis) -> list[Part]:
     """The axes of one stream of the first value, outer first: features, the batch, and tokens."""
+    root = sequences.graph.values[memory.root]
+    stride = sequences.stride(root)
+    if stride is not None:
+        stride //= root.numel // math.prod(
+            memory.shape
+        )  # the first value may have its streams along its last axis
+    return _with_batch(_parts(memory.shape, memory.feature_axis, stride, sequences.size), sequences.size)
+
+
+def _parts(shape: Sequence[int], features: int, stride: int | None, batch_size: int) -> list[Part]:
     found: list[Part] = []
-    for dim, size in enumerate(memory.shape):
-        stride = math.prod(memory.shape[dim + 1 :])
-        if dim == memory.feature_axis:
-            found.append(("D", size, stride))
-            continue
-        atoms = (
-            [atom.itself() for atom in axes[dim]]
-            if axes is not None and len(axes) == len(memory.shape)
-            else []
-        )
-        if not atoms or math.prod(atom.size for atom in atoms) != size:
-            found.append(
-                ("B" if size == batch_size and not any(p[0] == "B" for p in found) else "T", size, stride)
-            )
-            continue
-        for position, atom in enumerate(atoms):
-            inner = math.prod(other.size for other in atoms[position + 1 :])
-            found.append(("B" if atom.has(BATCHED) else "T", atom.size, stride * inner))
-    return _with_sides(found)
+    for dim, size in enumerate(shape):
+        below = math.prod(shape[dim + 1 :])
+        if dim == features:
+            found.append(("D", size, below))
+        elif stride is not None and below <= stride < below * size:
+            inner = stride // below
+            outer = size // (inner * batch_size)
+            split = [("T", outer, stride * batch_size), ("B", batch_size, stride), ("T", inner, below)]
+            found += [part for part in split if part[0] == "B" or part[1] > 1]
+        else:
+            found.append(("T", size, below))
+    return found
 
 
-def _with_sides(parts: list[Part]) -> list[Part] | None:
-    """Two axes of tokens are the sides of an image."""
-    tokens = [n for n, (letter, _, _) in enumerate(parts) if letter == "T"]
-    if len(tokens) > 2 or sum(letter == "B" for letter, _, _ in parts) > 1:
-        return None
-    if len(tokens) == 2:
-        for n, letter in zip(tokens, "HW", strict=True):
-            parts[n] = (letter, *parts[n][1:])
-    return parts
+def _with_batch(parts: list[Part], batch_size: int) -> list[Part]:
+    """With an axis of sequences: where the operations do not show it, the first one of that size."""
+    if any(letter == "B" for letter, _, _ in parts):
+        return parts
+    at = next((n for n, (letter, size, _) in enumerate(parts) if letter == "T" and size == batch_size), None)
+    if at is not None:
+        return [*parts[:at], ("B", *parts[at][1:]), *parts[at + 1 :]]
+    if batch_size == 1:
+        return [("B", 1, 0), *parts]
+    raise LayoutError(
+        f"the first state has the axes {[size for _, size, _ in parts]}, of which none is one of {batch_size} sequences; call "
+        "the model with one sequence in each row of the batch, or say how it is read with layout="
+    )
 
 
 def _letters(vector: np.ndarray, parts: Sequence[Part]) -> list[str] | None:
@@ -81,19 +97,45 @@ def _letters(vector: np.ndarray, parts: Sequence[Part]) -> list[str] | None:
     rest, found = vector - vector[0], list[str]()
     while len(rest) > 1:
         step = int(rest[1] - rest[0])
-        if step == 0:
-            changed = np.flatnonzero(rest)
-            letter, size = "N", int(changed[0]) if len(changed) else len(rest)
-        else:
-            fits = [(letter, size) for letter, size, stride in parts if stride == step and size > 1]
-            if not fits:
+        changed = np.flatnonzero(rest != step * np.arange(len(rest)))
+        places, letter = int(changed[0]) if len(changed) else len(rest), "N"
+        if step:
+            within = [p for p in parts if p[2] <= step < p[1] * p[2] and not step % p[2]]
+            if not within:
                 return None
-            letter, size = fits[0]
-        if len(rest) % size or (rest.reshape(-1, size) - rest[::size, None] != rest[:size]).any():
+            letter, size, stride = within[0]
+            places = min(places, size * stride // step)
+        if len(rest) % places or (rest.reshape(-1, places) - rest[::places, None] != rest[:places]).any():
             return None
-        found.append(letter)
-        rest = rest[::size]
+        if found[-1:] != [letter]:  # rows and columns of an image that were merged are tokens
+            found.append(letter)
+        rest = rest[::places]
     return found[::-1]
+
+
+def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
+    """The layout of a value that lies in no memory: features along the last axis, or the channels of an image.
+
+    Raises LayoutError: Where it has no axis for the sequences.
+    """
+    convolved = any(
+        other.name == "convolution" and other.args[0].shape == value.shape and len(value.shape) > 2
+        for other in sequences.graph.values
+    )
+    features = 1 if convolved else len(value.shape) - 1
+    parts = _with_batch(
+        _parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size
+    )
+    letters = [letter for letter, _, _ in parts]
+    if letters.count("T") == 2:
+        letters[letters.index("T")] = "H"
+        letters[letters.index("T")] = "W"
+    if len(letters) != len(value.shape) or letters.count("T") > 1:
+        raise LayoutError(
+            f"a state of shape {value.shape} for {sequences.size} sequences has no plain layout; say how it is read with "
+            "layout=, for example layout='B T D', 'B T N D', '(B N) T D' or 'B H W D'"
+        )
+    return " ".join(letters)
 
 
 def token_order(

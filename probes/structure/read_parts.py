@@ -25,15 +25,15 @@ class ReadStructure:
     ----------
     rereading : Rereading
         Of the first forward.
-    layout : str
-        Of the states.
-    num_streams : int
-        Of the memory.
+    memory : MemoryReading
+        That is read.
+    first_layout : str
+        Of its first state.
     """
 
-    def __init__(self, rereading: Rereading, layout: str, num_streams: int):
-        self._rereading, self._layout, self._num_streams = rereading, layout, num_streams
-        self.first: MemoryReading | None = rereading.reading.memories[0]
+    def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
+        self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
+        self.first: MemoryReading | None = memory
         self.mixes = any(connection.weighs for connection in self.first.connections)
 
     def keep(self) -> None:

@@ -330,7 +330,7 @@ class Mudd(DepthModel):
     """Queries, keys, values and the residual each have a mixture of their own, with dynamic weights (arXiv 2502.12170)."""
 
     def build(self):
-        self.blocks = nn.ModuleList(FourWayBlock() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(FourWayBlock(number) for number in range(BLOCKS))
         self.mixers = nn.ModuleList(nn.Linear(WIDTH, 4 * (number + 2)) for number in range(BLOCKS))
 
     def trunk(self, x):
@@ -347,8 +347,9 @@ class Mudd(DepthModel):
 
 
 class FourWayBlock(nn.Module):
-    def __init__(self):
+    def __init__(self, number):
         super().__init__()
+        self.number = number
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.mlp = Mlp(norm=True)
 
@@ -358,6 +359,7 @@ class FourWayBlock(nn.Module):
             self.q(query), self.k(key), self.v(value), is_causal=True
         )
         x = x + self.o(mixed)
+        truth.state(x, self.number, "mid")
         return x + self.mlp(x)
 
 

@@ -1,0 +1,435 @@
+"""What is a model? Its chains, layouts and connections, from the reading of the graph of one recorded forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+
+import torch
+from torch import nn
+
+from depthscope.probes.connections.family import Site, StreamConnectionError
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.sequence_shards import TokenShards
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.read import Rereading
+from depthscope.probes.session.first_forward import RewrittenError
+from depthscope.probes.session.options import Options
+from depthscope.probes.structure.branch_scales import branch_scales
+from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
+from depthscope.probes.structure.final_norm import final_norm
+from depthscope.probes.structure.model_structure import Structure
+from depthscope.probes.structure.named_blocks import (
+    asserted_chain,
+    likely_blocks,
+    named_calls,
+    states_around,
+)
+from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
+from depthscope.probes.structure.read_chains import ReadChain, read_chain
+from depthscope.probes.structure.read_layout import read_layout, shape_layout
+from depthscope.probes.structure.read_parts import ReadStructure, depth_family
+from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.tape import value_at
+
+
+class AxisError(RewrittenError):
+    """The sequences of the first forward were counted along the wrong axis."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A chain, the memories that it was read from, and its layout."""
+
+    chain: Chain
+    memories: tuple[MemoryReading, ...]
+    layout: str
+
+
+class StructureFinder:
+    """The structure of a model, by one recorded forward.
+
+    Parameters
+    ----------
+    graph : Graph
+        The forward.
+    model : Module
+        The model.
+    options : Options
+        What the user names of the structure, and asks for.
+    batch_size, batch_axis : int
+        How many sequences there are, along which axis of what the model was called with.
+    """
+
+    def __init__(self, graph: Graph, model: nn.Module, options: Options, batch_size: int, batch_axis: int):
+        self.graph, self.model, self.options = graph, model, options
+        self.batch_size, self.batch_axis = batch_size, batch_axis
+        self.rereading = Rereading(graph)
+        self.memories = self.rereading.reading.memories
+        self._read: ReadStructure | None = None
+
+    def along(self, axis: int, batch_size: int) -> StructureFinder:
+        """The same, with the sequences along another axis."""
+        other = copy(self)
+        other.batch_axis, other.batch_size = axis, batch_size
+        other.__dict__.pop("sequences", None)
+        return other
+
+    @cached_property
+    def sequences(self) -> SequenceAxis:
+        """Where the sequences of the batch are in each value."""
+        return SequenceAxis(self.graph, self.batch_size, self.batch_axis)
+
+    def structure(self, shards: TokenShards | None = None) -> Structure:
+        """The structure.
+
+        ``shards``: how the tokens of a sequence are spread over processes that measure together.
+        Raises AxisError: Where the sequences should have been counted along the other axis.
+        Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
+        """
+        found = self._found()
+        chains = tuple(of.chain for of in found)
+        layouts = tuple(of.layout for of in found)
+        sites = self._sites(found[0])
+        named_streams = self._num_streams(chains[0], layouts[0], sites)
+        if not sites:
+            for chain, layout in zip(chains, layouts, strict=True):
+                _require_all_sequences(chain.shapes[0], layout, self.batch_size, named_streams)
+            chains = tuple(_with_asserted_streams(chain, named_streams) for chain in chains)
+        self.options.selection.require(chains)  # only now is it known which sites the model has
+        if shards is not None:
+            _require_plain_tokens(chains, layouts, sites)
+        first = found[0].memories
+        return Structure(
+            chains=chains,
+            layouts=layouts,
+            sites=sites,
+            named_streams=named_streams,
+            batch_axis=self.batch_axis,
+            selection=self.options.selection,
+            inner_streams=first[0].inner_streams if first else 0,
+            not_covered=not_covered(
+                self.graph,
+                self.model,
+                chains,
+                {name for of in found for memory in of.memories for name in memory.parameters},
+                named=self.options.blocks is not None,
+            ),
+            shards=shards,
+            read=self._read,
+        )
+
+    # --- which memories
+
+    def _found(self) -> list[Found]:
+        """The chains of the model, or those that the user names."""
+        if self.options.blocks is not None:
+            return self._named(self.options.blocks)
+        if not self.memories:
+            pattern = likely_blocks(self.graph)
+            raise ChainError(
+                f"{self.rereading.reading.refused}; name the modules whose states are wanted with layers="
+                f"{pattern or 'model.layers.{i}'!r}"
+            )
+        taken = self._chosen()
+        first = taken[0][0]
+        if first.num_streams > 1 or first.over_depth:
+            return [self._weighed(first)]
+        found = [of for stages in taken for of in self._plain(stages)]
+        for of in found:
+            _require_all_blocks(self.graph, self.model, of.chain)
+        return self._with_names(sorted(found, key=lambda of: of.memories[0].root))
+
+    def _chosen(self) -> list[list[MemoryReading]]:
+        """The memories that are taken, the model's first; stages of one trunk together."""
+        wanted = self.options.chain
+        if wanted is not None:
+            named = [memory for memory in self.memories if memory.name == wanted]
+            if not named:
+                names = ", ".join(memory.name for memory in self.memories)
+                raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
+            return [[named[0]]]
+        first = self.memories[0]
+        if first.num_streams > 1 or first.over_depth:
+            return [[first]]
+        plain = [m for m in self.memories if m.num_streams == 1 and not m.over_depth]
+        trunks = self._with_stages(plain)
+        least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
+        kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
+        return [trunks[0], *(of for of in kept if sum(m.weights["branches"] for m in of) >= least)]
+
+    def _with_stages(self, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
+        """Memories of blocks of one class, of which each begins with what the one before ends with, as one trunk."""
+        ordered = sorted(memories, key=lambda memory: memory.root)
+        trunks: list[list[MemoryReading]] = []
+        for memory in ordered:
+            before = next((trunk for trunk in trunks if self._goes_on(trunk[-1], memory)), None)
+            if before is None:
+                trunks.append([memory])
+            else:
+                before.append(memory)
+        return sorted(trunks, key=lambda trunk: self.memories[0] not in trunk)
+
+    def _goes_on(self, before: MemoryReading, after: MemoryReading) -> bool:
+        """Whether a memory is the next stage of a trunk: of another shape, in blocks of the same class or container."""
+        end, root = self._end(before), self.graph.values[after.root]
+        if root.number <= end.number or not self.graph.depends(root, end) or before.shape == after.shape:
+            return False
+        return bool(self._kinds(before) & self._kinds(after))
+
+    def _kinds(self, memory: MemoryReading) -> set[str]:
+        """The classes of the blocks of a memory."""
+        units = {branch.unit for connection in memory.connections for branch in connection.branches}
+        return {self.graph.calls[unit].kind for unit in units if unit >= 0}
+
+    # --- what the user names
+
+    def _named(self, layers: Sequence[str]) -> list[Found]:
+        calls = named_calls(self.graph, self.model, layers)
+        found: list[Found] = []
+        for memory in self.memories:
+            depths = states_around(self.graph, memory, calls)
+            if depths is None:
+                continue
+            if memory.num_streams > 1 or memory.over_depth:
+                return [self._weighed(memory)]
+            found += self._plain([memory], depths)
+        if found:
+            return self._with_names(found)
+        why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
+        chain = asserted_chain(self.graph, calls, why)
+        value = value_at(self.graph, chain.points[0])
+        assert value is not None  # it was required of the calls
+        layout = self.options.layout or shape_layout(value, self.sequences)
+        return [Found(chain, (), layout)]
+
+    # --- chains and layouts
+
+    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[Found]:
+        """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
+        inside = self.options.selection.inside_blocks
+        parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
+        found = []
+        for layout, group in groupby(parts, key=lambda part: part.layout):
+            chains = list(group)
+            chain, offset = chains[0].chain, 0
+            for before, part in pairwise(chains):
+                offset += len(before.chain.points)
+                chain = _joined(chain, part.chain, offset)
+            memories = tuple(part.memory for part in chains)
+            branches = (b for memory in memories for c in memory.connections for b in c.branches)
+            chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
+            found.append(Found(chain, memories, layout))
+        return found
+
+    def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
+        """The chain with the hook point after its last norm, where there is one."""
+        shown, why = final_norm(self.graph, memory)
+        if shown is None:
+            return replace(chain, without_final=why)
+        call = self.graph.calls[shown.call]
+        layer = chain.points[-1].layer
+        point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
+        return replace(chain, final=point)
+
+    def _chain(
+        self, memory: MemoryReading, *, inside: bool = False, depths: Sequence[int] | None = None
+    ) -> ReadChain:
+        """The chain of one memory, with its layout."""
+        root = self.graph.values[memory.root]
+        if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
+            self._refuse_mixed(root, memory)
+
+        several = next((state for state in memory.states if len(state.values) > 1), None)
+        if several is not None:
+            raise LayoutError(
+                f"the state of block {several.layer} consists of {len(several.values)} tensors of the shapes "
+                f"{[self.graph.values[n].shape for n in several.values]}; expected one tensor. Stack the streams into one, or "
+                "name the modules whose states are wanted with layers="
+            )
+
+        def layout_of(value: TracedValue) -> str:
+            numbers = memory.carried.get(value.number)
+            if (
+                numbers is None and value.shape == root.shape
+            ):  # before a norm with which the first block begins
+                numbers = memory.carried[root.number]
+            if self.options.layout is not None:
+                return self.options.layout
+            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
+
+        part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        if not part.layout:
+            raise LayoutError(
+                f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
+                "no order that a layout can name; say how they are read with layout="
+            )
+        return part
+
+    def _end(self, memory: MemoryReading) -> TracedValue:
+        return self.graph.values[memory.states[-1].values[-1]]
+
+    def _refuse_mixed(self, root: TracedValue, memory: MemoryReading) -> None:
+        """Say along which axis the sequences are, where the branches mix what was taken for them."""
+        end = self._end(memory)
+        given = [value for value in self.graph.values if value.kind == "input" and len(value.shape) > 1]
+        for value in given[:1] if self.batch_axis == 0 else ():
+            other = SequenceAxis(self.graph, value.shape[1], 1)
+            single = value.shape[1] == 1 and len(root.shape) > 2
+            if single or (other.stride(root) is not None and not other.is_mixed(root, end)):
+                raise AxisError(
+                    "the model takes its tokens first, so the batch is its second axis; call the model once more"
+                )
+        raise LayoutError(
+            f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
+            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
+            "in each row of the batch, padded where they differ in length"
+        )
+
+    def _weighed(self, memory: MemoryReading) -> Found:
+        """The chain of a memory that has streams or sums over depth."""
+        part = self._chain(memory)
+        layout = part.layout
+        chain = self._with_final(part.chain, memory)
+        if not memory.is_proven or not chain.connections:
+            return Found(replace(chain, connections=()), (memory,), layout)
+        first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
+        read = ReadStructure(self.rereading, memory, first)
+        try:
+            weights = read.weights(memory, self.batch_size)
+        except (StreamConnectionError, LayoutError) as error:
+            return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+        self._read = read
+        if memory.over_depth:
+            chain = replace(chain, family=depth_family([of for of, _ in weights]))
+        elif any(of.read is None for of, _ in weights):
+            chain = replace(chain, family="gated")
+        else:
+            chain = replace(chain, family="hc" if read.mixes else "independent_hc")
+        return Found(chain, (memory,), layout)
+
+    def _sites(self, found: Found) -> dict[int, Site]:
+        chain = found.chain
+        if self._read is None or chain.over_depth:
+            return {}
+        streams, family = found.memories[0].num_streams, chain.family
+        site = Site(
+            READ, family, streams, found.layout, mixes=self._read.mixes, reads_features=family == "gated"
+        )
+        return dict.fromkeys(range(len(chain.connections)), site)
+
+    def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
+        asserted = self.options.streams
+        if not sites:
+            return count_streams(chain.shapes[0], layout, self.batch_size, asserted)
+        streams = sites[0].num_streams
+        if asserted not in (None, streams):
+            raise LayoutError(
+                f"streams={asserted} came, but the connections of this model have {streams}; leave streams= out"
+            )
+        return streams
+
+    def _with_names(self, found: Sequence[Found]) -> list[Found]:
+        """Chains with distinct names: of their memories, shortened; a chain that is alone has none."""
+        names = _distinct([of.memories[0].name for of in found])
+        return [
+            replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)
+        ]
+
+
+def _joined(chain: Chain, stage: Chain, offset: int) -> Chain:
+    """A chain with the states of its next stage."""
+    moved = (
+        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections
+    )
+    kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
+    return replace(
+        chain,
+        points=(*chain.points, *stage.points),
+        connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
+        blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
+        block_class="/".join(kinds),
+        shapes=(*chain.shapes, *stage.shapes),
+        proof=chain.proof if stage.proof == "proven" else stage.proof,
+    )
+
+
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Short distinct names: the first component in which all paths differ."""
+    if len(paths) == 1:
+        return [""]
+    parts = [path.split(".") for path in paths]
+    for names in zip(*parts, strict=False):
+        if len(set(names)) == len(paths):
+            return list(names)
+    return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
+
+
+def _with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
+    """A chain without known connections; that a part of its state is a stream is not read from the model."""
+    if num_streams == 1 or chain.history or chain.proof.startswith("unproven"):
+        return chain
+    asserted = f"unproven: {num_streams} streams are asserted by layout= and streams=; nothing in the model shows them"
+    return replace(chain, proof=asserted)
+
+
+def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:
+    """Require that a layout finds as many sequences in a state as the model was called with."""
+    state = torch.empty(shape, device="meta")
+    found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
+    if found != batch_size:
+        raise LayoutError(
+            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with "
+            f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
+            "the batch"
+        )
+
+
+def _require_plain_tokens(
+    chains: tuple[Chain, ...], layouts: tuple[str, ...], sites: Mapping[int, Site]
+) -> None:
+    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
+    for chain, layout in zip(chains, layouts, strict=True):
+        if sites or chain.over_depth or chain.history:
+            raise CaptureError(
+                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
+                "stream that branches are added to. Record it without sequence parallelism"
+            )
+        if "T" not in layout.split():
+            raise CaptureError(
+                f"the tokens of each sequence are spread over processes, and the states have the layout {layout!r}; expected "
+                "one axis of tokens. Record it without sequence parallelism"
+            )
+
+
+def _require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
+    """Refuse a forward that left out some of its blocks: their depths would be given to others."""
+    modules = dict(module_paths(model))
+    ran: set[str] = set()
+    for call in graph.calls:
+        parts = call.path.split(".")
+        ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    lists = {
+        (path.rpartition(".")[0], type(modules[path]))
+        for path in chain.blocks
+        if path in modules and path.rpartition(".")[2].isdigit()
+    }
+    for container, kind in lists:
+        missing = [
+            other
+            for name, child in modules[container].named_children()
+            if name.isdigit()
+            and type(child) is kind
+            and (other := f"{container}.{name}".lstrip(".")) not in ran
+        ]
+        if missing:
+            raise ChainError(
+                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
+                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
+            )

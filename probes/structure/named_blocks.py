@@ -1,0 +1,118 @@
+"""Which modules does ``layers=`` name, and which chain do their calls show? What the user asserts, as far as it is not proven."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, layer_numbers
+
+ASSERTED = "unproven: the states are asserted by layers=, and "
+
+
+def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Module paths that a user's ``layers=`` names: paths, one ModuleList's path, or one pattern."""
+    if len(layers) > 1:
+        return list(layers)
+    pattern, modules = layers[0], dict(model.named_modules())
+    if "{i}" in pattern or "*" in pattern:
+        expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
+        found = [path for path in modules if re.fullmatch(expression, path)]
+        if not found:
+            raise ChainError(f"the pattern {pattern!r} names no module; {_closest_paths(pattern, modules)}")
+        return found
+    container = modules.get(pattern)
+    if isinstance(container, (nn.ModuleList, nn.Sequential)):
+        return [f"{pattern}.{i}".lstrip(".") for i in range(len(container))]
+    return [pattern]
+
+
+def _closest_paths(path: str, modules: dict[str, nn.Module]) -> str:
+    return did_you_mean(path, modules, otherwise="print the model to see its module paths")
+
+
+def named_calls(graph: Graph, model: nn.Module, layers: Sequence[str]) -> list[int]:
+    """The numbers of the calls of the modules that ``layers=`` names, in order.
+
+    Raises ChainError: Where one of them does not exist, did not run, or takes or gives no floating tensor.
+    """
+    modules = dict(model.named_modules())
+    wanted = block_paths(model, layers)
+    calls = {path: [n for n, call in enumerate(graph.calls) if call.path == path] for path in wanted}
+    for path in wanted:
+        if path not in modules:
+            raise ChainError(f"no module {path!r} in the model; {_closest_paths(path, modules)}")
+        if not calls[path]:
+            raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
+    found = sorted(call for path in wanted for call in calls[path])
+    sides = shown_by_calls(graph)
+    for call in found:
+        if not {(call, "input"), (call, "output")} <= sides.keys():
+            raise ChainError(
+                f"{graph.calls[call].path} has no floating tensor as input and output; it cannot have a residual state"
+            )
+    return found
+
+
+def shown_by_calls(graph: Graph) -> dict[tuple[int, str], int]:
+    """The number of the first floating value that each call took and gave."""
+    return {
+        (shown.call, shown.at): number
+        for number, places in graph.shown.items()
+        for shown in places
+        if shown.item == 0
+    }
+
+
+def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> list[int] | None:
+    """The states of a memory before each of some calls, and after the last one; None where a call has no branch of it."""
+    around: dict[int, list[int]] = {call: [] for call in calls}
+    for connection in memory.connections:
+        for branch in connection.branches:
+            for call in graph.stack(graph.values[branch.way[0]]):
+                if call in around:
+                    around[call] += [connection.depth_in, connection.depth_out]
+    if not all(around.values()):
+        return None
+    return sorted({min(depths) for depths in around.values()} | {max(around[calls[-1]])})
+
+
+def asserted_chain(graph: Graph, calls: Sequence[int], why: str) -> Chain:
+    """The chain of what the named modules take, and of what the last one gives, which no memory has as its states."""
+    blocks, sides = [graph.calls[call] for call in calls], shown_by_calls(graph)
+    numbers = [sides[call, "input"] for call in calls] + [sides[calls[-1], "output"]]
+    values = [graph.values[number] for number in numbers]
+    constant = len({value.shape for value in values}) == 1
+    layers = layer_numbers(blocks) if constant else list(range(len(blocks)))
+    points = []
+    for depth, call in enumerate([*blocks, blocks[-1]]):
+        at = "input" if depth < len(blocks) else "output"
+        layer = layers[depth - 1] if depth else -1
+        site = "embed" if not depth else "mid" if layers[depth : depth + 1] == [layer] else "post"
+        module = blocks[depth - 1].path if depth else "(input)"
+        points.append(HookPoint(call.path, call.number, at, layer, site, module))
+    return Chain(
+        name="",
+        points=tuple(points),
+        connections=(),
+        blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+        block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
+        shapes=tuple(value.shape for value in values),
+        proof=f"{ASSERTED}{why}",
+    )
+
+
+def likely_blocks(graph: Graph) -> str:
+    """A pattern of modules that may be blocks: of one class and container, called one after another; empty where none are."""
+    found: dict[tuple[str, str], int] = {}
+    for call in graph.calls:
+        if call.path[-1:].isdigit():
+            key = re.sub(r"\d+$", "{i}", call.path), call.kind
+            found[key] = found.get(key, 0) + 1
+    most = max((of for of in found.items() if of[1] > 1), key=lambda of: of[1], default=None)
+    return "" if most is None else most[0][0]
