@@ -38,7 +38,7 @@ class HeadRecording:
     """The operations of a recorded forward from the last state on."""
 
     def __init__(self, model: ModelUnderTest) -> None:
-        self.recorder = GraphRecorder(model.model, list(tensors_in(model.batch)), holds=False)
+        self.recorder = GraphRecorder(model.model, list(tensors_in(model.batch)))
         self.state: torch.Tensor | None = None
         self._root: TracedValue | None = None
 
@@ -46,7 +46,7 @@ class HeadRecording:
         """Hold what operations take from now on; what they make of this tensor is run again."""
         self._root = self.recorder.known(state)
         self.state = state.detach().clone()  # it may be written in place
-        self.recorder.holds, self.recorder.on_taken = True, self.recorder.hold
+        self.recorder.on_taken = self.recorder.hold
 
     def steps_to(self, target: torch.Tensor) -> list[TracedValue]:
         """The operations that made a tensor of the state, in order, the state first; none where none did."""

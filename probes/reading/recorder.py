@@ -93,7 +93,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
         super().__init__()
-        self.holds = holds
+        self._holds = holds
         self.graph = Graph()
         self._given = {id(tensor) for tensor in batch}
         self.paths: dict[int, str] = {}  # of modules
@@ -267,7 +267,7 @@ class GraphRecorder(TorchDispatchMode):
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
-        if not self.holds or base.held is not None or (base.remade and not base.costly and not saved):
+        if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         held = tensor if tensor.grad_fn is None else tensor.detach()
