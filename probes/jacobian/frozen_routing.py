@@ -88,7 +88,7 @@ class FrozenRouting:
 
         Raises StreamConnectionError: Where they cannot be read.
         """
-        graph = self.recorder.end(None)
+        graph = self.recorder.graph
         try:
             if graph.error is not None:
                 raise ReadingError(str(graph.error))
