@@ -18,7 +18,8 @@ from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import floats_in, version
 from depthscope.probes.reading.graph import TracedValue, ValuePlace
-from depthscope.probes.reading.recorder import GraphRecorder, recording
+from depthscope.probes.reading.recorder import GraphRecorder
+from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model

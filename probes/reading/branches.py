@@ -25,29 +25,15 @@ from depthscope.probes.reading.operations import (
 
 @dataclass
 class Branch:
-    """One branch.
+    """One branch."""
 
-    Parameters
-    ----------
-    source : TracedValue
-        What it gives, before it is moved or scaled.
-    writes : list of TracedValue
-        The sums to which that is added.
-    reads : list of TracedValue
-        All values of the memory that it is computed from, whole or not, as they leave the memory.
-    read : TracedValue
-        The latest whole one, before the norm.
-    before : float
-        Moment of the read: later than what was made before it.
-    steps : dict of int to TracedValue
-        On the ways from the source to the writes: the value that each step moves or scales, by the step's number.
-    """
-
-    source: TracedValue
-    writes: list[TracedValue]
+    source: TracedValue  # what it gives, before it is moved or scaled
+    writes: list[TracedValue]  # the sums to which that is added
+    # All values of the memory that it is computed from, whole or not, as they leave the memory.
     reads: list[TracedValue] = field(default_factory=list)
-    read: TracedValue = None  # type: ignore[assignment]
-    before: float = 0
+    read: TracedValue = None  # type: ignore[assignment]  # the latest whole one, before the norm
+    before: float = 0  # moment of the read: later than what was made before it
+    # On the ways from the source to the writes: the value that each step moves or scales, by the step's number.
     steps: dict[int, TracedValue] = field(default_factory=dict)
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
     numbers: dict[int, Numbers] = field(
@@ -100,7 +86,11 @@ def _note_branch(
         is_state = branch.read.number in memory.trunk or branch.read.number in memory.writes
         branch.before = branch.read.number + 0.5 * is_state
     branch.writes.append(write)
-    branch.numbers |= numbers
+    for number, new in numbers.items():
+        known = branch.numbers.get(
+            number
+        )  # of other features, where each part of the output is added by itself
+        branch.numbers[number] = (known and known.agreed(new)) or new
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import Graph, TracedValue, filled, patched, values_in
+from depthscope.probes.reading.graph import Graph, TracedValue, filled, values_in
 from depthscope.probes.reading.numbers import NOTHING, Numbers, joined
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -32,6 +32,7 @@ from depthscope.probes.reading.operations import (
     is_along_features,
     part_of,
 )  # fmt: skip
+from depthscope.probes.reading.tensor_memory import patched
 
 Carried = dict[int, Numbers]
 # Whether a piece that was computed from a memory may be joined to it as a further stream.
@@ -182,7 +183,7 @@ class Rules:
         under, new = torch.from_numpy(beneath.copy()), torch.from_numpy(np.ascontiguousarray(given))
         args, tensor = value.args, self._graph.tensor
         if value.name == "patch":
-            return patched(under, new, *args[2:], empty=NOTHING).numpy()
+            return patched(under, new, args[2], args[3], empty=NOTHING).numpy()
         if value.name == "index_add":
             return under.index_copy(args[1], tensor(args[2]), new).numpy()
         if value.name == "scatter_add":

@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import FUNCTIONS, JOINS, LAYERS, SUMS, VIEWS, addends, weights
+from depthscope.probes.reading.operations import (
+    FUNCTIONS,
+    JOINS,
+    LAYERS,
+    SUMS,
+    VIEWS,
+    addends,
+    is_unknown,
+    named,
+    weights,
+)  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 
 LEAST_SHARE = 0.002  # of the weights
@@ -42,7 +52,7 @@ def memories(graph: Graph) -> list[Memory]:
     first, rest = candidates(graph)
     ranked = _ranked(graph, first)
     if not ranked:
-        raise ReadingError(NO_MEMORY)
+        raise ReadingError(NO_MEMORY + _unknown(graph))
     taken: list[Taken] = []
     for memory in _tracks(_between_expansions(_with_hidden_sums(ranked[0].memory))):
         taken.append((memory, branches_of(memory)))
@@ -52,6 +62,12 @@ def memories(graph: Graph) -> list[Memory]:
             memory = without_forks(graph, start_of(root))
             _take(graph, taken, [Ranked(memory, _share(memory))])
     return [memory for memory, _ in taken]
+
+
+def _unknown(graph: Graph) -> str:
+    """Operations of which nothing is known, among which the sums may be."""
+    found = dict.fromkeys(named(graph, value) for value in graph.values if is_unknown(value))
+    return f"; nothing is known of {', '.join(list(found)[:3])}, which may hide the sums" if found else ""
 
 
 def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
@@ -145,10 +161,8 @@ def _tracks(memory: Memory) -> list[Memory]:
 class _Tracks(dict[int, int]):
     """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
 
-    def of(self, number: int) -> int | None:
-        """The first value of the track of another one; None for one that is on none."""
-        if number not in self:
-            return None
+    def of(self, number: int) -> int:
+        """The first value of the track of another one."""
         while self[number] != number:
             self[number] = self[self[number]]
             number = self[number]
@@ -156,7 +170,7 @@ class _Tracks(dict[int, int]):
 
     def join(self, number: int, parents: Sequence[int]) -> None:
         """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [first for parent in parents if (first := self.of(parent)) is not None]
+        of = [self.of(parent) for parent in parents if parent in self]
         self[number] = min(of, default=number)
         self |= dict.fromkeys(of, self[number])
 

@@ -142,9 +142,7 @@ class Linear:
         ]
         return ConnectionParts(joined.h_res, parts, joined.constant, target, functions, joined.weighs)
 
-    def _joined(
-        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
-    ) -> _Joined:
+    def _joined(self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Cut]) -> _Joined:
         held = self.held([*target, *(read for of in reads for read in of)], sources)
         return _Joined(
             held.columns(target, [0]),

@@ -97,6 +97,7 @@ class MemoryReading:
     weights: Mapping[
         str, float
     ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
+    casts: tuple[torch.dtype, ...] = ()  # that the memory passes, other than that of its first value
 
     @property
     def is_proven(self) -> bool:

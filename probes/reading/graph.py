@@ -19,6 +19,7 @@ def names(text: str) -> frozenset[str]:
 
 
 LEAF = "leaf"  # the name of a value that no operation of the forward made
+UNSEEN = "unseen"  # of one that was computed in the forward, by what is no operation
 PARAMETER, INPUT, CONSTANT = "parameter", "input", "constant"
 # What takes only the shape of its operand.
 SHAPE_ONLY = names(
@@ -75,13 +76,6 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
-
-
-def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where the elements of a tensor lie in its memory: shape, stride, offset."""
-    if tensor.layout is not torch.strided:
-        return tuple(tensor.shape), (), 0
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 class TracedValue:
@@ -175,36 +169,24 @@ def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
 
 @dataclass
 class Graph:
-    """The values of one forward in the order in which they were made.
+    """The values of one forward in the order in which they were made."""
 
-    Parameters
-    ----------
-    values : list of TracedValue
-        By number.
-    calls : list of ModuleCall
-        Module calls by number; the first one is the model's.
-    outputs : list of TracedValue
-        What the model returned.
-    parameter_names : dict of int to str
-        By the numbers of values that are parameters.
-    modules : dict of str to str
-        The classes of all modules by their paths, whether they were called or not.
-    handed_on : set of int
-        Numbers of the values that modules with a number, as blocks have, returned.
-    shown : dict of int to list of Shown
-        By the numbers of values: the calls that took or returned them, in order.
-    error : Exception or None
-        Why nothing was recorded from some operation on.
-    """
-
-    values: list[TracedValue] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
-    outputs: list[TracedValue] = field(default_factory=list)
-    parameter_names: dict[int, str] = field(default_factory=dict)
-    modules: dict[str, str] = field(default_factory=dict)
-    handed_on: set[int] = field(default_factory=set)
-    shown: dict[int, list[Shown]] = field(default_factory=dict)
-    error: Exception | None = None
+    values: list[TracedValue] = field(default_factory=list)  # by number
+    calls: list[ModuleCall] = field(default_factory=list)  # by number; the first one is the model's
+    outputs: list[TracedValue] = field(default_factory=list)  # what the model returned
+    parameter_names: dict[int, str] = field(
+        default_factory=dict
+    )  # by the numbers of values that are parameters
+    modules: dict[str, str] = field(
+        default_factory=dict
+    )  # the classes of all modules, called or not, by their paths
+    handed_on: set[int] = field(
+        default_factory=set
+    )  # values that modules with a number, as blocks have, returned
+    shown: dict[int, list[Shown]] = field(
+        default_factory=dict
+    )  # by value: the calls that took or returned it, in order
+    error: Exception | None = None  # why nothing was recorded from some operation on
 
     def __post_init__(self) -> None:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
@@ -445,14 +427,3 @@ class Graph:
 def dropped(tensor: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """What a dropout leaves."""
     return tensor * mask * scale
-
-
-def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:
-    """A tensor after another one was written into its memory; both by their `geometry`."""
-    ends = [
-        o + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) for shape, stride, o in (own, where)
-    ]
-    flat = torch.full((1 + max(ends),), empty, dtype=old.dtype, device=old.device)
-    flat.as_strided(*own).copy_(old)
-    flat.as_strided(*where).copy_(new)
-    return flat.as_strided(*own).clone()

@@ -27,67 +27,32 @@ from depthscope.probes.reading.operations import (
 
 @dataclass(frozen=True)
 class Start:
-    """How a memory begins, and what is known of it from an earlier pass.
+    """How a memory begins, and what is known of it from an earlier pass."""
 
-    Parameters
-    ----------
-    root : TracedValue
-        The first value.
-    shape : tuple of int
-        Of one stream of it.
-    numbers : Numbers
-        Of the first value's elements.
-    functions : bool
-        Whether norms and activations are passed, as in post-norm blocks.
-    banned : frozenset of int
-        Numbers of values that are opaque.
-    seeds : mapping of int to Numbers
-        Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
-    """
-
-    root: TracedValue
-    shape: tuple[int, ...]
-    numbers: Numbers
-    functions: bool = False
-    banned: frozenset[int] = frozenset()
+    root: TracedValue  # the first value
+    shape: tuple[int, ...]  # of one stream of it
+    numbers: Numbers  # of its elements
+    functions: bool = False  # whether norms and activations are passed, as in post-norm blocks
+    banned: frozenset[int] = frozenset()  # numbers of values that are opaque
+    # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
 
 
 @dataclass
 class Memory:
-    """What is carried from one value, the root.
-
-    Parameters
-    ----------
-    graph : Graph
-        The forward.
-    start : Start
-        How it begins.
-    carried : dict of int to Numbers
-        The values that hold parts of the memory, by number.
-    depth : dict of int to int
-        How many writes lie on the longest way to each of them.
-    writes : dict of int to list of TracedValue
-        What branches add, by the number of the sum.
-    leaves : list of (TracedValue, TracedValue)
-        A carried value, and the opaque operation that takes it.
-    born : set of int
-        Branch outputs that are kept next to the memory as they are.
-    end : TracedValue
-        The last value of the longest way.
-    trunk : set of int
-        The values on the ways to the end.
-    """
+    """What is carried from one value, the root; all by the numbers of values."""
 
     graph: Graph
     start: Start
-    carried: Carried = field(default_factory=dict)
-    depth: dict[int, int] = field(default_factory=dict)
-    writes: dict[int, list[TracedValue]] = field(default_factory=dict)
-    leaves: list[tuple[TracedValue, TracedValue]] = field(default_factory=list)
-    born: set[int] = field(default_factory=set)
-    end: TracedValue = None  # type: ignore[assignment]
-    trunk: set[int] = field(default_factory=set)
+    carried: Carried = field(default_factory=dict)  # where the elements of the first value are
+    depth: dict[int, int] = field(default_factory=dict)  # how many writes lie on the longest way to a value
+    writes: dict[int, list[TracedValue]] = field(default_factory=dict)  # what branches add, by the sum
+    leaves: list[tuple[TracedValue, TracedValue]] = field(
+        default_factory=list
+    )  # carried, taken by what is opaque
+    born: set[int] = field(default_factory=set)  # branch outputs that are kept next to the memory as they are
+    end: TracedValue = None  # type: ignore[assignment]  # the last value of the longest way
+    trunk: set[int] = field(default_factory=set)  # the values on the ways to the end
     branches: list[Any] | None = None  # once they were looked for
 
     @property
@@ -168,21 +133,7 @@ def start_of(root: TracedValue, streams: int = 1) -> Start:
 
 
 def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
-    """The memory that begins so.
-
-    Parameters
-    ----------
-    graph : Graph
-        The forward.
-    start : Start
-        The first value, and what is known of the way.
-    until : int, optional
-        The number of the last value that is looked at.
-
-    Returns
-    -------
-    Memory
-    """
+    """The memory that begins so; ``until`` is the number of the last value that is looked at."""
     root = start.root
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0

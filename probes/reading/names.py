@@ -60,8 +60,10 @@ class BranchNames:
         for stack in stacks[1:]:
             same = next((n for n, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), None)
             common = common[: min(len(stack), len(common)) if same is None else same]
-        if len(self.branches) == 1 and common:
-            common = common[:-1]
+        if len(self.branches) == 1:  # the block is the call in which its output is added
+            writes = self.graph.stack(self.branches[0].writes[0])
+            common = [a for a, b in zip(common, writes, strict=False) if a == b]
+            common = common[:-1] if len(common) > 1 else common
         return common
 
     def unit(self, number: int) -> int | None:
@@ -194,16 +196,7 @@ class Key(NamedTuple):
 def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     """Block numbers: the containers' own where these ascend, else the order of the blocks.
 
-    Parameters
-    ----------
-    keys : sequence of Key
-        Of the branches, in order.
-    modules : mapping of str to str
-        Classes by paths: a number may be left out where a block of the same class did not run.
-
-    Returns
-    -------
-    list of int
+    A number may be left out where a block of the same class did not run.
     """
     blocks = [key for key in keys if key.digits] or list(keys)
     own = iter(_of_blocks(blocks, modules))

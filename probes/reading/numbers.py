@@ -154,7 +154,9 @@ class Numbers:
         tokens.sort(key=lambda n: -parts[n][0])
         features = [n for n, part in enumerate(parts) if part == (stride, size)]
         streams = [n for n, (step, _) in enumerate(parts) if not step]
-        found = reduce(np.add.outer, (np.arange(parts[n][1]) * parts[n][0] for n in tokens), np.int64(0))
+        found = np.zeros((), dtype=np.int64)
+        for n in tokens:
+            found = np.add.outer(found, np.arange(parts[n][1]) * parts[n][0])
         true = first.first_feature(stride, size)
         offset = self.offset + sum(int(axis.min()) for axis in self.axes)
         if (
@@ -224,10 +226,10 @@ class Numbers:
         if self.array is not None:
             place = (slice(None),) * axis + (index,)
             return Numbers(array=self.array[place])
-        part = self.axes[axis][index]
+        before, own, after = self.axes[:axis], self.axes[axis], self.axes[axis + 1 :]
         if isinstance(index, int):
-            return Numbers(self.axes[:axis] + self.axes[axis + 1 :], self.offset + int(part))
-        return Numbers((*self.axes[:axis], part, *self.axes[axis + 1 :]), self.offset)
+            return Numbers(before + after, self.offset + int(own[index]))
+        return Numbers((*before, own[index], *after), self.offset)
 
     @_once
     def collapsed(self, dims: Sequence[int]) -> Numbers | None:

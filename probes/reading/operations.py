@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, names, values_in
+from depthscope.probes.reading.graph import PARAMETER, UNSEEN, Graph, TracedValue, names, values_in
 
 MOST_STREAMS = 63  # what is wider has features on its axes
 SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
@@ -70,11 +70,22 @@ def part_of(value: TracedValue) -> tuple[int, slice | int]:
         index: slice | int = args[2] if name == "select" else value.item
         return axis % len(args[0].shape), index
     if name == "slice":
-        axis, *ends = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-        return axis % len(args[0].shape), slice(*ends)
+        given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+        return given[0] % len(args[0].shape), slice(*given[1:])
     sizes, axis = args[1], (args[2] if len(args) > 2 else 0) % len(args[0].shape)
     start = sizes * value.item if isinstance(sizes, int) else sum(sizes[: value.item])
     return axis, slice(start, start + value.shape[axis])
+
+
+def is_unknown(value: TracedValue) -> bool:
+    """Whether nothing is known of what made a value: an operation of a library, or a kernel."""
+    return value.name == UNSEEN or getattr(value.func, "namespace", "aten") not in ("aten", "prims")
+
+
+def named(graph: Graph, value: TracedValue) -> str:
+    """What made a value of which nothing is known, and where."""
+    what = "a kernel" if value.func is None else str(value.func)
+    return f"{what} in {graph.path(value) or 'the model'}"
 
 
 def factors(value: TracedValue) -> list[Any]:
@@ -105,7 +116,7 @@ def weights_in(graph: Graph, marks: bytearray) -> set[TracedValue]:
 
 
 def mean_of(value: TracedValue, of: TracedValue) -> TracedValue | None:
-    """The mean of what it is added to that an addend is, as a norm that is written out takes one away; None where it is none."""
+    """The mean of what it is added to that an addend is, as a norm that is written out takes away; None where it is none."""
     for _ in range(6):
         if value.name in REDUCES:
             return value if any(parent is of for parent in value.parents) else None

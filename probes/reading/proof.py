@@ -7,12 +7,22 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import LAYERS, MOVES, PRODUCTS, SAME, addends, weights, weights_in
+from depthscope.probes.reading.operations import (
+    LAYERS,
+    MOVES,
+    PRODUCTS,
+    SAME,
+    addends,
+    is_unknown,
+    named,
+    weights,
+    weights_in,
+)  # fmt: skip
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -25,8 +35,8 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
-    largest = torch.linalg.vector_norm(true, math.inf).clamp_min(1e-9)
-    error = float(torch.linalg.vector_norm(again - true, math.inf) / largest)
+    error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
+    error /= max(largest, 1e-9)
     return error if math.isfinite(error) else math.inf
 
 
@@ -93,6 +103,7 @@ class WeightCoverage:
         last: Sequence[TracedValue],
         others: Sequence[Memory],
     ):
+        self._all = [memory, *others]
         self._others = set().union(*(other.carried for other in others))
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
@@ -145,7 +156,7 @@ class WeightCoverage:
         later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
         if (value := self._residual_sum(later, self._head)) is not None:
             return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
-        return self._hidden_branches() or self._unread_writes()
+        return self._hidden_branches() or self._unread_writes() or self._unknown_sum()
 
     def _is_of_no_other(self, value: TracedValue) -> bool:
         """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
@@ -170,6 +181,27 @@ class WeightCoverage:
         behind = self.graph.earlier([b], {a.number})
         working = (self.graph.values[number].name for number in weights(self.graph) if behind[number])
         return any(name in LAYERS for name in working)
+
+    def _unknown_sum(self) -> str:
+        """What takes a state and something that a weight computed from it, and gives one as large, may hide their sum."""
+        graph = self.graph
+        unknown = [v for v in graph.values if v.numel == self.memory.count and is_unknown(v)]
+        if not unknown:
+            return ""
+        carried = set().union(*(memory.carried for memory in self._all))
+        sources = [branch.source for memory in self._all for branch in branches_of(memory)]
+        inside = graph.earlier(sources, carried)
+        for value in unknown:
+            behind = graph.earlier(value.parents, carried)
+            later = any(
+                parent.number in carried
+                for n, marked in enumerate(behind)
+                if marked
+                for parent in graph.values[n].parents
+            )
+            if not inside[value.number] and later and weights_in(graph, behind):
+                return f"nothing is known of {named(graph, value)}, which may add to the state"
+        return ""
 
     def _hidden_branches(self) -> str:
         """Sums of several branch outputs are one branch only where they are added at once."""

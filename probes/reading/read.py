@@ -28,7 +28,7 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
-from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
 
 
@@ -138,17 +138,7 @@ class _Reader:
         self.name = name_of(memory, self.names)
 
     def reading(self) -> MemoryReading:
-        """The memory's description, at the present values of its tensors.
-
-        Returns
-        -------
-        MemoryReading
-
-        Raises
-        ------
-        ReadingError
-            Where its states are none that can be described.
-        """
+        """The memory's description, at the present values of its tensors; ReadingError where none can be given."""
         found = cuts_of(self.memory, self.branches, self.names.layers)
         if found.inner:
             again = _Reader(without_inner(self.memory, found.inner), self.others)
@@ -179,7 +169,9 @@ class _Reader:
     ) -> MemoryReading:
         coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
-        allowed = tolerance([value for cut in cuts for value in cut])
+        end = max(value.number for value in cuts[-1])
+        carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
+        allowed = tolerance(carried)
         why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
@@ -200,6 +192,7 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
+            casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
         )
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:

@@ -7,20 +7,15 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import Listener
-from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -28,61 +23,34 @@ from depthscope.probes.reading.graph import (
     LEAF,
     PARAMETER,
     SHAPE_ONLY,
+    UNSEEN,
     Graph,
     ModuleCall,
     Shown,
     TracedValue,
     dropped,
-    geometry,
     no_collection,
-    patched,
 )
-from depthscope.probes.reading.operations import (
-    BATCH_NORMS,
-    FUNCTIONS,
-    JOINS,
-    MATRICES,
-    MOST_STREAMS,
-    MOVES,
-    NORMS,
-    PRODUCTS,
-    REDUCES,
-    SAME,
-    SCATTERS,
-    SUMS,
+from depthscope.probes.reading.known_operations import (
+    ADD,
+    FUSED,
+    LINEAR,
+    MUL,
+    SAVING,
+    Operation,
+    is_alone,
+    is_layer,
+    is_saved,
+    is_unwritten,
+    layer_operands,
+    operation_of,
 )  # fmt: skip
-
-# Sums with a product in one operation, and the product alone.
-FUSED = {
-    "addmm": torch.ops.aten.mm.default,
-    "baddbmm": torch.ops.aten.bmm.default,
-    "addcmul": torch.ops.aten.mul.Tensor,
-}
-# What carries a memory: what it takes is held, and what it gives is made again from that.
-CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
-
-# Of what these take autograd saves each tensor, where all of them need gradients.
-SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()
-
+from depthscope.probes.reading.operations import NORMS
+from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, geometry, patched, storage_of
+from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
-_Taken = tuple["Operation", Any, Any, list[TracedValue], Any]
-
-
-class _Entry(weakref.ref):
-    """The value that a tensor has, and how many writes into its memory it knows of."""
-
-    __slots__ = ("value", "writes")
-
-    value: TracedValue
-    writes: int
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own, as a wrapper's
-        return id(tensor)
+_Taken = tuple[Operation, Any, Any, list[TracedValue], Any]
 
 
 class GraphRecorder(TorchDispatchMode):
@@ -106,15 +74,14 @@ class GraphRecorder(TorchDispatchMode):
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
         self._num_shown = 0
+        self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, TensorEntry] = {}
         self._newly_held: list[TracedValue] = []
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
-        self._alive: list[
-            torch.Tensor
-        ] = []  # memory that was written, so that its address is not given twice
+        self._alive: list[torch.Tensor] = []  # what was written, so that its memory is not given to another
         self._layer: list[TracedValue] | None = None  # what the layer takes that is running
         self._silent = False
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
@@ -142,15 +109,18 @@ class GraphRecorder(TorchDispatchMode):
         self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
     ) -> list[int]:
         """Note that a module is called with some tensors; the numbers of their values. A linear layer is one operation."""
+        self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
-        if type(module) is nn.Linear and len(tensors) == 1 and _is_closed(module) and _is_alone():
-            given = (tensors[0], module.weight, *(() if module.bias is None else (module.bias,)))
+        given = layer_operands(module, tensors) if type(module) is nn.Linear and is_alone() else None
+        if given is not None:
             self._layer = [self.value_of(tensor) for tensor in given]
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
-        return self._show("input", tensors)
+        numbers = self._show("input", tensors)
+        self._begins[self._stack[-1]] = len(self.graph.values), numbers
+        return numbers
 
     def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
         """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
@@ -159,6 +129,7 @@ class GraphRecorder(TorchDispatchMode):
             given, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
                 self.note(LINEAR, given, {}, given, None, output)
+        self._find_unseen(tensors)
         numbers = self._show("output", tensors)
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
@@ -169,7 +140,8 @@ class GraphRecorder(TorchDispatchMode):
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
             self._num_shown += 1
-            self.graph.shown.setdefault(number, []).append(Shown(self._stack[-1], at, item, self._num_shown))
+            shown = Shown(self._stack[-1], at, item, self._num_shown)
+            self.graph.shown.setdefault(number, []).append(shown)
         return numbers
 
     def end(self, output: Any) -> Graph:
@@ -194,11 +166,14 @@ class GraphRecorder(TorchDispatchMode):
         entry = self._entries.get(id(tensor))
         if entry is not None and entry() is not tensor:  # of a tensor that is gone
             entry = None
-        return self._current(tensor, entry) if entry is None or self._writes else entry.value
+        value = self._current(tensor, entry) if entry is None or self._writes else entry.value
+        if value.kind == CONSTANT and tensor.grad_fn is not None:  # computed by what is no operation
+            return self._unseen(tensor)
+        return value
 
-    def _current(self, tensor: torch.Tensor, entry: _Entry | None) -> TracedValue:
+    def _current(self, tensor: torch.Tensor, entry: TensorEntry | None) -> TracedValue:
         """The value of a tensor that was not met before, or whose memory may have been written."""
-        writes = self._writes.get(_storage(tensor), ()) if self._writes else ()
+        writes = self._writes.get(storage_of(tensor), ()) if self._writes else ()
         if entry is None:
             value = self._leaf(tensor)
             if not writes:
@@ -211,18 +186,18 @@ class GraphRecorder(TorchDispatchMode):
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
         value = self._new(LEAF, None, (), {}, (), tensor)
-        if isinstance(tensor, nn.Parameter) or id(tensor) in self._names:
-            value.kind = PARAMETER
-            self.graph.parameter_names[value.number] = self._names.get(id(tensor), "")
+        name = self._names.get(id(tensor))
+        if name is not None or isinstance(tensor, nn.Parameter):
+            value.kind, value.of_parameter = PARAMETER, True
+            self.graph.parameter_names[value.number] = name or ""
         else:
             value.kind = INPUT if id(tensor) in self._given else CONSTANT
         self.enter_value(tensor, value)
         self._hold(tensor, value)
-        value.of_parameter = value.kind == PARAMETER
         return value
 
     def _rewritten(
-        self, entry: _Entry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
+        self, entry: TensorEntry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
     ) -> None:
         own = geometry(tensor)
         for new, where in writes[entry.writes :]:
@@ -254,9 +229,9 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Note which value a tensor has from now on."""
-        entry = self._entries[id(tensor)] = _Entry(tensor)
+        entry = self._entries[id(tensor)] = TensorEntry(tensor)
         entry.value = value
-        entry.writes = len(self._writes.get(_storage(tensor), ())) if self._writes else 0
+        entry.writes = len(self._writes.get(storage_of(tensor), ())) if self._writes else 0
 
     def hold(self, value: TracedValue, tensor: torch.Tensor) -> None:
         """Hold a value, whatever takes it."""
@@ -301,6 +276,8 @@ class GraphRecorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self.graph.error is None:
             try:
+                if taken[0].is_foreign:
+                    taken = self._as_sum(taken, args, kwargs, result)
                 self.note(*taken, result)
                 for listener in self.listeners:
                     listener(func, args, kwargs, result)
@@ -310,15 +287,20 @@ class GraphRecorder(TorchDispatchMode):
 
     def _taken(self, func: Any, args: Any, kwargs: Any) -> _Taken:
         """What an operation takes that is about to run."""
-        operation = _operation(func)
+        operation = operation_of(func)
         values: list[TracedValue] = []
         found = self._replaced(args, values)
         named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
         target = args[0] if operation.writes else kwargs.get("out")
-        if operation.carries and not operation.views:
+        if not operation.views and any(map(is_unwritten, values[operation.writes :])):
+            self._find_unseen(tensors_of(args[operation.writes :]))
+            values.clear()
+            found = self._replaced(args, values)
+        is_random = operation.writes and not values[0].parents and not Graph.is_kept(values[0])
+        if operation.carries and not operation.views and not is_random:
             is_norm = operation.name in NORMS
-            if is_norm or not _is_layer(operation, values):
-                self._hold_operands(args, found, operation.name in SAVING and _is_saved(args))
+            if is_norm or not is_layer(operation, values):
+                self._hold_operands(args, found, operation.name in SAVING and is_saved(args))
         if target is not None and operation.name != "set":
             self._keep_numbers(target)
             named = {key: item for key, item in named.items() if key != "out"}
@@ -326,21 +308,62 @@ class GraphRecorder(TorchDispatchMode):
             return self._fused(operation.name, args, found, kwargs, target)
         return operation, found, named, values, target
 
+    def _find_unseen(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note the tensors that were computed since the last operation, by what is no operation."""
+        for tensor in tensors:
+            entry = self._entries.get(id(tensor))
+            if entry is None or entry() is not tensor:
+                is_unseen = tensor.grad_fn is not None and id(tensor) not in self._given
+            else:
+                is_unseen = is_unwritten(entry.value)
+            if is_unseen and len(self._stack) > 1:
+                self._unseen(tensor)
+
+    def _unseen(self, tensor: torch.Tensor) -> TracedValue:
+        """The value of a tensor that no operation made: it may come from all that the call around it took and made so far."""
+        call, values = self._stack[-1], self.graph.values
+        start, inputs = self._begins[call]
+        made = values[start:]
+        taken = {parent.number for value in made for parent in value.parents}
+        parents = [values[number] for number in inputs]
+        parents += [value for value in made if value.number not in taken and not value.kind]
+        order = self._orders[call, UNSEEN] = self._orders.get((call, UNSEEN), -1) + 1
+        parents = parents or [value for value in values if value.kind == INPUT]
+        value = self._new(UNSEEN, None, (), {}, tuple(dict.fromkeys(parents)), tensor)
+        value.order, value.geometry = order, geometry(tensor)
+        self.enter_value(tensor, value)
+        return value
+
     def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Taken:
         """A product that is added to a state in one operation is noted as the product and the sum."""
         with torch.no_grad():
             product = FUSED[name](*args[1:3])
-        self.note(_operation(FUSED[name]), found[1:3], {}, found[1:3], None, product)
-        terms, tensors = [found[0], self.value_of(product)], [args[0], product]
-        for at, scale in enumerate((kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1)))):
+        self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], None, product)
+        scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
+        return self._sum([args[0], product], scales, target)
+
+    def _sum(
+        self, tensors: Sequence[torch.Tensor], scales: Sequence[float], target: torch.Tensor | None
+    ) -> _Taken:
+        """One or two tensors that are scaled and added, each step for itself."""
+        terms = []
+        for tensor, scale in zip(tensors, scales, strict=True):
+            term = self.value_of(tensor)
+            self._hold(tensor, term)
+            if len(tensors) == 1:
+                return MUL, [term, scale], {}, [term], target
             if scale != 1:
-                self._hold(tensors[at], terms[at])
-                tensors[at] = tensors[at] * scale
-                by = _operation(torch.ops.aten.mul.Tensor)
-                self.note(by, [terms[at], scale], {}, [terms[at]], None, tensors[at])
-                terms[at] = self.value_of(tensors[at])
-        self._hold_operands(tensors, terms)
-        return _operation(torch.ops.aten.add.Tensor), terms, {}, terms, target
+                tensor = tensor * scale
+                self.note(MUL, [term, scale], {}, [term], None, tensor)
+                term = self.value_of(tensor)
+                self._hold(tensor, term)
+            terms.append(term)
+        return ADD, terms, {}, terms, target
+
+    def _as_sum(self, taken: _Taken, args: Any, kwargs: Any, result: Any) -> _Taken:
+        """An operation of a library, as the sum that it turns out to be."""
+        found = factors_of_sum(taken[0].func, args, kwargs, result)
+        return taken if found is None else self._sum([args[n] for n in found], list(found.values()), None)
 
     def note(
         self,
@@ -352,9 +375,12 @@ class GraphRecorder(TorchDispatchMode):
         result: Any,
     ) -> None:
         """Note the values that an operation made of others."""
-        if operation.name == "set":
-            if len(values) > 1:  # another memory for the same tensor
-                self.enter_value(target, values[1])
+        if operation.name in (
+            "set",
+            "lift_fresh",
+        ):  # the same value in another tensor, or another one in the same
+            if values:
+                self.enter_value(result, values[-1])
             return
         key = (self._stack[-1], operation.name)
         order = self._orders[key] = self._orders.get(key, -1) + 1
@@ -362,11 +388,7 @@ class GraphRecorder(TorchDispatchMode):
         if operation.name == "native_dropout":
             func, found = dropped, [found[0], self._mask(operation, order, result[1]), 1 / (1 - found[1])]
             values, result = found[:2], result[0]
-        parents = (
-            ()
-            if operation.name in SHAPE_ONLY
-            else tuple(dict.fromkeys(values) if len(values) > 1 else values)
-        )
+        parents = () if operation.name in SHAPE_ONLY else tuple(dict.fromkeys(values))
         for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -374,13 +396,17 @@ class GraphRecorder(TorchDispatchMode):
             value.item, value.order, value.geometry = item, order, geometry(tensor)
             operation.describe(value)
             if operation.name in FILLS:
-                value.held = _filled(value, tensor)
-            if tensor is target:
-                self._alive.append(tensor)
-                self._writes.setdefault(_storage(target), []).append((value, geometry(target)))
-            self.enter_value(tensor, value)
-            if self.on_value is not None:
-                self.on_value(value, tensor)
+                value.held = filled_with(value, tensor)
+            self._made(tensor, value, tensor is target)
+
+    def _made(self, tensor: torch.Tensor, value: TracedValue, written: bool) -> None:
+        """Note which value a tensor is that was made, or written."""
+        if written:
+            self._alive.append(tensor)
+            self._writes.setdefault(storage_of(tensor), []).append((value, value.geometry))
+        self.enter_value(tensor, value)
+        if self.on_value is not None:
+            self.on_value(value, tensor)
 
     def _mask(self, operation: Operation, order: int, tensor: torch.Tensor) -> TracedValue:
         """The elements that a dropout keeps; they depend on nothing."""
@@ -402,79 +428,11 @@ class GraphRecorder(TorchDispatchMode):
         """What is held of a memory that is about to be written keeps its numbers."""
         for value in self._newly_held:
             if value.held is not None:
-                self._held.setdefault(_storage(value.held), []).append(value)
+                self._held.setdefault(storage_of(value.held), []).append(value)
         self._newly_held.clear()
-        for value in self._held.pop(_storage(target), ()):
+        for value in self._held.pop(storage_of(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
-
-
-class Operation(NamedTuple):
-    """What is known of an operation by its name."""
-
-    func: Any
-    name: str  # without the sign of what writes in place
-    writes: bool  # into its first operand
-    views: bool  # what it gives lies in the memory of what it takes
-    carries: bool
-
-    def describe(self, value: TracedValue) -> None:
-        """Note whether what it made is a view, a parameter in another form, and can be made again."""
-        value.alias = self.views
-        if self.name in FUNCTIONS:  # what a layer or a norm over the batch made is not made again
-            value.remade = self.name not in BATCH_NORMS and all(Graph.is_kept(p) for p in value.parents)
-        elif self.carries:
-            by_parameter = any(parent.of_parameter for parent in value.parents)
-            value.remade, value.costly = True, by_parameter and self.name in MATRICES
-            passes = self.name in SAME or self.name in MOVES
-            value.of_parameter = by_parameter and passes and len(value.parents) == 1
-
-
-LINEAR = Operation(torch.ops.aten.linear.default, "linear", writes=False, views=False, carries=False)
-
-
-def _is_closed(layer: nn.Linear) -> bool:
-    """Whether a layer mixes features, and nothing but that runs in its call."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooks and min(layer.weight.shape) > MOST_STREAMS and isinstance(layer.weight, nn.Parameter)
-
-
-def _is_alone() -> bool:
-    """Whether no mode of the user's is on, which would not see a layer that runs as one operation."""
-    return torch._C._len_torch_dispatch_stack() == 1
-
-
-@cache
-def _operation(func: Any) -> Operation:
-    name = func.overloadpacket.__name__
-    writes = name.endswith("_") and func._schema.is_mutable
-    name = name[:-1] if writes else name
-    alias = func._schema.returns[0].alias_info if func._schema.returns else None
-    return Operation(
-        func, name, writes, alias is not None and not alias.is_write, name in CARRYING or name in NORMS
-    )
-
-
-def _is_saved(args: Any) -> bool:
-    """Whether autograd saves what an operation of `SAVING` takes: it needs it for the gradients of the others."""
-    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-    return len(tensors) > 1 and all(tensor.requires_grad for tensor in tensors)
-
-
-def _is_layer(operation: Operation, values: Sequence[TracedValue]) -> bool:
-    """Whether a matrix is a parameter that is larger than what mixes streams."""
-    if operation.name not in MATRICES:
-        return False
-    matrices = (value for value in values if value.of_parameter and len(value.shape) > 1)
-    return any(min(value.shape[-2:]) > MOST_STREAMS for value in matrices)
-
-
-def _filled(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
-    """A constant, without memory of its size."""
-    fill = FILLS[value.name]
-    if fill is None:
-        fill = value.args[2 if value.name == "new_full" else 1]
-    return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
@@ -489,36 +447,3 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(item)
     elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
         yield from tensors_of(vars(batch))
-
-
-@contextmanager
-def recording(recorder: GraphRecorder) -> Iterator[None]:
-    """Record the forward of a model that runs inside; hooks of torch on all modules note the calls."""
-
-    def enter(module: nn.Module, args: Any) -> None:
-        path = recorder.paths.get(id(module))
-        if path is not None:
-            recorder.enter(path, type(module).__name__, floats_in(args), module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path = recorder.paths.get(id(module))
-        if path is not None:
-            recorder.leave(path, output, floats_in(output))
-
-    before = hooked.register_module_forward_pre_hook(enter)
-    after = hooked.register_module_forward_hook(leave, always_call=True)
-    try:
-        with recorder:
-            yield
-    finally:
-        before.remove()
-        after.remove()
-
-
-def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
-    """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
-    recorder = GraphRecorder(model, list(tensors_of(batch)))
-    with recording(recorder):
-        args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-        output = model(*args, **(batch if isinstance(batch, dict) else {}))
-    return recorder.end(output), output

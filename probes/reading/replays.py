@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class Box:
         """Nothing, on these elements."""
         return torch.zeros(self.shape, dtype=kind, device=device)
 
-    def is_cut(self, axis: int) -> bool:
-        """Whether places along an axis are left out."""
-        return self.places is not None and self.places[axis] is not None
+    def cut(self, axis: int) -> np.ndarray | None:
+        """The places along an axis, if some are left out."""
+        return None if self.places is None else self.places[axis]
 
 
 class Replays:
@@ -88,13 +89,13 @@ class Replays:
             parts = [self._through(value, p, found[p.number]) for p in taken if p.number in found]
             if self._adds_constant(value):
                 zeros = {p.number: torch.zeros(p.shape, dtype=p.dtype, device=self.device) for p in taken}
-                own = self._graph.run(value, lambda of, zeros=zeros: self._own(of, zeros))
+                own = self._graph.run(value, partial(self._own, zeros))
                 parts.append(own.to(self.kind))
             if parts:
                 found[value.number] = sum(parts[1:], parts[0])
         return found
 
-    def _own(self, of: TracedValue, given: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def _own(self, given: Mapping[int, torch.Tensor], of: TracedValue) -> torch.Tensor:
         return given[of.number] if of.number in given else self._graph.tensor(of)
 
     def between(self, targets: Sequence[TracedValue], begins: Collection[int]) -> list[TracedValue]:
@@ -190,17 +191,17 @@ class Replays:
     def _size(self, value: TracedValue, piece: TracedValue, axis: int) -> int:
         if self._states.memory.holds(piece) or piece.number in self._states.linked:
             return self.box(piece).shape[axis]
-        if self.box(value).is_cut(axis):
+        if self.box(value).cut(axis) is not None:
             raise FeaturesDiffer
         return piece.shape[axis]
 
     def _part(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
         axis, part = part_of(value)
-        box = self.box(operand)
-        if box.is_cut(axis):
+        places = self.box(operand).cut(axis)
+        if places is not None:
             if isinstance(part, int):
                 raise FeaturesDiffer
-            chosen = np.isin(box.places[axis], np.arange(operand.shape[axis])[part])  # type: ignore[index]
+            chosen = np.isin(places, np.arange(operand.shape[axis])[part])
             return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device))
         return tensor[(slice(None),) * axis + (part,)]
 
@@ -210,7 +211,7 @@ class Replays:
         if self._one:
             box = self.box(value)
             for axis in range(-1, -1 - tensor.ndim, -1):
-                if tensor.shape[axis] > 1 and box.is_cut(axis):
+                if tensor.shape[axis] > 1 and box.cut(axis) is not None:
                     if tensor.stride(axis):
                         raise FeaturesDiffer
                     tensor = tensor.narrow(axis, 0, box.shape[axis])
@@ -245,9 +246,9 @@ class Replays:
         if any(not known.memory.holds(v) and v.number not in known.linked for v in addends(value)):
             return False
         if value.name in MATRICES:
-            return not any(box.is_cut(axis) for axis in range(len(value.shape) - 2))
+            return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))
         if value.name in ALONG_AN_AXIS:
-            return not self.box(operand).is_cut(value.args[1])
+            return self.box(operand).cut(value.args[1]) is None
         return value.name in ON_ONE
 
 

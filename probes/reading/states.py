@@ -86,8 +86,9 @@ class States:
         """Some arrays of elements that have numbers of the memory, as (arrays, tokens, streams, features)."""
         kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         parts = [self._arranged(t.to(kind), of, num_features) for t, of in zip(tensors, numbers, strict=True)]
-        if all(part is not None for part in parts):
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # type: ignore[return-value,arg-type]
+        known = [part for part in parts if part is not None]
+        if len(known) == len(parts):
+            return known[0] if len(known) == 1 else torch.cat(known, 2)
         order, n = self.order(numbers)
         flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
         flat = flat if order is None else flat[:, order.to(flat.device)]

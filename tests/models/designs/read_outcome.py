@@ -12,7 +12,7 @@ import torch
 
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading, NetworkReading
 from depthscope.probes.reading.read import read_graph
-from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.recording import recorded
 from tests.models.designs import truth as notes
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import PLAIN, ROUNDING, Outcome, _all_ones

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from depthscope.probes.reading.recorder import recorded
+from depthscope.probes.reading.recording import recorded
 from tests.models.designs.catalogue import DESIGNS
 
 DESIGN = DESIGNS[0]

@@ -1,0 +1,121 @@
+"""What is known of an operation when it is recorded? By its name, and by what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from depthscope.probes.reading.graph import Graph, TracedValue, names
+from depthscope.probes.reading.operations import (
+    BATCH_NORMS,
+    FUNCTIONS,
+    JOINS,
+    MATRICES,
+    MOST_STREAMS,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    REDUCES,
+    SAME,
+    SCATTERS,
+    SUMS,
+)  # fmt: skip
+
+# What holds nothing before it is written; if it is read all the same, a kernel wrote it of which no operation is seen.
+EMPTY = names("empty empty_like empty_strided new_empty new_empty_strided empty_permuted")
+# Sums with a product in one operation, and the product alone.
+FUSED = {
+    "addmm": torch.ops.aten.mm.default,
+    "baddbmm": torch.ops.aten.bmm.default,
+    "addcmul": torch.ops.aten.mul.Tensor,
+}
+# What carries a memory: what it takes is held, and what it gives is made again from that.
+CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
+
+# Of what these take autograd saves each tensor, where all of them need gradients.
+SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()
+
+
+class Operation(NamedTuple):
+    """What is known of an operation by its name."""
+
+    func: Any
+    name: str  # without the sign of what writes in place
+    writes: bool  # into its first operand
+    views: bool  # what it gives lies in the memory of what it takes
+    carries: bool
+    is_foreign: bool = False  # of a library, so that nothing is known of it
+
+    def describe(self, value: TracedValue) -> None:
+        """Note whether what it made is a view, a parameter in another form, and can be made again."""
+        value.alias = self.views
+        if self.name in FUNCTIONS:  # what a layer or a norm over the batch made is not made again
+            value.remade = self.name not in BATCH_NORMS and all(Graph.is_kept(p) for p in value.parents)
+        elif self.carries:
+            by_parameter = any(parent.of_parameter for parent in value.parents)
+            # What is written over random numbers is not made again.
+            value.remade = not self.writes or Graph.is_kept(value.parents[0])
+            value.costly = by_parameter and self.name in MATRICES
+            passes = self.name in SAME or self.name in MOVES
+            value.of_parameter = by_parameter and passes and len(value.parents) == 1
+
+
+LINEAR = Operation(torch.ops.aten.linear.default, "linear", writes=False, views=False, carries=False)
+
+
+def layer_operands(layer: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """What a linear layer takes, if it mixes features, and nothing else runs in its call; else None."""
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    if layer._forward_hooks or layer._forward_pre_hooks or type(weight) is not nn.Parameter:
+        return None
+    if len(tensors) != 1 or type(tensors[0]) is not torch.Tensor or min(weight.shape) <= MOST_STREAMS:
+        return None
+    return [tensors[0], weight] if bias is None else [tensors[0], weight, bias]
+
+
+@cache
+def operation_of(func: Any) -> Operation:
+    """What is known of an operation of PyTorch or of a library."""
+    name, schema = func.overloadpacket.__name__, func._schema
+    writes = name.endswith("_") and schema.is_mutable
+    name = name[:-1] if writes else name
+    alias = schema.returns[0].alias_info if schema.returns else None
+    return Operation(
+        func, name, writes,
+        views=alias is not None and not alias.is_write,
+        carries=name in CARRYING or name in NORMS,
+        is_foreign=func.namespace not in ("aten", "prims", "prim") and not schema.is_mutable,
+    )  # fmt: skip
+
+
+ADD, MUL = operation_of(torch.ops.aten.add.Tensor), operation_of(torch.ops.aten.mul.Tensor)
+
+
+def is_saved(args: Any) -> bool:
+    """Whether autograd saves what an operation of `SAVING` takes: it needs it for the gradients of the others."""
+    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+    return len(tensors) > 1 and all(tensor.requires_grad for tensor in tensors)
+
+
+def is_layer(operation: Operation, values: Sequence[TracedValue]) -> bool:
+    """Whether a matrix is a parameter that is larger than what mixes streams."""
+    if operation.name not in MATRICES:
+        return False
+    matrices = (value for value in values if value.of_parameter and len(value.shape) > 1)
+    return any(min(value.shape[-2:]) > MOST_STREAMS for value in matrices)
+
+
+def is_unwritten(value: TracedValue) -> bool:
+    """Whether a value holds nothing yet, or lies in the memory of one that does."""
+    while value.alias:
+        value = value.parents[0]
+    return value.name in EMPTY and value.numel > 0
+
+
+def is_alone() -> bool:
+    """Whether no mode of the user's is on, which would not see a layer that runs as one operation."""
+    return torch._C._len_torch_dispatch_stack() == 1

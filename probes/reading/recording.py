@@ -1,0 +1,47 @@
+"""The recorder around one forward of a model: its graph, and what the model returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as hooked
+
+from depthscope.probes.model.tensors import floats_in
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.recorder import GraphRecorder, tensors_of
+
+
+@contextmanager
+def recording(recorder: GraphRecorder) -> Iterator[None]:
+    """Record the forward of a model that runs inside; hooks of torch on all modules note the calls."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        path = recorder.paths.get(id(module))
+        if path is not None:
+            recorder.enter(path, type(module).__name__, floats_in(args), module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        path = recorder.paths.get(id(module))
+        if path is not None:
+            recorder.leave(path, output, floats_in(output))
+
+    before = hooked.register_module_forward_pre_hook(enter)
+    after = hooked.register_module_forward_hook(leave, always_call=True)
+    try:
+        with recorder:
+            yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
+    """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
+    recorder = GraphRecorder(model, list(tensors_of(batch)))
+    with recording(recorder):
+        args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+        output = model(*args, **(batch if isinstance(batch, dict) else {}))
+    return recorder.end(output), output

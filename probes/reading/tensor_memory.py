@@ -1,0 +1,53 @@
+"""Which memory does a tensor lie in? Places in it, and what is in them after a write."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from depthscope.probes.reading.graph import FILLS, TracedValue
+
+
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where the elements of a tensor lie in its memory: shape, stride, offset."""
+    if tensor.layout is not torch.strided:
+        return tuple(tensor.shape), (), 0
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+class TensorEntry(weakref.ref):
+    """The value that a tensor has, and how many writes into its memory it knows of."""
+
+    __slots__ = ("value", "writes")
+
+    value: TracedValue
+    writes: int
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tensors in the same memory have in common."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own, as a wrapper's
+        return id(tensor)
+
+
+def filled_with(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
+    """A constant, without memory of its size."""
+    fill = FILLS[value.name]
+    if fill is None:
+        fill = value.args[2 if value.name == "new_full" else 1]
+    return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:
+    """A tensor after another one was written into its memory; both by their `geometry`."""
+    ends = [
+        o + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) for shape, stride, o in (own, where)
+    ]
+    flat = torch.full((1 + max(ends),), empty, dtype=old.dtype, device=old.device)
+    flat.as_strided(*own).copy_(old)
+    flat.as_strided(*where).copy_(new)
+    return flat.as_strided(*own).clone()
