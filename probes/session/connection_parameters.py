@@ -46,7 +46,9 @@ class ConnectionParameters:
         width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
         widths = {width, width // n, width * n}
         return (
-            not unreadable(parameter) and parameter.numel() <= n * (n + 2) and not widths & set(parameter.shape)
+            not unreadable(parameter)
+            and parameter.numel() <= n * (n + 2)
+            and not widths & set(parameter.shape)
         )
 
     def values(self, number: int) -> torch.Tensor | None:

@@ -240,9 +240,7 @@ class StructureFinder:
                 chain = _joined(chain, part.chain, offset)
             memories = tuple(part.memory for part in chains)
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
-            chain = replace(
-                self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches)
-            )
+            chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(Found(chain, memories, layout))
         return found
 
@@ -273,7 +271,9 @@ class StructureFinder:
 
         def layout_of(value: TracedValue) -> str:
             numbers = memory.carried.get(value.number)
-            if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
+            if (
+                numbers is None and value.shape == root.shape
+            ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
             if self.options.layout is not None:
                 return self.options.layout
@@ -372,7 +372,9 @@ class StructureFinder:
 
 def _joined(chain: Chain, stage: Chain, offset: int) -> Chain:
     """A chain with the states of its next stage."""
-    moved = (replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections)
+    moved = (
+        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections
+    )
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
     return replace(
         chain,

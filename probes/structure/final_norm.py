@@ -56,6 +56,8 @@ def _normed(after: Memory) -> list[int]:
     for number in sorted(after.carried):
         value = after.graph.values[number]
         inside = after.inside(value)
-        if after.depth[number] == 0 and (after.passes_function(value) or any(p.number in found for p in inside)):
+        if after.depth[number] == 0 and (
+            after.passes_function(value) or any(p.number in found for p in inside)
+        ):
             found.add(number)
     return sorted(found)

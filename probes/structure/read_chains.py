@@ -66,7 +66,9 @@ class _ChainOf:
         points = [self._point(depth) for depth in depths]
         layout = self._usual_layout([value for _, value in points])
         points = [
-            (point, value) if self.layout_of(value) == layout else self._with_layout(depth, point, value, layout)
+            (point, value)
+            if self.layout_of(value) == layout
+            else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
@@ -83,9 +85,13 @@ class _ChainOf:
         )
         return ReadChain(chain, self.memory, layout)
 
-    def _shapes(self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str) -> tuple[tuple[int, ...], ...]:
+    def _shapes(
+        self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
+    ) -> tuple[tuple[int, ...], ...]:
         """The shapes of the states in the chain's layout: of one memory they are all the same."""
-        usual = next((value.shape for _, value in points if self.layout_of(value) == layout), points[0][1].shape)
+        usual = next(
+            (value.shape for _, value in points if self.layout_of(value) == layout), points[0][1].shape
+        )
         return tuple(usual if point.layout else value.shape for point, value in points)
 
     def _usual_layout(self, values: Sequence[TracedValue]) -> str:
@@ -312,7 +318,9 @@ class _ChainOf:
             if parent.number not in carried and parent.number not in given
         ]
         ways = [branch.way for branch in of.branches]
-        ends += [p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given]
+        ends += [
+            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
+        ]
         found = self.graph.ancestors(ends, carried.keys() | given)
         names = (self.graph.parameter_names.get(number, "") for number in sorted(found))
         return tuple(dict.fromkeys(filter(None, names)))

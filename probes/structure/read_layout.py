@@ -43,7 +43,9 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         named.append(letters)
     streams = [axis for axis in named if "N" in axis]
     features = next((axis for axis in named if "D" in axis), [])
-    if len(streams) == 2 and "N" in features:  # parts of the features of each stream that are connected separately
+    if (
+        len(streams) == 2 and "N" in features
+    ):  # parts of the features of each stream that are connected separately
         features[features.index("N")] = "F"
     if "B" in single:  # one sequence, of which the state has no axis
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
@@ -140,7 +142,9 @@ def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
         for other in sequences.graph.values
     )
     features = 1 if convolved else len(value.shape) - 1
-    parts = _with_batch(_parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size)
+    parts = _with_batch(
+        _parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size
+    )
     letters = [letter for letter, _, _ in parts]
     if letters.count("T") == 2:
         letters[letters.index("T")] = "H"
