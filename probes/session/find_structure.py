@@ -283,10 +283,11 @@ class StructureFinder:
                 numbers is None and value.shape == root.shape
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
-            own = "" if numbers is None or splits else read_layout(memory, numbers, self.sequences)
-            return own or self.options.layout or ""
+            return named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        if named and not part.layout:
+            part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -327,7 +328,6 @@ class StructureFinder:
             weights = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
-        self._read = read
         views = {(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)}
         if len(views) > 1:
             why = f"unproven: the branches read and write {sorted(views)} of the streams at once; expected the same numbers"
