@@ -1,0 +1,303 @@
+"""What is written to a memory, and what was it computed from? The branches: their sources, writes and reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from depthscope.probes.reading.carrying import Rules, transposed
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
+from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.numbers import NOTHING, Numbers
+from depthscope.probes.reading.operations import MOVES, PRODUCTS, SAME, SUMS, VIEWS, addends, factors
+
+MOST_STREAMS = 64
+
+
+@dataclass
+class Branch:
+    """One branch.
+
+    Parameters
+    ----------
+    source : TracedValue
+        What it gives, before it is moved or scaled.
+    writes : list of TracedValue
+        The sums to which that is added.
+    reads : list of TracedValue
+        All values of the memory that it is computed from, whole or not, as they leave the memory.
+    read : TracedValue
+        The latest whole one, before the norm.
+    before : float
+        Moment of the read: later than what was made before it.
+    steps : dict of int to TracedValue
+        On the ways from the source to the writes: the value that each step moves or scales, by the step's number.
+    """
+
+    source: TracedValue
+    writes: list[TracedValue]
+    reads: list[TracedValue] = field(default_factory=list)
+    read: TracedValue = None  # type: ignore[assignment]
+    before: float = 0
+    steps: dict[int, TracedValue] = field(default_factory=dict)
+    reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
+    numbers: Numbers | None = (
+        None  # of the memory's elements to which the source's are added, where it has such an order
+    )
+
+
+def branches_of(memory: Memory) -> list[Branch]:
+    """The branches that write to a memory, in the order of their reads: to its trunk, and to what other branches read."""
+    if memory.branches is None:
+        memory.branches = _found_branches(memory)
+    return memory.branches
+
+
+def _found_branches(memory: Memory) -> list[Branch]:
+    found: dict[int, Branch] = {}
+    ways, done = set(memory.trunk), set[int]()
+    gates = _carry_gates(memory)
+    while new := (memory.writes.keys() & ways) - done:
+        for number in sorted(new):
+            for addend in memory.writes[number]:
+                _note_branch(memory, found, memory.graph.values[number], addend, gates)
+        done |= new
+        ways |= memory.back([branch.read for branch in found.values()])
+    return sorted(found.values(), key=lambda branch: (branch.before, branch.source.number))
+
+
+def _note_branch(
+    memory: Memory, found: dict[int, Branch], write: TracedValue, addend: TracedValue, gates: set[int]
+) -> None:
+    way, numbers = _way(memory, write, addend, gates)
+    branch = found.get(way[-1].number)
+    if branch is None:
+        branch = Branch(way[-1], [], _reads(memory, way[-1]), numbers=numbers)
+        if not branch.reads:
+            return
+        found[branch.source.number] = branch
+        whole = [read for read in branch.reads if memory.is_whole(read)]
+        branch.read = before_norms(memory, (whole or branch.reads)[-1])
+        branch.reads_before_norms = list(dict.fromkeys(before_norms(memory, read) for read in whole))
+        is_state = branch.read.number in memory.trunk or branch.read.number in memory.writes
+        branch.before = branch.read.number + 0.5 * is_state
+    branch.writes.append(write)
+    branch.steps |= {after.number: before for after, before in pairwise(way)}
+
+
+def _carry_gates(memory: Memory) -> set[int]:
+    """Values that scale the memory itself, and those of which they are one minus: gates of a branch that they scale."""
+    found: set[int] = set()
+    for number in memory.trunk:
+        value = memory.graph.values[number]
+        if value.name not in PRODUCTS or len(memory.inside(value)) != 1:
+            continue
+        waiting = [f for f in factors(value) if isinstance(f, TracedValue) and not memory.holds(f)]
+        while waiting:
+            of = waiting.pop()
+            found.add(of.number)
+            if of.name in SAME or (of.name in SUMS and len(of.parents) == 1):
+                waiting += of.parents
+            elif of.name in ("sub", "rsub", "add"):
+                waiting += [
+                    parent for parent in of.parents if not parent.kind and parent.name not in SHAPE_ONLY
+                ]
+    return found
+
+
+def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
+    """Back over what does not mix the memory, to what a branch reads of it."""
+    while value.number not in memory.trunk and memory.inside(value):
+        if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
+            break
+        value = memory.inside(value)[0]
+    return value
+
+
+def _way(
+    memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]
+) -> tuple[list[TracedValue], Numbers | None]:
+    """From an addend back to the branch's own output: through what moves, scales or spreads it; and the output's numbers.
+
+    A norm of the output is a part of the branch.
+    """
+    target = memory.carried[write.number]
+    numbers = target if write is addend else _before_step(memory, write, addend, target)
+    way: list[tuple[TracedValue, TracedValue | None, Numbers | None]] = [(addend, None, numbers)]
+    while True:
+        value, _, numbers = way[-1]
+        back, coefficient = _before(memory, value, gates)
+        if back is not None:
+            numbers = _before_step(memory, value, back, numbers)
+        elif numbers is not None:
+            back, coefficient, numbers = _before_mixing(value, numbers)
+        if back is None or memory.holds(back) or not memory.graph.depends(back, memory.root):
+            break
+        if not memory.graph.is_kept(
+            back
+        ):  # as what is padded to whole windows: the output is what is left of it
+            break
+        way.append((back, coefficient, numbers))  # a value, and what it is scaled by in the step after
+    way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
+    return [value for value, _, _ in way], way[-1][2]
+
+
+def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValue | None]]) -> int:
+    """How far back a way goes before a coefficient that is computed from the output itself."""
+    for number in range(len(way) - 1):
+        coefficient = way[number + 1][1]
+        if coefficient is None:
+            continue
+        if any(memory.graph.depends(coefficient, value) for value, _ in way[number + 1 :]):
+            gain = way[number][1]
+            with_gain = number and gain is not None and gain.kind == PARAMETER
+            return number if with_gain else number + 1
+    return len(way)
+
+
+def _before_step(
+    memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers | None
+) -> Numbers | None:
+    """The numbers of what a step moves or scales, from those of what it gives."""
+    if numbers is None or after.name in SAME or (after.name in PRODUCTS and before.shape == after.shape):
+        return numbers
+    if after.name in VIEWS:
+        return numbers.reshape(before.shape)
+    if after.name in ("transpose", "t"):
+        return transposed(numbers, after)
+    first = Numbers.first(before.shape)
+    carried = {before.number: first}
+    moved = Rules(memory.graph, carried, functions=False, may_join=lambda piece, model: False).numbers(after)
+    if moved is None:
+        return None
+    if before.shape == after.shape and moved.key == first.key:
+        return numbers
+    return _inverted(moved.dense(), numbers.dense(), before)
+
+
+def _inverted(mine: np.ndarray, target: np.ndarray, source: TracedValue) -> Numbers | None:
+    known = mine >= 0
+    found = np.full(source.numel, NOTHING, dtype=np.int64)
+    found[mine[known]] = target[known]
+    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
+        return None
+    return Numbers.of(found.reshape(source.shape))
+
+
+def _before(
+    memory: Memory, value: TracedValue, gates: set[int]
+) -> tuple[TracedValue | None, TracedValue | None]:
+    """The value that a step moves or scales, and its coefficient."""
+    moved = value.name in SAME or value.name in MOVES or value.name == "native_dropout"
+    if moved and value.args and isinstance(value.args[0], TracedValue):
+        return value.args[0], None
+    if value.name in ("add", "sub"):
+        return _beside_constant(memory, value), None
+    return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
+
+
+def _beside_constant(memory: Memory, value: TracedValue) -> TracedValue | None:
+    """What is added to a constant that is no weight, as to the zeros with which a sum begins."""
+    added = addends(value)
+    depending = [v for v in added if memory.graph.depends(v, memory.root)]
+    others = [v for v in added if v not in depending]
+    if len(depending) != 1 or depending[0].shape != value.shape or not others:
+        return None
+    return None if any(memory.graph.has_origin(v) for v in others) else depending[0]
+
+
+def _before_mixing(
+    value: TracedValue, numbers: Numbers
+) -> tuple[TracedValue | None, TracedValue | None, Numbers | None]:
+    """The value whose streams a small matrix spreads over those of the memory, that matrix, and the value's numbers."""
+    nothing = None, None, None
+    if value.name not in ("mm", "bmm", "matmul"):
+        return nothing
+    a, b = factors(value)
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] > MOST_STREAMS:
+        return nothing
+    rank = len(value.shape)
+    found = []
+    for back, by, axis in ((b, a, rank - 2), (a, b, rank - 1)):
+        one = numbers.collapsed([axis])
+        if one is not None and len(back.shape) == rank:
+            found.append((back, by, one.expand(back.shape)))
+    return max(found, key=lambda of: of[0].numel) if found else nothing
+
+
+def _scaled(
+    memory: Memory, value: TracedValue, gates: set[int]
+) -> tuple[TracedValue | None, TracedValue | None]:
+    both = [v for v in value.args[:2] if isinstance(v, TracedValue)]
+    if len(both) == 1:
+        return both[0], None
+    depending = [v for v in both if memory.graph.depends(v, memory.root)]
+    a, b = both
+    if a.numel != b.numel:
+        back, coefficient = (a, b) if a.numel > b.numel else (b, a)
+    elif len(depending) == 1:
+        back = depending[0]
+        coefficient = b if back is a else a
+    else:
+        gating = [v for v in both if v.number in gates]
+        if len(gating) != 1:
+            return None, None
+        coefficient = gating[0]
+        back = b if coefficient is a else a
+    fine = back in depending and not (value.name == "div" and back is not a)
+    return (back, coefficient) if fine else (None, None)
+
+
+def _reads(memory: Memory, source: TracedValue) -> list[TracedValue]:
+    """The values of the memory that a branch is computed from."""
+    found: dict[int, TracedValue] = {}
+    seen, waiting = {source.number}, [source]
+    while waiting:
+        for parent in waiting.pop().parents:
+            if memory.holds(parent):
+                found[parent.number] = parent
+            elif parent.number > memory.root.number and parent.number not in seen:
+                seen.add(parent.number)
+                waiting.append(parent)
+    return [found[number] for number in sorted(found)]
+
+
+def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
+    """Parts of sums that begin anew, as those of a few blocks: what is added up before the memory is joined by the sum."""
+    members = {v.number: b for b in branches for v in (b.source, *b.steps.values())}
+    members |= {number: b for b in branches for number in b.steps}
+    found: dict[int, Numbers] = {}
+    for branch in branches:
+        waiting = [branch.source]
+        while waiting:
+            value = waiting.pop()
+            if value.name not in ("add", "sub") or branch.numbers is None:
+                continue
+            parts = [
+                v for v in addends(value) if memory.graph.depends(v, memory.root) and v.shape == value.shape
+            ]
+            for part in parts if len(parts) > 1 else ():
+                before = _of_another(memory, part, branch, members)
+                if before is not None:
+                    found[before.number] = branch.numbers
+                elif branch.source.number in memory.born and not any(
+                    other is not part and memory.graph.depends(part, other) for other in parts
+                ):
+                    found[part.number] = branch.numbers
+                    waiting.append(part)
+    return {number: of for number, of in found.items() if number not in memory.carried}
+
+
+def _of_another(
+    memory: Memory, part: TracedValue, branch: Branch, members: dict[int, Branch]
+) -> TracedValue | None:
+    """What another branch gave, if a part of a sum is that, moved or scaled."""
+    at: TracedValue | None = part
+    while at is not None and memory.graph.depends(at, memory.root):
+        other = members.get(at.number)
+        if other is not None and other is not branch and at.shape == branch.source.shape:
+            return at
+        at = _before(memory, at, set())[0]
+    return None

@@ -1,0 +1,183 @@
+"""Which of several memories is the model's? The rule, and what is taken as a further one.
+
+The rule: of all memories that have a write, the one between whose first and last value the largest share of the weights
+works; of equal ones (within 5 %) the one whose first value is the largest, then the one with most writes, then the earliest.
+Others, whose values are apart from it and that lie in no branch of it, are further memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
+from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
+from depthscope.probes.reading.operations import JOINS, SUMS, addends, weights_of
+from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+
+LEAST_SHARE = 0.002  # of the weights
+MOST_FURTHER = 24
+Taken = tuple[Memory, list[Branch]]
+NO_MEMORY = "nothing that is computed from a value is added to it: no residual network"
+
+
+@dataclass
+class Ranked:
+    """A memory and what decides which is taken."""
+
+    memory: Memory
+    share: float  # of the weights
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """The larger, the better."""
+        memory = self.memory
+        steps = round(20 * self.share)
+        return steps, memory.count, memory.num_writes, not memory.start.functions, -memory.root.number
+
+
+def memories(graph: Graph) -> list[Memory]:
+    """The memories of a forward: the model's, and further ones in the order of their ranks."""
+    first, rest = candidates(graph)
+    ranked = _ranked(graph, first)
+    if not ranked:
+        raise ReadingError(NO_MEMORY)
+    taken: list[Taken] = []
+    for memory in _tracks(_between_expansions(_with_hidden_sums(ranked[0].memory))):
+        taken.append((memory, branches_of(memory)))
+    _take(graph, taken, ranked[1:])
+    for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
+        if not any(_is_within(graph, root, memory) for memory, _ in taken):
+            memory = without_forks(graph, start_of(root))
+            _take(graph, taken, [Ranked(memory, _share(memory))])
+    return [memory for memory, _ in taken]
+
+
+def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
+    """Take the memories that are apart from those taken, and inside of no branch of theirs."""
+    for other in ranked:
+        apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
+        if other.share < LEAST_SHARE or not other.memory.num_writes or not apart:
+            continue
+        branches = branches_of(other.memory)
+        if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
+            taken.append((other.memory, branches))
+
+
+def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
+    return memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
+
+
+def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
+    """Whether one of two memories lies inside of a branch of the other one."""
+    for (inner, _), (outer, branches) in ((one, other), (other, one)):
+        if graph.depends(inner.root, outer.root) and any(
+            graph.depends(b.source, inner.root) for b in branches
+        ):
+            return True
+    return False
+
+
+def _with_hidden_sums(memory: Memory) -> Memory:
+    """The memory followed again, where sums that begin anew hide branches from it."""
+    for _ in range(4):
+        seeds = memory.start.seeds
+        found = hidden_sums(memory, branches_of(memory))
+        new = {number: numbers for number, numbers in found.items() if number not in seeds}
+        if not new:
+            break
+        again = without_forks(memory.graph, replace(memory.start, seeds={**seeds, **new}))
+        if not new.keys() & again.trunk:
+            break
+        memory = again
+    return memory
+
+
+def _between_expansions(memory: Memory) -> Memory:
+    """The memory from where it is spread over streams by weights, to where these are merged by weights (as in AltUp)."""
+    values = memory.graph.values
+    reads = {branch.source.number: branch.reads for branch in branches_of(memory)}
+    writes = memory.writes.keys() & memory.trunk
+    known: set[int] = set()
+    for number in sorted(memory.carried):
+        join = values[number]
+        pieces = {p.number for p in addends(join)} if join.name in JOINS else set()
+        born = pieces & memory.born - known
+        known |= pieces
+        taken = [read for piece in born for read in reads.get(piece, ())]
+        if (
+            number not in memory.trunk
+            or len(born) < 2
+            or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
+        ):
+            continue
+        if all(memory.depth[read.number] == 0 for read in taken):
+            start = replace(memory.start, root=join, numbers=memory.carried[number])
+            return _between_expansions(without_forks(memory.graph, start))
+        if not any(write > number for write in writes - born) and len(writes) > len(born):
+            return without_inner(memory, {number})
+    return memory
+
+
+def _tracks(memory: Memory) -> list[Memory]:
+    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
+    branches = branches_of(memory)
+    last = max((write.number for branch in branches for write in branch.writes), default=0)
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
+    track: dict[int, int] = {}
+    for number in sorted(n for n in relevant if n <= last):
+        joined = {track[p.number] for p in memory.inside(memory.graph.values[number]) if p.number in track}
+        own = min(joined, default=number)
+        track |= {n: own for n, of in track.items() if of in joined}
+        track[number] = own
+    writes = {
+        name: {n for n, of in track.items() if of == name and n in memory.writes} for name in track.values()
+    }
+    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
+        return [memory]
+    merges = {
+        n
+        for n in memory.trunk
+        if n > last and len({track.get(p.number) for p in memory.inside(memory.graph.values[n])}) > 1
+    }
+    everything = merges.union(*writes.values())
+    return [without_inner(memory, everything - of) for of in writes.values()]
+
+
+def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
+    found: list[Ranked] = []
+    for root in roots:  # grows while it is gone through
+        plain = without_forks(graph, start_of(root))
+        passing = without_forks(graph, replace(start_of(root), functions=True))
+        both = [Ranked(memory, _share(memory)) for memory in (plain, passing)]
+        found += both
+        if max(of.share for of in both) < 0.6 and len(roots) < 2 * MOST_CANDIDATES:
+            roots += [value for value in _breaks(plain) if value not in roots][:2]
+    if max((of.share for of in found), default=0) < 0.4:
+        for root, streams in folded_beginnings(graph):
+            memory = without_forks(graph, start_of(root, streams))
+            found.append(Ranked(memory, _share(memory)))
+    return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
+
+
+def _breaks(memory: Memory) -> list[TracedValue]:
+    """Where tokens were mixed or joined, another memory may begin."""
+    found = [v for _, v in memory.leaves if v.name in JOINS or v.name in SUMS]
+    return [v for v in found if v.numel >= memory.count]
+
+
+def _share(memory: Memory) -> float:
+    """The share of the weights that work between a memory's first and last value."""
+    graph, used = memory.graph, set()
+    seen = {memory.end.number}
+    waiting = [memory.end]
+    while waiting:
+        value = waiting.pop()
+        used.update(weights_of(value))
+        for parent in value.parents:
+            if parent.number not in seen and parent is not memory.root and graph.depends(parent, memory.root):
+                seen.add(parent.number)
+                waiting.append(parent)
+    total = sum(graph.values[number].numel for number in graph.parameter_names)
+    return sum(v.numel for v in used) / max(total, 1)

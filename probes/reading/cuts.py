@@ -1,0 +1,202 @@
+"""Which values are the states? What is alive between a write of one branch and the read of the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.operations import JOINS
+
+Cut = list[TracedValue]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The states of a memory: the values of each, or the reads of a memory that grows."""
+
+    cuts: list[Cut]
+    over_depth: bool
+    inner: frozenset[int] = frozenset()  # sums inside of blocks that hold more than the states between blocks
+
+
+def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cuts:
+    """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers."""
+    life = _Life(memory, branches, layers)
+    cuts = life.cuts()
+    sizes = [size_of(memory, cut) for cut in cuts]
+    aged = _long_lived(cuts)
+    least = sizes[-1]
+    returns = sizes.count(least) > 2 and any(size > least for size in sizes[sizes.index(least) :])
+    if returns and not any(first < len(cuts) // 2 for first in aged.values()):
+        # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
+        inner = _inner(memory, cuts, sizes)
+        cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
+        return Cuts(cuts, bool(_long_lived(cuts)), inner)
+    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes)) > 1)
+
+
+def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
+    """The values inside of blocks to which something was added there, next to the states between blocks."""
+    found: set[int] = set()
+    depth, least = 0, sizes[-1]
+    for cut, size in zip(cuts, sizes, strict=True):
+        if size == least:
+            depth = max(memory.depth[value.number] for value in cut)
+        else:
+            found |= {value.number for value in cut if memory.depth[value.number] > depth}
+    return frozenset(found)
+
+
+def size_of(memory: Memory, cut: Cut) -> int:
+    """How many elements some values hold; the rest of a buffer, in which nothing was written yet, is none."""
+    return sum(memory.carried[value.number].count for value in cut)
+
+
+def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
+    """The last value of the memory that is not yet normed or merged for the head."""
+    last = max(write.number for branch in branches for write in branch.writes)
+    value = memory.end
+    while value.number > last and len(memory.inside(value)) == 1 and not memory.mixes(value):
+        value = memory.inside(value)[0]
+    return value
+
+
+def _long_lived(cuts: list[Cut]) -> dict[int, int]:
+    """Values that are needed unchanged for longer than a cut has values, and the first cut of each."""
+    ages: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for number, cut in enumerate(cuts):
+        for value in cut:
+            ages[value.number] = ages.get(value.number, 0) + 1
+            first.setdefault(value.number, number)
+    most = sorted(len(cut) for cut in cuts)[len(cuts) // 2]
+    return {number: first[number] for number, age in ages.items() if age >= 3 and age > most}
+
+
+class _Life:
+    """When each value of a memory is needed for the last time."""
+
+    def __init__(self, memory: Memory, branches: list[Branch], layers: Sequence[int]):
+        self.memory, self.branches, self.layers = memory, branches, layers
+        values = memory.graph.values
+        self.relevant = memory.back([memory.end, *(branch.read for branch in branches)])
+        self.takers: dict[int, list[TracedValue]] = {number: [] for number in self.relevant}
+        for number in sorted(self.relevant):
+            for parent in memory.inside(values[number]):
+                if parent.number in self.relevant:
+                    self.takers[parent.number].append(values[number])
+        self.last: dict[int, float] = {
+            n: max((t.number for t in of), default=0) for n, of in self.takers.items()
+        }
+        self.readers = {branch.read.number for branch in branches}
+        for branch in branches:
+            self.last[branch.read.number] = max(self.last[branch.read.number], branch.before)
+        self.last[memory.end.number] = float("inf")
+        self.writes = sorted({write.number for branch in branches for write in branch.writes})
+
+    def times(self) -> list[tuple[int, float]]:
+        """Moments: after which write, and before which read."""
+        times: dict[int, float] = {}
+        root = self.memory.root.number
+        for branch in self.branches:
+            time = max([root, *(write for write in self.writes if write <= branch.before)])
+            times[time] = min(branch.before, times.get(time, branch.before))
+        times.setdefault(self.writes[-1], self.memory.end.number + 0.5)
+        for write, until in self._unread():
+            if not any(write <= time < until for time in times):
+                times[write] = until
+        return sorted(times.items())
+
+    def _unread(self) -> list[tuple[int, float]]:
+        """After which blocks no branch reads before the next block writes: their states are there all the same."""
+        pairs = zip(self.branches, self.layers, strict=True)
+        ordered = sorted(pairs, key=lambda of: of[0].writes[0].number)
+        found = []
+        for (before, layer), (branch, other) in pairwise(ordered):
+            write, until = before.writes[-1].number, branch.writes[0].number
+            if layer != other and branch.source.number > write and write in self.memory.trunk:
+                found.append((write, float(until)))
+        return found
+
+    def cuts(self) -> list[Cut]:
+        """The values alive where fewest are, between each write and the next read."""
+        found: list[Cut] = []
+        sizes: list[int] = []
+        pattern: list[str] | None = None
+        wider: Cut = []
+        for time, until in self.times():
+            last = time == self.writes[-1]
+            live, size = self._fewest(
+                time, until, usual=_repeated(sizes) if last else None, end=last, known=sizes
+            )
+            sizes.append(size)
+            names = pattern if last else None
+            moved = [self.advanced(value, last, names) for value in live]
+            if time == self.memory.root.number:
+                wider = list(
+                    dict.fromkeys(self.advanced(value, last, names, widen=True)[0] for value in live)
+                )
+            found.append(list(dict.fromkeys(value for value, _ in moved)))
+            pattern = max((names for _, names in moved), key=len, default=[])
+        self._widen_first(found, wider)
+        return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]
+
+    def _widen_first(self, found: list[Cut], wider: Cut) -> None:
+        """The first state is as wide as the others, where the first value is only spread over streams after it."""
+        if len(found) < 2:
+            return
+        others = min(size_of(self.memory, cut) for cut in found[1:])
+        if size_of(self.memory, found[0]) < size_of(self.memory, wider) <= others:
+            found[0] = wider
+
+    def _fewest(
+        self, time: int, until: float, *, usual: int | None, end: bool, known: list[int]
+    ) -> tuple[Cut, int]:
+        moments = [time, *sorted(n for n in self.memory.trunk if time < n < until)]
+        lives = []
+        for moment in moments:
+            live = [self.memory.graph.values[n] for n in sorted(self.relevant) if n <= moment < self.last[n]]
+            lives.append((size_of(self.memory, live), live))
+        if not end:
+            size, live = min(lives, key=lambda of: of[0])
+            return live, size
+        usual = usual if usual is not None else (known[-1] if known else 0)
+        size, live = next((of for of in lives if of[0] == usual), lives[0])
+        return live, size
+
+    def advanced(
+        self, value: TracedValue, last: bool, pattern: list[str] | None, *, widen: bool = False
+    ) -> tuple[TracedValue, list[str]]:
+        """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before.
+
+        Where a block hands one of them on, to that one.
+        """
+        way = [value]
+        while len(self.takers[way[-1].number]) == 1 and way[-1].number not in self.readers:
+            (step,) = self.takers[way[-1].number]
+            if not self._is_passive(way[-1], step, widen):
+                break
+            way.append(step)
+        handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
+        if handed and not widen:
+            way = way[: handed[0 if last else -1] + 1]
+        elif last:
+            end = next((n for n, step in enumerate(way[1:], 1) if step.name not in (pattern or ())), len(way))
+            way = way[:end]
+        return way[-1], [step.name for step in way[1:]]
+
+    def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
+        memory = self.memory
+        if step.number in memory.writes or len(memory.inside(step)) != 1:
+            return False
+        wider = step.numel > value.numel and not widen
+        return not wider and (not memory.mixes(step) or step.name in JOINS)
+
+
+def _repeated(sizes: list[int]) -> int | None:
+    """The smallest size that occurred twice."""
+    return min((size for size in sizes if sizes.count(size) > 1), default=None)

@@ -1,0 +1,283 @@
+"""What is carried linearly from one value? The memory, and where branches write into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
+from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.operations import (
+    FUNCTIONS,
+    JOINS,
+    MATRICES,
+    MOVES,
+    PRODUCTS,
+    REDUCES,
+    addends,
+    is_statistic,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a memory begins, and what is known of it from an earlier pass.
+
+    Parameters
+    ----------
+    root : TracedValue
+        The first value.
+    shape : tuple of int
+        Of one stream of it.
+    numbers : Numbers
+        Of the first value's elements.
+    functions : bool
+        Whether norms and activations are passed, as in post-norm blocks.
+    banned : frozenset of int
+        Numbers of values that are opaque.
+    seeds : mapping of int to Numbers
+        Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
+    """
+
+    root: TracedValue
+    shape: tuple[int, ...]
+    numbers: Numbers
+    functions: bool = False
+    banned: frozenset[int] = frozenset()
+    seeds: Mapping[int, Numbers] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What is carried from one value, the root.
+
+    Parameters
+    ----------
+    graph : Graph
+        The forward.
+    start : Start
+        How it begins.
+    carried : dict of int to Numbers
+        The values that hold parts of the memory, by number.
+    depth : dict of int to int
+        How many writes lie on the longest way to each of them.
+    writes : dict of int to list of TracedValue
+        What branches add, by the number of the sum.
+    leaves : list of (TracedValue, TracedValue)
+        A carried value, and the opaque operation that takes it.
+    born : set of int
+        Branch outputs that are kept next to the memory as they are.
+    end : TracedValue
+        The last value of the longest way.
+    trunk : set of int
+        The values on the ways to the end.
+    """
+
+    graph: Graph
+    start: Start
+    carried: Carried = field(default_factory=dict)
+    depth: dict[int, int] = field(default_factory=dict)
+    writes: dict[int, list[TracedValue]] = field(default_factory=dict)
+    leaves: list[tuple[TracedValue, TracedValue]] = field(default_factory=list)
+    born: set[int] = field(default_factory=set)
+    end: TracedValue = None  # type: ignore[assignment]
+    trunk: set[int] = field(default_factory=set)
+    branches: list[Any] | None = None  # once they were looked for
+
+    @property
+    def root(self) -> TracedValue:
+        """The first value."""
+        return self.start.root
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one stream of the first value."""
+        return self.start.shape
+
+    @property
+    def count(self) -> int:
+        """How many elements one stream has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_writes(self) -> int:
+        """How many writes follow each other on the longest way."""
+        return self.depth[self.end.number]
+
+    def holds(self, value: TracedValue) -> bool:
+        """Whether a value is a part of the memory."""
+        return value.number in self.carried
+
+    def inside(self, value: TracedValue) -> list[TracedValue]:
+        """The values of the memory that a value of it carries on."""
+        if value.number in self.born or value is self.root:
+            return []
+        return [parent for parent in value.parents if parent.number in self.carried]
+
+    def back(self, ends: Collection[TracedValue]) -> set[int]:
+        """The values of the memory that come into some of its values."""
+        found, waiting = {end.number for end in ends}, list(ends)
+        while waiting:
+            for parent in self.inside(waiting.pop()):
+                if parent.number not in found:
+                    found.add(parent.number)
+                    waiting.append(parent)
+        return found
+
+    def is_whole(self, value: TracedValue) -> bool:
+        """Whether a value has every token and feature of the memory."""
+        numbers = self.carried[value.number]
+        return numbers.count >= self.count and numbers.distinct >= self.count
+
+    def mixes(self, value: TracedValue) -> bool:
+        """Whether an operation joins several values or streams of the memory, or leaves some out."""
+        inside = self.inside(value)
+        if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
+            return True
+        return value.name in MOVES and value.numel < inside[0].numel
+
+    def passes_function(self, value: TracedValue) -> bool:
+        """Whether a step is a norm or an activation of the memory itself."""
+        if value.name in FUNCTIONS:
+            return True
+        inside = self.inside(value)
+        if value.name not in PRODUCTS or not inside:
+            return False
+        others = [v for v in value.parents if v is not inside[0]]
+        return any(is_statistic(self.graph, other, inside[0]) for other in others)
+
+
+def start_of(root: TracedValue, streams: int = 1) -> Start:
+    """A memory's begin with a value, whose last axis may hold streams behind each other."""
+    *lead, width = root.shape
+    shape = (*lead, width // streams)
+    first = Numbers.first(shape)
+    if streams > 1:
+        one = Numbers(array=first.dense().reshape(*lead, 1, width // streams))
+        first = one.expand((*lead, streams, width // streams)).reshape(root.shape) or first
+    return Start(root, shape, first)
+
+
+def follow(graph: Graph, start: Start) -> Memory:
+    """The memory that begins so.
+
+    Parameters
+    ----------
+    graph : Graph
+        The forward.
+    start : Start
+        The first value, and what is known of the way.
+
+    Returns
+    -------
+    Memory
+    """
+    root = start.root
+    memory = Memory(graph, start)
+    memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
+    for value in graph.values[root.number + 1 :]:
+        if not graph.depends(value, root):
+            continue
+        inside = [p for p in value.parents if p.number in memory.carried]
+        numbers = rules.numbers(value) if inside and value.number not in start.banned else None
+        if numbers is None and value.number in start.seeds:
+            _be_born(memory, value, start.seeds[value.number], 0)
+        elif numbers is None:
+            memory.leaves += [(parent, value) for parent in inside]
+        else:
+            memory.carried[value.number] = numbers
+            memory.depth[value.number] = max(memory.depth[p.number] for p in inside)
+            _note_write(memory, value, inside)
+    memory.end = _end(memory)
+    memory.trunk = memory.back([memory.end])
+    return memory
+
+
+def _end(memory: Memory) -> TracedValue:
+    """The value after most writes: of those that reach the output, or that weights made which work nowhere else."""
+    values = [memory.graph.values[number] for number in memory.carried]
+    for value in sorted(values, key=lambda value: (memory.depth[value.number], value.number), reverse=True):
+        if memory.graph.reaches_output(value) or memory.graph.has_own_weights(value):
+            return value
+    return memory.root
+
+
+def _joining(memory: Memory) -> MayJoin:
+    """Whether a piece may lie next to the memory as a stream: it comes from it or is a constant, and the memory is whole."""
+    graph, root = memory.graph, memory.root
+
+    def may_join(piece: TracedValue, model: Numbers) -> bool:
+        own = graph.depends(piece, root) or not graph.depends_on_input(piece)
+        return own and model.distinct >= memory.count
+
+    return may_join
+
+
+def _be_born(memory: Memory, value: TracedValue, numbers: Numbers, depth: int) -> None:
+    memory.carried[value.number], memory.depth[value.number] = numbers, depth + 1
+    memory.born.add(value.number)
+    memory.writes[value.number] = [value]
+
+
+def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
+    """Note what a carried sum or join takes that was computed from the memory and is no part of it."""
+    if value.name in JOINS:
+        _note_pieces(memory, value, inside)
+        return
+    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
+    if new:
+        memory.writes[value.number] = new
+        memory.depth[value.number] += 1
+
+
+def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
+    model = memory.carried[inside[0].number]
+    depth = max(memory.depth[p.number] for p in inside)
+    for piece in addends(value):
+        if memory.holds(piece) or not memory.graph.depends(piece, memory.root):
+            continue
+        if len(model.shape) != len(piece.shape):
+            continue
+        numbers = _alike(model, piece.shape)
+        if numbers is not None:
+            _be_born(memory, piece, numbers, depth)
+            memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
+
+
+def _alike(model: Numbers, shape: tuple[int, ...]) -> Numbers | None:
+    """The numbers of a piece next to the memory: the same, along axes where these do not change."""
+    found: Numbers | None = model
+    for dim, (a, b) in enumerate(zip(model.shape, shape, strict=True)):
+        if a != b and found is not None:
+            found = found.collapsed([dim])
+    return None if found is None else found.expand(shape)
+
+
+def without_forks(graph: Graph, start: Start) -> Memory:
+    """The memory that begins so, in which a norm lies on the way only where the memory goes on nowhere else."""
+    memory = follow(graph, start)
+    for _ in range(7):
+        forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
+        if not forks:
+            break
+        start = replace(start, banned=start.banned | forks)
+        memory = follow(graph, start)
+    return memory
+
+
+def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
+    """The memory without some sums, as those inside of its blocks, which are then branches with a residual of their own."""
+    start = replace(memory.start, banned=memory.start.banned | frozenset(inner))
+    return without_forks(memory.graph, start)
+
+
+def _is_fork(memory: Memory, value: TracedValue) -> bool:
+    if value is memory.root or value.number in memory.born or not memory.passes_function(value):
+        return False
+    carrier = memory.inside(value)[0]
+    values = memory.graph.values
+    return sum(1 for number in memory.trunk if carrier in memory.inside(values[number])) > 1

@@ -1,0 +1,278 @@
+"""What are blocks, sites and branches called? Module calls and the numbers in their paths give names, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.memory import Memory
+from depthscope.probes.reading.operations import MATRICES, weights_of
+
+ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
+MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
+
+
+class BranchNames:
+    """The names of the branches of one memory."""
+
+    def __init__(self, memory: Memory, branches: Sequence[Branch]):
+        self.graph, self.memory, self.branches = memory.graph, memory, list(branches)
+        self._insides = [self._inside(branch) for branch in branches]
+        self._around = self._common_call()
+        self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
+        self._shared = Counter(call for stack in self._stacks for call in stack)
+        self.paths = [self._path(number) for number in range(len(branches))]
+        self.layers: list[int] = []
+        self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
+        self.first_layer = -1  # of the block that made the first value; -1 where none did
+
+    def _inside(self, branch: Branch) -> list[TracedValue]:
+        """The operations of a branch."""
+        reads = {read.number for read in branch.reads}
+        found: dict[int, TracedValue] = {}
+        waiting = [branch.source]
+        while waiting:
+            value = waiting.pop()
+            if (
+                value.number in found
+                or value.number in reads
+                or not self.graph.depends(value, self.memory.root)
+            ):
+                continue
+            if self.memory.holds(value) and value is not branch.source:
+                continue
+            found[value.number] = value
+            waiting += value.parents
+        return [found[number] for number in sorted(found, reverse=True)]
+
+    def _common_call(self) -> list[int]:
+        """The module calls that contain all branches."""
+        stacks = [self.graph.stack(v) for inside in self._insides for v in inside[:1]]
+        common = stacks[0] if stacks else []
+        for stack in stacks[1:]:
+            same = next((n for n, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), None)
+            common = common[: min(len(stack), len(common)) if same is None else same]
+        if len(self.branches) == 1 and common:
+            common = common[:-1]
+        return common
+
+    def unit(self, number: int) -> int | None:
+        """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
+        depth = len(self._around)
+        # The latest operations come first: before them may lie those of other branches, as of another track.
+        units = (stack[depth] for v in self._insides[number] if len(stack := self.graph.stack(v)) > depth)
+        return next(units, None)
+
+    def _path(self, number: int) -> str:
+        """The outermost module call whose work a branch is."""
+        unit, depth = self.unit(number), len(self._around)
+        inside = self._insides[number]
+        works = [
+            v for v in inside if v.name in MATRICES or v.name == "convolution"
+        ]  # its norm may lie next to it
+        works = works or [v for v in inside if weights_of(v)]
+        stacks = [self.graph.stack(v) for v in works]
+        if unit is not None:  # before it may lie the work of other branches, as of another track
+            stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
+        stacks = stacks or [self.graph.stack(self.branches[number].source)]
+        common = stacks[0]
+        for stack in stacks[1:]:
+            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        # The outermost call that contains no other branch.
+        mine = self._stacks[number]
+        own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
+        call = own[0] if own else common[-1] if common else 0
+        path = self.graph.calls[call].path
+        return path if path else self._parameter_path(number)
+
+    def _parameter_path(self, number: int) -> str:
+        """Where no module is called: the owner of the branch's first parameter."""
+        weights = [w for v in self._insides[number] for w in weights_of(v)]
+        names = sorted(self.graph.parameter_names.get(w.number, "") for w in weights)
+        return names[0] if names else ""
+
+    def kind(self, number: int) -> str:
+        """Attention, feed-forward, or the module's own name."""
+        path = self.paths[number]
+        last = [part for part in path.split(".") if not part.isdigit()]
+        words = " ".join([*last[-1:], *self._class_of(path)])
+        if ATTENTION.search(words):
+            return "attn"
+        if MLP.search(words):
+            return "mlp"
+        names = {v.name for v in self._insides[number]}
+        if any("attention" in name for name in names) or {"_softmax", "bmm"} <= names:
+            return "attn"
+        return last[-1] if last else "branch"
+
+    def _class_of(self, path: str) -> list[str]:
+        return [call.kind for call in self.graph.calls if call.path == path][:1]
+
+    def keys(self) -> list[Key]:
+        """What branches of one block have in common: the numbers of its containers, or its call."""
+        found = []
+        for number in range(len(self.branches)):
+            unit = self.unit(number)
+            path = self.paths[number] if unit is None else self.graph.calls[unit].path
+            found.append(self._key(path, unit))
+        return found
+
+    def _key(self, path: str, unit: int | None) -> Key:
+        around = self.graph.calls[self._around[-1]].path if self._around else ""
+        parts = path.split(".")
+        skipped = len(around.split(".")) if around and path.startswith(around) else 0
+        places = [n for n, part in enumerate(parts) if part.isdigit()]
+        places = [n for n in places if n >= skipped] or places
+        if len(places) > 1 and self._holds_branches(parts[: places[-1]]):
+            places = places[:-1]
+        digits = tuple(int(parts[n]) for n in places)
+        call = 0 if unit is None else self.graph.calls[unit].number
+        if digits:
+            return Key(digits, call, ".".join(parts[: places[-1]]))
+        return Key((), call if self._is_repeated(unit) else unit or 0, "")
+
+    def _holds_branches(self, container: list[str]) -> bool:
+        """Whether the numbered members of a container are of several classes: the branches of a block, and no blocks."""
+        prefix = ".".join(container) + "."
+        members = {path: kind for path, kind in self.graph.modules.items() if path.startswith(prefix)}
+        return len({kind for path, kind in members.items() if path[len(prefix) :].isdigit()}) > 1
+
+    def _is_repeated(self, unit: int | None) -> bool:
+        return unit is not None and any(
+            call.path == self.graph.calls[unit].path and call.number for call in self.graph.calls
+        )
+
+    def key_of_root(self) -> Key | None:
+        """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
+        stack = self.graph.stack(self.memory.root)
+        if len(stack) <= len(self._around):
+            return None
+        unit = stack[len(self._around)]
+        key = self._key(self.graph.calls[unit].path, unit)
+        like = self.keys()[0]
+        return key if key.container == like.container and key.digits and key.digits != like.digits else None
+
+
+class Key(NamedTuple):
+    """What branches of one block have in common."""
+
+    digits: tuple[int, ...]
+    call: int
+    container: str
+
+    def block(self) -> tuple[object, ...]:
+        """What is the same for all branches of a block, whose modules may lie in a list each."""
+        return self.digits, self.call
+
+
+def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
+    """Block numbers: the containers' own where these ascend, else the order of the blocks.
+
+    Parameters
+    ----------
+    keys : sequence of Key
+        Of the branches, in order.
+    modules : mapping of str to str
+        Classes by paths: a number may be left out where a block of the same class did not run.
+
+    Returns
+    -------
+    list of int
+    """
+    blocks = [key for key in keys if key.digits] or list(keys)
+    own = iter(_of_blocks(blocks, modules))
+    found: list[int] = []
+    for key in keys:  # what has no number, next to blocks that have one, belongs to the block before it
+        found.append(next(own) if key in blocks else found[-1] if found else -1)
+    return found
+
+
+def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
+    groups = [next(group) for _, group in groupby(keys, Key.block)]
+    counted = all(len(key.digits) == 1 and not key.call for key in groups)
+    if counted and all(_follows(a, b, modules) for a, b in pairwise(groups)):
+        return [key.digits[0] for key in keys]
+    order: list[int] = []
+    for number, (_, group) in enumerate(groupby(keys, Key.block)):
+        order += [number] * len(list(group))
+    return order
+
+
+def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
+    (first,), (second,) = a.digits, b.digits
+    if second <= first:
+        return False
+    kinds = {modules.get(f"{a.container}.{n}") for n in range(first, second + 1)}
+    return second == first + 1 or (len(kinds) == 1 and None not in kinds)
+
+
+def number_blocks(all_names: Sequence[BranchNames]) -> None:
+    """Number the blocks of memories; the blocks of a later stage follow those of the stage before."""
+    for names in all_names:
+        keys = names.keys()
+        if any(key.digits for key in keys):
+            outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.digits)
+            names.between = {branch.source.number for branch in outside}
+        names.layers = numbered(names.keys(), names.graph.modules)
+    for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
+        root = names.key_of_root()
+        if root is None or not names.graph.depends(names.memory.root, before.memory.end):
+            continue
+        names.first_layer = max(before.layers) + 1
+        own = numbered(names.keys(), {})
+        names.layers = [names.first_layer + 1 + number - own[0] for number in own]
+
+
+def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tuple[int, str]]:
+    """The block and site of each state, from the branches that were written before it and those that write after it."""
+    found: list[tuple[int, str]] = []
+    pairs = list(zip(names.branches, names.layers, strict=True))
+    for number, cut in enumerate(cuts):
+        moment = max(value.number for value in cut)
+        written = [layer for branch, layer in pairs if branch.writes[0].number <= moment]
+        coming = [
+            layer
+            for branch, layer in pairs
+            if branch.writes[0].number > moment and branch.source.number not in names.between
+        ]
+        if number == 0 and not written and names.first_layer >= 0:
+            found.append((names.first_layer, "post"))
+        else:
+            found.append(_label(number, written, coming, found))
+    return found
+
+
+def _label(
+    number: int, written: list[int], coming: list[int], before: list[tuple[int, str]]
+) -> tuple[int, str]:
+    if not written:
+        return (-1, "embed") if number == 0 else (min(coming, default=0), "pre")
+    layer = max(written)
+    if layer < 0:  # what is added before the first block
+        return -1, "embed"
+    if layer in coming:
+        return layer, "mid"
+    if (layer, "post") in before:
+        return (min(coming), "pre") if coming else (layer, "post")
+    return layer, "post"
+
+
+def name_of(memory: Memory, names: BranchNames) -> str:
+    """What a memory is called: the container of its blocks, else the module around them."""
+    paths = [path for path in names.paths if path]
+    if not paths:
+        return "model"
+    parts = [path.split(".") for path in paths]
+    common = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    while common and common[-1].isdigit():
+        common.pop()
+    return ".".join(common) or "model"

@@ -1,0 +1,114 @@
+"""With which values may a memory begin? Those to which something computed from them is added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.operations import (
+    FUNCTIONS,
+    MOVES,
+    PRODUCTS,
+    REDUCES,
+    SAME,
+    VIEWS,
+    addends,
+)  # fmt: skip
+
+MOST_CANDIDATES = 14
+MOST_STREAMS = 64
+
+
+def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
+    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest."""
+    most = _Sums(graph).by_root()
+    busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
+    floats = [
+        v.number for v in graph.values
+        if v.name == "embedding" or (v.name == LEAF and v.kind != PARAMETER and v.is_floating and len(v.shape) > 1)
+    ]  # fmt: skip
+    first = dict.fromkeys([*busiest[:4], *sorted(most)[: MOST_CANDIDATES - 4], *floats[:4]])
+    rest = [number for number in busiest if number not in first and most[number] > 1]
+    return _possible(graph, first), _possible(graph, rest)
+
+
+def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
+    found = [graph.values[number] for number in numbers]
+    return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
+
+
+class _Sums:
+    """A rough pass over all values: from which root each is carried, through how many sums with what depends on it."""
+
+    def __init__(self, graph: Graph):
+        self._graph = graph
+        self._root: dict[int, TracedValue] = {}
+        self._merges: dict[int, int] = {}
+        self._best: dict[int, int] = {}
+
+    def by_root(self) -> dict[int, int]:
+        """The most sums by the number of the root."""
+        for value in self._graph.values:
+            self._root[value.number], self._merges[value.number] = value, 0
+            carrier, merged = self._carrier(value)
+            if carrier is not None:
+                root = self._root[value.number] = self._root[carrier.number]
+                merges = self._merges[value.number] = self._merges[carrier.number] + merged
+                if merged:
+                    self._best[root.number] = max(self._best.get(root.number, 0), merges)
+        return self._best
+
+    def _carrier(self, value: TracedValue) -> tuple[TracedValue | None, bool]:
+        operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
+        if not operands:
+            return None, False
+        if value.name in SAME or value.name in MOVES or value.name in FUNCTIONS:
+            return operands[0], False
+        if value.name in PRODUCTS or value.name in REDUCES:
+            return max(operands, key=lambda p: (self._merges[p.number], p.numel)), False
+        added = [p for p in addends(value) if p in operands]
+        if len(added) < 2:
+            return (added[0] if added else None), False
+        depending = [a for a in added if any(self._is_added(a, b) for b in added)]
+        if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
+            return None, False
+        return max(depending or added, key=lambda a: self._merges[a.number]), bool(depending)
+
+    def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
+        """Whether one addend was computed from the root of the other, and not carried from it."""
+        root = self._root[a.number]
+        return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
+
+
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
+    """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
+    found: list[tuple[TracedValue, int]] = []
+    made: dict[int, TracedValue] = {}  # what a weight made, by what is viewed of it
+    for value in _tensors(graph):
+        if value.name in ("mm", "addmm", "embedding", "bmm") and len(value.shape) > 1:
+            if len(set(made.values())) > 5:
+                break
+            made[value.number] = value
+            continue
+        passes = value.name in MOVES or value.name in SAME or value.name == "add"
+        origin = made.get(value.parents[0].number) if value.parents and passes else None
+        if origin is not None and value.shape[-1] == origin.shape[-1]:
+            made[value.number] = origin
+        elif origin is not None and _takes_apart(value, origin.shape[-1]):
+            found.append((origin, value.shape[-2]))
+    return list(dict.fromkeys(found))[:12]
+
+
+def _tensors(graph: Graph) -> Iterator[TracedValue]:
+    return (v for v in graph.values if v.name != LEAF and v.is_floating and v.shape)
+
+
+def _takes_apart(value: TracedValue, width: int) -> bool:
+    shape: Sequence[int] = value.shape
+    return (
+        value.name in VIEWS
+        and len(shape) > 2
+        and math.prod(shape[-2:]) == width
+        and 1 < shape[-2] <= MOST_STREAMS
+    )

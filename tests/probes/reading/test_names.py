@@ -1,0 +1,41 @@
+"""What are branches, blocks and memories called?"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models.designs.catalogue import DESIGNS
+from tests.models.designs.read_outcome import reading_of
+
+
+def read(name: str):
+    return reading_of(next(design for design in DESIGNS if design.name == name)).memories
+
+
+@pytest.mark.parametrize(
+    ("name", "paths", "kinds"),
+    [
+        (
+            "pre-norm, tensor in and out",
+            ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"],
+            ["attn", "mlp", "attn"],
+        ),
+        (
+            "universal transformer",
+            ["blocks.0.attn", "blocks.0.mlp", "blocks.0.attn"],
+            ["attn", "mlp", "attn"],
+        ),
+    ],
+)
+def test_a_branch_has_the_path_of_its_module_and_its_kind(name, paths, kinds):
+    (memory,) = read(name)
+    branches = [branch for connection in memory.connections for branch in connection.branches][:3]
+
+    assert [branch.path for branch in branches] == paths
+    assert [branch.kind for branch in branches] == kinds
+    assert [branch.layer for branch in branches] == [0, 0, 1]
+
+
+def test_a_memory_is_called_as_its_blocks_and_two_towers_have_two():
+    assert [memory.name for memory in read("pre-norm, tensor in and out")] == ["blocks"]
+    assert len({memory.name for memory in read("two towers side by side")}) == 2
