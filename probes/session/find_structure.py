@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -184,7 +184,7 @@ class StructureFinder:
         end, root = self._end(before), self.graph.values[after.root]
         if root.number <= end.number or not self.graph.depends(root, end) or before.shape == after.shape:
             return False
-        return bool(self._kinds(before) & self._kinds(after))
+        return before.name == after.name or bool(self._kinds(before) & self._kinds(after))
 
     def _kinds(self, memory: MemoryReading) -> set[str]:
         """The classes of the blocks of a memory."""
@@ -235,15 +235,48 @@ class StructureFinder:
         found = []
         for layout, group in groupby(parts, key=lambda part: part.layout):
             chains = list(group)
-            chain, offset = chains[0].chain, 0
-            for before, part in pairwise(chains):
-                offset += len(before.chain.points)
-                chain = _joined(chain, part.chain, offset)
+            chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
+            for part in chains[1:]:
+                chain = _joined(chain, part.chain, len(chain.points))
             memories = tuple(part.memory for part in chains)
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(Found(chain, memories, layout))
         return found
+
+    def _with_opening(self, part: ReadChain) -> Chain:
+        """The chain with what its first block takes, where that block makes the first state in another shape."""
+        root, chain = self.graph.values[part.memory.root], part.chain
+        container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
+        given = (
+            self.graph.calls[shown.call]
+            for shown in self.graph.shown.get(root.number, ())
+            if shown.at == "output"
+        )
+        first = next((c for c in given if c.path.rpartition(".")[::2] == (container, c.path.rpartition(".")[2])), None)
+        if first is None or not first.path[-1:].isdigit() or first.path in chain.blocks:
+            return chain
+        taken = self.graph.shown_at(first.path, first.number, "input", 0)
+        if taken is None or taken.shape == root.shape or not self.graph.depends_on_input(taken):
+            return chain
+        try:
+            layout = shape_layout(taken, self.sequences)
+        except LayoutError:
+            return chain
+        if layout != part.layout:
+            return chain
+        opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
+        begin = chain.points[0]
+        if begin.site == "embed":
+            begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
+        moved = tuple(replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections)
+        return replace(
+            chain,
+            points=(opening, begin, *chain.points[1:]),
+            connections=moved,
+            shapes=(taken.shape, *chain.shapes),
+            blocks=(first.path, *chain.blocks),
+        )
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
