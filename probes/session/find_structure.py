@@ -247,15 +247,12 @@ class StructureFinder:
     def _with_opening(self, part: ReadChain) -> Chain:
         """The chain with what its first block takes, where that block makes the first state in another shape."""
         root, chain = self.graph.values[part.memory.root], part.chain
+        path, begin = chain.points[0].module, chain.points[0]
         container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
-        given = (
-            self.graph.calls[shown.call]
-            for shown in self.graph.shown.get(root.number, ())
-            if shown.at == "output"
-        )
-        first = next((c for c in given if c.path.rpartition(".")[::2] == (container, c.path.rpartition(".")[2])), None)
-        if first is None or not first.path[-1:].isdigit() or first.path in chain.blocks:
+        calls = [call for call in self.graph.calls if call.path == path]
+        if len(calls) != 1 or path in chain.blocks or path.rpartition(".")[0] != container or not path[-1:].isdigit():
             return chain
+        (first,) = calls
         taken = self.graph.shown_at(first.path, first.number, "input", 0)
         if taken is None or taken.shape == root.shape or not self.graph.depends_on_input(taken):
             return chain
@@ -266,7 +263,6 @@ class StructureFinder:
         if layout != part.layout:
             return chain
         opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
-        begin = chain.points[0]
         if begin.site == "embed":
             begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
         moved = tuple(replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections)
