@@ -96,6 +96,8 @@ class Rereading:
 
         Raises ReadingError: Where these are not found again.
         """
+        if graph.error is not None:
+            raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if not self.graph.takes_over(graph):
             roots = [self.graph.place(reader.memory.root) for reader in self._readers]
             other = Rereading(graph)
