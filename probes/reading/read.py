@@ -350,7 +350,8 @@ def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
         found["write"] = write[..., 0]
     found["out"] = of.out
     matrices = [matrix for _, matrix in of.reads]
-    if of.out.shape[1] > 1 and all(matrix.shape[-1] == 1 for matrix in matrices):
+    mixtures = len(matrices) > 1 and all(matrix.shape[1] == 1 for matrix in matrices)  # of all streams, read at once
+    if (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for matrix in matrices):
         found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
     elif matrices and matrices[-1].shape[-1] > 1:
         found["read_gate"] = matrices[-1]

@@ -190,6 +190,7 @@ class _ChainOf:
             depth, [shown for _, shown in places if until is None or shown.order < until]
         )
         if best is None:
+            value = min(same, key=lambda other: len(other.shape))  # without axes of size one
             place = self.graph.place(value)
             point = HookPoint(
                 place.module, place.call, "operation", state.layer, state.site, producer,

@@ -89,20 +89,19 @@ def test_streams_that_start_apart_are_never_taken_for_one(tokens, held, options)
 
 
 def test_naming_the_blocks_does_not_make_streams_plain(tokens):
-    with pytest.raises(probes.LayoutError, match="streams"):
-        probes.capture(unseen("b t (n d)"), tokens, layers="blocks.{i}")
+    run = probes.capture(unseen("b t (n d)"), tokens, layers="blocks.{i}")
+    assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
+
+
+def test_streams_are_not_called_plain(tokens):
+    with pytest.raises(probes.LayoutError, match="names no streams"):
+        probes.capture(unseen("b t (n d)"), tokens, layout="B T D")
 
 
 @pytest.mark.parametrize("held", ["tuple", "list"])
-def test_streams_handed_on_one_by_one_are_refused_and_captured_as_chains_of_their_own(tokens, held):
+def test_streams_handed_on_one_by_one_are_one_state(tokens, held):
     model = unseen(held)
-    with pytest.raises(probes.ChainError, match="may be streams") as refusal:
-        probes.capture(model, tokens)
-    run = probes.capture(model, tokens, gradients=True, loss=tilted, **told(str(refusal.value)))
-    expected = states_of(model, tokens)
-    for stream in range(STREAMS):
-        trace = run["trace"][f"state{stream}"]
-        np.testing.assert_allclose(
-            trace.residual.values[:, :, :, 0], expected[:, :, :, stream], rtol=1e-5, atol=1e-6
-        )
-        assert np.isfinite(trace.gradient.values).all()
+    run = probes.capture(model, tokens, gradients=True, loss=tilted)
+    assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
+    np.testing.assert_allclose(between_blocks(run), states_of(model, tokens), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(run.trace.gradient.values).all()
