@@ -193,6 +193,7 @@ class Graph:
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
+        self._parents: list[tuple[int, ...]] = []
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
@@ -225,12 +226,18 @@ class Graph:
             if end.number not in stop:
                 marks[end.number] = 1
                 last = max(last, end.number)
+        parents = self._parent_numbers()
         for number in range(last, -1, -1):
             if marks[number]:
-                for parent in self.values[number].parents:
-                    if parent.number not in stop:
-                        marks[parent.number] = 1
+                for parent in parents[number]:
+                    if parent not in stop:
+                        marks[parent] = 1
         return marks
+
+    def _parent_numbers(self) -> list[tuple[int, ...]]:
+        if len(self._parents) != len(self.values):
+            self._parents = [tuple(parent.number for parent in value.parents) for value in self.values]
+        return self._parents
 
     def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
@@ -294,10 +301,11 @@ class Graph:
         marks = bytearray(len(self.values))
         for origin in origins:
             marks[origin.number] = 1
-        for value in self.values[min(origin.number for origin in origins) + 1 :]:
-            for parent in value.parents:
-                if marks[parent.number]:
-                    marks[value.number] = 1
+        parents = self._parent_numbers()
+        for number in range(min(origin.number for origin in origins) + 1, len(marks)):
+            for parent in parents[number]:
+                if marks[parent]:
+                    marks[number] = 1
                     break
         return marks
 

@@ -34,15 +34,13 @@ from depthscope.probes.reading.graph import (
 from depthscope.probes.reading.known_operations import (
     ADD,
     FUSED,
-    LINEAR,
     MUL,
     SAVING,
     Operation,
-    is_alone,
     is_layer,
     is_saved,
     is_unwritten,
-    layer_operands,
+    only_operation,
     operation_of,
 )  # fmt: skip
 from depthscope.probes.reading.operations import NORMS
@@ -82,7 +80,7 @@ class GraphRecorder(TorchDispatchMode):
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
         self._alive: list[torch.Tensor] = []  # what was written, so that its memory is not given to another
-        self._layer: list[TracedValue] | None = None  # what the layer takes that is running
+        self._layer: _Taken | None = None  # the layer that is running, if it is one operation
         self._silent = False
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
@@ -108,14 +106,18 @@ class GraphRecorder(TorchDispatchMode):
     def enter(
         self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
     ) -> list[int]:
-        """Note that a module is called with some tensors; the numbers of their values. A linear layer is one operation."""
+        """Note that a module is called with some tensors; the numbers of their values. Some layers are one operation."""
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
-        given = layer_operands(module, tensors) if type(module) is nn.Linear and is_alone() else None
-        if given is not None:
-            self._layer = [self.value_of(tensor) for tensor in given]
+        only = only_operation(module, tensors)
+        if only is not None:
+            operation, args = only
+            values: list[TracedValue] = []
+            self._layer = operation, self._replaced(args, values), {}, values, None
+            if operation.carries:
+                self._hold_operands(args, self._layer[1], is_saved(args))
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
         numbers = self._show("input", tensors)
@@ -126,9 +128,9 @@ class GraphRecorder(TorchDispatchMode):
         """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
         if self._layer is not None:
             self._off.__exit__(None, None, None)
-            given, self._layer = self._layer, None
+            taken, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
-                self.note(LINEAR, given, {}, given, None, output)
+                self.note(*taken, output)
         self._find_unseen(tensors)
         numbers = self._show("output", tensors)
         if path in self._numbered:
