@@ -9,8 +9,8 @@ from depthscope.probes.one_shot import capture
 from depthscope.probes.run.merge import merge_runs
 from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.initial_logits import initial_logits
-from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.structure.chain import ChainError
+from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import ProbeWarning, Recorder

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -12,16 +13,22 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.jacobian.frozen_routing import replaced
-from depthscope.probes.model.hooks import in_recomputation, replace_method
+from depthscope.probes.jacobian.frozen_routing import FrozenRouting
+from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.model.tensors import floats_in, version
+from depthscope.probes.reading.graph import TracedValue, ValuePlace
+from depthscope.probes.reading.recorder import GraphRecorder
+from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+Shown: TypeAlias = dict[tuple[int, int], int]  # depths, by a call of a module and which of its tensors
+
+OPERATION = "operation"  # that alone shows a state
 
 SECOND = (
     "an operation of this model has no second derivative, which products with J need (those with Jᵀ do not); load the model "
@@ -59,21 +66,29 @@ def explained() -> Iterator[None]:
 
 
 def differentiable_states(
-    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int
+    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int, frozen: FrozenRouting | None = None
 ) -> dict[int, torch.Tensor]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
     ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
+    ``frozen``: records the forward, and then holds the coefficients of its connections constant.
     Returns: In the model's layout, with the graph between them.
     """
     states: dict[int, torch.Tensor] = {}
     versions: dict[int, int | None] = {}
 
+    def seen(depth: int, state: torch.Tensor) -> torch.Tensor:
+        if depth not in states:
+            states[depth], versions[depth] = state, version(state)
+            if frozen is not None:
+                frozen.shown(depth, state)
+        return state
+
     def meet(depth: int, state: torch.Tensor) -> torch.Tensor:
         if depth == start and not state.requires_grad:
             # The tensor itself and not a copy: other references to it, such as a skip around the block, count too.
             state.requires_grad_()
-        states[depth], versions[depth] = state, version(state)
+        seen(depth, state)
         # Copies, since a block may write into its input in place; and no graph after the last state, to save memory.
         return state.detach().clone() if depth == stop else state.clone()
 
@@ -89,10 +104,18 @@ def differentiable_states(
         explained(),
         own_call(states),  # no recorder that is on may count it
     ):
-        _hook_states(stack, model, chain, range(start, stop + 1), meet)
-        call_model(model, _aliased(batch))
+        depths = range(start, stop + 1)
+        _hook_states(stack, model, chain, depths, meet)
+        recorder = GraphRecorder(model, (), holds=False) if frozen is None else frozen.recorder
+        _Operations(recorder, chain, depths, seen)
+        recorded = frozen is not None or any(chain.points[depth].at == OPERATION for depth in depths)
+        with recording(recorder) if recorded else nullcontext():
+            output = call_model(model, _aliased(batch))
+        recorder.end(output if recorded else None)
     _require_linked(chain, states, versions, start, stop)
     _require_no_recomputation(model, states[start], states[stop])
+    if frozen is not None:
+        frozen.freeze()
     return states
 
 
@@ -139,62 +162,71 @@ def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: to
         raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
 
-def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
-    """Call ``meet`` with every state of the chain as it passes; the model goes on with what it returns."""
+class _Operations:
+    """The states that operations alone show, of a forward that is recorded."""
+
+    def __init__(self, recorder: GraphRecorder, chain: Chain, depths: range, seen: Meet):
+        points = ((depth, chain.points[depth]) for depth in depths)
+        self._places = {
+            ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
+            for depth, p in points
+            if p.at == OPERATION
+        }
+        self._recorder, self._start, self._seen = recorder, depths[0], seen
+        self._also = recorder.on_taken
+        if self._places:
+            recorder.on_value, recorder.on_taken = self._made, self._taken
+
+    def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
+        if self._places.get(self._recorder.graph.place(value)) == self._start:
+            tensor.requires_grad_()
+
+    def _taken(self, value: TracedValue, tensor: torch.Tensor) -> None:
+        if self._also is not None:
+            self._also(value, tensor)
+        depth = self._places.get(self._recorder.graph.place(value))
+        if depth is not None:
+            self._seen(depth, tensor)
+
+
+def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: range, meet: Meet) -> None:
+    """Call ``meet`` with every state of the chain that a call shows; the model goes on with what it returns."""
     modules = dict(model.named_modules(remove_duplicate=False))  # a shared block has several paths
-    wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
+    wanted: dict[tuple[str, str], Shown] = {}
     for depth in depths:
         place = chain.points[depth]
-        sides = wanted.setdefault((place.path, place.method), {"input": {}, "output": {}})
-        sides[place.at][place.index] = depth
-    for (path, method), sides in wanted.items():
-        module = modules[path]
-        before, after = _input_hook(sides["input"], meet), _output_hook(sides["output"], meet)
-        if method != "forward":
-            replace_method(stack, module, method, _with_method_hooks(getattr(module, method), before, after))
-            continue
-        if sides["input"]:
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if sides["output"]:
-            stack.callback(module.register_forward_hook(after).remove)
+        if place.at != OPERATION:
+            wanted.setdefault((place.path, place.at), {})[place.index, place.item] = depth
+    for (path, at), shown in wanted.items():
+        if at == "input":
+            hook = modules[path].register_forward_pre_hook(_input_hook(shown, meet), with_kwargs=True)
+        else:
+            hook = modules[path].register_forward_hook(_output_hook(shown, meet))
+        stack.callback(hook.remove)
 
 
-def _with_method_hooks(
-    method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A method with hooks that may replace its arguments and its result, which torch has for modules only."""
-
-    def around(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = before(None, args, kwargs) or (args, kwargs)  # None: unchanged, as for a torch hook
-        result = method(*args, **kwargs)
-        changed = after(None, args, result)
-        return result if changed is None else changed
-
-    return around
-
-
-def _input_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _input_hook(shown: Shown, meet: Meet) -> Callable[..., Any]:
     turn = count()  # one module may be called several times in a forward
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        depth, state = calls.get(next(turn)), first_float(args, kwargs)
-        if depth is None or state is None:
-            return None
-        return replaced((args, kwargs), {id(state): meet(depth, state)})
+        return replaced((args, kwargs), _met(shown, next(turn), floats_in(args, kwargs), meet))
 
     return hook
 
 
-def _output_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _output_hook(shown: Shown, meet: Meet) -> Callable[..., Any]:
     turn = count()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        depth, state = calls.get(next(turn)), first_float(output)
-        if depth is None or state is None:
-            return None
-        return replaced(output, {id(state): meet(depth, state)})
+        return replaced(output, _met(shown, next(turn), floats_in(output), meet))
 
     return hook
+
+
+def _met(shown: Shown, turn: int, tensors: Sequence[torch.Tensor], meet: Meet) -> dict[int, torch.Tensor]:
+    """What the model goes on with in the place of the states among some tensors, by their identity."""
+    depths = ((shown.get((turn, item)), tensor) for item, tensor in enumerate(tensors))
+    return {id(tensor): meet(depth, tensor) for depth, tensor in depths if depth is not None}
 
 
 @contextmanager
@@ -222,3 +254,22 @@ def _aliased(batch: Any) -> Any:
         return {name: _aliased(value) for name, value in batch.items()}
     # Of exactly these types: a named tuple takes its items one by one.
     return type(batch)(_aliased(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+def replaced(value: Any, changes: Mapping[int, torch.Tensor]) -> Any:
+    """Nested tuples, lists, dicts and model outputs with some tensors exchanged.
+
+    ``changes``: new tensors by the ``id`` of the old ones.
+    Returns: A shallow copy; the containers that came are unchanged.
+    """
+    if isinstance(value, torch.Tensor):
+        return changes.get(id(value), value)
+    if isinstance(value, dict):
+        changed = copy.copy(value)  # a model output has its own class
+        for name, item in value.items():
+            changed[name] = replaced(item, changes)
+        return changed
+    if isinstance(value, (tuple, list)):
+        items = [replaced(item, changes) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
-from depthscope.probes.jacobian.frozen_routing import constant_routing
+from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forced_eager import eager
@@ -161,9 +160,11 @@ def state_graph(
     session, forward = _find_chains(model, batch, selection)
     number = _chain_number(session.structure.chains, selection.chain)
     first, last = _valid_depths(session.structure.chains[number], start, stop)
-    frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
-    with constant_routing(session, first, last) if frozen else nullcontext() as routing:
-        states = differentiable_states(model, batch, session.structure.chains[number], first, last)
+    # Only the first chain has connections.
+    weighs = session.structure.num_streams > 1 or session.structure.connections
+    frozen = selection.routing == "frozen" and number == 0 and weighs
+    routing = FrozenRouting(session, batch) if frozen else None
+    states = differentiable_states(model, batch, session.structure.chains[number], first, last, routing)
     if routing is not None:
         with explained():  # the check runs backwards of its own
             require_frozen(routing, states)

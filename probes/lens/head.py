@@ -7,17 +7,18 @@ state it must give the output, and on the last state of *other* sequences the ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeAlias
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, by_token, named_logits
-from depthscope.probes.interventions.state_operations import written_by
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.recorder import GraphRecorder
 
 Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """``head(state)``: logits (B, T, V) from a state (B, T, N, D)."""
@@ -33,96 +34,38 @@ class HeadError(InterventionError):
     """A head that cannot be found, or that does not give the model's output."""
 
 
-class Slot(NamedTuple):
-    """A tensor that depends on the last state, by its number."""
+class HeadRecording:
+    """The operations of a recorded forward from the last state on."""
 
-    number: int
-
-
-class _Step(NamedTuple):
-    function: Any
-    args: Any
-    kwargs: Any
-    made: tuple[int, ...]  # slots of the tensors in its result
-
-
-class HeadRecording(TorchDispatchMode):
-    """Records every operation that depends on one tensor, from the moment on that it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, model: ModelUnderTest) -> None:
+        self.recorder = GraphRecorder(model.model, list(tensors_in(model.batch)))
         self.state: torch.Tensor | None = None
-        self.refused = ""
-        self._steps: list[_Step] = []
-        self._slots: dict[int, int] = {}
-        self._kept: list[torch.Tensor] = []  # the id of a freed tensor is given out again
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
+        self._root: TracedValue | None = None
 
     def start(self, state: torch.Tensor) -> None:
-        """Record what depends on this tensor from now on."""
-        self._steps, self._slots, self._kept = [], {}, []
+        """Hold what operations take from now on; what they make of this tensor is run again."""
+        self._root = self.recorder.known(state)
         self.state = state.detach().clone()  # it may be written in place
-        self._slot(state)
+        self.recorder.on_taken = self.recorder.hold
 
-    def _slot(self, tensor: torch.Tensor) -> int:
-        found = self._slots.get(id(tensor))
-        if found is None:
-            found = self._slots[id(tensor)] = len(self._kept)
-            self._kept.append(tensor)
-        return found
+    def steps_to(self, target: torch.Tensor) -> list[TracedValue]:
+        """The operations that made a tensor of the state, in order, the state first; none where none did."""
+        graph, end, root = self.recorder.graph, self.recorder.known(target), self._root
+        if graph.error is not None or root is None or not graph.depends(end, root):
+            return []
+        behind = sorted(graph.ancestors([end.number], stop={root.number}))
+        return [value for number in behind if graph.depends(value := graph.values[number], root)]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and record it where it depends on the state."""
-        kwargs = kwargs or {}
-        if not self._kept:
-            return func(*args, **kwargs)
-        taken = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._slots]
-        if not taken:
-            return func(*args, **kwargs)
-        described = self._described(args), self._described(kwargs)
-        result = func(*args, **kwargs)
-        written = written_by(func, args, kwargs, result) if func._schema.is_mutable else []
-        if any(id(tensor) not in self._slots for tensor in written):
-            # A buffer of the model's would be written again at every replay.
-            self.refused = f"{func} writes what it computes from the state into memory that was there before"
-        self._steps.append(
-            _Step(func, *described, tuple(self._slot(tensor) for tensor in tensors_in(result)))
-        )
-        return result
+    def replay(self, steps: Sequence[TracedValue], state: torch.Tensor) -> torch.Tensor:
+        """What the last step would have made of another state, in the model's own layout; with a graph where that has one."""
+        graph, values = self.recorder.graph, {steps[0].number: state}
 
-    def _described(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return Slot(self._slots[id(value)]) if id(value) in self._slots else value
-        if isinstance(value, dict):
-            return {name: self._described(item) for name, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._described(item) for item in value)
-        return value
+        def given(of: TracedValue) -> torch.Tensor:
+            return values[of.number] if of.number in values else graph.tensor(of)
 
-    def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was computed from the state."""
-        return id(tensor) in self._slots
-
-    def replay(self, state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """What the target would have been for another state, in the model's own layout; with a graph where that has one."""
-        values: dict[int, torch.Tensor] = {0: state.clone()}  # the head may write into it
-        for step in self._steps:
-            result = step.function(*_filled(step.args, values), **_filled(step.kwargs, values))
-            values |= dict(zip(step.made, tensors_in(result), strict=True))
-        return values[self._slots[id(target)]]
-
-
-def _filled(value: Any, values: Mapping[int, torch.Tensor]) -> Any:
-    if isinstance(value, Slot):
-        return values[value.number]
-    if isinstance(value, dict):
-        return {name: _filled(item, values) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_filled(item, values) for item in value)
-    return value
+        for value in steps[1:]:
+            values[value.number] = graph.run(value, given)
+        return values[steps[-1].number]
 
 
 def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
@@ -131,22 +74,20 @@ def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
     Returns: For states of this batch's shape; differentiable.
     Raises HeadError: Where the output does not depend on the last state alone.
     """
-    recording, last = HeadRecording(), len(model.chain.points) - 1
+    recording, last = HeadRecording(model), len(model.chain.points) - 1
 
     def shown(depth: int, tensor: torch.Tensor) -> None:
         if depth == last:
             recording.start(tensor)
 
-    target = _logits(model.observed(recording, shown), pick)
-    if recording.state is None or not recording.knows(target):
-        raise HeadError(f"the output was not seen to be computed from the last state of the chain; {HINT}")
-    if recording.refused:
-        raise HeadError(f"{recording.refused}, so that the head cannot be run on other states; {HINT}")
+    steps = recording.steps_to(_logits(model.observed(recording.recorder, shown), pick))
     like = recording.state
+    if like is None or not steps:
+        raise HeadError(f"the output was not seen to be computed from the last state of the chain; {HINT}")
 
     def head(state: torch.Tensor) -> torch.Tensor:
         # The graph, where there is one, goes through the rearrangement.
-        return by_token(recording.replay(model.native(state, like), target), model.structure.batch_axis)
+        return by_token(recording.replay(steps, model.native(state, like)), model.structure.batch_axis)
 
     require_head(head, model, pick)
     return head
@@ -179,7 +120,7 @@ def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
         if depth == last:
             seen[depth] = model.canonical(tensor).clone()
 
-    output = model.observed(HeadRecording(), shown, other)
+    output = model.observed(nullcontext(), shown, other)
     _compare(head, seen[last], model.values(output, pick), " of other sequences")
 
 

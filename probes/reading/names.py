@@ -60,8 +60,10 @@ class BranchNames:
         for stack in stacks[1:]:
             same = next((n for n, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), None)
             common = common[: min(len(stack), len(common)) if same is None else same]
-        if len(self.branches) == 1 and common:
-            common = common[:-1]
+        if len(self.branches) == 1:  # the block is the call in which its output is added
+            writes = self.graph.stack(self.branches[0].writes[0])
+            common = [a for a, b in zip(common, writes, strict=False) if a == b]
+            common = common[:-1] if len(common) > 1 else common
         return common
 
     def unit(self, number: int) -> int | None:

@@ -15,9 +15,8 @@ from depthscope.probes.reading.recorder import GraphRecorder, tensors_of
 
 
 @contextmanager
-def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
-    """Record the forward that runs inside; hooks of torch on all modules note the calls."""
-    recorder = GraphRecorder(model, list(tensors_of(batch)))
+def recording(recorder: GraphRecorder) -> Iterator[None]:
+    """Record the forward of a model that runs inside; hooks of torch on all modules note the calls."""
 
     def enter(module: nn.Module, args: Any) -> None:
         path = recorder.paths.get(id(module))
@@ -33,7 +32,7 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
     after = hooked.register_module_forward_hook(leave, always_call=True)
     try:
         with recorder:
-            yield recorder
+            yield
     finally:
         before.remove()
         after.remove()
@@ -41,7 +40,8 @@ def recording(model: nn.Module, batch: Any) -> Iterator[GraphRecorder]:
 
 def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
-    with recording(model, batch) as recorder:
+    recorder = GraphRecorder(model, list(tensors_of(batch)))
+    with recording(recorder):
         args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
         output = model(*args, **(batch if isinstance(batch, dict) else {}))
     return recorder.end(output), output

@@ -34,8 +34,18 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = [graph.values[number] for number in numbers]
+    found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
     return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
+
+
+def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
+    """What is cut out of a value before anything else takes it; the value, where nothing is."""
+    part = value
+    while len(takers := graph.takers(value)) == 1 and (takers[0].name in MOVES or takers[0].name in SAME):
+        value = takers[0]
+        if value.numel < part.numel:
+            part = value
+    return part
 
 
 class _Sums:
@@ -86,19 +96,24 @@ class _Sums:
 def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
     found: list[tuple[TracedValue, int]] = []
-    made: dict[int, TracedValue] = {}  # what a weight made, by what is viewed of it
+    # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
+    made: dict[int, tuple[TracedValue, int]] = {}
     for value in _tensors(graph):
         if value.name in ("mm", "addmm", "linear", "embedding", "bmm") and len(value.shape) > 1:
-            if len(set(made.values())) > 5:
+            if len({origin for origin, _ in made.values()}) > 5:
                 break
-            made[value.number] = value
+            made[value.number] = value, 1
             continue
         passes = value.name in MOVES or value.name in SAME or value.name == "add"
-        origin = made.get(value.parents[0].number) if value.parents and passes else None
-        if origin is not None and value.shape[-1] == origin.shape[-1]:
-            made[value.number] = origin
-        elif origin is not None and _takes_apart(value, origin.shape[-1]):
-            found.append((origin, value.shape[-2]))
+        known = made.get(value.parents[0].number) if value.parents and passes else None
+        if known is None:
+            continue
+        origin, parts = known
+        if value.shape[-1] == origin.shape[-1] // parts:
+            made[value.number] = known
+        elif _takes_apart(value, origin.shape[-1] // parts):
+            made[value.number] = origin, parts * value.shape[-2]  # of streams, and of fractions of each
+            found.append(made[value.number])
     return list(dict.fromkeys(found))[:12]
 
 

@@ -10,11 +10,10 @@ from depthscope.probes.structure.model_structure import Structure
 
 
 class ConnectionParameters:
-    """The biases and gates of the connections that are modules of their own.
+    """The biases and gates of the connections.
 
-    These are the parameters of the connection's module, and not of its branch, with no more elements than the n² + 2n
-    coefficients and no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the
-    token. A connection whose weights are local variables has no module that they could be told by.
+    These are the parameters that the coefficients are computed from, with no more elements than the n² + 2n coefficients and
+    no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the token.
 
     Parameters
     ----------
@@ -33,28 +32,24 @@ class ConnectionParameters:
         self._model, self._structure = model, structure
         self._names: dict[int, tuple[str, ...]] = {}
         self.cells: dict[int, tuple[str, ...]] = {}
-        modules, paths = dict(model.named_modules(remove_duplicate=False)), set()
+        own, listed = dict(model.named_parameters(remove_duplicate=False)), set[str]()
         for number, connection in enumerate(structure.connections):
-            if number not in structure.sites or structure.is_recorded or connection.path in paths:
-                continue  # a module that several connections share is listed once
-            paths.add(connection.path)
-            chosen = {
-                f"{connection.path}.{name}": parameter
-                for name, parameter in modules[connection.path].named_parameters()
-                if self._is_small(number, f"{connection.path}.{name}", parameter)
-            }
+            names = [name for name in connection.parameters if name in own and name not in listed]
+            chosen = {name: own[name] for name in names if self._is_small(number, own[name])}
+            listed.update(chosen)  # what several connections share is listed once
             if chosen:
                 self._names[number] = tuple(chosen)
                 self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
 
-    def _is_small(self, number: int, name: str, parameter: nn.Parameter) -> bool:
-        connection, n = self._structure.connections[number], self._structure.sites[number].num_streams
-        branch = connection.branch_path or f"{connection.path}.branch"
-        if name.startswith(f"{branch}.") or unreadable(parameter):
-            return False
+    def _is_small(self, number: int, parameter: nn.Parameter) -> bool:
+        n = self._structure.sites[number].num_streams
         width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
         widths = {width, width // n, width * n}
-        return parameter.numel() <= n * (n + 2) and not widths & set(parameter.shape)
+        return (
+            not unreadable(parameter)
+            and parameter.numel() <= n * (n + 2)
+            and not widths & set(parameter.shape)
+        )
 
     def values(self, number: int) -> torch.Tensor | None:
         """The present values of a connection's biases and gates, one after another; None where it has none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
@@ -27,13 +28,14 @@ from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     asserted_chain,
+    block_labels,
     likely_blocks,
     named_calls,
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
 from depthscope.probes.structure.read_chains import ReadChain, read_chain
-from depthscope.probes.structure.read_layout import read_layout, shape_layout
+from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.tape import value_at
@@ -199,7 +201,7 @@ class StructureFinder:
                 continue
             if memory.num_streams > 1 or memory.over_depth:
                 return [self._weighed(memory)]
-            found += self._plain([memory], depths)
+            found += [self._as_named(of, calls, depths) for of in self._plain([memory], depths)]
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
@@ -208,6 +210,20 @@ class StructureFinder:
         assert value is not None  # it was required of the calls
         layout = self.options.layout or shape_layout(value, self.sequences)
         return [Found(chain, (), layout)]
+
+    def _as_named(self, found: Found, calls: Sequence[int], depths: Sequence[int]) -> Found:
+        """A chain with the user's blocks, and the states numbered by them where there is one before each."""
+        blocks = [self.graph.calls[call] for call in calls]
+        chain = replace(
+            found.chain,
+            blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+            block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
+        )
+        if len(depths) == len(calls) + 1 == len(chain.points):
+            labels = block_labels(blocks, constant=len(set(chain.shapes)) == 1)
+            points = zip(chain.points, labels, strict=True)
+            chain = replace(chain, points=tuple(replace(p, layer=n, site=site) for p, (n, site) in points))
+        return replace(found, chain=chain)
 
     # --- chains and layouts
 
@@ -224,15 +240,13 @@ class StructureFinder:
                 chain = _joined(chain, part.chain, offset)
             memories = tuple(part.memory for part in chains)
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
-            chain = replace(
-                self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches)
-            )
+            chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(Found(chain, memories, layout))
         return found
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
-        shown, why = final_norm(self.graph, memory)
+        shown, why = final_norm(self.graph, memory, chain.shapes[-1])
         if shown is None:
             return replace(chain, without_final=why)
         call = self.graph.calls[shown.call]
@@ -247,7 +261,6 @@ class StructureFinder:
         root = self.graph.values[memory.root]
         if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
             self._refuse_mixed(root, memory)
-
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -258,7 +271,9 @@ class StructureFinder:
 
         def layout_of(value: TracedValue) -> str:
             numbers = memory.carried.get(value.number)
-            if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
+            if (
+                numbers is None and value.shape == root.shape
+            ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
             if self.options.layout is not None:
                 return self.options.layout
@@ -318,11 +333,23 @@ class StructureFinder:
         chain = found.chain
         if self._read is None or chain.over_depth:
             return {}
-        streams, family = found.memories[0].num_streams, chain.family
+        (memory,), family = found.memories, chain.family
+        fractions = {num_fractions(n, layout) for n, layout in self._layouts_of(memory) if "F" in layout}
         site = Site(
-            READ, family, streams, found.layout, mixes=self._read.mixes, reads_features=family == "gated"
+            READ,
+            family,
+            memory.num_streams,
+            found.layout,
+            fractions=fractions.pop() if len(fractions) == 1 else 1,
+            mixes=self._read.mixes,
+            reads_features=family == "gated",
         )
         return dict.fromkeys(range(len(chain.connections)), site)
+
+    def _layouts_of(self, memory: MemoryReading) -> Iterator[tuple[Numbers, str]]:
+        """Where elements of the first value are in the states of a memory, and their layouts."""
+        for numbers in (numbers for state in memory.states for numbers in state.numbers):
+            yield numbers, read_layout(memory, numbers, self.sequences)
 
     def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
         asserted = self.options.streams
@@ -345,7 +372,9 @@ class StructureFinder:
 
 def _joined(chain: Chain, stage: Chain, offset: int) -> Chain:
     """A chain with the states of its next stage."""
-    moved = (replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections)
+    moved = (
+        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections
+    )
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
     return replace(
         chain,

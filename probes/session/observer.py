@@ -105,7 +105,7 @@ class Observer:
                 forward.states[number, depth] = forward.sampled(final)
             return
         forward.order.setdefault(number, []).append(depth)
-        state = self.structure.canonical(number, tensor.detach(), forward.batch_size)
+        state = self.structure.canonical(number, tensor.detach(), forward.batch_size, depth)
         self._require_own_part(forward, state)
         mask = self._chain_mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
@@ -227,7 +227,7 @@ class Observer:
         if depth == FINAL:
             values = self.structure.canonical_final(number, unscaled, forward.batch_size)
         else:
-            values = self.structure.canonical(number, unscaled, forward.batch_size)
+            values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
         self._require_own_part(forward, values)
         again = (number, depth) in forward.arrivals
         forward.arrivals[number, depth] += 1

@@ -32,13 +32,13 @@ class ModelOptions(TypedDict, total=False):
     layers: str | Iterable[str] | None
     layout: str | None
     streams: int | None
-    chain: str | None
     mask: Mask
 
 
 class SiteOptions(ModelOptions, total=False):
-    """How the model is read, and which of its sites."""
+    """How the model is read, and which of its chains and sites."""
 
+    chain: str | None
     sites: str | Iterable[str] | None
 
 

@@ -58,9 +58,7 @@ Term = tuple[BranchScale, ...]  # what multiplies one thing that is added to the
 def branch_scales(graph: Graph, branches: Iterable[BranchReading]) -> tuple[Term, ...]:
     """The scales of each branch that a plain chain adds."""
     known: dict[int, list[Term]] = {}
-    return tuple(
-        term for branch in branches for term in _terms(graph, graph.values[branch.way[-1]], known)
-    )
+    return tuple(term for branch in branches for term in _terms(graph, graph.values[branch.way[-1]], known))
 
 
 def _terms(graph: Graph, value: TracedValue, known: dict[int, list[Term]]) -> list[Term]:
@@ -102,4 +100,6 @@ def _origin(graph: Graph, value: TracedValue) -> BranchScale | None:
         functions.insert(0, AppliedFunction(value.func, at, rest, dict(value.kwargs)))
         value = value.parents[0]
     name = graph.parameter_names.get(value.number, "")
-    return BranchScale(name, tuple(functions)) if name and value.numel == max(value.shape, default=1) else None
+    return (
+        BranchScale(name, tuple(functions)) if name and value.numel == max(value.shape, default=1) else None
+    )

@@ -36,6 +36,7 @@ class HookPoint:
     )
     operation: str = ""  # its name
     result: int = 0  # which of its results
+    layout: str = ""  # where it is another one than the chain's
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Connection:
     style: str
     depth_in: int
     depth_out: int
+    parameters: tuple[str, ...] = ()  # names of those that its coefficients are computed from
 
 
 @dataclass(frozen=True)

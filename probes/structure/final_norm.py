@@ -12,10 +12,13 @@ from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.structure.chain import NO_FINAL_NORM
 
 
-def final_norm(graph: Graph, memory: MemoryReading) -> tuple[Shown | None, str]:
-    """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does."""
+def final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> tuple[Shown | None, str]:
+    """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does.
+
+    ``shape``: of the last state, as it is captured.
+    """
     end = memory.states[-1].values[-1]
-    why = NO_FINAL_NORM
+    why, several = NO_FINAL_NORM, memory.num_streams > 1
     for merged in _merged(graph, memory, end):
         after = follow(graph, replace(start_of(merged), functions=True))
         normed = [graph.values[n] for n in _normed(after) if after.is_whole(graph.values[n])]
@@ -23,7 +26,7 @@ def final_norm(graph: Graph, memory: MemoryReading) -> tuple[Shown | None, str]:
         given = [
             (shown, value)
             for shown, value in places
-            if shown.at == "output" and shown.call and value.numel == merged.numel
+            if shown.at == "output" and shown.call and (several or value.shape == shape)
         ]
         if given:
             return min(given, key=lambda of: of[0].order)[0], ""
@@ -53,6 +56,8 @@ def _normed(after: Memory) -> list[int]:
     for number in sorted(after.carried):
         value = after.graph.values[number]
         inside = after.inside(value)
-        if after.depth[number] == 0 and (after.passes_function(value) or any(p.number in found for p in inside)):
+        if after.depth[number] == 0 and (
+            after.passes_function(value) or any(p.number in found for p in inside)
+        ):
             found.add(number)
     return sorted(found)

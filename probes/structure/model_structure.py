@@ -114,16 +114,20 @@ class Structure:
             return "unproven"
         return "residual" if self.num_streams == 1 else "unknown"
 
-    def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def canonical(
+        self, number: int, state: torch.Tensor, batch_size: int, depth: int | None = None
+    ) -> torch.Tensor:
         """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it."""
         if self.shards is not None:
             state = self._own_tokens(number, state, self.shards)
+        own = "" if depth is None else self.chains[number].points[depth].layout
+        layout = own or self.layouts[number]
         return canonical(
             local_tensor(state),
-            self.layouts[number],
+            layout,
             batch_size=batch_size,
             num_streams=self.num_streams,
-            fractions=self.fractions,
+            fractions=self.fractions if "F" in layout else 1,
         )
 
     def _own_tokens(self, number: int, state: torch.Tensor, shards: TokenShards) -> torch.Tensor:
@@ -136,6 +140,14 @@ class Structure:
                 f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
             )
         return shards.local(state, self.layouts[number].split().index("T"))
+
+    def require_one_layout(self, number: int) -> None:
+        """Refuse a chain whose states have their axes in several orders, where one is needed."""
+        others = sorted({point.layout for point in self.chains[number].points} - {""})
+        if others:
+            raise CaptureError(
+                f"the states have their axes in several orders ({self.layouts[number]}, {', '.join(others)}); expected one"
+            )
 
     def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.graph import Graph, ModuleCall
 from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, layer_numbers
 
 ASSERTED = "unproven: the states are asserted by layers=, and "
@@ -87,13 +87,10 @@ def asserted_chain(graph: Graph, calls: Sequence[int], why: str) -> Chain:
     blocks, sides = [graph.calls[call] for call in calls], shown_by_calls(graph)
     numbers = [sides[call, "input"] for call in calls] + [sides[calls[-1], "output"]]
     values = [graph.values[number] for number in numbers]
-    constant = len({value.shape for value in values}) == 1
-    layers = layer_numbers(blocks) if constant else list(range(len(blocks)))
+    labels = block_labels(blocks, constant=len({value.shape for value in values}) == 1)
     points = []
-    for depth, call in enumerate([*blocks, blocks[-1]]):
+    for depth, (call, (layer, site)) in enumerate(zip([*blocks, blocks[-1]], labels, strict=True)):
         at = "input" if depth < len(blocks) else "output"
-        layer = layers[depth - 1] if depth else -1
-        site = "embed" if not depth else "mid" if layers[depth : depth + 1] == [layer] else "post"
         module = blocks[depth - 1].path if depth else "(input)"
         points.append(HookPoint(call.path, call.number, at, layer, site, module))
     return Chain(
@@ -105,6 +102,18 @@ def asserted_chain(graph: Graph, calls: Sequence[int], why: str) -> Chain:
         shapes=tuple(value.shape for value in values),
         proof=f"{ASSERTED}{why}",
     )
+
+
+def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[int, str]]:
+    """The block and site of the state before each of some calls, and of the one after the last.
+
+    ``constant``: whether all states have one shape; otherwise there are stages, whose blocks are numbered from 0 each.
+    """
+    layers = layer_numbers(blocks) if constant else list(range(len(blocks)))
+    found = [(-1, "embed")]
+    for depth, layer in enumerate(layers, 1):
+        found.append((layer, "mid" if layers[depth : depth + 1] == [layer] else "post"))
+    return found
 
 
 def likely_blocks(graph: Graph) -> str:

@@ -176,7 +176,9 @@ class _LeftOutParts:
             if (other == path or other.startswith(f"{path}.")) and other in self._modules:
                 by_class.setdefault(type(self._modules[other]), []).append(other)
         # The first block of a stage may change the shape.
-        repeated = [of for of in by_class.values() if self._num_calls(of) > 1 and any(map(self._is_block, of))]
+        repeated = [
+            of for of in by_class.values() if self._num_calls(of) > 1 and any(map(self._is_block, of))
+        ]
         return max(repeated, key=lambda of: len(self._own_of(of)), default=[])
 
     def _num_calls(self, paths: Sequence[str]) -> int:
@@ -188,10 +190,14 @@ class _LeftOutParts:
     def _is_block(self, path: str) -> bool:
         """Whether a module may be a block: it gives what it takes in shape, and has parts with matrices."""
         shapes = [self._shapes.get(call) for call in self._calls.get(path, ())]
-        if path not in self._modules or not any(shape is not None and shape[0] == shape[1] for shape in shapes):
+        if path not in self._modules or not any(
+            shape is not None and shape[0] == shape[1] for shape in shapes
+        ):
             return False
         modules = all_modules(self._modules[path])
-        matrices = [p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1]
+        matrices = [
+            p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1
+        ]
         return len(modules) > 1 and len(matrices) >= LEAST_MATRICES
 
     def _left_out(self, name: str, paths: Sequence[str], blocks: Sequence[str]) -> LeftOut | None:

@@ -66,7 +66,9 @@ class _ChainOf:
         points = [self._point(depth) for depth in depths]
         layout = self._usual_layout([value for _, value in points])
         points = [
-            (point, value) if self.layout_of(value) == layout else self._point(depth, layout)
+            (point, value)
+            if self.layout_of(value) == layout
+            else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
@@ -77,20 +79,38 @@ class _ChainOf:
             connections=joined,
             blocks=blocks,
             block_class="/".join(kinds),
-            shapes=tuple(value.shape for _, value in points),
+            shapes=self._shapes(points, layout),
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, layout)
 
+    def _shapes(
+        self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
+    ) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the states in the chain's layout: of one memory they are all the same."""
+        usual = next(
+            (value.shape for _, value in points if self.layout_of(value) == layout), points[0][1].shape
+        )
+        return tuple(usual if point.layout else value.shape for point, value in points)
+
     def _usual_layout(self, values: Sequence[TracedValue]) -> str:
-        """The layout that most values have, of those in which all are to be had; the first one of equally many."""
+        """The layout that most values have; the first one of equally many."""
         counts = Counter(filter(None, map(self.layout_of, values)))
-        if len(counts) > 1:
-            known = [set(map(self.layout_of, self._moved(value))) for value in values]
-            common = set.intersection(*known)
-            counts = Counter({layout: count for layout, count in counts.items() if layout in common} or counts)
-        return counts.most_common(1)[0][0] if counts else ""
+        return max(counts, key=lambda layout: ("F" in layout, counts[layout])) if counts else ""
+
+    def _with_layout(
+        self, depth: int, point: HookPoint, value: TracedValue, layout: str
+    ) -> tuple[HookPoint, TracedValue]:
+        """What shows a state in the layout of the others; where nothing does, what shows it in its own."""
+        moved = [other for other in self._moved(value) if self.layout_of(other)]
+        # Streams and parts of their features that are one axis elsewhere may come in another order there.
+        alike = ("F" in layout) == ("F" in (self.layout_of(value) or layout))
+        if alike and any(self.layout_of(other) == layout for other in moved):
+            return self._point(depth, layout)
+        own = self.layout_of(value) or (self.layout_of(moved[0]) if moved else "")
+        point, value = (point, value) if self.layout_of(value) else self._point(depth, own)
+        return replace(point, layout=own), value
 
     @property
     def _is_plain(self) -> bool:
@@ -186,7 +206,7 @@ class _ChainOf:
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block begins with one of the state itself."""
         value = self.graph.values[self.memory.states[0].values[-1]]
-        unit = self._unit(self.branches[0])
+        unit = self._unit(self.branches[0]) if self.branches else -1
         if unit not in self.graph.stack(value):
             return value
         for number, shown in self.graph.shown.items():
@@ -253,12 +273,13 @@ class _ChainOf:
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
         """The module that computed a state."""
         before, _ = self._around(depth)
-        if before and self.memory.states[depth].site != "embed":
-            block = self._block(before[-1])
-            whole = self._unit(before[-1]) >= 0 and not self._is_inside(depth)
-            return block if whole else before[-1].path
         given = [shown for shown in places if shown.at == "output" and shown.call]
-        return self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else "(input)"
+        giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
+        if not before or self.memory.states[depth].site == "embed":
+            return giver or "(input)"
+        if self._unit(before[-1]) >= 0 and not self._is_inside(depth):
+            return self._block(before[-1])
+        return giver or before[-1].path
 
     # --- connections
 
@@ -281,7 +302,28 @@ class _ChainOf:
             style=DEPTH if self.memory.over_depth else READ,
             depth_in=of.depth_in,
             depth_out=of.depth_out,
+            parameters=self._coefficient_parameters(of),
         )
+
+    def _coefficient_parameters(self, of: ConnectionReading) -> tuple[str, ...]:
+        """The parameters from which the coefficients of a connection are computed: of what scales and mixes the streams."""
+        carried, values = self.memory.carried, self.graph.values
+        first, last = (max(self.memory.states[depth].values) for depth in (of.depth_in, of.depth_out))
+        given = {number for branch in of.branches for number in branch.way}
+        ends = [
+            parent.number
+            for number in carried
+            if first < number <= last
+            for parent in values[number].parents
+            if parent.number not in carried and parent.number not in given
+        ]
+        ways = [branch.way for branch in of.branches]
+        ends += [
+            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
+        ]
+        found = self.graph.ancestors(ends, carried.keys() | given)
+        names = (self.graph.parameter_names.get(number, "") for number in sorted(found))
+        return tuple(dict.fromkeys(filter(None, names)))
 
     def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
         """The branches of plain blocks, where every one of them is the output of some module; else none."""

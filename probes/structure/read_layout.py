@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from depthscope.probes.model.layout import LayoutError, canonical
+from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.numbers import Numbers
@@ -41,6 +41,12 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         if len(vector) == 1 and single:
             letters = [single.pop(0)]
         named.append(letters)
+    streams = [axis for axis in named if "N" in axis]
+    features = next((axis for axis in named if "D" in axis), [])
+    if (
+        len(streams) == 2 and "N" in features
+    ):  # parts of the features of each stream that are connected separately
+        features[features.index("N")] = "F"
     if "B" in single:  # one sequence, of which the state has no axis
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
@@ -53,9 +59,10 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
 def _parts_of_first(memory: MemoryReading, sequences: SequenceAxis) -> list[Part]:
     """The axes of one stream of the first value, outer first: features, the batch, and tokens."""
     root = sequences.graph.values[memory.root]
-    stride = sequences.stride(root)
-    if stride is not None:
-        stride //= root.numel // math.prod(memory.shape)  # the first value may have its streams along its last axis
+    stride, place = sequences.stride(root), sequences.place(root)
+    if stride is not None and place is not None:  # the first value may have its streams along some axis
+        (dim, inner), vectors = place, memory.carried[memory.root].axes
+        stride = int(vectors[dim][inner] - vectors[dim][0]) if vectors else stride
     return _with_batch(_parts(memory.shape, memory.feature_axis, stride, sequences.size), sequences.size)
 
 
@@ -111,6 +118,20 @@ def _letters(vector: np.ndarray, parts: Sequence[Part]) -> list[str] | None:
     return found[::-1]
 
 
+def num_fractions(numbers: Numbers, layout: str) -> int:
+    """Into how many parts the features of each stream are split, where a layout names them.
+
+    ``numbers``: of a value of that layout.
+    """
+    groups = parse_layout(layout)
+    if not any("F" in group for group in groups):
+        return 1
+    at = next(n for n, group in enumerate(groups) if "F" in group)
+    vector = numbers.axes[at]
+    same = (vector == vector[0]).sum()
+    return int(same)
+
+
 def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
     """The layout of a value that lies in no memory: features along the last axis, or the channels of an image.
 
@@ -121,7 +142,9 @@ def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
         for other in sequences.graph.values
     )
     features = 1 if convolved else len(value.shape) - 1
-    parts = _with_batch(_parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size)
+    parts = _with_batch(
+        _parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size
+    )
     letters = [letter for letter, _, _ in parts]
     if letters.count("T") == 2:
         letters[letters.index("T")] = "H"
@@ -142,7 +165,11 @@ def token_order(
     Raises LayoutError: Where the layout mixes tokens up.
     """
     places = canonical(
-        torch.from_numpy(numbers.dense().copy()), layout, batch_size=batch_size, num_streams=num_streams
+        torch.from_numpy(numbers.dense().copy()),
+        layout,
+        batch_size=batch_size,
+        num_streams=num_streams,
+        fractions=num_fractions(numbers, layout),
     )
     first = np.unravel_index(places[:, :, 0, 0].numpy(), memory.shape)
     kept = [index for dim, index in enumerate(first) if dim != memory.feature_axis]
