@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 
@@ -29,8 +30,6 @@ SHAPE_ONLY = names(
 # Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
 FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
-
-
 MOST_MADE = 16  # tensors that were made again, from which the next ones are made
 
 
@@ -140,6 +139,20 @@ def values_in(args: Any) -> Iterator[TracedValue]:
     elif isinstance(args, dict):
         for item in args.values():
             yield from values_in(item)
+
+
+def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of a call, and among the parts of what a model returns."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for item in batch.values():
+            yield from tensors_of(item)
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from tensors_of(item)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
+        yield from tensors_of(vars(batch))
 
 
 def _like(one: Any, other: Any) -> bool:

@@ -49,6 +49,15 @@ class Operation(NamedTuple):
     views: bool  # what it gives lies in the memory of what it takes
     carries: bool
     is_foreign: bool = False  # of a library, so that nothing is known of it
+    # The positions and names of what it writes into, where it is one of a library.
+    mutates: tuple[tuple[int, str], ...] = ()
+
+    def targets(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        """What it writes into."""
+        if self.writes:
+            return [args[0]]
+        given = [args[n] if n < len(args) else kwargs.get(name) for n, name in self.mutates]
+        return [tensor for tensor in (*given, kwargs.get("out")) if isinstance(tensor, torch.Tensor)]
 
     def describe(self, value: TracedValue) -> None:
         """Note whether what it made is a view, a parameter in another form, and can be made again."""
@@ -66,17 +75,19 @@ class Operation(NamedTuple):
 
 @cache
 def operation_of(func: Any) -> Operation:
-    """What is known of an operation of PyTorch or of a library."""
+    """What is known of an operation of PyTorch, or of a library, whose names say nothing."""
     name, schema = func.overloadpacket.__name__, func._schema
+    alias = schema.returns[0].alias_info if schema.returns else None
+    is_view = alias is not None and not alias.is_write
+    if func.namespace not in ("aten", "prims", "prim"):
+        into = [
+            (n, of.name) for n, of in enumerate(schema.arguments) if of.alias_info and of.alias_info.is_write
+        ]
+        name = f"{func.namespace}::{name}"
+        return Operation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
     writes = name.endswith("_") and schema.is_mutable
     name = name[:-1] if writes else name
-    alias = schema.returns[0].alias_info if schema.returns else None
-    return Operation(
-        func, name, writes,
-        views=alias is not None and not alias.is_write,
-        carries=name in CARRYING or name in NORMS,
-        is_foreign=func.namespace not in ("aten", "prims", "prim") and not schema.is_mutable,
-    )  # fmt: skip
+    return Operation(func, name, writes, is_view, carries=name in CARRYING or name in NORMS)
 
 
 ADD, MUL = operation_of(torch.ops.aten.add.Tensor), operation_of(torch.ops.aten.mul.Tensor)
