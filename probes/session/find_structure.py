@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
@@ -261,6 +262,13 @@ class StructureFinder:
         root = self.graph.values[memory.root]
         if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
             self._refuse_mixed(root, memory)
+        named = self.options.layout or ""
+        splits = "N" in named and memory.num_streams == 1  # streams that the user asserts
+        if named and "N" not in named and memory.num_streams > 1:
+            raise LayoutError(
+                f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
+                "they are mixed and written; leave layout= out"
+            )
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -275,11 +283,11 @@ class StructureFinder:
                 numbers is None and value.shape == root.shape
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
-            if self.options.layout is not None:
-                return self.options.layout
-            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
+            return named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        if named and not part.layout:
+            part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -320,6 +328,10 @@ class StructureFinder:
             weights = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+        views = {(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)}
+        if len(views) > 1:
+            why = f"unproven: the branches read and write {sorted(views)} of the streams at once; expected the same numbers"
+            return Found(replace(chain, connections=(), proof=why), (memory,), layout)
         self._read = read
         if memory.over_depth:
             chain = replace(chain, family=depth_family([of for of, _ in weights]))
