@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, start_of, start_with_streams, without_forks, without_inner
+from depthscope.probes.reading.memory import (
+    Memory,
+    start_of,
+    start_with_streams,
+    without_forks,
+    without_inner,
+)
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 
@@ -29,8 +30,6 @@ SHAPE_ONLY = names(
 # Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
 FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
-
-
 MOST_MADE = 16  # tensors that were made again, from which the next ones are made
 
 
@@ -142,6 +141,20 @@ def values_in(args: Any) -> Iterator[TracedValue]:
             yield from values_in(item)
 
 
+def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of a call, and among the parts of what a model returns."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for item in batch.values():
+            yield from tensors_of(item)
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from tensors_of(item)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
+        yield from tensors_of(vars(batch))
+
+
 def _like(one: Any, other: Any) -> bool:
     if isinstance(one, TracedValue):
         return isinstance(other, TracedValue) and one.number == other.number
@@ -193,6 +206,7 @@ class Graph:
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
+        self._parents: list[tuple[int, ...]] = []
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
@@ -225,12 +239,18 @@ class Graph:
             if end.number not in stop:
                 marks[end.number] = 1
                 last = max(last, end.number)
+        parents = self._parent_numbers()
         for number in range(last, -1, -1):
             if marks[number]:
-                for parent in self.values[number].parents:
-                    if parent.number not in stop:
-                        marks[parent.number] = 1
+                for parent in parents[number]:
+                    if parent not in stop:
+                        marks[parent] = 1
         return marks
+
+    def _parent_numbers(self) -> list[tuple[int, ...]]:
+        if len(self._parents) != len(self.values):
+            self._parents = [tuple(parent.number for parent in value.parents) for value in self.values]
+        return self._parents
 
     def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
@@ -294,10 +314,11 @@ class Graph:
         marks = bytearray(len(self.values))
         for origin in origins:
             marks[origin.number] = 1
-        for value in self.values[min(origin.number for origin in origins) + 1 :]:
-            for parent in value.parents:
-                if marks[parent.number]:
-                    marks[value.number] = 1
+        parents = self._parent_numbers()
+        for number in range(min(origin.number for origin in origins) + 1, len(marks)):
+            for parent in parents[number]:
+                if marks[parent]:
+                    marks[number] = 1
                     break
         return marks
 

@@ -49,6 +49,15 @@ class Operation(NamedTuple):
     views: bool  # what it gives lies in the memory of what it takes
     carries: bool
     is_foreign: bool = False  # of a library, so that nothing is known of it
+    # The positions and names of what it writes into, where it is one of a library.
+    mutates: tuple[tuple[int, str], ...] = ()
+
+    def targets(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        """What it writes into."""
+        if self.writes:
+            return [args[0]]
+        given = [args[n] if n < len(args) else kwargs.get(name) for n, name in self.mutates]
+        return [tensor for tensor in (*given, kwargs.get("out")) if isinstance(tensor, torch.Tensor)]
 
     def describe(self, value: TracedValue) -> None:
         """Note whether what it made is a view, a parameter in another form, and can be made again."""
@@ -64,35 +73,46 @@ class Operation(NamedTuple):
             value.of_parameter = by_parameter and passes and len(value.parents) == 1
 
 
-LINEAR = Operation(torch.ops.aten.linear.default, "linear", writes=False, views=False, carries=False)
-
-
-def layer_operands(layer: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """What a linear layer takes, if it mixes features, and nothing else runs in its call; else None."""
-    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
-    if layer._forward_hooks or layer._forward_pre_hooks or type(weight) is not nn.Parameter:
-        return None
-    if len(tensors) != 1 or type(tensors[0]) is not torch.Tensor or min(weight.shape) <= MOST_STREAMS:
-        return None
-    return [tensors[0], weight] if bias is None else [tensors[0], weight, bias]
-
-
 @cache
 def operation_of(func: Any) -> Operation:
-    """What is known of an operation of PyTorch or of a library."""
+    """What is known of an operation of PyTorch, or of a library, whose names say nothing."""
     name, schema = func.overloadpacket.__name__, func._schema
+    alias = schema.returns[0].alias_info if schema.returns else None
+    is_view = alias is not None and not alias.is_write
+    if func.namespace not in ("aten", "prims", "prim"):
+        into = [
+            (n, of.name) for n, of in enumerate(schema.arguments) if of.alias_info and of.alias_info.is_write
+        ]
+        name = f"{func.namespace}::{name}"
+        return Operation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
     writes = name.endswith("_") and schema.is_mutable
     name = name[:-1] if writes else name
-    alias = schema.returns[0].alias_info if schema.returns else None
-    return Operation(
-        func, name, writes,
-        views=alias is not None and not alias.is_write,
-        carries=name in CARRYING or name in NORMS,
-        is_foreign=func.namespace not in ("aten", "prims", "prim") and not schema.is_mutable,
-    )  # fmt: skip
+    return Operation(func, name, writes, is_view, carries=name in CARRYING or name in NORMS)
 
 
 ADD, MUL = operation_of(torch.ops.aten.add.Tensor), operation_of(torch.ops.aten.mul.Tensor)
+LAYER_NORM = operation_of(torch.ops.aten.native_layer_norm.default)
+LINEAR = operation_of(torch.ops.aten.linear.default)
+
+
+def only_operation(
+    module: nn.Module | None, tensors: Sequence[torch.Tensor]
+) -> tuple[Operation, list[Any]] | None:
+    """The one operation that a call of a layer is, and what it takes; None where others run in it, or may be looked at."""
+    is_plain = len(tensors) == 1 and type(tensors[0]) is torch.Tensor
+    if module is None or type(module) not in (nn.Linear, nn.LayerNorm) or not is_plain:
+        return None
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    is_plain = all(parameter is None or type(parameter) is nn.Parameter for parameter in (weight, bias))
+    if module._forward_hooks or module._forward_pre_hooks or not is_plain:
+        return None
+    # A mode of the user's would not see the operations inside.
+    if torch._C._len_torch_dispatch_stack() != 1 or torch.is_autocast_enabled(tensors[0].device.type):
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return LAYER_NORM, [tensors[0], list(module.normalized_shape), weight, bias, module.eps]
+    is_wide = weight is not None and min(weight.shape) > MOST_STREAMS
+    return (LINEAR, [tensors[0], weight, bias]) if is_wide else None
 
 
 def is_saved(args: Any) -> bool:
@@ -114,8 +134,3 @@ def is_unwritten(value: TracedValue) -> bool:
     while value.alias:
         value = value.parents[0]
     return value.name in EMPTY and value.numel > 0
-
-
-def is_alone() -> bool:
-    """Whether no mode of the user's is on, which would not see a layer that runs as one operation."""
-    return torch._C._len_torch_dispatch_stack() == 1

@@ -26,6 +26,7 @@ class Arrangement(NamedTuple):
     sizes: tuple[int, ...]
     order: tuple[int, ...]
     streams: int
+    is_sorted: bool  # whether they are in this order already
 
 
 def _runs(vector: np.ndarray) -> list[tuple[int, int]]:
@@ -167,7 +168,8 @@ class Numbers:
         ):
             return None
         sizes = tuple(length for _, length in parts)
-        return Arrangement(sizes, (*tokens, *streams, *features), math.prod(sizes[n] for n in streams))
+        order = (*tokens, *streams, *features)
+        return Arrangement(sizes, order, math.prod(sizes[n] for n in streams), order == tuple(sorted(order)))
 
     def step(self, axis: int) -> int:
         """How far the numbers of neighbours along an axis are apart."""

@@ -183,7 +183,7 @@ class WeightCoverage:
         return any(name in LAYERS for name in working)
 
     def _unknown_sum(self) -> str:
-        """What takes a state and something that a weight computed from it, and gives one as large, may hide their sum."""
+        """What takes a state and gives one as large may hide a sum, where weights lie before it or a memory comes after."""
         graph = self.graph
         unknown = [v for v in graph.values if v.numel == self.memory.count and is_unknown(v)]
         if not unknown:
@@ -193,13 +193,10 @@ class WeightCoverage:
         inside = graph.earlier(sources, carried)
         for value in unknown:
             behind = graph.earlier(value.parents, carried)
-            later = any(
-                parent.number in carried
-                for n, marked in enumerate(behind)
-                if marked
-                for parent in graph.values[n].parents
-            )
-            if not inside[value.number] and later and weights_in(graph, behind):
+            between = [value, *(graph.values[n] for n, marked in enumerate(behind) if marked)]
+            takes_state = any(parent.number in carried for of in between for parent in of.parents)
+            leads_on = any(graph.depends(memory.root, value) for memory in self._all)
+            if takes_state and not inside[value.number] and (leads_on or weights_in(graph, behind)):
                 return f"nothing is known of {named(graph, value)}, which may add to the state"
         return ""
 

@@ -7,7 +7,7 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,19 +30,18 @@ from depthscope.probes.reading.graph import (
     TracedValue,
     dropped,
     no_collection,
+    tensors_of,
 )
 from depthscope.probes.reading.known_operations import (
     ADD,
     FUSED,
-    LINEAR,
     MUL,
     SAVING,
     Operation,
-    is_alone,
     is_layer,
     is_saved,
     is_unwritten,
-    layer_operands,
+    only_operation,
     operation_of,
 )  # fmt: skip
 from depthscope.probes.reading.operations import NORMS
@@ -50,7 +49,7 @@ from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, ge
 from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
-_Taken = tuple[Operation, Any, Any, list[TracedValue], Any]
+_Taken = tuple[Operation, Any, Any, list[TracedValue], list[torch.Tensor]]
 
 
 class GraphRecorder(TorchDispatchMode):
@@ -82,7 +81,7 @@ class GraphRecorder(TorchDispatchMode):
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
         self._alive: list[torch.Tensor] = []  # what was written, so that its memory is not given to another
-        self._layer: list[TracedValue] | None = None  # what the layer takes that is running
+        self._layer: _Taken | None = None  # the layer that is running, if it is one operation
         self._silent = False
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
@@ -108,14 +107,18 @@ class GraphRecorder(TorchDispatchMode):
     def enter(
         self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
     ) -> list[int]:
-        """Note that a module is called with some tensors; the numbers of their values. A linear layer is one operation."""
+        """Note that a module is called with some tensors; the numbers of their values. Some layers are one operation."""
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
-        given = layer_operands(module, tensors) if type(module) is nn.Linear and is_alone() else None
-        if given is not None:
-            self._layer = [self.value_of(tensor) for tensor in given]
+        only = only_operation(module, tensors)
+        if only is not None:
+            operation, args = only
+            values: list[TracedValue] = []
+            self._layer = operation, self._replaced(args, values), {}, values, []
+            if operation.carries:
+                self._hold_operands(args, self._layer[1], is_saved(args))
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
         numbers = self._show("input", tensors)
@@ -126,9 +129,9 @@ class GraphRecorder(TorchDispatchMode):
         """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
         if self._layer is not None:
             self._off.__exit__(None, None, None)
-            given, self._layer = self._layer, None
+            taken, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
-                self.note(LINEAR, given, {}, given, None, output)
+                self.note(*taken, output)
         self._find_unseen(tensors)
         numbers = self._show("output", tensors)
         if path in self._numbered:
@@ -276,9 +279,9 @@ class GraphRecorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self.graph.error is None:
             try:
-                if taken[0].is_foreign:
+                if taken[0].is_foreign and not taken[0].mutates:
                     taken = self._as_sum(taken, args, kwargs, result)
-                self.note(*taken, result)
+                self.note(*taken, (result, *taken[-1]) if taken[0].mutates else result)
                 for listener in self.listeners:
                     listener(func, args, kwargs, result)
             except Exception as error:
@@ -288,25 +291,29 @@ class GraphRecorder(TorchDispatchMode):
     def _taken(self, func: Any, args: Any, kwargs: Any) -> _Taken:
         """What an operation takes that is about to run."""
         operation = operation_of(func)
-        values: list[TracedValue] = []
-        found = self._replaced(args, values)
-        named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
-        target = args[0] if operation.writes else kwargs.get("out")
+        found, named, values = self._values_of(args, kwargs)
+        targets = operation.targets(args, kwargs)
         if not operation.views and any(map(is_unwritten, values[operation.writes :])):
             self._find_unseen(tensors_of(args[operation.writes :]))
-            values.clear()
-            found = self._replaced(args, values)
+            found, named, values = self._values_of(args, kwargs)
         is_random = operation.writes and not values[0].parents and not Graph.is_kept(values[0])
         if operation.carries and not operation.views and not is_random:
             is_norm = operation.name in NORMS
             if is_norm or not is_layer(operation, values):
                 self._hold_operands(args, found, operation.name in SAVING and is_saved(args))
-        if target is not None and operation.name != "set":
+        for target in targets if operation.name != "set" else ():
             self._keep_numbers(target)
             named = {key: item for key, item in named.items() if key != "out"}
         if operation.name in FUSED and found[0].is_floating and not found[0].of_parameter:
-            return self._fused(operation.name, args, found, kwargs, target)
-        return operation, found, named, values, target
+            return self._fused(operation.name, args, found, kwargs, targets)
+        return operation, found, named, values, targets
+
+    def _values_of(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[TracedValue]]:
+        """Arguments with values in the place of tensors, and these values."""
+        values: list[TracedValue] = []
+        found = self._replaced(args, values)
+        named = dict(zip(kwargs, self._replaced(kwargs.values(), values), strict=True)) if kwargs else kwargs
+        return found, named, values
 
     def _find_unseen(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note the tensors that were computed since the last operation, by what is no operation."""
@@ -334,16 +341,16 @@ class GraphRecorder(TorchDispatchMode):
         self.enter_value(tensor, value)
         return value
 
-    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, target: Any) -> _Taken:
+    def _fused(self, name: str, args: Any, found: Any, kwargs: Any, targets: list[torch.Tensor]) -> _Taken:
         """A product that is added to a state in one operation is noted as the product and the sum."""
         with torch.no_grad():
             product = FUSED[name](*args[1:3])
-        self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], None, product)
+        self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], [], product)
         scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
-        return self._sum([args[0], product], scales, target)
+        return self._sum([args[0], product], scales, targets)
 
     def _sum(
-        self, tensors: Sequence[torch.Tensor], scales: Sequence[float], target: torch.Tensor | None
+        self, tensors: Sequence[torch.Tensor], scales: Sequence[float], targets: list[torch.Tensor]
     ) -> _Taken:
         """One or two tensors that are scaled and added, each step for itself."""
         terms = []
@@ -351,19 +358,19 @@ class GraphRecorder(TorchDispatchMode):
             term = self.value_of(tensor)
             self._hold(tensor, term)
             if len(tensors) == 1:
-                return MUL, [term, scale], {}, [term], target
+                return MUL, [term, scale], {}, [term], targets
             if scale != 1:
                 tensor = tensor * scale
-                self.note(MUL, [term, scale], {}, [term], None, tensor)
+                self.note(MUL, [term, scale], {}, [term], [], tensor)
                 term = self.value_of(tensor)
                 self._hold(tensor, term)
             terms.append(term)
-        return ADD, terms, {}, terms, target
+        return ADD, terms, {}, terms, targets
 
     def _as_sum(self, taken: _Taken, args: Any, kwargs: Any, result: Any) -> _Taken:
         """An operation of a library, as the sum that it turns out to be."""
         found = factors_of_sum(taken[0].func, args, kwargs, result)
-        return taken if found is None else self._sum([args[n] for n in found], list(found.values()), None)
+        return taken if found is None else self._sum([args[n] for n in found], list(found.values()), [])
 
     def note(
         self,
@@ -371,7 +378,7 @@ class GraphRecorder(TorchDispatchMode):
         found: Any,
         named: Any,
         values: list[TracedValue],
-        target: Any,
+        targets: list[torch.Tensor],
         result: Any,
     ) -> None:
         """Note the values that an operation made of others."""
@@ -397,7 +404,7 @@ class GraphRecorder(TorchDispatchMode):
             operation.describe(value)
             if operation.name in FILLS:
                 value.held = filled_with(value, tensor)
-            self._made(tensor, value, tensor is target)
+            self._made(tensor, value, any(tensor is target for target in targets))
 
     def _made(self, tensor: torch.Tensor, value: TracedValue, written: bool) -> None:
         """Note which value a tensor is that was made, or written."""
@@ -433,17 +440,3 @@ class GraphRecorder(TorchDispatchMode):
         for value in self._held.pop(storage_of(target), ()):
             if value.held is not None:
                 value.held = value.held.clone()
-
-
-def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments of a call, and among the parts of what a model returns."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for item in batch.values():
-            yield from tensors_of(item)
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
-            yield from tensors_of(item)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
-        yield from tensors_of(vars(batch))

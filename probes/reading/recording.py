@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules import module as hooked
 
 from depthscope.probes.model.tensors import floats_in
-from depthscope.probes.reading.graph import Graph
-from depthscope.probes.reading.recorder import GraphRecorder, tensors_of
+from depthscope.probes.reading.graph import Graph, tensors_of
+from depthscope.probes.reading.recorder import GraphRecorder
 
 
 @contextmanager

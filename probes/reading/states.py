@@ -105,11 +105,9 @@ class States:
         found = numbers.arrangement(self.memory.shape, self.axis, num_features)
         if found is None:
             return None
-        return (
-            tensor.reshape(len(tensor), *found.sizes)
-            .permute(0, *(1 + dim for dim in found.order))
-            .reshape(len(tensor), -1, found.streams, num_features)
-        )
+        if not found.is_sorted:
+            tensor = tensor.reshape(len(tensor), *found.sizes).permute(0, *(1 + dim for dim in found.order))
+        return tensor.reshape(len(tensor), -1, found.streams, num_features)
 
     def output(self, branch: Branch) -> torch.Tensor:
         """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""

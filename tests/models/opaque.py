@@ -121,6 +121,18 @@ def fused_add(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return x + scale * y
 
 
+@torch.library.custom_op("depthscope_tests::add_into", mutates_args=("x",))
+def add_into(x: Tensor, y: Tensor) -> None:
+    """A sum that is written into what it takes."""
+    x.add_(y)
+
+
+@torch.library.custom_op("depthscope_tests::clone", mutates_args=())
+def misnamed(x: Tensor) -> Tensor:
+    """The features in reverse, under the name of a copy."""
+    return x.flip(-1)
+
+
 @torch.library.custom_op("depthscope_tests::gelu", mutates_args=())
 def custom_gelu(x: Tensor) -> Tensor:
     """An activation inside of a branch that nobody knows."""
@@ -245,6 +257,13 @@ def in_place(block: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def in_place_of_a_library(block: nn.Module, x: Tensor) -> Tensor:
+    """A library's operation writes the sum over the state's copy."""
+    out = x.clone()
+    add_into(out, block(x))
+    return out
+
+
 def in_views(block: nn.Module, x: Tensor) -> Tensor:
     """Each half of the features is written by itself, through a view."""
     y, out = block(x), x.clone()
@@ -336,4 +355,7 @@ KERNELS = [
 ]
 # Read with gradients alone: without these nothing shows from what they were computed.
 WITH_GRADIENTS = [Kernel("memory of numpy in a branch", lambda: Blocks(lambda: Activated(FromNumpy.apply)))]
-REFUSED = [Kernel("kernel that adds", lambda: Blocks(Mlp, lambda b, x: Unseen.apply(x, b(x))))]
+REFUSED = [
+    Kernel("library operation that adds in place", lambda: Blocks(Mlp, in_place_of_a_library)),
+    Kernel("kernel that adds", lambda: Blocks(Mlp, lambda b, x: Unseen.apply(x, b(x)))),
+]

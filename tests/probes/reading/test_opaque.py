@@ -12,7 +12,18 @@ from torch import nn
 from depthscope.probes.reading.read import Rereading, read_model
 from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.trials import factors_of_sum
-from tests.models.opaque import BATCH, DEPTH, KERNELS, REFUSED, TOKENS, WITH_GRADIENTS, Blocks, Kernel, Mlp
+from tests.models.opaque import (
+    BATCH,
+    DEPTH,
+    KERNELS,
+    REFUSED,
+    TOKENS,
+    WITH_GRADIENTS,
+    Blocks,
+    Kernel,
+    Mlp,
+    misnamed,
+)
 
 DOCS = Path(__file__).parents[3] / "docs" / "reading.md"
 
@@ -59,7 +70,8 @@ def test_sums_that_no_operation_shows_are_refused_by_name(kernel: Kernel):
     found, _ = read(kernel, grad=True)
 
     assert not found.memories
-    assert "nothing is known of a kernel in the model" in found.refused
+    assert "nothing is known of" in found.refused
+    assert "in the model, which may hide the sums" in found.refused
 
 
 def test_forwards_of_another_length_are_read_anew():
@@ -91,6 +103,13 @@ class FoldedKernel(nn.Module):
 
 def test_sums_of_which_some_are_not_shown_are_not_proven():
     found = read_model(FoldedKernel(), ids())
+
+    assert not any(memory.is_proven for memory in found.memories)
+
+
+@pytest.mark.parametrize("step", [lambda b, x: misnamed(x) + b(x), lambda b, x: misnamed(x + b(x))])
+def test_the_name_of_a_library_operation_says_nothing(step):
+    found = read_model(Blocks(Mlp, step), ids())
 
     assert not any(memory.is_proven for memory in found.memories)
 
