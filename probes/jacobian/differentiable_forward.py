@@ -105,10 +105,11 @@ def differentiable_states(
         own_call(states),  # no recorder that is on may count it
     ):
         depths = range(start, stop + 1)
-        _hook_states(stack, model, chain, depths, meet)
         recorder = GraphRecorder(model, (), holds=False) if frozen is None else frozen.recorder
-        _Operations(recorder, chain, depths, seen)
-        recorded = frozen is not None or any(chain.points[depth].at == OPERATION for depth in depths)
+        places = _operations(chain, depths)
+        _Operations(recorder, places, _made_by(model, batch, places, start), seen)
+        _hook_states(stack, model, chain, depths, meet)
+        recorded = frozen is not None or bool(places)
         with recording(recorder) if recorded else nullcontext():
             output = call_model(model, _aliased(batch))
         recorder.end(output if recorded else None)
@@ -163,22 +164,21 @@ def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: to
 
 
 class _Operations:
-    """The states that operations alone show, of a forward that is recorded."""
+    """The states that operations alone show, of a forward that is recorded.
 
-    def __init__(self, recorder: GraphRecorder, chain: Chain, depths: range, seen: Meet):
-        points = ((depth, chain.points[depth]) for depth in depths)
-        self._places = {
-            ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
-            for depth, p in points
-            if p.at == OPERATION
-        }
-        self._recorder, self._start, self._seen = recorder, depths[0], seen
+    ``first``: the operation that made the memory of the first state, which may be a view of that.
+    """
+
+    def __init__(
+        self, recorder: GraphRecorder, places: Mapping[ValuePlace, int], first: ValuePlace | None, seen: Meet
+    ):
+        self._recorder, self._places, self._first, self._seen = recorder, places, first, seen
         self._also = recorder.on_taken
-        if self._places:
+        if places:
             recorder.on_value, recorder.on_taken = self._made, self._taken
 
     def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if self._places.get(self._recorder.graph.place(value)) == self._start:
+        if self._first is not None and self._recorder.graph.place(value) == self._first:
             tensor.requires_grad_()
 
     def _taken(self, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -187,6 +187,38 @@ class _Operations:
         depth = self._places.get(self._recorder.graph.place(value))
         if depth is not None:
             self._seen(depth, tensor)
+
+
+def _operations(chain: Chain, depths: range) -> dict[ValuePlace, int]:
+    points = ((depth, chain.points[depth]) for depth in depths)
+    return {
+        ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
+        for depth, p in points
+        if p.at == OPERATION
+    }
+
+
+def _made_by(model: nn.Module, batch: Any, places: Mapping[ValuePlace, int], start: int) -> ValuePlace | None:
+    """The operation that makes the memory of the first state, where no call shows it: torch refuses to begin with a view.
+
+    Raises JacobianError: Where what it is a view of is read besides.
+    """
+    place = next((place for place, depth in places.items() if depth == start), None)
+    if place is None:
+        return None
+    recorder = GraphRecorder(model, (), holds=False)
+    with preserved_state(model), torch.no_grad(), recording(recorder):
+        call_model(model, _aliased(batch))
+    graph = recorder.graph
+    value = graph.at(place)
+    while value is not None and value.alias:
+        (base,) = value.parents
+        if graph.takers(base) != [value]:
+            raise JacobianError(
+                f"the state at depth {start} is a view of what other operations read too; choose another depth"
+            )
+        value = base
+    return None if value is None or value.func is None else graph.place(value)
 
 
 def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: range, meet: Meet) -> None:
