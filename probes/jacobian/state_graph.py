@@ -12,7 +12,6 @@ from torch import nn
 from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
 from depthscope.probes.jacobian.frozen_routing import FrozenRouting
-from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
@@ -20,6 +19,7 @@ from depthscope.probes.session.model_call import call_observed
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.model_structure import Structure
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
@@ -68,10 +68,9 @@ class StateGraph:
     stop: int
     states: dict[int, torch.Tensor]
     mask: torch.Tensor | None
-    layout: str
+    structure: Structure
+    number: int  # of the chain
     batch_size: int
-    num_streams: int
-    fractions: int
     selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
@@ -107,13 +106,7 @@ class StateGraph:
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
-        return canonical(
-            numbers,
-            self.layout,
-            batch_size=self.batch_size,
-            num_streams=self.num_streams,
-            fractions=self.fractions,
-        )
+        return self.structure.canonical(self.number, numbers, self.batch_size, depth)
 
     def _selected(self, positions: torch.Tensor) -> Entries:
         """Entries of the tokens that the mask and ``positions=`` leave."""
@@ -173,10 +166,9 @@ def state_graph(
         stop=last,
         states=states,
         mask=forward.masks.get(number),
-        layout=session.structure.layouts[number],
+        structure=session.structure,
+        number=number,
         batch_size=forward.batch_size,
-        num_streams=session.structure.num_streams,
-        fractions=session.structure.fractions,
         selection=selection,
     )
 
