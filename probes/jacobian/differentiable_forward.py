@@ -94,7 +94,7 @@ def differentiable_states(
 
     with (
         preserved_state(model),
-        _constant_weights(model),
+        constant_weights(model),
         eager(),
         # The fused kernels have no second derivative, which products with J need.
         sdpa_kernel(SDPBackend.MATH),
@@ -262,7 +262,7 @@ def _met(shown: Shown, turn: int, tensors: Sequence[torch.Tensor], meet: Meet) -
 
 
 @contextmanager
-def _constant_weights(model: nn.Module) -> Iterator[None]:
+def constant_weights(model: nn.Module) -> Iterator[None]:
     """No graph through the weights: it needs less memory, and no gradient can reach them."""
     # torch refuses to change the flag of a tensor that is no leaf.
     weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]

@@ -9,9 +9,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.jacobian.derivative_check import require_frozen
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
+from depthscope.probes.jacobian.differentiable_forward import (
+    OPERATION,
+    JacobianError,
+    constant_weights,
+    differentiable_states,
+    explained,
+)
 from depthscope.probes.jacobian.frozen_routing import FrozenRouting
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
@@ -23,6 +31,8 @@ from depthscope.probes.structure.model_structure import Structure
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
+
+SAME_STATE = 1e-2  # relative, of two forwards by other kernels; another state differs by more. Heuristic
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,8 @@ def state_graph(
     frozen = selection.routing == "frozen" and number == 0 and weighs
     routing = FrozenRouting(session, batch) if frozen else None
     states = differentiable_states(model, batch, session.structure.chains[number], first, last, routing)
+    for depth, state in states.items():
+        _require_same(session.structure, forward, number, depth, state)
     if routing is not None:
         with explained():  # the check runs backwards of its own
             require_frozen(routing, states)
@@ -171,6 +183,26 @@ def state_graph(
         batch_size=forward.batch_size,
         selection=selection,
     )
+
+
+def _require_same(
+    structure: Structure, forward: Forward, number: int, depth: int, state: torch.Tensor
+) -> None:
+    """Require that a state that an operation alone shows is the one that was measured: torch may run others for a graph."""
+    point = structure.chains[number].points[depth]
+    if point.at != OPERATION or not len(forward.rows):
+        return
+    measured = forward.states[number, depth]
+    try:
+        found = structure.canonical(number, state.detach(), forward.batch_size, depth)[forward.rows]
+    except LayoutError:
+        found = None
+    same = found is not None and found.shape == measured.shape
+    if not same or relative_error(found - measured.to(found.device), measured) > SAME_STATE:
+        raise JacobianError(
+            f"the state at depth {depth} is made by another operation of {point.path!r} where "
+            "a graph is recorded, and no module shows it; choose depths that a module shows"
+        )
 
 
 def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
@@ -197,7 +229,8 @@ def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Se
     session = Session(model, selection.options, only_own=True)
     session.attach()
     try:
-        with preserved_state(model), eager(), torch.no_grad():
+        # Weights that are constants here too: torch runs other operations where they are none.
+        with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
             call_observed(session, batch)
         session.raise_first_error()
         assert session.last is not None
