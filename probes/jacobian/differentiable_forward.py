@@ -17,7 +17,7 @@ from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import floats_in, version
-from depthscope.probes.reading.graph import TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.forced_eager import eager
@@ -67,13 +67,15 @@ def explained() -> Iterator[None]:
 
 def differentiable_states(
     model: nn.Module, batch: Any, chain: Chain, start: int, stop: int, frozen: FrozenRouting | None = None
-) -> dict[int, torch.Tensor]:
+) -> tuple[dict[int, torch.Tensor], Sequence[TracedValue]]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
     ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
     ``frozen``: records the forward, and then holds the coefficients of its connections constant.
     Returns: In the model's layout, with the graph between them.
+    Returns: The views that make the state at start of the tensor that is given for it; none where that is the state itself.
     """
+    views: Sequence[TracedValue] = ()
     states: dict[int, torch.Tensor] = {}
     versions: dict[int, int | None] = {}
 
@@ -107,7 +109,15 @@ def differentiable_states(
         depths = range(start, stop + 1)
         recorder = GraphRecorder(model, (), holds=False) if frozen is None else frozen.recorder
         places = _operations(chain, depths)
-        _Operations(recorder, places, _made_by(model, batch, places, start), seen)
+        begin = next((place for place, depth in places.items() if depth == start), None)
+        if begin is not None:  # torch refuses to begin a graph with a view
+            before = GraphRecorder(model, (), holds=False)
+            with preserved_state(model), torch.no_grad(), recording(before):
+                call_model(model, _aliased(batch))
+            made, *views = _views_of_memory(before.graph, begin, start)
+            del places[begin]
+            places[before.graph.place(made)] = start
+        _Operations(recorder, places, start, seen)
         _hook_states(stack, model, chain, depths, meet)
         recorded = frozen is not None or bool(places)
         with recording(recorder) if recorded else nullcontext():
@@ -117,7 +127,7 @@ def differentiable_states(
     _require_no_recomputation(model, states[start], states[stop])
     if frozen is not None:
         frozen.freeze()
-    return states
+    return states, views
 
 
 def _require_linked(
@@ -166,19 +176,17 @@ def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: to
 class _Operations:
     """The states that operations alone show, of a forward that is recorded.
 
-    ``first``: the operation that made the memory of the first state, which may be a view of that.
+    ``start``: the depth of the state at which the graph begins.
     """
 
-    def __init__(
-        self, recorder: GraphRecorder, places: Mapping[ValuePlace, int], first: ValuePlace | None, seen: Meet
-    ):
-        self._recorder, self._places, self._first, self._seen = recorder, places, first, seen
+    def __init__(self, recorder: GraphRecorder, places: Mapping[ValuePlace, int], start: int, seen: Meet):
+        self._recorder, self._places, self._start, self._seen = recorder, places, start, seen
         self._also = recorder.on_taken
         if places:
             recorder.on_value, recorder.on_taken = self._made, self._taken
 
     def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if self._first is not None and self._recorder.graph.place(value) == self._first:
+        if self._places.get(self._recorder.graph.place(value)) == self._start:
             tensor.requires_grad_()
 
     def _taken(self, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -198,27 +206,17 @@ def _operations(chain: Chain, depths: range) -> dict[ValuePlace, int]:
     }
 
 
-def _made_by(model: nn.Module, batch: Any, places: Mapping[ValuePlace, int], start: int) -> ValuePlace | None:
-    """The operation that makes the memory of the first state, where no call shows it: torch refuses to begin with a view.
-
-    Raises JacobianError: Where what it is a view of is read besides.
-    """
-    place = next((place for place, depth in places.items() if depth == start), None)
-    if place is None:
-        return None
-    recorder = GraphRecorder(model, (), holds=False)
-    with preserved_state(model), torch.no_grad(), recording(recorder):
-        call_model(model, _aliased(batch))
-    graph = recorder.graph
+def _views_of_memory(graph: Graph, place: ValuePlace, depth: int) -> list[TracedValue]:
+    """What made the memory of the state at a place, and the views that make the state of it."""
     value = graph.at(place)
-    while value is not None and value.alias:
-        (base,) = value.parents
-        if graph.takers(base) != [value]:
-            raise JacobianError(
-                f"the state at depth {start} is a view of what other operations read too; choose another depth"
-            )
-        value = base
-    return None if value is None or value.func is None else graph.place(value)
+    chain = [] if value is None else [value]
+    while chain and chain[0].alias:
+        chain.insert(0, chain[0].parents[0])
+    if not chain or chain[0].func is None or chain[0].numel != chain[-1].numel:
+        raise JacobianError(
+            f"the state at depth {depth} is a part of what {place.module or 'the model'} makes; choose another depth"
+        )
+    return chain
 
 
 def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: range, meet: Meet) -> None:

@@ -21,6 +21,7 @@ from depthscope.probes.jacobian.differentiable_forward import (
 from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
@@ -77,6 +78,7 @@ class StateGraph:
     start: int
     stop: int
     states: dict[int, torch.Tensor]
+    views: Sequence[TracedValue]  # that make the state at start of its tensor
     mask: torch.Tensor | None
     structure: Structure
     number: int  # of the chain
@@ -116,6 +118,7 @@ class StateGraph:
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
+        numbers = viewed(numbers, self.views if depth == self.start else ())
         return self.structure.canonical(self.number, numbers, self.batch_size, depth)
 
     def _selected(self, positions: torch.Tensor) -> Entries:
@@ -167,9 +170,12 @@ def state_graph(
     weighs = session.structure.num_streams > 1 or session.structure.connections
     frozen = selection.routing == "frozen" and number == 0 and weighs
     routing = FrozenRouting(session, batch) if frozen else None
-    states = differentiable_states(model, batch, session.structure.chains[number], first, last, routing)
+    states, views = differentiable_states(
+        model, batch, session.structure.chains[number], first, last, routing
+    )
     for depth, state in states.items():
-        _require_same(session.structure, forward, number, depth, state)
+        shown = viewed(state, views if depth == first else ())
+        _require_same(session.structure, forward, number, depth, shown)
     if routing is not None:
         with explained():  # the check runs backwards of its own
             require_frozen(routing, states)
@@ -177,12 +183,20 @@ def state_graph(
         start=first,
         stop=last,
         states=states,
+        views=views,
         mask=forward.masks.get(number),
         structure=session.structure,
         number=number,
         batch_size=forward.batch_size,
         selection=selection,
     )
+
+
+def viewed(tensor: torch.Tensor, views: Sequence[TracedValue]) -> torch.Tensor:
+    """Some recorded views, one after another, of a tensor."""
+    for view in views:
+        tensor = Graph.run(view, lambda of, tensor=tensor: tensor)
+    return tensor
 
 
 def _require_same(
