@@ -20,7 +20,6 @@ from depthscope.probes.interventions.state_operations import (
     Birthplace,
     Depth,
     StateOperations,
-    following,
 )
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.preserved_state import preserved_state
@@ -105,8 +104,8 @@ class ModelUnderTest:
         )
         self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
-        operations = StateOperations()
-        found = self._run(following(model, operations), lambda: self._locate(operations))
+        operations = StateOperations(model)
+        found = self._run(operations.on(), lambda: self._locate(operations))
         self.base = self.forward({})
         if not repeats(found.output, self.base.output):
             raise InterventionError(
@@ -244,8 +243,8 @@ class ModelUnderTest:
         places = {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-        operations = StateOperations(places, change)
-        passed = self._run(following(self.model, operations), lambda: self._check(states, edited=bool(edits)))
+        operations = StateOperations(self.model, places, change)
+        passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits)))
         for depth in edits:
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[self.number, depth] != 1:
