@@ -7,16 +7,18 @@ Others, whose values are apart from it and that lie in no branch of it, are furt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
+from depthscope.probes.reading.memory import Memory, start_of, start_with_streams, without_forks, without_inner
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     LAYERS,
+    MOST_STREAMS,
     SUMS,
     VIEWS,
     addends,
@@ -54,7 +56,7 @@ def memories(graph: Graph) -> list[Memory]:
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     taken: list[Taken] = []
-    for memory in _tracks(_between_expansions(_with_hidden_sums(ranked[0].memory))):
+    for memory in _tracks(_between_expansions(_with_hidden_sums(_taken_apart(ranked[0].memory)))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -136,6 +138,23 @@ def _between_expansions(memory: Memory) -> Memory:
     return memory
 
 
+def _taken_apart(memory: Memory) -> Memory:
+    """The memory with streams, where its features are two axes wherever branches write, each of the features of one stream."""
+    graph, width = memory.graph, memory.shape[-1]
+    sizes: set[int] = set()
+    for number in memory.writes.keys() & memory.trunk:
+        axes = memory.carried[number].axes
+        spans = [len(v) for v in axes if len(v) > 1 and 0 < int(v.max() - v.min()) < width]
+        sizes.add(spans[0] if len(spans) == 2 and math.prod(spans) == width else 1)
+    if len(sizes) != 1 or not 1 < (streams := sizes.pop()) <= MOST_STREAMS:
+        return memory
+    folded = without_forks(graph, start_of(memory.root, streams))
+    fine = folded.num_writes >= memory.num_writes and all(
+        branch.source.numel == folded.count for branch in branches_of(folded)
+    )
+    return folded if fine else memory
+
+
 def _tracks(memory: Memory) -> list[Memory]:
     """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
     branches = branches_of(memory)
@@ -187,8 +206,15 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if max(of.share for of in both) < 0.6 and len(roots) < 2 * MOST_CANDIDATES:
             roots += [value for value in _breaks(plain) if value not in roots][:2]
     if max((of.share for of in found), default=0) < 0.4:
-        for root, streams in folded_beginnings(graph):
-            memory = without_forks(graph, start_of(root, streams))
+        folded = [start_of(root, streams) for root, streams in folded_beginnings(graph)]
+        given = [
+            start_with_streams(root, axis)
+            for root in roots
+            for axis, size in enumerate(root.shape[:-1])
+            if len(root.shape) > 3 and 1 < size <= MOST_STREAMS
+        ]
+        for start in (*folded, *given):
+            memory = without_forks(graph, start)
             found.append(Ranked(memory, _share(memory)))
     return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
@@ -130,6 +132,14 @@ def start_of(root: TracedValue, streams: int = 1) -> Start:
         one = Numbers(array=first.dense().reshape(*lead, 1, width // streams))
         first = one.expand((*lead, streams, width // streams)).reshape(root.shape) or first
     return Start(root, shape, first)
+
+
+def start_with_streams(root: TracedValue, axis: int) -> Start:
+    """A memory's begin with a value that has its streams along an axis of their own."""
+    shape = (*root.shape[:axis], *root.shape[axis + 1 :])
+    one = Numbers.first(shape)
+    axes = (*one.axes[:axis], np.zeros(root.shape[axis], dtype=np.int64), *one.axes[axis:])
+    return Start(root, shape, Numbers(axes))
 
 
 def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -140,11 +141,14 @@ class _Reader:
     def reading(self) -> MemoryReading:
         """The memory's description, at the present values of its tensors; ReadingError where none can be given."""
         found = cuts_of(self.memory, self.branches, self.names.layers)
+        self.states = States(self.memory, self.branches)
         if found.inner:
-            again = _Reader(without_inner(self.memory, found.inner), self.others)
+            outer = without_inner(self.memory, found.inner)
+            if not branches_of(outer):  # the way between the blocks leads through what is inside of them
+                return self._between_blocks(found.cuts)
+            again = _Reader(outer, self.others)
             number_blocks([again.names])
             return again.reading()
-        self.states = States(self.memory, self.branches)
         self.linear = Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
@@ -158,6 +162,12 @@ class _Reader:
         connections = [self._connection(number, of) for number, of in enumerate(parts)]
         errors = [of.error for of in parts]
         return self._described(found.cuts, connections, errors, over_depth=False)
+
+    def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
+        """The states alone, where every step makes several streams of one and merges them again."""
+        found = self._described(cuts, [], [0.0], over_depth=False)
+        why = f"unproven: {found.inner_streams} streams are expanded and merged inside each step, and one is handed on"
+        return replace(found, proof=why)
 
     def _described(
         self,

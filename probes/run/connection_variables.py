@@ -14,7 +14,6 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import DepthWeights, relative_error, tolerance
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
-from depthscope.probes.connections.read_weights import read_error
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
 from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
@@ -119,9 +118,9 @@ def _read_error(joint: Joint) -> float:
     tokens = joint.tokens()
     if not len(tokens.mask) or tokens.parts.read is None or tokens.parts.read.shape[-2] != 1:
         return math.nan
-    return read_error(
-        tokens.x_in.unsqueeze(0), tokens.parts.read.mT[None, ..., 0], tokens.parts.branch_in[None, :, 0]
-    )
+    again = torch.einsum("tn,tnd->td", tokens.parts.read[:, 0].double(), tokens.x_in.double())
+    taken = tokens.parts.branch_in[:, 0].double()
+    return relative_error(again - taken, taken)
 
 
 def _other_orientation_error(evidence: Evidence, number: int) -> float:

@@ -206,7 +206,7 @@ class _ChainOf:
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block begins with one of the state itself."""
         value = self.graph.values[self.memory.states[0].values[-1]]
-        unit = self._unit(self.branches[0])
+        unit = self._unit(self.branches[0]) if self.branches else -1
         if unit not in self.graph.stack(value):
             return value
         for number, shown in self.graph.shown.items():

@@ -59,11 +59,10 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
 def _parts_of_first(memory: MemoryReading, sequences: SequenceAxis) -> list[Part]:
     """The axes of one stream of the first value, outer first: features, the batch, and tokens."""
     root = sequences.graph.values[memory.root]
-    stride = sequences.stride(root)
-    if stride is not None:
-        stride //= root.numel // math.prod(
-            memory.shape
-        )  # the first value may have its streams along its last axis
+    stride, place = sequences.stride(root), sequences.place(root)
+    if stride is not None and place is not None:  # the first value may have its streams along some axis
+        (dim, inner), vectors = place, memory.carried[memory.root].axes
+        stride = int(vectors[dim][inner] - vectors[dim][0]) if vectors else stride
     return _with_batch(_parts(memory.shape, memory.feature_axis, stride, sequences.size), sequences.size)
 
 

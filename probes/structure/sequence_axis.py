@@ -45,6 +45,11 @@ class SequenceAxis:
         stride, size = (self._found[value.number] if self.size > 1 else None) or (None, 0)
         return stride if size == self.size else None
 
+    def place(self, value: TracedValue) -> tuple[int, int] | None:
+        """The axis of a value that has the sequences, and how many of its places each of them takes in a row."""
+        stride = self.stride(value)
+        return None if stride is None else _place(value.shape, stride, self.size)
+
     def is_mixed(self, first: TracedValue, last: TracedValue) -> bool:
         """Whether something between two values goes along the sequences, as an attention over tokens does."""
         between = (self.graph.values[n] for n in self._mixed if first.number < n < last.number)

@@ -1,1 +1,0 @@
-"""Which value of a forward was computed from which, and how does one depend linearly on others? By a trace."""
