@@ -126,7 +126,7 @@ def differentiable_states(
     _require_linked(chain, states, versions, start, stop)
     _require_no_recomputation(model, states[start], states[stop])
     if frozen is not None:
-        frozen.freeze()
+        frozen.freeze(sorted(states))
     return states, views
 
 
@@ -142,7 +142,11 @@ def _require_linked(
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
         # torch counts the writes into a tensor: one after it passed changed the value that the graph was recorded with.
-        if version(states[depth]) != versions[depth]:
+        rewritten = version(states[depth]) != versions[depth]
+        if rewritten and place.at == OPERATION and start < depth < stop:
+            del states[depth]  # it was not copied as it passed, and is between the two that are asked for
+            continue
+        if rewritten:
             raise JacobianError(
                 f"the state at depth {depth} ({place.at} of {place.path!r}) was rewritten in place outside its block; "
                 "choose other depths"

@@ -103,6 +103,11 @@ class StateGraph:
         JacobianError
             Where the tokens of the two depths differ but must not, or none is left.
         """
+        missing = [depth for depth in (start, stop) if depth not in self.states]
+        if missing:
+            raise JacobianError(
+                f"the state at depth {missing[0]} is rewritten in place and shown by no module; choose other depths"
+            )
         source, target = self._positions(start), self._positions(stop)
         # all tokens of both depths may be taken whatever their number; anything else pairs them
         tied = self.selection.tokens == "own" or self.mask is not None or self.selection.positions is not None
