@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -197,10 +198,14 @@ def state_graph(
     )
 
 
+def _always(tensor: torch.Tensor, value: TracedValue) -> torch.Tensor:
+    return tensor
+
+
 def viewed(tensor: torch.Tensor, views: Sequence[TracedValue]) -> torch.Tensor:
     """Some recorded views, one after another, of a tensor."""
     for view in views:
-        tensor = Graph.run(view, lambda of, tensor=tensor: tensor)
+        tensor = Graph.run(view, partial(_always, tensor))
     return tensor
 
 
