@@ -9,28 +9,26 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from depthscope.diagnostics import schema
-from depthscope.diagnostics.errors import DepthscopeError
-from depthscope.diagnostics.schema import (
-    SCHEMA_VERSION,
-    SchemaError,
-    chain_dataset,
-    chains,
-    create_run,
-    integrity,
-    list_runs,
-    open_run,
-    save_run,
-    validate,
-)
-
 if TYPE_CHECKING:
-    from depthscope.diagnostics import kernels
+    from depthscope.diagnostics import kernels, schema
     from depthscope.diagnostics.analysis.analyze import analyze
     from depthscope.diagnostics.analysis.training_curves import training_curves
+    from depthscope.diagnostics.errors import DepthscopeError
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.metrics.declaration import Metric, Range
     from depthscope.diagnostics.quantities.initial_logits import decay_factor, with_replay
+    from depthscope.diagnostics.schema import (
+        SCHEMA_VERSION,
+        SchemaError,
+        chain_dataset,
+        chains,
+        create_run,
+        integrity,
+        list_runs,
+        open_run,
+        save_run,
+        validate,
+    )
     from depthscope.diagnostics.verdicts import judge
     from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
@@ -46,7 +44,14 @@ _HOMES = {
     "decay_factor": "quantities.initial_logits",
     "with_replay": "quantities.initial_logits",
     "judge": "verdicts",
-}
+    "DepthscopeError": "errors",
+} | dict.fromkeys(
+    (
+        *("SCHEMA_VERSION", "SchemaError", "chain_dataset", "chains", "create_run", "integrity", "list_runs"),
+        *("open_run", "save_run", "validate"),
+    ),
+    "schema",
+)
 
 __all__ = [
     "CATALOGUE",

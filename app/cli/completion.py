@@ -33,18 +33,23 @@ class PrintCompletion(argparse.Action):
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """A script that completes the program's command line.
 
-    ``parser``: of the program, with its commands. It can only be printed afterwards: labels become choices of its
-    arguments.
+    ``parser``: of the program, with its commands.
     """
     import shtab
 
-    for each in _parsers(parser):
-        for action in each._actions:
+    actions = [action for each in _parsers(parser) for action in each._actions]
+    before = [action.choices for action in actions]
+    try:
+        for action in actions:
             if isinstance(action, PrintCompletion):
                 action.choices = SHELLS
             else:
                 _tell_completion(action)
-    return shtab.complete(parser, shell=shell)
+        return shtab.complete(parser, shell=shell)
+    finally:
+        # The parser goes on reading lines, and would compare a list of names with the choices as if it were one of them.
+        for action, choices in zip(actions, before, strict=True):
+            action.choices = choices
 
 
 def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

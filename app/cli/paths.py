@@ -149,8 +149,7 @@ class OutputFile(Checked):
 
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse a name that cannot be written or is taken; see `Checked.check`."""
-        # Nothing but an ending would be a hidden file.
-        if not value.endswith(tuple(self.endings())) or Path(value).name in self.endings():
+        if not value.endswith(tuple(self.endings())):
             expected = self.example and f"such as {self.example}"
             expected = expected or f"a name that ends in {', '.join(self.endings())}"
             raise InputError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")

@@ -31,6 +31,8 @@ def explanation(name: str, *, width: int = 100) -> str:
     metric = CATALOGUE.get((VERDICTS[name].metric if name in VERDICTS else name).removesuffix("_null"))
     if metric is not None:
         parts.append(_of_metric(metric))
+    else:  # such as the loss, which the training gives
+        parts.append(f"Source: {source_words(VERDICTS[name].limits.source)}")
     # Equations are indented, and stay on their line however long they are.
     lines = "\n\n".join(parts).splitlines()
     return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in lines)

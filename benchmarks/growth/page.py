@@ -109,7 +109,7 @@ def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
     canvas = Figure(figsize=(inches, 0.8 * inches), layout="constrained")
     axes = canvas.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="seconds")
     values = [point["value"] for point in points]
-    for group, colour, marker in zip(points[0]["operations"], RUN_COLOURS, MARKERS, strict=False):
+    for group, colour, marker in zip(points[0]["operations"], RUN_COLOURS, MARKERS.values(), strict=False):
         taken = [point["seconds"][group] for point in points]
         # The expected slope, moved to the last measured point.
         counted = np.array([point["operations"][group] for point in points])

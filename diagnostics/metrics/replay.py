@@ -72,7 +72,7 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray
 ) -> xr.DataArray:
-    """What initialisation and weight decay alone leave of the differences between streams, as `deflated_gain`."""
+    """What initialisation and weight decay alone leave of the differences between streams, as the deflated gain."""
     left = gain_of(kernel.deflated_gain(replayed_matrices))
     # The decay goes with it: the verdict `decayed_mixing` names it.
     return mixing.labelled(left, ("connection",)).assign_attrs(decay=initial_logits.attrs["decay"])

@@ -31,8 +31,7 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
     """The loss has risen again, far above the lowest that it had.
 
     Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
-    gradient, and look at what grew first: states, gradients, logits. It means nothing for a loss that no training lowers,
-    such as that of an adversary.
+    gradient; see what grew first. Without meaning for a loss that no training lowers, as an adversary's.
     """
     yield Profile(
         loss_rise,

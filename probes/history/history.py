@@ -139,6 +139,7 @@ def probe_checkpoints(
     given = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else checkpoints
     ordered, left_out = in_order(expanded([os.fspath(each) for each in given]))
     _require_place(place, force=force)
+    attrs = storable_attributes(attrs)
     folder = parts_folder(place)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -147,7 +148,7 @@ def probe_checkpoints(
         **{name: value if value is None else str(value) for name, value in options.items()},
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
-    prober = _Prober(text, settings, {"gradients": gradients, **options}, device, storable_attributes(attrs))
+    prober = _Prober(text, settings, {"gradients": gradients, **options}, device, attrs)
     done: dict[int, xr.DataTree] = {}
     for number, (step, path) in enumerate(ordered):
         if progress is not None:

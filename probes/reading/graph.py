@@ -386,6 +386,8 @@ class Graph:
     @staticmethod
     def is_kept(value: TracedValue) -> bool:
         """Whether the tensor of a value is there, or can be made again."""
+        while value.remade and value.alias and value.held is None:
+            value = value.parents[0]
         return value.remade or value.held is not None
 
     def tensor(self, value: TracedValue) -> torch.Tensor:

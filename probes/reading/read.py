@@ -96,6 +96,8 @@ class Rereading:
 
         Raises ReadingError: Where these are not found again.
         """
+        if graph.error is not None:
+            raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if not self.graph.takes_over(graph):
             roots = [self.graph.place(reader.memory.root) for reader in self._readers]
             other = Rereading(graph)
@@ -144,8 +146,8 @@ class _Reader:
         self.states = States(self.memory, self.branches)
         if found.inner:
             outer = without_inner(self.memory, found.inner)
-            if not branches_of(outer):  # the way between the blocks leads through what is inside of them
-                return self._between_blocks(found.cuts)
+            if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
+                return self._between_blocks(found.cuts)  # whose way leads through what is inside of the blocks
             again = _Reader(outer, self.others)
             number_blocks([again.names])
             return again.reading()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
+    MATRICES,
     MOST_STREAMS,
     MOVES,
     PRODUCTS,
@@ -77,7 +78,8 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if value.name in SAME or value.name in MOVES:
             return operands[0], False
-        if value.name in PRODUCTS or value.name in REDUCES:
+        mixes = value.name in MATRICES and not any(p.of_parameter for p in value.parents)
+        if value.name in PRODUCTS or value.name in REDUCES or mixes:
             return max(operands, key=lambda p: (self._merges[p.number], p.numel)), False
         added = [p for p in addends(value) if p in operands]
         if len(added) < 2:

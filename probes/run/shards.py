@@ -50,7 +50,8 @@ SUMMED = frozenset(
 )
 """Statistics that add up over tokens; the cosines of pairs get those between two parts besides."""
 
-LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
+# The loss of a capture has no course: its rise is NaN in every part.
+LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite", "loss_rise"))
 OF_WEIGHTS_ALONE = frozenset(("connection_parameter", "cell_parameter"))
 """Statistics that do not depend on the data, and are equal in all parts."""
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
@@ -183,7 +184,7 @@ class StructureFinder:
         end, root = self._end(before), self.graph.values[after.root]
         if root.number <= end.number or not self.graph.depends(root, end) or before.shape == after.shape:
             return False
-        return bool(self._kinds(before) & self._kinds(after))
+        return before.name == after.name or bool(self._kinds(before) & self._kinds(after))
 
     def _kinds(self, memory: MemoryReading) -> set[str]:
         """The classes of the blocks of a memory."""
@@ -234,15 +235,44 @@ class StructureFinder:
         found = []
         for layout, group in groupby(parts, key=lambda part: part.layout):
             chains = list(group)
-            chain, offset = chains[0].chain, 0
-            for before, part in pairwise(chains):
-                offset += len(before.chain.points)
-                chain = _joined(chain, part.chain, offset)
+            chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
+            for part in chains[1:]:
+                chain = _joined(chain, part.chain, len(chain.points))
             memories = tuple(part.memory for part in chains)
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(Found(chain, memories, layout))
         return found
+
+    def _with_opening(self, part: ReadChain) -> Chain:
+        """The chain with what its first block takes, where that block makes the first state in another shape."""
+        root, chain = self.graph.values[part.memory.root], part.chain
+        path, begin = chain.points[0].module, chain.points[0]
+        container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
+        calls = [call for call in self.graph.calls if call.path == path]
+        if len(calls) != 1 or path in chain.blocks or path.rpartition(".")[0] != container or not path[-1:].isdigit():
+            return chain
+        (first,) = calls
+        taken = self.graph.shown_at(first.path, first.number, "input", 0)
+        if taken is None or taken.shape == root.shape or not self.graph.depends_on_input(taken):
+            return chain
+        try:
+            layout = shape_layout(taken, self.sequences)
+        except LayoutError:
+            return chain
+        if layout != part.layout:
+            return chain
+        opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
+        if begin.site == "embed":
+            begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
+        moved = tuple(replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections)
+        return replace(
+            chain,
+            points=(opening, begin, *chain.points[1:]),
+            connections=moved,
+            shapes=(taken.shape, *chain.shapes),
+            blocks=(first.path, *chain.blocks),
+        )
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
@@ -261,6 +291,13 @@ class StructureFinder:
         root = self.graph.values[memory.root]
         if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
             self._refuse_mixed(root, memory)
+        named = self.options.layout or ""
+        splits = "N" in named and memory.num_streams == 1  # streams that the user asserts
+        if named and "N" not in named and memory.num_streams > 1:
+            raise LayoutError(
+                f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
+                "they are mixed and written; leave layout= out"
+            )
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -275,11 +312,11 @@ class StructureFinder:
                 numbers is None and value.shape == root.shape
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
-            if self.options.layout is not None:
-                return self.options.layout
-            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
+            return named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        if named and not part.layout:
+            part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -320,6 +357,10 @@ class StructureFinder:
             weights = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+        views = {(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)}
+        if len(views) > 1:
+            why = f"unproven: the branches read and write {sorted(views)} of the streams at once; expected the same numbers"
+            return Found(replace(chain, connections=(), proof=why), (memory,), layout)
         self._read = read
         if memory.over_depth:
             chain = replace(chain, family=depth_family([of for of, _ in weights]))

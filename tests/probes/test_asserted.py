@@ -84,11 +84,11 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
 def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for ending in (".nc", ".zarr", ".zarr.zip"):
-        with pytest.raises(ds.SchemaError, match="a run has a name that ends in"):
+        with pytest.raises(ds.SchemaError, match="is an ending without a name"):
             ds.record(Plain(), store=ending)
         # Before a checkpoint is looked for.
         assert main(["probe", "none", "--out", ending]) == USAGE
-        assert f"--out '{ending}' is no run" in capsys.readouterr().err
+        assert f"--out '{ending}' is an ending without a name" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -139,6 +139,16 @@ def one_step(module: str, rate: float | None) -> xr.DataTree:
     return recorder.run
 
 
+def with_losses(*losses: float) -> xr.DataTree:
+    """A recording of forwards with these losses."""
+    model = pre_norm()
+    with probes.record(model, gradients=False) as recorder:
+        for loss in losses:
+            model(tokens())
+            recorder.step(torch.tensor(loss))
+    return recorder.run
+
+
 # --- streams with one failure ---
 
 
@@ -214,6 +224,10 @@ CASES: dict[str, Case] = {
         says="All layers hold one representation", batch=tokens(4, 32),
     ),
     "nothing_measured": Case(without_a_real_token, FAIL, says="the mask leaves no token"),
+    "loss_not_finite": Case(lambda: with_losses(2.0, math.nan), FAIL, says="losses that are not finite is 1"),
+    "diverged_loss": Case(
+        lambda: with_losses(3.0, 2.0, 2.0, 2.0, 8.0, 8.0, 8.0), FAIL, says="over the loss at the start, is 3"
+    ),
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
     ),

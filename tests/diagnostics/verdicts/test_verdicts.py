@@ -109,8 +109,10 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "unmoved_mixing",
         "decayed_mixing",
         "nothing_measured",
+        "loss_not_finite",
+        "diverged_loss",
         *WIRING,
-    }  # a replay, remarks, no token
+    }  # a replay, remarks, no token, losses
     assert (
         set(VERDICTS) - set(found)
         <= {"ambiguous_orientation", "passing_streams", "few_tokens_for_cka", "saturated_logits"}

@@ -429,7 +429,7 @@ def test_streams_without_a_known_connection_cannot_be_frozen(points):
     model = stack()
     with pytest.raises(StreamConnectionError, match="take routing='full'"):
         jacobian(
-            model, points.reshape(2, 1, 5), layout="B N D", layers="blocks.{i}", streams=2, routing="frozen"
+            model, points.reshape(1, 2, 5), layout="B N D", layers="blocks.{i}", streams=2, routing="frozen"
         )
 
 

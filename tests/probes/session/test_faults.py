@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthscope import probes
-from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.jacobian import jacobian
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.statistics.token_sums import TokenSums
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
 from tests.probes.session.hooks_left import alive, hooks_on_model
@@ -545,19 +545,19 @@ def test_the_users_own_signal_handler_may_raise_while_a_hook_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hc", "mhc"])
-def test_an_error_while_tensors_are_watched_stays_inside(name, monkeypatch):
+def test_an_error_while_operations_are_recorded_stays_inside(name, monkeypatch):
     model, twin = build(name), build(name)
     torch.manual_seed(1)
     expected = [twin(IDS) for _ in range(2)]
     torch.manual_seed(1)
 
-    def broken(self, args, result):
+    def broken(self, *operation):
         raise MemoryError("no memory for a probe")
 
     with probes.record(model) as recorder:
         assert torch.equal(model(IDS), expected[0])
         recorder.step()
-        monkeypatch.setattr(Watch, "_look_at", broken)
+        monkeypatch.setattr(GraphRecorder, "note", broken)
         assert torch.equal(model(IDS), expected[1])
         with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: no memory"):
             recorder.step()
