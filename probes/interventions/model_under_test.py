@@ -20,7 +20,6 @@ from depthscope.probes.interventions.state_operations import (
     Birthplace,
     Depth,
     StateOperations,
-    following,
 )
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.preserved_state import preserved_state
@@ -105,8 +104,8 @@ class ModelUnderTest:
         )
         self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
-        operations = StateOperations()
-        found = self._run(following(model, operations), lambda: self._locate(operations))
+        operations = StateOperations(model)
+        found = self._run(operations.on(), lambda: self._locate(operations))
         self.base = self.forward({})
         if not repeats(found.output, self.base.output):
             raise InterventionError(
@@ -227,7 +226,7 @@ class ModelUnderTest:
         states: dict[int, torch.Tensor] = {}
 
         def change(at: Depth, native: torch.Tensor) -> torch.Tensor:
-            state = self.canonical(native)
+            state = self.canonical(native, at[1])
             edit = edits.get(at[1])
             changed = state if edit is None else edit(state, states)
             if changed is state:
@@ -239,13 +238,13 @@ class ModelUnderTest:
                     "token, stream, feature); expected the same shape"
                 )
             states[at[1]] = changed.to(state.dtype).clone()
-            return self.native(states[at[1]], native)
+            return self.native(states[at[1]], native, at[1])
 
         places = {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-        operations = StateOperations(places, change)
-        passed = self._run(following(self.model, operations), lambda: self._check(states, edited=bool(edits)))
+        operations = StateOperations(self.model, places, change)
+        passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits)))
         for depth in edits:
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[self.number, depth] != 1:
@@ -324,7 +323,7 @@ class ModelUnderTest:
         def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
             if number != self.number or depth == FINAL:
                 return
-            state = self.canonical(tensor)
+            state = self.canonical(tensor, depth)
             if depth not in states:
                 states[depth] = (
                     state.clone()
@@ -369,14 +368,14 @@ class ModelUnderTest:
 
     # --- layouts
 
-    def canonical(self, native: torch.Tensor) -> torch.Tensor:
+    def canonical(self, native: torch.Tensor, depth: int) -> torch.Tensor:
         """A state as (B, T, N, D); a view where the layout allows it."""
-        return self.structure.canonical(self.number, native.detach(), self._batch_size)
+        return self.structure.canonical(self.number, native.detach(), self._batch_size, depth)
 
-    def native(self, state: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def native(self, state: torch.Tensor, like: torch.Tensor, depth: int) -> torch.Tensor:
         """A state (B, T, N, D) in the model's own layout."""
         # Numbered entries are rearranged as the state is: its layout is known in one place only.
-        numbers = self.canonical(torch.arange(like.numel(), device=like.device).reshape(like.shape))
+        numbers = self.canonical(torch.arange(like.numel(), device=like.device).reshape(like.shape), depth)
         values = torch.empty_like(state.reshape(-1))
         values[numbers.reshape(-1)] = state.reshape(-1)
         return values.reshape(like.shape)

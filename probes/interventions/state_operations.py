@@ -1,7 +1,7 @@
 """Which operation makes a state, and how is the state changed there? In the state's own memory, when it has just been written.
 
 A state may be used by code that no hook sees: the skip around a block, a mixing in a loop. So it is changed where it is made:
-at the last operation that writes into its memory before a module or the trace of the forward shows it. Every later reader then
+at the last operation that writes into its memory before it is shown. Every later reader then
 finds the changed values. Operations are counted within the module call that makes them, by name and shape: the experts that
 ran in another module do not move the count.
 """
@@ -9,18 +9,18 @@ ran in another module do not move the count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.recorder import GraphRecorder
+from depthscope.probes.reading.recording import recording
 
 Depth: TypeAlias = tuple[int, int]  # the number of a chain, and a depth of it
 
@@ -31,16 +31,16 @@ class Operation(NamedTuple):
     path: str  # of the module that runs it
     call: int  # of that module, in this forward
     name: str
-    shape: tuple[int, ...]  # of what it writes first
+    shape: tuple[int, ...]  # of what it makes
+    result: int  # which of its results
     turn: int  # among such operations of this call
 
 
 @dataclass(frozen=True)
 class Birthplace:
-    """Where a state is made: the operation, which of its results, and the place of the state in that memory."""
+    """Where a state is made: the operation, and the place of the state in its memory."""
 
     operation: Operation
-    result: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -59,11 +59,13 @@ class Birthplace:
 Change: TypeAlias = Callable[[Depth, torch.Tensor], torch.Tensor]
 
 
-class StateOperations(TorchDispatchMode):
-    """Follows which operation wrote which memory, and changes states where they are made; on while a forward runs.
+class StateOperations:
+    """Follows which operation wrote which memory, and changes states where they are made, in forwards made inside of `on`.
 
     Parameters
     ----------
+    model : Module
+        The model.
     places : mapping of Depth to Birthplace, optional
         The states that are met; none where they are only looked for.
     change : callable, optional
@@ -71,81 +73,58 @@ class StateOperations(TorchDispatchMode):
     """
 
     def __init__(
-        self, places: Mapping[Depth, Birthplace] | None = None, change: Change | None = None
+        self,
+        model: nn.Module,
+        places: Mapping[Depth, Birthplace] | None = None,
+        change: Change | None = None,
     ) -> None:
-        super().__init__()
         self.met: Counter[Depth] = Counter()
-        self.error: Exception | None = None
         self._change = change
         self._at: dict[Operation, list[tuple[Depth, Birthplace]]] = {}
         for depth, place in (places or {}).items():
             self._at.setdefault(place.operation, []).append((depth, place))
-        self._frames: list[tuple[str, int]] = [("", -1)]
-        self._calls: Counter[str] = Counter()
+        self._recorder = GraphRecorder(model, (), holds=False)
+        self._recorder.on_value = self._made
         self._turns: Counter[tuple[Any, ...]] = Counter()
-        # By the address of the memory: memory that is given out again is written again before anybody reads it.
-        self._writers: dict[int, tuple[Operation, int]] = {}
+        self._operations: dict[int, Operation] = {}  # by the number of what they made
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `dataflow.trace.Trace`
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Follow the operations of the forward made inside; nothing is left on the model afterwards."""
+        with recording(self._recorder):
+            yield
+        if self._recorder.graph.error is not None:
+            raise self._recorder.graph.error
 
-    # --- the running module
-
-    def attach(self, model: nn.Module) -> Attachment:
-        """Follow which module runs, by hooks that leave with the attachment."""
-        attachment = Attachment(self._report)
-        paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            path = paths[id(module)]
-            self._frames.append((path, self._calls[path]))
-            self._calls[path] += 1
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if len(self._frames) > 1:
-                self._frames.pop()
-
-        for module in model.modules():
-            attachment.before(module, enter, first=True, computes=False)
-            attachment.after(module, leave, always=True, computes=False)
-        return attachment
-
-    def _report(self, error: Exception) -> None:
-        self.error = self.error or error
-
-    # --- operations
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; note what it wrote, and change the states that it made."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        written = written_by(func, args, kwargs, result)
-        if written:
-            self._note(str(func), written)
-        return result
-
-    def _note(self, name: str, written: Sequence[torch.Tensor]) -> None:
-        path, call = self._frames[-1]
-        shape = tuple(written[0].shape)
-        turn = self._turns[path, call, name, shape]
-        self._turns[path, call, name, shape] += 1
-        operation = Operation(path, call, name, shape, turn)
-        for number, tensor in enumerate(written):
-            self._writers[_address(tensor)] = operation, number
+    def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
+        if _is_view(value):
+            return
+        call = self._recorder.graph.call(value)
+        kind = call.path, call.number, value.name, value.shape, value.item
+        operation = self._operations[value.number] = Operation(*kind, self._turns[kind])
+        self._turns[kind] += 1
         for depth, place in self._at.get(operation, ()):
             self.met[depth] += 1
             if self._change is not None:
-                _write(place, written[place.result], self._change, depth)
+                _write(place, tensor, self._change, depth)
 
     def birthplace(self, state: torch.Tensor) -> Birthplace | None:
         """Where a state that is shown now was made; None where no operation of the forward made it."""
-        writer = self._writers.get(_address(state)) if _has_memory(state) else None
-        if writer is None:
+        value = self._recorder.known(state)
+        while _is_view(value) or value.name == "patch":
+            # Of memory that was written in part, the last write.
+            value = value.args[1] if value.name == "patch" else value.parents[0]
+        operation = self._operations.get(value.number)
+        if operation is None:
             return None
         return Birthplace(
-            *writer, tuple(state.shape), tuple(state.stride()), int(state.storage_offset()), state.dtype
+            operation, tuple(state.shape), tuple(state.stride()), int(state.storage_offset()), state.dtype
         )
+
+
+def _is_view(value: TracedValue) -> bool:
+    """Whether a value lies in the memory of what it was made of."""
+    return value.alias or value.name == "_unsafe_view"
 
 
 def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Depth) -> None:
@@ -163,38 +142,3 @@ def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Dept
             )
         state, changed = state[first], changed[first]
     state.copy_(changed)
-
-
-def written_by(func: Any, args: Any, kwargs: Any, result: Any) -> list[torch.Tensor]:
-    """The tensors whose memory an operation wrote: those that it changes in place, or made anew."""
-    schema = func._schema
-    if schema.is_mutable:
-        named = [
-            kwargs.get(argument.name) if number >= len(args) else args[number]
-            for number, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        return [tensor for tensor in tensors_in(named) if _has_memory(tensor)]
-    taken = {_address(tensor) for tensor in tensors_in((args, kwargs)) if _has_memory(tensor)}
-    return [tensor for tensor in tensors_in(result) if _has_memory(tensor) and _address(tensor) not in taken]
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-@contextmanager
-def following(model: nn.Module, operations: StateOperations) -> Iterator[None]:
-    """Follow the operations of the forwards made inside; nothing is left on the model afterwards."""
-    attachment = operations.attach(model)
-    try:
-        with operations:
-            yield
-        if operations.error is not None:
-            raise operations.error
-    finally:
-        attachment.remove()

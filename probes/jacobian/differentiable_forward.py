@@ -17,7 +17,7 @@ from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import floats_in, version
-from depthscope.probes.reading.graph import TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.forced_eager import eager
@@ -67,13 +67,15 @@ def explained() -> Iterator[None]:
 
 def differentiable_states(
     model: nn.Module, batch: Any, chain: Chain, start: int, stop: int, frozen: FrozenRouting | None = None
-) -> dict[int, torch.Tensor]:
+) -> tuple[dict[int, torch.Tensor], Sequence[TracedValue]]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
     ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
     ``frozen``: records the forward, and then holds the coefficients of its connections constant.
     Returns: In the model's layout, with the graph between them.
+    Returns: The views that make the state at start of the tensor that is given for it; none where that is the state itself.
     """
+    views: Sequence[TracedValue] = ()
     states: dict[int, torch.Tensor] = {}
     versions: dict[int, int | None] = {}
 
@@ -94,7 +96,7 @@ def differentiable_states(
 
     with (
         preserved_state(model),
-        _constant_weights(model),
+        constant_weights(model),
         eager(),
         # The fused kernels have no second derivative, which products with J need.
         sdpa_kernel(SDPBackend.MATH),
@@ -105,18 +107,27 @@ def differentiable_states(
         own_call(states),  # no recorder that is on may count it
     ):
         depths = range(start, stop + 1)
-        _hook_states(stack, model, chain, depths, meet)
         recorder = GraphRecorder(model, (), holds=False) if frozen is None else frozen.recorder
-        _Operations(recorder, chain, depths, seen)
-        recorded = frozen is not None or any(chain.points[depth].at == OPERATION for depth in depths)
+        places = _operations(chain, depths)
+        begin = next((place for place, depth in places.items() if depth == start), None)
+        if begin is not None:  # torch refuses to begin a graph with a view
+            before = GraphRecorder(model, (), holds=False)
+            with preserved_state(model), torch.no_grad(), recording(before):
+                call_model(model, _aliased(batch))
+            made, *views = _views_of_memory(before.graph, begin, start)
+            del places[begin]
+            places[before.graph.place(made)] = start
+        _Operations(recorder, places, start, seen)
+        _hook_states(stack, model, chain, depths, meet)
+        recorded = frozen is not None or bool(places)
         with recording(recorder) if recorded else nullcontext():
             output = call_model(model, _aliased(batch))
         recorder.end(output if recorded else None)
     _require_linked(chain, states, versions, start, stop)
     _require_no_recomputation(model, states[start], states[stop])
     if frozen is not None:
-        frozen.freeze()
-    return states
+        frozen.freeze(sorted(states))
+    return states, views
 
 
 def _require_linked(
@@ -131,7 +142,11 @@ def _require_linked(
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
         # torch counts the writes into a tensor: one after it passed changed the value that the graph was recorded with.
-        if version(states[depth]) != versions[depth]:
+        rewritten = version(states[depth]) != versions[depth]
+        if rewritten and place.at == OPERATION and start < depth < stop:
+            del states[depth]  # it was not copied as it passed, and is between the two that are asked for
+            continue
+        if rewritten:
             raise JacobianError(
                 f"the state at depth {depth} ({place.at} of {place.path!r}) was rewritten in place outside its block; "
                 "choose other depths"
@@ -163,18 +178,15 @@ def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: to
 
 
 class _Operations:
-    """The states that operations alone show, of a forward that is recorded."""
+    """The states that operations alone show, of a forward that is recorded.
 
-    def __init__(self, recorder: GraphRecorder, chain: Chain, depths: range, seen: Meet):
-        points = ((depth, chain.points[depth]) for depth in depths)
-        self._places = {
-            ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
-            for depth, p in points
-            if p.at == OPERATION
-        }
-        self._recorder, self._start, self._seen = recorder, depths[0], seen
+    ``start``: the depth of the state at which the graph begins.
+    """
+
+    def __init__(self, recorder: GraphRecorder, places: Mapping[ValuePlace, int], start: int, seen: Meet):
+        self._recorder, self._places, self._start, self._seen = recorder, places, start, seen
         self._also = recorder.on_taken
-        if self._places:
+        if places:
             recorder.on_value, recorder.on_taken = self._made, self._taken
 
     def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -187,6 +199,28 @@ class _Operations:
         depth = self._places.get(self._recorder.graph.place(value))
         if depth is not None:
             self._seen(depth, tensor)
+
+
+def _operations(chain: Chain, depths: range) -> dict[ValuePlace, int]:
+    points = ((depth, chain.points[depth]) for depth in depths)
+    return {
+        ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
+        for depth, p in points
+        if p.at == OPERATION
+    }
+
+
+def _views_of_memory(graph: Graph, place: ValuePlace, depth: int) -> list[TracedValue]:
+    """What made the memory of the state at a place, and the views that make the state of it."""
+    value = graph.at(place)
+    chain = [] if value is None else [value]
+    while chain and chain[0].alias:
+        chain.insert(0, chain[0].parents[0])
+    if not chain or chain[0].func is None or chain[0].numel != chain[-1].numel:
+        raise JacobianError(
+            f"the state at depth {depth} is a part of what {place.module or 'the model'} makes; choose another depth"
+        )
+    return chain
 
 
 def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: range, meet: Meet) -> None:
@@ -230,7 +264,7 @@ def _met(shown: Shown, turn: int, tensors: Sequence[torch.Tensor], meet: Meet) -
 
 
 @contextmanager
-def _constant_weights(model: nn.Module) -> Iterator[None]:
+def constant_weights(model: nn.Module) -> Iterator[None]:
     """No graph through the weights: it needs less memory, and no gradient can reach them."""
     # torch refuses to change the flag of a tensor that is no leaf.
     weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]

@@ -8,7 +8,9 @@ whatever multiplies the streams, or what a branch gives, in the operations of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,8 +85,8 @@ class FrozenRouting:
         self._values[depth] = self.recorder.known(state)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Hold the coefficients constant in the graph of the forward that has ended.
+    def freeze(self, depths: Sequence[int]) -> None:
+        """Hold the coefficients between some states constant in the graph of the forward that has ended.
 
         Raises StreamConnectionError: Where they cannot be read.
         """
@@ -92,10 +94,10 @@ class FrozenRouting:
         try:
             if graph.error is not None:
                 raise ReadingError(str(graph.error))
-            memory = memory_of(graph, list(self._values.values()))
+            memory = memory_of(graph, [self._values[depth] for depth in depths])
             self._linear = Linear(States(memory, branches_of(memory)))
             found = coefficients(memory)
-            self.connections = [self._connection(memory, depth) for depth in sorted(self._values)[:-1]]
+            self.connections = [self._connection(memory, *pair) for pair in pairwise(depths)]
         except ReadingError as error:
             raise StreamConnectionError(
                 f"routing='frozen': the coefficients of the connections could not be read: {error}; {INSTEAD}"
@@ -110,8 +112,8 @@ class FrozenRouting:
         tensor, written = self._taken.get(value.number, (None, None))
         return None if tensor is None or version(tensor) != written else tensor
 
-    def _connection(self, memory: Memory, depth: int) -> FrozenConnection:
-        before, after = self._values[depth], self._values[depth + 1]
+    def _connection(self, memory: Memory, depth_in: int, depth_out: int) -> FrozenConnection:
+        before, after = self._values[depth_in], self._values[depth_out]
         parts = self._linear.joined_by([before], [after], branches_of(memory))
         reads = [(value, weights) for branch in parts.branches for value, weights in branch.reads]
         known = [(t, v, weights) for v, weights in reads if (t := self._tensor(v)) is not None]
@@ -119,7 +121,7 @@ class FrozenRouting:
         ends = [after, *(value for value, _ in reads)]
         carried = {number for end in ends for number in memory.back([end]) - {end.number}}
         apart = len(known) == len(reads) and not any(value.number in carried for value, _ in reads)
-        return FrozenConnection(depth, depth + 1, parts, known if apart else [])
+        return FrozenConnection(depth_in, depth_out, parts, known if apart else [])
 
     def array(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the order of the state at a depth, as (tokens, streams, features)."""

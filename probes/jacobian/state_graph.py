@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.jacobian.derivative_check import require_frozen
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
+from depthscope.probes.jacobian.differentiable_forward import (
+    OPERATION,
+    JacobianError,
+    constant_weights,
+    differentiable_states,
+    explained,
+)
 from depthscope.probes.jacobian.frozen_routing import FrozenRouting
-from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.model_structure import Structure
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
+
+SAME_STATE = 1e-2  # relative, of two forwards by other kernels; another state differs by more. Heuristic
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,11 @@ class StateGraph:
     start: int
     stop: int
     states: dict[int, torch.Tensor]
+    views: Sequence[TracedValue]  # that make the state at start of its tensor
     mask: torch.Tensor | None
-    layout: str
+    structure: Structure
+    number: int  # of the chain
     batch_size: int
-    num_streams: int
-    fractions: int
     selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
@@ -92,6 +104,11 @@ class StateGraph:
         JacobianError
             Where the tokens of the two depths differ but must not, or none is left.
         """
+        missing = [depth for depth in (start, stop) if depth not in self.states]
+        if missing:
+            raise JacobianError(
+                f"the state at depth {missing[0]} is rewritten in place and shown by no module; choose other depths"
+            )
         source, target = self._positions(start), self._positions(stop)
         # all tokens of both depths may be taken whatever their number; anything else pairs them
         tied = self.selection.tokens == "own" or self.mask is not None or self.selection.positions is not None
@@ -107,13 +124,8 @@ class StateGraph:
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
-        return canonical(
-            numbers,
-            self.layout,
-            batch_size=self.batch_size,
-            num_streams=self.num_streams,
-            fractions=self.fractions,
-        )
+        numbers = viewed(numbers, self.views if depth == self.start else ())
+        return self.structure.canonical(self.number, numbers, self.batch_size, depth)
 
     def _selected(self, positions: torch.Tensor) -> Entries:
         """Entries of the tokens that the mask and ``positions=`` leave."""
@@ -164,7 +176,12 @@ def state_graph(
     weighs = session.structure.num_streams > 1 or session.structure.connections
     frozen = selection.routing == "frozen" and number == 0 and weighs
     routing = FrozenRouting(session, batch) if frozen else None
-    states = differentiable_states(model, batch, session.structure.chains[number], first, last, routing)
+    states, views = differentiable_states(
+        model, batch, session.structure.chains[number], first, last, routing
+    )
+    for depth, state in states.items():
+        shown = viewed(state, views if depth == first else ())
+        _require_same(session.structure, forward, number, depth, shown)
     if routing is not None:
         with explained():  # the check runs backwards of its own
             require_frozen(routing, states)
@@ -172,13 +189,44 @@ def state_graph(
         start=first,
         stop=last,
         states=states,
+        views=views,
         mask=forward.masks.get(number),
-        layout=session.structure.layouts[number],
+        structure=session.structure,
+        number=number,
         batch_size=forward.batch_size,
-        num_streams=session.structure.num_streams,
-        fractions=session.structure.fractions,
         selection=selection,
     )
+
+
+def _always(tensor: torch.Tensor, value: TracedValue) -> torch.Tensor:
+    return tensor
+
+
+def viewed(tensor: torch.Tensor, views: Sequence[TracedValue]) -> torch.Tensor:
+    """Some recorded views, one after another, of a tensor."""
+    for view in views:
+        tensor = Graph.run(view, partial(_always, tensor))
+    return tensor
+
+
+def _require_same(
+    structure: Structure, forward: Forward, number: int, depth: int, state: torch.Tensor
+) -> None:
+    """Require that a state that an operation alone shows is the one that was measured: torch may run others for a graph."""
+    point = structure.chains[number].points[depth]
+    if point.at != OPERATION or not len(forward.rows):
+        return
+    measured = forward.states[number, depth]
+    try:
+        found = structure.canonical(number, state.detach(), forward.batch_size, depth)[forward.rows]
+    except LayoutError:
+        found = None
+    same = found is not None and found.shape == measured.shape
+    if not same or relative_error(found - measured.to(found.device), measured) > SAME_STATE:
+        raise JacobianError(
+            f"the state at depth {depth} is made by another operation of {point.path!r} where "
+            "a graph is recorded, and no module shows it; choose depths that a module shows"
+        )
 
 
 def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
@@ -205,7 +253,8 @@ def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Se
     session = Session(model, selection.options, only_own=True)
     session.attach()
     try:
-        with preserved_state(model), eager(), torch.no_grad():
+        # Weights that are constants here too: torch runs other operations where they are none.
+        with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
             call_observed(session, batch)
         session.raise_first_error()
         assert session.last is not None

@@ -87,7 +87,7 @@ def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
 
     def head(state: torch.Tensor) -> torch.Tensor:
         # The graph, where there is one, goes through the rearrangement.
-        return by_token(recording.replay(steps, model.native(state, like)), model.structure.batch_axis)
+        return by_token(recording.replay(steps, model.native(state, like, last)), model.structure.batch_axis)
 
     require_head(head, model, pick)
     return head
@@ -118,7 +118,7 @@ def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
 
     def shown(depth: int, tensor: torch.Tensor) -> None:
         if depth == last:
-            seen[depth] = model.canonical(tensor).clone()
+            seen[depth] = model.canonical(tensor, depth).clone()
 
     output = model.observed(nullcontext(), shown, other)
     _compare(head, seen[last], model.values(output, pick), " of other sequences")

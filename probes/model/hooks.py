@@ -6,7 +6,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -170,20 +170,6 @@ def _new_key() -> int:
     key = RemovableHandle.next_id
     RemovableHandle.next_id += 1
     return key
-
-
-class Modes:
-    """Several contexts as one, the innermost last."""
-
-    def __init__(self, *modes: AbstractContextManager[Any]):
-        self._modes, self._stack = modes, ExitStack()
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            self._stack.enter_context(mode)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
 
 @dataclass
@@ -362,15 +348,6 @@ def restore_entry(module: nn.Module, name: str, value: Any) -> None:
         del vars(module)[name]
     else:
         vars(module)[name] = value
-
-
-def replace_method(stack: ExitStack, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Replace a method of a module by a function until the stack closes; torch has hooks for the forward only.
-
-    ``stack``: restores the module's own entry when it closes.
-    """
-    stack.callback(restore_entry, module, name, vars(module).get(name))
-    vars(module)[name] = function
 
 
 def in_recomputation() -> bool:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from depthscope.probes.model.hooks import WatchedMethod, restore_entry
 from depthscope.probes.model.modules import all_modules, own_parameters
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -82,32 +79,3 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
         # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
         if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
     ]
-
-
-def unhooked_twin(module: nn.Module) -> nn.Module:
-    """A module that computes the same from the same parameters, without hooks, and keeps what its forward notes to itself.
-
-    ``module``: not changed, so that another thread may go on using it.
-    """
-    twins: dict[int, nn.Module] = {}
-
-    def twin_of(original: nn.Module) -> nn.Module:
-        if id(original) in twins:  # a module may have two parents
-            return twins[id(original)]
-        twin = twins[id(original)] = object.__new__(type(original))
-        # The entries and not the module's own setters: these would register, check, or refuse.
-        vars(twin).update(vars(original))
-        for name, value in vars(original).items():
-            if name in HOOK_TABLES:
-                vars(twin)[name] = OrderedDict()
-            elif isinstance(value, (WatchedMethod, MethodType)):
-                method = value.unwatched_entry() if isinstance(value, WatchedMethod) else value
-                if isinstance(method, MethodType) and method.__self__ is original:
-                    method = MethodType(method.__func__, twin)
-                restore_entry(twin, name, method)
-        children = {name: c if c is None else twin_of(c) for name, c in original._modules.items()}
-        buffers = {name: b if b is None else b.clone() for name, b in original._buffers.items()}
-        vars(twin).update(_modules=children, _buffers=buffers, _parameters=dict(original._parameters))
-        return twin
-
-    return twin_of(module)

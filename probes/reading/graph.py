@@ -180,6 +180,9 @@ def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
     return args
 
 
+OUTSIDE = ModuleCall("", -1, -1, "")  # of all modules
+
+
 @dataclass
 class Graph:
     """The values of one forward in the order in which they were made."""
@@ -335,9 +338,13 @@ class Graph:
                     waiting.append(parent)
         return False
 
+    def call(self, value: TracedValue) -> ModuleCall:
+        """The call in which a value was made; what is made before the model is called has one of its own."""
+        return self.calls[value.call] if value.call >= 0 else OUTSIDE
+
     def path(self, value: TracedValue) -> str:
         """The module in whose call a value was made."""
-        return self.calls[value.call].path
+        return self.call(value).path
 
     def stack(self, value: TracedValue) -> list[int]:
         """The numbers of the module calls around a value, the outermost first."""
@@ -349,7 +356,7 @@ class Graph:
 
     def place(self, value: TracedValue) -> ValuePlace:
         """Where a later forward makes a value again."""
-        call = self.calls[value.call]
+        call = self.call(value)
         return ValuePlace(call.path, call.number, value.name, value.order, value.item)
 
     def at(self, place: ValuePlace) -> TracedValue | None:

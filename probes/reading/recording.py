@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,9 @@ def recording(recorder: GraphRecorder) -> Iterator[None]:
     before = hooked.register_module_forward_pre_hook(enter)
     after = hooked.register_module_forward_hook(leave, always_call=True)
     try:
-        with recorder:
+        with recorder, warnings.catch_warnings():
+            # Of a model that torch.compile returned, whose own call is noted as well as that of the model inside.
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
             yield
     finally:
         before.remove()

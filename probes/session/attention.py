@@ -121,7 +121,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
         if place is None:
             continue
         number, depth, state = place
-        if seen.rows.shape[-1] != _num_tokens(structure, number, state, forward.batch_size):
+        if seen.rows.shape[-1] != _num_tokens(structure, number, depth, state, forward.batch_size):
             places.reasons[OTHER_TOKENS] += 1
             continue
         key = of_call[-1] = number, depth
@@ -203,10 +203,14 @@ def _place(
     return None
 
 
-def _num_tokens(structure: Structure, number: int, state: TracedValue, batch_size: int) -> int | None:
+def _num_tokens(
+    structure: Structure, number: int, depth: int, state: TracedValue, batch_size: int
+) -> int | None:
     """How many tokens a state has; None where its shape does not tell them."""
     try:
-        return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size).shape[1]
+        return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size, depth).shape[
+            1
+        ]
     except (
         LayoutError
     ):  # attention is looked at beside the states: where it cannot be placed, these are read all the same

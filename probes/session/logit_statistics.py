@@ -117,9 +117,8 @@ class LogitStatistics:
             return
         mix_BTnn = mix_BTnn.detach()
         place = self._places.get(number)
-        found: FoundLogits | str | None = None if place is None else place.found_again(seen)
-        if found is None:
-            found = self._find(mix_BTnn, seen, after)
+        again = None if place is None else place.found_again(seen)
+        found = again or self._find(mix_BTnn, seen, after)
         if isinstance(found, str):
             self.reasons[number] = found
             self._places.pop(number, None)
