@@ -208,6 +208,8 @@ class _Life:
             if not self._is_passive(way[-1], step, widen):
                 break
             way.append(step)
+        if widen:  # as soon as it is as wide: later steps may put the streams into another order
+            way = way[: next(n for n, v in enumerate(way) if v.numel == way[-1].numel) + 1]
         handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
