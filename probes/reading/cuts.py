@@ -13,7 +13,7 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS
+from depthscope.probes.reading.operations import JOINS, MOVES, SAME
 
 Cut = list[TracedValue]
 
@@ -208,15 +208,21 @@ class _Life:
             if not self._is_passive(way[-1], step, widen):
                 break
             way.append(step)
-        if widen:  # as soon as it is as wide: later steps may put the streams into another order
-            way = way[: next(n for n, v in enumerate(way) if v.numel == way[-1].numel) + 1]
         handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
         elif last:
             end = next((n for n, step in enumerate(way[1:], 1) if step.name not in (pattern or ())), len(way))
             way = way[:end]
+        else:  # without what only puts it into another order, as the next block does
+            while len(way) > 1 and self._only_moves(way[-2], way[-1]):
+                way.pop()
         return way[-1], [step.name for step in way[1:]]
+
+    @staticmethod
+    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
+        same = (step.numel, step.dtype) == (before.numel, before.dtype)
+        return same and (step.name in MOVES or step.name in SAME)
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory
