@@ -11,7 +11,6 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
@@ -237,7 +236,7 @@ class StructureFinder:
             chains = list(group)
             chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
             for part in chains[1:]:
-                chain = _joined(chain, part.chain, len(chain.points))
+                chain = _joined(chain, part.chain)
             memories = tuple(part.memory for part in chains)
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
@@ -357,10 +356,10 @@ class StructureFinder:
             weights = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
-        views = {(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)}
-        if len(views) > 1:
-            why = f"unproven: the branches read and write {sorted(views)} of the streams at once; expected the same numbers"
-            return Found(replace(chain, connections=(), proof=why), (memory,), layout)
+        read.leave_out_other_views(weights)
+        kept = [n for n in range(len(weights)) if n not in read.left_out]
+        weights = [weights[number] for number in kept]
+        chain = replace(chain, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
         if memory.over_depth:
             chain = replace(chain, family=depth_family([of for of, _ in weights]))
@@ -411,15 +410,23 @@ class StructureFinder:
         ]
 
 
-def _joined(chain: Chain, stage: Chain, offset: int) -> Chain:
-    """A chain with the states of its next stage."""
+def _joined(chain: Chain, stage: Chain) -> Chain:
+    """A chain with the states of its next stage, whose blocks are numbered after those before."""
+    offset, last = len(chain.points), max(point.layer for point in chain.points)
+    first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
+    shift = last + 1 - first if first <= last else 0
+    points = tuple(
+        replace(p, layer=first + shift, site="pre") if p.site == "embed" else replace(p, layer=p.layer + shift)
+        for p in stage.points
+    )
     moved = (
-        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset) for c in stage.connections
+        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset, layer=c.layer + shift)
+        for c in stage.connections
     )
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
     return replace(
         chain,
-        points=(*chain.points, *stage.points),
+        points=(*chain.points, *points),
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
         blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
         block_class="/".join(kinds),

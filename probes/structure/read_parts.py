@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,14 @@ class ReadStructure:
         self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
         self.mixes = any(connection.weighs for connection in self.first.connections)
+        # Connections that read or write other numbers of streams at once than most: their step is one between connections.
+        self.left_out: frozenset[int] = frozenset()
+
+    def leave_out_other_views(self, weights: Sequence[Weighed]) -> None:
+        """Leave connections out whose branches read or write other numbers of streams at once than those of most."""
+        views = [(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)]
+        usual = Counter(views).most_common(1)[0][0] if views else None
+        self.left_out = frozenset(number for number, of in enumerate(views) if of != usual)
 
     def keep(self) -> None:
         """Let go of the first forward."""
@@ -57,7 +66,8 @@ class ReadStructure:
         if memory.over_depth:
             return list(depth_weights(memory, order))
         joined = (connection for connection in memory.connections if connection.branches)
-        return [(stream_parts(connection, order, mixes=self.mixes), None) for connection in joined]
+        kept = (connection for number, connection in enumerate(joined) if number not in self.left_out)
+        return [(stream_parts(connection, order, mixes=self.mixes), None) for connection in kept]
 
 
 def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: bool) -> Parts:
