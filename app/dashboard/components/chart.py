@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ __all__ = [
     "build",
     "card",
     "clicked_cell",
-    "plotly_component",
+    "component",
     "show_drawing",
 ]
 
@@ -38,22 +38,27 @@ MOST_ROWS, MOST_COLUMNS = 1000, 100
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
-def plotly_component(name: str) -> Any:
-    """A component of the files ``NAME.css`` and ``NAME.js`` beside this one, which draws with plotly.js."""
+def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: str = "") -> Any:
+    """A component of the files ``NAME.css`` and ``NAME.js`` of this folder.
+
+    ``libraries``: further files of JavaScript that it uses.
+    ``styles``: style sheets in place of its own.
+    ``more_css``: rules that are no file of this folder.
+    """
     folder = Path(__file__).parent
 
-    def text(file: str) -> str:
-        return (folder / file).read_text(encoding="utf-8")
+    def text(*files: str) -> str:
+        return "\n".join((folder / file).read_text(encoding="utf-8") for file in files)
 
     return st.components.v2.component(
         f"depthscope_{name}",
-        css=text(f"{name}.css"),
-        js=text("plotly_page.js") + text(f"{name}.js"),
+        css=text(*(f"{each}.css" for each in styles or (name,))) + more_css,
+        js=text(*(f"{each}.js" for each in (*libraries, name))),
         isolate_styles=False,
     )
 
 
-_plot = plotly_component("chart")
+_plot = component("chart", "plotly_page")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:

@@ -62,12 +62,12 @@ class Page:
 
 def show_page(page: Page) -> None:
     """Draw a page for the chosen runs."""
-    st.markdown(f"### {page.heading or page.title}")
+    st.markdown(f"# {page.heading or page.title}")
     st.caption(page.help)
     say_unknown_runs()
     if page.first is not None:
         page.first()
-    chosen = require_chosen_runs()
+    chosen = require_chosen_runs(explain=page.first is None)
     try:
         _show_contents(page, chosen)
     except Exception as error:

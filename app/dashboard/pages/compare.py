@@ -255,7 +255,7 @@ def _show_table(readings: Sequence[Reading], kind: FigureKind, selection: Mappin
     except ValueError:  # no run has it in this version, and the curves above say so
         return
     with st.container(border=True):
-        st.markdown("##### Side by side at the same relative depth")
+        st.markdown("## Side by side at the same relative depth")
         printed = table.printed.rename(columns=lambda name: escaped(name)).map(escaped)
         st.table(printed.set_index(printed.columns[1]).drop(columns=printed.columns[0]), border="horizontal")
         st.caption(escaped(table.caption))

@@ -8,8 +8,8 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.chart import card
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.components.microscope import show_matrices
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.question import show_figures
 from depthscope.app.dashboard.state import run_library

@@ -51,7 +51,7 @@ def _show(chosen: ChosenRuns) -> None:
             card(figure, key=f"overview_{name}")
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
-        left.markdown("##### Runs")
+        left.markdown("## About the runs")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             st.download_button(
                 "Findings as CSV",
@@ -151,7 +151,7 @@ def _show_about_the_reading(reading: Reading) -> None:
 
 def _show_name(reading: Reading) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.markdown(f"**{escaped(reading.name)}**", width="content")
+        st.markdown(f"## {escaped(reading.name)}", width="content")
         tally(reading.findings)
 
 
@@ -171,7 +171,7 @@ def _show_folded(cards: Sequence[Card], reading: Reading) -> None:
 PAGE = Page(
     title="Runs",
     url_path="",
-    help="What happens to the signal on its way through depth, and where does it die, explode or collapse?",
+    help="Where in the network does the signal vanish, explode or collapse?",
     show=_show,
     first=show_verdict_board,
 )

@@ -196,7 +196,7 @@ def _show_pair(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, i
     names = names_of(data["cka"], "depth") if "cka" in data else numbered
     left, right = st.columns([2, 3])
     with left, st.container(border=True):
-        st.markdown(f"##### Depth {a} against depth {b}")
+        st.markdown(f"## Depth {a} against depth {b}")
         st.caption(escaped(f"{names[a]} against {names[b]}, run {selection['run']}"))
         table = _pair_table(data, pair, selection.get("tokens", "all"))
         st.table(table.set_index("measure"), border="horizontal")
