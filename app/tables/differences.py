@@ -30,10 +30,7 @@ __all__ = ["as_dict", "between_groups", "between_runs", "difference_figure", "in
 
 ALONG = ("depth", "connection")
 
-ONE_RUN_EACH = (
-    "Each difference is one of two trained models on these sequences; whether the design makes it, or the seed, "
-    "takes several seeds of each: --by ATTRIBUTE."
-)
+ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."
 
 
 def between_runs(
@@ -273,7 +270,7 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         "relative depth",
         "difference",
         tuple(lines),
-        caption="Band: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
+        caption="Shaded: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
         alt=f"Differences with intervals. {words}",
         metric=found[0].metric,
         # The first has no line of its own; the others keep the colours that they have beside it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.visible import visible
@@ -77,7 +79,9 @@ def card(
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
 ) -> None:
-    """A figure with its title and caption; its numbers open as a table and are saved as a CSV file.
+    """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
+
+    Which run has which colour is said once, above all figures.
 
     ``key``: widget key; the zoom lasts as long as it does.
     ``clickable``: whether a click on a cell reruns the page; `clicked_cell` returns it then.
@@ -89,9 +93,12 @@ def card(
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
             st.markdown(f"**{escaped(shown.title)}**", width="content")
             _numbers(figure, key)
-        drawing = to_plotly(shown, mark=mark).to_json()
+        drawing = to_plotly(shown, mark=mark)
+        for trace in drawing.data:
+            if isinstance(shown, Lines) and len(shown.runs) > 1 and trace.name in map(words, shown.runs):
+                trace.showlegend = False
         show_drawing(
-            drawing,
+            drawing.to_json(),
             name=shown.name,
             alt=shown.alt,
             key=key,
@@ -99,7 +106,11 @@ def card(
             clickable=clickable,
             axes=f"{shown.x_label} {shown.y_label} {isinstance(shown, Lines) and (shown.log_x, shown.log_y)}",
         )
-        st.caption(escaped(shown.caption))
+        st.caption(escaped(_first_sentence(shown.caption)))
+
+
+def _first_sentence(caption: str) -> str:
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", caption, maxsplit=1)[0]
 
 
 def show_drawing(
@@ -138,10 +149,13 @@ def show_drawing(
 def _numbers(figure: Figure, key: str) -> None:
     """The table of a figure's numbers, with its download."""
     # It reruns the page when it is opened, so that a page with ten closed tables computes and sends none of them.
-    opened = st.popover("Numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun")
+    opened = st.popover(
+        "Notes, numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun"
+    )
     if not opened.open:
         return
     with opened:
+        st.caption(escaped(figure.caption))
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
         st.dataframe(table.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=320, width=620)

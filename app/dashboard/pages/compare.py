@@ -170,9 +170,7 @@ def _differences(
     view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     is_known = by is not None or _is_quick(readings, kind.metric, view)
     if not is_known:
-        st.info(
-            "Whether the runs differ has not been tested yet: every sequence is measured by itself.", icon="ℹ️"
-        )
+        st.info("Not tested yet; the test measures every sequence (about 5 s)", icon="ℹ️")
         if not st.button("Test the differences", key=f"test_{kind.name}"):
             return None
     try:

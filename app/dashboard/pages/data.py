@@ -13,6 +13,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import MOST_COLUMNS, MOST_ROWS, build, card
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose, chosen_run
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -83,6 +84,7 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
         selection["run"] = chosen_run(chosen.feeding(kind.needs))
         readings = [chosen.readings[selection["run"]]]
     figure = build(kind, chosen.analyses, selection)
+    show_legend(chosen.analyses)
     card(figure, key="data_figure", height=300)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_table(measure_table(figure))
@@ -106,8 +108,8 @@ def show_table(table: Table) -> None:
             data.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=min(38 + 35 * len(data), 380)
         )
         undefined = int(data.isna().to_numpy().sum())
-        size = f"{data.shape[0]} rows, {data.shape[1]} columns"
-        gaps = f"; {undefined} cells are undefined and empty" if undefined else ""
+        size = f"{data.shape[0]} rows"
+        gaps = f"; {undefined} cells are undefined" if undefined else ""
         cut = (
             f"; the first {MOST_ROWS} rows and {MOST_COLUMNS} columns are shown, the files have all"
             if data.shape[0] > MOST_ROWS or data.shape[1] > MOST_COLUMNS
@@ -232,6 +234,6 @@ def _read_python(readings: Sequence[Reading]) -> list[str]:
 PAGE = Page(
     title="Data",
     url_path="data",
-    help="Which numbers are shown, as files to take away, and how are they made again?",
+    help="Which numbers are behind a figure, and which code reproduces them?",
     show=_show,
 )

@@ -10,6 +10,7 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.finding_card import show_card, show_causes, tally
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
@@ -42,6 +43,7 @@ def _show(chosen: ChosenRuns) -> None:
     # More than two are cut off by `zip` below: the row has two columns.
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
     analyses, experiments = _choose_colours(readings, chosen.analyses)
+    show_legend(analyses)
     for column, name in zip(st.columns(2), names, strict=False):
         with column:
             # No other controls here: every figure in the version that its own page opens with.

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Analyses:
         self._most = most or num_cores()
         self._jobs: dict[Path, _Job] = {}
         self._changed = Condition()
-        self._threads: list[Thread] = []
+        self._num_threads = 0
 
     def ask(self, runs: Mapping[str, Path], *, first: bool = False) -> None:
         """Have runs analysed, unless these very files already were.
@@ -68,11 +69,10 @@ class Analyses:
                 if first and path in self._jobs:
                     self._jobs = {path: self._jobs.pop(path), **self._jobs}
             left = sum(not job.is_taken for job in self._jobs.values())
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            for _ in range(min(self._most, left) - len(self._threads)):
+            for _ in range(min(self._most, left) - self._num_threads):
+                self._num_threads += 1
                 # Daemon: the server must not wait for the end of an analysis.
-                self._threads.append(Thread(target=self._serve, daemon=True))
-                self._threads[-1].start()
+                Thread(target=self._serve, daemon=True).start()
             self._changed.notify_all()
 
     def progress_of(self, path: Path) -> str | None:
@@ -114,15 +114,19 @@ class Analyses:
         finally:
             if process is not None and process.stdin is not None:
                 process.stdin.close()  # it ends when it reads the end
+                process.wait()
 
     def _next(self) -> _Job | None:
+        end = time.monotonic() + IDLE_SECONDS
         with self._changed:
-            for _ in range(2):
+            while (left := end - time.monotonic()) > 0:
                 for job in self._jobs.values():
                     if not job.is_taken:
                         job.is_taken = True
                         return job
-                self._changed.wait(IDLE_SECONDS)
+                self._changed.wait(left)
+            # Under the lock: whoever asks now starts another thread.
+            self._num_threads -= 1
         return None
 
 

@@ -248,6 +248,9 @@ def add_panel(
                 "ticktext": [words(name, 14) for name in panel.ticks.values()],
             }
     axes[f"yaxis{number}"] = axis
+    # Where two versions of a number agree, the first one is seen through the dots of the others.
+    for trace in [each for each in own.data if each.type == "scatter" and each.mode == "lines+markers"][1:]:
+        trace.line.dash, trace.mode = "dot", "lines"
     for trace in own.data:
         trace.update(yaxis=name)
         if trace.type == "heatmap":
@@ -258,6 +261,3 @@ def add_panel(
         elif panel.depths is not None and trace.x is not None:
             trace.update(x=[panel.depths.get(float(x), np.nan) for x in trace.x])
         drawn.add_trace(trace)
-    # Where two versions of a number agree, the first one is seen through the dots of the others.
-    for trace in [each for each in own.data if each.type == "scatter" and each.mode == "lines+markers"][1:]:
-        trace.line.dash, trace.mode = "dot", "lines"
