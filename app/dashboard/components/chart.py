@@ -106,11 +106,13 @@ def card(
             clickable=clickable,
             axes=f"{shown.x_label} {shown.y_label} {isinstance(shown, Lines) and (shown.log_x, shown.log_y)}",
         )
-        st.caption(escaped(_first_sentence(shown.caption)))
+        st.caption(escaped(_short(shown.caption)))
 
 
-def _first_sentence(caption: str) -> str:
-    return re.split(r"(?<=[.!?]) (?=[A-Z])", caption, maxsplit=1)[0]
+def _short(caption: str) -> str:
+    """The first sentence, and those that say what is missing or is not as it was measured."""
+    first, *others = re.split(r"(?<=[.!?]) (?=[A-Z0-9])", caption)
+    return " ".join([first, *(each for each in others if re.search("undefined|gaps|Reduced", each))])
 
 
 def show_drawing(

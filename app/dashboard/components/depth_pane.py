@@ -52,7 +52,14 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
     if facts is None or facts[0] is not reading or facts[1] is not close_up or facts[2] != key:
         facts = st.session_state[_FACTS] = (reading, close_up, key, _facts(reading, close_up, view))
     _pane(
-        data={"name": "microscope", **facts[3], "token": view.token, "pin": view.pin, "other": view.other},
+        data={
+            "name": "microscope",
+            "what": "pane",
+            **facts[3],
+            "token": view.token,
+            "pin": view.pin,
+            "other": view.other,
+        },
         key="microscope_pane",
         on_token_change=on_token,
     )
@@ -183,4 +190,4 @@ def show_matrices(matrices: Sequence[Matrix], key: str) -> None:
     if not matrices:
         st.caption("No token of the run is real.")
         return
-    _bench(data={"name": key, "matrices": _documents(matrices)}, key=f"matrices_{key}")
+    _bench(data={"name": key, "what": "bench", "matrices": _documents(matrices)}, key=f"matrices_{key}")

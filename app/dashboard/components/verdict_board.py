@@ -77,15 +77,17 @@ class _Runs:
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
-        for name, path in listed.items():
-            found = run_library.summaries_of(name, path)
+        known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
+        wanted = {name: listed[name] for name, found in known.items() if found is None}
+        run_library.ask_for(wanted)
+        known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
+        for name, found in known.items():
             if found is None:
                 runs.waiting.append(name)
             elif isinstance(found, UnreadableRun):
                 runs.unreadable.append(found)
             else:
                 runs.summaries[name] = found
-        run_library.ask_for({name: listed[name] for name in runs.waiting})
         return runs
 
     @property
@@ -137,6 +139,8 @@ def _show_table(runs: _Runs) -> None:
     )
     _board_component(
         data={
+            "name": _KEY,
+            "what": "board",
             "columns": [name for name in table.cells.columns if name in table.verdicts or name == OTHERS],
             "groups": [grouping["group_by"]] if grouping.get("group_by") else [],
             "rows": rows,
