@@ -98,7 +98,7 @@ def _show_contents(page: Page, chosen: ChosenRuns) -> None:
         show_findings(chosen, page.question)
         if not figures:
             return
-    show_legend(chosen.analyses)
+        show_legend(chosen.analyses)
     if page.show is None:
         show_figures(chosen, page.question)
     else:

@@ -13,6 +13,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import card
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -75,6 +76,7 @@ def _show(chosen: ChosenRuns) -> None:
     selection = {**choose([kind], chosen.analyses, without=("axis",)), "axis": "relative"}
     curves = kind.build(chosen.analyses, **{key: selection[key] for key in selection if key in kind.uses})
     assert isinstance(curves, Lines)
+    show_legend(chosen.analyses)
     left, right = st.columns(2, gap="medium")
     with left:
         shown = curves if by is None else folded(curves, {r.name: str(r.attrs.get(by)) for r in readings})

@@ -54,13 +54,13 @@ def test_the_pinned_depth_is_that_of_the_link(opened):
 
 
 def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, mhc_run):
-    test = opened(runs="mhc", token="1.2")
+    test = opened(runs="mhc", token="0.2")
     (pane,) = parts(test.selectbox(key="whose").set_value("marked").run(), "pane")
     trace = mhc_run["trace"].to_dataset()
     depths = trace.sizes["depth"]
     assert all(len(row["values"]) == len(row["noise"]) == depths for row in pane["numbers"])
     assert len(pane["tokens"]) == len(pane["connections"]) == len(pane["names"]) == depths
-    h = trace["h_res"].values[:, 1, 2].astype(np.float64)
+    h = trace["h_res"].values[:, 0, 2].astype(np.float64)
     np.testing.assert_allclose([each["h"] for each in pane["matrices"]], h, rtol=1e-5)
     product = np.eye(h.shape[-1])
     for connection, shown in zip(h, pane["products"], strict=True):
@@ -74,7 +74,7 @@ def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, 
         _, sequence, position, *_ = shown["tokens"][0]
         assert norms[depth, sequence, position] == pytest.approx(norms[depth].max())
     assert len(json.dumps(pane)) < 100_000
-    assert pane["token"] == [1, 2]
+    assert pane["token"] == [0, 2]
 
 
 def test_a_run_of_one_stream_has_no_matrices(opened):
@@ -93,7 +93,9 @@ def test_without_a_pin_the_worst_finding_is_shown(opened):
     test = opened(runs="mhc")
     (pane,) = parts(test, "pane")
     (reading,) = run_library.read_run("mhc")
-    placed = [depth for each in reading.findings if (depth := worst_depth(each, reading.analysis)) is not None]
+    placed = [
+        depth for each in reading.findings if (depth := worst_depth(each, reading.analysis)) is not None
+    ]
     assert pane["pin"] == (placed[0] if placed else len(pane["names"]) - 1)
 
 
