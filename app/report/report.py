@@ -48,6 +48,7 @@ _DESCRIBED = {
 
 
 _PLACES = re.compile(r' (?:d|x|y)="[^"]*"')
+_STYLE = re.compile(r' style="([^"]*)"')
 _DIGITS = re.compile(r"(\.\d\d)\d+")
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
@@ -115,6 +116,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
     contents = Contents.of(readings, view)
     known = entries(bibliography())
     evidence = _Evidence(contents.figures)
+    styles = _Styles()
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
@@ -125,7 +127,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         card_html=card_html,
         causes=cause_svg,
         evidence=evidence,
-        svg=_svg,
+        svg=partial(_svg, styles),
         plot=_plot if interactive else _no_plot,
     )
     scripts = _scripts() if interactive else []
@@ -143,6 +145,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
         scripts=scripts,
         software=software(),
+        styles=styles,
         verdicts=_verdict_rows(table),
     )
 
@@ -183,12 +186,34 @@ class _Evidence:
         return None
 
 
-def _svg(figure: Figure) -> Markup:
+class _Styles:
+    """The styles of all drawings, each written once: matplotlib repeats them at every mark, a third of the file."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def shared(self, drawing: str) -> str:
+        """A drawing with classes in place of its styles."""
+        return _STYLE.sub(
+            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', drawing
+        )
+
+    def sheet(self) -> Markup:
+        """The rules of these classes, for the end of the page."""
+        return Markup("").join(
+            # Inside a style element nothing ends it but "</", and no style of matplotlib has a "<".
+            Markup(f".f{number}{{{style.replace('<', '')}}}")
+            for style, number in self._numbers.items()
+        )
+
+
+def _svg(styles: _Styles, figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
     drawing = to_svg(figure, width="full", page=True).replace("<svg ", opening, 1)
     # A hundredth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
-    return Markup(_PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), drawing))
+    drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), drawing)
+    return Markup(styles.shared(drawing).replace(" xlink:href=", " href="))
 
 
 def _plot(figure: Figure) -> Markup:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
@@ -26,7 +27,15 @@ from depthscope.diagnostics.analysis.differences import (
 )
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["as_dict", "between_groups", "between_runs", "difference_figure", "in_words"]
+__all__ = [
+    "as_dict",
+    "between_groups",
+    "between_runs",
+    "clearest",
+    "difference_figure",
+    "differences_at",
+    "in_words",
+]
 
 ALONG = ("depth", "connection")
 
@@ -202,6 +211,32 @@ def in_words(difference: Difference) -> str:
         f"{name}: {difference.second} is {side} {difference.first} by {quantity(abs(value), reach)} at {place} "
         f"({tested}); they differ at {axis} {_ranges(difference, axis)}"
     )
+
+
+def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
+    """The differences at one position: value with its 95 % interval, and p, corrected for all positions."""
+    rows = []
+    for each in found:
+        axis = str(each.value.dims[0])
+        place = min(at, each.value.size - 1)
+        value, reach, p = (float(part.values[place]) for part in (each.value, each.half_width, each.p))
+        rows.append(
+            {
+                "difference": f"{each.second} − {each.first}",
+                "at": f"{axis} {each.value[axis].values[place] if axis in each.value.coords else place}",
+                "value": number(value),
+                "95 % interval": f"{number(value - reach)} to {number(value + reach)}",
+                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else "–",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def clearest(found: Sequence[Difference]) -> int:
+    """The position at which chance explains a difference worst."""
+    p = np.array([each.p.values.min(initial=np.inf, where=np.isfinite(each.p.values)) for each in found])
+    values = found[int(np.argmin(p))].p.values
+    return int(np.nanargmin(values)) if np.isfinite(values).any() else 0
 
 
 def _probability(p: float) -> str:

@@ -32,9 +32,13 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
   const actions = make("div", { class: "actions" });
   const showActions = () => {
     const names = [...box.marked].filter((name) => data.runs.includes(name));
+    // The row of the cursor counts where too few are marked: it is open below the table.
+    const here = data.rows.find((row) => row.name === box.at && row.judged)?.runs ?? [];
     const to = (page, words, least) => {
-      const button = make("button", { type: "button", onclick: () => setTriggerValue("together", { page, names }) }, words);
-      button.disabled = names.length < least;
+      const meant = names.length < least ? [...new Set([...here, ...names])] : names;
+      const button = make("button", { type: "button", onclick: () => setTriggerValue("together", { page, names: meant }) },
+        words + (least > 1 && names.length === 1 && meant.length > 1 ? ` with ${here[0]}` : ""));
+      button.disabled = meant.length < least;
       return button;
     };
     actions.replaceChildren(make("span", {}, names.length ? `${names.length} marked:` : "Mark runs to see them together."),
@@ -91,6 +95,7 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
       if (here) { each.focus({ preventScroll: true }); each.scrollIntoView({ block: "nearest" }); }
     }
     tell(name, wait);
+    showActions();
   };
 
   const draw = () => {

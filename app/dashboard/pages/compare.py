@@ -11,7 +11,7 @@ import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card
-from depthscope.app.dashboard.components.choices import choose_one
+from depthscope.app.dashboard.components.choices import choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
@@ -28,7 +28,9 @@ from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
     between_runs,
+    clearest,
     difference_figure,
+    differences_at,
     in_words,
 )
 from depthscope.app.text.terminal import command_line
@@ -201,6 +203,13 @@ def _show_differences(
         return
     figure = difference_figure(found, kind.title)
     card(figure, key="compare_differences", height=340)
+    axis = str(found[0].value.dims[0])
+    last = max(each.value.size for each in found) - 1
+    at = choose_index(
+        f"At {axis} of the shallower run", last, "compare_at", default=clearest(found), width=220
+    )
+    shown = differences_at(found, at).map(escaped).rename(columns=escaped)
+    st.table(shown.set_index("difference"), border="horizontal")
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:

@@ -101,8 +101,10 @@ class Analyses:
         process: subprocess.Popen[str] | None = None
         try:
             while (job := self._next()) is not None:
-                if process is None or process.poll() is not None:
-                    process = _process()
+                if process is not None and process.poll() is not None:
+                    _end(process)
+                    process = None
+                process = process or _process()
                 for answer in _answers(process, job):
                     with self._changed:
                         job.progress = tuple(answer.get("progress", job.progress))
@@ -112,9 +114,8 @@ class Analyses:
                     job.is_done = True
                     self._changed.notify_all()
         finally:
-            if process is not None and process.stdin is not None:
-                process.stdin.close()  # it ends when it reads the end
-                process.wait()
+            if process is not None:
+                _end(process)
 
     def _next(self) -> _Job | None:
         end = time.monotonic() + IDLE_SECONDS
@@ -145,6 +146,12 @@ def _process() -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """It ends when it reads the end of its requests."""
+    with suppress(BrokenPipeError):  # it has ended
+        process.communicate()
 
 
 def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, Any]]:

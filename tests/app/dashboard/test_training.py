@@ -17,9 +17,8 @@ from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
 from depthscope.diagnostics import save_run, schema
 from tests.app.dashboard.growing_run import SPIKE, add, begin
-from tests.app.dashboard.opening import board, charts, open_page, words
+from tests.app.dashboard.opening import board, charts, numbers, open_page, words
 from tests.app.dashboard.serving import ROOT, Watch, serving, wait_for
-from tests.app.dashboard.test_microscope import numbers
 
 
 @pytest.fixture
