@@ -8,7 +8,8 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
   if (!box) {
     box = document.createElement("div");
     box.className = "depthscope-board";
-    box.marked = new Set(data.chosen);
+    box.marked = new Set();
+    box.chosen = new Set();
     parentElement.appendChild(box);
   }
   const make = (tag, attributes = {}, ...inside) => {
@@ -20,6 +21,10 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
     made.append(...inside);
     return made;
   };
+  // What is chosen in the sidebar is marked, also when it was judged only after the page was opened.
+  for (const name of data.chosen) if (!box.chosen.has(name)) box.marked.add(name);
+  for (const name of box.chosen) if (!data.chosen.includes(name)) box.marked.delete(name);
+  box.chosen = new Set(data.chosen);
   const kept = box.contains(document.activeElement) ? document.activeElement.closest("tr")?.dataset.run : null;
   const scrolled = box.querySelector(".rows")?.scrollTop ?? 0;
   if (box.at === undefined || box.toldAt !== data.at) box.at = box.toldAt = data.at;
@@ -121,7 +126,7 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
     if (to !== undefined) go(all[Math.min(Math.max(to, 0), all.length - 1)].dataset.run, WAIT);
     else if (side !== undefined) stops[Math.min(Math.max(stops.indexOf(event.target) + side, 0), stops.length - 1)].focus();
     else if (event.key === " " && event.target === here) here.querySelector("input").click();
-    else if (event.key === "Enter" && event.target === here) here.querySelector(".worst button, th")?.click();
+    else if (event.key === "Enter" && event.target === here) (here.querySelector(".worst button") ?? here.querySelector("th")).click();
     else return;
     event.preventDefault();
   };

@@ -344,7 +344,7 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     assert "Shaded: 5 to 95 % of the tokens." in figure.caption
     error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
     np.testing.assert_allclose(line.error, 3.182446 * error)  # four sequences: Student's t
-    assert "Whiskers: ± half of a 95 % interval (Student's t over" in figure.caption
+    assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
 
 
 def test_the_power_law_has_the_error_of_its_fit(whole):
