@@ -87,9 +87,9 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
     show_legend(chosen.analyses)
     card(figure, key="data_figure", height=300)
     used = {key: value for key, value in selection.items() if key in kind.uses}
-    show_paper_figure(figure, _measure_call("measure", readings, kind, used))
     show_table(measure_table(figure))
     _show_code(_analyze_commands(readings, used, kind), measure_python(readings, kind, used))
+    show_paper_figure(figure, _measure_call("measure", readings, kind, used))
 
 
 def measure_table(figure: Figure) -> Table:
