@@ -199,8 +199,8 @@ class StreamMemory:
 
         Examples
         --------
-        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:54]
-        'memory traffic 11.3 × a plain residual (6.05 × fused);'
+        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:38]
+        'memory traffic 11.3 × a plain residual'
         """
         facts = self.as_dict()
         kept, recomputed = facts["kept_bytes"], facts["recomputed_kept_bytes"]
