@@ -149,6 +149,7 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     from depthscope.app.dashboard.state import run_library
 
     run_library.allow(paths, max_bytes=max_bytes)
+    run_library.analyse_beside()
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.

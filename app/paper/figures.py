@@ -21,14 +21,20 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 import numpy as np
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style
-from depthscope.app.figures import Selection
+from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style, to_matplotlib
+from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
+from depthscope.app.figures.numbers import figure_table
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
+from depthscope.app.tables.comparison import summary_table
+from depthscope.app.tables.findings import findings_table
+from depthscope.app.tables.tables import depth_table, mixing_table
 from depthscope.app.text.venues import venue_of
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -37,12 +43,23 @@ __all__ = [
     "gains",
     "gradients",
     "kernel",
+    "measure",
     "mixing",
+    "numbers",
     "panels",
     "similarity",
     "spectra",
+    "table",
     "training",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is completed in a notebook: the figures, and not what they are made of."""
+    return __all__
+
+
+ALL_ROWS = 10**6
 
 Runs = (
     xr.DataTree
@@ -80,6 +97,95 @@ def panels(name: str, runs: Runs, *, by: str = "", **selection: Any) -> dict[str
         For a name that is not known, or runs that feed none of its panels; the error has the reasons.
     """
     return {panel.key: panel.title for panel in _composed(name, runs, by, selection).panels}
+
+
+def measure(name: str, runs: Runs, *, venue: str = "plain", **selection: Any) -> Figure:
+    """One measure as the dashboard shows it, at the width of a venue's column.
+
+    Parameters
+    ----------
+    name : str
+        Name of the figure, such as ``"effective_rank"``.
+    runs : run, analysis, path, sequence or mapping
+        See `collapse`.
+    venue : str
+        icml, neurips, iclr, acl, cvpr, ieee or plain.
+    **selection : str
+        Fields of `Selection`, such as ``scope="data"``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InputError
+        For a name that is not known, or runs that do not feed it.
+    """
+    return to_matplotlib(_specified(name, runs, selection), width=venue_of(venue).name)
+
+
+def numbers(name: str, runs: Runs, **selection: Any) -> pd.DataFrame:
+    """The numbers of one measure.
+
+    Parameters
+    ----------
+    name, runs, **selection
+        See `measure`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each point of a curve, or for each row of a matrix.
+
+    Raises
+    ------
+    InputError
+        As `measure`.
+    """
+    return figure_table(_specified(name, runs, selection))
+
+
+def table(name: str, runs: Runs, *, chain: str = "") -> pd.DataFrame:
+    """A table of some runs.
+
+    Parameters
+    ----------
+    name : str
+        ``depth`` or ``connection``: every measure along them, of the first run; ``summary`` or ``findings``: of all runs.
+    runs : run, analysis, path, sequence or mapping
+        See `collapse`.
+    chain : str
+        Which chain of the first run, where it has several.
+
+    Returns
+    -------
+    DataFrame
+
+    Raises
+    ------
+    InputError
+        For a name that is not known, or a run without numbers along that axis.
+    """
+    readings, _ = _readings(runs)
+    if name == "summary":
+        return summary_table(readings).data
+    if name == "findings":
+        return findings_table(readings).data
+    if name not in ("depth", "connection"):
+        raise InputError(f"no table {name!r}; expected one of depth, connection, summary, findings")
+    reading = next((each for each in readings if each.chain == chain), readings[0])
+    made = (depth_table if name == "depth" else mixing_table)(reading, rows=ALL_ROWS)
+    if made is None:
+        raise InputError(f"{reading.name} has no numbers along its {name}s")
+    return made.data
+
+
+def _specified(name: str, runs: Runs, selection: Mapping[str, Any]) -> Lines | Heatmap:
+    if name not in FIGURES:
+        raise InputError(f"no measure {name!r}; {did_you_mean(name, FIGURES)}")
+    analyses = {reading.name: reading.analysis for reading in _readings(runs)[0]}
+    return FIGURES[name].build(analyses, **selection)
 
 
 def _composed(name: str, runs: Runs, by: str, selection: Mapping[str, Any]) -> Composed:

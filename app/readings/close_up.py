@@ -18,7 +18,16 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
 
-__all__ = ["QUANTILES", "TOKEN_MEASURES", "CloseUp", "LargeEntry", "LargeToken", "Matrix", "read_close_up"]
+__all__ = [
+    "QUANTILES",
+    "TOKEN_MEASURES",
+    "WHOSE",
+    "CloseUp",
+    "LargeEntry",
+    "LargeToken",
+    "Matrix",
+    "read_close_up",
+]
 
 MOST_BYTES = 400 * 2**20
 """Of the states in memory; of a larger run the first sequences are shown. A heuristic of ours: several runs may be open."""
@@ -35,6 +44,21 @@ TOKEN_MEASURES = {
 
 QUANTILES = {"median": 0.5, "p1": 0.01, "p99": 0.99, "worst": 1.0}
 """Which token's H_res is shown besides the mean: by the largest absolute row or column sum of its matrix."""
+
+MARKED = "marked"
+
+WHOSE = {
+    "mean": "mean over tokens",
+    "median": "median token",
+    "p1": "1st percentile token",
+    "p99": "99th percentile token",
+    "worst": "token with the largest sums",
+    MARKED: "marked token",
+}
+"""Whose H_res is shown, with its words."""
+
+_BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+"""Signs of a token that is nothing but blanks."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +194,7 @@ class CloseUp:
         found = self._trace["token_text"].values[sequence]
         return [
             # A blank or a line break is a token too.
-            visible(repr(str(text))[1:-1] if not str(text).strip() else text, longest=LONGEST_TOKEN)
+            visible(text if str(text).strip() else _blank_signs(str(text)), longest=LONGEST_TOKEN)
             for text in found
         ]
 
@@ -305,6 +329,38 @@ class CloseUp:
             self._weights("h_post", connection),
         )
 
+    def pictures(self, whose: str, token: tuple[int, int] | None = None) -> tuple[list[Matrix], list[Matrix]]:
+        """H_res of every connection, and their products from the first one on.
+
+        ``whose``: a key of `WHOSE`.
+        ``token``: sequence and position of the marked one.
+        Returns: Nothing where no token is real.
+        """
+        singles: list[Matrix] = []
+        products: list[Matrix] = []
+        product: np.ndarray | None = None
+        for connection, h in enumerate(self._trace["h_res"].values if self.mask.any() else ()):
+            product = h.astype(np.float64) if product is None else h @ product
+            pre, post = (self._weights(name, connection) for name in ("h_pre", "h_post"))
+            singles.append(self._one_of_tokens(whose, token, h, pre, post))
+            products.append(self._one_of_tokens(whose, token, product, None, None))
+        return singles, products
+
+    def _one_of_tokens(
+        self,
+        whose: str,
+        token: tuple[int, int] | None,
+        h: np.ndarray,
+        pre: np.ndarray | None,
+        post: np.ndarray | None,
+    ) -> Matrix:
+        if whose == MARKED and token is not None:
+            words = f"“{self._text(*token)}”, position {token[1]} of sequence {token[0]}"
+            return Matrix(
+                words, h[token].astype(np.float64), *(w if w is None else w[token] for w in (pre, post))
+            )
+        return self._of_tokens(h, pre, post)[list(WHOSE).index(whose) if whose != MARKED else 0]
+
     def composite(self, first: int, last: int) -> list[Matrix]:
         """The product of H_res from one connection to another, the later one on the left.
 
@@ -343,6 +399,10 @@ class CloseUp:
                 )
             )
         return rows
+
+
+def _blank_signs(text: str) -> str:
+    return "".join(_BLANKS.get(letter, repr(letter)[1:-1]) for letter in text) or "(empty)"
 
 
 def _ratio(value: float, median: float) -> float:

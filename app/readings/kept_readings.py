@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,9 @@ FOLDER = ".depthscope"
 
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
+
+MOST_POSITIONS = 256
+"""Of a curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
 
 NAME_LENGTH = 80
 """Letters of a run's name in the name of what is kept: file systems allow 255 bytes."""
@@ -184,11 +188,20 @@ def _summary_document(summary: Summary) -> dict[str, Any]:
                 "state": standing.state,
                 "reason": standing.reason,
                 "depth_out": standing.depth_out,
-                "finding": standing.finding.as_dict() if standing.finding else None,
+                "finding": _finding_document(standing.finding),
             }
             for verdict, standing in summary.standings.items()
         },
     }
+
+
+def _finding_document(finding: Finding | None) -> dict[str, Any] | None:
+    """With the curve of what was found, which a table of runs shows."""
+    if finding is None:
+        return None
+    shown = finding.severity > Severity.PASS and len(finding.profile) <= MOST_POSITIONS
+    profile = [each if math.isfinite(each) else None for each in finding.profile] if shown else []
+    return {**finding.as_dict(), "profile": profile}
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:
@@ -210,7 +223,8 @@ def _finding(document: Mapping[str, Any] | None) -> Finding | None:
     numbers = {
         name: float("nan") if document[name] is None else document[name] for name in ("value", "threshold")
     }
-    return Finding(**{**document, **numbers, "severity": Severity[document["severity"]]})
+    profile = tuple(float("nan") if each is None else each for each in document.get("profile", ()))
+    return Finding(**{**document, **numbers, "severity": Severity[document["severity"]], "profile": profile})
 
 
 def folders_of(path: Path) -> list[Path]:
@@ -243,6 +257,6 @@ def _remove_earlier(folder: Path, path: Path, stem: str) -> None:
 @cache
 def _code_version() -> str:
     """Of the code that analyses and judges: another version may come to other numbers."""
-    files = sorted(Path(diagnostics.__file__).resolve().parent.rglob("*.py"))
+    files = [Path(__file__).resolve(), *sorted(Path(diagnostics.__file__).resolve().parent.rglob("*.py"))]
     facts = [(str(file), entry.st_size, entry.st_mtime_ns) for file in files for entry in (file.stat(),)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

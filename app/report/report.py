@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -18,10 +19,12 @@ from depthscope.app.drawing.matplotlib import to_svg
 from depthscope.app.drawing.plotly import reduction_words, to_plotly
 from depthscope.app.figures import Figure, Heatmap, Lines, Selection
 from depthscope.app.paper.contents import Contents
+from depthscope.app.readings.kept_readings import summary_of
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
+from depthscope.app.tables.verdict_table import MILD, VerdictTable, verdict_table
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
 from depthscope.app.text.causes import cause_svg
@@ -43,6 +46,10 @@ _DESCRIBED = {
     "dtype": "dtype",
 }
 
+
+_PLACES = re.compile(r' (?:d|x|y)="[^"]*"')
+_STYLE = re.compile(r' style="([^"]*)"')
+_DIGITS = re.compile(r"(\.\d\d)\d+")
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
 MARK = '<meta name="generator" content="depthscope report">'
@@ -103,9 +110,13 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
     -------
     str
     """
+    table = verdict_table([summary_of(reading) for reading in readings])
+    order = [name for row in table.runs for name in row]
+    readings = sorted(readings, key=lambda reading: order.index(reading.name))
     contents = Contents.of(readings, view)
     known = entries(bibliography())
     evidence = _Evidence(contents.figures)
+    styles = _Styles()
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
@@ -116,7 +127,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         card_html=card_html,
         causes=cause_svg,
         evidence=evidence,
-        svg=_svg,
+        svg=partial(_svg, styles),
         plot=_plot if interactive else _no_plot,
     )
     scripts = _scripts() if interactive else []
@@ -134,7 +145,29 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
         scripts=scripts,
         software=software(),
+        styles=styles,
+        verdicts=_verdict_rows(table),
     )
+
+
+def _verdict_rows(table: VerdictTable) -> list[dict[str, Any]]:
+    """The table of verdicts, each run and each finding with the card that it leads to."""
+    columns = [name for name in table.cells.columns if name in table.verdicts]
+    return [
+        {
+            "run": table.runs[i][0],
+            "cells": [
+                {
+                    "column": name,
+                    "text": table.cells[name].iloc[i],
+                    "state": table.states[name].iloc[i].lower().replace(" ", "-"),
+                    "card": "" if table.states[name].iloc[i] in MILD else table.verdicts[name],
+                }
+                for name in columns
+            ],
+        }
+        for i in range(len(table.runs))
+    ]
 
 
 class _Evidence:
@@ -153,10 +186,34 @@ class _Evidence:
         return None
 
 
-def _svg(figure: Figure) -> Markup:
+class _Styles:
+    """The styles of all drawings, each written once: matplotlib repeats them at every mark, a third of the file."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def shared(self, drawing: str) -> str:
+        """A drawing with classes in place of its styles."""
+        return _STYLE.sub(
+            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', drawing
+        )
+
+    def sheet(self) -> Markup:
+        """The rules of these classes, for the end of the page."""
+        return Markup("").join(
+            # Inside a style element nothing ends it but "</", and no style of matplotlib has a "<".
+            Markup(f".f{number}{{{style.replace('<', '')}}}")
+            for style, number in self._numbers.items()
+        )
+
+
+def _svg(styles: _Styles, figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
-    return Markup(to_svg(figure, width="full", page=True).replace("<svg ", opening, 1))
+    drawing = to_svg(figure, width="full", page=True).replace("<svg ", opening, 1)
+    # A hundredth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
+    drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), drawing)
+    return Markup(styles.shared(drawing).replace(" xlink:href=", " href="))
 
 
 def _plot(figure: Figure) -> Markup:

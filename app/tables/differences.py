@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
@@ -26,14 +27,19 @@ from depthscope.diagnostics.analysis.differences import (
 )
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["as_dict", "between_groups", "between_runs", "difference_figure", "in_words"]
+__all__ = [
+    "as_dict",
+    "between_groups",
+    "between_runs",
+    "clearest",
+    "difference_figure",
+    "differences_at",
+    "in_words",
+]
 
 ALONG = ("depth", "connection")
 
-ONE_RUN_EACH = (
-    "Each difference is one of two trained models on these sequences; whether the design makes it, or the seed, "
-    "takes several seeds of each: --by ATTRIBUTE."
-)
+ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."
 
 
 def between_runs(
@@ -207,6 +213,32 @@ def in_words(difference: Difference) -> str:
     )
 
 
+def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
+    """The differences at one position: value with its 95 % interval, and p, corrected for all positions."""
+    rows = []
+    for each in found:
+        axis = str(each.value.dims[0])
+        place = min(at, each.value.size - 1)
+        value, reach, p = (float(part.values[place]) for part in (each.value, each.half_width, each.p))
+        rows.append(
+            {
+                "difference": f"{each.second} − {each.first}",
+                "at": f"{axis} {each.value[axis].values[place] if axis in each.value.coords else place}",
+                "value": number(value),
+                "95 % interval": f"{number(value - reach)} to {number(value + reach)}",
+                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else "–",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def clearest(found: Sequence[Difference]) -> int:
+    """The position at which chance explains a difference worst."""
+    p = np.array([each.p.values.min(initial=np.inf, where=np.isfinite(each.p.values)) for each in found])
+    values = found[int(np.argmin(p))].p.values
+    return int(np.nanargmin(values)) if np.isfinite(values).any() else 0
+
+
 def _probability(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
 
@@ -273,7 +305,7 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         "relative depth",
         "difference",
         tuple(lines),
-        caption="Band: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
+        caption="Shaded: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
         alt=f"Differences with intervals. {words}",
         metric=found[0].metric,
         # The first has no line of its own; the others keep the colours that they have beside it.

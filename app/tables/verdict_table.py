@@ -1,4 +1,4 @@
-"""Which runs have which verdicts? Runs are rows, verdicts are columns, the worst first; seeds fold into one row."""
+"""Which runs have which verdicts? Runs are rows, verdicts are columns named for health; seeds fold into one row."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 from depthscope.app.readings.kept_readings import Summary
 from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, Standing, counts_words
 from depthscope.app.tables.tables import spoken
+from depthscope.app.text.health import healthy_name
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
 
@@ -66,12 +67,18 @@ class VerdictTable:
         The runs of each row.
     depths : list of dict of str to int
         Column → the depth at which to open it, for each row.
+    worst : list of Standing or None
+        The worst finding of each row, about the network where there is one.
+    verdicts : dict of str to str
+        Column → verdict.
     """
 
     cells: pd.DataFrame
     states: pd.DataFrame
     runs: list[list[str]]
     depths: list[dict[str, int]]
+    worst: list[Standing | None]
+    verdicts: dict[str, str]
 
 
 def groupable(summaries: Sequence[Summary]) -> list[str]:
@@ -154,7 +161,7 @@ def verdict_table(
         "run",
         *([STATUS] if statuses else []),
         *([group_by] if group_by else []),
-        *map(spoken, shown),
+        *map(healthy_name, shown),
         OTHERS,
     ]
     return VerdictTable(
@@ -162,7 +169,20 @@ def verdict_table(
         pd.DataFrame(states, columns=columns).fillna(""),
         [[summary.name for summary in row] for row in rows],
         depths,
+        [_worst(row) for row in rows],
+        {healthy_name(name): name for name in shown},
     )
+
+
+def _worst(row: Sequence[Summary]) -> Standing | None:
+    """The worst finding of a row; notes about the reading only where there is nothing else."""
+    found = [
+        (_severity(standing), name not in ABOUT_THE_RUN, standing)
+        for summary in row
+        for name, standing in summary.standings.items()
+        if standing.finding is not None and _severity(standing)
+    ]
+    return max(found, key=lambda each: each[:2])[2] if found else None
 
 
 def _by_experiment(summaries: Sequence[Summary]) -> list[list[Summary]]:
@@ -218,7 +238,7 @@ def _row(
         worst = max(found, key=_severity)
         if not _severity(worst):
             worst = min(found, key=lambda each: MILD.index(each.state))
-        column = spoken(name)
+        column = healthy_name(name)
         printed[column] = _cell(worst, found)
         behind[column] = worst.state
         if worst.depth is not None:

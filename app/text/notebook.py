@@ -1,7 +1,7 @@
 """How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
 
-Runs and analyses are xarray's trees and datasets, which show themselves. The classes of this project belong to rooms that know
-no HTML: IPython is told here how to show them, once, when depthscope is imported in a notebook.
+Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB. Classes of this project belong
+to rooms that know no HTML: IPython is told here how to show them, once, when depthscope is imported in a notebook.
 """
 
 from __future__ import annotations
@@ -80,8 +80,67 @@ def _metric_html(metric: Any) -> str:
     return _text_html(explanation(metric.name))
 
 
+def _tree_html(tree: Any) -> str:
+    """A run as what it is, where from, whether it is proven, and what is in it; any other tree as xarray shows it."""
+    if "schema_version" not in tree.attrs:
+        return str(tree._repr_html_())
+    attrs = tree.attrs
+    facts = {
+        "Model": attrs.get("model"),
+        "Family": attrs.get("family"),
+        "Streams": attrs.get("n_streams"),
+        "Reading": attrs.get("proof"),
+        "States": f"{tree['trace'].sizes['depth']}"
+        if "trace" in tree and "depth" in tree["trace"].sizes
+        else None,
+        "Sequences × tokens": _sizes(tree),
+        "Precision": attrs.get("dtype"),
+        "Seed": attrs.get("seed"),
+        "Created": attrs.get("created"),
+        "Has": ", ".join(tree.children),
+    }
+    rows = Markup("").join(
+        Markup(
+            '<tr><th scope="row" style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
+        ).format(name, visible(value, longest=300))
+        for name, value in facts.items()
+        if value not in (None, "")
+    )
+    return Markup(
+        '<div class="depthscope"><style>{}</style><div class="card"><p><b>Run</b></p><table>{}</table>'
+        "<p>{}</p><p>Next: <code>analysis = ds.analyze(run)</code>, <code>ds.judge(analysis)</code>, "
+        "<code>ds.figures.collapse(run)</code></p></div></div>"
+    ).format(_STYLE + card_style(), rows, _norm_curve(tree))
+
+
+def _norm_curve(tree: Any) -> Markup:
+    """The size of the state along the depth, in the first sequence."""
+    if "trace" not in tree or "residual" not in tree["trace"]:
+        return Markup()
+    from depthscope.app.text.sparkline import line_svg
+
+    first = tree["trace"]["residual"].isel(sample=0)
+    norms = (first.astype("float64") ** 2).mean([dim for dim in first.dims if dim != "depth"]) ** 0.5
+    return Markup("{} root mean square of the state along the depth, first sequence").format(
+        line_svg(norms.values, "root mean square of the state along the depth")
+    )
+
+
+def _sizes(tree: Any) -> str | None:
+    sizes = tree["trace"].sizes if "trace" in tree else {}
+    return f"{sizes['sample']} × {sizes['token']}" if {"sample", "token"} <= set(sizes) else None
+
+
 def _printed_html(value: Any) -> str:
     return _text_html(str(value))
+
+
+def _figure_png(figure: Any) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144, bbox_inches="tight")
+    return file.getvalue()
 
 
 # By name: a notebook that shows no finding imports none of these.
@@ -90,6 +149,7 @@ _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
     ("depthscope.diagnostics.verdicts.finding", "Findings"): _findings_html,
     ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
     ("depthscope.probes.description", "Description"): _printed_html,
+    ("xarray.core.datatree", "DataTree"): _tree_html,
 }
 
 
@@ -99,6 +159,8 @@ def show_in_notebooks() -> None:
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None:
         return
-    formatter = shell.display_formatter.formatters["text/html"]
+    formatters = shell.display_formatter.formatters
     for (module, name), show in _SHOWN.items():
-        formatter.for_type_by_name(module, name, show)
+        formatters["text/html"].for_type_by_name(module, name, show)
+    # A figure of `ds.figures` is made without pyplot, which would tell the notebook how to show it.
+    formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", _figure_png)

@@ -14,7 +14,7 @@ from depthscope.diagnostics import Finding
 if TYPE_CHECKING:  # an extra: the terminal's curve needs none
     from markupsafe import Markup
 
-__all__ = ["curve_blocks", "curve_svg", "curve_words"]
+__all__ = ["curve_blocks", "curve_svg", "curve_words", "line_svg"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNDEFINED_BLOCK = "·"
@@ -104,6 +104,24 @@ def curve_svg(finding: Finding) -> Markup:
         Markup(place),
         Markup(_path(x, y)),
     )
+
+
+def line_svg(values: np.ndarray, words: str) -> Markup:
+    """Numbers along an axis as SVG, without a limit.
+
+    ``words``: what they are.
+    Returns: Empty where there are not two that are known.
+    """
+    from markupsafe import Markup
+
+    shown = np.asarray(values, dtype=np.float64)
+    if np.isfinite(shown).sum() < 2:
+        return Markup()
+    x = np.linspace(MARGIN, WIDTH - MARGIN, len(shown))
+    return Markup(
+        '<svg class="curve" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" '
+        'height="{}">{}</svg>'
+    ).format(words, WIDTH, HEIGHT, WIDTH, HEIGHT, Markup(_path(x, _down(_heights(shown, math.nan)[0]))))
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,8 @@ class StreamMemory:
 
         Examples
         --------
-        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:54]
-        '4 streams move 11.3 × the elements of a plain residual'
+        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:38]
+        'memory traffic 11.3 × a plain residual'
         """
         facts = self.as_dict()
         kept, recomputed = facts["kept_bytes"], facts["recomputed_kept_bytes"]
@@ -214,9 +214,8 @@ class StreamMemory:
             else ""
         )
         return (
-            f"{self.streams} streams move {facts['traffic_ratio']:.3g} × the elements of a plain residual, "
-            f"{facts['fused_traffic_ratio']:.3g} × with a fused kernel, and keep {self.streams} × the bytes for the "
-            f"backward: {bytes_text(kept)} a token{again}"
+            f"memory traffic {facts['traffic_ratio']:.3g} × a plain residual ({facts['fused_traffic_ratio']:.3g} × fused); "
+            f"kept for the backward: {self.streams} ×, {bytes_text(kept)} a token{again}"
         )
 
 

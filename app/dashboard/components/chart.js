@@ -10,7 +10,7 @@ export default function (component) {
     box.zoom = urlZoom(data.key, 4);
     keepZoom(data.key, box);
   }
-  box.setAttribute("role", "img");
+  box.setAttribute("role", "figure");  // not an image, whose parts nobody could reach: plotly has buttons in it
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;

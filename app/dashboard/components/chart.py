@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.visible import visible
@@ -22,7 +24,7 @@ __all__ = [
     "build",
     "card",
     "clicked_cell",
-    "plotly_component",
+    "component",
     "show_drawing",
 ]
 
@@ -38,22 +40,27 @@ MOST_ROWS, MOST_COLUMNS = 1000, 100
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
-def plotly_component(name: str) -> Any:
-    """A component of the files ``NAME.css`` and ``NAME.js`` beside this one, which draws with plotly.js."""
+def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: str = "") -> Any:
+    """A component of the files ``NAME.css`` and ``NAME.js`` of this folder.
+
+    ``libraries``: further files of JavaScript that it uses.
+    ``styles``: style sheets in place of its own.
+    ``more_css``: rules that are no file of this folder.
+    """
     folder = Path(__file__).parent
 
-    def text(file: str) -> str:
-        return (folder / file).read_text(encoding="utf-8")
+    def text(*files: str) -> str:
+        return "\n".join((folder / file).read_text(encoding="utf-8") for file in files)
 
     return st.components.v2.component(
         f"depthscope_{name}",
-        css=text(f"{name}.css"),
-        js=text("plotly_page.js") + text(f"{name}.js"),
+        css=text(*(f"{each}.css" for each in styles or (name,))) + more_css,
+        js=text(*(f"{each}.js" for each in (*libraries, name))),
         isolate_styles=False,
     )
 
 
-_plot = plotly_component("chart")
+_plot = component("chart", "plotly_page")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
@@ -72,7 +79,9 @@ def card(
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
 ) -> None:
-    """A figure with its title and caption; its numbers open as a table and are saved as a CSV file.
+    """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
+
+    Which run has which colour is said once, above all figures.
 
     ``key``: widget key; the zoom lasts as long as it does.
     ``clickable``: whether a click on a cell reruns the page; `clicked_cell` returns it then.
@@ -84,9 +93,12 @@ def card(
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
             st.markdown(f"**{escaped(shown.title)}**", width="content")
             _numbers(figure, key)
-        drawing = to_plotly(shown, mark=mark).to_json()
+        drawing = to_plotly(shown, mark=mark)
+        for trace in drawing.data:
+            if isinstance(shown, Lines) and len(shown.runs) > 1 and trace.name in map(words, shown.runs):
+                trace.showlegend = False
         show_drawing(
-            drawing,
+            drawing.to_json(),
             name=shown.name,
             alt=shown.alt,
             key=key,
@@ -94,7 +106,13 @@ def card(
             clickable=clickable,
             axes=f"{shown.x_label} {shown.y_label} {isinstance(shown, Lines) and (shown.log_x, shown.log_y)}",
         )
-        st.caption(escaped(shown.caption))
+        st.caption(escaped(_short(shown.caption)))
+
+
+def _short(caption: str) -> str:
+    """The first sentence, and those that say what is missing or is not as it was measured."""
+    first, *others = re.split(r"(?<=[.!?]) (?=[A-Z0-9])", caption)
+    return " ".join([first, *(each for each in others if re.search("undefined|gaps|Reduced", each))])
 
 
 def show_drawing(
@@ -133,10 +151,13 @@ def show_drawing(
 def _numbers(figure: Figure, key: str) -> None:
     """The table of a figure's numbers, with its download."""
     # It reruns the page when it is opened, so that a page with ten closed tables computes and sends none of them.
-    opened = st.popover("Numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun")
+    opened = st.popover(
+        "Notes, numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun"
+    )
     if not opened.open:
         return
     with opened:
+        st.caption(escaped(figure.caption))
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
         st.dataframe(table.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=320, width=620)

@@ -22,6 +22,9 @@ MOST_RUNS = 30
 MOST_NAMED = 5
 """Runs that are not here and are named."""
 
+LOOKED_AT = "looked_at"
+"""Key of the session state: the run whose row the visitor looked at last."""
+
 _UNKNOWN = "unknown_runs"
 _KEY = "chosen_runs"
 """Key of the session state: Streamlit calls a page without arguments."""
@@ -49,7 +52,7 @@ def choose_runs() -> None:
             )
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
-    st.sidebar.caption("Key g: next chart; arrow keys: inside it.")
+    st.sidebar.caption("Shortcuts: g next chart, ←/→ next point")
     # A run that is deleted while the page is open leaves the field without a word.
     wanted = st.session_state.get(_KEY, []) if asked is None else asked
     unknown = [name for name in wanted if name not in listed]
@@ -101,23 +104,38 @@ def _read(names: Sequence[str]) -> ChosenRuns:
     return ChosenRuns(readings, tuple(unreadable))
 
 
-def require_chosen_runs() -> ChosenRuns:
-    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left."""
+def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
+    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
+
+    ``explain``: where none is chosen: a page that begins with all runs leaves the choice to them.
+    """
     # Read here and not where they are chosen: the table of all runs is drawn before the first of them is analysed. They are
     # not left in the session, where a page that is open but idle would keep them in memory.
-    chosen = _read(st.session_state[_KEY])
+    names = st.session_state[_KEY]
+    if not names and explain:
+        names = _looked_at()
+    chosen = _read(names)
     for run in chosen.unreadable:
         with st.container(border=True):
-            st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
+            st.markdown(f"## ⚠ {escaped(run.name)} cannot be shown")
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
             st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
     if not chosen.readings:
-        if not chosen.unreadable:
+        if not chosen.unreadable and (explain or not run_library.list_runs()):
             _explain_none()
         st.stop()  # ends this run of the script: the rest of the page is not drawn
     return chosen
+
+
+def _looked_at() -> list[str]:
+    """The run whose row was looked at last on the page of runs, where none is chosen."""
+    name = st.session_state.get(LOOKED_AT)
+    if name not in run_library.list_runs():
+        return []
+    st.caption(f"No run is chosen: this is {escaped(name)}, which you looked at last.")
+    return [name]
 
 
 def _explain_none() -> None:

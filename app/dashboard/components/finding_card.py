@@ -39,10 +39,11 @@ _drawing = st.components.v2.component(
 )
 
 
-def show_card(card: Card, *, of: Reading | None = None) -> None:
+def show_card(card: Card, *, of: Reading | None = None, name: str = "") -> None:
     """One finding in a bordered box.
 
     ``of``: what it is about: with it the card has a button that opens the microscope there.
+    ``name``: of its run, where only that is known.
     """
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
@@ -53,7 +54,7 @@ def show_card(card: Card, *, of: Reading | None = None) -> None:
         st.caption(f"**Where:** {escaped(card.where + explained)}")
         if card.curve:
             name = (
-                f"{of.name if of else ''}_{card.finding.verdict}_{card.finding.stream}_{card.finding.first}"
+                f"{of.name if of else name}_{card.finding.verdict}_{card.finding.stream}_{card.finding.first}"
             )
             _show_drawing(f"curve_{name}", curve_svg(card.finding), card.curve)
             st.caption(f"**Curve:** {escaped(card.curve)}")

@@ -1,4 +1,4 @@
-"""What happens at which depth, to which token, in which stream? Panels over one depth axis, and all about one depth."""
+"""What happens at which depth, to which token, in which stream? Panels over one depth axis, with the findings above them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotly_component, show_drawing
-from depthscope.app.dashboard.components.finding_card import show_card
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, component
 from depthscope.app.drawing.plotly import reduction_words, shrink
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
     Bar,
     Panel,
     draw_stack,
-    eigenvalue_plane,
     stack_height,
 )
-from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, Selection, available
-from depthscope.app.figures.build.values import names_of, pick
+from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
+from depthscope.app.figures.build.matrix_pictures import picture_figure
+from depthscope.app.figures.build.values import names_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.findings import cards_of
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.causes import worst_depth
@@ -37,10 +32,10 @@ from depthscope.diagnostics.verdicts.causes import worst_depth
 __all__ = [
     "View",
     "depth_names",
+    "depths_of_connections",
     "first_pin",
     "pinned_by_page",
-    "show_detail",
-    "show_matrices",
+    "range_of",
     "show_panels",
     "strips_of",
 ]
@@ -55,31 +50,24 @@ DEFAULT_STRIPS = (
 )
 """Shown where the run feeds them, from top to bottom."""
 
-NUMBERS = (
-    *("effective_rank", "participation_ratio", "token_cosine", "dong_residual", "adjacent_cka"),
-    *("adjacent_angle", "branch_share", "massive_activation", "residual_norm", "gradient_norm"),
-    *("backward_gain", "stream_cosine", "sink_mass"),
-)
-"""Metrics of the table of numbers, in its order."""
-
 TOKEN_ROWS = 3.2
 """Pixels of a token in the map."""
 
 NAMED_TOKENS = 3
-"""Tokens whose text stands beside the map: those with the largest values."""
+"""Tokens whose text is at the side of the map: those with the largest values."""
 
 LINE = 13
 """Pixels that a line of text needs."""
 
-MOST_CARDS = 3
-"""Findings beside the panels."""
+PICTURE_ROW = 11
+"""Pixels of a row of the pictures of H_res."""
 
 MOST_BARS = 8
 """Findings above the panels; the others are on the page of runs."""
 
 _DRAWN = "microscope_drawn"
 
-_component = plotly_component("panels")
+_component = component("panels", "plotly_page")
 
 
 @dataclass(frozen=True)
@@ -100,6 +88,10 @@ class View:
         The depth that is pinned.
     other : int or None
         The one that it is compared with.
+    whose : str
+        Whose H_res is shown, a key of `WHOSE`.
+    token : tuple of int or None
+        Sequence and position of the token that is marked.
     """
 
     strips: tuple[str, ...]
@@ -108,6 +100,8 @@ class View:
     stream: str
     pin: int
     other: int | None
+    whose: str = "mean"
+    token: tuple[int, int] | None = None
 
 
 def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
@@ -182,8 +176,12 @@ class _Drawn:
         names = depth_names(reading)
         bars = _bars(reading, close_up, len(names))
         panels = [_strip(name, reading, close_up) for name in view.strips]
+        rows = 0
         if close_up is not None:
+            if close_up.num_connections:
+                panels += _picture_panels(reading, close_up, view, len(names))
             panels.append(_token_panel(close_up, view))
+            rows = 1 + len(panels)
             if close_up.num_streams > 1:
                 panels.append(_stream_panel(close_up))
         data = {
@@ -191,10 +189,11 @@ class _Drawn:
             "height": stack_height(panels, bars),
             "places": list(range(len(names))),
             "names": names,
+            "rows": f"yaxis{rows}" if rows else "",
             "alt": visible(
                 f"Panels over the {len(names)} depths of {reading.name}: "
                 f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
-                "one to compare with, escape forgets it, enter opens the numbers beside."
+                "one to compare with, escape forgets it, enter goes to the numbers of the depth."
             ),
         }
         return cls(reading, close_up, view, data)
@@ -226,7 +225,7 @@ def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
             figure = replace(figure, lines=(*figure.lines, *added))
     depths = None
     if _axis_of(kind.metric, reading) == "connection":
-        depths = {float(i): float(depth) for i, depth in enumerate(_depths_of_connections(reading, close_up))}
+        depths = {float(i): float(depth) for i, depth in enumerate(depths_of_connections(reading, close_up))}
     return Panel(replace(figure, title=_panel_title(figure)), depths=depths)
 
 
@@ -236,7 +235,7 @@ def _panel_title(figure: Figure) -> str:
     return title if figure.y_label.casefold() == title.casefold() else f"{title}: {figure.y_label}"
 
 
-def _depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndarray:
+def depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndarray:
     """The depth that each connection writes."""
     if "depth_out" in reading.analysis.coords:
         return np.asarray(reading.analysis["depth_out"].values, dtype=int)
@@ -247,7 +246,7 @@ def _depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.nda
 
 def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
     placed = [
-        (finding, _range_of(finding, reading, close_up))
+        (finding, range_of(finding, reading, close_up))
         for finding in reading.findings
         if finding.severity.name in SEVERITY_COLOURS
     ]
@@ -259,13 +258,13 @@ def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
     return bars[:MOST_BARS]
 
 
-def _range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tuple[int, int] | None:
+def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tuple[int, int] | None:
     """The depths of a finding; None where it is about the whole run or a module."""
     if finding.first < 0 or finding.axis not in ("depth", "connection"):
         return None
     if finding.axis == "depth":
         return finding.first, finding.last
-    depths = _depths_of_connections(reading, close_up)
+    depths = depths_of_connections(reading, close_up)
     known = depths[finding.first : finding.last + 1]
     return (int(known.min()), int(known.max())) if len(known) else None
 
@@ -289,6 +288,7 @@ def _token_panel(close_up: CloseUp, view: View) -> Panel:
         # Norms of massive tokens are a hundred times those of the others.
         log_z=view.measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
         y_text=tokens[:last],
+        from_top=True,
         # As the map of the page Tokens.
         of_block="largest" if view.measure == "norm" else "mean",
     )
@@ -297,11 +297,47 @@ def _token_panel(close_up: CloseUp, view: View) -> Panel:
     # The names of the tokens that stand out; the others are named where the mouse is.
     largest = np.nan_to_num(np.abs(z[:last]), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))
-    ticks: dict[int, str] = {}
+    marked = view.token[1] if view.token is not None and view.token[0] == view.sequence else None
+    ticks = {} if marked is None or marked >= last else {marked: tokens[marked]}
     for token in np.argsort(-largest):
         if len(ticks) < NAMED_TOKENS and all(abs(token - each) * height >= LINE * last for each in ticks):
             ticks[int(token)] = tokens[token]
-    return Panel(figure, height=height, ticks=ticks)
+    return Panel(figure, height=height, ticks=ticks, marked=marked)
+
+
+def _picture_panels(reading: Reading, close_up: CloseUp, view: View, depths: int) -> list[Panel]:
+    """H_res at the depth that each connection writes, and below it the product of all up to there."""
+    found = close_up.pictures(view.whose, view.token)
+    return [
+        _picture_panel(title, matrices, reading, close_up, depths)
+        for title, matrices in zip(
+            ("H_res of each connection", "Product of H_res from the embedding"), found, strict=True
+        )
+        if matrices
+    ]
+
+
+def _picture_panel(
+    title: str, matrices: Sequence[Matrix], reading: Reading, close_up: CloseUp, depths: int
+) -> Panel:
+    places = depths_of_connections(reading, close_up)
+    # Of several connections that write one depth, as of two tracks, the last one.
+    last = {int(place): number for number, place in enumerate(places)}
+    figure = picture_figure(
+        [matrices[number].h_res for number in last.values()],
+        [close_up.connection_name(number) for number in last.values()],
+        list(last),
+        depths,
+        name="h_res",
+        title=f"{title}, and its sums less 1",
+        run=reading.name,
+        x_label="depth",
+        of=matrices[0].of,
+    )
+    n = close_up.num_streams
+    return Panel(
+        figure, height=PICTURE_ROW * (n + 2), ticks={0: "to 0", n - 1: f"to {n - 1}", n + 1: "sum − 1"}
+    )
 
 
 def _stream_panel(close_up: CloseUp) -> Panel:
@@ -316,141 +352,3 @@ def _stream_panel(close_up: CloseUp) -> Panel:
         "",
     )
     return Panel(figure, height=18 * close_up.num_streams + 12)
-
-
-def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
-    """All about the depth that is pinned."""
-    names = depth_names(reading)
-    against = f" against depth {view.other}" if view.other is not None else ""
-    st.markdown(f"##### Depth {view.pin}{against}: {escaped(names[view.pin])}")
-    touching = [
-        each
-        for each in cards_of(reading)
-        if (where := _range_of(each.finding, reading, close_up)) and where[0] <= view.pin <= where[1]
-    ]
-    for each in touching[:MOST_CARDS]:
-        if each.severity == "INFO":
-            with st.expander(f"● {escaped(each.title)}"):
-                show_card(each)
-        else:
-            show_card(each)
-    if close_up is not None and close_up.num_connections:
-        _show_connections(close_up, view)
-    st.table(_numbers_at(reading, view, len(names)), border="horizontal")
-    if close_up is None:
-        st.caption("The run has no states of single tokens, or its file has changed: reload this page.")
-        return
-    _show_tokens(close_up, view)
-    if "singular_value" in reading.analysis:
-        chosen = (view.pin,) if view.other is None else tuple(sorted({view.pin, view.other}))
-        figure = FIGURES["spectrum"].build(_analyses(reading), depths=chosen)
-        card(figure, key="microscope_spectrum", height=230)
-
-
-def _numbers_at(reading: Reading, view: View, depths: int) -> pd.DataFrame:
-    pin = view.pin
-    around = [depth for depth in (pin - 1, pin, pin + 1) if 0 <= depth < depths]
-    places = around if view.other is None else [pin, view.other]
-    rows: dict[str, list[str]] = {}
-    for metric in NUMBERS:
-        values = pick(reading.analysis, metric, Selection(stream=view.stream))
-        if values is None or values.dims != ("depth",):
-            continue
-        row = [number(float(values.isel(depth=place))) for place in places]
-        null = pick(reading.analysis, f"{metric}_null", Selection(stream=view.stream))
-        noise = (
-            number(float(null.isel(depth=pin) if "depth" in null.dims else null)) if null is not None else "–"
-        )
-        rows[escaped(spoken(metric))] = [*row, noise]
-    return pd.DataFrame.from_dict(
-        rows, orient="index", columns=[*(f"depth {place}" for place in places), f"null at {pin}"]
-    )
-
-
-def _show_tokens(close_up: CloseUp, view: View) -> None:
-    pin = view.pin
-    tokens = pd.DataFrame(
-        [
-            {
-                "largest tokens": each.text,
-                "sequence": each.sequence,
-                "position": each.position,
-                "norm": number(each.norm),
-                "× median": number(each.ratio),
-            }
-            for each in close_up.largest_tokens(pin, stream=view.stream)
-        ]
-    )
-    entries = pd.DataFrame(
-        [
-            {
-                "largest entries": each.text,
-                "sequence": each.sequence,
-                "position": each.position,
-                "feature": each.feature,
-                "value": number(each.value),
-                "× median": number(each.ratio),
-            }
-            for each in close_up.largest_entries(pin, stream=view.stream)
-        ]
-    )
-    for table in (tokens, entries):
-        st.dataframe(table, hide_index=True, row_height=28, height=32 + 28 * max(len(table), 1))
-
-
-def _show_connections(close_up: CloseUp, view: View) -> None:
-    pin = view.pin
-    for connection in close_up.connections_at(pin):
-        st.markdown(f"**H_res of {escaped(close_up.connection_name(connection))}**")
-        show_matrices(close_up.matrices(connection), f"connection{connection}")
-    other = view.other if view.other is not None else 0
-    first, last = sorted((pin, other))
-    inside = [
-        connection
-        for connection in range(close_up.num_connections)
-        if close_up.depth_in[connection] >= first and close_up.depth_out[connection] <= last
-    ]
-    if len(inside) > 1:
-        st.markdown(f"**Product of H_res from depth {first} to depth {last}** ({len(inside)} connections)")
-        show_matrices(close_up.composite(inside[0], inside[-1]), "composite")
-
-
-def show_matrices(matrices: Sequence[Matrix], key: str) -> None:
-    """One of some matrices with its sums and its eigenvalues, and the choice of it."""
-    if not matrices:
-        st.caption("No token of the run is real.")
-        return
-    words = [each.of for each in matrices]
-    chosen = st.selectbox(
-        "Of which token",
-        range(len(words)),
-        format_func=lambda i: words[i],
-        key=f"microscope_{key}",
-        label_visibility="collapsed",
-    )
-    matrix = matrices[chosen]
-    st.table(_matrix_table(matrix), border="horizontal")
-    drawing = eigenvalue_plane({matrix.of: list(matrix.eigenvalues)})
-    show_drawing(
-        drawing.to_json(),
-        name=f"eigenvalues_{key}",
-        alt=f"Eigenvalues of H_res, {matrix.of}: {', '.join(f'{value:.3g}' for value in matrix.eigenvalues)}",
-        key=f"microscope_eigenvalues_{key}",
-        height=210,
-    )
-
-
-def _matrix_table(matrix: Matrix) -> pd.DataFrame:
-    size = len(matrix.h_res)
-    table = pd.DataFrame(
-        [[number(float(value)) for value in row] for row in matrix.h_res],
-        index=[f"to {i}" for i in range(size)],
-        columns=[f"from {i}" for i in range(size)],
-    )
-    table["row sum"] = [number(float(value)) for value in matrix.row_sums]
-    for name, weights in (("H_post", matrix.h_post), ("H_pre", matrix.h_pre)):
-        if weights is not None:
-            table[name] = [number(float(value)) for value in weights]
-    sums = [number(float(value)) for value in matrix.column_sums]
-    table.loc["column sum"] = [*sums, *[""] * (table.shape[1] - size)]
-    return table

@@ -29,7 +29,7 @@ def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: s
         chosen = names
         if len(names) > 1:
             chosen = st.multiselect(
-                "Computed on request, since it costs more",
+                "Slow metrics (click to compute)",
                 names,
                 default=names,
                 format_func=lambda name: CATALOGUE[name].title,
@@ -39,7 +39,7 @@ def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: s
             )
         else:
             st.markdown(
-                f"On request, since it costs more: {escaped(inside_sentence(CATALOGUE[names[0]].title))}."
+                f"Slow metric (click to compute): {escaped(inside_sentence(CATALOGUE[names[0]].title))}."
             )
         asked = st.button("Compute", key=f"{key}_compute", disabled=not chosen)
     st.caption("Kept beside the run, until its file changes. To have them in the file itself:")

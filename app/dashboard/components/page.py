@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import streamlit as st
 
 from depthscope.app.dashboard.components.chosen_runs import require_chosen_runs, say_unknown_runs
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
-from depthscope.app.dashboard.components.question import show_figures, show_findings
+from depthscope.app.dashboard.components.question import show_answers, show_figures, show_findings
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
 from depthscope.app.text.visible import LONGEST_TEXT, visible
@@ -62,12 +63,12 @@ class Page:
 
 def show_page(page: Page) -> None:
     """Draw a page for the chosen runs."""
-    st.markdown(f"### {page.heading or page.title}")
+    st.markdown(f"# {page.heading or page.title}")
     st.caption(page.help)
     say_unknown_runs()
     if page.first is not None:
         page.first()
-    chosen = require_chosen_runs()
+    chosen = require_chosen_runs(explain=page.first is None)
     try:
         _show_contents(page, chosen)
     except Exception as error:
@@ -92,10 +93,12 @@ def _show_contents(page: Page, chosen: ChosenRuns) -> None:
             has_data = bool(figures)
         if not has_data:
             _explain_missing(page)
-        # Findings first: the figures below are read with the question that they raise.
+        # Answers and findings first: the figures below are read with the question that they raise.
+        show_answers(chosen, page.question)
         show_findings(chosen, page.question)
         if not figures:
             return
+        show_legend(chosen.analyses)
     if page.show is None:
         show_figures(chosen, page.question)
     else:

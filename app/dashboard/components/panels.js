@@ -49,6 +49,12 @@ export default function (component) {
     if (share < -0.02 || share > 1.02) return null;
     return box.places[nearest(x.range[0] + share * (x.range[1] - x.range[0]))] ?? null;
   };
+  // The row of the map of tokens that the mouse is on; null beside it.
+  const rowAt = (event) => {
+    const y = data.rows && plot._fullLayout?.[data.rows];
+    const row = y ? Math.round(y.p2d(event.clientY - plot.getBoundingClientRect().top - y._offset)) : null;
+    return row !== null && row >= Math.min(...y.range) && row <= Math.max(...y.range) ? row : null;
+  };
   const put = (line, depth) => {
     const x = axis();
     const left = depth === null || depth === undefined ? undefined : place(depth);
@@ -56,10 +62,21 @@ export default function (component) {
     line.style.display = shown ? "block" : "none";
     if (shown) line.style.left = `${left}px`;
     line.dataset.depth = shown ? depth : "";
+    // In the panels alone: across their titles a line would hide letters.
+    const panels = shown ? Object.keys(plot._fullLayout).filter((key) => /^yaxis\d*$/.test(key)).map((key) => plot._fullLayout[key]) : [];
+    line.replaceChildren(...panels.map(({ _offset, _length }) => {
+      const part = document.createElement("i");
+      part.style.cssText = `top: ${_offset}px; height: ${_length}px`;
+      return part;
+    }));
   };
+  // Whoever shows what is at a place listens: the pane beside the panels.
+  const tell = (at) => document.dispatchEvent(new CustomEvent("depthscope-place", {
+    detail: { name: data.name, at, pin: box.pinned.depth ?? null, other: box.pinned.other ?? null } }));
   const show = () => {
     put(pin, box.pinned.depth);
     put(other, box.pinned.other);
+    tell(null);
   };
   const send = (pinned, wait) => {
     box.pinned = pinned;
@@ -70,6 +87,7 @@ export default function (component) {
   };
   const point = (depth) => {
     put(cursor, depth);
+    tell(depth);
     name.style.display = depth === null ? "none" : "block";
     if (depth !== null) {
       name.textContent = box.names ? `${depth}  ${box.names[nearest(depth)]}` : `step ${Math.round(depth)}`;
@@ -95,7 +113,8 @@ export default function (component) {
     if (pressed === null || Math.abs(event.clientX - pressed) > 4) return;
     const depth = depthAt(event);
     if (depth === null) return;
-    send(event.shiftKey ? { ...box.pinned, other: depth } : { depth, other: null }, 0);
+    const token = rowAt(event);
+    send({ ...(event.shiftKey ? { ...box.pinned, other: depth } : { depth, other: null }), token }, 0);
   }, options);
   box.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

@@ -14,10 +14,22 @@ from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.on_request import offer_metrics
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, Figure, FigureKind, Heatmap
+from depthscope.app.figures.build.answers import answer_to
 from depthscope.app.tables.findings import cards_of
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
+__all__ = ["show_answers", "show_figures", "show_findings", "show_in_rows", "show_on_request"]
+
+
+def show_answers(chosen: ChosenRuns, question: str) -> None:
+    """One sentence a run, before any figure."""
+    answers = {
+        name: answer_to(question, reading.analysis, reading.results)
+        for name, reading in chosen.readings.items()
+    }
+    for name, answer in answers.items():
+        if answer:
+            st.markdown(f"**{escaped(name)}**: {escaped(answer)}")
 
 
 def show_findings(chosen: ChosenRuns, question: str) -> None:

@@ -25,7 +25,7 @@ def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
     table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
     # A row of dashes would only lengthen the table.
     table = table[table.notna().any(axis=1)].fillna("–")
-    return table.map(lambda value: escaped(str(value)))
+    return table.map(lambda value: escaped(str(value))).rename_axis("fact")
 
 
 def _facts(reading: Reading) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotly_component
+from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.drawing.plotly.history import Mark, draw_history
@@ -45,7 +45,7 @@ CURVE = 80
 LINE = 13
 """Pixels of a curve, and of a line of text."""
 
-_panels = plotly_component("panels")
+_panels = component("panels", "plotly_page")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def show_step_heading(history: TrainingHistory, shown: Shown) -> None:
         words += f" against step {_spaced(history.steps[others[0]])}"
     elif shown.step is None:
         words += ", the last one"
-    st.markdown(f"##### {words}")
+    st.markdown(f"## {words}")
 
 
 def _positions(history: TrainingHistory, shown: Shown) -> list[int]:

@@ -1,23 +1,28 @@
-"""Which of all runs is in trouble, and with what? The verdict table of a folder, worst first; a click opens one."""
+"""Which of all runs is in trouble, and with what? The verdict table of a folder, worst first, and the card of one row."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
+from depthscope.app.dashboard.components.chart import component
+from depthscope.app.dashboard.components.chosen_runs import LOOKED_AT
+from depthscope.app.dashboard.components.finding_card import BADGES, show_card
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.live_status import LiveState
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
-from depthscope.app.readings.kept_readings import Summary, summary_of
+from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
+from depthscope.app.readings.kept_readings import Summary
+from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, Standing
+from depthscope.app.tables.tables import spoken
 from depthscope.app.tables.verdict_table import (
+    MILD,
+    OTHERS,
     SIGNS,
     VerdictTable,
     groupable,
@@ -25,35 +30,33 @@ from depthscope.app.tables.verdict_table import (
     plain_attributes,
     verdict_table,
 )
+from depthscope.app.text.cards import card_of
+from depthscope.app.text.health import healthy_name
+from depthscope.app.text.notebook import card_style
+from depthscope.app.text.sparkline import curve_svg
+from depthscope.app.text.visible import visible
 
 __all__ = ["show_verdict_board"]
 
-# Half transparent, so that the text keeps its contrast on white and on black.
-TINTS = {
-    "FAIL": "rgba(224, 49, 49, 0.30)",
-    "WARN": "rgba(247, 144, 9, 0.28)",
-    "INFO": "rgba(51, 133, 255, 0.14)",
-    "PASS": "rgba(47, 158, 68, 0.12)",
+MOST_HEIGHT = 460
+"""Pixels of the table, which scrolls."""
+
+STATES = {
+    **{state: words for state, (words, _, _) in BADGES.items()},
+    "PASS": "passed",
+    NOT_JUDGED: "not judged",
+    DOES_NOT_APPLY: "does not apply",
 }
-"""State → background of its cells; of what was not judged, none."""
-
-PATIENCE = 2.0
-"""Seconds of analysis before what is known is shown: runs that nobody has looked at yet follow."""
-
-ROW, HEAD, MOST_HEIGHT = 35, 38, 460
-"""Pixels of a row, of the head, and of the table, which scrolls."""
+"""What a state is called."""
 
 _KEY = "verdict_board"
-_INPUT = "verdict_board_input"
 _WAITED = "verdict_board_waited"
 
-_table_keys = st.components.v2.component(
-    "depthscope_table_keys", js=Path(__file__).with_name("table_keys.js").read_text(encoding="utf-8")
-)
+_board_component = component("board", more_css=card_style())
 
 
 def show_verdict_board() -> None:
-    """The table of every listed run. Runs that were never analysed are analysed while it is open, and join it."""
+    """The table of every listed run. Runs that were never analysed are analysed by other processes, and fill their rows."""
     listed = run_library.list_runs()
     if listed:  # else the page says that there is none
         runs = _Runs.of(listed)
@@ -74,8 +77,11 @@ class _Runs:
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
-        for name, path in listed.items():
-            found = run_library.summaries_of(name, path)
+        known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
+        wanted = {name: listed[name] for name, found in known.items() if found is None}
+        run_library.ask_for(wanted)
+        known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
+        for name, found in known.items():
             if found is None:
                 runs.waiting.append(name)
             elif isinstance(found, UnreadableRun):
@@ -89,103 +95,177 @@ class _Runs:
         """Whether there will be more to show without a click."""
         return bool(self.waiting) or any(state.is_growing for state in self.live.values())
 
-    def analyse(self) -> None:
-        """Analyse waiting runs for a while."""
-        if not self.waiting:
-            return
-        listed = self.listed
-        bar = st.progress(0.0)
-        end = time.monotonic() + PATIENCE
-        while self.waiting and time.monotonic() < end:
-            name = self.waiting.pop(0)
-            done = f"{len(listed) - len(self.waiting) - 1} of {len(listed)} runs judged, now {escaped(name)}"
-
-            def progress(metric: str, number: int, total: int, done: str = done) -> None:
-                bar.progress(number / max(total, 1), f"{done}: {escaped(metric)}")
-
-            progress("opening", 0, 1)
-            found = run_library.read_run(name, listed, progress=progress)
-            if isinstance(found, UnreadableRun):
-                self.unreadable.append(found)
-            else:
-                self.summaries[name] = [summary_of(reading) for reading in found]
-        bar.empty()
-
 
 def _board(first: list[_Runs]) -> None:
     """Draw the table; `first` has what is known when the page is opened, and is empty whenever this runs again by itself."""
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there: this is only a part of it
     runs = first.pop() if first else _Runs.of(run_library.list_runs())
-    changed = runs.changes
-    runs.analyse()
-    if runs.waiting:
-        st.caption(
-            f"{len(runs.listed) - len(runs.waiting)} of {len(runs.listed)} runs judged; the others follow."
-        )
-    if runs.summaries:
-        _show_table(runs.summaries, {name: state.words for name, state in runs.live.items()})
-    for run in runs.unreadable:
-        st.caption(f"⚠ {escaped(run.name)} cannot be read: {escaped(run.reason)}")
-    if changed and not runs.changes and st.session_state.get(_WAITED):
+    _show_table(runs)
+    if not runs.changes and st.session_state.get(_WAITED):
         st.session_state[_WAITED] = False
         st.rerun()  # of the whole page: this stops the fragment's clock
     st.session_state[_WAITED] = runs.changes
 
 
-def _show_table(by_run: Mapping[str, Sequence[Summary]], live: Mapping[str, str]) -> None:
+def _show_table(runs: _Runs) -> None:
     # A run of several chains has a row for each, and is opened under its own name.
-    listed_as = {summary.name: name for name, found in by_run.items() for summary in found}
-    summaries = [summary for found in by_run.values() for summary in found]
-    grouping = _choose_grouping(summaries)
-    statuses = {name: live[listed_as[name]] for name in listed_as if listed_as[name] in live}
-    table = verdict_table(_found(summaries), statuses=statuses, **grouping)
-    if table.cells.empty:
-        st.caption("No run has a name or an attribute with these words.")
+    listed_as = {summary.name: name for name, found in runs.summaries.items() for summary in found}
+    summaries = [summary for found in runs.summaries.values() for summary in found]
+    grouping = _choose_grouping(summaries, len(runs.listed))
+    statuses = {name: runs.live[of].words for name, of in listed_as.items() if of in runs.live}
+    wanted = str(st.session_state.get("find", "")).casefold().split()
+    table = verdict_table(
+        [each for each in summaries if _is_found(wanted, _searched(each, statuses))],
+        statuses=statuses,
+        **grouping,
+    )
+    others = [
+        *((each.name, f"⚠ cannot be read: {each.reason}") for each in runs.unreadable),
+        *((name, _waiting_words(runs.listed[name])) for name in runs.waiting),
+    ]
+    rows = [_row(table, number) for number in range(len(table.runs))]
+    rows += [
+        _plain_row(name, words, len(rows[0]["cells"]) if rows else 0)
+        for name, words in others
+        if _is_found(wanted, f"{name} {words}")
+    ]
+    if not rows:
+        st.caption("No run has these words in its name, attributes, findings or state.")
         return
-    st.dataframe(
-        table.cells.style.apply(_tints, table=table, axis=None),
-        hide_index=True,
-        height=min(HEAD + ROW * len(table.cells), MOST_HEIGHT),
-        row_height=ROW,
+    at = _looked_at(rows)
+    st.session_state[LOOKED_AT] = next(
+        (listed_as.get(row["runs"][0]) for row in rows if row["name"] == at), None
+    )
+    _board_component(
+        data={
+            "name": _KEY,
+            "what": "board",
+            "columns": [name for name in table.cells.columns if name in table.verdicts or name == OTHERS],
+            "groups": [grouping["group_by"]] if grouping.get("group_by") else [],
+            "rows": rows,
+            "runs": list(listed_as),
+            "chosen": [name for name, of in listed_as.items() if of in st.session_state.get("runs", ())],
+            "at": at,
+            "states": STATES,
+            "height": MOST_HEIGHT,
+            "caption": "Verdicts of every run, the worst first. Up and down go from row to row, left and right to what can be "
+            "opened, Enter opens the microscope, space marks the run for a comparison.",
+        },
         key=_KEY,
-        on_select=lambda: None if _input() == "keys" else _open(table, listed_as),
-        selection_mode="single-cell",
-        alt="Verdicts of every run, the worst first: a click on a cell, or Enter, opens the run at that depth.",
+        on_at_change=_put_at,
+        on_open_change=lambda: _open(table, listed_as),
+        on_together_change=lambda: _open_together(listed_as),
     )
-    _table_keys(
-        data={"table": _KEY},
-        key=_INPUT,
-        on_by_change=lambda: None,
-        on_opened_change=lambda: _open(table, listed_as),
-    )
-    words = ", ".join(
-        f"{sign} {state.lower()}" for state, sign in SIGNS.items() if state not in ("INFO", "PASS")
-    )
+    signs = ", ".join(f"{sign} {STATES[state]}" for state, sign in SIGNS.items())
+    judged = f"{len(runs.summaries)} of {len(runs.listed)} runs judged. " if runs.waiting else ""
     st.caption(
-        f"{words}, {SIGNS['INFO']} note, {SIGNS['PASS']} passed; a number is the depth. Not judged is not passed. "
-        "A click on a cell, or Enter, opens the run there."
+        f"{judged}{signs}; a number is a depth. ↑ ↓ walk the rows; a click on a finding, or Enter, opens the microscope there."
+    )
+    _show_looked_at(table, at)
+
+
+def _waiting_words(path: Path) -> str:
+    progress = run_library.progress_of(path)
+    return "waits for its analysis" if progress is None else f"is analysed: {progress}"
+
+
+def _row(table: VerdictTable, number: int) -> dict[str, Any]:
+    """One row for the browser."""
+    cells, states, depths = table.cells.iloc[number], table.states.iloc[number], table.depths[number]
+    worst = table.worst[number]
+    finding = worst.finding if worst is not None else None
+    card = card_of(finding) if finding is not None else None
+    return {
+        "name": table.runs[number][0] if len(table.runs[number]) == 1 else cells["run"],
+        "runs": table.runs[number],
+        "judged": True,
+        "status": str(cells.get("status", "")),
+        "group": str(cells.iloc[1 + ("status" in cells)]) if len(cells) > 1 else "",
+        "sentence": f"{card.title.rstrip('.')} · {card.where}" if card else "Nothing found",
+        "why": card.why if card else "",
+        "severity": card.severity if card else "PASS",
+        "sign": SIGNS[card.severity if card else "PASS"],
+        "curve": str(curve_svg(finding)) if finding is not None else "",
+        "depth": worst.depth if worst is not None else None,
+        "cells": [
+            {
+                "text": str(cells[name]),
+                "state": str(states[name]) if name in table.verdicts else "",
+                "mild": states[name] in MILD,
+                "depth": depths.get(name),
+                "place": str(cells[name])[1:].strip(),
+            }
+            for name in cells.index
+            if name in table.verdicts or name == OTHERS
+        ],
+    }
+
+
+def _plain_row(name: str, words: str, columns: int) -> dict[str, Any]:
+    """A run without verdicts: it waits, or cannot be read."""
+    return {
+        "name": name,
+        "runs": [name],
+        "judged": False,
+        "status": "",
+        "group": "",
+        "sentence": visible(words),
+        "cells": [{"text": "", "state": ""}] * columns,
+    }
+
+
+def _looked_at(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The row whose card is open: that of the cursor, else the worst one."""
+    names = [row["name"] for row in rows]
+    asked = st.query_params.get("at", "")
+    return asked if asked in names else str(names[0])
+
+
+def _put_at() -> None:
+    at = (st.session_state.get(_KEY) or {}).get("at")
+    if isinstance(at, str):
+        st.query_params["at"] = at
+
+
+def _show_looked_at(table: VerdictTable, at: str) -> None:
+    """The worst finding of one run: without a choice of runs the page begins with an answer."""
+    names = [row[0] if len(row) == 1 else table.cells["run"].iloc[i] for i, row in enumerate(table.runs)]
+    if at not in names or (st.session_state.get("runs") and "at" not in st.query_params):
+        return
+    worst = table.worst[names.index(at)]
+    st.markdown(f"## {escaped(at)}")
+    if worst is None or worst.finding is None:
+        st.markdown("The signal passes: no metric crossed its threshold.")
+    else:
+        show_card(card_of(worst.finding), name=at)
+
+
+def _is_found(wanted: Sequence[str], text: str) -> bool:
+    return all(word in text.casefold() for word in wanted)
+
+
+def _searched(summary: Summary, statuses: Mapping[str, str]) -> str:
+    """Everything that the page shows of a run."""
+    attributes = [f"{name} {value}" for name, value in plain_attributes(summary.attrs).items()]
+    return " ".join(
+        [summary.name, statuses.get(summary.name, ""), *attributes]
+        + [_verdict_words(name, each) for name, each in summary.standings.items() if each.state not in MILD]
     )
 
 
-def _found(summaries: list[Summary]) -> list[Summary]:
-    words = str(st.session_state.get("find", "")).casefold().split()
-    return [summary for summary in summaries if all(word in _searched(summary) for word in words)]
+def _verdict_words(name: str, standing: Standing) -> str:
+    sentence = standing.finding.sentence if standing.finding is not None else ""
+    return f"{spoken(name)} {healthy_name(name)} {STATES[standing.state]} {standing.state} {sentence}"
 
 
-def _searched(summary: Summary) -> str:
-    plain = plain_attributes(summary.attrs).values()
-    told = [name for name, standing in summary.standings.items() if standing.state in ("FAIL", "WARN")]
-    return " ".join(map(str, (summary.name, *plain, *told))).casefold()
-
-
-def _choose_grouping(summaries: list[Summary]) -> dict[str, Any]:
-    """How rows are put together, in the URL as `?find=`, `?group=` and `?seeds=`."""
-    if len(summaries) < 2:
+def _choose_grouping(summaries: list[Summary], num_runs: int) -> dict[str, Any]:
+    """How rows are put together, in the URL as `?find=`, `?group=` and `?fold=`."""
+    if num_runs < 2:
         return {}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.text_input(
-            "Find", key="find", bind="query-params", placeholder="name, attribute, verdict", width=260
+            "Find", key="find", bind="query-params", placeholder="name, attribute, finding, nan", width=260
         )
         names = groupable(summaries)
         group = None
@@ -206,23 +286,22 @@ def _choose_grouping(summaries: list[Summary]) -> dict[str, Any]:
     return {"group_by": group, "fold_seeds": bool(fold)}
 
 
-def _tints(cells: pd.DataFrame, table: VerdictTable) -> pd.DataFrame:
-    return table.states.map(lambda state: f"background-color: {TINTS[state]}" if state in TINTS else "")
-
-
-def _input() -> str:
-    """By what a cell was selected last: ``pointer`` or ``keys``."""
-    return str((st.session_state.get(_INPUT) or {}).get("by") or "pointer")
-
-
 def _open(table: VerdictTable, listed_as: Mapping[str, str]) -> None:
-    """Open the microscope at the run and depth of the cell that is selected."""
-    cells = st.session_state[_KEY]["selection"]["cells"]
-    if cells:
-        row, column = cells[0]
-        names = table.runs[int(row)]
-        open_microscope(
-            [listed_as[name] for name in names],
-            look_at=names[0],
-            depth=table.depths[int(row)].get(str(column)),
-        )
+    """Open the microscope at the run and depth of what was clicked."""
+    asked = (st.session_state.get(_KEY) or {}).get("open") or {}
+    for number, names in enumerate(table.runs):
+        if asked.get("run") in (names[0], table.cells["run"].iloc[number]):
+            depth = asked.get("depth")
+            open_microscope(
+                [listed_as[name] for name in names],
+                look_at=names[0],
+                depth=int(depth) if isinstance(depth, (int, float)) else None,
+            )
+
+
+def _open_together(listed_as: Mapping[str, str]) -> None:
+    """Open a page for the marked runs."""
+    asked = (st.session_state.get(_KEY) or {}).get("together") or {}
+    names = [listed_as[name] for name in asked.get("names", ()) if name in listed_as]
+    if names and asked.get("page") in ("", "compare", "training"):
+        open_page(asked["page"], names)

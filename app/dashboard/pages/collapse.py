@@ -16,7 +16,7 @@ from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import Figure, FigureKind, Lines
 from depthscope.app.figures.build.share import share_of_null
 
-SHARE, VALUE = "share of the null", "value"
+SHARE, VALUE = "fraction of the noise baseline", "value"
 
 VERSIONS: dict[str, dict[str, str]] = {
     "raw": {"tokens": "all", "centering": "raw"},

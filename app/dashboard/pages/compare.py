@@ -11,8 +11,9 @@ import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card
-from depthscope.app.dashboard.components.choices import choose_one
+from depthscope.app.dashboard.components.choices import choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -27,7 +28,9 @@ from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
     between_runs,
+    clearest,
     difference_figure,
+    differences_at,
     in_words,
 )
 from depthscope.app.text.terminal import command_line
@@ -75,6 +78,7 @@ def _show(chosen: ChosenRuns) -> None:
     selection = {**choose([kind], chosen.analyses, without=("axis",)), "axis": "relative"}
     curves = kind.build(chosen.analyses, **{key: selection[key] for key in selection if key in kind.uses})
     assert isinstance(curves, Lines)
+    show_legend(chosen.analyses)
     left, right = st.columns(2, gap="medium")
     with left:
         shown = curves if by is None else folded(curves, {r.name: str(r.attrs.get(by)) for r in readings})
@@ -170,9 +174,7 @@ def _differences(
     view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     is_known = by is not None or _is_quick(readings, kind.metric, view)
     if not is_known:
-        st.info(
-            "Whether the runs differ has not been tested yet: every sequence is measured by itself.", icon="ℹ️"
-        )
+        st.info("Not tested yet; the test measures every sequence (about 5 s)", icon="ℹ️")
         if not st.button("Test the differences", key=f"test_{kind.name}"):
             return None
     try:
@@ -201,6 +203,13 @@ def _show_differences(
         return
     figure = difference_figure(found, kind.title)
     card(figure, key="compare_differences", height=340)
+    axis = str(found[0].value.dims[0])
+    last = max(each.value.size for each in found) - 1
+    at = choose_index(
+        f"At {axis} of the shallower run", last, "compare_at", default=clearest(found), width=220
+    )
+    shown = differences_at(found, at).map(escaped).rename(columns=escaped)
+    st.table(shown.set_index("difference"), border="horizontal")
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:
@@ -255,7 +264,7 @@ def _show_table(readings: Sequence[Reading], kind: FigureKind, selection: Mappin
     except ValueError:  # no run has it in this version, and the curves above say so
         return
     with st.container(border=True):
-        st.markdown("##### Side by side at the same relative depth")
+        st.markdown("## Side by side at the same relative depth")
         printed = table.printed.rename(columns=lambda name: escaped(name)).map(escaped)
         st.table(printed.set_index(printed.columns[1]).drop(columns=printed.columns[0]), border="horizontal")
         st.caption(escaped(table.caption))

@@ -13,8 +13,10 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import MOST_COLUMNS, MOST_ROWS, build, card
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose, chosen_run
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.components.paper_figure import show_paper_figure
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import CHOICES, FIGURES, Figure, FigureKind, Selection
 from depthscope.app.figures.numbers import figure_table
@@ -58,17 +60,16 @@ def _show(chosen: ChosenRuns) -> None:
             )
             return
         show_table(table)
-        _show_code(_analyze_commands(readings, {}), _table_python(readings, make.__name__))
+        _show_code(
+            _analyze_commands(readings, {}),
+            _table_python("depth" if what == DEPTH else "connection", readings),
+        )
     elif what == SUMMARY:
         show_table(summary_table(readings))
-        _show_code(
-            [command_line("compare", *_paths(readings), "--json")], _table_python(readings, "summary_table")
-        )
+        _show_code([command_line("compare", *_paths(readings), "--json")], _table_python("summary", readings))
     else:
         show_table(findings_table(readings))
-        _show_code(
-            [command_line("check", *_paths(readings), "--json")], _table_python(readings, "findings_table")
-        )
+        _show_code([command_line("check", *_paths(readings), "--json")], _table_python("findings", readings))
 
 
 def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
@@ -83,10 +84,12 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
         selection["run"] = chosen_run(chosen.feeding(kind.needs))
         readings = [chosen.readings[selection["run"]]]
     figure = build(kind, chosen.analyses, selection)
+    show_legend(chosen.analyses)
     card(figure, key="data_figure", height=300)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_table(measure_table(figure))
     _show_code(_analyze_commands(readings, used, kind), measure_python(readings, kind, used))
+    show_paper_figure(figure, _measure_call("measure", readings, kind, used))
 
 
 def measure_table(figure: Figure) -> Table:
@@ -106,8 +109,8 @@ def show_table(table: Table) -> None:
             data.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=min(38 + 35 * len(data), 380)
         )
         undefined = int(data.isna().to_numpy().sum())
-        size = f"{data.shape[0]} rows, {data.shape[1]} columns"
-        gaps = f"; {undefined} cells are undefined and empty" if undefined else ""
+        size = f"{data.shape[0]} rows"
+        gaps = f"; {undefined} cells are undefined" if undefined else ""
         cut = (
             f"; the first {MOST_ROWS} rows and {MOST_COLUMNS} columns are shown, the files have all"
             if data.shape[0] > MOST_ROWS or data.shape[1] > MOST_COLUMNS
@@ -183,55 +186,40 @@ def _analyze_commands(
     ]
 
 
-def _table_python(readings: Sequence[Reading], table: str) -> str:
-    """Code that prints a table of `app.tables`."""
-    module = {"summary_table": "comparison", "findings_table": "findings"}.get(table, "tables")
-    of = (
-        "readings" if module != "tables" else f"next(r for r in readings if r.chain == {readings[0].chain!r})"
-    )
-    return "\n".join(
-        [
-            *_read_python(readings),
-            f"from depthscope.app.tables.{module} import {table}",
-            f"print({table}({of}).data.to_csv(index=False))",
-        ]
-    )
+def _table_python(name: str, readings: Sequence[Reading]) -> str:
+    """Code that prints a table."""
+    chain = f", chain={readings[0].chain!r}" if len(readings) == 1 and readings[0].chain else ""
+    call = f"ds.figures.table({name!r}, {_path_list(readings)}{chain})"
+    return f"import depthscope as ds\n\nprint({call}.to_csv(index=False))"
 
 
 def measure_python(readings: Sequence[Reading], kind: FigureKind, used: Mapping[str, Any]) -> str:
     """Code that prints the numbers of a figure."""
-    # The names of the runs are those of their paths, in the address and here alike only where they are unique: a heat map of
-    # one run needs none.
-    choices = ", ".join(
-        f"{name}={value!r}" for name, value in used.items() if name != "run" and _differs(name, value)
-    )
-    return "\n".join(
-        [
-            *_read_python(readings),
-            "from depthscope.app.figures import FIGURES",
-            "from depthscope.app.figures.numbers import figure_table",
-            "analyses = {reading.name: reading.analysis for reading in readings}",
-            f"figure = FIGURES[{kind.name!r}].build(analyses{', ' + choices if choices else ''})",
-            "print(figure_table(figure).to_csv(index=False))",
-        ]
-    )
+    call = _measure_call("numbers", readings, kind, used)
+    return f"import depthscope as ds\n\nprint({call}).to_csv(index=False))"
+
+
+def _measure_call(
+    function: str, readings: Sequence[Reading], kind: FigureKind, used: Mapping[str, Any]
+) -> str:
+    """The call of a public function with what is shown, without its closing bracket."""
+    # The names of the runs are those of their paths, in the address and here the same only where they are unique: a heat map
+    # of one run needs none.
+    choices = [f"{name}={value!r}" for name, value in used.items() if name != "run" and _differs(name, value)]
+    return f"ds.figures.{function}({', '.join([repr(kind.name), _path_list(readings), *choices])}"
 
 
 def _differs(name: str, value: Any) -> bool:
     return value != getattr(Selection(), name)
 
 
-def _read_python(readings: Sequence[Reading]) -> list[str]:
-    paths = [str(path) for path in _paths(readings)]
-    return [
-        "from depthscope.app.readings.readings import read_paths",
-        f"readings, left_out = read_paths({paths!r})",
-    ]
+def _path_list(readings: Sequence[Reading]) -> str:
+    return repr([str(path) for path in _paths(readings)])
 
 
 PAGE = Page(
     title="Data",
     url_path="data",
-    help="Which numbers are shown, as files to take away, and how are they made again?",
+    help="Which numbers are behind a figure, and which code reproduces them?",
     show=_show,
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import streamlit as st
 
+from depthscope.app.dashboard.components.depth_pane import show_depth
+from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import (
     View,
     depth_names,
     first_pin,
-    show_detail,
     show_panels,
     strips_of,
 )
@@ -20,7 +22,7 @@ from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
-from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
+from depthscope.app.readings.close_up import MARKED, TOKEN_MEASURES, WHOSE, CloseUp
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
 
@@ -48,16 +50,17 @@ def _look(reading: Reading, follows: bool = False) -> None:
     if follows:
         reading = _say_state(reading)
     close_up = run_library.close_up_of(reading)
-    left, right = st.columns([3, 2], gap="medium")
+    st.markdown(f"## {escaped(reading.name)}")
+    left, right = st.columns([4, 3], gap="medium")
     with left:
         view = _choose_view(reading, close_up)
         show_panels(reading, close_up, view, on_pin=_pinned)
         st.caption(
-            "Click or ←/→ pins a depth, shift-click compares it with another, dragging zooms in, a double click shows all. "
-            "Dashed: what noise of the same size would give."
+            "Click or ←/→ pins a depth, shift-click compares it with another, a click in the map marks its token, dragging "
+            "zooms in, a double click shows all. Shaded: where the findings are."
         )
     with right, st.container(key="microscope_detail"):
-        show_detail(reading, close_up, view)
+        show_depth(reading, close_up, view, on_token=_marked)
 
 
 def _say_state(reading: Reading) -> Reading:
@@ -77,20 +80,31 @@ def _say_state(reading: Reading) -> Reading:
     return found
 
 
-def _choose(key: str, options: list[str], label: str, *, width: int = 110) -> str:
+def _choose(
+    key: str, options: list[str], label: str, *, width: int = 110, words: Mapping[str, str] | None = None
+) -> str:
     """One of some names, in the URL under its key."""
     # A name of another folder, or of a link: Streamlit raises for a value that is no option.
     if st.session_state.get(key) not in options:
         st.session_state.pop(key, None)
     if len(options) == 1:
         return options[0]
-    return st.selectbox(label, options, key=key, bind="query-params", width=width)
+    names = words or {}
+    return st.selectbox(
+        label,
+        options,
+        format_func=lambda option: names.get(option, option),
+        key=key,
+        bind="query-params",
+        width=width,
+    )
 
 
 def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
     names, shown = strips_of(reading)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        measure, sequence, stream = next(iter(TOKEN_MEASURES)), 0, "mean"
+        measure, sequence, stream, whose = next(iter(TOKEN_MEASURES)), 0, "mean", "mean"
+        token = _token_of(close_up)
         if close_up is not None:
             measure = st.selectbox(
                 "Tokens",
@@ -104,6 +118,9 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
             sequence = int(_choose("sequence", sequences, "Sequence"))
             if close_up.num_streams > 1:
                 stream = _choose("of_stream", ["mean", *map(str, range(close_up.num_streams))], "Stream")
+            if close_up.num_connections:
+                options = [each for each in WHOSE if each != MARKED or token is not None]
+                whose = _choose("whose", options, "H_res of", width=200, words=WHOSE)
             if close_up.num_sequences < close_up.sequences:
                 st.caption(
                     f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
@@ -120,7 +137,7 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
     last = len(depth_names(reading)) - 1
     pin, other = _depth_of("pin", last), _depth_of("against", last)
     pin = first_pin(reading) if pin is None else pin
-    return View(tuple(strips), measure, sequence, stream, pin, None if other == pin else other)
+    return View(tuple(strips), measure, sequence, stream, pin, None if other == pin else other, whose, token)
 
 
 def _depth_of(name: str, last: int) -> int | None:
@@ -144,6 +161,35 @@ def _pinned() -> None:
             st.query_params[name] = str(int(depth))
         else:
             st.query_params.pop(name, None)
+    row = pinned.get("token")
+    if isinstance(row, (int, float)) and row >= 0:
+        _mark(int(st.session_state.get("sequence") or 0), int(row))
+
+
+def _marked() -> None:
+    """Put the token that was clicked in a table into the URL, and show its sequence."""
+    token = (st.session_state.get("microscope_pane") or {}).get("token")
+    if isinstance(token, list) and len(token) == 2 and all(isinstance(each, (int, float)) for each in token):
+        _mark(*map(int, token))
+    else:
+        st.query_params.pop("token", None)
+
+
+def _mark(sequence: int, position: int) -> None:
+    st.query_params["token"] = f"{sequence}.{position}"
+    st.session_state["sequence"] = str(sequence)
+
+
+def _token_of(close_up: CloseUp | None) -> tuple[int, int] | None:
+    """The marked token of the URL; one that the run does not have is none."""
+    found = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", st.query_params.get("token", ""), re.ASCII)
+    if found is not None and close_up is not None:
+        sequence, position = int(found[1]), int(found[2])
+        rows, columns = close_up.mask.shape
+        if sequence < rows and position < columns and close_up.mask[sequence, position]:
+            return sequence, position
+    st.query_params.pop("token", None)
+    return None
 
 
 PAGE = Page(

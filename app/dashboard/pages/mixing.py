@@ -6,19 +6,26 @@ import numpy as np
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.chart import card
+from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.components.microscope import show_matrices
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.question import show_figures
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import Heatmap
+from depthscope.app.figures.build.matrix_pictures import picture_figure
 from depthscope.app.readings.close_up import CloseUp, Matrix
 from depthscope.app.text.numbers import number
 
 BENCH = "Composites"
+
+PICTURE_HEIGHT = 210
+"""Pixels of a row of pictures."""
+
+MOST_STEPS = 20
+"""Pictures of a training; with more, a matrix is a few pixels wide."""
 
 
 def _show(chosen: ChosenRuns) -> None:
@@ -42,21 +49,25 @@ def _show_bench(chosen: ChosenRuns) -> None:
         a = choose_index("From connection a", last, "from_connection", default=0, width=160)
         b = choose_index("to connection b", last, "to_connection", default=last, width=160)
         st.caption("The product H_res(b) ⋯ H_res(a), of every token; for a = b one matrix.", width="content")
+    card(depth_pictures(close_up.mean_matrices, close_up, run), key="mixing_pictures", height=PICTURE_HEIGHT)
     first, last = min(a, b), max(a, b)
     matrices = close_up.matrices(first) if first == last else close_up.composite(first, last)
     if not matrices:
         st.info("The run has no real token: all of it is padding.", icon="ℹ️")
         return
+    figures = chosen.figures("mixing")
     left, right = st.columns(2, gap="medium")
     with left, st.container(border=True):
         st.markdown(f"**{escaped(_words_of(close_up, first, last))}**")
         st.markdown(escaped(_extreme_words(matrices)))
         show_matrices(matrices, "bench")
     with right:
-        card(cells_figure(close_up.mean_matrices, close_up, run), key="mixing_cells", height=430)
-        history = run_library.mixing_history_of(chosen.readings[run])
-        if history is not None and a < history.sizes["connection"]:
-            card(steps_figure(history, a, close_up, run), key="mixing_steps", height=430)
+        gains = figures.get("deflated_gain")
+        if gains is not None:
+            card(build(gains, chosen.analyses, {}), key="mixing_left", height=330)
+    history = run_library.mixing_history_of(chosen.readings[run])
+    if history is not None and a < history.sizes["connection"]:
+        card(step_pictures(history, a, close_up, run), key="mixing_steps", height=PICTURE_HEIGHT)
 
 
 def _words_of(close_up: CloseUp, first: int, last: int) -> str:
@@ -85,57 +96,41 @@ def _ends(sums: np.ndarray) -> str:
     return f"{number(float(sums.min()))} to {number(float(sums.max()))}"
 
 
-def cells_figure(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
-    """Every cell of H_res over the connections, the mean over tokens.
+def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
+    """H_res of every connection, the mean over tokens.
 
     ``close_up``: of the run, for the names of its connections.
     """
-    names = [close_up.connection_name(i) for i in range(len(means))]
-    return _cells(
-        means, np.arange(len(means), dtype=float), names, run,
-        name="h_res_cells", title="Cells of H_res over depth", x_label="connection (0 = first sublayer)",
-    )  # fmt: skip
+    return picture_figure(
+        list(means),
+        [close_up.connection_name(i) for i in range(len(means))],
+        range(len(means)),
+        len(means),
+        name="h_res_pictures",
+        title="H_res of every connection",
+        run=run,
+        x_label="connection (0 = first sublayer)",
+        of="mean over tokens",
+    )
 
 
-def steps_figure(history: xr.DataArray, connection: int, close_up: CloseUp, run: str) -> Heatmap:
-    """Every cell of the H_res of one connection over the steps of a training, the mean over tokens.
+def step_pictures(history: xr.DataArray, connection: int, close_up: CloseUp, run: str) -> Heatmap:
+    """H_res of one connection at some steps of a training, the mean over tokens.
 
     ``close_up``: of the run, for the name of the connection.
     """
     steps = history["step"].values if "step" in history.coords else np.arange(history.sizes["step"])
-    return _cells(
-        history.isel(connection=connection).values, steps.astype(float), [f"step {step}" for step in steps], run,
-        name="h_res_steps", title=f"Cells of H_res over steps: {close_up.connection_name(connection)}", x_label="step",
-    )  # fmt: skip
-
-
-def _cells(
-    matrices: np.ndarray, x: np.ndarray, names: list[str], run: str, *, name: str, title: str, x_label: str
-) -> Heatmap:
-    """The cells of some matrices (place, n, n) as rows over the places."""
-    n = matrices.shape[-1]
-    z = matrices.reshape(len(matrices), n * n).T
-    known = z[np.isfinite(z)]
-    undefined = z.size - known.size
-    ends = f"from {number(float(known.min()))} to {number(float(known.max()))}" if known.size else "undefined"
-    gaps = f" {undefined} are undefined, and are gaps." if undefined else ""
-    words = f"Run {run}, mean over tokens, {ends}.{gaps} 1/n = {number(1 / n)} everywhere is uniform mixing."
-    return Heatmap(
-        name=name,
-        title=title,
-        x=x,
-        y=np.arange(n * n, dtype=float),
-        z=z,
-        x_label=x_label,
-        y_label="cell of H_res",
-        z_label="",
-        caption=words,
-        alt=f"{title}: heat map of {n * n} cells at {len(matrices)} places. {words}",
-        x_text=names,
-        y_text=[f"to {i} from {j}" for i in range(n) for j in range(n)],
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int))
+    return picture_figure(
+        list(history.isel(connection=connection).values[shown]),
+        [f"step {steps[i]}" for i in shown],
+        range(len(shown)),
+        len(shown),
+        name="h_res_steps",
+        title=f"H_res over the training, step {steps[0]} to {steps[-1]}: {close_up.connection_name(connection)}",
         run=run,
-        square=False,
-        categorical=("y",),
+        x_label=f"{len(shown)} of {len(steps)} measured steps",
+        of="mean over tokens",
     )
 
 

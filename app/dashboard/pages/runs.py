@@ -10,6 +10,7 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.finding_card import show_card, show_causes, tally
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
@@ -42,6 +43,7 @@ def _show(chosen: ChosenRuns) -> None:
     # More than two are cut off by `zip` below: the row has two columns.
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
     analyses, experiments = _choose_colours(readings, chosen.analyses)
+    show_legend(analyses)
     for column, name in zip(st.columns(2), names, strict=False):
         with column:
             # No other controls here: every figure in the version that its own page opens with.
@@ -51,7 +53,7 @@ def _show(chosen: ChosenRuns) -> None:
             card(figure, key=f"overview_{name}")
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
-        left.markdown("##### Runs")
+        left.markdown("## About the runs")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             st.download_button(
                 "Findings as CSV",
@@ -151,7 +153,7 @@ def _show_about_the_reading(reading: Reading) -> None:
 
 def _show_name(reading: Reading) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.markdown(f"**{escaped(reading.name)}**", width="content")
+        st.markdown(f"## {escaped(reading.name)}", width="content")
         tally(reading.findings)
 
 
@@ -171,7 +173,7 @@ def _show_folded(cards: Sequence[Card], reading: Reading) -> None:
 PAGE = Page(
     title="Runs",
     url_path="",
-    help="What happens to the signal on its way through depth, and where does it die, explode or collapse?",
+    help="Where in the network does the signal vanish, explode or collapse?",
     show=_show,
     first=show_verdict_board,
 )

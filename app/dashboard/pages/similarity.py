@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.chart import card, clicked_cell
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
-from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.controls import choose, choose_section
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.on_request import offer_metrics
 from depthscope.app.dashboard.components.page import Page
@@ -36,9 +36,20 @@ MEASURES = {
 SIDES = ("left", "right")
 
 
+MAPS, CURVES = "Maps of every two depths", "Curves along depth"
+
+
 def _show(chosen: ChosenRuns) -> None:
     figures = chosen.figures("similarity")
-    selection = choose(figures.values(), chosen.analyses)
+    curves = [kind for name, kind in figures.items() if name not in MEASURES]
+    part = choose_section([MAPS, CURVES]) if len(curves) < len(figures) else CURVES
+    selection = choose(
+        [kind for kind in figures.values() if (kind in curves) == (part == CURVES)], chosen.analyses
+    )
+    if part == CURVES:
+        show_in_rows(curves, chosen, selection)
+        show_on_request(chosen, "similarity")
+        return
     runs = chosen.feeding(*((name,) for name in MEASURES))
     if runs:
         maps = _choose_maps(runs)
@@ -50,8 +61,6 @@ def _show(chosen: ChosenRuns) -> None:
         _show_maps(chosen, selection, maps, pair)
         selection["run"] = maps[0][0]
         _show_pair(chosen, selection, pair)
-    show_in_rows([kind for name, kind in figures.items() if name not in MEASURES], chosen, selection)
-    show_on_request(chosen, "similarity")
 
 
 def _choose_maps(runs: Sequence[str]) -> list[tuple[str, str]]:
@@ -196,7 +205,7 @@ def _show_pair(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, i
     names = names_of(data["cka"], "depth") if "cka" in data else numbered
     left, right = st.columns([2, 3])
     with left, st.container(border=True):
-        st.markdown(f"##### Depth {a} against depth {b}")
+        st.markdown(f"## Depth {a} against depth {b}")
         st.caption(escaped(f"{names[a]} against {names[b]}, run {selection['run']}"))
         table = _pair_table(data, pair, selection.get("tokens", "all"))
         st.table(table.set_index("measure"), border="horizontal")

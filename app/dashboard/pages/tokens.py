@@ -1,4 +1,4 @@
-"""Which tokens are large, alike or lost? Every token of a sequence at every depth, and a table of all at one of them."""
+"""Which tokens are large, alike or lost? The text coloured by a number, its map over depth, and a table of all tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import card
+from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.microscope import depth_names
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -25,13 +26,15 @@ MOST_ROWS = 500
 ROW = 15
 """Pixels of a token in the map where its text is beside it."""
 
+_text = component("token_text", "matrices")
+
 _ORDER = (
     *("position", "text", "norm", "times median", "massive", "distance to mean"),
     *("cosine with last state", "largest feature", "its value"),
 )
 
 _COLUMNS = {
-    name: st.column_config.NumberColumn(format="%.4g")
+    name: st.column_config.NumberColumn(format="%.4g", width="small")
     for name in ("norm", "times median", "distance to mean", "cosine with last state", "its value")
 }
 
@@ -51,7 +54,7 @@ def _show(chosen: ChosenRuns) -> None:
             "Map", list(TOKEN_MEASURES), "tokens_measure", words=TOKEN_MEASURES.__getitem__, width=330
         )
         last = close_up.num_depths - 1
-        depth = choose_index("Depth of the table", last, "tokens_depth", default=_telling_depth(close_up))
+        depth = choose_index("Depth", last, "tokens_depth", default=_telling_depth(close_up))
     if not close_up.has_texts:
         st.info(
             "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` keeps it.",
@@ -64,7 +67,10 @@ def _show(chosen: ChosenRuns) -> None:
     if not close_up.mask[sequence].any():
         st.info(f"Sequence {sequence} has no real token: all of it is padding. Choose another one.", icon="ℹ️")
         return
-    left, right = st.columns([3, 4], gap="medium")
+    with st.container(border=True):
+        names = depth_names(reading) or [str(i) for i in range(close_up.num_depths)]
+        _show_text(close_up, names, measure, sequence, stream, depth)
+    left, right = st.columns([2, 3], gap="medium")
     with left:
         figure = token_figure(close_up, measure, sequence, stream, reading.name)
         rows = figure.z.shape[0]
@@ -72,6 +78,48 @@ def _show(chosen: ChosenRuns) -> None:
         card(figure, key="tokens_map", height=height)
     with right:
         _show_table(reading, close_up, depth, sequence, stream)
+
+
+def _show_text(
+    close_up: CloseUp, names: list[str], measure: str, sequence: int, stream: str, depth: int
+) -> None:
+    """The text itself, coloured; the browser has the numbers of all depths."""
+    z = close_up.token_map(measure, sequence, stream)[: _length(close_up, sequence)]
+    known = z[np.isfinite(z)]
+    rounded = [[float(f"{each:.4g}") if np.isfinite(each) else None for each in row] for row in z]
+    st.markdown("## Text")
+    _text(
+        data={
+            "name": "token_text",
+            "texts": close_up.texts(sequence)[: len(z)],
+            "values": rounded,
+            "names": names,
+            "depth": depth,
+            "sequence": sequence,
+            "measure": TOKEN_MEASURES[measure],
+            "log": _is_spread(measure, known),
+            "first": int(np.argmax(np.nan_to_num(np.abs(z[:, depth]), nan=-1.0))),
+        },
+        key="token_text",
+        on_depth_change=_put_depth,
+    )
+
+
+def _put_depth() -> None:
+    depth = (st.session_state.get("token_text") or {}).get("depth")
+    if isinstance(depth, (int, float)):
+        st.session_state["tokens_depth"] = int(depth)
+
+
+def _length(close_up: CloseUp, sequence: int) -> int:
+    """Without the padding at the end, which would only take room."""
+    return int(np.flatnonzero(close_up.mask[sequence]).max(initial=0)) + 1
+
+
+def _is_spread(measure: str, known: np.ndarray) -> bool:
+    """Whether logarithms are shown: norms of massive tokens are a hundred times those of the others."""
+    spread = known[known > 0]
+    return measure == "norm" and bool(spread.size) and bool(spread.max() > 10 * spread.min())
 
 
 def _telling_depth(close_up: CloseUp) -> int:
@@ -90,11 +138,8 @@ def _explain_no_states(reading: Reading) -> None:
 
 def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, run: str) -> Heatmap:
     """The map of a sequence: its tokens over the depths."""
-    z = close_up.token_map(measure, sequence, stream)
-    # Padding at the end would only take room.
-    z = z[: int(np.flatnonzero(close_up.mask[sequence]).max(initial=0)) + 1]
+    z = close_up.token_map(measure, sequence, stream)[: _length(close_up, sequence)]
     texts = close_up.texts(sequence)
-    spread = z[np.isfinite(z) & (z > 0)]
     undefined = int(np.isnan(z[close_up.mask[sequence][: len(z)]]).sum())
     gaps = f" {undefined} of its numbers are undefined, and are gaps." if undefined else ""
     largest = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if np.isfinite(z).any() else None
@@ -112,14 +157,14 @@ def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, ru
         x_label="depth (0 = embedding)",
         y_label="position",
         z_label="",
-        # Norms of massive tokens are a hundred times those of the others.
-        log_z=measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
+        log_z=_is_spread(measure, z[np.isfinite(z)]),
         caption=f"Run {run}. {telling}{gaps}",
         alt=f"{TOKEN_MEASURES[measure]} of {len(z)} tokens at {z.shape[1]} depths of {run}. {telling}{gaps}",
         x_text=[f"depth {i}" for i in range(z.shape[1])],
         y_text=[f"“{text}”" for text in texts[: len(z)]],
         run=run,
         square=False,
+        from_top=True,
         # A mean would hide the one massive token among its neighbours.
         of_block="largest" if measure == "norm" else "mean",
     )

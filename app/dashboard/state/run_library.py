@@ -14,6 +14,7 @@ from pathlib import Path
 import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs
+from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
 from depthscope.app.readings.close_up import CloseUp, read_close_up
@@ -28,10 +29,13 @@ from depthscope.diagnostics.errors import InputError
 
 __all__ = [
     "allow",
+    "analyse_beside",
+    "ask_for",
     "close_up_of",
     "list_runs",
     "measure",
     "mixing_history_of",
+    "progress_of",
     "read_run",
     "summaries_of",
 ]
@@ -42,6 +46,29 @@ _roots: list[Path] = []
 
 _summaries: dict[Path, tuple[FileVersion, list[Summary]]] = {}
 """Read once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
+
+
+_beside: list[Analyses] = []
+"""Where other processes analyse; empty where this one does, as in a test."""
+
+
+def analyse_beside() -> None:
+    """Leave analyses to other processes from now on, so that pages stay quick and analyses go on without a page."""
+    _beside[:] = [Analyses()]
+
+
+def ask_for(runs: Mapping[str, Path]) -> None:
+    """Have runs analysed, now or soon; their `summaries_of` follow."""
+    if _beside:
+        _beside[0].ask({name: path for name, path in runs.items() if not growing_runs.is_growing(path)})
+    for name, path in runs.items():
+        if not _beside or growing_runs.is_growing(path):
+            read_run(name, {name: path})
+
+
+def progress_of(path: Path) -> str | None:
+    """How far the analysis of a run is that was asked for; None where it waits."""
+    return _beside[0].progress_of(path) if _beside else None
 
 
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
@@ -109,6 +136,8 @@ def read_run(
     for _ in range(2):
         try:
             version = version_of(path)
+            if _beside and _cache.peek((name, path, version)) is None and not kept_summaries(path, version):
+                _beside[0].wait_for(name, path, progress)
             found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version, progress))
             if version_of(path) == version:
                 return found
@@ -158,10 +187,9 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
     """
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
-        if not growing_runs.is_known(path):
-            return None
-        found_last = growing_runs.read_growing(name, path, None)
-        return found_last if isinstance(found_last, UnreadableRun) else list(map(summary_of, found_last))
+        return (
+            _summarised(growing_runs.read_growing(name, path, None)) if growing_runs.is_known(path) else None
+        )
     try:
         version = version_of(path)
     except OSError as error:
@@ -172,9 +200,16 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
     if path in _summaries and _summaries[path][0] == version:
         return _summaries[path][1]
     found = kept_summaries(path, version) if known is None else [summary_of(each) for each in known]
+    if found is None and _beside and _beside[0].result_of(path, version) is not None:
+        # It cannot be read, or what was found could not be kept: then it is analysed here.
+        return _summarised(read_run(name, {name: path}))
     if found is not None:
         _summaries[path] = (version, found)
     return found
+
+
+def _summarised(found: tuple[Reading, ...] | UnreadableRun) -> list[Summary] | UnreadableRun:
+    return found if isinstance(found, UnreadableRun) else list(map(summary_of, found))
 
 
 def close_up_of(reading: Reading) -> CloseUp | None:
@@ -219,6 +254,9 @@ def _kept_or_read(
     kept = kept_readings(path, version)
     if kept is not None:
         return kept
+    reason = _beside[0].result_of(path, version) if _beside else None
+    if reason:
+        return UnreadableRun(name, path, reason)
     found = read(name, path, progress)
     if not isinstance(found, UnreadableRun):
         keep(path, version, found)

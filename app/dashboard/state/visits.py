@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-__all__ = ["a_click_leads_on", "follow", "open_microscope"]
+__all__ = ["a_click_leads_on", "follow", "open_microscope", "open_page"]
 
 _KEY = "visit"
 
@@ -21,8 +21,16 @@ def open_microscope(runs: Sequence[str], *, look_at: str, depth: int | None = No
     ``runs``: names in the list of runs: they are chosen in the sidebar.
     ``look_at``: name of the reading that is under the microscope.
     """
-    chosen = {"runs": list(dict.fromkeys(runs)), "look": look_at, "pin": depth}
-    st.session_state[_KEY] = ("microscope", chosen)
+    open_page("microscope", runs, look=look_at, pin=depth)
+
+
+def open_page(page: str, runs: Sequence[str], **values: Any) -> None:
+    """Note that a page is to be opened.
+
+    ``runs``: names in the list of runs: they are chosen in the sidebar.
+    ``values``: of further controls, by their keys.
+    """
+    st.session_state[_KEY] = (page, {"runs": list(dict.fromkeys(runs)), **values})
 
 
 def a_click_leads_on() -> bool:

@@ -58,6 +58,8 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
     axes.set_facecolor("0.9")  # undefined cells
     if figure.square and figure.z.shape[0] == figure.z.shape[1]:
         axes.set_aspect("equal")
+    if figure.from_top:
+        axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
         # Of a single position there is one tick, and none between whole numbers.

@@ -60,7 +60,8 @@ def _layout(figure: Figure) -> dict[str, Any]:
     # Equal units on both axes make cells square; "domain" shrinks the drawing instead of widening the ranges.
     bare = {"showgrid": False, "showline": False}
     if not figure.square or figure.z.shape[0] != figure.z.shape[1]:
-        return _frame(figure) | {"xaxis": x_axis | bare, "yaxis": y_axis | bare | _row_names(figure)}
+        down = {"autorange": "reversed"} if figure.from_top else {}
+        return _frame(figure) | {"xaxis": x_axis | bare, "yaxis": y_axis | bare | down | _row_names(figure)}
     return _frame(figure) | {
         "xaxis": x_axis | bare | {"constrain": "domain"},
         "yaxis": y_axis | bare | {"scaleanchor": "x", "constrain": "domain"},

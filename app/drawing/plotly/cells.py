@@ -18,7 +18,7 @@ __all__ = ["LARGEST_SIDE", "draw_heatmap", "reduction_words", "shrink"]
 
 # 300 × 300 numbers of float32 are 480 kB in the JSON of a figure; the names of 64 × 64 cells are about 120 kB of text.
 LARGEST_SIDE = 300
-LARGEST_NAMED = 64
+LARGEST_NAMED = 64 * 64
 
 
 def shrink(figure: Heatmap) -> Heatmap:
@@ -132,7 +132,11 @@ def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
 
 def _cell_names(figure: Heatmap) -> list[list[str]] | None:
     """Names of both ends of a cell, while they are few enough to send."""
-    if figure.x_text is None or figure.y_text is None or max(figure.z.shape) > LARGEST_NAMED:
+    if (
+        figure.x_text is None
+        or figure.y_text is None
+        or (figure.z.size > LARGEST_NAMED and not figure.named_only)
+    ):
         return None
     return [[f"{words(column)}<br>{words(row)}" for column in figure.x_text] for row in figure.y_text]
 
@@ -140,6 +144,8 @@ def _cell_names(figure: Heatmap) -> list[list[str]] | None:
 def _hover(figure: Heatmap) -> str:
     value = "%{customdata:.4g}" if figure.log_z else "%{z:.4g}"
     names = "%{text}<br>" if _cell_names(figure) is not None else ""
+    if figure.named_only:
+        return f"{names}<b>{value}</b><extra></extra>"
     across, up = words(figure.x_label), words(figure.y_label)
     return f"{names}{across} %{{x:.4~g}}, {up} %{{y:.4~g}}<br><b>{value}</b><extra></extra>"
 

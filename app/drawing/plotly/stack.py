@@ -14,12 +14,15 @@ from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Lines
-from depthscope.app.figures.palette import MARK_EDGE, look_of
+from depthscope.app.figures.line_looks import looks_of
 
 __all__ = ["SEVERITY_COLOURS", "Bar", "Panel", "draw_stack", "stack_height"]
 
 SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 """Of the bars, legible on white and on black; each bar has its words beside it."""
+
+MARKED = "#EE6677"
+"""Of what the visitor has marked."""
 
 STRIP, LANE, GAP, TOP, BOTTOM = 92, 19, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
@@ -59,12 +62,15 @@ class Panel:
         Position on the figure's own axis → depth, where its axis is another one, such as connections.
     ticks : mapping of int to str, optional
         Rows of a heat map that are named at its side.
+    marked : int, optional
+        A row of a heat map with a line along it.
     """
 
     figure: Figure
     height: int = STRIP
     depths: Mapping[float, float] | None = None
     ticks: Mapping[int, str] | None = None
+    marked: int | None = None
 
 
 def stack_height(panels: Sequence[Panel], bars: Sequence[Any]) -> int:
@@ -75,7 +81,7 @@ def stack_height(panels: Sequence[Panel], bars: Sequence[Any]) -> int:
 def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str]) -> go.Figure:
     """Panels over one axis of depth.
 
-    ``bars``: findings, drawn above the panels; their range is shaded in the first panel too.
+    ``bars``: findings, drawn above the panels; their range is shaded in every panel too.
     """
     total = stack_height(panels, bars)
     room = total - TOP - BOTTOM
@@ -91,12 +97,11 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(
-            text=f"<b>{words(panel.figure.title)}</b>",
-            **panel_title(high),
-        )
-        if number == 2:
-            drawn.update_layout(shapes=[_shade(bar, low, high) for bar in bars])
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_key(panel)}", **panel_title(high))
+        for bar in bars if isinstance(panel.figure, Lines) else ():
+            drawn.add_shape(_shade(bar, low, high))
+        if panel.marked is not None:
+            drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
     drawn.update_layout(
         **axes,
@@ -190,6 +195,23 @@ def panel_title(high: float) -> dict[str, Any]:
     }
 
 
+def _key(panel: Panel) -> str:
+    """The legend of a panel, in its title: which line is which, where there are several."""
+    if not isinstance(panel.figure, Lines):
+        return ""
+    looks = looks_of(panel.figure)
+    lines = [line for line in panel.figure.lines if id(line) in looks]
+    names = [line.label.removeprefix(line.group).removeprefix(" · ") or "raw" for line in lines]
+    parts = [
+        f'<span style="color: {looks[id(line)].colour}">{"━" if i == 0 else "┅"}</span> {words(name)}'
+        for i, (line, name) in enumerate(zip(lines, names, strict=True))
+        if len(lines) > 1
+    ]
+    if any(line.role == "null" for line in panel.figure.lines):
+        parts.append(f'<span style="color: {GREY}">╌</span> noise baseline')
+    return "".join(f"   {part}" for part in parts)
+
+
 def add_panel(
     drawn: go.Figure, panel: Panel, number: int, domain: tuple[float, float], axes: dict[str, Any]
 ) -> None:
@@ -226,6 +248,9 @@ def add_panel(
                 "ticktext": [words(name, 14) for name in panel.ticks.values()],
             }
     axes[f"yaxis{number}"] = axis
+    # Where two versions of a number agree, the first one is seen through the dots of the others.
+    for trace in [each for each in own.data if each.type == "scatter" and each.mode == "lines+markers"][1:]:
+        trace.line.dash, trace.mode = "dot", "lines"
     for trace in own.data:
         trace.update(yaxis=name)
         if trace.type == "heatmap":
@@ -236,50 +261,3 @@ def add_panel(
         elif panel.depths is not None and trace.x is not None:
             trace.update(x=[panel.depths.get(float(x), np.nan) for x in trace.x])
         drawn.add_trace(trace)
-
-
-def eigenvalue_plane(eigenvalues: Mapping[str, Sequence[complex]]) -> go.Figure:
-    """Eigenvalues in the complex plane, with the unit circle."""
-    angle = np.linspace(0, 2 * np.pi, 121)
-    drawn = go.Figure(
-        go.Scatter(
-            x=np.cos(angle),
-            y=np.sin(angle),
-            mode="lines",
-            line={"color": GREY, "dash": "dot", "width": 1.2},
-            hoverinfo="skip",
-            showlegend=False,
-        )
-    )
-    for number, (name, values) in enumerate(eigenvalues.items()):
-        look = look_of(number)
-        found = np.asarray(list(values), dtype=complex)
-        drawn.add_trace(
-            go.Scatter(
-                x=found.real,
-                y=found.imag,
-                mode="markers",
-                name=words(name),
-                marker={
-                    "size": 8,
-                    "opacity": 0.75,
-                    "symbol": look.shape,
-                    "color": look.colour,
-                    "line": {"color": MARK_EDGE, "width": 0.7},
-                },
-                hovertemplate=f"{words(name)}<br>%{{x:.4f}} + %{{y:.4f}} i<extra></extra>",
-            )
-        )
-    axis = {"gridcolor": FAINT, "zeroline": True, "zerolinecolor": FAINT, "tickfont": {"size": 10.5}}
-    drawn.update_layout(
-        xaxis={**axis, "title": {"text": "real part", "standoff": 4}, "constrain": "domain"},
-        yaxis={**axis, "title": {"text": "imaginary part", "standoff": 4}, "scaleanchor": "x"},
-        template="none",
-        margin={"l": 48, "r": 8, "t": 8, "b": 38},
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": FONT, "size": 11.5},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "font": {"size": 10.5}},
-        uirevision="eigenvalues",
-    )
-    return drawn

@@ -78,7 +78,7 @@ def _curve(results: Mapping[str, xr.Dataset], analyses: Analyses, variable: str)
         log_y=variable == "singular_value",
         caption=" ".join(
             [
-                f"∂ state / ∂ state before. {_how(results)} Band: ± {band}.",
+                f"∂ state / ∂ state before. {_how(results)} Shaded: ± {band}.",
                 f"From the first state to the last: {whole}.",
                 *([] if variable == "singular_value" else [ISOMETRY]),
                 *([f"Not measured in {', '.join(missing)}."] if missing else []),

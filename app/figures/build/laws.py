@@ -74,4 +74,4 @@ def null_words(metric: str) -> str:
     # A phrase that begins with a formula or a name, such as "IQR", stays capital.
     what = what if what[1:2].isupper() else what[0].lower() + what[1:]
     law = null_law(metric)
-    return f"Dashed: the null, {what}{f' by the {law.label}' if law else ''}."
+    return f"Dashed: the baseline, {what}{f' by the {law.label}' if law else ''}."

@@ -27,8 +27,8 @@ MOST_NAMED = 3
 
 # An invariant metric has no entry, so that its caption has no sentence.
 _BASES = {
-    "stream": "Depends on the basis of the streams.",
-    "feature": "Depends on the basis of the features.",
+    "stream": "Changes when the streams are rotated.",
+    "feature": "Changes when the features are rotated.",
 }
 
 

@@ -13,7 +13,7 @@ from depthscope.app.figures.specification import Array, Line, Lines
 
 __all__ = ["share_of_null"]
 
-_WORDS = "Divided by the null: 1 is what independent noise of the same shape would give."
+_WORDS = "Divided by the noise baseline: 1 is what independent noise of the same shape would give."
 
 
 def share_of_null(figure: Lines) -> Lines:
@@ -36,11 +36,11 @@ def share_of_null(figure: Lines) -> Lines:
             shares.append(_divided(line, level))
     ends = np.concatenate([line.x for line in shares]) if shares else np.zeros(0)
     span = np.array([ends.min(initial=0.0), ends.max(initial=0.0)])
-    shares.append(Line(span, np.ones(2), "the null", role="threshold"))
+    shares.append(Line(span, np.ones(2), "noise baseline", role="threshold"))
     return replace(
         figure,
         lines=tuple(shares),
-        y_label="share of the null",
+        y_label="fraction of the noise baseline",
         # Both are in units of the number itself.
         healthy=None,
         caption=" ".join([_WORDS, *_without_null(figure.caption, figure.metric).split()]),

@@ -114,7 +114,7 @@ def _bands(metric: str, analyses: Mapping[str, xr.Dataset]) -> list[str]:
     """What the bands are, of every number of sequences that there is."""
     errors = {run: data[f"{metric}_stderr"] for run, data in analyses.items() if f"{metric}_stderr" in data}
     return remarks_by_run(
-        ((run, f"Band: ± {margin(error)[1]}.") for run, error in errors.items()), analyses.keys()
+        ((run, f"Shaded: ± {margin(error)[1]}.") for run, error in errors.items()), analyses.keys()
     )
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Array, Selection
-from depthscope.diagnostics.metrics.intervals import margin
+from depthscope.diagnostics.metrics.intervals import DEGREES, LEVEL, margin
 
 __all__ = ["Spread", "aligned", "spread_of"]
 
@@ -39,10 +39,16 @@ def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: 
         return band or Spread(words=(f"No standard error: {reason}.",) if reason else ())
     # A jackknife is named, since its error of a pooled metric is not that of a mean over sequences.
     estimator = str(data[name].attrs.get("estimator", ""))
-    what = margin(data[name])[1] + (f" ({estimator})" if "jackknife" in estimator else "")
+    what = _interval_words(data[name]) + (f" ({estimator})" if "jackknife" in estimator else "")
     if band is None:
-        return Spread(curve.values - error, curve.values + error, None, (f"Band: ± {what}.",))
-    return Spread(band.lower, band.upper, error, (*band.words, f"Whiskers: ± {what}."))
+        return Spread(curve.values - error, curve.values + error, None, (f"Shaded: {what}.",))
+    return Spread(band.lower, band.upper, error, (*band.words, f"Whiskers: {what}."))
+
+
+def _interval_words(error: xr.DataArray) -> str:
+    if DEGREES not in error.attrs:
+        return f"± {margin(error)[1]}"
+    return f"{100 * LEVEL:g} % interval over sequences (n = {int(error.attrs[DEGREES]) + 1})"
 
 
 def _margin(data: xr.Dataset, curve: xr.DataArray, choice: Selection, fixed: dict[str, str]) -> Array | None:
@@ -66,10 +72,12 @@ def _declared_band(
         # The outermost quantiles that the analysis has, whichever they are.
         ends = found.transpose("quantile", *curve.dims)
         low, high = (100 * float(q) for q in ends["quantile"].values[[0, -1]])
-        return Spread(ends.values[0], ends.values[-1], None, (f"Band: {low:g} to {high:g} % of the tokens.",))
+        return Spread(
+            ends.values[0], ends.values[-1], None, (f"Shaded: {low:g} to {high:g} % of the tokens.",)
+        )
     # After a colon a long name explains itself, which is too long for a band.
     what = str(data[around].attrs.get("long_name", around)).partition(":")[0]
-    words = f"Band: ± {what[0].lower()}{what[1:]}."
+    words = f"Shaded: ± {what[0].lower()}{what[1:]}."
     return Spread(curve.values - found.values, curve.values + found.values, None, (words,))
 
 
@@ -85,7 +93,7 @@ def _percentiles(
     )
     if low is None or high is None:
         return None
-    return Spread(low, high, None, ("Band: 1st to 99th percentile over tokens.",))
+    return Spread(low, high, None, ("Shaded: 1st to 99th percentile over tokens.",))
 
 
 def aligned(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:

@@ -29,7 +29,7 @@ relative_gradient = _states(
     "relative_gradient",
     "Sensitivity to a relative change of the state",
     "√Σ ‖gradient‖² ‖state‖²",
-    note="Token by token; it stays level where branches normalise their input. " + _REDUCTION,
+    note="Token by token; constant across depth in pre-norm networks. " + _REDUCTION,
 )
 residual_norm = _states(
     "residual_norm",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
@@ -28,11 +30,33 @@ def open_page(page: str, roots: Sequence[Path], **parameters: str | list[str]) -
     return test
 
 
+def parts(test: AppTest, what: str) -> list[dict]:
+    """What the components of a page were sent, of those that say that they are something."""
+    sent = [json.loads(element.proto.json) for element in test.get("bidi_component")]
+    return [data for data in sent if data.get("what") == what]
+
+
+def board(test: AppTest) -> dict:
+    """The table of all runs, by the name of the run."""
+    (found,) = parts(test, "board")
+    return {row["name"]: row for row in found["rows"]}
+
+
 def charts(test: AppTest) -> dict[str, dict]:
     """Charts of a page by the name of the figure."""
     sent = [json.loads(element.proto.json) for element in test.get("bidi_component")]
     # The small drawings of cards are no charts.
     return {data["name"]: data for data in sent if "figure" in data}
+
+
+def numbers(values) -> np.ndarray:
+    """An array of a drawing."""
+    if isinstance(values, dict):
+        found = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+        return (
+            found.reshape([int(size) for size in values["shape"].split(",")]) if "shape" in values else found
+        )
+    return np.asarray(values, dtype=float)
 
 
 def words(test: AppTest) -> str:

@@ -1,16 +1,20 @@
 """Does the dashboard work in a real browser: no errors, no request outside, clicks and links that restore the view?"""
 
+import logging
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.diagnostics import save_run
-from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, status, wait_for
+from tests.app.dashboard.serving import CHART, ROOT, Watch, serving_process, status, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -24,9 +28,14 @@ def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(chromium, runs_root) -> Iterator[str]:
-    with serving(runs_root) as served:
-        yield served
+def served(chromium, runs_root) -> Iterator[tuple[str, int]]:
+    with serving_process(runs_root) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(served) -> str:
+    return served[0]
 
 
 def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, address):
@@ -39,7 +48,7 @@ def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, ad
         page.wait_for_timeout(500)
         assert page.get_by_test_id("stException").count() == 0
         for chart in page.locator(".depthscope-chart").all():
-            assert chart.get_attribute("role") == "img"
+            assert chart.get_attribute("role") == "figure"  # an image may have no buttons in it
             assert len(chart.get_attribute("aria-label")) > 20
             assert chart.get_attribute("tabindex") == "0"
     buttons = {button.get_attribute("data-title") for button in page.locator(".modebar-btn").all()}
@@ -161,7 +170,7 @@ def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(ru
 
 def microscope_heading(page, words: str) -> None:
     page.wait_for_function(
-        "words => document.querySelector('.st-key-microscope_detail h5')?.textContent.startsWith(words)",
+        "words => document.querySelector('.depthscope-pane h2')?.textContent.startsWith(words)",
         arg=words,
         timeout=60_000,
     )
@@ -170,15 +179,25 @@ def microscope_heading(page, words: str) -> None:
 def test_a_click_in_the_table_of_runs_opens_the_microscope_there(page, address):
     watch = Watch(page, address)
     page.goto(f"{address}/")
-    table = page.get_by_test_id("stDataFrame").first
-    table.wait_for(timeout=60_000)
-    page.wait_for_timeout(2_000)  # both runs are judged, and the table is whole
-    box = table.bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 38 + 17)
+    judged(page)
+    page.locator(f"{BOARD} .worst button").first.click()
     page.wait_for_url("**/microscope**", timeout=60_000)
     page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
     assert watch.errors == []
     assert watch.outside == []
+
+
+BOARD = ".depthscope-board"
+
+
+def judged(page) -> None:
+    """Both runs are judged by the processes beside the server."""
+    page.wait_for_function(
+        "board => document.querySelectorAll(`${board} input:not(:disabled)`).length === 2",
+        arg=BOARD,
+        timeout=120_000,
+    )
+    page.wait_for_timeout(1_000)
 
 
 def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
@@ -199,9 +218,9 @@ def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
     microscope_heading(page, f"Depth {int(under) - 2}:")
     page.keyboard.press("Shift+ArrowRight")
     microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
-    link = page.url
-    assert f"pin={int(under) - 2}" in link
-    assert f"against={int(under) - 1}" in link
+    # The pane is ahead of the address, which the server writes.
+    wait_for(lambda: f"pin={int(under) - 2}" in href(page) and f"against={int(under) - 1}" in href(page), 20)
+    link = href(page)
     page.goto(f"{address}/collapse")
     page.goto(link)
     microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
@@ -305,30 +324,103 @@ def test_after_a_click_in_a_chart_the_arrow_keys_go_on_from_there(page, address)
     page.get_by_text("Depth 3 against depth 6").wait_for(timeout=20_000)
 
 
-def test_keys_move_in_the_table_of_runs_and_enter_opens(page, address):
+def test_keys_walk_the_rows_without_leaving_and_enter_opens(page, address):
     page.goto(address)
-    table = page.get_by_test_id("stDataFrame").first
-    table.wait_for(timeout=60_000)
-    page.wait_for_timeout(2500)
-    canvas = table.locator("canvas").first
-    canvas.focus()
-    for key in ("ArrowDown", "ArrowRight", "ArrowDown", "ArrowUp"):
-        page.keyboard.press(key)
-        page.wait_for_timeout(700)
-        assert "microscope" not in href(page), key
+    judged(page)
+    page.locator(f"{BOARD} tbody tr").first.focus()
+    first = page.evaluate("() => document.activeElement.dataset.run")
+    page.keyboard.press("ArrowDown")
+    second = page.evaluate("() => document.activeElement.dataset.run")
+    assert {first, second} == {"plain", "mhc"}
+    wait_for(lambda: f"at={second}" in href(page), 20)
+    page.get_by_role("heading", name=second, exact=True).first.wait_for(timeout=20_000)
+    assert page.evaluate("() => document.activeElement.dataset.run") == second
+    # Space unmarks: both were chosen, and are marked.
+    assert page.get_by_text("2 marked:").count() == 1
+    page.keyboard.press(" ")
+    assert page.get_by_text("1 marked:").count() == 1
+    assert "microscope" not in href(page)
     page.keyboard.press("Enter")
     wait_for(lambda: "/microscope" in href(page), 20)
-    # A click leads on at once, after keys too.
+
+
+def test_a_depth_under_the_cursor_asks_the_server_nothing(page, address):
+    sent = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda frame: sent.append(frame)))
+    open_microscope(page, address, "&pin=2")
+    area = page.locator(f"{MICROSCOPE} .nsewdrag").first.bounding_box()
+    before = len(sent)
+    seen = set()
+    for share in np.linspace(0.05, 0.95, 12):
+        page.mouse.move(area["x"] + share * area["width"], area["y"] + area["height"] / 2)
+        page.wait_for_timeout(60)
+        seen.add(page.locator(".depthscope-pane h2").text_content())
+    assert len(seen) > 4
+    assert len(sent) == before
+    page.mouse.move(10, 10)
+    microscope_heading(page, "Depth 2:")
+
+
+def test_a_token_that_is_clicked_is_marked_everywhere_and_in_the_address(page, address):
+    open_microscope(page, address)
+    button = page.locator(".depthscope-pane button").first
+    label = button.get_attribute("aria-label")
+    button.click()
+    wait_for(lambda: "token=" in href(page), 20)
+    page.wait_for_selector(".depthscope-pane tr.marked", timeout=20_000)
+    position = re.search(r"token (\d+) of sequence (\d+)", label)
+    assert f"token={position[2]}.{position[1]}" in href(page)
+    shapes = f"document.querySelector('{MICROSCOPE} .plot').layout.shapes"
+    lines = f"() => {shapes}.filter((s) => s.type === 'line').map((s) => s.y0)"
+    wait_for(lambda: page.evaluate(lines) == [int(position[1])], 20)
+
+
+def test_the_text_is_coloured_and_its_tokens_are_walked_by_keys(page, address):
+    page.goto(f"{address}/tokens?runs=plain")
+    page.wait_for_selector(".depthscope-text .text button", timeout=60_000)
+    tokens = page.locator(".depthscope-text .text button")
+    colours = {tokens.nth(i).evaluate("e => e.style.background") for i in range(4)}
+    assert len(colours) > 1
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".depthscope-text .said").text_content().startswith("Token 1 ")
+    assert page.locator(".depthscope-text polyline").count() == 1
+
+
+# --- what people come for: clicks from the page of runs, and seconds of the server's processor
+
+
+def seconds(process: int) -> float:
+    """Processor time of the server; its analyses are other processes."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+TASKS = {
+    "the largest token of a finding": ([f"{BOARD} .worst button"], ".depthscope-pane td button"),
+    "H_res of a run": ([f"{BOARD} tr[data-run=mhc] .worst button"], ".depthscope-pane .matrix"),
+    "the blocks least needed": (["a[href$='/similarity']"], "text=Least needed"),
+    "two runs at a depth, tested": ([f"{BOARD} button:text-is('Compare')"], "text=95 % interval"),
+    "a figure into a paper": (["a[href$='/data']", "button:has-text('PDF')"], "text=includegraphics"),
+    "what is wrong with a run": ([f"{BOARD} tr[data-run=mhc] .name"], "h2:has-text('mhc')"),
+}
+"""Task → what is clicked, and what answers it."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_people_come_for_takes_two_clicks_and_a_second(task, page, served):
+    address, process = served
     page.goto(address)
-    table.wait_for(timeout=60_000)
-    page.wait_for_timeout(2500)
-    canvas.focus()
-    page.keyboard.press("ArrowDown")
-    page.wait_for_timeout(1000)
-    assert "microscope" not in href(page)
-    area = canvas.bounding_box()
-    page.mouse.move(area["x"] + area["width"] - 80, area["y"] + 55)  # another cell than the selected one
-    page.wait_for_timeout(300)
-    page.mouse.down()
-    page.mouse.up()
-    wait_for(lambda: "/microscope" in href(page), 20)
+    judged(page)
+    page.wait_for_timeout(2_000)
+    clicks, answer = TASKS[task]
+    assert len(clicks) <= 2
+    before = seconds(process)
+    for place in clicks:
+        page.locator(place).first.wait_for(timeout=60_000)
+        page.locator(place).first.click()
+    page.locator(answer).first.wait_for(timeout=60_000)
+    page.wait_for_timeout(1_000)
+    spent = seconds(process) - before
+    logging.getLogger(__name__).info("%s: %d clicks, %.2f s", task, len(clicks), spent)
+    assert spent < 1.0

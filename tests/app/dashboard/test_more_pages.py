@@ -23,7 +23,7 @@ from depthscope.app.figures import FIGURES, Line, Lines
 from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
 from depthscope.diagnostics import create_run, save_run
-from tests.app.dashboard.opening import charts, open_page, words
+from tests.app.dashboard.opening import charts, numbers, open_page, parts, words
 
 ROOT = Path(__file__).parents[3]
 RLO = "\u202e"
@@ -102,11 +102,20 @@ def test_the_bench_multiplies_any_two_connections(a, b, opened, runs, mhc_run):
         product = h[connection] @ product
     mask = mhc_run["trace"]["mask"].values
     mean = product[mask].mean(axis=0)
-    shown = test.table[0].value
-    first_cell = float(shown.iloc[0, 0].replace("−", "-"))
-    assert first_cell == pytest.approx(mean[0, 0], abs=5e-3)
+    (bench,) = parts(test, "bench")
+    np.testing.assert_allclose(bench["matrices"][0]["h"], mean, rtol=1e-5)
     assert "row sums" in words(test)
-    assert "h_res_cells" in charts(test)
+    pictures = charts(test)["h_res_pictures"]
+    n, (low, high) = h.shape[-1], (first, last)
+    cells = numbers(
+        next(each for each in json.loads(pictures["figure"])["data"] if each["type"] == "heatmap")["z"]
+    )
+    for connection in (low, high):
+        start = connection * (n + 3)
+        expected = h[connection][mask].mean(axis=0)
+        np.testing.assert_allclose(cells[:n, start : start + n], expected, rtol=1e-5)
+        np.testing.assert_allclose(cells[:n, start + n + 1], expected.sum(axis=1) - 1, atol=1e-6)
+        np.testing.assert_allclose(cells[n + 1, start : start + n], expected.sum(axis=0) - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("hostile", ["9999999999999999999999", f"<b>{RLO}"])

@@ -89,12 +89,12 @@ def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
     # Two sequences: Student's t with one degree of freedom.
     np.testing.assert_allclose(line.upper - line.y, 12.706205 * error)
     np.testing.assert_allclose(line.y - line.lower, 12.706205 * error)
-    assert "Band: ± half of a 95 % interval (Student's t over 2 sequences)." in figure.caption
+    assert "Shaded: 95 % interval over sequences (n = 2)." in figure.caption
     assert null.role == "null"
     assert set(null.y) == {
         float(plain["effective_rank_null"].sel(scope="sequence", tokens="all", centering="raw"))
     }
-    assert "the null" in figure.caption
+    assert "the baseline" in figure.caption
 
 
 def theory(figure: Lines):
@@ -341,10 +341,10 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     band = whole["plain"]["adjacent_cosine_band"].isel(step=-1).sel(stream="mean")
     np.testing.assert_array_equal(line.lower, band.sel(quantile=0.05))
     np.testing.assert_array_equal(line.upper, band.sel(quantile=0.95))
-    assert "Band: 5 to 95 % of the tokens." in figure.caption
+    assert "Shaded: 5 to 95 % of the tokens." in figure.caption
     error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
     np.testing.assert_allclose(line.error, 3.182446 * error)  # four sequences: Student's t
-    assert "Whiskers: ± half of a 95 % interval (Student's t over" in figure.caption
+    assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
 
 
 def test_the_power_law_has_the_error_of_its_fit(whole):
@@ -354,7 +354,7 @@ def test_the_power_law_has_the_error_of_its_fit(whole):
     cell = {"scope": "data", "tokens": "all", "centering": "centred", "stream": "mean"}
     error = whole["plain"]["alpha_req_error"].isel(step=-1).sel(cell)
     np.testing.assert_allclose(line.upper - line.y, error)
-    assert "Band: ± standard error of the power-law exponent." in figure.caption
+    assert "Shaded: ± standard error of the power-law exponent." in figure.caption
 
 
 def test_every_component_has_the_percentiles_of_its_tokens(mixed):
@@ -392,9 +392,9 @@ def test_the_collapse_stands_beside_what_weight_decay_alone_leaves(whole):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mixing_gain", "Depends on the basis of the streams."),
-        ("dong_residual", "Depends on the basis of the features."),
-        ("residual_norm", "Depends on the basis of the streams."),
+        ("mixing_gain", "Changes when the streams are rotated."),
+        ("dong_residual", "Changes when the features are rotated."),
+        ("residual_norm", "Changes when the streams are rotated."),
     ],
 )
 def test_what_depends_on_a_basis_says_so(name, words, mixed):
@@ -412,7 +412,7 @@ def test_a_null_that_is_one_number_is_told(plain):
 
 def test_a_null_is_told_in_the_words_of_its_declaration(mixed):
     caption = FIGURES["effective_path_depth"].build({"mhc": mixed}).caption
-    assert "the null, (k + 1)/2: a plain residual network reads all earlier outputs alike." in caption
+    assert "the baseline, (k + 1)/2: a plain residual network reads all earlier outputs alike." in caption
 
 
 def test_a_sample_that_is_too_small_is_told(plain):

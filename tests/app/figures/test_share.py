@@ -25,7 +25,7 @@ def test_values_bands_and_whiskers_are_shares_of_the_null():
     np.testing.assert_allclose(drawn.error, [0.25, 0.125, np.nan])
     assert (one.role, one.y.tolist()) == ("threshold", [1.0, 1.0])
     assert figure.healthy is None
-    assert "Divided by the null" in figure.caption
+    assert "Divided by the noise baseline" in figure.caption
 
 
 def test_streams_share_the_null_of_their_run_and_runs_do_not_share_theirs():

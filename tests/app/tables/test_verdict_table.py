@@ -27,18 +27,20 @@ FAILED = summary("failed", [("dead_state", "FAIL", 7, 7)], width=4)
 def test_the_worst_run_is_first_and_a_cell_says_where():
     table = verdict_table([HEALTHY, WARNED, FAILED])
     assert table.cells["run"].tolist() == ["failed", "warned", "healthy"]
-    assert table.cells["dead state"].tolist() == ["✕ 7", "✓", "✓"]
-    assert table.cells["rank collapse"].tolist() == ["✓", "▲ 3–5", "✓"]
-    assert table.depths[0] == {"dead state": 7}
+    assert table.cells["live states"].tolist() == ["✕ 7", "✓", "✓"]
+    assert table.cells["no rank collapse"].tolist() == ["✓", "▲ 3–5", "✓"]
+    assert table.depths[0] == {"live states": 7}
     assert "not judged" in table.cells["other verdicts"][0]
     assert list(table.states.columns) == list(table.cells.columns)
+    worst = [each.finding.verdict if each else None for each in table.worst]
+    assert worst == ["dead_state", "rank_collapse", None]
 
 
 def test_not_judged_is_shown_as_neither_passed_nor_failed():
     told = summary("streams", [("stream_collapse", "FAIL", 0, 3)])
     table = verdict_table([HEALTHY, told])
-    assert table.cells["stream collapse"].tolist() == ["✕ 0–3", "–"]
-    assert table.states["stream collapse"].tolist() == ["FAIL", NOT_JUDGED]
+    assert table.cells["distinct streams"].tolist() == ["✕ 0–3", "–"]
+    assert table.states["distinct streams"].tolist() == ["FAIL", NOT_JUDGED]
 
 
 def test_the_counts_are_those_of_the_terminal_and_a_connection_opens_the_depth_it_writes(
@@ -83,8 +85,8 @@ def test_a_cell_about_connections_opens_its_worst_depth():
     told = summary("streams")
     told.standings["stream_collapse"] = Standing("FAIL", finding, depth_out=13)
     table = verdict_table([told])
-    assert table.cells["stream collapse"].tolist() == ["✕ connection 7–15"]
-    assert table.depths == [{"stream collapse": 13}]
+    assert table.cells["distinct streams"].tolist() == ["✕ connection 7–15"]
+    assert table.depths == [{"distinct streams": 13}]
 
 
 def test_groups_stand_together_and_only_attributes_with_few_values_group():
@@ -103,7 +105,7 @@ def test_seeds_of_one_experiment_fold_into_a_row_that_counts_them():
     table = verdict_table([*seeds, other], fold_seeds=True)
     assert table.runs == [["s0", "s1", "s2"], ["other"]]
     assert table.cells["run"][0] == "s0 and 2 more seeds"
-    assert table.cells["rank collapse"].tolist() == ["▲ 4 (1 of 3)", "✓"]
+    assert table.cells["no rank collapse"].tolist() == ["▲ 4 (1 of 3)", "✓"]
 
 
 def test_two_runs_of_one_seed_are_two_rows():

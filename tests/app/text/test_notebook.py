@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import xarray as xr
 
 import depthscope as ds
 from depthscope.app.text.notebook import show_in_notebooks
@@ -53,3 +54,26 @@ def test_findings_print_one_line_each(mhc_run):
 def test_without_ipython_nothing_is_imported_for_it():
     code = "import sys, depthscope; assert 'markupsafe' not in sys.modules and 'IPython' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_a_card_and_no_tree(formatter, mhc_run):
+    shown = formatter(mhc_run)
+    assert len(shown) < 10_000
+    assert mhc_run.attrs["model"] in shown
+    assert "proven" in shown or mhc_run.attrs.get("proof") is None
+    assert shown.count("<polyline") == 1
+    hostile = mhc_run.copy()
+    hostile.attrs["model"] = "<script>alert(1)</script>"
+    assert "<script" not in formatter(hostile)
+    other = xr.DataTree.from_dict({"/": xr.Dataset({"a": ("x", [1.0])})})
+    assert "xr-section" in formatter(other)
+
+
+def test_a_figure_is_a_picture_and_completion_lists_figures_alone(formatter, mhc_run):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    figure = ds.figures.measure("effective_rank", mhc_run)
+    png = InteractiveShell.instance().display_formatter.formatters["image/png"](figure)
+    assert png.startswith(b"\x89PNG")
+    assert {"collapse", "measure"} <= set(dir(ds.figures))
+    assert not {"np", "xr", "replace"} & set(dir(ds.figures))

@@ -1,0 +1,203 @@
+"""How do runs get analysed while a visitor looks at something else? By processes beside the server, one a core."""
+
+# What they find is kept beside the runs (`kept_readings`): the server reads it from there, and never analyses itself.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any
+
+from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, version_of
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_readings import keep
+
+__all__ = ["Analyses", "work"]
+
+IDLE_SECONDS = 20.0
+"""A process without work ends after these: its imports are a hundred megabytes."""
+
+
+@dataclass
+class _Job:
+    """An analysis that is wanted, is made, or was made."""
+
+    name: str
+    path: Path
+    version: FileVersion
+    progress: tuple[str, int, int] = ("starts", 0, 1)
+    is_taken: bool = False
+    is_done: bool = False
+    reason: str = ""
+
+
+class Analyses:
+    """Analyses of runs by other processes; one for the server.
+
+    Parameters
+    ----------
+    most : int, optional
+        Processes at a time; as many as there are cores by default.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most or num_cores()
+        self._jobs: dict[Path, _Job] = {}
+        self._changed = Condition()
+        self._num_threads = 0
+
+    def ask(self, runs: Mapping[str, Path], *, first: bool = False) -> None:
+        """Have runs analysed, unless these very files already were.
+
+        ``first``: before all others, since somebody waits for them.
+        """
+        with self._changed:
+            for name, path in runs.items():
+                with suppress(OSError):  # it has gone
+                    version = version_of(path)
+                    known = self._jobs.get(path)
+                    if known is None or known.version != version:
+                        self._jobs[path] = _Job(name, path, version)
+                if first and path in self._jobs:
+                    self._jobs = {path: self._jobs.pop(path), **self._jobs}
+            left = sum(not job.is_taken for job in self._jobs.values())
+            for _ in range(min(self._most, left) - self._num_threads):
+                self._num_threads += 1
+                # Daemon: the server must not wait for the end of an analysis.
+                Thread(target=self._serve, daemon=True).start()
+            self._changed.notify_all()
+
+    def progress_of(self, path: Path) -> str | None:
+        """How far the analysis of a run is; None where it was not begun."""
+        job = self._jobs.get(path)
+        if job is None or not job.is_taken:
+            return None
+        metric, done, total = job.progress
+        return f"{done} of {total}, {metric}"
+
+    def result_of(self, path: Path, version: FileVersion) -> str | None:
+        """Why a run cannot be analysed, empty where it was; None where that is not known yet."""
+        job = self._jobs.get(path)
+        return job.reason if job is not None and job.version == version and job.is_done else None
+
+    def wait_for(self, name: str, path: Path, progress: Callable[[str, int, int], None] | None) -> None:
+        """Have one run analysed before all others, and wait for it."""
+        self.ask({name: path}, first=True)
+        with self._changed:
+            while (job := self._jobs.get(path)) is not None and not job.is_done:
+                if progress is not None:
+                    progress(*job.progress)
+                self._changed.wait(0.3)
+
+    def _serve(self) -> None:
+        process: subprocess.Popen[str] | None = None
+        try:
+            while (job := self._next()) is not None:
+                if process is not None and process.poll() is not None:
+                    _end(process)
+                    process = None
+                process = process or _process()
+                for answer in _answers(process, job):
+                    with self._changed:
+                        job.progress = tuple(answer.get("progress", job.progress))
+                        job.reason = answer.get("reason", job.reason)
+                        self._changed.notify_all()
+                with self._changed:
+                    job.is_done = True
+                    self._changed.notify_all()
+        finally:
+            if process is not None:
+                _end(process)
+
+    def _next(self) -> _Job | None:
+        end = time.monotonic() + IDLE_SECONDS
+        with self._changed:
+            while (left := end - time.monotonic()) > 0:
+                for job in self._jobs.values():
+                    if not job.is_taken:
+                        job.is_taken = True
+                        return job
+                self._changed.wait(left)
+            # Under the lock: whoever asks now starts another thread.
+            self._num_threads -= 1
+        return None
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _process() -> subprocess.Popen[str]:
+    code = "from depthscope.app.dashboard.state.background import work; work()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(LIMIT["max_bytes"])],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """It ends when it reads the end of its requests."""
+    with suppress(BrokenPipeError):  # it has ended
+        process.communicate()
+
+
+def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, Any]]:
+    """What the process says of one run, until it is done or has died."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps([job.name, str(job.path)]) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            answer = json.loads(line)
+            yield answer
+            if "reason" in answer:
+                return
+    except OSError:
+        pass
+    yield {
+        "reason": "The process that analysed it was ended, perhaps for its memory. Analyse it by itself: depthscope analyze"
+    }
+
+
+def work() -> None:
+    """Analyse the runs that are named on stdin, one a line, and say on stdout how far each is."""
+    with suppress(OSError):
+        os.nice(5)  # pages before analyses
+    LIMIT["max_bytes"] = json.loads(sys.argv[1])
+    # Libraries may print; what is read at the other end is answers alone.
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    def progress(*done: Any) -> None:
+        say(progress=done)
+
+    for line in sys.stdin:
+        name, place = json.loads(line)
+        path = Path(place)
+        try:
+            version = version_of(path)
+            found = read(name, path, progress)
+            if isinstance(found, UnreadableRun):
+                say(reason=found.reason)
+                continue
+            keep(path, version, found)
+            say(reason="")
+        except OSError as error:  # it has gone
+            say(reason=str(error))

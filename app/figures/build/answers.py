@@ -1,0 +1,141 @@
+"""What is the answer of a page, before its figures? One sentence a run from numbers that the figures show too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.values import names_of, pick
+from depthscope.app.figures.specification import Selection
+from depthscope.app.text.numbers import number
+from depthscope.diagnostics.experiments.results import sentence, table_rows
+
+__all__ = ["answer_to"]
+
+MOST_BLOCKS = 3
+"""Blocks that are named."""
+
+HARDLY = 0.1
+"""Of the share that each of n streams would have: below it a stream hardly takes part. A heuristic of ours."""
+
+FADED = 0.1
+"""Of the largest gradient: below it the gradient has faded. A heuristic of ours."""
+
+
+def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """The answer that a run gives to a question of the register of figures; empty where it has none.
+
+    ``results``: of the experiments on the run, by command.
+    """
+    answer = _ANSWERS.get(question)
+    return answer(analysis, results) if answer is not None else ""
+
+
+def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """The blocks that turn the state least, and what the loss says of leaving them out."""
+    influence = _profile(analysis, "block_influence")
+    if influence is None:
+        return ""
+    order = [int(each) for each in np.argsort(np.where(np.isfinite(influence), influence, np.inf))]
+    least = [each for each in order if np.isfinite(influence[each])][:MOST_BLOCKS]
+    names = _sublayers(analysis["block_influence"])
+    turns = ", ".join(f"{names[each]} ({number(float(influence[each]))})" for each in least)
+    words = f"Least needed, by how far they turn the state (1 − cos): {turns}."
+    skips = (
+        [row for row in table_rows(results["ablate"]) if row["kind"] == "skip"] if "ablate" in results else []
+    )
+    tried = [row for row in skips if row["depth"] in least]
+    if tried:
+        return f"{words} Tried: {'; '.join(map(sentence, tried))}."
+    return f"{words} The loss without them was not measured (depthscope ablate RUN --do skip)."
+
+
+def _sublayers(along: xr.DataArray) -> list[str]:
+    """What writes each depth: its module, else the name of the depth."""
+    modules = along["module"].values if "module" in along.coords else [""] * along.sizes["depth"]
+    return [str(module) or name for module, name in zip(modules, names_of(along, "depth"), strict=True)]
+
+
+def _streams(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """Which streams carry what the connections read, whether they mix, and what of their differences is left."""
+    return " ".join(filter(None, (_carriers(analysis), _mixers(analysis), _survivors(analysis))))
+
+
+def _carriers(analysis: xr.Dataset) -> str:
+    if "signal_share" not in analysis:
+        return ""
+    shares = analysis["signal_share"].isel(step=-1).mean("connection")
+    known = {
+        str(label): float(value)
+        for label, value in zip(shares["stream"].values, shares.values, strict=True)
+        if np.isfinite(value) and str(label).isdigit()
+    }
+    if not known:
+        return ""
+    most = max(known, key=lambda each: known[each])
+    idle = [each for each, share in known.items() if share < HARDLY / len(known)]
+    carried = f"Stream {most} carries most of what is read ({100 * known[most]:.0f} %)"
+    if max(known.values()) < 1.5 / len(known):
+        carried = f"All {len(known)} streams carry a similar share of what is read"
+    hardly = f"; hardly read: stream {', '.join(idle)}" if idle else ""
+    return f"{carried}{hardly}."
+
+
+def _mixers(analysis: xr.Dataset) -> str:
+    distance = _profile(analysis, "identity_distance", "connection")
+    if distance is None or not np.isfinite(distance).any():
+        return ""
+    names = names_of(analysis["identity_distance"], "connection")
+    most = int(np.nanargmax(distance))
+    if distance[most] < 1e-3:
+        return "No connection mixes the streams."
+    return f"They mix most at {names[most]} (distance from the identity {number(float(distance[most]))})."
+
+
+def _survivors(analysis: xr.Dataset) -> str:
+    left = _profile(analysis, "deflated_gain", "connection")
+    if left is None or not np.isfinite(left).any():
+        return ""
+    last = int(np.flatnonzero(np.isfinite(left))[-1])
+    share = float(left[last])
+    names = names_of(analysis["deflated_gain"], "connection")
+    if share > 1.5:
+        return f"The initial differences between streams have grown {number(share)} × at {names[last]}."
+    if share > 0.5:
+        return f"{number(100 * share)} % of the initial differences between streams survive at {names[last]}."
+    return (
+        f"Only {number(100 * share)} % of the initial differences between streams survive at {names[last]}."
+    )
+
+
+def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """Where the gradient is largest and smallest, and whether that is little enough to be called faded."""
+    norms = _profile(analysis, "gradient_norm")
+    if norms is None or not np.isfinite(norms).any():
+        return ""
+    if not np.isfinite(norms[~np.isnan(norms)]).all():
+        return "The gradient is infinite at some depths."
+    names = names_of(analysis["gradient_norm"], "depth")
+    low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
+    ratio = float(norms[low] / norms[high]) if norms[high] > 0 else float("nan")
+    told = f"largest at {names[high]} ({number(float(norms[high]))}), smallest at {names[low]} ({number(float(norms[low]))})"
+    if norms[high] == 0:
+        return "There is no gradient at any depth."
+    faded = f"it fades to {number(100 * ratio)} % of its largest" if ratio < FADED else "it vanishes nowhere"
+    return f"Gradient: {told}; {faded}."
+
+
+def _profile(analysis: xr.Dataset, metric: str, axis: str = "depth") -> np.ndarray | None:
+    """A metric along one axis in its usual version; None where the run has it not, or not along that axis alone."""
+    values = pick(analysis, metric, Selection())
+    return None if values is None or values.dims != (axis,) else np.asarray(values.values, dtype=np.float64)
+
+
+_ANSWERS: dict[str, Callable[[xr.Dataset, Mapping[str, xr.Dataset]], str]] = {
+    "similarity": _least_needed,
+    "mixing": _streams,
+    "gradients": _gradients,
+}
+"""Question → its answer."""

@@ -1,0 +1,75 @@
+"""Are runs analysed by processes beside the server, whatever they are, and do their results reach it?"""
+
+import os
+import signal
+import time
+
+import pytest
+
+from depthscope.app.dashboard.state import background, run_library
+from depthscope.app.dashboard.state.background import Analyses
+from depthscope.app.dashboard.state.run_reading import UnreadableRun, version_of
+from depthscope.app.readings.kept_readings import kept_summaries
+from depthscope.diagnostics import save_run
+
+
+@pytest.fixture
+def root(tmp_path, make_run, monkeypatch):
+    save_run(make_run("residual", layers=2, gradients=False, weights=False), tmp_path / "a.nc")
+    (tmp_path / "torn.nc").write_bytes(b"nonsense")
+    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
+    run_library._cache.clear()
+    return tmp_path.resolve()
+
+
+def until(condition, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_is_analysed_elsewhere_and_found_here(root, monkeypatch):
+    analyses = Analyses(most=1)
+    monkeypatch.setattr(run_library, "_beside", [analyses])
+    monkeypatch.setattr(run_library, "read", None)  # not by this process
+    listed = run_library.list_runs()
+    assert run_library.summaries_of("a", listed["a"]) is None
+    run_library.ask_for(listed)
+    until(lambda: all(analyses.result_of(path, version_of(path)) is not None for path in listed.values()))
+    (summary,) = run_library.summaries_of("a", listed["a"])
+    assert summary.name == "a"
+    assert kept_summaries(listed["a"], version_of(listed["a"]))
+    torn = run_library.summaries_of("torn", listed["torn"])
+    assert isinstance(torn, UnreadableRun)
+    assert "torn or of another format" in torn.reason
+    # Who wants to see a run waits for it, and is told how far it is.
+    said = []
+    run_library._cache.clear()
+    os.utime(listed["a"], ns=(0, 10**18))
+    (reading,) = run_library.read_run("a", progress=lambda *done: said.append(done))
+    assert reading.analysis.sizes["depth"] == 3
+    assert said
+
+
+def test_a_process_that_is_killed_is_said_and_others_go_on(root, monkeypatch):
+    pids = []
+    begin = background._process
+
+    def begun():
+        process = begin()
+        pids.append(process.pid)
+        if len(pids) == 1:
+            os.kill(process.pid, signal.SIGKILL)
+        return process
+
+    monkeypatch.setattr(background, "_process", begun)
+    analyses = Analyses(most=1)
+    path = root / "a.nc"
+    analyses.ask({"a": path})
+    until(lambda: analyses.result_of(path, version_of(path)) is not None)
+    assert "was ended" in analyses.result_of(path, version_of(path))
+    os.utime(path, ns=(0, 10**18))  # another version is another chance
+    analyses.ask({"a": path})
+    until(lambda: analyses.result_of(path, version_of(path)) is not None)
+    assert analyses.result_of(path, version_of(path)) == ""

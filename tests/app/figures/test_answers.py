@@ -1,0 +1,62 @@
+"""Is the answer of a page what the numbers of its figures say?"""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope.app.figures.build.answers import answer_to
+from depthscope.app.text.health import healthy_name
+from depthscope.diagnostics import analyze
+from depthscope.diagnostics.verdicts import VERDICTS
+
+
+@pytest.fixture(scope="module")
+def mhc(mhc_run):
+    return analyze(mhc_run)
+
+
+def test_the_blocks_least_needed_are_those_that_turn_least(mhc):
+    said = answer_to("similarity", mhc, {})
+    influence = mhc["block_influence"].isel(step=-1).sel(tokens="all")
+    least = int(np.nanargmin(influence.values))
+    module = str(mhc["module"].values[least])
+    assert said.partition(": ")[2].startswith(module)
+    assert "was not measured" in said
+
+
+def test_streams_that_are_not_read_and_what_survives_are_named():
+    shares = np.array([[[0.97, 0.03, np.nan]]])
+    analysis = xr.Dataset(
+        {"signal_share": (("step", "connection", "stream"), shares)},
+        {"stream": np.array(["0", "1", "mean"], dtype=object), "step": [0]},
+    )
+    assert answer_to("mixing", analysis, {}) == (
+        "Stream 0 carries most of what is read (97 %); hardly read: stream 1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("norms", "words"),
+    [
+        ([1.0, 0.5, 0.2], "vanishes nowhere"),
+        ([1.0, 0.5, 0.01], "fades to 1.00 %"),
+        ([0.0, 0.0, 0.0], "no gradient"),
+        ([1.0, np.inf, 0.5], "infinite"),
+        ([np.nan, np.nan, np.nan], ""),
+    ],
+)
+def test_the_gradient_is_said_to_fade_where_it_does(norms, words):
+    analysis = xr.Dataset({"gradient_norm": (("step", "depth"), [norms])}, {"step": [0]})
+    said = answer_to("gradients", analysis, {})
+    assert words in said
+    assert bool(words) == bool(said)
+
+
+def test_a_run_that_lacks_the_numbers_has_no_answer():
+    for question in ("similarity", "mixing", "gradients", "collapse"):
+        assert answer_to(question, xr.Dataset(), {}) == ""
+
+
+def test_every_verdict_has_a_healthy_name_of_its_own():
+    names = [healthy_name(verdict) for verdict in VERDICTS]
+    assert len(set(names)) == len(names)
