@@ -280,6 +280,37 @@ def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], cente
 
 
 @metric(
+    symbol=r"\sigma^2_{\mathrm{sequences}} / \sigma^2",
+    dims="depth stream",
+    scale="log",
+    cite=OURS,
+    basis="stream",
+    null="1 for states that are independent of the position",
+    estimator="over the positions that at least two sequences have",
+    better="higher",
+)
+def sequence_share(residual_states: States) -> xr.DataArray:
+    r"""Share of the variance that is between sequences at the same position; 0 where all sequences have become one.
+
+    .. math:: \frac{\overline{\mathrm{Var}_s(x_{s,t})}}{\overline{\|x_{s,t} - \bar{x}\|^2}}
+
+    NaN for a single sequence, and where all states are equal.
+    """
+    real = residual_states.mask
+    shared = real.sum(0) >= 2
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        counted = (real & shared)[None, :, :, None]
+        x = np.where(counted, views, 0.0).astype(np.float64)
+        total = x - x.sum((1, 2), keepdims=True) / max(int(counted.sum()), 1)
+        within = x - x.sum(1, keepdims=True) / np.maximum((real & shared).sum(0), 1)[None, None, :, None]
+        variance, between = (np.where(counted, part**2, 0.0).sum((1, 2, 3)) for part in (total, within))
+        return between / np.where(variance > 0, variance, np.nan)
+
+    return residual_states.over_depth(measure)
+
+
+@metric(
     symbol=r"p_{\mathrm{massive}}",
     dims="depth stream",
     cite="sun2024massive",

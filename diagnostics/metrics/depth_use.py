@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, metric
+from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_steps import Steps
 
 PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
@@ -88,3 +89,36 @@ def effective_depth(token_steps: Steps) -> xr.DataArray:
     # A sequence without tokens, or with a state that is not finite, has no depth either.
     unknown = np.isnan(token_steps.by_sequence(token_steps.square))
     return _labelled(token_steps, np.where(unknown, np.nan, reached))
+
+
+@metric(
+    symbol=r"1 - \|\bar{b}_l\|^2 / \overline{\|b_l\|^2}",
+    dims="depth stream",
+    scale="log",
+    cite=OURS,
+    basis="stream",
+    null="1 for steps that are independent from token to token",
+    estimator="over all real tokens",
+    of_steps=True,
+)
+def step_spread(residual_states: States) -> xr.DataArray:
+    r"""How much of a step depends on the token; 0 where it adds the same vector to all of them.
+
+    .. math:: 1 - \frac{\|\bar{b}_l\|^2}{\overline{\|b_l\|^2}}, \quad b_l = x_l - x_{l-1}
+
+    A branch that writes nothing but its bias has 0, although it turns the states. NaN where a step adds nothing, and at the
+    embedding and the final norm.
+    """
+
+    def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        added = after - before
+        size = (added**2).sum(-1).mean(-1)
+        about = ((added - added.mean(1, keepdims=True)) ** 2).sum(-1).mean(-1)
+        # What float32 leaves of equal steps is no spread.
+        rounding = (np.finfo(np.float32).eps ** 2) * (after**2).sum(-1).mean(-1)
+        return np.where(
+            size > rounding, np.maximum(about - rounding, 0.0) / np.where(size > 0, size, 1.0), np.nan
+        )
+
+    spread = residual_states.over_steps(measure)
+    return spread.where(~spread["site"].isin(["final", "pre"])) if "site" in spread.coords else spread

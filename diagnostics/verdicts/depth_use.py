@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.start import young
 
 # Half of fewer steps than this is no depth to speak of.
 FEWEST_STEPS = 8
@@ -32,10 +29,10 @@ FEWEST_STEPS = 8
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    suspicion=True,
 )
 def curse_of_depth(
     relative_turn: xr.DataArray,
-    attrs: Mapping[str, Any],
     variance_growth: xr.DataArray | None = None,
     effective_depth: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
@@ -52,14 +49,11 @@ def curse_of_depth(
     counted = np.minimum(turned.values, 1.0)
     values = np.full(turned.sizes["depth"], np.nan)
     values[late] = counted[late].mean()
-    start = young(attrs)
-    effective = f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}"
-    words = "the turn of the later half of the steps, as a share of that of independent branches,"
     yield Profile(
         turned.copy(data=values),
-        f"{words} is",
-        ceiling=Severity.INFO if start else Severity.FAIL,
-        note=f"{effective} {start}".rstrip(),
+        f"the steps from depth {late[0]} to {late[-1]} turn the state, relative to independent branches of the same size, by",
+        note=f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}",
+        start="the first blocks learn first",
     )
 
 

@@ -62,6 +62,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    suspicion=True,
 )
 def same_representation(
     cka: xr.DataArray,
@@ -136,18 +137,25 @@ def _one_representation(
     )
     told, moving = _prediction(attrs, begins, ends)
     sentence += told
-    why = _by_construction(turned, attrs)
-    if why:
-        sentence += f" It is as its branches begin by construction ({why}): normal before training, judge it again after some."
     values = np.full(len(alike), np.nan)
     values[part] = least
-    ceiling = Severity.INFO if why else Severity.FAIL if failing and not moving else Severity.WARN
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
-        ceiling=ceiling,
+        ceiling=Severity.FAIL if failing and not moving else Severity.WARN,
+        # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell.
+        at_start=bool((turned < ROUNDING).all()),
+        start=_start(turned, attrs),
     )
+
+
+def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
+    """Why the states may be as similar before training; empty where no design begins so."""
+    if bool((turned < ROUNDING).all()):
+        return "no block changes any number of the states"
+    # Small branches are a start that many designs have; ones that do nothing at all are not.
+    return "its branches begin small" if attrs.get("small_start") or turned.max() >= FIXED else ""
 
 
 def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
@@ -167,17 +175,6 @@ def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, b
     if mean <= first:
         return f"{sentence}: the range changes no prediction.", False
     return f"{sentence}.", False
-
-
-def _by_construction(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
-    """Why the branches are small in a network that is not trained yet; empty where nothing says so."""
-    # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell, if one did anything.
-    if bool((turned < ROUNDING).all()):
-        return "no block changes any number of the states"
-    if attrs.get("small_start"):
-        return str(attrs["small_start"])
-    # Small branches are a start that many designs have, ones that do nothing at all are not.
-    return "its weights are as they were drawn" if attrs.get("untouched") and turned.max() >= FIXED else ""
 
 
 def _all(alike: xr.DataArray, first: int, last: int) -> str:
