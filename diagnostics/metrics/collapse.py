@@ -292,20 +292,23 @@ def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], cente
 def sequence_share(residual_states: States) -> xr.DataArray:
     r"""Share of the variance that is between sequences at the same position; 0 where all sequences have become one.
 
-    .. math:: \frac{\overline{\mathrm{Var}_s(x_{s,t})}}{\overline{\|x_{s,t} - \bar{x}\|^2}}
+    .. math:: \frac{\overline{\mathrm{Var}_s(u_{s,t})}}{\overline{\|u_{s,t} - \bar{u}\|^2}}, \quad u = x / \|x\|
 
-    NaN for a single sequence, and where all states are equal.
+    Of directions, so that one huge token counts as any other. NaN for a single sequence, and where all states are equal.
     """
-    real = residual_states.mask
-    shared = real.sum(0) >= 2
+    real = residual_states.mask & (residual_states.mask.sum(0) >= 2)
+    count, of_position = max(int(real.sum()), 1), np.maximum(real.sum(0), 1)[None, None, :, None]
 
     def measure(views: np.ndarray) -> np.ndarray:
-        counted = (real & shared)[None, :, :, None]
-        x = np.where(counted, views, 0.0).astype(np.float64)
-        total = x - x.sum((1, 2), keepdims=True) / max(int(counted.sum()), 1)
-        within = x - x.sum(1, keepdims=True) / np.maximum((real & shared).sum(0), 1)[None, None, :, None]
-        variance, between = (np.where(counted, part**2, 0.0).sum((1, 2, 3)) for part in (total, within))
-        return between / np.where(variance > 0, variance, np.nan)
+        size = np.linalg.norm(views, axis=-1, keepdims=True).astype(np.float64)
+        x = np.where(real[None, :, :, None] & (size > 0), views / np.where(size > 0, size, 1.0), 0.0)
+        # All parts over the same tokens: those of the mean about which they vary.
+        total, between = (
+            np.where(real[None, :, :, None], x - mean, 0.0)
+            for mean in (x.sum((1, 2), keepdims=True) / count, x.sum(1, keepdims=True) / of_position)
+        )
+        variance = (total**2).sum((1, 2, 3))
+        return (between**2).sum((1, 2, 3)) / np.where(variance > 0, variance, np.nan)
 
     return residual_states.over_depth(measure)
 

@@ -20,7 +20,7 @@ def _labelled(steps: Steps, values: np.ndarray) -> xr.DataArray:
     symbol=r"\|x_l\|^2 / (\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2)",
     dims="depth stream",
     scale="log",
-    cite="sun2025curse",
+    cite=OURS,
     basis="stream",
     null="1 for branches that are independent of the state",
     estimator=PER_SEQUENCE,
@@ -30,8 +30,9 @@ def variance_growth(token_steps: Steps) -> xr.DataArray:
 
     .. math:: \|x_l\|^2 \Big/ \Big(\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2\Big), \quad b_k = x_k - x_{k-1}
 
-    1 where each branch is independent of the state that it is added to, at most l + 1. In Pre-LN the variance grows linearly
-    with depth for independent branches and up to exponentially for aligned ones (Sun et al. 2025), and the later blocks,
+    This project's ratio, after Sun et al. 2025, who follow the variance of Pre-LN states: it grows linearly with depth for
+    independent branches and up to exponentially for aligned ones. 1 where each branch is independent of the state that it is
+    added to, at most l + 1; and the later blocks,
     whose branches are normalised, change the state the less the larger it is. NaN at the final norm.
     """
     added = np.where(token_steps.is_branch[:, None, None], token_steps.added, 0.0)

@@ -180,24 +180,24 @@ def stream_collapse(
         begins=True,
         ceiling=Severity.INFO if parted else Severity.FAIL,
         note=parted,
-        start=_slow_start(left, stream_cosine),
+        start=_slow_start(left),
     )
 
 
-# What a connection leaves of the differences, the geometric mean until 1 % is left: matrices near the identity leave more than
-# the one, so that only the depth adds up; zero logits leave less than the other, and no training ever sees a difference.
-SLOW, FAST = 0.8, 0.2
+# What a connection leaves of the differences, the geometric mean until 1 % is left. Matrices near the identity, as designs
+# begin with, leave more than this, so that only the depth adds up; what leaves less is no start, however young the network.
+SLOW = 0.8
 
 
-def _slow_start(left: xr.DataArray, stream_cosine: xr.DataArray | None) -> str:
-    """Why a design may begin so: by many connections near the identity, or with streams that are copies; else empty."""
+def _slow_start(left: xr.DataArray) -> str:
+    """Why a design may begin so, by many connections near the identity; else empty."""
     collapsed = np.flatnonzero(left.values < COLLAPSED)
-    if not len(collapsed):
-        return ""
-    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1))
-    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
-    slow = rate > SLOW or (copies and rate > FAST)
-    return f"each connection leaves {number(rate)} of the differences, and the depth adds up" if slow else ""
+    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1)) if len(collapsed) else 0.0
+    return (
+        f"each connection leaves {number(rate)} of the differences, and the depth adds up"
+        if rate > SLOW
+        else ""
+    )
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:

@@ -13,6 +13,7 @@ from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
+from tests.models.shown_harm import with_result
 from tests.models.synthetic_run import synthetic_run
 
 WIRING = {each.name for each in vars(wiring).values() if isinstance(each, Verdict)}
@@ -66,7 +67,10 @@ def mixed(make_run):
 
 
 def findings(run, **options):
-    found = diagnostics.judge(diagnostics.analyze(run), **options)
+    analysis = diagnostics.analyze(run)
+    # What is suspected is loud where it was shown to do harm; see test_consequences for what was not.
+    analysis = with_result(analysis) if isinstance(analysis, xr.Dataset) else analysis
+    found = diagnostics.judge(analysis, **options)
     by_name: dict[str, list] = {}
     for finding in found:
         by_name.setdefault(finding.verdict, []).append(finding)
@@ -111,8 +115,13 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "nothing_measured",
         "loss_not_finite",
         "diverged_loss",
+        "loss_spike",
+        "softmax_twice",
+        "looks_ahead",
+        "untrained_weights",
+        "batch_without_differences",
         *WIRING,
-    }  # a replay, remarks, no token, losses
+    }  # a replay, remarks, no token, losses, a task, a batch of equal tokens
     assert (
         set(VERDICTS) - set(found)
         <= {"ambiguous_orientation", "passing_streams", "few_tokens_for_cka", "saturated_logits"}
@@ -477,15 +486,25 @@ def test_layers_that_do_nothing():
     assert (found.severity, found.first, found.last) == (Severity.WARN, 4, 5)
 
 
-@pytest.mark.parametrize(("moved", "severity"), [(0.01, Severity.INFO), (0.5, Severity.WARN)])
+@pytest.mark.parametrize(
+    ("facts", "severity"),
+    [
+        ({"norms_moved": 0.01, "task": {"guessing": 4.0, "loss": 3.8}}, Severity.INFO),
+        ({"norms_moved": 0.01}, Severity.WARN),  # its age is not known: both readings
+        ({"norms_moved": 0.01, "task": {"guessing": 4.0, "loss": 2.0}}, Severity.WARN),
+        ({"norms_moved": 0.5}, Severity.WARN),
+    ],
+)
 @pytest.mark.parametrize("out_of_line", [False, True])
-def test_small_steps_of_a_young_network_are_a_note_unless_one_is_out_of_line(moved, severity, out_of_line):
+def test_small_steps_of_a_young_network_are_a_note_unless_one_is_out_of_line(facts, severity, out_of_line):
     steps = np.random.default_rng(0).standard_normal((9, SAMPLES, TOKENS, FEATURES))
     steps[[2, 3, 5, 6, 8]] *= 0.02  # of three steps two are small, by 0.006 of π
     steps[5] *= 1e-3 if out_of_line else 1.0
     run = residual_run(np.cumsum(steps, axis=0))
-    run = schema.create_run(run["trace"].to_dataset(), attrs=run.attrs | {"norms_moved": moved})
+    run = schema.create_run(run["trace"].to_dataset(), attrs=run.attrs | facts)
     found = findings(run)["idle_layer"][0]
+    both = "read this as a warning" in found.sentence
+    assert both == ("task" not in facts and not out_of_line)
     assert found.severity == (Severity.WARN if out_of_line else severity)
 
 
@@ -647,7 +666,7 @@ def lens_result(depths, last):
 def test_the_lens_is_evidence_for_one_representation(depths, severity, words):
     states = walk(12)
     states[5:] = states[4] + 0.001 * (states[5:] - states[4])
-    analysis = with_lens(diagnostics.analyze(residual_run(states)), lens_result(depths, 12))
+    analysis = with_lens(with_result(diagnostics.analyze(residual_run(states))), lens_result(depths, 12))
     (found,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
     assert found.severity == severity
     assert words in found.sentence
