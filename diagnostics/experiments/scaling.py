@@ -130,7 +130,11 @@ def scaling_sentence(result: xr.Dataset) -> str:
         return f"{_grows(least, over)}: not {over}-stable. {_advice(least['change_exponent'], over)}"
     if all(row["change_exponent_low"] >= -STABLE and row["change_exponent_high"] <= STABLE for row in known):
         return f"{_grows(worst, over)}: {over}-stable within {STABLE} ({OURS}) at every depth."
-    more = f"take {ADVISED_SIZES} {over}s or more" if len(sizes) < ADVISED_SIZES else f"take more {over}s or a wider range"
+    more = (
+        f"take {ADVISED_SIZES} {over}s or more"
+        if len(sizes) < ADVISED_SIZES
+        else f"take more {over}s or a wider range"
+    )
     return f"{_grows(worst, over)}: not decided whether it is {over}-stable within {STABLE} ({OURS}); {more}."
 
 

@@ -155,11 +155,20 @@ def last_step(analysis: xr.Dataset) -> xr.Dataset:
 
 
 def suspected(analysis: xr.Dataset) -> list[Finding]:
-    """The suspicions of one chain that an experiment may settle, the worst first; what follows from another one left out."""
+    """The suspicions of one chain that an experiment may settle: the worst first, those that follow from another one last."""
     last = with_row_facts(last_step(analysis))
-    found = [each for verdict in VERDICTS.values() if verdict.suspicion for each in verdict.findings(last)]
-    open_ = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    return sorted((each for each in open_ if each.severity > Severity.INFO), key=_severity_order)
+    found = [
+        each
+        for verdict in VERDICTS.values()
+        if verdict.suspicion
+        for each in verdict.findings(last)
+        if each.severity > Severity.INFO
+    ]
+    explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
+    order = sorted(
+        range(len(found)), key=lambda at: (bool(explained[at].because), *_severity_order(found[at]))
+    )
+    return [found[at] for at in order]
 
 
 def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:

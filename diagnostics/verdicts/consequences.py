@@ -25,7 +25,7 @@ SHOWN, REFUTED, OPEN = "shown", "refuted", "not settled"
 COSTS, LEAST_COST = 0.05, 0.01
 # Of a network whose loss is not below this share of guessing, the loss shows nothing: then the output must stay.
 INFORMED = 0.9
-SAME_OUTPUT = 0.1
+SAME_OUTPUT = 0.15
 
 ADVICE = "settle it with depthscope.settle(run, model, batch)"
 
@@ -80,7 +80,9 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool,
     if cost is not None and informed:
         scale = abs(base) if learned is None else learned
         return cost <= max(LEAST_COST, COSTS * scale), ""
-    at_chance = "" if cost is None else f" The loss, {base:.3g}, is that of guessing, and shows nothing."
+    at_chance = (
+        "" if cost is None else f" The loss, {base:.3g}, is no better than guessing, and shows nothing."
+    )
     if result.get("claim") == "harmful":  # what a network that has learned nothing does with it is no excuse
         return True, at_chance
     return (result.get("output_change") or 0.0) <= SAME_OUTPUT, at_chance

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts.age import Age, age_of
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, source_of
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -37,7 +36,7 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, ``"this project"``, or `calibration.CALIBRATED`.
+        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.CALIBRATED`.
     scale : {"ratio", "cosine"}
         On which scale a number is far from its limit, see `Finding.excess`.
     """
@@ -46,7 +45,7 @@ class Limits:
     warn: float | None = None
     fail: float | None = None
     above: bool = True
-    source: str = OURS
+    source: str = DEFAULT
     scale: str = "ratio"
 
     @property
@@ -94,6 +93,8 @@ class Profile:
         is asked of the facts in `age`.
     at_start : bool
         Whether the numbers themselves show that no step of training was taken.
+    told : str
+        The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
     limits : Limits, optional
@@ -111,6 +112,7 @@ class Profile:
     note: str = ""
     start: str = ""
     at_start: bool = False
+    told: str = ""
     sentence: str = ""
     limits: Limits | None = None
     metric: str = ""
@@ -264,9 +266,12 @@ class Verdict:
             return profile.sentence
         limits = profile.limits or self.limits
         side = "above" if limits.above else "below"
-        compared = f"{'' if severity else 'not '}{side} {number(limit)}"
-        where = f" {place(profile.values, at)}" if profile.values.dims else ""
-        sentence = f"{profile.words} {number(value)}{where}, {compared} ({self.limits.source})"
+        where = place(profile.values, at) if profile.values.dims else ""
+        said = f"{profile.words} {number(value)} {where}"
+        if severity and profile.told:
+            percent = f"{number(100 * value)} %"
+            said = profile.told.format(value=number(value), percent=percent, where=where)
+        sentence = f"{said.rstrip()}, limit {number(limit)} ({self.limits.source})"
         if severity and len(beyond) > 1:
             begins = ""
             if profile.begins and beyond[0] != at:

@@ -36,7 +36,7 @@ def curse_of_depth(
     variance_growth: xr.DataArray | None = None,
     effective_depth: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """The later blocks hardly turn the state, which the earlier ones made large.
+    """Later blocks barely change the residual stream; its norm is already large.
 
     Scale the input of each branch by one over the root of its depth (LayerNorm scaling, Sun et al. 2025), start what writes to
     the stream smaller, or look for an early block that writes much more than the others; or take fewer layers.
@@ -51,7 +51,9 @@ def curse_of_depth(
     values[late] = counted[late].mean()
     yield Profile(
         turned.copy(data=values),
-        f"the steps from depth {late[0]} to {late[-1]} turn the state, relative to independent branches of the same size, by",
+        "the turn of the later half of the steps, as a share of that of independent branches, is",
+        told=f"the steps from depth {late[0]} to {late[-1]} turn the state {{percent}} as far as independent branches of the "
+        "same size would",
         note=f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}",
         start="the first blocks learn first",
     )

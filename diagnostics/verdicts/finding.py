@@ -37,7 +37,7 @@ class Finding:
     value, threshold : float
         The worst number found and the limit that it is compared with.
     source : str
-        Where the threshold comes from: a key of ``references.bib``, or ``"this project"``.
+        Where the threshold comes from: a key of ``references.bib``, or ``"depthscope's default"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int

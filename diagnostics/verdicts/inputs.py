@@ -27,6 +27,7 @@ SHARED_INPUT = 0.01
         "rank_collapse": from_there_on,
         "dead_state": from_there_on,
         "equal_sequences": from_there_on,
+        "common_vector": overlapping,
     },
 )
 def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:

@@ -75,6 +75,7 @@ def rank_collapse(
         judged,
         "of the differences between the tokens of a sequence (the larger of Dong residual and three times the effective rank "
         "over its noise baseline) there is left",
+        told="only {percent} of the differences between the tokens of a sequence is left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -214,7 +215,7 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
 def idle_layer(
     angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
-    """A layer leaves the direction of the states as it is.
+    """A layer barely changes the residual stream.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
@@ -231,6 +232,7 @@ def idle_layer(
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
+        told="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
         start=_start_of_small_steps(turned, attrs),
         # Branches that give exactly nothing begin at zero, or are cut off: if one did anything, training has begun.
         at_start=bool((turned.fillna(0.0) < ROUNDING).all()),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -131,9 +131,10 @@ def _one_representation(
     begins, ends = alike["depth"].values[[first, last]].tolist()
     sentence = (
         f"{_all(alike, first, last)} hold one representation: every two states from depth {begins} to depth "
-        f"{ends} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
-        f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
-        f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
+        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{_null(num_tokens)}), limit {number(limit)} "
+        f"({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches "
+        f"of the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than "
+        f"{number(step)}°."
     )
     told, moving = _prediction(attrs, begins, ends)
     sentence += told
@@ -192,4 +193,4 @@ def _null(num_tokens: xr.DataArray | None) -> str:
     if num_tokens is None:
         return ""
     count = num_tokens.sel(scope="data", tokens="ordinary").isel(depth=0, stream=0)
-    return f" (of unrelated states 0 ± {number(2.0**0.5 / float(count))})"
+    return f"; of unrelated states 0 ± {number(2.0**0.5 / float(count))}"

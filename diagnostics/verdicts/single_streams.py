@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.streams import UNTRAINED, are_untrained
@@ -133,5 +132,5 @@ def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         of_one = zero.sel(stream=name, drop=True)
         where, sentence = np.flatnonzero(of_one.values), ""
         if len(where):
-            sentence = f"Stream {name} is exactly zero from depth {where[0]} on; any size above 0 is expected ({OURS})."
+            sentence = f"Stream {name} is exactly zero from depth {where[0]} on; any size above 0 is expected ({DEFAULT})."
         yield Profile(of_one.astype(float), f"stream {name} is zero at", stream=name, sentence=sentence)

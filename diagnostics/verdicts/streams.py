@@ -12,8 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
@@ -175,7 +174,8 @@ def stream_collapse(
     parted = _parted_by_writes(stream_cosine)
     yield Profile(
         left,
-        "of the initial differences between the streams, beside what all streams have in common, there is left",
+        "of the initial differences between the streams, against what all have in common, there is left",
+        told="only {percent} of the initial differences between the streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
         ceiling=Severity.INFO if parted else Severity.FAIL,
@@ -232,7 +232,8 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     # What is left after earlier connections may be rounding already, and its ratios mean nothing.
     yield Profile(
         (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
-        "one connection alone leaves of the differences between streams, beside what they have in common,",
+        "one connection alone leaves of the differences between streams, against what they have in common,",
+        told="one connection alone leaves {percent} of the differences between the streams {where}",
         begins=True,
     )
 
@@ -337,7 +338,7 @@ def copied_streams(
     if others > 100.0 * max(apart, DIFFER):
         sentence = (
             f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
-            f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
+            f"of the depth, below {number(1.0 - PAIRED)} ({DEFAULT})."
         )
         words = "the cosine of the two streams that are most alike is"
         told = sentence if apart < 1.0 - PAIRED else ""
@@ -370,12 +371,12 @@ def passing_streams(
     if "site" not in stream_cosine.coords:
         return None
     site = stream_cosine["site"].values.astype(object).astype(str)
-    # What leaves a block's call ("post"), and what the next one gets ("pre"): either may be merged.
-    between = [kind for kind in ("pre", "post") if kind in site]
-    inside = stream_cosine.values[~np.isin(site, [*between, "embed"])]
-    if not (inside < PARTED).any():
-        return None
-    apart = [float((1.0 - stream_cosine.values[site == kind]).max()) for kind in between]
+    # What leaves a block's call ("post"), and what the next one gets ("pre"): either may be merged, where the others differ.
+    apart = [
+        float((1.0 - stream_cosine.values[site == kind]).max())
+        for kind in ("pre", "post")
+        if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
+    ]
     words = "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is"
     return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
@@ -395,12 +396,13 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     table = depth_kernel.transpose("connection", "other_connection")
     mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
     words = "all later connections together read of a sublayer's output a weight of"
-    yield Profile(mass, words, metric="read_mass")
+    told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
+    yield Profile(mass, words, metric="read_mass", told=told)
 
 
 @verdict(metric="mixing_gain", limits=Limits(info=1.0), about="reading")
 def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
-    """Whether rows or columns of H_res are destinations could not be proved.
+    """Could not tell whether H_res is stored as target × source or transposed.
 
     The streams were copies of one another, or the matrices symmetric, so H_res and its transpose fit alike:
     forward and backward may be exchanged. Capture a network whose streams differ.
@@ -412,6 +414,6 @@ def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -
             xr.DataArray(2.0),  # H_res and its transpose
             "",
             ceiling=Severity.INFO,
-            sentence=f"Forward and backward gains may be exchanged: the data fit H_res and its transpose alike ({OURS}).",
+            sentence=f"Forward and backward gain may be swapped: both orientations of H_res fit the data ({DEFAULT}).",
         )
     ]

@@ -7,8 +7,8 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -67,7 +67,7 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     task = attrs.get(TASK)
     if isinstance(task, Mapping) and "softmax_twice" in task:
         twice = bool(task["softmax_twice"])
-        sentence = f"The model's output is a softmax already, and the loss takes another one of it; expected none ({OURS})."
+        sentence = f"The model's output is a softmax already, and the loss takes another one of it; expected none ({DEFAULT})."
         yield Profile(
             xr.DataArray(float(twice)), "the softmaxes too many are", sentence=sentence if twice else ""
         )

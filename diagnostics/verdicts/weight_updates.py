@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.schema import FROZEN_MODULES
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -72,7 +72,7 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return (
         f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "
-        f"({OURS})."
+        f"({DEFAULT})."
     )
 
 
@@ -113,7 +113,7 @@ def silent_module(weight_gradient_norm: xr.DataArray) -> Iterator[Profile]:
     zero = (weight_gradient_norm == 0) & ~frozen
     names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({OURS})."
+    sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
     yield Profile(
         zero.astype(float).where(known),
         "the number of modules without a gradient is",

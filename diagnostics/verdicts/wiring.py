@@ -12,7 +12,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -22,7 +22,7 @@ LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 ROUNDING = 1e-6
 
 
-def told(attrs: Mapping[str, Any], kind: str, source: str = OURS) -> Iterator[Profile]:
+def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator[Profile]:
     """The remarks of one kind, as profiles of a verdict; a file may have anything in their place."""
     remarks = attrs.get("remarks")
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():

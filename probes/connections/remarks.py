@@ -258,8 +258,8 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
     )
 
 
-# Different numbers of a matrix, of which rounded ones alone would be no chance; an error of a sum that float32 never leaves.
-MANY, HALF_PRECISION = 16, 5e-4
+# Different numbers of a matrix, which are all rounded by no chance; an error of a sum that float32 never leaves.
+MANY, HALF_PRECISION = 4, 5e-4
 
 
 def computed_in_half_precision(facts: Sequence[Facts]) -> Iterator[Remark]:

@@ -64,7 +64,7 @@ def test_the_loss_of_a_network_that_guesses_shows_nothing():
         diagnostics.judge(with_result(analysis, loss_change=0.0, output_change=0.5)), "same_representation"
     )
     assert found.severity == INFO
-    assert "is that of guessing, and shows nothing" in found.sentence
+    assert "is no better than guessing, and shows nothing" in found.sentence
 
 
 def test_what_was_not_settled_is_one_step_milder_and_says_what_to_do():

@@ -143,6 +143,10 @@ def with_softmax() -> nn.Module:
     return model
 
 
+def size_of(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    return output.square().mean()
+
+
 def next_token(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
@@ -210,7 +214,11 @@ class HalfPrecision(Constrained):
     """Runs its Sinkhorn in bfloat16."""
 
     def mixing(self):
-        return super().mixing().bfloat16().float()
+        logs = self.mix.bfloat16()
+        for _ in range(self.sinkhorn_steps):
+            logs = logs - logs.logsumexp(0, keepdim=True)
+            logs = logs - logs.logsumexp(1, keepdim=True)
+        return logs.exp().float()
 
 
 class Claiming(Constrained):
@@ -281,7 +289,7 @@ CASES: dict[str, Case] = {
         lambda: with_losses(3.0, 2.0, 2.0, 2.0, 8.0, 8.0, 8.0), FAIL, says="over the loss at the start, is 3"
     ),
     "loss_spike": Case(
-        lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="the largest rise of the loss"
+        lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
     ),
     "softmax_twice": case(with_softmax, FAIL, says="takes another one of it"),
     "untrained_weights": case(pre_norm, INFO, says="as initialisers leave it"),
@@ -386,12 +394,13 @@ CASES: dict[str, Case] = {
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
     ),
-    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
+    # Losses that the large part of the state decides: what is beside it is of no use to them.
+    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6, loss=size_of),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
     "curse_of_depth": case(
         lambda: plain(lambda i: adding(38.0 if i < 2 else 3.0), 16), WARN, "depth", 9, 16, batch=tokens(4, 32),
-        says="The effective depth is",
+        says="The effective depth is", loss=size_of,
     ),
     "constant_branch": case(lambda: plain(at(3, only_a_bias)), FAIL, "depth", 4, 4),
     "equal_sequences": case(

@@ -129,7 +129,7 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     )
     assert found["gain_explosion"][0].severity == Severity.PASS
     source = VERDICTS["gain_explosion"].limits.source
-    assert f"not above 10 ({source})" in found["gain_explosion"][0].sentence
+    assert f"limit 10 ({source})" in found["gain_explosion"][0].sentence
 
 
 # --- forward and backward --------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def test_gain_explosion(mixed):
     source = VERDICTS["gain_explosion"].limits.source
     assert failed.sentence == (
         "The forward gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 "
-        f"(mlp of block 5), above 100 ({source}); it is above 10 from connection 3 to connection 11. Also: the backward "
-        "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), above 100 "
+        f"(mlp of block 5), limit 100 ({source}); it is above 10 from connection 3 to connection 11. Also: the backward "
+        "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), limit 100 "
         f"({source}); it is above 10 from connection 3 to connection 11."
     )
     assert "mHC" in failed.advice
@@ -299,7 +299,10 @@ def test_slow_collapse_says_at_which_connection(mixed):
     assert collapse.value == pytest.approx(0.5**12, rel=1e-4)
     assert collapse.worst == 11
     assert collapse.threshold == pytest.approx(0.01)
-    assert "0.000244 at connection 11" in collapse.sentence
+    assert (
+        "0.0244 % of the initial differences between the streams survive at connection 11"
+        in collapse.sentence
+    )
     assert "begins with 0.00781 at connection 6" in collapse.sentence
 
 
@@ -747,7 +750,7 @@ def test_every_verdict_is_declared_whole():
         assert each.title.endswith(".")
         assert len(each.advice) > 40
         assert each.limits.levels
-        assert each.limits.source in keys | {"this project"} or each.limits.source.startswith(
+        assert each.limits.source in keys | {"depthscope's default"} or each.limits.source.startswith(
             "calibrated on "
         )
         known = {*diagnostics.CATALOGUE, *OF_LOSSES}
