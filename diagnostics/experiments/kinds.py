@@ -65,7 +65,7 @@ KINDS: dict[str, ExperimentKind] = {
         ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
         # What a collapse would leave of a state, in its place.
         ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),
-        ExperimentKind("mean_state", "depth", "every token's state is the mean of all tokens"),
+        ExperimentKind("without_mean", "depth", "the mean of all tokens is taken away from every state"),
         ExperimentKind(
             "one_direction", "depth", "states keep their mean and their first principal direction"
         ),

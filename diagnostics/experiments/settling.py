@@ -21,7 +21,7 @@ SETTLED_BY: dict[str, str] = {
     ),
     # States of which a collapse is said to leave little: with only that left, nothing changes.
     "rank_collapse": "merge_tokens",
-    "common_vector": "mean_state",
+    "common_vector": "without_mean",
     **dict.fromkeys(("dimensional_collapse", "one_direction"), "one_direction"),
     "copied_streams": "merge_streams",
     # Matrices that are said to be the identity, or to learn nothing: the identity in their place changes nothing.
@@ -44,7 +44,7 @@ SETTLED_BY: dict[str, str] = {
 }
 """Verdict name → the experiment that tells whether what it says matters to the model's output."""
 
-HARMFUL = ("attention_entropy_collapse", "massive_activations")
+HARMFUL = ("attention_entropy_collapse", "massive_activations", "common_vector", "attenuation")
 """Verdicts that say that something does harm; all others say that it does nothing."""
 
 
@@ -99,7 +99,7 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
 _CHANGED = {
     "bypass": "Without the steps from depth {first} to {last}",
     "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
-    "mean_state": "With the mean of all tokens in place of every state at depth {last}",
+    "without_mean": "Without the mean of all tokens at depth {last}",
     "one_direction": "With only the mean and the first direction of the states at depth {last}",
     "merge_streams": "With the mean of the streams in place of each of them at depth {last}",
     "massive": "With the massive activations at depth {last} set to zero",

@@ -253,6 +253,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     not_for=ALTUP,
     follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
     drawn_on=("composite_attenuation",),
+    suspicion=True,
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]

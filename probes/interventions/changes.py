@@ -74,7 +74,8 @@ def plan(
     kind : str
         ``"skip"``, ``"skip_past"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``,
         ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``,
-        ``"bypass"``, ``"merge_tokens"``, ``"mean_state"``, ``"one_direction"``, ``"merge_streams"`` (of the state at a depth).
+        ``"bypass"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``, ``"merge_streams"`` (of the
+        state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth stands for the block or connection that ends there.
     together : bool

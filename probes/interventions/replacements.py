@@ -68,17 +68,17 @@ def merged_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return torch.where(real, mean.to(state.dtype), state)
 
 
-def mean_state(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over the real tokens of all sequences, at all of them."""
+def without_mean(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What differs from the mean over the real tokens of all sequences."""
     real = _real(state, mask)
     mean = (state.double() * real).sum((0, 1), keepdim=True) / real.sum().clamp_min(1)
-    return torch.where(real, mean.to(state.dtype), state)
+    return torch.where(real, (state.double() - mean).to(state.dtype), state)
 
 
 def first_direction(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean over all real tokens, and of what differs from it the part along the first principal direction."""
-    real, mean = _real(state, mask), mean_state(state, mask)
-    about = ((state - mean).double() * real).flatten(2)
+    real, about = _real(state, mask), without_mean(state, mask)
+    mean, about = state - about, (about.double() * _real(state, mask)).flatten(2)
     rows = about.flatten(0, 1)
     if not bool(rows.isfinite().all()):
         raise InterventionError("one_direction: the states are not finite, and have no principal direction")
@@ -100,7 +100,7 @@ def _real(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 COLLAPSED: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
     "merge_tokens": merged_tokens,
-    "mean_state": mean_state,
+    "without_mean": without_mean,
     "one_direction": first_direction,
     "merge_streams": merged_streams,
 }
