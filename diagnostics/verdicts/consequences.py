@@ -75,10 +75,8 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool,
     cost, base = result.get("loss_change"), result.get("loss")
     task = attrs.get(TASK)
     guessing = task.get("guessing") if isinstance(task, Mapping) else None
-    learned = None if base is None or guessing is None else guessing - base
-    informed = learned is None or base < INFORMED * guessing
-    if cost is not None and informed:
-        scale = abs(base) if learned is None else learned
+    if cost is not None and base is not None and (guessing is None or base < INFORMED * guessing):
+        scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""
     at_chance = (
         "" if cost is None else f" The loss, {base:.3g}, is no better than guessing, and shows nothing."

@@ -431,17 +431,17 @@ def _patches(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator
 def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     """The steps to the named depths at once, or one at a time where none is named."""
     _require_sums_of_blocks("bypass", model)
-    for first, last in [(depths[0], depths[-1])] if wanted.depths and depths else [(d, d) for d in depths]:
+    spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
+    for first, last in spans:
+        yield _bypass(first, last)
 
-        def edit(state: torch.Tensor, seen: Any, first: int = first, last: int = last) -> torch.Tensor:
-            return _fitting(seen[first - 1], state, first - 1, last).clone()
 
-        name = (
-            f"without the steps to depths {first} … {last}"
-            if last > first
-            else f"without the step to depth {last}"
-        )
-        yield Change(name, "bypass", lambda model, last=last, edit=edit: {last: edit}, depth=last)
+def _bypass(first: int, last: int) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {last: lambda state, seen: _fitting(seen[first - 1], state, first - 1, last).clone()}
+
+    steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
+    return Change(f"without the {steps}", "bypass", edits, depth=last)
 
 
 def _collapsed(kind: str, depth: int, model: ModelUnderTest) -> Change:

@@ -128,7 +128,7 @@ class HalfStream(nn.Module):
 
 
 def zero_eps(x: torch.Tensor) -> torch.Tensor:
-    x = torch.cat([x[:, :1] * 0 + 1.0, x[:, 1:]], 1)
+    x = torch.cat([x[:, :1] * 0, x[:, 1:]], 1)
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False)).sqrt()
 
 
