@@ -74,6 +74,8 @@ DEFINED: dict[str, FigureKind] = {
         similarity.relative_turn,
         similarity.effective_depth,
         similarity.variance_growth,
+        similarity.step_spread,
+        similarity.sequence_share,
         similarity.stream_cosine,
         similarity.closest_stream_cosine,
         similarity.stream_cka,

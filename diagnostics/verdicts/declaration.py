@@ -93,7 +93,7 @@ class Profile:
         is asked of the facts in `age`.
     at_start : bool
         Whether the numbers themselves show that no step of training was taken.
-    told : str
+    template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
@@ -112,7 +112,7 @@ class Profile:
     note: str = ""
     start: str = ""
     at_start: bool = False
-    told: str = ""
+    template: str = ""
     sentence: str = ""
     limits: Limits | None = None
     metric: str = ""
@@ -268,9 +268,9 @@ class Verdict:
         side = "above" if limits.above else "below"
         where = place(profile.values, at) if profile.values.dims else ""
         said = f"{profile.words} {number(value)} {where}"
-        if severity and profile.told:
+        if severity and profile.template:
             percent = f"{number(100 * value)} %"
-            said = profile.told.format(value=number(value), percent=percent, where=where)
+            said = profile.template.format(value=number(value), percent=percent, where=where)
         sentence = f"{said.rstrip()}, limit {number(limit)} ({self.limits.source})"
         if severity and len(beyond) > 1:
             begins = ""

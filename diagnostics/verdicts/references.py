@@ -59,7 +59,7 @@ def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> x
 def batch_without_differences(
     dong_residual: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
-    """The tokens of this batch do not differ, so that it cannot show whether the network keeps them apart.
+    """The tokens of this batch do not differ.
 
     Capture the network on text or data with different tokens in every sequence.
     """

@@ -75,7 +75,7 @@ def rank_collapse(
         judged,
         "of the differences between the tokens of a sequence (the larger of Dong residual and three times the effective rank "
         "over its noise baseline) there is left",
-        told="only {percent} of the differences between the tokens of a sequence is left {where}",
+        template="only {percent} of the differences between the tokens of a sequence is left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -232,7 +232,7 @@ def idle_layer(
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        told="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
+        template="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
         start=_start_of_small_steps(turned, attrs),
         # Branches that give exactly nothing begin at zero, or are cut off: if one did anything, training has begun.
         at_start=bool((turned.fillna(0.0) < ROUNDING).all()),

@@ -175,7 +175,7 @@ def stream_collapse(
     yield Profile(
         left,
         "of the initial differences between the streams, against what all have in common, there is left",
-        told="only {percent} of the initial differences between the streams survive {where}",
+        template="only {percent} of the initial differences between the streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
         ceiling=Severity.INFO if parted else Severity.FAIL,
@@ -233,7 +233,7 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     yield Profile(
         (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
         "one connection alone leaves of the differences between streams, against what they have in common,",
-        told="one connection alone leaves {percent} of the differences between the streams {where}",
+        template="one connection alone leaves {percent} of the differences between the streams {where}",
         begins=True,
     )
 
@@ -397,7 +397,7 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
     words = "all later connections together read of a sublayer's output a weight of"
     told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
-    yield Profile(mass, words, metric="read_mass", told=told)
+    yield Profile(mass, words, metric="read_mass", template=told)
 
 
 @verdict(metric="mixing_gain", limits=Limits(info=1.0), about="reading")
