@@ -177,7 +177,9 @@ def _settled(
             wanted.setdefault(each, []).append((finding, _place(finding, chain, depths)))
     try:
         result = ablate(model, batch, list(wanted), loss=_by_sequence(loss), chain=chain or None, **options)
-    except Exception as error:  # a model may do anything when it runs again, and what was measured is not lost for it
+    except (
+        Exception
+    ) as error:  # a model may do anything when it runs again, and what was measured is not lost for it
         return [{**place, "why": str(error)} for found in wanted.values() for _, place in found]
     rows = {
         (str(kind), int(depth)): number

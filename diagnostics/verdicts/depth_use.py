@@ -52,8 +52,8 @@ def curse_of_depth(
     yield Profile(
         turned.copy(data=values),
         "the turn of the later half of the steps, as a share of that of independent branches, is",
-        template=f"the steps from depth {late[0]} to {late[-1]} turn the state {{percent}} as far as independent branches of the "
-        "same size would",
+        template=f"the steps from depth {late[0]} to {late[-1]} turn the state {{percent}} as far as independent branches of "
+        "the same size would",
         note=f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}",
         start="the first blocks learn first",
     )
