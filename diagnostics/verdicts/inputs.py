@@ -29,6 +29,7 @@ SHARED_INPUT = 0.01
         "equal_sequences": from_there_on,
         "common_vector": overlapping,
     },
+    drawn_on=("step_spread",),
 )
 def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.

@@ -180,24 +180,23 @@ def stream_collapse(
         begins=True,
         ceiling=Severity.INFO if parted else Severity.FAIL,
         note=parted,
-        start=_slow_start(left),
+        start=_slow_start(left, stream_cosine),
     )
 
 
 # What a connection leaves of the differences, the geometric mean until 1 % is left. Matrices near the identity, as designs
-# begin with, leave more than this, so that only the depth adds up; what leaves less is no start, however young the network.
-SLOW = 0.8
+# begin with, leave more than the one, so that only the depth adds up; streams that begin as copies have nothing to lose, but a
+# connection that leaves less than the other lets no training ever see a difference. What leaves less is no start at any age.
+SLOW, FAST = 0.8, 0.2
 
 
-def _slow_start(left: xr.DataArray) -> str:
-    """Why a design may begin so, by many connections near the identity; else empty."""
+def _slow_start(left: xr.DataArray, stream_cosine: xr.DataArray | None) -> str:
+    """Why a design may begin so, by many connections near the identity or with streams that are copies; else empty."""
     collapsed = np.flatnonzero(left.values < COLLAPSED)
     rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1)) if len(collapsed) else 0.0
-    return (
-        f"each connection leaves {number(rate)} of the differences, and the depth adds up"
-        if rate > SLOW
-        else ""
-    )
+    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
+    slow = rate > (FAST if copies else SLOW)
+    return f"each connection leaves {number(rate)} of the differences, and the depth adds up" if slow else ""
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:

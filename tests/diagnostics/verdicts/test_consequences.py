@@ -208,5 +208,7 @@ def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, laye
     run = make_run("mhc", layers=layers, features=8)
     trace = run["trace"].to_dataset().load()
     trace["h_res"].values[:] = left * np.eye(4) + (1 - left) / 4
+    apart = np.random.default_rng(0).standard_normal(trace["residual"].shape[1:])
+    trace["residual"].values[0] = apart  # copies would have no differences to lose
     young = schema.create_run(trace, attrs=dict(run.attrs) | {"norms_moved": 0.01, "untouched": 1})
     assert one(diagnostics.judge(diagnostics.analyze(young)), "stream_collapse").severity == severity
