@@ -239,9 +239,3 @@ step_spread = _steps(
     "1 − ‖mean step‖² / mean ‖step‖²",
     note="0: the step adds the same vector to every token.",
 )
-sequence_share = _steps(
-    "sequence_share",
-    "Share of the variance that is between sequences",
-    "variance between sequences / variance",
-    note="0: all sequences have the same states.",
-)
