@@ -147,7 +147,9 @@ class _Reader:
         if found.inner:
             outer = without_inner(self.memory, found.inner)
             if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
-                return self._between_blocks(found.cuts)  # whose way leads through what is inside of the blocks
+                return self._between_blocks(
+                    found.cuts
+                )  # whose way leads through what is inside of the blocks
             again = _Reader(outer, self.others)
             number_blocks([again.names])
             return again.reading()
@@ -350,7 +352,9 @@ def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
         found["write"] = write[..., 0]
     found["out"] = of.out
     matrices = [matrix for _, matrix in of.reads]
-    mixtures = len(matrices) > 1 and all(matrix.shape[1] == 1 for matrix in matrices)  # of all streams, read at once
+    mixtures = len(matrices) > 1 and all(
+        matrix.shape[1] == 1 for matrix in matrices
+    )  # of all streams, read at once
     if (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for matrix in matrices):
         found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
     elif matrices and matrices[-1].shape[-1] > 1:

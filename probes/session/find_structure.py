@@ -249,7 +249,12 @@ class StructureFinder:
         path, begin = chain.points[0].module, chain.points[0]
         container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
         calls = [call for call in self.graph.calls if call.path == path]
-        if len(calls) != 1 or path in chain.blocks or path.rpartition(".")[0] != container or not path[-1:].isdigit():
+        if (
+            len(calls) != 1
+            or path in chain.blocks
+            or path.rpartition(".")[0] != container
+            or not path[-1:].isdigit()
+        ):
             return chain
         (first,) = calls
         taken = self.graph.shown_at(first.path, first.number, "input", 0)
@@ -264,7 +269,9 @@ class StructureFinder:
         opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
         if begin.site == "embed":
             begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
-        moved = tuple(replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections)
+        moved = tuple(
+            replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections
+        )
         return replace(
             chain,
             points=(opening, begin, *chain.points[1:]),
@@ -311,7 +318,9 @@ class StructureFinder:
                 numbers is None and value.shape == root.shape
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
-            return named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
+            return (
+                named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
+            )
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
         if named and not part.layout:
@@ -416,7 +425,9 @@ def _joined(chain: Chain, stage: Chain) -> Chain:
     first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
     shift = last + 1 - first if first <= last else 0
     points = tuple(
-        replace(p, layer=first + shift, site="pre") if p.site == "embed" else replace(p, layer=p.layer + shift)
+        replace(p, layer=first + shift, site="pre")
+        if p.site == "embed"
+        else replace(p, layer=p.layer + shift)
         for p in stage.points
     )
     moved = (
