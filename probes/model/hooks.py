@@ -177,7 +177,7 @@ class MethodWatch:
     """A context to run a method in, and a function that receives its result."""
 
     mode: AbstractContextManager[Any]
-    done: Callable[[Any], None]
+    done: Callable[[Any], object]
 
 
 Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], MethodWatch | None]

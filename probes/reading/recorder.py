@@ -86,7 +86,7 @@ class GraphRecorder(TorchDispatchMode):
         # Called with every value that an operation takes or a module shows, and its tensor, which has a graph by then.
         self.on_taken: Callable[[TracedValue, torch.Tensor], None] | None = None
         # Called with every value and its tensor when it is made.
-        self.on_value: Callable[[TracedValue, torch.Tensor], None] | None = None
+        self.on_value: Callable[[TracedValue, torch.Tensor], object] | None = None
         # Called with every operation, after what it made was noted.
         self.listeners: list[Listener] = []
 

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
@@ -371,7 +372,8 @@ class StructureFinder:
         chain = replace(chain, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
         if memory.over_depth:
-            chain = replace(chain, family=depth_family([of for of, _ in weights]))
+            rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
+            chain = replace(chain, family=depth_family(rows))
         elif any(of.read is None for of, _ in weights):
             chain = replace(chain, family="gated")
         else:

@@ -50,9 +50,9 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
     if "B" in single:  # one sequence, of which the state has no axis
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
-    tokens = [number for number, axis in enumerate(named) if "T" in axis]
-    if len(tokens) == 2 and all(named[number] == ["T"] for number in tokens):
-        named[tokens[0]], named[tokens[1]] = ["H"], ["W"]  # the sides of an image
+    sides = [number for number, axis in enumerate(named) if "T" in axis]
+    if len(sides) == 2 and all(named[number] == ["T"] for number in sides):
+        named[sides[0]], named[sides[1]] = ["H"], ["W"]  # of an image
     return named
 
 
