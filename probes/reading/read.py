@@ -276,6 +276,7 @@ class _Reader:
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
         parts = self.linear.over_depth(self.branches, values)
+        _begin_with_constant(parts)
         error = recomputed_depth(self.states, parts)
         pairs = list(pairwise(parts.states))
         connections = [
@@ -339,6 +340,27 @@ class _Reader:
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Weights of sources under a name, or under that of a gate where they differ along the features."""
     return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
+
+
+def _begin_with_constant(parts: DepthParts) -> None:
+    """Take what is added to the first value, as positions are, for a part of that, where every sum has both by one weight."""
+    first = parts.states[0].number
+    added, own = parts.constants.get(first), parts.weights[first][:, 0]
+    if added is None or bool((own == 0).any()):
+        return
+    ratios = {number: parts.weights[number][:, 0] / own for number in parts.constants}
+    scale = float(added.abs().max())
+    if all(
+        bool(((constant - ratios[number] * added).abs() <= 1e-5 * scale * ratios[number].abs().clamp_min(1)).all())
+        for number, constant in parts.constants.items()
+    ) and len(parts.constants) == sum(bool((of[:, 0] != 0).any()) for of in parts.weights.values()):
+        parts.sources[0] = parts.sources[0] * own + added
+        for number, ratio in list(ratios.items()):
+            parts.weights[number][:, 0] = ratio
+        for number, weights_of in parts.weights.items():
+            if number not in ratios:
+                weights_of[:, 0] = weights_of[:, 0] / own
+        parts.constants.clear()
 
 
 def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:

@@ -73,6 +73,7 @@ class GraphRecorder(TorchDispatchMode):
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
         self._num_shown = 0
+        self._depth_in_blocks = 0  # how many modules with a number are running
         self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
@@ -122,6 +123,8 @@ class GraphRecorder(TorchDispatchMode):
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
         numbers = self._show("input", tensors)
+        self._hold_shown(path, tensors)
+        self._depth_in_blocks += path in self._numbered
         self._begins[self._stack[-1]] = len(self.graph.values), numbers
         return numbers
 
@@ -134,10 +137,17 @@ class GraphRecorder(TorchDispatchMode):
                 self.note(*taken, output)
         self._find_unseen(tensors)
         numbers = self._show("output", tensors)
+        self._depth_in_blocks -= path in self._numbered
+        self._hold_shown(path, tensors)
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
         self._stack.pop()
         return numbers
+
+    def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Hold what an outermost module with a number takes or gives: its states, where no sum shows them."""
+        if path in self._numbered and not self._depth_in_blocks and tensors:
+            self._hold(tensors[0], self.known(tensors[0]))
 
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]

@@ -28,9 +28,11 @@ from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
-    asserted_chain,
+    ASSERTED,
     block_labels,
+    chain_of_calls,
     likely_blocks,
+    linked_calls,
     named_calls,
     states_around,
 )
@@ -134,6 +136,9 @@ class StructureFinder:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
+        calls = [] if self.memories or self.options.chain else linked_calls(self.graph)
+        if calls:
+            return [self._of_calls(calls, f"unproven: {self.rereading.reading.refused}")]
         if not self.memories:
             pattern = likely_blocks(self.graph)
             raise ChainError(
@@ -206,11 +211,14 @@ class StructureFinder:
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
-        chain = asserted_chain(self.graph, calls, why)
+        return [self._of_calls(calls, f"{ASSERTED}{why}")]
+
+    def _of_calls(self, calls: Sequence[int], proof: str) -> Found:
+        """The chain of what some modules take and give, which are the states of no memory."""
+        chain = chain_of_calls(self.graph, calls, proof)
         value = value_at(self.graph, chain.points[0])
         assert value is not None  # it was required of the calls
-        layout = self.options.layout or shape_layout(value, self.sequences)
-        return [Found(chain, (), layout)]
+        return Found(chain, (), self.options.layout or shape_layout(value, self.sequences))
 
     def _as_named(self, found: Found, calls: Sequence[int], depths: Sequence[int]) -> Found:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""

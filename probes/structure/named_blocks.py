@@ -82,8 +82,8 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
     return sorted({min(depths) for depths in around.values()} | {max(around[calls[-1]])})
 
 
-def asserted_chain(graph: Graph, calls: Sequence[int], why: str) -> Chain:
-    """The chain of what the named modules take, and of what the last one gives, which no memory has as its states."""
+def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
+    """The chain of what some modules take, and of what the last one gives, which no memory has as its states."""
     blocks, sides = [graph.calls[call] for call in calls], shown_by_calls(graph)
     numbers = [sides[call, "input"] for call in calls] + [sides[calls[-1], "output"]]
     values = [graph.values[number] for number in numbers]
@@ -100,7 +100,7 @@ def asserted_chain(graph: Graph, calls: Sequence[int], why: str) -> Chain:
         blocks=tuple(dict.fromkeys(call.path for call in blocks)),
         block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
         shapes=tuple(value.shape for value in values),
-        proof=f"{ASSERTED}{why}",
+        proof=proof,
     )
 
 
@@ -114,6 +114,23 @@ def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[
     for depth, layer in enumerate(layers, 1):
         found.append((layer, "mid" if layers[depth : depth + 1] == [layer] else "post"))
     return found
+
+
+def linked_calls(graph: Graph) -> list[int]:
+    """The longest run of numbered modules of one container of which each takes what the one before gave."""
+    sides, runs = shown_by_calls(graph), dict[str, list[list[int]]]()
+    for number, call in enumerate(graph.calls):
+        container, _, last = call.path.rpartition(".")
+        if not last.isdigit() or not {(number, "input"), (number, "output")} <= sides.keys():
+            continue
+        of_container = runs.setdefault(container, [[]])
+        before = of_container[-1][-1:]
+        if before and sides[before[0], "output"] == sides[number, "input"]:
+            of_container[-1].append(number)
+        else:
+            of_container.append([number])
+    every = [run for of_container in runs.values() for run in of_container if len(run) > 1]
+    return max(every, key=len, default=[])
 
 
 def likely_blocks(graph: Graph) -> str:

@@ -559,7 +559,7 @@ def test_an_error_while_operations_are_recorded_stays_inside(name, monkeypatch):
         recorder.step()
         monkeypatch.setattr(GraphRecorder, "note", broken)
         assert torch.equal(model(IDS), expected[1])
-        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: no memory"):
+        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: .*no memory"):
             recorder.step()
 
 
