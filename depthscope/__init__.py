@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         merge_runs,
         probe_checkpoints,
         record,
+        settle,
     )
     from depthscope.probes.coordinate_check import coordinate_check
     from depthscope.probes.jacobian import jacobian
@@ -112,6 +113,7 @@ __all__ = [
     "probes",
     "record",
     "save_run",
+    "settle",
     "training_curves",
     "validate",
     "with_replay",

@@ -7,6 +7,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.one_shot import capture
 from depthscope.probes.run.merge import merge_runs
+from depthscope.probes.settling import settle
 from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.sites import SiteError
@@ -32,4 +33,5 @@ __all__ = [
     "merge_runs",
     "probe_checkpoints",
     "record",
+    "settle",
 ]

@@ -39,7 +39,7 @@ class ScalingError(CaptureError):
 def coordinate_check(
     make: Make,
     batch: Any,
-    sizes: Sequence[int] = (32, 64, 128, 256),
+    sizes: Sequence[int] = (16, 32, 64, 128, 256),
     *,
     over: str = "width",
     seeds: int = 3,
@@ -64,7 +64,8 @@ def coordinate_check(
     batch : mapping, tensor or tuple
         One batch, for training and measuring, as in `capture`.
     sizes : sequence of int
-        Widths, or depths; three or more for an error, each at least double the one before is best.
+        Widths, or depths; five or more, of which each is at least double the one before: three have an error too, but their
+        interval reaches 12.7 standard errors to each side.
     over : str
         What the sizes are, in words: ``"width"`` or ``"depth"``.
     seeds : int
@@ -107,7 +108,7 @@ def coordinate_check(
     sizes = [int(size) for size in sizes]
     if len(set(sizes)) < 2 or len(set(sizes)) < len(sizes) or min(sizes) < 1:
         raise ScalingError(
-            f"got the sizes {sizes}; expected two or more different ones, three or more for an error"
+            f"got the sizes {sizes}; expected two or more different ones, five or more for a narrow interval"
         )
     if seeds < 1 or steps < 1:
         raise ScalingError(f"got {seeds} seeds and {steps} steps; expected one or more of each")

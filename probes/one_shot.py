@@ -13,6 +13,7 @@ from torch import nn
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.garbage import no_collection
+from depthscope.probes.model.loss_graph import mean_task, read_task
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
@@ -25,6 +26,7 @@ from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
+from depthscope.probes.settling import MOST_FORWARDS, settle
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -39,6 +41,7 @@ def capture(
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     stage: tuple[int, int] | None = None,
+    settle: int = MOST_FORWARDS,
     **options: Unpack[CaptureOptions],
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
@@ -63,6 +66,9 @@ def capture(
     stage : (int, int), optional
         Where the model is one stage of a pipeline: its number from 0 on, and how many there are. `merge_runs` joins the runs
         of all stages.
+    settle : int
+        At most so many forwards for the experiments that tell whether what is suspected does harm, see `settle`; none are
+        made where nothing is suspected.
     **options
         Each option of `Options`.
 
@@ -81,7 +87,9 @@ def capture(
         Where the model cannot be read; the message names the override.
     """
     all_attrs = {**stage_attribute(stage), **storable_attributes(attrs)}
-    return measure(model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs)
+    return measure(
+        model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs, forwards=settle
+    )
 
 
 def measure(
@@ -93,25 +101,32 @@ def measure(
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     described: bool = False,
+    forwards: int = 0,
 ) -> xr.DataTree:
     """Measure as `capture` does; ``described``: only what a description of the model needs, in half of the time.
 
     ``described``: leave out the statistics and the digests.
+    ``forwards``: for the experiments that the suspicions name.
     """
     require_module(model)
     session = Session(model, options, only_own=True, sums=not described)
     gradients = session.options.gradients
-    step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
+    step, losses, tasks = (
+        [TokenSums()],
+        [],
+        [],
+    )  # one sum over all batches: the weights are the same in all of them
     sequences, first = 0, None
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
-            measured, value = _measure_batch(session, item, loss)
+            measured, value, task = _measure_batch(session, item, loss)
             assert session.last is not None
             began = session.last.first_index
             if first is None:
                 first = item, began, measured.batch_size
             sequences += measured.batch_size
             losses.append(value)
+            tasks.append(task)
             step = merge_sums(step, measured.sums)
     if not sequences:
         raise CaptureError(
@@ -129,9 +144,18 @@ def measure(
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], digests=False, followed=followed)
-        return build_run(
-            session, [row], step, attrs=attrs, token_text=token_text, followed=followed, kept=kept
+        task = {"task": found} if (found := mean_task(tasks, row.loss)) else {}
+        run = build_run(
+            session,
+            [row],
+            step,
+            attrs={**task, **(attrs or {})},
+            token_text=token_text,
+            followed=followed,
+            kept=kept,
         )
+    read = {name: getattr(options, name) for name in ("layers", "layout", "streams", "mask")}
+    return settle(run, model, first[0], loss=loss, forwards=forwards, **read) if forwards else run
 
 
 def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int) -> dict[str, Any]:
@@ -140,7 +164,9 @@ def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int)
         return kept_bytes(session, _with_gradients(batch), batch_size)
 
 
-def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
+def _measure_batch(
+    session: Session, batch: Any, loss: Loss | None
+) -> tuple[Measured, float | None, dict[str, Any]]:
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
@@ -153,12 +179,13 @@ def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Mea
         value = loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:
             session.fold()  # says why nothing was seen
+        task = read_task(value, batch)  # before the backward, which frees the graph
         if gradients and value is not None:
             with own_call(session.owner):
                 _run_backward(value, session.forwards[-1])
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
-        return measured, None if value is None else float(value.detach())
+        return measured, None if value is None else float(value.detach()), task
     finally:
         session.detach()
         session.drop()  # after an error; nothing is left after a fold

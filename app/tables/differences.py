@@ -203,8 +203,8 @@ def in_words(difference: Difference) -> str:
     tested = f"{difference.how}; p {_probability(float(difference.p.values[at]))}, corrected for {len(known)} {axis}s"
     if not differs.any():
         return (
-            f"{name}: no difference between {difference.first} and {difference.second} is told; the clearest is "
-            f"{quantity(value, reach)} at {place} ({tested})"
+            f"{name}: no difference between {difference.first} and {difference.second} is found; the clearest is "
+            f"{quantity(value, reach)} at {place} ({tested}){_equivalence(difference, axis)}"
         )
     side = "above" if value > 0 else "below"
     return (
@@ -237,6 +237,18 @@ def clearest(found: Sequence[Difference]) -> int:
     p = np.array([each.p.values.min(initial=np.inf, where=np.isfinite(each.p.values)) for each in found])
     values = found[int(np.argmin(p))].p.values
     return int(np.nanargmin(values)) if np.isfinite(values).any() else 0
+
+
+def _equivalence(difference: Difference, axis: str) -> str:
+    """Within which bound the runs are the same, by two one-sided tests at every position (Schuirmann 1987).
+
+    All positions are in their intervals together: no correction for their number is needed to say that none is outside.
+    """
+    bounds = np.abs(difference.value.values) + difference.half_width.values
+    if not np.isfinite(bounds).any():
+        return ""
+    largest = float(np.nanmax(bounds))
+    return f"; a difference is no larger than {number(largest)} at any {axis} (95 % for each)"
 
 
 def _probability(p: float) -> str:

@@ -7,9 +7,8 @@ import re
 import textwrap
 from functools import cache
 
-from depthscope.app.text.bibliography import reference, source_words
+from depthscope.app.text.bibliography import keys_of, reference, source_words
 from depthscope.diagnostics import CATALOGUE, Metric
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
 __all__ = ["explanation", "names"]
@@ -81,7 +80,7 @@ def _plain(docstring: str) -> str:
 
 
 def _source(key: str) -> str:
-    if key == OURS:
-        return OURS
+    if not keys_of([key]):
+        return key
     found = reference(key)
     return " ".join(filter(None, (f"{found.author_year}, {found.title}.", found.url)))

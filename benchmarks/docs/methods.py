@@ -76,7 +76,7 @@ def _metric(metric: Metric) -> str:
     facts = {
         "Symbol": _inline(metric.symbol),
         "Unit": metric.units,
-        "Healthy": _healthy(metric.healthy),
+        "Healthy": _healthy(metric),
         "Null": _null(metric),
         "Basis": metric.basis,
         "Estimator": metric.estimator,
@@ -132,9 +132,12 @@ def _block(formula: str) -> str:
     return f"```math\n{formula}\n```"
 
 
-def _healthy(healthy: Range | None) -> str:
+def _healthy(metric: Metric) -> str:
+    healthy = metric.healthy
     if healthy is None:
-        return "no range is right for every network: compare it with its null"
+        # A text in place of a null says why there is none.
+        known = callable(metric.null) or isinstance(metric.null, float)
+        return f"no range is right for every network{': compare it with its null' if known else ''}"
     ends = [
         f"{word} {end:g}"
         for word, end in (("at least", healthy.low), ("at most", healthy.high))

@@ -32,6 +32,7 @@ OF_LOSSES = {
     "loss": {"long_name": "Loss", "units": "1", "symbol": r"\mathcal{L}"},
     "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
     "loss_rise": {"long_name": "Rise of the loss above its lowest, over the loss at the start", "units": "1"},
+    "loss_spike": {"long_name": "Largest rise of the loss so far, over the loss at the start", "units": "1"},
 }
 
 
@@ -177,7 +178,13 @@ def _attention(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def losses(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     """What is known of the loss, by step; no metric of the catalogue, since it has no place in the network."""
-    return {name: statistics[name].assign_attrs(OF_LOSSES[name]) for name in OF_LOSSES if name in statistics}
+    known = {name: statistics[name] for name in OF_LOSSES if name in statistics}
+    if "loss_rise" in known:
+        rises = known["loss_rise"]
+        known["loss_spike"] = rises.copy(
+            data=np.fmax.accumulate(rises.values, axis=rises.get_axis_num("step"))
+        )
+    return {name: value.assign_attrs(OF_LOSSES[name]) for name, value in known.items()}
 
 
 def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -21,11 +21,12 @@ from depthscope.diagnostics.experiments.results import (
     table_rows,
     with_lens,
 )
-from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
+from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, declared
 
 __all__ = [
     "EFFECTS",
+    "HARMFUL",
     "JACOBIANS",
     "KINDS",
     "LENS",
@@ -36,6 +37,7 @@ __all__ = [
     "ExperimentKind",
     "base_loss",
     "beside",
+    "consequence_words",
     "declared",
     "describe_results",
     "estimate",

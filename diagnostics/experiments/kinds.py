@@ -62,6 +62,14 @@ KINDS: dict[str, ExperimentKind] = {
         ExperimentKind(
             "rescue", "depth", "one stream is set to zero early and put back at a later depth", streams=True
         ),
+        ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
+        # What a collapse would leave of a state, in its place.
+        ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),
+        ExperimentKind("without_mean", "depth", "the mean of all tokens is taken away from every state"),
+        ExperimentKind(
+            "one_direction", "depth", "states keep their mean and their first principal direction"
+        ),
+        ExperimentKind("merge_streams", "depth", "every stream is the mean of the streams", streams=True),
         ExperimentKind("massive", "depth", "massive activations are set to zero"),
         ExperimentKind("patch", "depth", "the state comes from another forward, run or batch"),
     )

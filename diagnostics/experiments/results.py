@@ -242,7 +242,9 @@ def result_for(finding: Placed, result: xr.Dataset) -> str:
     kind = SETTLED_BY.get(finding.verdict)
     if kind is None or "experiment" not in result.dims:
         return ""
-    rows = [row for row in table_rows(result) if row["kind"] == kind and _at_the_place(row, finding)]
+    # A block that is skipped is a step, or two, that is left out.
+    kinds = {kind, "skip"} if kind == "bypass" else {kind}
+    rows = [row for row in table_rows(result) if row["kind"] in kinds and _at_the_place(row, finding)]
     return sentence(max(rows, key=_size)) if rows else ""
 
 

@@ -14,8 +14,9 @@ from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.metrics.intervals import factor
 from depthscope.diagnostics.schema import Variable
 
-# Of a fit of two parameters: one degree of freedom is left for its error.
-FEWEST_SIZES = 3
+# Of a fit of two parameters three sizes leave one degree of freedom, whose interval is 12.7 standard errors to each side; of
+# five it is 3.2.
+ADVISED_SIZES = 5
 # An exponent of 0.25 is a factor of two over sixteenfold sizes; what μP leaves at widths of some tens is below it.
 STABLE = 0.25
 OUTPUT = "output"
@@ -120,7 +121,7 @@ def scaling_sentence(result: xr.Dataset) -> str:
         return f"No state changes at every {over}: nothing is learnt, or the first state is a constant."
     worst = max(known, key=lambda row: abs(row["change_exponent"]))
     if worst["change_exponent_low"] is None:
-        return f"{_grows(worst, over)}; {len(sizes)} {over}s give no error, take {FEWEST_SIZES} or more."
+        return f"{_grows(worst, over)}; {len(sizes)} {over}s give no error, take {ADVISED_SIZES} or more."
     certain = [
         row for row in known if row["change_exponent_low"] > STABLE or row["change_exponent_high"] < -STABLE
     ]
@@ -129,10 +130,12 @@ def scaling_sentence(result: xr.Dataset) -> str:
         return f"{_grows(least, over)}: not {over}-stable. {_advice(least['change_exponent'], over)}"
     if all(row["change_exponent_low"] >= -STABLE and row["change_exponent_high"] <= STABLE for row in known):
         return f"{_grows(worst, over)}: {over}-stable within {STABLE} ({OURS}) at every depth."
-    return (
-        f"{_grows(worst, over)}: not decided whether it is {over}-stable within {STABLE} ({OURS}); take more {over}s or a "
-        "wider range of them."
+    more = (
+        f"take {ADVISED_SIZES} {over}s or more"
+        if len(sizes) < ADVISED_SIZES
+        else f"take more {over}s or a wider range"
     )
+    return f"{_grows(worst, over)}: not decided whether it is {over}-stable within {STABLE} ({OURS}); {more}."
 
 
 def _grows(row: dict[str, Any], over: str) -> str:

@@ -1,24 +1,29 @@
-"""Which experiment would settle a finding? A table from verdict to change, and the command that runs it."""
+"""Which experiment settles a finding? A table from verdict to change, the command that runs it, and what its result says."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from depthscope.diagnostics.experiments.kinds import KINDS
 
 SETTLED_BY: dict[str, str] = {
-    # Blocks that are said to do nothing: without them nothing changes.
+    # Steps that are said to do nothing: without them nothing changes.
     **dict.fromkeys(
         (
             "same_representation",
             "idle_layer",
             "curse_of_depth",
             "wasted_layer",
-            "rank_collapse",
-            "dimensional_collapse",
+            "attention_entropy_collapse",
         ),
-        "skip",
+        "bypass",
     ),
+    # States of which a collapse is said to leave little: with only that left, nothing changes.
+    "rank_collapse": "merge_tokens",
+    "common_vector": "without_mean",
+    **dict.fromkeys(("dimensional_collapse", "one_direction"), "one_direction"),
+    "copied_streams": "merge_streams",
     # Matrices that are said to be the identity, or to learn nothing: the identity in their place changes nothing.
     **dict.fromkeys(
         ("stuck_at_identity", "some_connections_stuck", "unmoved_mixing", "decayed_mixing"), "identity"
@@ -35,11 +40,12 @@ SETTLED_BY: dict[str, str] = {
         ("dominant_stream", "loud_stream", "unread_stream", "unwritten_stream", "passing_streams"),
         "drop_stream",
     ),
-    # Copies: what one loses, the others give back.
-    "copied_streams": "rescue",
     "massive_activations": "massive",
 }
 """Verdict name → the experiment that tells whether what it says matters to the model's output."""
+
+HARMFUL = ("attention_entropy_collapse", "massive_activations", "common_vector", "attenuation")
+"""Verdicts that say that something does harm; all others say that it does nothing."""
 
 
 class Placed(Protocol):
@@ -76,7 +82,7 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     --------
     >>> from types import SimpleNamespace
     >>> experiment_for(SimpleNamespace(verdict="idle_layer", axis="depth", first=3, last=5, stream=None))
-    'depthscope ablate CHECKPOINT --do skip --depths 3-5'
+    'depthscope ablate CHECKPOINT --do bypass --depths 3-5'
     """
     kind = KINDS.get(SETTLED_BY.get(finding.verdict, ""))
     if kind is None:
@@ -88,3 +94,39 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     if kind.streams and finding.stream is not None and str(finding.stream).isdigit():
         words += ["--stream", str(finding.stream)]
     return " ".join(words)
+
+
+_CHANGED = {
+    "bypass": "Without the steps from depth {first} to {last}",
+    "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
+    "without_mean": "Without the mean of all tokens at depth {last}",
+    "one_direction": "With only the mean and the first direction of the states at depth {last}",
+    "merge_streams": "With the mean of the streams in place of each of them at depth {last}",
+    "massive": "With the massive activations at depth {last} set to zero",
+    "identity": "Without any mixing of the streams",
+}
+
+
+def consequence_words(result: Mapping[str, Any]) -> str:
+    """What an experiment that a suspicion named has shown, in one sentence.
+
+    Examples
+    --------
+    >>> result = {"kind": "bypass", "depths": [5, 15], "loss": 2.1, "loss_change": 0.01, "half_width": 0.02}
+    >>> consequence_words(result)
+    'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
+    """
+    first, last = result["depths"]
+    changed = _CHANGED[result["kind"]].format(first=first, last=last)
+    if first == last:
+        changed = changed.replace(f"the steps from depth {first} to {last}", f"the step to depth {last}")
+    parts = []
+    if result.get("loss_change") is not None:
+        reach = result.get("half_width")
+        interval = "" if reach is None else f" ± {reach:.2g}"
+        parts.append(
+            f"the loss changes by {result['loss_change']:+.3g}{interval} (from {result['loss']:.3g})"
+        )
+    if result.get("output_change") is not None:
+        parts.append(f"the output changes by {100 * result['output_change']:.3g} %")
+    return f"{changed} {' and '.join(parts[:2])}."

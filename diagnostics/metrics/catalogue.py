@@ -36,6 +36,7 @@ CATALOGUE: dict[str, Metric] = {
         collapse.stable_rank,
         collapse.dong_residual,
         collapse.token_cosine,
+        collapse.sequence_share,
         collapse.massive_token_fraction,
         collapse.massive_activation,
         collapse.num_tokens,
@@ -137,6 +138,7 @@ CATALOGUE: dict[str, Metric] = {
         depth_use.variance_growth,
         depth_use.relative_turn,
         depth_use.effective_depth,
+        depth_use.step_spread,
         # From the statistics of `record(model, weights=True)`, not from a trace.
         weight_updates.weight_norm,
         weight_updates.weight_gradient_norm,

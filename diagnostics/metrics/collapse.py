@@ -280,6 +280,40 @@ def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], cente
 
 
 @metric(
+    symbol=r"\sigma^2_{\mathrm{sequences}} / \sigma^2",
+    dims="depth stream",
+    scale="log",
+    cite=OURS,
+    basis="stream",
+    null="1 for states that are independent of the position",
+    estimator="over the positions that at least two sequences have",
+    better="higher",
+)
+def sequence_share(residual_states: States) -> xr.DataArray:
+    r"""Share of the variance that is between sequences at the same position; 0 where all sequences have become one.
+
+    .. math:: \frac{\overline{\mathrm{Var}_s(u_{s,t})}}{\overline{\|u_{s,t} - \bar{u}\|^2}}, \quad u = x / \|x\|
+
+    Of directions, so that one huge token counts as any other. NaN for a single sequence, and where all states are equal.
+    """
+    real = residual_states.mask & (residual_states.mask.sum(0) >= 2)
+    count, of_position = max(int(real.sum()), 1), np.maximum(real.sum(0), 1)[None, None, :, None]
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        size = np.linalg.norm(views, axis=-1, keepdims=True).astype(np.float64)
+        x = np.where(real[None, :, :, None] & (size > 0), views / np.where(size > 0, size, 1.0), 0.0)
+        # All parts over the same tokens: those of the mean about which they vary.
+        total, between = (
+            np.where(real[None, :, :, None], x - mean, 0.0)
+            for mean in (x.sum((1, 2), keepdims=True) / count, x.sum(1, keepdims=True) / of_position)
+        )
+        variance = (total**2).sum((1, 2, 3))
+        return (between**2).sum((1, 2, 3)) / np.where(variance > 0, variance, np.nan)
+
+    return residual_states.over_depth(measure)
+
+
+@metric(
     symbol=r"p_{\mathrm{massive}}",
     dims="depth stream",
     cite="sun2024massive",

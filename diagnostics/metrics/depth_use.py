@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, metric
+from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_steps import Steps
 
 PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
@@ -19,7 +20,7 @@ def _labelled(steps: Steps, values: np.ndarray) -> xr.DataArray:
     symbol=r"\|x_l\|^2 / (\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2)",
     dims="depth stream",
     scale="log",
-    cite="sun2025curse",
+    cite=OURS,
     basis="stream",
     null="1 for branches that are independent of the state",
     estimator=PER_SEQUENCE,
@@ -29,8 +30,9 @@ def variance_growth(token_steps: Steps) -> xr.DataArray:
 
     .. math:: \|x_l\|^2 \Big/ \Big(\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2\Big), \quad b_k = x_k - x_{k-1}
 
-    1 where each branch is independent of the state that it is added to, at most l + 1. In Pre-LN the variance grows linearly
-    with depth for independent branches and up to exponentially for aligned ones (Sun et al. 2025), and the later blocks,
+    This project's ratio, after Sun et al. 2025, who follow the variance of Pre-LN states: it grows linearly with depth for
+    independent branches and up to exponentially for aligned ones. 1 where each branch is independent of the state that it is
+    added to, at most l + 1; and the later blocks,
     whose branches are normalised, change the state the less the larger it is. NaN at the final norm.
     """
     added = np.where(token_steps.is_branch[:, None, None], token_steps.added, 0.0)
@@ -88,3 +90,36 @@ def effective_depth(token_steps: Steps) -> xr.DataArray:
     # A sequence without tokens, or with a state that is not finite, has no depth either.
     unknown = np.isnan(token_steps.by_sequence(token_steps.square))
     return _labelled(token_steps, np.where(unknown, np.nan, reached))
+
+
+@metric(
+    symbol=r"1 - \|\bar{b}_l\|^2 / \overline{\|b_l\|^2}",
+    dims="depth stream",
+    scale="log",
+    cite=OURS,
+    basis="stream",
+    null="1 for steps that are independent from token to token",
+    estimator="over all real tokens",
+    of_steps=True,
+)
+def step_spread(residual_states: States) -> xr.DataArray:
+    r"""How much of a step depends on the token; 0 where it adds the same vector to all of them.
+
+    .. math:: 1 - \frac{\|\bar{b}_l\|^2}{\overline{\|b_l\|^2}}, \quad b_l = x_l - x_{l-1}
+
+    A branch that writes nothing but its bias has 0, although it turns the states. NaN where a step adds nothing, and at the
+    embedding and the final norm.
+    """
+
+    def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        added = after - before
+        size = (added**2).sum(-1).mean(-1)
+        about = ((added - added.mean(1, keepdims=True)) ** 2).sum(-1).mean(-1)
+        # What float32 leaves of equal steps is no spread.
+        rounding = (np.finfo(np.float32).eps ** 2) * (after**2).sum(-1).mean(-1)
+        return np.where(
+            size > rounding, np.maximum(about - rounding, 0.0) / np.where(size > 0, size, 1.0), np.nan
+        )
+
+    spread = residual_states.over_steps(measure)
+    return spread.where(~spread["site"].isin(["final", "pre"])) if "site" in spread.coords else spread

@@ -116,8 +116,9 @@ def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
 
     .. math:: \lambda_i \propto i^{-\alpha}
 
-    Near 1 in good representations (Agrawal et al. 2022); larger: few directions hold the variance, smaller: it
-    spreads as noise does. NaN where fewer than three eigenvalues are in the range. Centred is the published form.
+    Agrawal et al. 2022 find it near 1 in good representations: that range is theirs, of image encoders and their fit, and no
+    limit here. Larger: few directions hold the variance, smaller: it spreads as noise does. NaN where fewer than three
+    eigenvalues are in the range. Centred is the published form.
     """
     return power_law[0]
 

@@ -16,10 +16,13 @@ from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     attention,
     depth_use,
+    inputs,
     magnitude,
     reading,
+    references,
     representation,
     same_representation,
+    single_streams,
     streams,
     trained_mixing,
     training_loss,
@@ -28,6 +31,7 @@ from depthscope.diagnostics.verdicts import (
     wiring,
 )
 from depthscope.diagnostics.verdicts.causes import explain
+from depthscope.diagnostics.verdicts.consequences import unsettled, weighed
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
@@ -43,6 +47,10 @@ VERDICTS: dict[str, Verdict] = {
         reading.nothing_measured,
         training_loss.loss_not_finite,
         training_loss.diverged_loss,
+        training_loss.loss_spike,
+        training_loss.softmax_twice,
+        training_loss.untrained_weights,
+        inputs.looks_ahead,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
@@ -62,6 +70,7 @@ VERDICTS: dict[str, Verdict] = {
         wiring.unlearnable_mixing,
         wiring.swapped_weights,
         wiring.rounded_mixing,
+        wiring.rounded_coefficients,
         wiring.foreign_coefficients,
         streams.sinkhorn_not_converged,
         streams.negative_mixing,
@@ -73,10 +82,11 @@ VERDICTS: dict[str, Verdict] = {
         trained_mixing.unmoved_mixing,
         trained_mixing.decayed_mixing,
         trained_mixing.saturated_logits,
-        streams.unread_stream,
-        streams.unwritten_stream,
-        streams.dominant_stream,
-        streams.loud_stream,
+        single_streams.unread_stream,
+        single_streams.unwritten_stream,
+        single_streams.dominant_stream,
+        single_streams.loud_stream,
+        single_streams.silent_stream,
         streams.copied_streams,
         streams.passing_streams,
         streams.wasted_layer,
@@ -87,13 +97,18 @@ VERDICTS: dict[str, Verdict] = {
         representation.common_vector,
         representation.idle_layer,
         depth_use.curse_of_depth,
+        inputs.constant_branch,
+        inputs.equal_sequences,
+        wiring.stale_statistics,
         attention.attention_entropy_collapse,
         representation.massive_activations,
+        references.batch_without_differences,
         representation.few_tokens_for_cka,
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
         weight_updates.frozen_module,
+        weight_updates.silent_module,
         reading.unproven_reading,
     )
 }
@@ -128,7 +143,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     found = [
         replace(finding, chain=chain, sentence=_of_chain(finding.sentence, chain))
         for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items()
-        for finding in _judge_chain(part)
+        for finding in _judge_chain(part, chain)
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
     return Findings(sorted(reported, key=_severity_order))
@@ -139,13 +154,38 @@ def last_step(analysis: xr.Dataset) -> xr.Dataset:
     return analysis.isel(step=-1) if "step" in analysis.dims else analysis
 
 
-def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
+def suspected(analysis: xr.Dataset) -> list[Finding]:
+    """The suspicions of one chain that an experiment may settle: the worst first, those that follow from another one last."""
+    last = with_row_facts(last_step(analysis))
+    found = [
+        each
+        for verdict in VERDICTS.values()
+        if verdict.suspicion
+        for each in verdict.findings(last)
+        if each.severity > Severity.INFO
+    ]
+    explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
+    order = sorted(
+        range(len(found)), key=lambda at: (bool(explained[at].because), *_severity_order(found[at]))
+    )
+    return [found[at] for at in order]
+
+
+def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     last = _without_overflow(with_row_facts(last_step(analysis)))
-    found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
+    found = [
+        weighed(finding, last.attrs, chain) if each.suspicion else finding
+        for each in VERDICTS.values()
+        for finding in uncertainty.findings(each, last)
+    ]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
+    # What follows from another finding needs no consequence of its own.
+    told = [
+        unsettled(each, last.attrs, chain) if VERDICTS[each.verdict].suspicion else each for each in explained
+    ]
+    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in told]
 
 
 def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:

@@ -12,7 +12,7 @@ from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 # Beside the calibration set: the 30 layers of SmolLM2-135M have at least 0.41, where single heads are near 0. A layer whose
 # queries and keys are 60 × too large has at most 0.015.
-@verdict(metric="attention_entropy", limits=Limits(warn=0.1, above=False, source=CALIBRATED))
+@verdict(metric="attention_entropy", limits=Limits(warn=0.1, above=False, source=CALIBRATED), suspicion=True)
 def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Profile]:
     """Attention entropy collapse: in every head each query attends to a single token.
 

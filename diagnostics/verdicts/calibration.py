@@ -8,7 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from depthscope.diagnostics.metrics.declaration import OURS
+DEFAULT = "depthscope's default"
+"""The source of a limit that no publication states."""
 
 # The declared source of limits that lie beyond what 99 % of these networks have; `source_of` says how many there were.
 CALIBRATED = "calibrated on healthy networks"
@@ -28,13 +29,13 @@ def calibration() -> Mapping[str, Any]:
 def source_of(verdict: str, *, mildest: float, above: bool) -> str:
     """Who says the limits of a verdict that cites the calibration.
 
-    Returns: Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"this project"`` where the limit is not
+    Returns: Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"depthscope's default"`` where the limit is not
     beyond what 99 % of them have, or there were too few.
     """
     measured = calibration()["verdicts"].get(verdict)
     if measured is None or measured["networks"] < FEWEST:
-        return OURS
+        return DEFAULT
     quantile = measured["shares"]["0.99"]
     if not (mildest > quantile if above else mildest < quantile):
-        return OURS
+        return DEFAULT
     return f"calibrated on {measured['networks']} healthy networks of {measured['of_kinds']} kinds"

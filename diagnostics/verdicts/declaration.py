@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, source_of
+from depthscope.diagnostics.verdicts.age import Age, age_of
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -36,7 +36,7 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, ``"this project"``, or `calibration.CALIBRATED`.
+        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.CALIBRATED`.
     scale : {"ratio", "cosine"}
         On which scale a number is far from its limit, see `Finding.excess`.
     """
@@ -45,7 +45,7 @@ class Limits:
     warn: float | None = None
     fail: float | None = None
     above: bool = True
-    source: str = OURS
+    source: str = DEFAULT
     scale: str = "ratio"
 
     @property
@@ -88,6 +88,13 @@ class Profile:
         The worst severity that it may get.
     note : str
         A further sentence.
+    start : str
+        Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
+        is asked of the facts in `age`.
+    at_start : bool
+        Whether the numbers themselves show that no step of training was taken.
+    template : str
+        The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
     limits : Limits, optional
@@ -103,6 +110,9 @@ class Profile:
     begins: bool = False
     ceiling: Severity = Severity.FAIL
     note: str = ""
+    start: str = ""
+    at_start: bool = False
+    template: str = ""
     sentence: str = ""
     limits: Limits | None = None
     metric: str = ""
@@ -140,6 +150,9 @@ class Verdict:
         What it is about, see `Finding`.
     drawn_on : tuple of str
         Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
+    suspicion : bool
+        Whether its number alone is a suspicion, of which the experiment of `SETTLED_BY` shows whether it does harm; of the
+        others the number is the harm.
     """
 
     name: str
@@ -154,6 +167,7 @@ class Verdict:
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
     about: str = "network"
     drawn_on: tuple[str, ...] = ()
+    suspicion: bool = False
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -169,7 +183,8 @@ class Verdict:
             PASS among them; one for each stream where several numbers are beyond; empty where the question
             does not apply.
         """
-        found = [self._judge(profile) for profile in self.profiles(analysis)]
+        age = age_of(analysis)
+        found = [self._judge(profile, age) for profile in self.profiles(analysis)]
         return _merged_by_stream([finding for finding in found if finding is not None])
 
     def profiles(self, analysis: xr.Dataset) -> list[Profile]:
@@ -205,7 +220,7 @@ class Verdict:
         """
         return [name for name in self.needs if name != "attrs" and name not in analysis]
 
-    def _judge(self, profile: Profile) -> Finding | None:
+    def _judge(self, profile: Profile, age: Age) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
@@ -216,6 +231,9 @@ class Verdict:
         severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
+        of_start = _words_of_start(profile, age) if severity > Severity.INFO else ""
+        if of_start and (profile.at_start or age.trained is False):
+            severity = Severity.INFO
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
@@ -223,7 +241,7 @@ class Verdict:
         return Finding(
             verdict=self.name,
             severity=severity,
-            sentence=self._sentence(profile, values[at], limit, severity, at, beyond),
+            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{of_start}",
             metric=profile.metric or self.metric,
             value=float(values[at]),
             threshold=float(limit),
@@ -248,9 +266,12 @@ class Verdict:
             return profile.sentence
         limits = profile.limits or self.limits
         side = "above" if limits.above else "below"
-        compared = f"{'' if severity else 'not '}{side} {number(limit)}"
-        where = f" {place(profile.values, at)}" if profile.values.dims else ""
-        sentence = f"{profile.words} {number(value)}{where}, {compared} ({self.limits.source})"
+        where = place(profile.values, at) if profile.values.dims else ""
+        said = f"{profile.words} {number(value)} {where}"
+        if severity and profile.template:
+            percent = f"{number(100 * value)} %"
+            said = profile.template.format(value=number(value), percent=percent, where=where)
+        sentence = f"{said.rstrip()}, limit {number(limit)} ({self.limits.source})"
         if severity and len(beyond) > 1:
             begins = ""
             if profile.begins and beyond[0] != at:
@@ -272,6 +293,7 @@ def verdict(
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
     drawn_on: tuple[str, ...] = (),
+    suspicion: bool = False,
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
 
@@ -285,7 +307,7 @@ def verdict(
         Families of connections that it does not judge.
     follows_from : mapping of str to function, optional
         See `Verdict`.
-    about, drawn_on
+    about, drawn_on, suspicion
         See `Verdict`.
 
     Returns
@@ -310,9 +332,24 @@ def verdict(
             follows_from=follows_from or {},
             about=about,
             drawn_on=drawn_on,
+            suspicion=suspicion,
         )
 
     return declare
+
+
+def _words_of_start(profile: Profile, age: Age) -> str:
+    """How a number that is normal before training reads at this age; empty where the network is past its start."""
+    if not profile.start or (age.trained and not profile.at_start):
+        return ""
+    if profile.at_start:
+        return f" Expected before training: {profile.start}."
+    if age.trained is False:
+        return f" Expected near the start of training: {profile.start}, and {age.words}."
+    return (
+        f" {age.words[0].upper()}{age.words[1:]}. If it has trained for more than a few hundred steps, read this as a "
+        f"warning; before that it is expected: {profile.start}."
+    )
 
 
 def _sourced(name: str, limits: Limits) -> Limits:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.start import young
 
 # Half of fewer steps than this is no depth to speak of.
 FEWEST_STEPS = 8
@@ -32,14 +29,14 @@ FEWEST_STEPS = 8
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    suspicion=True,
 )
 def curse_of_depth(
     relative_turn: xr.DataArray,
-    attrs: Mapping[str, Any],
     variance_growth: xr.DataArray | None = None,
     effective_depth: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """The later blocks hardly turn the state, which the earlier ones made large.
+    """Later blocks barely change the residual stream; its norm is already large.
 
     Scale the input of each branch by one over the root of its depth (LayerNorm scaling, Sun et al. 2025), start what writes to
     the stream smaller, or look for an early block that writes much more than the others; or take fewer layers.
@@ -52,14 +49,13 @@ def curse_of_depth(
     counted = np.minimum(turned.values, 1.0)
     values = np.full(turned.sizes["depth"], np.nan)
     values[late] = counted[late].mean()
-    start = young(attrs)
-    effective = f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}"
-    words = "the turn of the later half of the steps, as a share of that of independent branches,"
     yield Profile(
         turned.copy(data=values),
-        f"{words} is",
-        ceiling=Severity.INFO if start else Severity.FAIL,
-        note=f"{effective} {start}".rstrip(),
+        "the turn of the later half of the steps, as a share of that of independent branches, is",
+        template=f"the steps from depth {late[0]} to {late[-1]} turn the state {{percent}} as far as independent branches of "
+        "the same size would",
+        note=f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}",
+        start="the first blocks learn first",
     )
 
 

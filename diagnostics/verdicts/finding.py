@@ -37,7 +37,7 @@ class Finding:
     value, threshold : float
         The worst number found and the limit that it is compared with.
     source : str
-        Where the threshold comes from: a key of ``references.bib``, or ``"this project"``.
+        Where the threshold comes from: a key of ``references.bib``, or ``"depthscope's default"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int
@@ -64,6 +64,8 @@ class Finding:
         How far the number is from its limit: by their ratio, or, of cosines, by the ratio of their angles.
     about : {"network", "reading"}
         Whether it is about the network, or only about how far the run can be trusted.
+    settled : str
+        Of a suspicion: ``"shown"`` where an experiment showed that it does harm, ``"refuted"``, or ``"not settled"``.
     profile : tuple of float
         The numbers that were judged, one for each position on the axis, in the units of `value`; NaN where undefined.
     """
@@ -89,6 +91,7 @@ class Finding:
     worst: int = -1
     scale: str = "ratio"
     about: str = "network"
+    settled: str = ""
     # Not compared: NaN is not equal to itself, and two findings with the same number at the same place are the same.
     profile: tuple[float, ...] = field(default=(), compare=False, repr=False)
 

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
 from depthscope.diagnostics.verdicts.claims import ONE_EXACT_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
@@ -87,7 +86,9 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     yield Profile(
         (norm == 0).astype(float).where(norm.notnull()),
         "the number of depths at which the state is zero is",
-        sentence=f"The state is zero {where}, where any size above 0 is expected ({OURS})." if where else "",
+        sentence=f"The state is zero {where}, where any size above 0 is expected ({DEFAULT})."
+        if where
+        else "",
     )
 
 
@@ -167,7 +168,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     nearest = f" The nearest state that gets one is {place(lost, top + 1)}." if top + 1 < len(depths) else ""
     sentence = (
         f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
-        f"({OURS}): it {how}.{nearest}"
+        f"({DEFAULT}): it {how}.{nearest}"
     )
     return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
 
@@ -252,6 +253,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     not_for=ALTUP,
     follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
     drawn_on=("composite_attenuation",),
+    suspicion=True,
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
 
@@ -45,7 +45,7 @@ def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     if attrs.get(JUDGED, 1) or not reasons:
         return None
     why = reasons.most_common(1)[0][0]
-    sentence = f"No verdict about the network could be judged; one is the least ({OURS}): {why}."
+    sentence = f"No verdict about the network could be judged; one is the least ({DEFAULT}): {why}."
     return [Profile(xr.DataArray(0.0), "the number of verdicts is", sentence=sentence)]
 
 

@@ -15,7 +15,7 @@ from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.start import young
+from depthscope.diagnostics.verdicts.references import below_input, distinct, reference_rank
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
@@ -29,11 +29,12 @@ def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     return (value - 1.0) / (null - 1.0).where(null > 1.0)
 
 
-def _rank_and_null(value: xr.DataArray, share: xr.DataArray, null: float) -> str:
-    """A sentence with the rank where its share is smallest, and its null."""
+def _rank_and_most(value: xr.DataArray, share: xr.DataArray, most: float) -> str:
+    """A sentence with the rank where its share is smallest, and the largest one that there could be."""
     at = int(np.argmin(share.fillna(np.inf).values))
     return (
-        f"The effective rank itself is {number(float(value[at]))}, and {number(null)} for noise of that size."
+        f"The effective rank itself is {number(float(value[at]))}, of {number(most)} for noise of that size, bounded by the "
+        "first state, the different tokens and the classes."
     )
 
 
@@ -46,9 +47,13 @@ RESIDUAL_OF_SHARE = 3.0
     metric="effective_rank",
     limits=Limits(warn=0.15, fail=0.03, above=False, source=CALIBRATED),
     follows_from={"dead_state": from_there_on},
+    suspicion=True,
 )
 def rank_collapse(
-    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, dong_residual: xr.DataArray
+    effective_rank: xr.DataArray,
+    effective_rank_null: xr.DataArray,
+    dong_residual: xr.DataArray,
+    attrs: Mapping[str, Any],
 ) -> Iterator[Profile]:
     """The tokens of a sequence become equal.
 
@@ -63,10 +68,14 @@ def rank_collapse(
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
     scaled = RESIDUAL_OF_SHARE * share
     both = xr.where(residual > scaled, residual, scaled, keep_attrs=False).assign_coords(value.coords)
-    judged = both.where(share.notnull())
+    judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
+    if judged is None:
+        return
     yield Profile(
         judged,
-        "the larger of the Dong residual and of three times the effective rank over its null, within a sequence, is",
+        "of the differences between the tokens of a sequence (the larger of Dong residual and three times the effective rank "
+        "over its noise baseline) there is left",
+        template="only {percent} of the differences between the tokens of a sequence is left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -92,9 +101,10 @@ FEW_DIRECTIONS = 3.0
     metric="effective_rank",
     limits=Limits(warn=0.05, fail=0.005, above=False),
     follows_from={"rank_collapse": from_there_on},
+    suspicion=True,
 )
 def dimensional_collapse(
-    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray
+    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
     """Over the data the representation uses few directions.
 
@@ -103,12 +113,11 @@ def dimensional_collapse(
     """
     pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
     value = effective_rank.sel(pick, drop=True)
-    null = effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
-    share = _share_of_null(value, null)
-    words = "over the data the effective rank, as a share of that of noise, is"
-    yield Profile(
-        share, words, note=_rank_and_null(value, share, float(null)), limits=_limits_of_rank(float(null))
-    )
+    null = float(effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True))
+    most = reference_rank(null, value, attrs)
+    share = (value - 1.0) / (most - 1.0 if most > 1.0 else np.nan)
+    words = "over the data the effective rank, as a share of the largest that it can have here, is"
+    yield Profile(share, words, note=_rank_and_most(value, share, most), limits=_limits_of_rank(most))
 
 
 def _limits_of_rank(null: float) -> Limits | None:
@@ -125,9 +134,10 @@ def _limits_of_rank(null: float) -> Limits | None:
     limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
     follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
     drawn_on=("participation_ratio",),
+    suspicion=True,
 )
 def one_direction(
-    participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray
+    participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
     """Nearly all variance over the data is in one direction.
 
@@ -139,8 +149,8 @@ def one_direction(
     null = float(
         participation_ratio_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
     )
-    # Of few tokens or features, noise itself has few directions.
-    if not null > 2.0 * FEW_DIRECTIONS:
+    # Of few tokens or features, noise itself has few directions; and none are lost that did not come in.
+    if not null > 2.0 * FEW_DIRECTIONS or not reference_rank(null, value, attrs) > FEW_DIRECTIONS:
         return
     # From the ratio r of one direction with share p over many small ones: r = 1/p².
     yield Profile(
@@ -151,15 +161,19 @@ def one_direction(
     )
 
 
+MOST_ALIKE = 0.98
+
+
 # Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=0.98, fail=0.995, source=CALIBRATED, scale="cosine"),
+    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=CALIBRATED, scale="cosine"),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
     drawn_on=("token_cosine",),
+    suspicion=True,
 )
-def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
+def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """All tokens share one vector, beside which they hardly differ.
 
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
@@ -172,6 +186,10 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
     )
+    if below_input(1.0 - raw, attrs, "in_all") is None:
+        return
+    if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
+        raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
     yield Profile(
         raw,
@@ -192,11 +210,12 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
         # Beside a large vector that all tokens share, nothing that is added turns them.
         "common_vector": from_there_on,
     },
+    suspicion=True,
 )
 def idle_layer(
     angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
-    """A layer leaves the direction of the states as it is.
+    """A layer barely changes the residual stream.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
@@ -210,24 +229,32 @@ def idle_layer(
     if "site" in steps.coords:
         layers &= ~steps["site"].isin(["final", "pre"])
     turned = steps.copy(data=angles).where(layers)
-    # If no layer at all does anything, it is most likely a fresh network whose branches begin at zero.
-    all_idle = not (turned >= IDLE).any()
-    start = str(attrs.get("small_start", ""))
-    note = _all_layers(turned) if all_idle else ""
-    if attrs.get("untouched") and _whole_sites(turned):
-        note = (
-            "So does every step of its kind, and the weights are as they were drawn: a start by construction."
-        )
-    if not note and not bool((turned < OUT_OF_LINE * turned.median()).any()):
-        note = young(attrs)
-    if start and not all_idle:
-        note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        ceiling=Severity.INFO if note else Severity.FAIL,
-        note=note,
+        template="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
+        start=_start_of_small_steps(turned, attrs),
+        # Branches that give exactly nothing begin at zero, or are cut off: if one did anything, training has begun.
+        at_start=bool((turned.fillna(0.0) < ROUNDING).all()),
     )
+
+
+# The angle between equal states as float64 gives it: arccos of 1 less a rounding error.
+ROUNDING = 1e-7
+
+
+def _start_of_small_steps(turned: xr.DataArray, attrs: Mapping[str, Any]) -> str:
+    """Why such steps are a start; empty where one of them is far smaller than the others of its kind."""
+    if not (turned >= IDLE).any():
+        degrees = number(180.0 * float(turned.max()))
+        return (
+            f"no block turns the state by more than {degrees}°, normal before training; after it, all layers hold one "
+            "representation"
+        )
+    if attrs.get("small_start") or _whole_sites(turned):
+        return "branches that begin near zero turn the states by little"
+    out_of_line = bool((turned < OUT_OF_LINE * turned.median()).any())
+    return "" if out_of_line else "the steps of a fresh network get smaller with the depth"
 
 
 def _whole_sites(turned: xr.DataArray) -> bool:
@@ -239,21 +266,12 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
-def _all_layers(turned: xr.DataArray) -> str:
-    """What it means that no layer turns the states."""
-    degrees = number(180.0 * float(turned.max()))
-    return (
-        f"No block turns the state by more than {degrees}°: normal before training; after it, all layers hold one "
-        "representation."
-    )
-
-
 # What is massive is defined by Sun et al. 2024. One or two tokens a sequence are sinks, however long it is; that more than
 # these and than 5 % are too many is ours.
 SINKS = 2
 
 
-@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05))
+@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:

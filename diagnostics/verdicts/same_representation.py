@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -62,6 +62,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    suspicion=True,
 )
 def same_representation(
     cka: xr.DataArray,
@@ -130,24 +131,32 @@ def _one_representation(
     begins, ends = alike["depth"].values[[first, last]].tolist()
     sentence = (
         f"{_all(alike, first, last)} hold one representation: every two states from depth {begins} to depth "
-        f"{ends} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
-        f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
-        f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
+        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{_null(num_tokens)}), limit {number(limit)} "
+        f"({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches "
+        f"of the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than "
+        f"{number(step)}°."
     )
     told, moving = _prediction(attrs, begins, ends)
     sentence += told
-    why = _by_construction(turned, attrs)
-    if why:
-        sentence += f" It is as its branches begin by construction ({why}): normal before training, judge it again after some."
     values = np.full(len(alike), np.nan)
     values[part] = least
-    ceiling = Severity.INFO if why else Severity.FAIL if failing and not moving else Severity.WARN
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
-        ceiling=ceiling,
+        ceiling=Severity.FAIL if failing and not moving else Severity.WARN,
+        # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell.
+        at_start=bool((turned < ROUNDING).all()),
+        start=_start(turned, attrs),
     )
+
+
+def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
+    """Why the states may be as similar before training; empty where no design begins so."""
+    if bool((turned < ROUNDING).all()):
+        return "no block changes any number of the states"
+    # Small branches are a start that many designs have; ones that do nothing at all are not.
+    return "its branches begin small" if attrs.get("small_start") or turned.max() >= FIXED else ""
 
 
 def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
@@ -169,17 +178,6 @@ def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, b
     return f"{sentence}.", False
 
 
-def _by_construction(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
-    """Why the branches are small in a network that is not trained yet; empty where nothing says so."""
-    # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell, if one did anything.
-    if bool((turned < ROUNDING).all()):
-        return "no block changes any number of the states"
-    if attrs.get("small_start"):
-        return str(attrs["small_start"])
-    # Small branches are a start that many designs have, ones that do nothing at all are not.
-    return "its weights are as they were drawn" if attrs.get("untouched") and turned.max() >= FIXED else ""
-
-
 def _all(alike: xr.DataArray, first: int, last: int) -> str:
     steps = len(alike) - 1
     return "All layers" if last - first == steps else f"{last - first} of {steps} layers in a row"
@@ -195,4 +193,4 @@ def _null(num_tokens: xr.DataArray | None) -> str:
     if num_tokens is None:
         return ""
     count = num_tokens.sel(scope="data", tokens="ordinary").isel(depth=0, stream=0)
-    return f" (of unrelated states 0 ± {number(2.0**0.5 / float(count))})"
+    return f"; of unrelated states 0 ± {number(2.0**0.5 / float(count))}"

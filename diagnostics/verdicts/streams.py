@@ -12,13 +12,11 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.start import young
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Families whose streams never mix by construction: an identity is no finding.
@@ -58,13 +56,10 @@ SATURATED = 0.005
 ONE_STEP = 1e-4
 
 
-UNTRAINED = (
-    "All streams are equal to the last digit, although the connections read them unequally: no step of training has been "
-    "taken. Judge the network again after some."
-)
+UNTRAINED = "all streams are equal to the last digit, although the connections read them unequally"
 
 
-def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | None) -> bool:
+def are_untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | None) -> bool:
     """Whether the streams are still the same numbers although read unequally, so that a step of training would end it."""
     if stream_cosine is None or read_share is None:
         return False
@@ -168,7 +163,7 @@ def expansive_mixing(
     drawn_on=("relative_deflated_gain",),
 )
 def stream_collapse(
-    relative_deflated_gain: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
+    relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """The mixing makes all streams carry the same signal.
 
@@ -176,31 +171,32 @@ def stream_collapse(
     less often. The gain does not show it: a uniform matrix has gain 1.
     """
     left = relative_deflated_gain.sel(reduction="median", drop=True)
+    parted = _parted_by_writes(stream_cosine)
     yield Profile(
         left,
-        "of the differences between the streams of the embedding, beside what all streams have in common, there is left",
+        "of the initial differences between the streams, against what all have in common, there is left",
+        template="only {percent} of the initial differences between the streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        **_info_if(_parted_by_writes(stream_cosine) or _mixed_from_the_start(left, attrs, stream_cosine)),
+        ceiling=Severity.INFO if parted else Severity.FAIL,
+        note=parted,
+        start=_slow_start(left, stream_cosine),
     )
 
 
-# What a connection leaves of the differences, the geometric mean until 1 % is left: matrices near the identity leave more than
-# the one, so that only the depth adds up; zero logits leave less than the other, and no training ever sees a difference.
+# What a connection leaves of the differences, the geometric mean until 1 % is left. Matrices near the identity, as designs
+# begin with, leave more than the one, so that only the depth adds up; streams that begin as copies have nothing to lose, but a
+# connection that leaves less than the other lets no training ever see a difference. What leaves less is no start at any age.
 SLOW, FAST = 0.8, 0.2
 
 
-def _mixed_from_the_start(
-    left: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None
-) -> str:
-    """What explains a collapse in a young network: streams that begin as copies, or many connections near the identity."""
-    note = young(attrs)
+def _slow_start(left: xr.DataArray, stream_cosine: xr.DataArray | None) -> str:
+    """Why a design may begin so, by many connections near the identity or with streams that are copies; else empty."""
     collapsed = np.flatnonzero(left.values < COLLAPSED)
-    if not note or not len(collapsed):
-        return ""
-    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1))
+    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1)) if len(collapsed) else 0.0
     copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
-    return note if rate > SLOW or (copies and rate > FAST) else ""
+    slow = rate > (FAST if copies else SLOW)
+    return f"each connection leaves {number(rate)} of the differences, and the depth adds up" if slow else ""
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
@@ -235,7 +231,8 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     # What is left after earlier connections may be rounding already, and its ratios mean nothing.
     yield Profile(
         (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
-        "one connection alone leaves of the differences between streams, beside what they have in common,",
+        "one connection alone leaves of the differences between streams, against what they have in common,",
+        template="one connection alone leaves {percent} of the differences between the streams {where}",
         begins=True,
     )
 
@@ -263,6 +260,7 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     limits=Limits(warn=STUCK, above=False),
     not_for=UNMIXED,
     follows_from={"discarded_mixing": anywhere},
+    suspicion=True,
 )
 def stuck_at_identity(
     composite_identity_distance: xr.DataArray,
@@ -282,111 +280,10 @@ def stuck_at_identity(
     single = float(identity_distance.sel(reduction="median", drop=True).max("connection"))
     # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on.
     saturated = 0 < single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
-    note = UNTRAINED if _untrained(stream_cosine, read_share) else young(attrs) if not saturated else ""
+    untrained = are_untrained(stream_cosine, read_share)
     words = "the largest distance from the identity of any product of H_res from the embedding on is"
-    return [Profile(most, words, **_info_if(note))]
-
-
-def _info_if(note: str) -> dict[str, Any]:
-    """Options of a `Profile` that is no failure, by what explains it; none where nothing does."""
-    return {"ceiling": Severity.INFO, "note": note} if note else {}
-
-
-def _mean_shares(share: xr.DataArray) -> xr.DataArray:
-    """Share of each stream over all connections."""
-    return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
-
-
-def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[Profile]:
-    shares = _mean_shares(share)
-    for stream in shares["stream"].values.tolist():
-        relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
-        words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
-        yield Profile(relative, words, stream=str(stream), **options)
-
-
-@verdict(
-    metric="read_share",
-    limits=Limits(warn=0.1, above=False, source=CALIBRATED),
-    not_for=ALTUP,
-    follows_from={"dominant_stream": anywhere},
-)
-def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None = None) -> Iterator[Profile]:
-    """A stream is hardly read by any connection.
-
-    Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
-    """
-    yield from _unused_streams(
-        read_share, "read", **_info_if(UNTRAINED if _untrained(stream_cosine, read_share) else "")
-    )
-
-
-@verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))
-def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
-    """A stream is hardly written by any connection.
-
-    Fewer streams would do, or a start that writes to them all; check the gradient of H_post.
-    """
-    yield from _unused_streams(write_share, "written")
-
-
-# Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
-@verdict(
-    metric="signal_share",
-    limits=Limits(warn=0.9, source=CALIBRATED),
-    not_for=ALTUP,
-    follows_from={"loud_stream": anywhere},
-)
-def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
-    """One stream carries nearly all that the connections read.
-
-    The network is then a plain residual one with spare streams: vary the initial read weights, or use fewer.
-    """
-    # What is read of a stream is its weight times its size; without states, as of weight files, the weight alone.
-    shares = _mean_shares(read_share if signal_share is None else signal_share)
-    if shares.isnull().any():
-        return
-    top = int(np.argmax(shares.values))
-    name = str(shares["stream"].values[top])
-    what = (
-        "weights by which the connections read"
-        if signal_share is None
-        else "signal that the connections read"
-    )
-    yield Profile(
-        shares.isel(stream=top, drop=True), f"of the {what}, stream {name} has a share of", stream=name
-    )
-
-
-# Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
-@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED), not_for=ALTUP)
-def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
-    """One stream is much larger than the others.
-
-    What is read from the streams, or averaged over them, is then that stream alone. Look at what is written to it, and at the
-    row of H_res that feeds it; a norm of each stream before it is read keeps them alike.
-    """
-    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
-    if len(streams) < 2:
-        return
-    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
-    if "site" in sizes.coords:
-        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
-    ranked = np.sort(sizes.values, axis=1)
-    # Beside the median of the others: of two streams, the other one.
-    loudest, others = ranked[:, -1], np.median(ranked[:, :-1], axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = loudest / others  # infinite where the others are zero, undefined where all are
-    # Streams may begin as zeros, which the first connections fill.
-    values[:1] = np.where(others[:1] > 0, values[:1], np.nan)
-    ratio = sizes.isel(stream=0, drop=True).copy(data=values)
-    if ratio.isnull().all():
-        return
-    at = int(np.nanargmax(values))
-    name = str(streams[int(np.argmax(sizes.values[at]))])
-    words = f"the size of stream {name}, relative to the median of the others, is"
-    note = "" if np.isfinite(values[at]) else "The median of the others is zero."
-    yield Profile(ratio, words, stream=name, note=note)
+    start = "H_res begins near the identity" if untrained or not saturated else ""
+    return [Profile(most, words, start=UNTRAINED if untrained else start, at_start=untrained)]
 
 
 @verdict(
@@ -398,11 +295,11 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         "passing_streams": anywhere,
         "loud_stream": anywhere,
     },
+    suspicion=True,
     drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
     stream_cosine: xr.DataArray,
-    attrs: Mapping[str, Any],
     read_share: xr.DataArray | None = None,
     closest_stream_cosine: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
@@ -414,11 +311,23 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    note = UNTRAINED if _untrained(stream_cosine, read_share) else ""
+    untrained = are_untrained(stream_cosine, read_share)
     # Copies that have begun to part are on their way; exact ones that are read alike are symmetric, and stay so.
-    if not note and bool((1.0 - stream_cosine > PARTING).any()):
-        note = young(attrs) or _parting(stream_cosine)
-    yield Profile(judged, "the mean cosine between streams is", metric="stream_cosine", **_info_if(note))
+    begun = bool((1.0 - stream_cosine > PARTING).any())
+    note = _parting(stream_cosine)
+    yield Profile(
+        judged,
+        "the mean cosine between streams is",
+        metric="stream_cosine",
+        ceiling=Severity.INFO if note else Severity.FAIL,
+        note=note,
+        start=UNTRAINED
+        if untrained
+        else "the streams begin as copies and have begun to part"
+        if begun
+        else "",
+        at_start=untrained,
+    )
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
     if closest_stream_cosine is None or not judged.notnull().any():
@@ -428,7 +337,7 @@ def copied_streams(
     if others > 100.0 * max(apart, DIFFER):
         sentence = (
             f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
-            f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
+            f"of the depth, below {number(1.0 - PAIRED)} ({DEFAULT})."
         )
         words = "the cosine of the two streams that are most alike is"
         told = sentence if apart < 1.0 - PAIRED else ""
@@ -460,24 +369,22 @@ def passing_streams(
         return told(attrs, "passing_streams")  # where no state has streams, the code alone shows them
     if "site" not in stream_cosine.coords:
         return None
-    site = stream_cosine["site"].values
-    # The state that the next block gets: changed between the blocks ("pre"), or the block's output ("post").
-    handed_on = "pre" if "pre" in site else "post"
-    inside = stream_cosine.values[(site != handed_on) & (site != "embed")]
-    if not (inside < PARTED).any():
-        return None
-    return [
-        Profile(
-            (1.0 - stream_cosine.where(stream_cosine["site"] == handed_on)).max("depth"),
-            "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is",
-        )
+    site = stream_cosine["site"].values.astype(object).astype(str)
+    # What leaves a block's call ("post"), and what the next one gets ("pre"): either may be merged, where the others differ.
+    apart = [
+        float((1.0 - stream_cosine.values[site == kind]).max())
+        for kind in ("pre", "post")
+        if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
     ]
+    words = "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is"
+    return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
 
 @verdict(
     metric="read_mass",
     limits=Limits(warn=0.01, above=False, source=CALIBRATED),
     not_for=ALTUP,
+    suspicion=True,
     drawn_on=("read_mass",),
 )
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
@@ -488,12 +395,13 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     table = depth_kernel.transpose("connection", "other_connection")
     mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
     words = "all later connections together read of a sublayer's output a weight of"
-    yield Profile(mass, words, metric="read_mass")
+    told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
+    yield Profile(mass, words, metric="read_mass", template=told)
 
 
 @verdict(metric="mixing_gain", limits=Limits(info=1.0), about="reading")
 def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
-    """Whether rows or columns of H_res are destinations could not be proved.
+    """Could not tell whether H_res is stored as target × source or transposed.
 
     The streams were copies of one another, or the matrices symmetric, so H_res and its transpose fit alike:
     forward and backward may be exchanged. Capture a network whose streams differ.
@@ -505,6 +413,6 @@ def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -
             xr.DataArray(2.0),  # H_res and its transpose
             "",
             ceiling=Severity.INFO,
-            sentence=f"Forward and backward gains may be exchanged: the data fit H_res and its transpose alike ({OURS}).",
+            sentence=f"Forward and backward gain may be swapped: both orientations of H_res fit the data ({DEFAULT}).",
         )
     ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
 
 
 @verdict(
@@ -36,4 +40,55 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
     yield Profile(
         loss_rise,
         f"the loss is {number(float(loss))}, and its rise above the lowest one, over the loss at the start, is",
+    )
+
+
+@verdict(metric="loss", limits=Limits(info=0.25, warn=0.75), follows_from={"diverged_loss": anywhere})
+def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Profile] | None:
+    """The loss rose far above its lowest in between, and came down again.
+
+    See what grew before it: gradients, logits of attention or a learning rate at its peak. A longer warm-up, a tighter clip or
+    leaving out the batches of those steps removes most spikes.
+    """
+    if float(loss_rise) > 0.5 * float(loss_spike):  # it has not come down: see `diverged_loss`
+        return None
+    return [
+        Profile(loss_spike, "the largest rise of the loss above its lowest, over the loss at the start, is")
+    ]
+
+
+@verdict(metric="loss", limits=Limits(fail=0.0))
+def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The loss takes the softmax of numbers that come from a softmax.
+
+    Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
+    probabilities the gradient is small, and the loss cannot fall to zero.
+    """
+    task = attrs.get(TASK)
+    if isinstance(task, Mapping) and "softmax_twice" in task:
+        twice = bool(task["softmax_twice"])
+        sentence = f"The model's output is a softmax already, and the loss takes another one of it; expected none ({DEFAULT})."
+        yield Profile(
+            xr.DataArray(float(twice)), "the softmaxes too many are", sentence=sentence if twice else ""
+        )
+
+
+# Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
+GUESSING = 0.97
+
+
+@verdict(metric="loss", limits=Limits(warn=GUESSING))
+def untrained_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """These weights look untrained.
+
+    Normal for a network that was just built. Of a checkpoint: see which names of the file were not found in the model, and
+    load it with strict=True.
+    """
+    share = share_of_guessing(attrs)
+    if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
+        return
+    yield Profile(
+        xr.DataArray(1.0 if share is None else share),
+        "every bias and gain is as initialisers leave it, and the loss over that of guessing among all classes is",
+        ceiling=Severity.FAIL if attrs.get("checkpoint") else Severity.INFO,
     )

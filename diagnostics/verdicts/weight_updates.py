@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.schema import FROZEN_MODULES
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
+from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -71,7 +72,7 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return (
         f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "
-        f"({OURS})."
+        f"({DEFAULT})."
     )
 
 
@@ -91,4 +92,30 @@ def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
         update_ratio,
         "the change of the weights in one step, relative to the weights, is",
         metric="update_ratio",
+    )
+
+
+@verdict(
+    metric="weight_gradient_norm",
+    limits=Limits(warn=0.0),
+    follows_from={"cut_gradient": anywhere},
+)
+def silent_module(weight_gradient_norm: xr.DataArray) -> Iterator[Profile]:
+    """The gradient of a module is exactly zero while others get one.
+
+    Look for a module whose output is not used, multiplied by zero or cut off, an expert that no token chooses, or a
+    nonlinearity that no token passes.
+    """
+    known = weight_gradient_norm.notnull()
+    if not bool((weight_gradient_norm > 0).any()):
+        return
+    frozen = weight_gradient_norm["weight"].isin(weight_gradient_norm.attrs.get(FROZEN_MODULES, []))
+    zero = (weight_gradient_norm == 0) & ~frozen
+    names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
+    yield Profile(
+        zero.astype(float).where(known),
+        "the number of modules without a gradient is",
+        sentence=sentence if names else "",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -22,7 +22,7 @@ LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 ROUNDING = 1e-6
 
 
-def told(attrs: Mapping[str, Any], kind: str, source: str = OURS) -> Iterator[Profile]:
+def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator[Profile]:
     """The remarks of one kind, as profiles of a verdict; a file may have anything in their place."""
     remarks = attrs.get("remarks")
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():
@@ -120,3 +120,23 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     shift or a norm over other tokens.
     """
     yield from told(attrs, "foreign_coefficients")
+
+
+# Numbers of bfloat16 have 8 bits: a sum of four of them is 1 within 0.004, and every connection of the depth adds its own.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDING, warn=1e-3))
+def rounded_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The mixing matrices are computed in half precision.
+
+    Compute the logits and Sinkhorn in float32, whatever the states are: the errors of the sums multiply over the depth.
+    """
+    yield from told(attrs, "rounded_coefficients")
+
+
+@verdict(metric="channel_variance", limits=Limits(fail=0.0))
+def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Batch norms have trained weights and running statistics as they were made.
+
+    In evaluation they normalise with mean 0 and variance 1, which are those of no data. See whether the module was ever in
+    training mode, whether its buffers are saved and loaded, and whether momentum is 0.
+    """
+    yield from told(attrs, "stale_statistics")

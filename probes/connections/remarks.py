@@ -258,6 +258,31 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
     )
 
 
+# Different numbers of a matrix, which are all rounded by no chance; an error of a sum that float32 never leaves.
+MANY, HALF_PRECISION = 4, 5e-4
+
+
+def computed_in_half_precision(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Every entry is a number of a type of 16 bits, and the sums are off as its rounding leaves them."""
+    for dtype in (torch.bfloat16, torch.float16):
+        at = [number for number, each in enumerate(facts) if not each.rounded_to and _is_rounded(each, dtype)]
+        error = max((max(facts[i].sum_errors(facts[i].mix)) for i in at), default=0.0)
+        if HALF_PRECISION < error < FAR:
+            yield Remark(
+                "rounded_coefficients",
+                f"Every entry of H_res is a number of {str(dtype).removeprefix('torch.')} {_places(facts, at)}, and its sums "
+                f"are off by up to {_number(error)}: the coefficients are computed in half precision",
+                error,
+                tuple(at),
+            )
+            return
+
+
+def _is_rounded(facts: Facts, dtype: torch.dtype) -> bool:
+    rounded = facts.mix.to(dtype).to(facts.mix.dtype)
+    return facts.mixes and torch.equal(facts.mix, rounded) and facts.mix.unique().numel() > MANY
+
+
 # --- what the matrix is
 
 
@@ -537,5 +562,6 @@ RULES: tuple[Rule, ...] = (
     unlearnable,
     swapped,
     rounded,
+    computed_in_half_precision,
     other_input,
 )

@@ -23,11 +23,9 @@ from depthscope.probes.interventions.model_under_test import (
     ModelUnderTest,
     Passed,
 )
+from depthscope.probes.interventions.replacements import COLLAPSED, MATRICES
 
 Numbers: TypeAlias = int | Iterable[int] | None
-
-# Sinkhorn's steps converge geometrically; where they do not within so many, the limit has zeros that are reached like 1/k.
-SINKHORN_STEPS, SINKHORN_ERROR = 10_000, 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,9 @@ def plan(
     ----------
     kind : str
         ``"skip"``, ``"skip_past"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``,
-        ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``
-        (of the state at a depth).
+        ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``,
+        ``"bypass"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``, ``"merge_streams"`` (of the
+        state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth stands for the block or connection that ends there.
     together : bool
@@ -236,11 +235,7 @@ def _selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) 
 
 
 def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
-    if model.chain.over_depth or model.chain.history:
-        raise InterventionError(
-            f"{kind.name}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
-            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
-        )
+    _require_sums_of_blocks(kind.name, model)
     layers = model.layers
     following = dict(zip(layers, list(layers)[1:], strict=False))
     for block, (start, stop) in layers.items():
@@ -258,6 +253,14 @@ def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Ite
             "repeat": _repeat,
             "swap": lambda block, model: _swap(block, following[block], model),
         }[kind.name](block, model)
+
+
+def _require_sums_of_blocks(kind: str, model: ModelUnderTest) -> None:
+    if model.chain.over_depth or model.chain.history:
+        raise InterventionError(
+            f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
+            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
+        )
 
 
 def _skip(block: int, model: ModelUnderTest) -> Change:
@@ -392,74 +395,60 @@ def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
     return Change(name, rule, edits, block=link.layer, depth=link.depth_out, connection=number)
 
 
-def identity_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The identity, at every token."""
-    return torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix)
-
-
-def uniform_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """J/n, at every token."""
-    return torch.full_like(mix, 1 / mix.shape[-1])
-
-
-def mean_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over all real tokens of all sequences."""
-    real = mix.flatten(0, 1) if mask is None else mix[mask.cpu()]
-    return real.mean(0).expand_as(mix)
-
-
-def sinkhorn_limit(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The doubly stochastic matrix that rows and columns normalised in turn converge to, token by token.
-
-    Scaling rows and columns does not move it, so the limit from H_res is the limit from its logits.
-
-    Raises InterventionError: For matrices with an entry that is not positive, and where the steps do not converge.
-    """
-    if bool((mix <= 0).any()):
-        raise InterventionError(
-            f"sinkhorn: H_res has entries down to {float(mix.min()):.3g}; Sinkhorn's steps need positive ones. Take identity, "
-            "uniform or mean"
-        )
-    limit = mix
-    for _ in range(SINKHORN_STEPS):
-        limit = limit / limit.sum(-2, keepdim=True)
-        limit = limit / limit.sum(-1, keepdim=True)
-        if float((limit.sum(-2) - 1).abs().max()) <= SINKHORN_ERROR:
-            return limit
-    raise InterventionError(
-        f"sinkhorn: after {SINKHORN_STEPS} steps the column sums are still off by "
-        f"{float((limit.sum(-2) - 1).abs().max()):.1e}; the entries of H_res differ by too many orders of magnitude"
-    )
-
-
-MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "identity": identity_matrix,
-    "uniform": uniform_matrix,
-    "mean": mean_matrix,
-    "sinkhorn": sinkhorn_limit,
-}
-"""What takes the place of H_res (B, T, N, N), by the kind of the experiment."""
-
-
 # --- states
 
 
 def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
-    if kind.name == "massive":
-        yield from _without_massive(depths, model)
-    elif kind.name == "patch":
-        states = _source_states(wanted, model)
-        for depth in depths:
-            if depth in states:
-                yield _patched(depth, states[depth], wanted, model)
-    elif kind.name == "rescue":
-        yield from _rescues(depths, wanted, model)
-    else:
-        make = _dropped if kind.name == "drop_stream" else _frozen
-        for depth in depths:
-            for stream in _streams(wanted, model):
-                yield make(depth, stream, wanted.tokens, model)
+    if kind.name in COLLAPSED:
+        return (_collapsed(kind.name, depth, model) for depth in depths)
+    made: dict[str, Callable[[], Iterator[Change]]] = {
+        "massive": lambda: _without_massive(depths, model),
+        "patch": lambda: _patches(depths, wanted, model),
+        "rescue": lambda: _rescues(depths, wanted, model),
+        "bypass": lambda: _bypassed([depth for depth in depths if depth], wanted, model),
+        "drop_stream": lambda: _of_streams(_dropped, depths, wanted, model),
+        "freeze_stream": lambda: _of_streams(_frozen, depths, wanted, model),
+    }
+    return made[kind.name]()
+
+
+def _of_streams(
+    make: Callable[..., Change], depths: list[int], wanted: Plan, model: ModelUnderTest
+) -> Iterator[Change]:
+    for depth in depths:
+        for stream in _streams(wanted, model):
+            yield make(depth, stream, wanted.tokens, model)
+
+
+def _patches(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    states = _source_states(wanted, model)
+    for depth in depths:
+        if depth in states:
+            yield _patched(depth, states[depth], wanted, model)
+
+
+def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    """The steps to the named depths at once, or one at a time where none is named."""
+    _require_sums_of_blocks("bypass", model)
+    spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
+    for first, last in spans:
+        yield _bypass(first, last)
+
+
+def _bypass(first: int, last: int) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {last: lambda state, seen: _fitting(seen[first - 1], state, first - 1, last).clone()}
+
+    steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
+    return Change(f"without the {steps}", "bypass", edits, depth=last)
+
+
+def _collapsed(kind: str, depth: int, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {depth: lambda state, seen: COLLAPSED[kind](state, model.mask)}
+
+    return Change(f"{kind} at depth {depth}", kind, edits, block=model.chain.points[depth].layer, depth=depth)
 
 
 def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:

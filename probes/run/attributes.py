@@ -56,6 +56,7 @@ def run_attributes(
         "num_parameters": sum(parameter.numel() for parameter in all_parameters(session.model)),
         "seed": options.seed,
         "data_digest": _data_digest(sequences) if digests else None,
+        "distinct_tokens": _distinct_tokens(sequences),
         "weights_digest": weights_digest(session.model) if unchanged else None,
         "weights_not_read": _not_read(session.model) or None,
         "sampling": {
@@ -84,6 +85,15 @@ def _not_read(model: nn.Module) -> str:
         f"{offloaded} of {len(parameters)} parameters are offloaded and come into memory for their module's forward alone: no "
         "digest, norms or updates of the weights, nor whether they are as initialised"
     )
+
+
+def _distinct_tokens(sequences: list[Sequence]) -> dict[str, float] | None:
+    """How many different tokens came in; None where the model's input is no row of whole numbers a sequence."""
+    rows = [sequence.row.reshape(-1) for sequence in sequences if sequence.row is not None]
+    if not rows or any(row.is_floating_point() or row.is_complex() or row.numel() < 2 for row in rows):
+        return None
+    each = [int(row.unique().numel()) for row in rows]
+    return {"per_sequence": sum(each) / len(each), "in_all": float(torch.cat(rows).unique().numel())}
 
 
 def _data_digest(sequences: list[Sequence]) -> str:

@@ -18,6 +18,7 @@ from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_d
 from depthscope.probes.run.groups import chain_groups
 from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.run.memory import memory_facts
+from depthscope.probes.run.module_remarks import module_remarks
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
@@ -87,6 +88,7 @@ def build_run(
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence, replaced = proven or prove(session, rows)
     remarks, logits = connection_remarks(session.structure, evidence, replaced, followed)
+    remarks += module_remarks(session.model)
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}

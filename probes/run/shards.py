@@ -383,6 +383,9 @@ def _joined_attributes(
         attrs["remarks"] = list(
             {(of["kind"], str(of["connections"])): of for of in reversed(remarks)}.values()
         )[::-1]
+    # What was tried on one part's first batch, of what that part alone let suspect, is nothing about all of them.
+    attrs = {name: value for name, value in attrs.items() if name not in OF_ONE_PART}
+    attrs |= _joined_inputs(runs)
     attrs["sampling"] = {
         **_sampling(runs[0]),
         "sequences_seen": sum(int(_sampling(run)["sequences_seen"]) for run in runs),
@@ -395,6 +398,27 @@ def _joined_attributes(
     expected = coverage["expected"].values > 0
     attrs |= {"sites_expected": int(expected.sum()), "sites_fired": int((fired & expected).sum())}
     return attrs | {"merged_runs": len(runs)}
+
+
+OF_ONE_PART = ("consequences", "task", "distinct_tokens")
+
+
+def _joined_inputs(runs: Sequence[xr.DataTree]) -> dict[str, Any]:
+    """The task with the mean loss of all parts, and how many different tokens came in at least."""
+    found: dict[str, Any] = {}
+    shares = [int(_sampling(run)["sequences_seen"]) for run in runs]
+    tasks = [run.attrs.get("task") for run in runs]
+    if all(isinstance(task, Mapping) for task in tasks):
+        losses = [float(task["loss"]) for task in tasks]  # type: ignore[index]
+        rest = [{name: value for name, value in task.items() if name != "loss"} for task in tasks]  # type: ignore[union-attr]
+        if all(one == rest[0] for one in rest):
+            found["task"] = rest[0] | {"loss": float(np.average(losses, weights=shares))}
+    counts = [run.attrs.get("distinct_tokens") for run in runs]
+    if all(isinstance(count, Mapping) for count in counts):
+        each = [float(count["per_sequence"]) for count in counts]  # type: ignore[index]
+        most = max(float(count["in_all"]) for count in counts)  # type: ignore[index]
+        found["distinct_tokens"] = {"per_sequence": float(np.average(each, weights=shares)), "in_all": most}
+    return found
 
 
 def _constraint_attributes(attrs: Mapping[str, Any], trace: xr.Dataset) -> dict[str, Any]:

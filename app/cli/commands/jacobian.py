@@ -89,7 +89,7 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
             (
                 str(row["start"]),
                 str(row["stop"]),
-                _number(row["singular_values"][0], row["errors"][0]),
+                _at_least(row["singular_values"][0], row["errors"][0]),
                 _number(row["mean_square"], row["mean_square_error"]),
                 _number(row["square_variance"], row["square_variance_error"]),
             )
@@ -97,9 +97,17 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
         ],
     )
     say()
+    say("≥: found in a subspace, so that the largest σ may be larger; some σ lies within the residual of it")
     say("mean σ² 1 and variance 0: every small change keeps its size (dynamical isometry)")
     if path is not None:
         say(f"saved: {printable(path)}")
+
+
+def _at_least(value: float | None, residual: float | None) -> str:
+    """A lower bound, with the residual of the vector that gives it."""
+    if value is None:
+        return "-"
+    return f"≥ {value:.4g}" if residual is None else f"≥ {value:.4g} (residual {residual:.1g})"
 
 
 def _number(value: float | None, error: float | None) -> str:

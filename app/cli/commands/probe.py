@@ -103,6 +103,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also the gradient of the loss",
     )
     parser.add_argument(
+        "--settle",
+        type=Number(0, 1000),
+        default=10,
+        metavar="N",
+        help="at most N forwards to try whether what is suspected does harm (default 10; none where nothing is)",
+    )
+    parser.add_argument(
         "--verdict",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -145,9 +152,11 @@ def _run(args: argparse.Namespace) -> int:
             seed=args.seed,
             streaming=args.streaming,
             first_sequence=of_shard.get("first_sequence", 0),
+            settle=args.settle,
             token_text=token_texts(loaded, batch),
             attrs={
                 "model": loaded.name,
+                "checkpoint": 1,
                 "weights_digest": loaded.digest,
                 "data": text_name(args.text),
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",

@@ -76,6 +76,13 @@ token_cosine = _tokens(
     "mean cosine of two tokens",
     note="1 means that all tokens point the same way.",
 )
+sequence_share = CurveFigure(
+    "sequence_share",
+    "Share of the variance that is between sequences",
+    "variance between sequences / variance",
+    question="collapse",
+    note="0: all sequences have the same states.",
+)
 dirichlet_energy = _tokens(
     "dirichlet_energy",
     "Dirichlet energy across depth",

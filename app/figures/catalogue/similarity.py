@@ -233,3 +233,9 @@ effective_depth = _steps(
     "steps",
     note="Against independent branches of the size of the first state; half of their turn counts half.",
 )
+step_spread = _steps(
+    "step_spread",
+    "Share of each step that depends on the token",
+    "1 − ‖mean step‖² / mean ‖step‖²",
+    note="0: the step adds the same vector to every token.",
+)

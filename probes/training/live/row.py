@@ -240,7 +240,8 @@ def _of_loss(measured: StepStatistics) -> dict[str, LiveValue]:
     values = (measured.loss, float(not math.isfinite(measured.loss)), measured.loss_rise)
     return {
         name: _number(value, of["long_name"])
-        for (name, of), value in zip(OF_LOSSES.items(), values, strict=True)
+        # The largest rise so far is of all rows, and read off them.
+        for (name, of), value in zip(OF_LOSSES.items(), values, strict=False)
     }
 
 

@@ -78,7 +78,7 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatc
     said = words(test)
     assert "The streams are still copies of one another deep in the network." in said
     assert "cosine between streams" in said
-    assert "above 0.999 (this project)" in said
+    assert "limit 0.999 (depthscope's default)" in said
     assert all(f"{label}:" in said for label in ("Where", "Why", "Next"))
     facts = test.table[0].value
     assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]

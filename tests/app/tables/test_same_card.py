@@ -35,7 +35,8 @@ def plain(text: str) -> str:
 
 def test_every_face_shows_the_same_words(reading, monkeypatch):
     cards = cards_of(reading)
-    assert any(card.severity == "FAIL" for card in cards)
+    # Of a run without its model nothing is settled, which is one step milder.
+    assert any(card.severity == "WARN" for card in cards)
     assert any(card.curve for card in cards)
     # Wide, so that no part of a card is cut.
     terminal = plain(cards_text(cards, width=100_000))

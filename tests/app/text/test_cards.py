@@ -171,7 +171,7 @@ def test_a_verdict_is_explained_with_its_limits_and_the_equation_of_its_number(c
     assert main(["explain", "stream_collapse"]) == 0
     said = capsys.readouterr().out
     assert "WARN below" in said
-    assert "(this project)" in said
+    assert "(depthscope's default)" in said
     assert r"\sigma_1" in said
 
 

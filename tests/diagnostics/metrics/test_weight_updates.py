@@ -96,14 +96,15 @@ def test_a_module_that_a_step_rewrites_is_named():
     assert (found.verdict, found.severity.name, found.axis) == ("large_update", "FAIL", "weight")
     assert found.value == 2.0
     assert (
-        "is 2 in blocks.0.up, above 0.5 (this project); it is above 0.1 in 2 of 3 modules." in found.sentence
+        "is 2 in blocks.0.up, limit 0.5 (depthscope's default); it is above 0.1 in 2 of 3 modules."
+        in found.sentence
     )
 
 
 def test_a_module_that_stands_still_is_named():
     (found,) = judged([1e-3, 1e-3, 0.0]).values()
     assert (found.verdict, found.severity.name) == ("lost_update", "WARN")
-    assert "is 0 in head, below 1e-07" in found.sentence
+    assert "is 0 in head, limit 1e-07" in found.sentence
 
 
 def test_where_no_optimizer_ran_nothing_is_said():

@@ -119,6 +119,60 @@ def shifted(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     return block(x) + 40 * torch.linspace(-1, 1, WIDTH)
 
 
+def only_a_bias() -> nn.Module:
+    block = idle()
+    nn.init.normal_(block.mlp.branch[2].bias)
+    return block
+
+
+def forgetful() -> nn.Module:
+    """A block that gives every sequence the states of the first one."""
+    return step(lambda x, block: block(x)[:1].repeat(len(x), 1, 1), Block())
+
+
+def batch_norm() -> nn.Module:
+    """Trained weights, and the statistics that it was made with."""
+    norm = nn.BatchNorm1d(WIDTH)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    return step(lambda x, norm: x + norm(x.mT).mT, norm.eval())
+
+
+def with_softmax() -> nn.Module:
+    model = pre_norm()
+    model.head = nn.Sequential(model.head, nn.Softmax(-1))
+    return model
+
+
+def size_of(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    return output.square().mean()
+
+
+def next_token(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+class Uncausal(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention.branch.causal = False
+
+
+def without_use() -> xr.DataTree:
+    """A step of Adam of a network that multiplies what a module gives by zero."""
+    model = plain(at(2, lambda: step(lambda x, block: x + 0.0 * block(x), Block())))
+    return recorded_step(model, torch.optim.Adam(model.parameters(), lr=1e-3))
+
+
+def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> xr.DataTree:
+    batch = tokens()
+    with probes.record(model, gradients=True, weights=True) as recorder:
+        loss = prediction(model(batch), batch)
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss)
+    return recorder.run
+
+
 def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
     """A loss whose gradient is infinite where it is zero."""
     return (output - output.detach()).abs().sqrt().sum()
@@ -126,17 +180,12 @@ def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
 
 def one_step(module: str, rate: float | None) -> xr.DataTree:
     """A step of Adam, with another learning rate for one module, or with that module frozen."""
-    model, batch = pre_norm(), tokens()
+    model = pre_norm()
     model.get_submodule(module).requires_grad_(rate is not None)
     special = list(model.get_submodule(module).parameters())
     others = [p for p in model.parameters() if all(p is not one for one in special)]
     optimizer = torch.optim.Adam([{"params": special, "lr": rate or 0.0}, {"params": others, "lr": 1e-3}])
-    with probes.record(model, gradients=True, weights=True) as recorder:
-        loss = prediction(model(batch), batch)
-        loss.backward()
-        optimizer.step()
-        recorder.step(loss)
-    return recorder.run
+    return recorded_step(model, optimizer)
 
 
 def with_losses(*losses: float) -> xr.DataTree:
@@ -159,6 +208,17 @@ def vectors(*values: float) -> list[torch.Tensor]:
 
 def with_one(number: int, other: torch.Tensor, rest: torch.Tensor = NEAR) -> list[torch.Tensor]:
     return [other if i == number else rest for i in range(CONNECTIONS)]
+
+
+class HalfPrecision(Constrained):
+    """Runs its Sinkhorn in bfloat16."""
+
+    def mixing(self):
+        logs = self.mix.bfloat16()
+        for _ in range(self.sinkhorn_steps):
+            logs = logs - logs.logsumexp(0, keepdim=True)
+            logs = logs - logs.logsumexp(1, keepdim=True)
+        return logs.exp().float()
 
 
 class Claiming(Constrained):
@@ -228,6 +288,14 @@ CASES: dict[str, Case] = {
     "diverged_loss": Case(
         lambda: with_losses(3.0, 2.0, 2.0, 2.0, 8.0, 8.0, 8.0), FAIL, says="over the loss at the start, is 3"
     ),
+    "loss_spike": Case(
+        lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
+    ),
+    "softmax_twice": case(with_softmax, FAIL, says="takes another one of it"),
+    "untrained_weights": case(pre_norm, INFO, says="as initialisers leave it"),
+    "looks_ahead": case(
+        lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
+    ),
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
     ),
@@ -274,6 +342,10 @@ CASES: dict[str, Case] = {
     "unlearnable_mixing": wired("detached", beside=("copied_streams", "sinkhorn_not_converged")),
     "swapped_weights": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
     "rounded_mixing": wired("cast", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
+    "rounded_coefficients": case(
+        lambda: streams(random_logits(1.0), make=HalfPrecision), WARN, says="a number of bfloat16",
+        beside=("sinkhorn_not_converged", "one_sided_mixing"),
+    ),
     "foreign_coefficients": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
@@ -303,6 +375,10 @@ CASES: dict[str, Case] = {
         lambda: streams(0.99 * IDENTITY + 0.01 * UNIFORM, writes=vectors(9.0, 10.0, 1000.0, 11.0)), WARN, "depth", 1, 12,
         stream="2", beside=("unwritten_stream",),
     ),
+    "silent_stream": case(
+        lambda: streams(torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0])) @ NEAR, writes=vectors(1, 0.5, 0.7, 0)),
+        WARN, "depth", 7, 12, stream="3", beside=("attenuation", "unwritten_stream"), says="exactly zero",
+    ),
     "copied_streams": case(
         lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
     ),
@@ -318,18 +394,27 @@ CASES: dict[str, Case] = {
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
     ),
-    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
+    # Losses that the large part of the state decides: what is beside it is of no use to them.
+    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6, loss=size_of),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
     "curse_of_depth": case(
         lambda: plain(lambda i: adding(38.0 if i < 2 else 3.0), 16), WARN, "depth", 9, 16, batch=tokens(4, 32),
-        says="The effective depth is",
+        says="The effective depth is", loss=size_of,
     ),
+    "constant_branch": case(lambda: plain(at(3, only_a_bias)), FAIL, "depth", 4, 4),
+    "equal_sequences": case(
+        lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
+    ),
+    "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
     ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
+    ),
+    "batch_without_differences": case(
+        pre_norm, INFO, batch=torch.full((4, 24), 7), says="cannot show rank collapse"
     ),
     "few_tokens_for_cka": case(
         pre_norm, INFO, batch=tokens(1, 8), says="0.8", part={"estimator": ["biased"]}
@@ -340,6 +425,7 @@ CASES: dict[str, Case] = {
     "frozen_module": Case(
         lambda: one_step("blocks.2.mlp.norm", None), WARN, says="No parameter of blocks.2.mlp.norm is trained"
     ),
+    "silent_module": Case(without_use, WARN, says="exactly zero", beside=("lost_update", "idle_layer")),
     "unproven_reading": case(
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.tanh), 4), INFO,
         says="This reading is unproven: ",

@@ -13,8 +13,15 @@ from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, Findings, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
 from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.models.shown_harm import with_result
 
-READING = {"ambiguous_orientation", "small_sample", "few_tokens_for_cka", "unproven_reading"}
+READING = {
+    "ambiguous_orientation",
+    "batch_without_differences",
+    "small_sample",
+    "few_tokens_for_cka",
+    "unproven_reading",
+}
 
 
 def judged(values, *, begins=False, **limits) -> Finding:
@@ -51,7 +58,7 @@ def test_a_finding_is_at_its_worst_place_and_begins_at_its_first(seed):
 def test_what_spreads_says_with_which_number_it_begins():
     found = judged([1.0, 0.5, 0.008, 0.004, 4e-9], begins=True, warn=0.01, above=False)
     assert found.excess == pytest.approx(0.01 / 4e-9)
-    assert "is 4e-09 at depth 4, below 0.01" in found.sentence
+    assert "is 4e-09 at depth 4, limit 0.01" in found.sentence
     assert "it begins with 0.008 at depth 2 and is below 0.01 from depth 2 to depth 4" in found.sentence
     # Of equal numbers no place is the worst.
     assert place_of(judged([0.0, 2.0, 2.0], warn=1.0)) == "depth 1–2"
@@ -114,7 +121,7 @@ def test_every_face_has_a_line_of_its_own_for_the_reading(make_run):
 def test_a_representation_is_placed_on_the_axis_of_all_depths():
     """States inside blocks are not compared: «depth 0 to depth 8» of 16 was half of the network."""
     states = walk(16, branch=1e-4)
-    analysis = diagnostics.analyze(residual_run(states, sites=["embed", *["mid", "post"] * 8]))
+    analysis = with_result(diagnostics.analyze(residual_run(states, sites=["embed", *["mid", "post"] * 8])))
     (same,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
     assert same.severity is Severity.FAIL
     assert (same.first, same.last) == (0, 16)

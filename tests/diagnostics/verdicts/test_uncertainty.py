@@ -46,7 +46,7 @@ def test_what_may_be_on_the_other_side_is_not_decided():
     # Half of the interval is 2.776 × 4 = 11.1: it reaches from 8.9 to 31.
     (found,) = uncertainty.findings(large, analysis([1.0, 20.0], 4.0))
     assert found.severity == Severity.INFO
-    assert found.sentence.startswith("The norm is 20 at depth 1, above 10")
+    assert found.sentence.startswith("The norm is 20 at depth 1, limit 10")
     assert "within the 95 % interval over 5 sequences" in found.sentence
     assert found.first == found.last == 1
 

@@ -12,6 +12,7 @@ import depthscope as ds
 from depthscope.diagnostics import experiments
 from depthscope.diagnostics.experiments import results
 from depthscope.probes.interventions import InterventionError
+from depthscope.probes.interventions.changes import changes
 from tests.models.families import DECODERS, STREAMS, built
 from tests.models.small_models import llama
 from tests.probes.interventions.local_streams import LocalStreams, ids
@@ -40,6 +41,32 @@ def test_loss_divergence_and_interval_of_a_skipped_block():
         moved = (without(batch) - model(batch)).norm(dim=-1) / model(batch).norm(dim=-1)
     np.testing.assert_allclose(found.token_output_change[0], moved, atol=1e-5)
     assert np.isnan(found.base_loss.values[:, -1]).all()  # no next token is known there
+
+
+def test_what_a_collapse_would_leave_takes_the_place_of_a_state():
+    model, batch = LocalStreams(layers=2).eval(), ids(3)
+    model_under_test = ds.interventions.ModelUnderTest(model, batch)
+    depth, last = 2, max(model_under_test.base.states)
+    state = model_under_test.base.states[depth]
+    mean = state.mean((0, 1), keepdim=True)
+    about = (state - mean).flatten(2).flatten(0, 1).double()
+    direction = torch.linalg.svd(about).Vh[0]
+    along = ((about @ direction)[:, None] * direction).view(state.shape).float()
+    expected = {
+        "merge_tokens": state.mean(1, keepdim=True).expand_as(state),
+        "without_mean": state - mean,
+        "one_direction": mean + along,
+        "merge_streams": state.mean(2, keepdim=True).expand_as(state),
+        "bypass": model_under_test.base.states[depth - 1],
+    }
+    for kind, changed in expected.items():
+        (change,) = changes(ds.interventions.plan(kind, depths=depth), model_under_test)
+        passed = model_under_test.forward(change.edits(model_under_test))
+        torch.testing.assert_close(passed.states[depth], changed, atol=1e-5, rtol=1e-4)
+    (change,) = changes(ds.interventions.plan("bypass", depths=range(1, last + 1)), model_under_test)
+    passed = model_under_test.forward(change.edits(model_under_test))
+    assert torch.equal(passed.states[last], model_under_test.base.states[0])
+    assert len(changes(ds.interventions.plan("bypass"), model_under_test)) == last
 
 
 def test_several_batches_are_one_sample():

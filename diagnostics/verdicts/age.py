@@ -1,0 +1,68 @@
+"""How old is a network? Facts about its training: the loss against guessing, the step, how far the weights have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import xarray as xr
+
+TASK = "task"
+"""Attribute of a run: what its loss is of: the ``classes``, the loss of ``guessing`` among them, and the ``loss`` itself."""
+
+# Share of the loss of guessing. Below it a network has learned more than how often each class comes.
+LEARNED = 0.7
+# Norms begin at 1; within 0.15 of it a network has made some hundred steps at most, or more at a small learning rate.
+YOUNG = 0.15
+# Steps of a recording after which nothing is as it was drawn any more.
+MANY_STEPS = 300
+# ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
+MOVED = 0.1
+
+
+class Age(NamedTuple):
+    """Whether a network is past its start; None where no fact tells. Heuristics of ours, each named in the words."""
+
+    trained: bool | None
+    words: str
+
+
+def age_of(analysis: xr.Dataset) -> Age:
+    """What the facts say, the surest first: what was learned, then how long, then what the weights look like."""
+    attrs = analysis.attrs
+    moved, share = _number(attrs.get("norms_moved")), share_of_guessing(attrs)
+    near = moved is not None and moved <= YOUNG
+    gains = f"its norm gains are still within {moved or 0.0:.2g} of 1"
+    if share is not None and share < LEARNED:
+        return Age(True, f"the loss is {100 * share:.0f} % of that of guessing")
+    step = _number(analysis["step"].values) if "step" in analysis.coords else None
+    if step is not None and step >= MANY_STEPS:
+        return Age(True, f"it has trained for {step:.0f} steps")
+    distance = analysis.get("first_weight_distance")
+    if distance is not None and float(distance.max()) > MOVED:
+        return Age(True, f"its weights have moved by up to {100 * float(distance.max()):.0f} %")
+    if attrs.get("untouched"):
+        return Age(False, "the weights are as they were drawn")
+    if attrs.get("small_start"):
+        return Age(False, str(attrs["small_start"]))
+    if near and share is not None:
+        return Age(False, f"the loss is {100 * share:.0f} % of that of guessing, and {gains}")
+    if near and step:
+        return Age(False, f"it has trained for {step:.0f} steps, and {gains}")
+    return Age(None, gains if near else "how long it has trained is not known")
+
+
+def share_of_guessing(attrs: Mapping[str, Any]) -> float | None:
+    """The loss over that of guessing among all classes; None where either is not known."""
+    task = attrs.get(TASK)
+    task = task if isinstance(task, Mapping) else {}
+    loss, guessing = _number(task.get("loss")), _number(task.get("guessing"))
+    return loss / guessing if loss is not None and guessing else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if found == found else None

@@ -1,0 +1,86 @@
+"""Does what a verdict suspects do harm? A number outside of what healthy networks show is loud where its consequence is shown.
+
+One rule for all: the statistic is compared with its reference (the limits, and what came in); what is beyond them is a
+suspicion; the experiment of `SETTLED_BY` that the run has of it decides. What may be left out, replaced or merged at no cost
+is of no use, and the finding keeps its severity; what costs something is of use, and the finding is a note. Without a result
+it is one step milder and says that it was not settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from depthscope.diagnostics.experiments import consequence_words
+from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.finding import Finding, Severity
+
+CONSEQUENCES = "consequences"
+"""Attribute of a run: the results of the experiments that its suspicions named, one mapping each."""
+
+SHOWN, REFUTED, OPEN = "shown", "refuted", "not settled"
+
+# What a change costs is nothing where it is below this share of what the network has learned, and always below 0.01 nats.
+COSTS, LEAST_COST = 0.05, 0.01
+# Of a network whose loss is not below this share of guessing, the loss shows nothing: then the output must stay.
+INFORMED = 0.9
+SAME_OUTPUT = 0.15
+
+ADVICE = "settle it with depthscope.settle(run, model, batch)"
+
+
+def weighed(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding:
+    """The finding of a suspicion with the severity that its consequence gives it; as it is where none was measured."""
+    result = _result_of(finding, attrs, chain)
+    if finding.severity <= Severity.INFO or result is None or "why" in result:
+        return finding
+    harm, reason = _is_harm(result, attrs)
+    told = f"{finding.sentence} {consequence_words(result)}{reason}"
+    if harm:
+        return replace(finding, settled=SHOWN, sentence=told)
+    return replace(finding, settled=REFUTED, severity=Severity.INFO, sentence=told)
+
+
+def unsettled(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding:
+    """A loud suspicion of which no consequence was measured: one step milder, and it says why."""
+    if finding.severity <= Severity.INFO or finding.settled:
+        return finding
+    result = _result_of(finding, attrs, chain)
+    why = f": {result['why']}" if result else f"; {ADVICE}"
+    return replace(
+        finding,
+        severity=Severity(finding.severity - 1),
+        settled=OPEN,
+        sentence=f"{finding.sentence} Suspected, and not settled{why}.",
+    )
+
+
+def _result_of(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Mapping[str, Any] | None:
+    """The result of the experiment at the finding's place; a file may have anything in its place."""
+    results = attrs.get(CONSEQUENCES)
+    for result in results if isinstance(results, (list, tuple)) else ():
+        if not isinstance(result, Mapping):
+            continue
+        same = (result.get("verdict"), result.get("chain"), result.get("stream"))
+        if same != (finding.verdict, chain, finding.stream):
+            continue
+        if finding.axis == "run" or (result["first"] <= finding.last and finding.first <= result["last"]):
+            return result
+    return None
+
+
+def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether what the finding is about is of no use, and what the reader needs to know to see why."""
+    cost, base = result.get("loss_change"), result.get("loss")
+    task = attrs.get(TASK)
+    guessing = task.get("guessing") if isinstance(task, Mapping) else None
+    if cost is not None and base is not None and (guessing is None or base < INFORMED * guessing):
+        scale = abs(base) if guessing is None else guessing - base
+        return cost <= max(LEAST_COST, COSTS * scale), ""
+    at_chance = (
+        "" if cost is None else f" The loss, {base:.3g}, is no better than guessing, and shows nothing."
+    )
+    if result.get("claim") == "harmful":  # what a network that has learned nothing does with it is no excuse
+        return True, at_chance
+    return (result.get("output_change") or 0.0) <= SAME_OUTPUT, at_chance

@@ -1,0 +1,72 @@
+"""Does what leaves a block still depend on what came in? On the token, on the sequence, and on nothing that comes later.
+
+Limits without a source are heuristics of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.references import FEWEST, distinct
+from depthscope.diagnostics.verdicts.wiring import told
+
+# Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
+SHARED_INPUT = 0.01
+
+
+@verdict(
+    metric="step_spread",
+    limits=Limits(warn=1e-3, fail=1e-6, above=False),
+    follows_from={
+        "rank_collapse": from_there_on,
+        "dead_state": from_there_on,
+        "equal_sequences": from_there_on,
+        "common_vector": overlapping,
+    },
+    drawn_on=("step_spread",),
+)
+def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """A block adds the same vector to every token: it computes nothing.
+
+    Look for weights that are zero beside a bias, for a norm whose gain is zero, or for a nonlinearity that no token passes.
+    """
+    tokens = distinct(attrs, "in_all")
+    if tokens is None or tokens >= FEWEST:
+        spread = step_spread.sel(stream="mean", drop=True)
+        yield Profile(
+            spread, "of what the step adds, the share that depends on the token is", metric="step_spread"
+        )
+
+
+@verdict(
+    metric="sequence_share",
+    limits=Limits(warn=1e-4, fail=1e-8, above=False),
+    follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on, "common_vector": overlapping},
+)
+def equal_sequences(sequence_share: xr.DataArray) -> Iterator[Profile]:
+    """All sequences have the same states: the network no longer sees its input.
+
+    Look in that block for a mean over the batch, a row that is taken for all, or a mask that leaves only the position.
+    """
+    share = sequence_share.sel(stream="mean", drop=True)
+    # Of equal sequences nothing else can be expected.
+    if float(share.isel(depth=0)) > SHARED_INPUT:
+        later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
+        yield Profile(
+            share.where(later), "of the variance of the states, the share between sequences is", begins=True
+        )
+
+
+@verdict(metric="gradient_norm", limits=Limits(fail=1e-3))
+def looks_ahead(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The network sees the tokens that it has to predict.
+
+    Check the causal mask on the path that runs: a fast path may mask where a slow one (dropout, a bias, a cache) does not.
+    """
+    yield from told(attrs, "looks_ahead")

@@ -1,0 +1,88 @@
+"""What could this batch show at all? The differences that came in bound those that can be lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+
+DISTINCT = "distinct_tokens"
+"""Attribute of a run: how many different tokens the sampled sequences have, each on average and all together."""
+
+FEWEST = 3  # different tokens, of which a rank can fall
+# A Dong residual that rounding leaves of equal tokens.
+EQUAL = 1e-5
+
+
+def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
+    """How many different tokens came in; None where the input has no numbers that name tokens.
+
+    ``scope``: ``"per_sequence"`` or ``"in_all"``.
+    """
+    known = attrs.get(DISTINCT)
+    found = known.get(scope) if isinstance(known, Mapping) else None
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) -> float:
+    """The largest rank about the mean that these states can have: of noise, the first state, tokens and classes."""
+    task = attrs.get(TASK)
+    classes = task.get("classes") if isinstance(task, Mapping) else None
+    tokens = distinct(attrs, "in_all")
+    bounds = [null, float(rank.isel(depth=0)), *(n - 1.0 for n in (tokens, classes) if n is not None)]
+    return null if math.isnan(null) else min(bound for bound in bounds if not math.isnan(bound))
+
+
+def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> xr.DataArray | None:
+    """Differences between tokens, 1 where they are as large as can be, relative to what came in; None where nothing did.
+
+    Where the tokens are known to differ, a first state without differences is the network's own, and is judged as it is.
+    """
+    tokens, first = distinct(attrs, scope), float(values.isel(depth=0))
+    if tokens is not None:
+        return values if tokens >= FEWEST else None
+    if math.isnan(first):
+        return values
+    if first < EQUAL:
+        return None
+    after = values / min(first, 1.0)
+    return after.where(after["depth"] != after["depth"][0]) if "depth" in after.coords else after
+
+
+@verdict(metric="dong_residual", limits=Limits(info=EQUAL, above=False), about="reading")
+def batch_without_differences(
+    dong_residual: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterable[Profile] | None:
+    """The tokens of this batch do not differ.
+
+    Capture the network on text or data with different tokens in every sequence.
+    """
+    tokens = distinct(attrs, "per_sequence")
+    first = dong_residual.sel(tokens="ordinary", stream="mean", drop=True).isel(depth=0, drop=True)
+    if tokens is None and not float(first) < EQUAL:
+        return None
+    if tokens is not None and tokens >= FEWEST:
+        return None
+    what = "All tokens of each sequence are identical"
+    if tokens is not None and tokens > 1:
+        what = f"The sequences have {tokens:.2g} different tokens each"
+    sentence = (
+        f"{what}: this batch cannot show rank collapse (at least {FEWEST} are needed, {VERDICT_SOURCE})."
+    )
+    return [
+        Profile(
+            first.copy(data=0.0),
+            "the differences between the tokens are",
+            sentence=sentence,
+            ceiling=Severity.INFO,
+        )
+    ]
+
+
+VERDICT_SOURCE = batch_without_differences.limits.source

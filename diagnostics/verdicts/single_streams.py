@@ -1,0 +1,136 @@
+"""Is every stream read, written and of a size like the others'? Verdicts on single streams.
+
+Limits without a comment or a source are heuristics of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.causes import anywhere
+from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.streams import UNTRAINED, are_untrained
+
+
+def _mean_shares(share: xr.DataArray) -> xr.DataArray:
+    """Share of each stream over all connections."""
+    return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
+
+
+def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[Profile]:
+    shares = _mean_shares(share)
+    for stream in shares["stream"].values.tolist():
+        relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
+        words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
+        yield Profile(relative, words, stream=str(stream), **options)
+
+
+@verdict(
+    metric="read_share",
+    limits=Limits(warn=0.1, above=False, source=CALIBRATED),
+    not_for=ALTUP,
+    follows_from={"dominant_stream": anywhere},
+)
+def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None = None) -> Iterator[Profile]:
+    """A stream is hardly read by any connection.
+
+    Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
+    """
+    untrained = are_untrained(stream_cosine, read_share)
+    yield from _unused_streams(read_share, "read", start=UNTRAINED if untrained else "", at_start=untrained)
+
+
+@verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))
+def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
+    """A stream is hardly written by any connection.
+
+    Fewer streams would do, or a start that writes to them all; check the gradient of H_post.
+    """
+    yield from _unused_streams(write_share, "written")
+
+
+# Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
+@verdict(
+    metric="signal_share",
+    limits=Limits(warn=0.9, source=CALIBRATED),
+    not_for=ALTUP,
+    follows_from={"loud_stream": anywhere},
+)
+def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
+    """One stream carries nearly all that the connections read.
+
+    The network is then a plain residual one with spare streams: vary the initial read weights, or use fewer.
+    """
+    # What is read of a stream is its weight times its size; without states, as of weight files, the weight alone.
+    shares = _mean_shares(read_share if signal_share is None else signal_share)
+    if shares.isnull().any():
+        return
+    top = int(np.argmax(shares.values))
+    name = str(shares["stream"].values[top])
+    what = (
+        "weights by which the connections read"
+        if signal_share is None
+        else "signal that the connections read"
+    )
+    yield Profile(
+        shares.isel(stream=top, drop=True), f"of the {what}, stream {name} has a share of", stream=name
+    )
+
+
+# Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
+@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED), not_for=ALTUP)
+def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """One stream is much larger than the others.
+
+    What is read from the streams, or averaged over them, is then that stream alone. Look at what is written to it, and at the
+    row of H_res that feeds it; a norm of each stream before it is read keeps them alike.
+    """
+    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
+    if len(streams) < 2:
+        return
+    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
+    if "site" in sizes.coords:
+        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
+    ranked = np.sort(sizes.values, axis=1)
+    # Beside the median of the others: of two streams, the other one.
+    loudest, others = ranked[:, -1], np.median(ranked[:, :-1], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = loudest / others  # infinite where the others are zero, undefined where all are
+    # Streams may begin as zeros, which the first connections fill.
+    values[:1] = np.where(others[:1] > 0, values[:1], np.nan)
+    ratio = sizes.isel(stream=0, drop=True).copy(data=values)
+    if ratio.isnull().all():
+        return
+    at = int(np.nanargmax(values))
+    name = str(streams[int(np.argmax(sizes.values[at]))])
+    words = f"the size of stream {name}, relative to the median of the others, is"
+    note = "" if np.isfinite(values[at]) else "The median of the others is zero."
+    yield Profile(ratio, words, stream=name, note=note)
+
+
+@verdict(
+    metric="residual_norm", limits=Limits(warn=0.0), not_for=ALTUP, follows_from={"dead_state": anywhere}
+)
+def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """A stream is exactly zero while the others are not.
+
+    Look at its row of H_res and its weight of H_post, which are zero, or at a mask that leaves it out.
+    """
+    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
+    if len(streams) < 2:
+        return
+    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
+    # Streams may begin as zeros, which the connections fill.
+    late = np.arange(sizes.sizes["depth"])[:, None] > sizes.sizes["depth"] // 2
+    zero = (sizes == 0) & (sizes.max("stream") > 0) & late
+    for name in streams:
+        of_one = zero.sel(stream=name, drop=True)
+        where, sentence = np.flatnonzero(of_one.values), ""
+        if len(where):
+            sentence = f"Stream {name} is exactly zero from depth {where[0]} on; any size above 0 is expected ({DEFAULT})."
+        yield Profile(of_one.astype(float), f"stream {name} is zero at", stream=name, sentence=sentence)

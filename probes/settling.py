@@ -1,0 +1,298 @@
+"""Does what is suspected of a network do harm? The few experiments that the suspicions of a run name, kept in the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope.diagnostics import analyze
+from depthscope.diagnostics.errors import DepthscopeError, InputError
+from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
+from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
+from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
+from depthscope.probes.interventions.changes import Plan, plan
+from depthscope.probes.interventions.effects import ablate
+from depthscope.probes.interventions.model_under_test import ModelUnderTest, targets_of
+from depthscope.probes.interventions.predictions import SEES_LATER
+from depthscope.probes.session.options import ModelOptions, Options, takes_options
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+MOST_FORWARDS = 10
+# Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
+# whether its output predicts the next token, and whether anything leads around a changed state.
+FIRST_FORWARDS = 5
+# Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
+SEQUENCES, TOKENS = 4, 128
+
+
+@takes_options(ModelOptions)
+def settle(
+    run: xr.DataTree,
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    forwards: int = MOST_FORWARDS,
+    **options: Unpack[ModelOptions],
+) -> xr.DataTree:
+    """Try what the suspicions of a run name, and keep the results in the run, where `judge` finds them.
+
+    What a verdict suspects is loud where an experiment shows its consequence: what the loss (or the output, without labels)
+    loses when steps are left out, or when states are replaced by what a collapse would leave of them. `capture` does this by
+    itself; a run of `record` is settled with the model and a batch afterwards. The model is not changed.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run of this model.
+    model : Module
+        The model, as it was measured.
+    batch : mapping, tensor or tuple
+        One batch.
+    loss : callable, optional
+        ``loss(output, batch) -> scalar``, as in `capture`.
+    forwards : int
+        At most so many forwards; where nothing is suspected none is made.
+    **options
+        Each option of `Options`.
+
+    Returns
+    -------
+    DataTree
+        The run; its attribute ``consequences`` has one mapping for each suspicion that was tried, or why it could not be.
+
+    Raises
+    ------
+    InputError
+        For a negative number of forwards.
+    """
+    if forwards < 0:
+        raise InputError(f"came forwards={forwards}; expected 0 or more")
+    places = _places(run) if forwards > FIRST_FORWARDS else []
+    results: list[dict[str, Any]] = []
+    for chain in dict.fromkeys(chain for chain, _, _ in places):
+        of_chain = [(finding, analysis) for name, finding, analysis in places if name == chain]
+        results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
+    ahead = _looks_ahead(run, model, batch, options) if forwards >= FIRST_FORWARDS else []
+    if not results and not ahead:
+        return run
+    found: xr.DataTree = run.copy(deep=False)
+    found.attrs = {**run.attrs, **({CONSEQUENCES: results} if results else {})}
+    if ahead:
+        found.attrs["remarks"] = [*run.attrs.get("remarks", ()), *ahead]
+    return found
+
+
+# Share of the largest gradient at the first state that reaches the token which nothing predicts from: none may.
+LEAKED = 1e-3
+
+
+def _looks_ahead(
+    run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A remark where the outputs of a network that is trained on the next token depend on later ones.
+
+    The last token of a sequence predicts nothing that is judged, so that no gradient reaches it unless an earlier output looks
+    at it. What else couples the tokens, such as a balance of experts, is told from it by another last token: no output moves.
+    """
+    trace = run["trace"].to_dataset() if "trace" in run.children else xr.Dataset()
+    task = run.attrs.get(TASK)
+    if not (isinstance(task, Mapping) and task.get("predicts_next") and "gradient" in trace):
+        return []
+    first = trace["gradient"].isel(depth=0).transpose("sample", "token", "stream", "feature").values
+    real = trace["mask"].transpose("sample", "token").values
+    size = np.where(real, np.abs(np.nan_to_num(first)).max((2, 3)), 0.0)
+    last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
+    leaked = float(size[np.arange(len(last)), last].max())
+    if not leaked > LEAKED * float(size.max()):
+        return []
+    try:
+        under_test = ModelUnderTest(model, batch, Options(**options))
+        why = targets_of(under_test, under_test.values(under_test.base.output)).why
+    except DepthscopeError:
+        return []
+    if not why.startswith(SEES_LATER):
+        return []
+    sentence = (
+        "The loss is that of the next token, and the outputs depend on later tokens: "
+        f"{leaked / float(size.max()):.2g} of the largest gradient reaches a token that nothing may look at"
+    )
+    return [{"kind": "looks_ahead", "sentence": sentence, "value": 1.0, "connections": [], "sure": True}]
+
+
+@cache
+def _judged_metrics() -> tuple[str, ...]:
+    """The metrics that suspicions are read off."""
+    taken = {
+        name
+        for verdict in VERDICTS.values()
+        if verdict.suspicion
+        for name in (*verdict.needs, *verdict.wants)
+    }
+    return tuple(name for name in CATALOGUE if taken & {name, f"{name}_null"})
+
+
+def _places(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
+    """What is suspected, by chain, with the analysis that it is read off."""
+    if "trace" not in run.children:
+        return []
+    part = run.copy(deep=False)
+    for node in part["trace"].subtree:
+        sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
+        node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
+    analysis = analyze(part, metrics=_judged_metrics())
+    chains = (
+        {"": analysis}
+        if isinstance(analysis, xr.Dataset)
+        else {name: node.to_dataset() for name, node in analysis.children.items()}
+    )
+    return [(chain, finding, each) for chain, each in chains.items() for finding in suspected(each)]
+
+
+def _settled(
+    chain: str,
+    places: list[tuple[Finding, xr.Dataset]],
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    most: int,
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The results of the experiments on one chain, those of the worst suspicions first."""
+    wanted: dict[Plan, list[tuple[Finding, dict[str, Any]]]] = {}
+    for finding, analysis in places:
+        each, depths = _plan_of(finding, analysis)
+        if each in wanted or len(wanted) < most:
+            wanted.setdefault(each, []).append((finding, _place(finding, chain, depths)))
+    try:
+        result = ablate(model, batch, list(wanted), loss=_by_sequence(loss), chain=chain or None, **options)
+    except (
+        Exception
+    ) as error:  # a model may do anything when it runs again, and what was measured is not lost for it
+        return [{**place, "why": str(error)} for found in wanted.values() for _, place in found]
+    rows = {
+        (str(kind), int(depth)): number
+        for number, (kind, depth) in enumerate(
+            zip(result["kind"].values, result["depth"].values, strict=True)
+        )
+    }
+    results = []
+    for each in wanted:
+        number = rows.get((each.kind, each.depths[-1] if each.depths else _first_depth(result, each.kind)))
+        why = next(
+            (words for words in result.attrs["left_out"] if words.startswith(each.kind)),
+            "it could not be made",
+        )
+        for _, place in wanted[each]:
+            results.append({**place, "why": why} if number is None else {**place, **_effect(result, number)})
+    return results
+
+
+def _first_depth(result: xr.Dataset, kind: str) -> int:
+    return next(
+        (int(d) for k, d in zip(result["kind"].values, result["depth"].values, strict=True) if k == kind), -1
+    )
+
+
+def _place(finding: Finding, chain: str, depths: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "verdict": finding.verdict,
+        "chain": chain,
+        "stream": finding.stream,
+        "first": finding.first,
+        "last": finding.last,
+        "kind": SETTLED_BY[finding.verdict],
+        "claim": "harmful" if finding.verdict in HARMFUL else "of no use",
+        "depths": list(depths),
+    }
+
+
+def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, int]]:
+    """The experiment that settles a suspicion, and the first and last depth that it changes."""
+    kind = SETTLED_BY[finding.verdict]
+    if kind == "identity":
+        return plan(kind, together=True), (0, analysis.sizes.get("depth", 1) - 1)
+    if kind == "bypass":
+        first, last = _steps(finding, analysis)
+        return plan(kind, depths=range(first, last + 1)), (first, last)
+    at = finding.first if kind == "merge_streams" else worst_depth(finding, analysis)
+    at = depths_of(finding, analysis)[0] if at is None else at
+    return plan(kind, depths=at), (at, at)
+
+
+def _steps(finding: Finding, analysis: xr.Dataset) -> tuple[int, int]:
+    """The steps that do nothing, in a row: those about the worst one. A state of a range that is one has no step before it."""
+    if finding.verdict == "same_representation":
+        return finding.first + 1, finding.last
+    profile = np.asarray(finding.profile)
+    beyond = profile > finding.threshold if finding.above else profile < finding.threshold
+    first = last = finding.worst
+    # Positions without a number, as between the halves of blocks, are no step that does something.
+    while first > finding.first and (beyond[first - 1] or math.isnan(profile[first - 1])):
+        first -= 1
+    while last < finding.last and (beyond[last + 1] or math.isnan(profile[last + 1])):
+        last += 1
+    if finding.axis == "connection":
+        written = analysis["depth_out"].values if "depth_out" in analysis.coords else None
+        return (first + 1, last + 1) if written is None else (int(written[first]), int(written[last]))
+    return first, last
+
+
+def _by_sequence(loss: Loss | None) -> Loss | None:
+    """The user's loss of each sequence, where it can be asked of one alone, so that its mean has an interval."""
+    if loss is None:
+        return None
+
+    def of_each(output: Any, batch: Any) -> torch.Tensor:
+        value = loss(output, batch).detach().float()
+        count = _batch_size(output)
+        if value.ndim or count < 2:
+            return value
+        try:
+            each = torch.stack(
+                [loss(_row(output, n, count), _row(batch, n, count)).detach().float() for n in range(count)]
+            )
+        except (
+            Exception
+        ):  # the user's function may do anything with a part of a batch, and the whole gave a number
+            return value
+        same = torch.isclose(each.mean(), value, rtol=1e-3, atol=1e-6)
+        return each if bool(same) and each.ndim == 1 else value
+
+    return of_each
+
+
+def _batch_size(output: Any) -> int:
+    return len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
+
+
+def _row(value: Any, number: int, count: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[number : number + 1] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {name: _row(item, number, count) for name, item in value.items()}
+    return type(value)(_row(item, number, count) for item in value) if type(value) in (tuple, list) else value
+
+
+def _effect(result: xr.Dataset, number: int) -> dict[str, Any]:
+    """What one experiment showed, as plain numbers; what is not known is left out."""
+    row = result.isel(experiment=number)
+    low, high = float(row["loss_change_low"]), float(row["loss_change_high"])
+    known = {
+        "loss": float(result["base_loss"].mean("token").mean("sample")),
+        "loss_change": float(row["loss_change"]),
+        "half_width": (high - low) / 2,
+        "output_change": float(row["output_change"]),
+    }
+    return {name: value for name, value in known.items() if math.isfinite(value)}

@@ -1,0 +1,214 @@
+"""Loud means harm, shown: statistic, reference, consequence, severity, and which facts tell how old a network is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope import diagnostics, probes
+from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.experiments import SETTLED_BY
+from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.diagnostics.verdicts.age import age_of
+from depthscope.probes.settling import settle
+from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.models.shown_harm import with_result
+from tests.models.verdict_models import Block, Layer, captured, findings, plain, pre_norm, tokens
+
+torch.set_num_threads(1)
+
+FAIL, WARN, INFO = Severity.FAIL, Severity.WARN, Severity.INFO
+
+
+def one(found, name):
+    (finding,) = [each for each in found if each.verdict == name]
+    return finding
+
+
+def collapsed() -> xr.Dataset:
+    """States that are one from depth 4 on."""
+    states = walk(12)
+    states[5:] = states[4] + 0.001 * (states[5:] - states[4])
+    return diagnostics.analyze(residual_run(states))
+
+
+@pytest.mark.parametrize(
+    ("result", "severity", "settled", "words"),
+    [
+        (
+            {"loss_change": 0.01, "half_width": 0.02},
+            FAIL,
+            "shown",
+            "the loss changes by +0.01 ± 0.02 (from 2)",
+        ),
+        ({"loss_change": 0.5, "half_width": 0.1}, INFO, "refuted", "+0.5 ± 0.1"),
+        ({"loss_change": -0.3}, FAIL, "shown", "-0.3 (from 2)"),  # it is better without
+        # Without a loss the output must stay.
+        ({"loss_change": None, "output_change": 0.02}, FAIL, "shown", "the output changes by 2 %"),
+        ({"loss_change": None, "output_change": 0.4}, INFO, "refuted", "the output changes by 40 %"),
+    ],
+)
+def test_what_an_experiment_showed_decides_the_severity(result, severity, settled, words):
+    found = one(diagnostics.judge(with_result(collapsed(), **result)), "same_representation")
+    assert (found.severity, found.settled) == (severity, settled)
+    assert words in found.sentence
+
+
+def test_the_loss_of_a_network_that_guesses_shows_nothing():
+    analysis = collapsed().assign_attrs(task={"classes": 8, "guessing": 2.08, "loss": 2.0})
+    found = one(
+        diagnostics.judge(with_result(analysis, loss_change=0.0, output_change=0.5)), "same_representation"
+    )
+    assert found.severity == INFO
+    assert "is no better than guessing, and shows nothing" in found.sentence
+
+
+def test_what_was_not_settled_is_one_step_milder_and_says_what_to_do():
+    found = one(diagnostics.judge(collapsed()), "same_representation")
+    assert (found.severity, found.settled) == (WARN, "not settled")
+    assert "settle it with depthscope.settle(run, model, batch)" in found.sentence
+    why = with_result(collapsed(), why="blocks read sums over depth")
+    assert (
+        "not settled: blocks read sums over depth"
+        in one(diagnostics.judge(why), "same_representation").sentence
+    )
+
+
+def test_a_file_may_have_anything_in_place_of_results():
+    for odd in ("x", [1, None], [{"verdict": "same_representation"}], {"a": 1}):
+        found = one(diagnostics.judge(collapsed().assign_attrs(consequences=odd)), "same_representation")
+        assert found.severity == WARN
+
+
+def test_every_suspicion_has_an_experiment():
+    assert {each.name for each in VERDICTS.values() if each.suspicion} <= set(SETTLED_BY)
+
+
+# --- in hand of the model ---
+
+
+def with_small_branches(share: float) -> nn.Module:
+    return plain(lambda i: Layer(lambda x, block: x + share * (block(x) - x), Block()), 8)
+
+
+def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
+    model, batch = with_small_branches(0.003), tokens(4, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    run = captured(model, batch)
+    (result,) = [each for each in run.attrs["consequences"] if each["verdict"] == "same_representation"]
+    assert result["kind"] == "bypass"
+    assert result["depths"] == [1, 8]
+    # The blocks left out by hand.
+    with torch.no_grad():
+        bypassed = model.head(model.embed(batch))
+        apart = (bypassed - model(batch)).norm(dim=-1) / model(batch).norm(dim=-1)
+    assert result["output_change"] == pytest.approx(float(apart.mean()), rel=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    found = one(findings(run), "same_representation")
+    assert (found.severity, found.settled) == (FAIL, "shown")
+
+
+def test_a_healthy_network_costs_no_forward():
+    model, calls = pre_norm(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    captured(model, settle=0)
+    without = len(calls)
+    run = captured(model)
+    assert len(calls) == 2 * without
+    assert "consequences" not in run.attrs
+
+
+def test_no_more_forwards_than_allowed():
+    model, calls = with_small_branches(0.003), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    captured(model, tokens(4, 32), settle=0)
+    without = len(calls)
+    captured(model, tokens(4, 32), settle=7)
+    assert len(calls) - 2 * without <= 7
+
+
+def test_a_recording_is_settled_afterwards(tmp_path):
+    model, batch = with_small_branches(0.003), tokens(4, 32)
+    with probes.record(model, gradients=False) as recorder:
+        model(batch)
+        recorder.step()
+    assert one(findings(recorder.run), "same_representation").settled == "not settled"
+    run = settle(recorder.run, model, batch)
+    path = diagnostics.save_run(run, tmp_path / "a.nc")
+    assert one(findings(diagnostics.open_run(path)), "same_representation").settled == "shown"
+    with pytest.raises(InputError, match="came forwards=-1; expected 0 or more"):
+        settle(run, model, batch, forwards=-1)
+
+
+# --- relative to what came in ---
+
+
+def test_a_batch_of_equal_tokens_shows_no_collapse():
+    found = findings(captured(pre_norm(), torch.full((4, 24), 7)))
+    assert not [each for each in found if each.severity > INFO]
+    told = one(found, "batch_without_differences").sentence
+    assert told.startswith("All tokens of each sequence are identical: this batch cannot show rank collapse")
+
+
+def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networks_own():
+    model = pre_norm()
+    with torch.no_grad():
+        model.embed.weight[:] = model.embed.weight[:1]
+    collapse = one(findings(captured(model)), "rank_collapse")
+    assert collapse.first == 0
+    assert collapse.severity >= WARN
+
+
+def test_a_rank_is_bounded_by_the_first_state_and_the_classes():
+    states = walk(8)
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((32, 32)))[0][:, :4]
+    states = states @ basis @ basis.T  # what came in has four directions
+    found = diagnostics.judge(with_result(diagnostics.analyze(residual_run(states))))
+    assert "dimensional_collapse" not in {each.verdict for each in found}
+    states[5:] = 10 * rng.standard_normal((3, 24, 1)) * basis[:, 0]
+    narrow = diagnostics.analyze(residual_run(states))
+    assert one(diagnostics.judge(with_result(narrow)), "dimensional_collapse").first == 5
+    two = narrow.assign_attrs(task={"classes": 2, "guessing": 0.69, "loss": 0.01})
+    assert "dimensional_collapse" not in {each.verdict for each in diagnostics.judge(with_result(two))}
+
+
+# --- age ---
+
+
+@pytest.mark.parametrize(
+    ("facts", "step", "trained"),
+    [
+        ({"untouched": 1, "norms_moved": 0.0}, 0, False),
+        ({"norms_moved": 0.05, "task": {"guessing": 4.0, "loss": 3.9}}, 0, False),
+        # The gains of norms hardly move in 350 steps, whose loss is 42 % below guessing.
+        ({"norms_moved": 0.1, "task": {"guessing": 4.0, "loss": 2.3}}, 0, True),
+        ({"untouched": 1, "task": {"guessing": 4.0, "loss": 1.0}}, 0, True),
+        ({"norms_moved": 0.1}, 400, True),
+        ({"norms_moved": 0.1}, 40, False),
+        ({"norms_moved": 0.1}, 0, None),
+        ({"norms_moved": 1.0}, 0, None),
+        ({}, 0, None),
+    ],
+)
+def test_age_is_told_by_facts(facts, step, trained):
+    assert age_of(xr.Dataset(coords={"step": step}, attrs=facts)).trained is trained
+
+
+@pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])
+def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, layers, severity):
+    """0.2 % left after twelve connections is no start near the identity; 1 % after sixty-four is, in a young network."""
+    run = make_run("mhc", layers=layers, features=8)
+    trace = run["trace"].to_dataset().load()
+    trace["h_res"].values[:] = left * np.eye(4) + (1 - left) / 4
+    apart = np.random.default_rng(0).standard_normal(trace["residual"].shape[1:])
+    trace["residual"].values[0] = apart  # copies would have no differences to lose
+    young = schema.create_run(trace, attrs=dict(run.attrs) | {"norms_moved": 0.01, "untouched": 1})
+    assert one(diagnostics.judge(diagnostics.analyze(young)), "stream_collapse").severity == severity

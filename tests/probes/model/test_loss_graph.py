@@ -1,0 +1,67 @@
+"""What the graph of a loss says of the task is what was put into it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from depthscope.probes.model.loss_graph import mean_task, read_task
+
+IDS = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
+
+
+def logits(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def test_classes_and_the_loss_of_guessing():
+    task = read_task(functional.cross_entropy(logits(4, 10), torch.arange(4)), torch.randn(4, 2))
+    assert task["classes"] == 10
+    assert task["guessing"] == pytest.approx(math.log(10))
+    assert not task["softmax_twice"]
+    assert not task["predicts_next"]
+    of_pixels = functional.cross_entropy(logits(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
+    assert read_task(2.0 * of_pixels, None)["classes"] == 3
+
+
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_a_softmax_before_the_loss(reshaped):
+    probabilities = logits(3, 4, 10).softmax(-1)
+    flat = probabilities.flatten(0, 1) if reshaped else probabilities.mT
+    target = torch.zeros(12 if reshaped else (3, 4), dtype=torch.long)
+    assert read_task(functional.cross_entropy(flat, target), None)["softmax_twice"]
+    # A softmax further up, as of attention, is none.
+    mixed = functional.cross_entropy(
+        logits(12, 12).softmax(-1) @ logits(12, 10), torch.zeros(12, dtype=torch.long)
+    )
+    assert not read_task(mixed, None)["softmax_twice"]
+
+
+def test_targets_that_are_the_next_tokens():
+    out = logits(3, 5, 7)
+    shifted = functional.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert read_task(shifted, {"input_ids": IDS})["predicts_next"]
+    labels = functional.pad(IDS, (0, 1), value=-100)[:, 1:]
+    labels[1, 2:] = -100  # padding
+    assert read_task(functional.cross_entropy(out.flatten(0, 1), labels.flatten()), IDS)["predicts_next"]
+    same = functional.cross_entropy(out.flatten(0, 1), IDS.flatten())
+    assert not read_task(same, IDS)["predicts_next"]
+    # The last token has a target too: a gradient that reaches it shows nothing.
+    every = functional.cross_entropy(out.flatten(0, 1), IDS.roll(-1, 1).flatten())
+    assert not read_task(every, IDS)["predicts_next"]
+
+
+def test_what_is_no_cross_entropy_says_nothing():
+    assert read_task(None, IDS) == {}
+    assert read_task(logits(3).square().mean(), IDS) == {}
+    assert read_task(torch.tensor(1.0), IDS) == {}
+
+
+def test_the_task_of_several_batches():
+    task = {"classes": 2}
+    assert mean_task([task, dict(task)], 0.5) == {"classes": 2, "loss": 0.5}
+    assert mean_task([task, {"classes": 3}], 0.5) == {}
+    assert mean_task([task], None) == mean_task([{}], 0.5) == mean_task([task], math.nan) == {}

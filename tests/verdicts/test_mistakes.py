@@ -1,0 +1,40 @@
+"""Mistakes that people made are told, and their right twins are not blamed for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from depthscope.diagnostics import Severity
+from depthscope.diagnostics.verdicts import VERDICTS
+from tests.verdicts.mistakes import MISTAKES, told
+
+torch.set_num_threads(1)
+
+# Fresh networks, which take a second.
+QUICK = (18, 24, 25, 30, 36, 45)
+# A note is all that can be said: it is as if another design was meant.
+NOTES = (34,)
+
+
+def test_every_mistake_of_the_list_is_planted_or_says_why_it_is_not_seen():
+    assert [each.number for each in MISTAKES] == list(range(1, 50))
+    for each in MISTAKES:
+        assert (each.run is None) == bool(each.unseen)
+        assert set(each.found_by) <= set(VERDICTS)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(each, id=each.name, marks=() if each.number in QUICK else pytest.mark.slow)
+        for each in MISTAKES
+        if each.run is not None
+    ],
+)
+def test_a_mistake_is_told_and_its_right_twin_is_not_blamed(mistake):
+    wrong, right = (told(mistake, each) for each in (True, False))
+    assert max(each.severity for each in wrong) >= (
+        Severity.INFO if mistake.number in NOTES else Severity.WARN
+    )
+    assert not [each for each in right if each.severity > Severity.INFO]
