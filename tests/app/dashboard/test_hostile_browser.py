@@ -38,7 +38,8 @@ FOREIGN = """() => {
             const value = element.getAttribute(name) ?? element.getAttribute("xlink:" + name);
             if (value !== null && !own(value)) found.push(`${tag} ${name}=${value}`);
         }
-        // Streamlit puts a link to itself, with an icon, beside each heading; ours are h3 and h5.
+        // Streamlit puts a link to itself, with an icon, beside each heading; ours are h3, h5, and h1 and h2 that are alone.
+        if (element.closest("[data-testid=stMarkdownContainer] > :is(h1, h2):only-child")) continue;
         if (element.closest("h3, h5, nav, [data-testid=stSidebarNav], svg.main-svg")) continue;
         if (tag === "a" && !element.matches("[data-testid=stSkipToContent]"))
             found.push(`a ${element.outerHTML.slice(0, 200)}`);
