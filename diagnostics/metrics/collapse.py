@@ -300,7 +300,8 @@ def sequence_share(residual_states: States) -> xr.DataArray:
     count, of_position = max(int(real.sum()), 1), np.maximum(real.sum(0), 1)[None, None, :, None]
 
     def measure(views: np.ndarray) -> np.ndarray:
-        size = np.linalg.norm(views, axis=-1, keepdims=True).astype(np.float64)
+        views = views.astype(np.float64)  # the square of a large float32 is infinite
+        size = np.linalg.norm(views, axis=-1, keepdims=True)
         x = np.where(real[None, :, :, None] & (size > 0), views / np.where(size > 0, size, 1.0), 0.0)
         # All parts over the same tokens: those of the mean about which they vary.
         total, between = (

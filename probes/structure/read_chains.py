@@ -291,7 +291,8 @@ class _ChainOf:
     def _weighed(self, of: ConnectionReading) -> Connection:
         branch = of.branches[-1]
         call = self.shown_branch(branch)
-        path = branch.path or self._producer(of.depth_out, ())
+        behind = self._behind_coefficients(of)
+        path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
         return Connection(
             path=path,
@@ -303,11 +304,11 @@ class _ChainOf:
             style=DEPTH if self.memory.over_depth else READ,
             depth_in=of.depth_in,
             depth_out=of.depth_out,
-            parameters=self._coefficient_parameters(of),
+            parameters=self._parameters(behind),
         )
 
-    def _coefficient_parameters(self, of: ConnectionReading) -> tuple[str, ...]:
-        """The parameters from which the coefficients of a connection are computed: of what scales and mixes the streams."""
+    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
+        """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
         carried, values = self.memory.carried, self.graph.values
         first, last = (max(self.memory.states[depth].values) for depth in (of.depth_in, of.depth_out))
         given = {number for branch in of.branches for number in branch.way}
@@ -319,12 +320,23 @@ class _ChainOf:
             if parent.number not in carried and parent.number not in given
         ]
         ways = [branch.way for branch in of.branches]
-        ends += [
-            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
-        ]
+        ends += [p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given]
         found = self.graph.ancestors(ends, carried.keys() | given)
-        names = (self.graph.parameter_names.get(number, "") for number in sorted(found))
+        return [values[number] for number in sorted(found) if number not in carried and number not in given]
+
+    def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
+        names = (self.graph.parameter_names.get(value.number, "") for value in values)
         return tuple(dict.fromkeys(filter(None, names)))
+
+    def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
+        """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
+        stacks = [self.graph.stack(value) for value in values if value.func is not None]
+        common = stacks[0] if stacks else []
+        for stack in stacks[1:]:
+            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        path = self.graph.calls[common[-1]].path if common else ""
+        around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
+        return "" if around else path
 
     def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
         """The branches of plain blocks, where every one of them is the output of some module; else none."""

@@ -17,7 +17,7 @@ from tests.diagnostics.full_disks import KINDS, in_another_process
 from tests.thoroughness import sample_or_every
 
 # Attempts at one size each, of those that take seconds.
-FEW = {"record": 10, "record-nc": 10, "analyze": 8, "export": 5, "report": 5, "study": 5, "reproduction": 4}
+FEW = {"record": 10, "record-nc": 10, "analyze": 8, "export": 5, "report": 5, "study": 5, "reproduction": 5}
 FULL = ("no space left on device", "file too large", "no space left")
 
 

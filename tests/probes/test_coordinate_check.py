@@ -126,7 +126,7 @@ def test_states_sizes_and_losses_equal_a_loop():
         ]
         np.testing.assert_allclose(of_size["change"], moved, rtol=1e-3, atol=1e-9)
         np.testing.assert_allclose(of_size["loss"], losses, rtol=1e-5)
-    assert scaling_sentence(found).endswith("2 widths give no error, take 3 or more.")
+    assert scaling_sentence(found).endswith("2 widths give no error, take 5 or more.")
     assert list(found["place"].values) == ["depth 0", "depth 1", "depth 2", "output"]
 
 

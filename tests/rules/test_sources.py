@@ -13,6 +13,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.theory import LAWS
 from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 
 KEYS = set(entries(bibliography()))
 # Limits that a publication states, by the name of their metric or verdict: none does for any of ours.
@@ -34,12 +35,13 @@ OUR_DEFINITIONS = {
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("relative_turn", "effective_depth"),
     "intrinsic_dimension_bias",
+    *("sequence_share", "step_spread", "variance_growth"),
 }
 CALIBRATED = "calibrated on "
 
 
 def is_a_source(source: str, name: str) -> bool:
-    return source == OURS or source.startswith(CALIBRATED) or STATED_LIMITS.get(name) == source
+    return source in (OURS, DEFAULT) or source.startswith(CALIBRATED) or STATED_LIMITS.get(name) == source
 
 
 @pytest.mark.parametrize("name", VERDICTS)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.verdicts.faults import ScaledGradient
 from tests.verdicts.held_out import (
     LENGTH,
     WIDTH,
@@ -140,19 +141,6 @@ def sharp(model: Any) -> None:
 def looking_ahead(model: Any) -> None:
     for block in model.blocks:
         block.branches[0].causal = False
-
-
-class Scaled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.factor * gradient, None
 
 
 def edits(change: Any, only: int | None = None) -> Any:
@@ -309,9 +297,9 @@ FAULTY = [
     Recipe("no causal mask", before=looking_ahead, found_by=("looks_ahead",)),
     Recipe("no causal mask, untrained", before=looking_ahead, steps=0, found_by=("looks_ahead",)),
     Recipe("sequences equal", touch=forgotten, found_by=("equal_sequences",)),
-    Recipe("gradient times 1e-5", touch=lambda m: setattr(m.blocks[2], "before", lambda x: Scaled.apply(x, 1e-5)),
+    Recipe("gradient times 1e-5", touch=lambda m: setattr(m.blocks[2], "before", lambda x: ScaledGradient.apply(x, 1e-5)),
            found_by=("vanishing_gradient",)),
-    Recipe("gradient times 1e5", touch=lambda m: setattr(m.blocks[2], "before", lambda x: Scaled.apply(x, 1e5)),
+    Recipe("gradient times 1e5", touch=lambda m: setattr(m.blocks[2], "before", lambda x: ScaledGradient.apply(x, 1e5)),
            found_by=("exploding_gradient",)),
     Recipe("detached block", touch=lambda m: setattr(m.blocks[2], "before", torch.detach), found_by=("cut_gradient",)),
     Recipe("diverging, recorded", record=60, rate=1.0,

@@ -81,6 +81,7 @@ sequence_share = CurveFigure(
     "Share of the variance that is between sequences",
     "variance between sequences / variance",
     question="collapse",
+    section="Tokens",
     note="0: all sequences have the same states.",
 )
 dirichlet_energy = _tokens(

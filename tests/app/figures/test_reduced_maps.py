@@ -1,12 +1,9 @@
 """Is a large heat map that is drawn small still the same map? Each drawn cell is recomputed by plain loops."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from depthscope.app.dashboard.components.microscope import View, _token_panel
-from depthscope.app.dashboard.pages.mixing import cells_figure
 from depthscope.app.dashboard.pages.tokens import token_figure
 from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
 from depthscope.app.figures import FIGURES, Heatmap
@@ -34,22 +31,6 @@ def test_an_infinite_number_is_not_left_out_of_a_mean():
     z = np.array([[1.0, np.inf, 2.0, np.nan]])
     (row,) = reduce_blocks(z, Bins.of(np.arange(1), 1), Bins.of(np.arange(4), 2), by="mean")
     assert row.tolist() == [np.inf, 2.0]
-
-
-@pytest.mark.parametrize("connections", [300, 301, 437, 900])
-def test_the_cells_of_h_res_are_never_averaged_with_one_another(connections):
-    """«to 0 from 0» was drawn as a mean over itself and «to 0 from 1»: a categorical axis has no neighbours."""
-    rng = np.random.default_rng(1)
-    means = 0.02 * rng.standard_normal((connections, 4, 4)) + 0.9 * np.eye(4)
-    close_up = SimpleNamespace(connection_name=lambda i: f"connection {i}")
-    drawn = to_plotly(cells_figure(means, close_up, "run")).data[0]
-    assert drawn.z.shape == (16, min(connections, LARGEST_SIDE))
-    for cell, row in enumerate(np.asarray(drawn.z)):
-        true = means[:, cell // 4, cell % 4]
-        for at, value in zip(np.asarray(drawn.x), row, strict=True):
-            # Both neighbours of the centre of a cell are in it, and nothing from farther away.
-            near = true[np.abs(np.arange(connections) - at) <= connections / LARGEST_SIDE]
-            assert near.min() - 1e-6 <= value <= near.max() + 1e-6
 
 
 class _Tokens:

@@ -337,7 +337,8 @@ def test_intervals_name_their_runs_where_they_differ(make_run):
         assert apart in table.notes
     assert f"± is {of.format(3)}; of a number" in " ".join(depth_table(several[1]).notes)
     caption = FIGURES["effective_rank"].build({each.name: each.analysis for each in several}).caption
-    assert f"Band of many: ± {of.format(6)}. Band of few: ± {of.format(3)}." in caption
+    assert "Shaded of many: 95 % interval over sequences (n = 6)." in caption
+    assert "Shaded of few: 95 % interval over sequences (n = 3)." in caption
 
 
 @pytest.mark.parametrize(

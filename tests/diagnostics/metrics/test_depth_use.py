@@ -9,6 +9,7 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.theory import overlay_laws
+from tests.models.shown_harm import with_result
 
 NAMES = ("relative_turn", "effective_depth", "variance_growth")
 
@@ -113,7 +114,7 @@ def test_a_loop_over_tokens_gives_the_same():
 
 def judged(states):
     analysis = diagnostics.analyze(run_of(states))
-    findings = {finding.verdict: finding for finding in diagnostics.judge(analysis, passed=True)}
+    findings = {finding.verdict: finding for finding in diagnostics.judge(with_result(analysis), passed=True)}
     return findings["curse_of_depth"]
 
 
@@ -151,7 +152,7 @@ def test_a_network_that_hardly_turns_its_state_has_no_effective_depth():
     assert 180.0 * float(whole) < 0.05  # degrees
     reached = analysis["effective_depth"].isel(step=0, stream=0)
     assert float(reached[-1]) < 0.01
-    found = {each.verdict: each for each in diagnostics.judge(analysis)}
+    found = {each.verdict: each for each in diagnostics.judge(with_result(analysis))}
     assert found["same_representation"].severity is Severity.FAIL
     # The same steps of the size of the first state reach nearly all of the depth, larger ones all but the last of it.
     for size, least in ((1.0, 15.0), (30.0, 14.0)):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.calibration import FEWEST, calibration, source_of
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, FEWEST, calibration, source_of
 
 MEASURED = calibration()["verdicts"]
 CITING = [name for name, verdict in VERDICTS.items() if verdict.limits.source.startswith("calibrated on")]
@@ -28,5 +27,5 @@ def test_limits_that_the_calibration_supports_cite_it():
 
 def test_a_limit_that_healthy_networks_cross_does_not_cite_it():
     quantile = MEASURED["common_vector"]["shares"]["0.99"]
-    assert source_of("common_vector", mildest=quantile, above=True) == OURS
-    assert source_of("of no network", mildest=0.0, above=True) == OURS
+    assert source_of("common_vector", mildest=quantile, above=True) == DEFAULT
+    assert source_of("of no network", mildest=0.0, above=True) == DEFAULT

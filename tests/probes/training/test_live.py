@@ -247,7 +247,7 @@ def test_every_default_metric_or_some_by_name(models, ids):
     assert {"alpha_req", "henrici", "effective_streams", "channel_variance"} <= set(row.data_vars)
     missing = dict.fromkeys(
         (
-            *("relative_gradient", "token_cosine"),
+            *("relative_gradient", "token_cosine", "sequence_share"),
             "numerical_rank",
             "top_energy",
             "alpha_req",
