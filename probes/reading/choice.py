@@ -62,7 +62,8 @@ def memories(graph: Graph) -> list[Memory]:
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     taken: list[Taken] = []
-    for memory in _tracks(_between_expansions(_with_hidden_sums(_taken_apart(ranked[0].memory)))):
+    first_memory = _after_first_norm(_taken_apart(ranked[0].memory))
+    for memory in _tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -101,6 +102,19 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
         ):
             return True
     return False
+
+
+def _after_first_norm(memory: Memory) -> Memory:
+    """The memory from the norm on with which its embedding ends, where none comes between its writes."""
+    values, trunk = memory.graph.values, sorted(memory.trunk - {memory.root.number} - memory.born)
+    passed = [number for number in trunk if memory.passes_function(values[number])]
+    begin = [number for number in passed if not memory.depth[number]]
+    if not begin or any(0 < memory.depth[number] < memory.num_writes for number in passed):
+        return memory
+    first = values[begin[-1]]
+    if first.shape != memory.root.shape or memory.root.number in memory.back([memory.end], {first.number}):
+        return memory
+    return without_forks(memory.graph, start_of(first))
 
 
 def _with_hidden_sums(memory: Memory) -> Memory:

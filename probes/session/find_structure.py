@@ -136,9 +136,9 @@ class StructureFinder:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
-        calls = [] if self.memories or self.options.chain else linked_calls(self.graph)
-        if calls:
-            return [self._of_calls(calls, f"unproven: {self.rereading.reading.refused}")]
+        if self.options.chain is None and (calls := linked_calls(self.graph)) and self._are_more(calls):
+            refused = f"unproven: {self.rereading.reading.refused}"
+            return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
         if not self.memories:
             pattern = likely_blocks(self.graph)
             raise ChainError(
@@ -153,6 +153,14 @@ class StructureFinder:
         for of in found:
             _require_all_blocks(self.graph, self.model, of.chain)
         return self._with_names(sorted(found, key=lambda of: of.memories[0].root))
+
+    def _are_more(self, calls: Sequence[int]) -> bool:
+        """Whether calls of blocks show more than the model's memory, where that is not proven or there is none."""
+        if not self.memories:
+            return True
+        first = self.memories[0]
+        units = {branch.unit for connection in first.connections for branch in connection.branches}
+        return not first.is_proven and units < set(calls)
 
     def _chosen(self) -> list[list[MemoryReading]]:
         """The memories that are taken, the model's first; stages of one trunk together."""

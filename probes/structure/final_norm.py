@@ -21,12 +21,12 @@ def final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> t
     why, several = NO_FINAL_NORM, memory.num_streams > 1
     for merged in _merged(graph, memory, end):
         after = follow(graph, replace(start_of(merged), functions=True))
-        normed = [graph.values[n] for n in _normed(after) if after.is_whole(graph.values[n])]
+        normed = [graph.values[n] for n in _normed(after)]
         places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
         given = [
             (shown, value)
             for shown, value in places
-            if shown.at == "output" and shown.call and (several or value.shape == shape)
+            if shown.at == "output" and shown.call and after.is_whole(value) and (several or value.shape == shape)
         ]
         if given:
             return min(given, key=lambda of: of[0].order)[0], ""
