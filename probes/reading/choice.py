@@ -109,7 +109,7 @@ def _after_first_norm(memory: Memory) -> Memory:
     values, trunk = memory.graph.values, sorted(memory.trunk - {memory.root.number} - memory.born)
     passed = [number for number in trunk if memory.passes_function(values[number])]
     begin = [number for number in passed if not memory.depth[number]]
-    if not begin or any(0 < memory.depth[number] < memory.num_writes for number in passed):
+    if memory.num_writes < 2 or not begin or any(0 < memory.depth[n] < memory.num_writes for n in passed):
         return memory
     first = values[begin[-1]]
     if first.shape != memory.root.shape or memory.root.number in memory.back([memory.end], {first.number}):

@@ -181,23 +181,31 @@ class StructureFinder:
         return [trunks[0], *(of for of in kept if sum(m.weights["branches"] for m in of) >= least)]
 
     def _with_stages(self, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
-        """Memories of blocks of one class, of which each begins with what the one before ends with, as one trunk."""
+        """Memories of blocks of one class, of which each is computed from those before alone, as one trunk."""
         ordered = sorted(memories, key=lambda memory: memory.root)
         trunks: list[list[MemoryReading]] = []
         for memory in ordered:
-            before = next((trunk for trunk in trunks if self._goes_on(trunk[-1], memory)), None)
+            before = next((trunk for trunk in trunks if self._goes_on(trunk, memory)), None)
             if before is None:
                 trunks.append([memory])
             else:
                 before.append(memory)
         return sorted(trunks, key=lambda trunk: self.memories[0] not in trunk)
 
-    def _goes_on(self, before: MemoryReading, after: MemoryReading) -> bool:
-        """Whether a memory is the next stage of a trunk: of another shape, in blocks of the same class or container."""
-        end, root = self._end(before), self.graph.values[after.root]
-        if root.number <= end.number or not self.graph.depends(root, end) or before.shape == after.shape:
+    def _goes_on(self, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
+        """Whether a memory is the next stage of a trunk: in its container, or of its class of blocks and another shape."""
+        before, root = trunk[-1], self.graph.values[after.root]
+        end = self._end(before)
+        if root.number <= end.number or not self.graph.depends(root, end):
             return False
-        return before.name == after.name or bool(self._kinds(before) & self._kinds(after))
+        alike = before.shape != after.shape and bool(self._kinds(before) & self._kinds(after))
+        if not alike and before.name != after.name:
+            return False
+        known = set().union(*(memory.carried for memory in trunk))  # what else comes in is of another tower
+        way = self.graph.earlier([root], known)
+        return not any(
+            way[v.number] and self.graph.depends_on_input(v) for v in self.graph.values if not v.parents
+        )
 
     def _kinds(self, memory: MemoryReading) -> set[str]:
         """The classes of the blocks of a memory."""
@@ -312,10 +320,10 @@ class StructureFinder:
     ) -> ReadChain:
         """The chain of one memory, with its layout."""
         root = self.graph.values[memory.root]
-        if self.options.layout is None and self.sequences.is_mixed(root, self._end(memory)):
+        named, mixed = self.options.layout or "", self.sequences.is_mixed(root, self._end(memory))
+        if mixed and not named:
             self._refuse_mixed(root, memory)
-        named = self.options.layout or ""
-        splits = "N" in named and memory.num_streams == 1  # streams that the user asserts
+        asserted = mixed or ("N" in named and memory.num_streams == 1)  # nothing in the model shows it
         if named and "N" not in named and memory.num_streams > 1:
             raise LayoutError(
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
@@ -336,7 +344,7 @@ class StructureFinder:
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
             return (
-                named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
+                named if asserted else "" if numbers is None else read_layout(memory, numbers, self.sequences)
             )
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)

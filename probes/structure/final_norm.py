@@ -26,7 +26,10 @@ def final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> t
         given = [
             (shown, value)
             for shown, value in places
-            if shown.at == "output" and shown.call and after.is_whole(value) and (several or value.shape == shape)
+            if shown.at == "output"
+            and shown.call
+            and after.is_whole(value)
+            and (several or value.shape == shape)
         ]
         if given:
             return min(given, key=lambda of: of[0].order)[0], ""

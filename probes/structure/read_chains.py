@@ -205,10 +205,10 @@ class _ChainOf:
         return point, shown_value
 
     def _first(self) -> TracedValue:
-        """The first state: before the norm, where the first block begins with one of the state itself."""
+        """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
         value = self.graph.values[self.memory.states[0].values[-1]]
         unit = self._unit(self.branches[0]) if self.branches else -1
-        if unit not in self.graph.stack(value):
+        if not self._is_plain or unit not in self.graph.stack(value):
             return value
         for number, shown in self.graph.shown.items():
             given = self.graph.values[number]
@@ -320,7 +320,9 @@ class _ChainOf:
             if parent.number not in carried and parent.number not in given
         ]
         ways = [branch.way for branch in of.branches]
-        ends += [p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given]
+        ends += [
+            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
+        ]
         found = self.graph.ancestors(ends, carried.keys() | given)
         return [values[number] for number in sorted(found) if number not in carried and number not in given]
 
