@@ -83,7 +83,8 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
     """Take the memories that are apart from those taken, and inside of no branch of theirs."""
     for other in ranked:
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
-        if other.share < LEAST_SHARE or not other.memory.num_writes or not apart:
+        is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
+        if other.share < LEAST_SHARE or not is_state or not apart:
             continue
         branches = branches_of(other.memory)
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
@@ -98,7 +99,7 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
     """Whether one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
         if graph.depends(inner.root, outer.root) and any(
-            graph.depends(b.source, inner.root) for b in branches
+            graph.depends(b.source, inner.end) for b in branches
         ):
             return True
     return False

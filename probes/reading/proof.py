@@ -111,10 +111,12 @@ class WeightCoverage:
         self._before = graph.earlier([memory.root])
         self._head = graph.earlier(outputs, memory.carried)
         carried = memory.back([memory.end, *(branch.read for branch in branches)])
+        end = max(value.number for value in last)
+        after = graph.earlier(outputs, {number for number in memory.carried if number <= end})
         self.by_place = {
             "branches": self._between(carried) & self._used,
             "before": weights_in(graph, self._before) & self._used,
-            "head": weights_in(graph, self._head) & self._used,
+            "head": weights_in(graph, after) & self._used,
         }
         self.elsewhere = self._used - set().union(*self.by_place.values())
 

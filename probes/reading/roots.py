@@ -22,7 +22,10 @@ MOST_CANDIDATES = 14
 
 
 def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
-    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest."""
+    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest.
+
+    Among the rest are constants, with which the state of a track begins.
+    """
     most = _Sums(graph).by_root()
     busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
     floats = [
@@ -30,13 +33,14 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
         if v.name == "embedding" or (v.name == LEAF and v.kind != PARAMETER and v.is_floating and len(v.shape) > 1)
     ]  # fmt: skip
     first = dict.fromkeys([*busiest[:4], *sorted(most)[: MOST_CANDIDATES - 4], *floats[:4]])
-    rest = [number for number in busiest if number not in first and most[number] > 1]
-    return _possible(graph, first), _possible(graph, rest)
+    given = [v for v in _possible(graph, first) if graph.depends_on_input(v)]
+    rest = [n for n in busiest if graph.values[n] not in given and most[n] > 1]
+    return given, _possible(graph, rest)
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
     found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
-    return [v for v in found if len(v.shape) > 1 and v.numel > 1 and graph.depends_on_input(v)]
+    return [v for v in found if len(v.shape) > 1 and v.numel > 1]
 
 
 def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:

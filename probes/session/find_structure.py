@@ -34,6 +34,7 @@ from depthscope.probes.structure.named_blocks import (
     likely_blocks,
     linked_calls,
     named_calls,
+    shown_by_calls,
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
@@ -263,6 +264,7 @@ class StructureFinder:
             for part in chains[1:]:
                 chain = _joined(chain, part.chain)
             memories = tuple(part.memory for part in chains)
+            chain = self._with_ending(chain, memories[-1], layout) if depths is None else chain
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(Found(chain, memories, layout))
@@ -304,6 +306,27 @@ class StructureFinder:
             shapes=(taken.shape, *chain.shapes),
             blocks=(first.path, *chain.blocks),
         )
+
+    def _with_ending(self, chain: Chain, memory: MemoryReading, layout: str) -> Chain:
+        """The chain with what blocks of its class give after its last state, in another shape."""
+        kinds, sides = self._kinds(memory), shown_by_calls(self.graph)
+        last = value_at(self.graph, chain.points[-1])
+        for number, call in enumerate(self.graph.calls):
+            taken, given = (sides.get((number, at)) for at in ("input", "output"))
+            if call.kind not in kinds or last is None or taken != last.number or given is None:
+                continue
+            value = self.graph.values[given]
+            if value.shape == last.shape or shape_layout(value, self.sequences) != layout:
+                continue
+            point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
+            chain = replace(
+                chain,
+                points=(*chain.points, point),
+                shapes=(*chain.shapes, value.shape),
+                blocks=(*chain.blocks, call.path),
+            )
+            last = value
+        return chain
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
