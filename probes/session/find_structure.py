@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import BranchReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -423,9 +424,22 @@ class StructureFinder:
             chain = replace(chain, family=depth_family(rows))
         elif any(of.read is None for of, _ in weights):
             chain = replace(chain, family="gated")
+        elif self._corrects(memory):
+            chain = replace(chain, family="altup")
         else:
             chain = replace(chain, family="hc" if read.mixes else "independent_hc")
         return Found(chain, (memory,), layout)
+
+    def _corrects(self, memory: MemoryReading) -> bool:
+        """Whether in every block what a branch reads, the prediction of a stream, is taken from its output again (AltUp)."""
+        branches = [branch for connection in memory.connections for branch in connection.branches]
+        corrected = {branch.layer for branch in branches if self._is_corrected(branch, memory)}
+        return corrected == {branch.layer for branch in branches}
+
+    def _is_corrected(self, branch: BranchReading, memory: MemoryReading) -> bool:
+        takers = (taker for n in branch.way for taker in self.graph.takers(self.graph.values[n]))
+        taken = (taker.args[1] for taker in takers if taker.name == "sub")
+        return any(isinstance(value, TracedValue) and value.number in memory.carried for value in taken)
 
     def _sites(self, found: Found) -> dict[int, Site]:
         chain = found.chain
@@ -461,11 +475,26 @@ class StructureFinder:
         return streams
 
     def _with_names(self, found: Sequence[Found]) -> list[Found]:
-        """Chains with distinct names: of their memories, shortened; a chain that is alone has none."""
-        names = _distinct([of.memories[0].name for of in found])
+        """Chains with distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
+        paths = [of.memories[0].name for of in found]
+        short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
+        names = [
+            short[path] if paths.count(path) == 1 else self._argument(of.chain)
+            for path, of in zip(paths, found, strict=True)
+        ]
+        if len(set(names)) < len(names):
+            names = _distinct(paths)
         return [
             replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)
         ]
+
+    def _argument(self, chain: Chain) -> str:
+        """What the blocks of a chain call its state; empty where they take none."""
+        point = next((point for point in chain.points if point.at == "input"), None)
+        if point is None:
+            return ""
+        names = list(inspect.signature(self.model.get_submodule(point.path).forward).parameters)
+        return names[point.item] if point.item < len(names) else ""
 
 
 def _joined(chain: Chain, stage: Chain) -> Chain:
