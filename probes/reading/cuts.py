@@ -208,7 +208,8 @@ class _Life:
             if not self._is_passive(way[-1], step, widen):
                 break
             way.append(step)
-        handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
+        shown = self.memory.graph.handed_on - {self.memory.root.number}  # what gives that is no block
+        handed = [n for n, v in enumerate(way) if v.number in shown]
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
         elif last:

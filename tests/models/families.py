@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,8 @@ class Family:
         The connection family that a run must name.
     streams : int
         Number of residual streams.
-    refused : str
-        The class of the error that a capture without overrides ends in; empty where it is read.
-    override : mapping
-        With what it is captured after a refusal.
+    layout : str
+        The axes of what the blocks take and give, where states inside of blocks have others.
     takes : bool
         Whether a block takes the state; otherwise it gives it only.
     note : str
@@ -69,8 +67,7 @@ class Family:
     chains: tuple[str, ...] = ("",)
     connection: str = "residual"
     streams: int = 1
-    refused: str = ""
-    override: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
     takes: bool = True
     note: str = ""
 
@@ -617,31 +614,18 @@ STREAMS = (
 # --- streams that nobody has declared ---
 
 
-def _undeclared(name: str, layout: str, refused: str, override: Mapping[str, Any], **more: Any) -> Family:
+def _undeclared(name: str, layout: str) -> Family:
     return Family(
         name=f"undeclared streams {name}", package="nobody", build=partial(unseen, layout), batch=ids,
-        blocks=(("blocks.{i}", 3),) * len(more.get("chains", [""])), refused=refused, override=override, **more,
+        blocks=(("blocks.{i}", 3),), streams=4, connection="hc", layout=layout.upper(),
     )  # fmt: skip
 
 
 UNDECLARED = (
-    _undeclared(
-        "in the feature axis", "b t (n d)", "LayoutError", {"layout": "B T (N D)", "streams": 4}, streams=4,
-        connection="unknown",
-    ),
-    _undeclared(
-        "in the batch axis", "(b n) t d", "LayoutError", {"layout": "(B N) T D", "streams": 4}, streams=4,
-        connection="unknown",
-    ),
-    _undeclared(
-        "on an axis of their own", "b n t d", "LayoutError", {"layout": "B N T D"}, streams=4, connection="unknown"
-    ),
-    _undeclared(
-        "as a tuple of tensors", "tuple", "ChainError", {"layers": "blocks.{i}"},
-        chains=("state0", "state1", "state2", "state3"), connection="unproven",
-        note="each stream is then a chain of its own",
-    ),
-)  # fmt: skip
+    _undeclared("in the feature axis", "b t (n d)"),
+    _undeclared("in the batch axis", "(b n) t d"),
+    _undeclared("on an axis of their own", "b n t d"),
+)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,16 @@ NAMES = [f"{family.package}: {family.name}" for family in FAMILIES]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a capture gave: a run, or a refusal and the run that the override gave."""
+    """What a capture gave."""
 
     family: Family
     run: xr.DataTree
-    refusal: str = ""
 
 
 @cache
 def outcome(family: Family) -> Outcome:
     """Capture a family, as a user would."""
-    take = partial(probes.capture, built(family), family.batch(), gradients=True, loss=tilted)
-    if not family.refused:
-        return Outcome(family, take())
-    with pytest.raises(getattr(probes, family.refused)) as refusal:
-        take()
-    return Outcome(family, take(**family.override), str(refusal.value))
+    return Outcome(family, probes.capture(built(family), family.batch(), gradients=True, loss=tilted))
 
 
 # --- the states, by hooks of our own ---
@@ -171,9 +165,8 @@ def test_every_family_is_captured(family):
         found = depths(run, name)
         compare = compare_all if family.connection == "residual" else compare_some
         assert len(expected) >= calls + family.takes
-        compare(
-            found, expected, lambda t, number=number: canonical(t, layout_of(run, number), family.streams)
-        )
+        layout = family.layout or layout_of(run, number)
+        compare(found, expected, lambda t, layout=layout: canonical(t, layout, family.streams))
 
 
 def compare_all(found: list[xr.Dataset], expected: list[Seen], canonical: Callable[..., np.ndarray]) -> None:
@@ -232,7 +225,7 @@ def row(result: Outcome) -> dict[str, str]:
         "orientation": run.attrs["orientation"].replace("_", " ").replace("not applicable", "–"),
         "error": "–" if plain else f"≤ {order_of(run.attrs['reconstruction_error'])}",
         "gradients": gradients_in_words(run, family.chains),
-        "notes": "; ".join(filter(None, (override_in_words(family), family.note))),
+        "notes": family.note,
     }
 
 
@@ -275,11 +268,6 @@ def gradients_in_words(run: xr.DataTree, chains: Iterable[str]) -> str:
     )
 
 
-def override_in_words(family: Family) -> str:
-    given = ", ".join(f"`{name}={value!r}`" for name, value in family.override.items())
-    return f"refused ({family.refused}) unless {given} is given" if family.refused else ""
-
-
 def page() -> str:
     rows = [row(outcome(family)) for family in FAMILIES]
     return f"""# Compatibility
@@ -298,9 +286,8 @@ bit. This part is written by `{COMMAND}`.
 
 {markdown(HEAD, [[cells[column] for column in HEAD] for cells in rows])}
 
-A model with streams that is not in this table is found by what its connections take and give, or refused with the override
-that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one. The last rows are such models, and
-`tests/probes/connections/test_unseen_streams.py` tries many more.
+A model that is not in this table is read in the same way, by what its operations carry, or refused with the reason. The last
+rows are models that declare no streams and have some.
 
 {section_of(TABLE.read_text(encoding="utf-8"))}
 """
@@ -308,7 +295,7 @@ that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for 
 
 def short_table() -> str:
     """The families that a probe takes as they are; those that showed the same share a row."""
-    rows = [row(outcome(family)) for family in FAMILIES if not family.refused]
+    rows = [row(outcome(family)) for family in FAMILIES]
     alike: dict[tuple[str, ...], list[str]] = {}
     for cells in rows:
         alike.setdefault(tuple(cells[name] for name in SHORT[1:]), []).append(cells["family"])
