@@ -208,8 +208,11 @@ class _Life:
             if not self._is_passive(way[-1], step, widen):
                 break
             way.append(step)
-        shown = self.memory.graph.handed_on - {self.memory.root.number}  # what gives that is no block
-        handed = [n for n, v in enumerate(way) if v.number in shown]
+        handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
+        if value is self.memory.root and not any(
+            map(str.isdigit, self.memory.graph.path(way[-1]).split("."))
+        ):
+            handed = []  # what gave it is no block, where more is done to it before the first one
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
         elif last:
