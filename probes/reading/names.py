@@ -237,7 +237,9 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
             continue
-        names.first_layer = max(before.layers) + 1
+        known = before.keys()
+        is_known = root.block() in map(Key.block, known)  # the block in which the memory before ended
+        names.first_layer = max(before.layers) + (not is_known)
         own = numbered(names.keys(), {})
         names.layers = [names.first_layer + 1 + number - own[0] for number in own]
 

@@ -501,7 +501,12 @@ def _joined(chain: Chain, stage: Chain) -> Chain:
     """A chain with the states of its next stage, whose blocks are numbered after those before."""
     offset, last = len(chain.points), max(point.layer for point in chain.points)
     first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    shift = last + 1 - first if first <= last else 0
+    shift, before = last + 1 - first if first <= last else 0, chain.points
+    if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
+        shift, before = last - first, (*before[:-1], replace(before[-1], site="mid"))
+    proof = chain.proof if stage.proof == "proven" else stage.proof
+    if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
+        proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
     points = tuple(
         replace(p, layer=first + shift, site="pre")
         if p.site == "embed"
@@ -515,12 +520,12 @@ def _joined(chain: Chain, stage: Chain) -> Chain:
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
     return replace(
         chain,
-        points=(*chain.points, *points),
+        points=(*before, *points),
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
         blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
         block_class="/".join(kinds),
         shapes=(*chain.shapes, *stage.shapes),
-        proof=chain.proof if stage.proof == "proven" else stage.proof,
+        proof=proof,
     )
 
 
