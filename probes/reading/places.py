@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from depthscope.probes.reading.graph import FILLS, OUTPUT, Graph, ReadingError, TracedValue
+from depthscope.probes.reading.tensor_memory import detached
 
 OTHER = "other operations ran in {} than in the forward that was read; the next measured forward is read anew"
 
@@ -128,16 +129,19 @@ class PlacedRecorder(TorchDispatchMode):
         self._switch()
 
     def _switch(self) -> None:
-        """Turn the mode on in calls that have places, and off in others; not below a mode that the user turned on since."""
+        """Turn the mode on in calls that have places, and off in others, also where others were turned on since."""
         on = self._running and self.error is None and bool(self._stack) and self._stack[-1].is_watched
         if on and not self._is_on:
             super().__enter__()
             self._is_on = True
         elif self._is_on and not on:
-            last = torch._C._len_torch_dispatch_stack() - 1
-            if last >= 0 and torch._C._get_dispatch_stack_at(last) is self:
-                super().__exit__(None, None, None)
-                self._is_on = False
+            above = []
+            while _get_current_dispatch_mode() not in (self, None):
+                above.append(_pop_mode())
+            super().__exit__(None, None, None)
+            self._is_on = False
+            for mode in reversed(above):
+                _push_mode(mode)
 
     def enter(
         self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
@@ -197,8 +201,7 @@ class PlacedRecorder(TorchDispatchMode):
                     self.on_taken(value, tensor)
 
     def _take(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        held = tensor.detach()
-        self._found[value.number] = held.clone() if value.is_rewritten else held
+        self._found[value.number] = detached(tensor, copy=value.is_rewritten)
         self._waiting.append((value, tensor))
         if self.on_value is not None:
             self.on_value(value, tensor)

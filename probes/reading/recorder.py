@@ -47,7 +47,15 @@ from depthscope.probes.reading.known_operations import (
 )  # fmt: skip
 from depthscope.probes.reading.operations import NORMS
 from depthscope.probes.reading.places import circumstances
-from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, geometry, patched, storage_of
+from depthscope.probes.reading.tensor_memory import (
+    TensorEntry,
+    detached,
+    filled_with,
+    geometry,
+    patched,
+    storage_of,
+    unseen_by_modes,
+)
 from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
@@ -263,8 +271,9 @@ class GraphRecorder(TorchDispatchMode):
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
-        held = tensor if tensor.grad_fn is None else tensor.detach()
-        base.held = held if base is value else held.as_strided(*base.geometry)
+        with unseen_by_modes(tensor):
+            held = tensor if tensor.grad_fn is None else tensor.detach()
+            base.held = held if base is value else held.as_strided(*base.geometry)
         self._silent = silent
         self._newly_held.append(base)
 
@@ -370,7 +379,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def _fused(self, name: str, args: Any, found: Any, kwargs: Any, targets: list[torch.Tensor]) -> _Taken:
         """A product that is added to a state in one operation is noted as the product and the sum."""
-        with torch.no_grad():
+        with torch.no_grad(), unseen_by_modes(*args[1:3]):
             product = FUSED[name](*args[1:3])
         self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], [], product)
         scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
@@ -466,5 +475,5 @@ class GraphRecorder(TorchDispatchMode):
         self._newly_held.clear()
         for value in self._held.pop(storage_of(target), ()):
             if value.held is not None:
-                value.held = value.held.clone()
+                value.held = detached(value.held, copy=True)
                 value.is_rewritten = True
