@@ -30,6 +30,7 @@ SHAPE_ONLY = names(
 # Constants that cost nothing to make again, and what they hold; the memory of an empty one is nothing yet.
 FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
+OUTPUT = -1  # the place of what a call gives that is one operation
 MOST_MADE = 16  # tensors that were made again, from which the next ones are made
 
 
@@ -87,6 +88,9 @@ class TracedValue:
     alias = False  # whether it lies in the memory of its first parent
     remade = costly = False  # by much work, so that it is held all the same where it is taken
     of_parameter = False  # whether it is a parameter, as it is or cast, cut or transposed
+    made_at: int | None = None  # by which operation of its call; `OUTPUT` where the call is one operation
+    given_at: int | None = None  # its position among the tensors that the model is called with
+    is_rewritten = False  # whether its memory is written before the forward ends
 
     def __init__(
         self,
@@ -203,10 +207,13 @@ class Graph:
         default_factory=dict
     )  # by value: the calls that took or returned it, in order
     error: Exception | None = None  # why nothing was recorded from some operation on
+    operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
+    circumstances: tuple[Any, ...] = ()  # as in `places`
 
     def __post_init__(self) -> None:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
+        self.read: set[int] = set()  # of which values the held tensor was read since the last forward
         self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._parents: list[tuple[int, ...]] = []
@@ -389,19 +396,30 @@ class Graph:
     def let_go(self) -> None:
         """Hold no tensor any more."""
         self._made.clear()
+        self.read.clear()
         for value in self.values:
             value.held = None
+
+    def take(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Hold the tensors of a later forward, by the numbers of their values."""
+        self.let_go()
+        for number, tensor in tensors.items():
+            self.values[number].held = tensor
 
     def takes_over(self, later: Graph) -> bool:
         """Hold the tensors of a later forward, if it ran the same operations; whether it did."""
         if len(self.values) != len(later.values) or later.error is not None:
             return False
+        if self.operations != later.operations:
+            return False
         pairs = list(zip(self.values, later.values, strict=True))
         if not all(a.is_like(b) for a, b in pairs):
             return False
-        self._made.clear()
+        self.let_go()
         for a, b in pairs:
             a.held, a.geometry, a.remade = b.held, b.geometry, b.remade
+            a.is_rewritten |= b.is_rewritten
+        self.circumstances = later.circumstances
         return True
 
     @staticmethod
@@ -425,14 +443,20 @@ class Graph:
         return found.detach() if found.requires_grad else found
 
     def _tensor(self, value: TracedValue) -> torch.Tensor | None:
-        return self._made.get(value.number) if value.held is None else value.held
+        if value.held is None:
+            return self._made.get(value.number)
+        self.read.add(value.number)
+        return value.held
+
+    def _is_there(self, value: TracedValue) -> bool:
+        return value.held is not None or value.number in self._made
 
     def _to_make(self, value: TracedValue) -> list[TracedValue]:
         needed: dict[int, TracedValue] = {}
         waiting = [value]
         while waiting:
             of = waiting.pop()
-            if self._tensor(of) is not None or of.number in needed:
+            if self._is_there(of) or of.number in needed:
                 continue
             if not of.remade:
                 raise ReadingError(f"the value of {of!r} was not kept")

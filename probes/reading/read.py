@@ -16,7 +16,7 @@ from torch import nn
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, cuts_of, last_read
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -92,13 +92,13 @@ class Rereading:
 
     @torch.no_grad()
     def again(self, graph: Graph) -> list[MemoryReading]:
-        """The same memories in a later forward; in the order of `reading`.
+        """The same memories in a later forward, whose tensors are held until `let_go`; in the order of `reading`.
 
         Raises ReadingError: Where these are not found again.
         """
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
-        if not self.graph.takes_over(graph):
+        if graph is not self.graph and not self.graph.takes_over(graph):
             roots = [self.graph.place(reader.memory.root) for reader in self._readers]
             other = Rereading(graph)
             self.graph, self._readers = graph, other._readers
@@ -108,11 +108,8 @@ class Rereading:
                     f"{len(found)} of {len(roots)} memories were found again in a later forward, whose operations are others"
                 )
             self._readers = found
-        try:
-            with no_collection():
-                return [reader.reading() for reader in self._readers]
-        finally:
-            self.graph.let_go()
+        with no_collection():
+            return [reader.again() for reader in self._readers]
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -137,11 +134,23 @@ class _Reader:
         if not self.branches:
             raise ReadingError(NO_MEMORY)
         self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
+        self._before: MemoryReading | None = None  # of an earlier forward, but for its coefficients
+        self._cuts: Cuts | None = None  # the states, where their connections are read
+        self._inner: _Reader | None = None  # of the memory between blocks, where that inside of them is none of its states
         self.names = BranchNames(memory, self.branches)
         self.name = name_of(memory, self.names)
 
+    def again(self) -> MemoryReading:
+        """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""
+        if self._inner is not None:
+            return self._inner.again()
+        if self._before is None or self._cuts is None:
+            return self.reading()
+        self.states.forget()
+        return self._read_between(self._cuts)
+
     def reading(self) -> MemoryReading:
-        """The memory's description, at the present values of its tensors; ReadingError where none can be given."""
+        """The memory's description; ReadingError where none can be given."""
         found = cuts_of(self.memory, self.branches, self.names.layers)
         self.states = States(self.memory, self.branches)
         if found.inner:
@@ -152,14 +161,20 @@ class _Reader:
                 )  # whose way leads through what is inside of the blocks
             again = _Reader(outer, self.others)
             number_blocks([again.names])
+            self._inner = again
             return again.reading()
-        self.linear = Linear(self.states)
+        return self._read_between(found)
+
+    def _read_between(self, found: Cuts) -> MemoryReading:
+        """What joins the states, at the present values of the forward's tensors."""
+        self._cuts, self.linear = found, Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
         parts = []
         for before, after in zip(found.cuts, found.cuts[1:], strict=False):
             of = self.linear.joined_by(before, after, self.branches)
-            of.error = recomputed(self.states, before, of)
+            if self._before is None:
+                of.error = recomputed(self.states, before, of)
             parts.append(of)
         if any(not branch.reads for of in parts for branch in of.branches):
             return self._over_depth(found.cuts)  # a branch reads an earlier state than the last one
@@ -181,6 +196,8 @@ class _Reader:
         *,
         over_depth: bool,
     ) -> MemoryReading:
+        if self._before is not None:
+            return replace(self._before, connections=tuple(connections))
         coverage = WeightCoverage(self.memory, self.branches, cuts[-1], self.others)
         worst = max(errors, default=math.inf)
         end = max(value.number for value in cuts[-1])
@@ -190,7 +207,7 @@ class _Reader:
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
-        return MemoryReading(
+        found = MemoryReading(
             name=self.name,
             states=tuple(self._states(cuts, over_depth)),
             connections=tuple(connections),
@@ -208,6 +225,8 @@ class _Reader:
             weights=coverage.shares(),
             casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
         )
+        self._before = replace(found, connections=())
+        return found
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
         """How many copies of one state every step makes and merges again."""
@@ -277,7 +296,7 @@ class _Reader:
         values = values or [*map(self._read_state, self.branches), last]
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_constant(parts)
-        error = recomputed_depth(self.states, parts)
+        error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
         connections = [
             self._depth_connection(number, pair, parts, error, by_read) for number, pair in enumerate(pairs)

@@ -21,6 +21,7 @@ from depthscope.probes.reading.graph import (
     FILLS,
     INPUT,
     LEAF,
+    OUTPUT,
     PARAMETER,
     SHAPE_ONLY,
     UNSEEN,
@@ -45,7 +46,16 @@ from depthscope.probes.reading.known_operations import (
     operation_of,
 )  # fmt: skip
 from depthscope.probes.reading.operations import NORMS
-from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, geometry, patched, storage_of
+from depthscope.probes.reading.places import circumstances
+from depthscope.probes.reading.tensor_memory import (
+    TensorEntry,
+    detached,
+    filled_with,
+    geometry,
+    patched,
+    storage_of,
+    unseen_by_modes,
+)
 from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
@@ -62,7 +72,8 @@ class GraphRecorder(TorchDispatchMode):
         super().__init__()
         self._holds = holds
         self.graph = Graph()
-        self._given = {id(tensor) for tensor in batch}
+        self._given = {id(tensor): position for position, tensor in enumerate(batch)}
+        self.graph.circumstances = circumstances(model, batch)
         self.paths: dict[int, str] = {}  # of modules
         self._names: dict[int, str] = {}  # of parameters
         for path, module in model.named_modules():
@@ -135,6 +146,7 @@ class GraphRecorder(TorchDispatchMode):
             taken, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
                 self.note(*taken, output)
+                self.known(output).made_at = OUTPUT
         self._find_unseen(tensors)
         numbers = self._show("output", tensors)
         self._depth_in_blocks -= path in self._numbered
@@ -204,7 +216,8 @@ class GraphRecorder(TorchDispatchMode):
             value.kind, value.of_parameter = PARAMETER, True
             self.graph.parameter_names[value.number] = name or ""
         else:
-            value.kind = INPUT if id(tensor) in self._given else CONSTANT
+            value.given_at = self._given.get(id(tensor))
+            value.kind = CONSTANT if value.given_at is None else INPUT
         self.enter_value(tensor, value)
         self._hold(tensor, value)
         return value
@@ -258,8 +271,9 @@ class GraphRecorder(TorchDispatchMode):
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
-        held = tensor if tensor.grad_fn is None else tensor.detach()
-        base.held = held if base is value else held.as_strided(*base.geometry)
+        with unseen_by_modes(tensor):
+            held = tensor if tensor.grad_fn is None else tensor.detach()
+            base.held = held if base is value else held.as_strided(*base.geometry)
         self._silent = silent
         self._newly_held.append(base)
 
@@ -287,16 +301,28 @@ class GraphRecorder(TorchDispatchMode):
         except Exception as error:
             self.graph.error = without_frames(error)
         result = func(*args, **kwargs)
+        operations = self.graph.operations.setdefault(self._stack[-1], [])
+        operations.append(func)
         if self.graph.error is None:
             try:
+                first = len(self.graph.values)
                 if taken[0].is_foreign and not taken[0].mutates:
                     taken = self._as_sum(taken, args, kwargs, result)
                 self.note(*taken, (result, *taken[-1]) if taken[0].mutates else result)
+                if not taken[0].mutates:
+                    self._place(result, first, len(operations) - 1)
                 for listener in self.listeners:
                     listener(func, args, kwargs, result)
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result
+
+    def _place(self, result: Any, first: int, place: int) -> None:
+        """Note by which operation of its call each new value was made that an operation gave."""
+        for item, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
+            entry = self._entries.get(id(tensor))
+            if entry is not None and entry.value.number >= first and entry.value.item == item:
+                entry.value.made_at = place
 
     def _taken(self, func: Any, args: Any, kwargs: Any) -> _Taken:
         """What an operation takes that is about to run."""
@@ -353,7 +379,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def _fused(self, name: str, args: Any, found: Any, kwargs: Any, targets: list[torch.Tensor]) -> _Taken:
         """A product that is added to a state in one operation is noted as the product and the sum."""
-        with torch.no_grad():
+        with torch.no_grad(), unseen_by_modes(*args[1:3]):
             product = FUSED[name](*args[1:3])
         self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], [], product)
         scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
@@ -449,4 +475,5 @@ class GraphRecorder(TorchDispatchMode):
         self._newly_held.clear()
         for value in self._held.pop(storage_of(target), ()):
             if value.held is not None:
-                value.held = value.held.clone()
+                value.held = detached(value.held, copy=True)
+                value.is_rewritten = True

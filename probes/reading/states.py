@@ -42,6 +42,10 @@ class States:
                 self.steps.setdefault(number, []).append(before)
                 self.linked.add(number)
 
+    def forget(self) -> None:
+        """Hold no array of an earlier forward."""
+        self._arrays.clear()
+
     def numbers(self, value: TracedValue) -> Numbers:
         """The memory's elements that a value holds, or that it is added to on the way from a branch."""
         carried = self.memory.carried.get(value.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,12 +35,26 @@ def storage_of(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
+def unseen_by_modes(*tensors: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context whose operations on some tensors no mode sees, as that of another recorder; empty where they are no plain ones."""
+    is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return torch._C._DisableTorchDispatch() if is_plain else nullcontext()
+
+
+def detached(tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+    """A tensor without its place in autograd's graph."""
+    with unseen_by_modes(tensor):
+        found = tensor.detach()
+        return found.clone() if copy else found
+
+
 def filled_with(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
     """A constant, without memory of its size."""
     fill = FILLS[value.name]
     if fill is None:
         fill = value.args[2 if value.name == "new_full" else 1]
-    return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    with unseen_by_modes(tensor):
+        return torch.full((), fill, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def patched(old: torch.Tensor, new: torch.Tensor, own: Any, where: Any, empty: float = 0) -> torch.Tensor:

@@ -19,14 +19,15 @@ from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.tensors import floats_in, tensors_in
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import PARAMETER, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import CapturedState
-from depthscope.probes.structure.tape import Tape
+from depthscope.probes.structure.tape import Tape, value_at
 
 
 class RewrittenError(CaptureError):
@@ -48,6 +49,8 @@ class RecordedForward:
         Called with every exception that a gradient hook raises.
     observer : Observer, optional
         Of a known structure that only operations show: it gets the states that no module shows.
+    known : KnownPlaces, optional
+        Where a later forward shows what is measured: then no other operation of it is looked at.
     attention : int, optional
         Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
     """
@@ -60,9 +63,10 @@ class RecordedForward:
         gradients: bool,
         report: Report,
         observer: Observer | None = None,
+        known: KnownPlaces | None = None,
         attention: int | None = None,
     ):
-        self._observer, self._attention = observer, attention
+        self._observer, self._known, self._attention = observer, known, attention
         captured = observer.structure.captured if observer is not None else ()
         self._operations = {
             ValuePlace(p.path, p.index, p.operation, p.item, p.result): state
@@ -101,9 +105,11 @@ class RecordedForward:
         if tape is not None and tape.recorder is not None:
             tape.recorder.leave(self._paths[id(module)], output, floats_in(output))
 
-    def _new_recorder(self, tape: Tape, args: Any, kwargs: Any) -> GraphRecorder:
+    def _new_recorder(self, tape: Tape, args: Any, kwargs: Any) -> GraphRecorder | PlacedRecorder:
         """What records the values of a forward that begins."""
-        recorder = GraphRecorder(self._model, list(tensors_in((args, kwargs))))
+        batch = list(tensors_in((args, kwargs)))
+        placed = None if self._known is None else self._known.recorder(self._model, batch)
+        recorder = placed or GraphRecorder(self._model, batch)
         forward = self._current.recorded
         assert forward is not None
         recorder.on_taken = partial(self._meet, forward, tape)
@@ -118,7 +124,7 @@ class RecordedForward:
         ):  # the model may call itself
             return None
         recorder, tape.is_on = tape.recorder, True
-        if self._attention is not None:
+        if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
         if self._observer is not None and self._observer.logits is not None:
@@ -136,6 +142,8 @@ class RecordedForward:
             state = self._record_operation(forward, tape, value, tensor)
             if state is not None and self._observer is not None:
                 self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+        if self._observer is not None:
+            return  # it knows which values are states
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
         listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
@@ -192,13 +200,36 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
                 observer.record_branch(forward, number, position, graph.tensor(given))
 
 
-def record_operations(tape: Tape, forward: Forward, observer: Observer) -> None:
-    """Read the connections whose weights only the operations of a forward show.
+def record_operations(tape: Tape, forward: Forward, observer: Observer, model: nn.Module, known: KnownPlaces) -> None:
+    """Read the connections whose weights only the operations of a forward show, and where these are in the next one.
 
     ``tape``: of a later forward.
     """
-    if observer.structure.read is not None:
-        _record_read(tape, forward, observer, observer.structure.read.again(tape.graph))
+    read, graph = observer.structure.read, tape.graph
+    try:
+        if isinstance(tape.recorder, PlacedRecorder):
+            tape.recorder.hold()
+        if read is not None:
+            _record_read(tape, forward, observer, read.again(graph))
+            graph = read.graph
+        if not isinstance(tape.recorder, PlacedRecorder):
+            needed = _needed(graph, observer)
+            if needed is not None:
+                known.learn(model, graph, needed)
+    except ReadingError:
+        known.forget()
+        raise
+    finally:
+        graph.let_go()
+
+
+def _needed(graph: Graph, observer: Observer) -> set[int] | None:
+    """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
+    structure, found = observer.structure, set(graph.read)
+    states = [value_at(graph, state.point) for state in structure.captured if state.point.at == "operation"]
+    found |= {value.number for value in states if value is not None}
+    logits = set() if observer.logits is None else observer.logits.known_values(graph, range(len(structure.connections)))
+    return None if logits is None else found | logits
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -99,6 +99,14 @@ class LogitStatistics:
     def looks_for(self, number: int) -> bool:
         """Whether the logits of a connection are known, or may still be found."""
         return self.reasons.get(number, NO_GRAPH) == NO_GRAPH
+
+    def known_values(self, graph: Graph, numbers: Iterable[int]) -> set[int] | None:
+        """The values of a graph by which connections are recorded; None where the logits of one may still be found."""
+        wanted = [number for number in numbers if self.looks_for(number)]
+        places = [self._places.get(number) for number in wanted]
+        values = [graph.at(at) for place in places if place is not None for at in (place.logits, place.matrix)]
+        found = {value.number for value in values if value is not None}
+        return None if None in places or None in values else found
 
     def record(
         self,

@@ -31,6 +31,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards, require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
+from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
@@ -115,6 +116,7 @@ class Session:
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._measured: list[Measured] = []
         self._current = CurrentForward(self.owner)
+        self._places = KnownPlaces()
         self._containers: list[
             tuple[nn.Module, list[nn.Module | None]]
         ] = []  # of states, with their children
@@ -230,22 +232,24 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
+            is_placed = self._places.places is not None
             if self._is_recorded:
-                # Its operations are traced, and its attention with them.
+                # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
                     self.model,
                     self._current,
                     gradients=False,
                     report=self.report,
                     observer=self._observer,
-                    attention=self._later_attention,
+                    known=self._places,
+                    attention=None if is_placed else self._later_attention,
                 ).attach(attachment)
             later = LaterForwards(
                 self.model,
                 self._observer,
                 self._current,
                 lambda: self.forwards,
-                None if self._is_recorded else self.attention,
+                self.attention if is_placed or not self._is_recorded else None,
             )
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
@@ -503,7 +507,7 @@ class Session:
     def _end_traced(self, tape: Tape, forward: Forward) -> None:
         """Record what the trace of a later forward shows."""
         with own_call(self.observer):
-            record_operations(tape, forward, self.observer)
+            record_operations(tape, forward, self.observer, self.model, self._places)
         if tape.attention is not None:
             self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -582,6 +586,7 @@ class Session:
             return finder.along(1, forward.batch_size).structure(self.shards)
 
     def _adopt(self, observer: Observer) -> None:
+        self._places.forget()
         self._observer, self._modules = observer, _module_types(self.model)
 
     # --- the end of a step ---

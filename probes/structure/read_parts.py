@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class ReadStructure:
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
+        self._order: tuple[Any, int, torch.Tensor] | None = None  # of tokens, for a memory's numbers and a batch size
         self.mixes = any(connection.weighs for connection in self.first.connections)
         # Connections that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out: frozenset[int] = frozenset()
@@ -56,13 +58,21 @@ class ReadStructure:
         (memory,) = self._rereading.again(graph)
         return memory
 
+    @property
+    def graph(self) -> Graph:
+        """Of the last forward that was read."""
+        return self._rereading.graph
+
     def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
         """The coefficients of every connection.
 
         Raises StreamConnectionError, LayoutError: Where they have no place in these.
         """
         numbers = memory.states[0].numbers[0]
-        order = token_order(memory, numbers, self._layout, batch_size, self._num_streams)
+        if self._order is None or self._order[0] is not numbers or self._order[1] != batch_size:
+            found = token_order(memory, numbers, self._layout, batch_size, self._num_streams)
+            self._order = numbers, batch_size, found
+        order = self._order[2]
         if memory.over_depth:
             return list(depth_weights(memory, order))
         joined = (connection for connection in memory.connections if connection.branches)

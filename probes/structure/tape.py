@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.structure.chain import HookPoint
 
@@ -13,7 +14,7 @@ class Tape:
     """The recorder of one forward; None until the model's own call begins."""
 
     def __init__(self) -> None:
-        self.recorder: GraphRecorder | None = None
+        self.recorder: GraphRecorder | PlacedRecorder | None = None
         self.attention: Any = None  # what watches it, of the session
         self.logits: Any = None  # what watches these, of the session
         self.is_on = False  # whether the model's own forward has begun
