@@ -38,7 +38,9 @@ class Places:
     graph: Graph
     circumstances: tuple[Any, ...]
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
-    given: dict[int, TracedValue] = field(default_factory=dict)  # by position among what the model is called with
+    given: dict[int, TracedValue] = field(
+        default_factory=dict
+    )  # by position among what the model is called with
     constant: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
     of_model: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
 
@@ -84,7 +86,9 @@ class _Frame:
 
     __slots__ = ("count", "number", "operations", "path", "wanted")
 
-    def __init__(self, path: str, number: int, operations: Sequence[Any], wanted: dict[int, list[TracedValue]] | None):
+    def __init__(
+        self, path: str, number: int, operations: Sequence[Any], wanted: dict[int, list[TracedValue]] | None
+    ):
         self.path, self.number, self.operations, self.wanted = path, number, operations, wanted
         self.count = 0
 
@@ -174,7 +178,13 @@ class PlacedRecorder(TorchDispatchMode):
     def end(self, output: Any) -> Graph:
         """The graph, which has the tensors of this forward."""
         self._hand_over()
-        missing = [n for of in self._places.wanted.values() for values in of.values() for n in values if n.number not in self._found]
+        missing = [
+            n
+            for of in self._places.wanted.values()
+            for values in of.values()
+            for n in values
+            if n.number not in self._found
+        ]
         if missing:
             self._stop(self.graph.path(missing[0]))
         return self.graph
@@ -225,7 +235,6 @@ class PlacedRecorder(TorchDispatchMode):
             else:
                 self._stop(frame.path)
         return result
-
 
 
 class KnownPlaces:

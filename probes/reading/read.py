@@ -136,7 +136,9 @@ class _Reader:
         self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self._before: MemoryReading | None = None  # of an earlier forward, but for its coefficients
         self._cuts: Cuts | None = None  # the states, where their connections are read
-        self._inner: _Reader | None = None  # of the memory between blocks, where that inside of them is none of its states
+        self._inner: _Reader | None = (
+            None  # of the memory between blocks, where that inside of them is none of its states
+        )
         self.names = BranchNames(memory, self.branches)
         self.name = name_of(memory, self.names)
 

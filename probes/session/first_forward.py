@@ -200,7 +200,9 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
                 observer.record_branch(forward, number, position, graph.tensor(given))
 
 
-def record_operations(tape: Tape, forward: Forward, observer: Observer, model: nn.Module, known: KnownPlaces) -> None:
+def record_operations(
+    tape: Tape, forward: Forward, observer: Observer, model: nn.Module, known: KnownPlaces
+) -> None:
     """Read the connections whose weights only the operations of a forward show, and where these are in the next one.
 
     ``tape``: of a later forward.
@@ -228,7 +230,11 @@ def _needed(graph: Graph, observer: Observer) -> set[int] | None:
     structure, found = observer.structure, set(graph.read)
     states = [value_at(graph, state.point) for state in structure.captured if state.point.at == "operation"]
     found |= {value.number for value in states if value is not None}
-    logits = set() if observer.logits is None else observer.logits.known_values(graph, range(len(structure.connections)))
+    logits = (
+        set()
+        if observer.logits is None
+        else observer.logits.known_values(graph, range(len(structure.connections)))
+    )
     return None if logits is None else found | logits
 
 

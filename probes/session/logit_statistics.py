@@ -104,7 +104,9 @@ class LogitStatistics:
         """The values of a graph by which connections are recorded; None where the logits of one may still be found."""
         wanted = [number for number in numbers if self.looks_for(number)]
         places = [self._places.get(number) for number in wanted]
-        values = [graph.at(at) for place in places if place is not None for at in (place.logits, place.matrix)]
+        values = [
+            graph.at(at) for place in places if place is not None for at in (place.logits, place.matrix)
+        ]
         found = {value.number for value in values if value is not None}
         return None if None in places or None in values else found
 

@@ -36,7 +36,9 @@ class ReadStructure:
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
-        self._order: tuple[Any, int, torch.Tensor] | None = None  # of tokens, for a memory's numbers and a batch size
+        self._order: tuple[Any, int, torch.Tensor] | None = (
+            None  # of tokens, for a memory's numbers and a batch size
+        )
         self.mixes = any(connection.weighs for connection in self.first.connections)
         # Connections that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out: frozenset[int] = frozenset()
