@@ -260,7 +260,8 @@ class _Reader:
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
         number = self._numbers[branch.source.number]
-        reads = tuple(self.graph.place(read) for read in branch.reads)
+        before_norms = dict.fromkeys([*branch.reads_before_norms, branch.read])
+        reads = tuple(self.graph.place(read) for read in before_norms)
         unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],

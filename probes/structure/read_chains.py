@@ -310,12 +310,13 @@ class _ChainOf:
     def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
         carried, values = self.memory.carried, self.graph.values
-        first, last = (max(self.memory.states[depth].values) for depth in (of.depth_in, of.depth_out))
+        first = max(self.memory.states[of.depth_in].values)
         given = {number for branch in of.branches for number in branch.way}
+        reads = (self.graph.at(place) for branch in of.branches for place in branch.reads)
+        kept = [*self.memory.states[of.depth_out].values, *(read.number for read in reads if read is not None)]
         ends = [
             parent.number
-            for number in carried
-            if first < number <= last
+            for number in self._carried_to(kept, first)
             for parent in values[number].parents
             if parent.number not in carried and parent.number not in given
         ]
@@ -324,13 +325,25 @@ class _ChainOf:
         found = self.graph.ancestors(ends, carried.keys() | given)
         return [values[number] for number in sorted(found) if number not in carried and number not in given]
 
+    def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
+        """What carries a state to some values, themselves included."""
+        carried, found = self.memory.carried, set[int]()
+        waiting = list(numbers)
+        while waiting:
+            number = waiting.pop()
+            if number > first and number in carried and number not in found:
+                found.add(number)
+                waiting += (parent.number for parent in self.graph.values[number].parents)
+        return found
+
     def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
         names = (self.graph.parameter_names.get(value.number, "") for value in values)
         return tuple(dict.fromkeys(filter(None, names)))
 
     def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
-        stacks = [self.graph.stack(value) for value in values if value.func is not None]
+        computed = (value for value in values if value.func and value.name not in MOVES | SAME)
+        stacks = [self.graph.stack(value) for value in computed]
         common = stacks[0] if stacks else []
         for stack in stacks[1:]:
             common = [a for a, b in zip(common, stack, strict=False) if a == b]
