@@ -44,7 +44,7 @@ from depthscope.probes.reading.known_operations import (
     only_operation,
     operation_of,
 )  # fmt: skip
-from depthscope.probes.reading.operations import NORMS
+from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
 from depthscope.probes.reading.tensor_memory import TensorEntry, filled_with, geometry, patched, storage_of
 from depthscope.probes.reading.trials import factors_of_sum
 
@@ -72,6 +72,7 @@ class GraphRecorder(TorchDispatchMode):
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
+        self._running: list[nn.Module | None] = []
         self._num_shown = 0
         self._depth_in_blocks = 0  # how many modules with a number are running
         self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
@@ -113,6 +114,7 @@ class GraphRecorder(TorchDispatchMode):
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
+        self._running.append(module)
         only = only_operation(module, tensors)
         if only is not None:
             operation, args = only
@@ -142,6 +144,7 @@ class GraphRecorder(TorchDispatchMode):
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
         self._stack.pop()
+        self._running.pop()
         return numbers
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -189,7 +192,7 @@ class GraphRecorder(TorchDispatchMode):
         writes = self._writes.get(storage_of(tensor), ()) if self._writes else ()
         if entry is None:
             value = self._leaf(tensor)
-            if not writes:
+            if not writes or self._is_lent(tensor):
                 return value
             entry = self._entries[id(tensor)]
             entry.writes = 0
@@ -199,7 +202,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
         value = self._new(LEAF, None, (), {}, (), tensor)
-        name = self._names.get(id(tensor))
+        name = self._names.get(id(tensor)) or (self._lent_name(tensor) if self._is_lent(tensor) else None)
         if name is not None or isinstance(tensor, nn.Parameter):
             value.kind, value.of_parameter = PARAMETER, True
             self.graph.parameter_names[value.number] = name or ""
@@ -208,6 +211,18 @@ class GraphRecorder(TorchDispatchMode):
         self.enter_value(tensor, value)
         self._hold(tensor, value)
         return value
+
+    def _is_lent(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter is none of the model's own: it is there for a call, of weights that are kept elsewhere."""
+        return isinstance(tensor, nn.Parameter) and id(tensor) not in self._names
+
+    def _lent_name(self, tensor: torch.Tensor) -> str | None:
+        """The name of a parameter that is lent to a running module."""
+        for call, module in zip(self._stack[:0:-1], self._running[::-1], strict=True):
+            for name, own in module._parameters.items() if module is not None else ():
+                if own is tensor:
+                    return f"{self.graph.calls[call].path}.{name}".lstrip(".")
+        return None
 
     def _rewritten(
         self, entry: TensorEntry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
@@ -257,8 +272,12 @@ class GraphRecorder(TorchDispatchMode):
             base = base.parents[0]
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
+        is_lent = self._is_lent(tensor)
+        if is_lent and tensor.ndim > 1 and min(tensor.shape[-2:]) > MOST_STREAMS:
+            return  # the weight of a layer, whose memory is freed after the call
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         held = tensor if tensor.grad_fn is None else tensor.detach()
+        held = held.detach().clone() if is_lent else held
         base.held = held if base is value else held.as_strided(*base.geometry)
         self._silent = silent
         self._newly_held.append(base)
@@ -282,6 +301,12 @@ class GraphRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._silent or self.graph.error is not None:
             return func(*args, **kwargs)
+        if operation_of(func).is_composite:
+            TorchDispatchMode.__enter__(self)
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
         try:
             taken = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
         except Exception as error:
