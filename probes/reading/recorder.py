@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import Listener
+from depthscope.probes.model.tensors import split_over
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -155,6 +156,8 @@ class GraphRecorder(TorchDispatchMode):
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
+            if split := split_over(tensors[item]):
+                self.graph.split[self.known(tensors[item]._local_tensor).number] = split
             self._num_shown += 1
             shown = Shown(self._stack[-1], at, item, self._num_shown)
             self.graph.shown.setdefault(number, []).append(shown)

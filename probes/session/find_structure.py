@@ -14,7 +14,7 @@ from torch import nn
 from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import MemoryReading
@@ -308,6 +308,7 @@ class StructureFinder:
             self._refuse_mixed(root, memory)
         named = self.options.layout or ""
         splits = "N" in named and memory.num_streams == 1  # streams that the user asserts
+        num_axes = len(parse_layout(named)) if named else 0
         if named and "N" not in named and memory.num_streams > 1:
             raise LayoutError(
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
@@ -327,9 +328,9 @@ class StructureFinder:
                 numbers is None and value.shape == root.shape
             ):  # before a norm with which the first block begins
                 numbers = memory.carried[root.number]
-            return (
-                named if splits else "" if numbers is None else read_layout(memory, numbers, self.sequences)
-            )
+            if splits:
+                return named if len(value.shape) == num_axes else ""
+            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
         if named and not part.layout:
@@ -377,13 +378,22 @@ class StructureFinder:
         read.leave_out_other_views(weights)
         kept = [n for n in range(len(weights)) if n not in read.left_out]
         weights = [weights[number] for number in kept]
-        chain = replace(chain, connections=tuple(chain.connections[number] for number in kept))
+        outside = {chain.connections[number].depth_out for number in read.left_out}
+        points = tuple(
+            replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
+            for n, p in enumerate(chain.points)
+        )  # what is added before the connections of a block
+        chain = replace(
+            chain, points=points, connections=tuple(chain.connections[number] for number in kept)
+        )
         self._read = read
         if memory.over_depth:
             rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
         elif any(of.read is None for of, _ in weights):
             chain = replace(chain, family="gated")
+        elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
+            chain = replace(chain, family="altup")
         else:
             chain = replace(chain, family="hc" if read.mixes else "independent_hc")
         return Found(chain, (memory,), layout)

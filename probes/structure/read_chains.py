@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
@@ -183,6 +184,9 @@ class _ChainOf:
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value
+        for other in same:
+            if other.number in self.graph.split:
+                raise split_error(self.graph.split[other.number])
         places = [(other, shown) for other in same for shown in self.graph.shown.get(other.number, ())]
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
         until = None if best is None or best[1].at == "output" else best[1].order
