@@ -270,20 +270,27 @@ def _proof_of(found: PlainFactors) -> str:
 
 
 def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:
-    """Where the streams change outside of the connections, as by a per-layer embedding: ‖X' − X‖ / ‖X‖.
+    """Where the streams change outside of the connections and branches, as by a per-layer embedding or noise: ‖change‖ / ‖X‖.
 
     One dict with ``depth_in, depth_out, module, change`` for each such place; none for a plain model.
     """
     if not session.structure.connections:
         return []
-    connected = {connection.depth_out for connection in session.structure.connections}
+    numbers = {of.depth_out: number for number, of in enumerate(session.structure.connections)}
     changes = []
     for depth in range(1, len(session.structure.chains[0].points)):
-        if depth in connected:
-            continue
-        before = torch.cat([s.states[0, depth - 1].flatten() for s in sequences])
-        after = torch.cat([s.states[0, depth].flatten() for s in sequences])
-        change = relative_error(after.double() - before.double(), before)
+        number = numbers.get(depth)
+        begin = depth - 1 if number is None else session.structure.connections[number].depth_in
+        before = torch.cat([s.states[0, begin].flatten() for s in sequences])
+        if number is None:
+            added = torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
+        else:
+            constants = (s.parts[0, number].constant for s in sequences)
+            known = [constant.flatten() for constant in constants if constant is not None]
+            if not known:
+                continue
+            added = torch.cat(known)
         module = session.structure.chains[0].points[depth].module
-        changes.append({"depth_in": depth - 1, "depth_out": depth, "module": module, "change": change})
+        change = relative_error(added, before)
+        changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})
     return changes

@@ -439,7 +439,9 @@ def _constraint_attributes(attrs: Mapping[str, Any], trace: xr.Dataset) -> dict[
 def _measured_again(change: Mapping[str, Any], trace: xr.Dataset) -> dict[str, Any]:
     """A change of the streams outside of the connections, over all sequences of the joined trace."""
     depths = trace["depth"].values.tolist()
-    if not {change["depth_in"], change["depth_out"]} <= set(depths):
+    connected = trace["depth_out"].values.tolist() if "depth_out" in trace else []
+    # What is added besides a connection is no difference of states.
+    if change["depth_out"] in connected or not {change["depth_in"], change["depth_out"]} <= set(depths):
         return dict(change)
     before, after = (
         torch.from_numpy(trace["residual"].values[depths.index(change[name])].ravel())

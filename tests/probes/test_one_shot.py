@@ -231,10 +231,19 @@ def test_either_orientation_is_told_and_turned(ids, fault):
     np.testing.assert_allclose(forward, np.abs(run.trace.h_res.values.sum(-1)).max((1, 2, 3)), rtol=1e-5)
 
 
-def test_a_change_that_no_connection_makes_is_refused(ids):
+def test_a_change_that_no_branch_makes_is_named(ids):
     torch.manual_seed(0)
-    with pytest.raises(probes.ReconstructionError, match="is not the one that the model applies"):
-        probes.capture(ToyModel("added"), ids)
+    model = ToyModel("added")
+    run = probes.capture(model, ids)
+    assert run.attrs["reconstruction_error"] < 1e-6
+    np.testing.assert_array_equal(run.trace.h_res.values[1, 0, 0], model.blocks[1].hc.mix.detach())
+    trace, changes = run.trace, run.attrs["changes_outside"]
+    assert [(each["depth_in"], each["depth_out"]) for each in changes] == [(0, 1), (1, 2), (2, 3)]
+    mixed = np.einsum("ctoi,ctid->ctod", trace.h_res.values[1], trace.residual.values[1])
+    written = trace.h_post.values[1][..., None] * trace.branch_out.values[1][:, :, None]
+    noise = trace.residual.values[2] - mixed - written
+    size = np.linalg.norm(noise) / np.linalg.norm(trace.residual.values[1])
+    assert changes[1]["change"] == pytest.approx(size, rel=1e-4)
 
 
 def test_a_matrix_that_is_not_applied_is_told_and_what_is_applied_is_proven(ids):
