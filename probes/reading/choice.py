@@ -148,7 +148,9 @@ def _taken_apart(memory: Memory) -> Memory:
     """The memory with streams, where every branch gives the features of one stream, a part of the last axis."""
     graph, width = memory.graph, memory.shape[-1]
     sources = [branch.source for branch in branches_of(memory)]
-    spread = {of.shape[-2] if math.prod(of.shape[-2:]) == width else memory.count / of.numel for of in sources}
+    spread = {
+        of.shape[-2] if math.prod(of.shape[-2:]) == width else memory.count / of.numel for of in sources
+    }
     streams = spread.pop() if len(spread) == 1 else 1
     if not 1 < streams <= MOST_STREAMS or streams % 1 or width % streams:
         return memory

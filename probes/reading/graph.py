@@ -202,7 +202,9 @@ class Graph:
     shown: dict[int, list[Shown]] = field(
         default_factory=dict
     )  # by value: the calls that took or returned it, in order
-    split: dict[int, str] = field(default_factory=dict)  # what is a part of a tensor that is spread over processes, and how
+    split: dict[int, str] = field(
+        default_factory=dict
+    )  # what is a part of a tensor that is spread over processes, and how
     error: Exception | None = None  # why nothing was recorded from some operation on
 
     def __post_init__(self) -> None:

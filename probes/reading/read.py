@@ -363,7 +363,11 @@ def _begin_with_constant(parts: DepthParts) -> None:
     ratios = {number: parts.weights[number][:, 0] / own for number in parts.constants}
     scale = float(added.abs().max())
     if all(
-        bool(((constant - ratios[number] * added).abs() <= 1e-5 * scale * ratios[number].abs().clamp_min(1)).all())
+        bool(
+            (
+                (constant - ratios[number] * added).abs() <= 1e-5 * scale * ratios[number].abs().clamp_min(1)
+            ).all()
+        )
         for number, constant in parts.constants.items()
     ) and len(parts.constants) == sum(bool((of[:, 0] != 0).any()) for of in parts.weights.values()):
         parts.sources[0] = parts.sources[0] * own + added

@@ -24,7 +24,7 @@ from depthscope.probes.structure.chain import Chain, Connection
 ONE_VIEW_NAMES = {"read": "h_pre", "write": "h_post", "views_in": "branch_in", "views_out": "branch_out"}
 VIEW_AXES = {"read": -2, "write": -1, "views_in": -2, "views_out": -2}
 # These few numbers of each connection are stored whatever sites were requested.
-ERRORS = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
+ERRORS = ("reconstruction_error", "other_orientation_error", "read_error")
 
 
 def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def connection_variables(
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
     of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
-    asked_as = {**ONE_VIEW_NAMES, "h_res_returned": "h_res", **of_branches}
+    asked_as = {**ONE_VIEW_NAMES, **of_branches}
     return {
         name: value
         for name, value in variables.items()
@@ -70,15 +70,7 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     joints = evidence.joints
     readings = [evidence.reading(number) for number in range(len(joints))]
     applied = [applied_matrix(joint, of).float() for joint, of in zip(joints, readings, strict=True)]
-    # As the module returned them, before the model rounded them to the precision of the states.
-    returned = [
-        applied_matrix(joint, replace(of, cast=False)).float()
-        for joint, of in zip(joints, readings, strict=True)
-    ]
-    rounding = [float((a - b).abs().max()) for a, b in zip(applied, returned, strict=True)]
     tensors: dict[str, list[torch.Tensor]] = {"h_res": applied}
-    if any(rounding):
-        tensors["h_res_returned"] = returned
     reads = [joint.parts.read for joint in joints if joint.parts.read is not None]
     if len(reads) == len(joints):  # gates per feature have no scalar read weights
         tensors["read"] = reads
@@ -104,7 +96,6 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
     variables["other_orientation_error"] = ("connection", np.array(other_errors))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
-    variables["rounding"] = ("connection", np.array(rounding))
     return variables
 
 

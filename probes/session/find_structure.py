@@ -383,9 +383,7 @@ class StructureFinder:
             replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
             for n, p in enumerate(chain.points)
         )  # what is added before the connections of a block
-        chain = replace(
-            chain, points=points, connections=tuple(chain.connections[number] for number in kept)
-        )
+        chain = replace(chain, points=points, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
         if memory.over_depth:
             rows = [of for of, _ in weights if isinstance(of, DepthWeights)]

@@ -317,7 +317,10 @@ class _ChainOf:
         first = max(self.memory.states[of.depth_in].values)
         given = {number for branch in of.branches for number in branch.way}
         reads = (self.graph.at(place) for branch in of.branches for place in branch.reads)
-        kept = [*self.memory.states[of.depth_out].values, *(read.number for read in reads if read is not None)]
+        kept = [
+            *self.memory.states[of.depth_out].values,
+            *(read.number for read in reads if read is not None),
+        ]
         ends = [
             parent.number
             for number in self._carried_to(kept, first)
@@ -325,7 +328,9 @@ class _ChainOf:
             if parent.number not in carried and parent.number not in given
         ]
         ways = [branch.way for branch in of.branches]
-        ends += [p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given]
+        ends += [
+            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
+        ]
         found = self.graph.ancestors(ends, carried.keys() | given)
         return [values[number] for number in sorted(found) if number not in carried and number not in given]
 

@@ -82,7 +82,9 @@ def test_altup_of_gemma3n_is_read_from_its_two_methods(long_ids):
     assert run.attrs["orientation"] == "destination_source"
     assert run.attrs["reconstruction_error"] < 1e-6
     assert list(trace.site.values) == ["embed"] + ["mid", "post"] * 4
-    assert list(trace.depth_in.values) == list(range(8)), "AltUp, and the per-layer embedding that a gate scales"
+    assert list(trace.depth_in.values) == list(range(8)), (
+        "AltUp, and the per-layer embedding that a gate scales"
+    )
     states = trace.residual.transpose("depth", "stream", "sample", "token", "feature").values
     np.testing.assert_allclose(states[2], x.detach(), atol=0)
     np.testing.assert_allclose(states[3], corrected.detach(), atol=0)
