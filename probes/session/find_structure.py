@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -308,7 +308,6 @@ class StructureFinder:
             self._refuse_mixed(root, memory)
         named = self.options.layout or ""
         splits = "N" in named and memory.num_streams == 1  # streams that the user asserts
-        num_axes = len(parse_layout(named)) if named else 0
         if named and "N" not in named and memory.num_streams > 1:
             raise LayoutError(
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
@@ -322,16 +321,7 @@ class StructureFinder:
                 "name the modules whose states are wanted with layers="
             )
 
-        def layout_of(value: TracedValue) -> str:
-            numbers = memory.carried.get(value.number)
-            if (
-                numbers is None and value.shape == root.shape
-            ):  # before a norm with which the first block begins
-                numbers = memory.carried[root.number]
-            if splits:
-                return named if len(value.shape) == num_axes else ""
-            return "" if numbers is None else read_layout(memory, numbers, self.sequences)
-
+        layout_of = partial(self._layout_of, memory, named if splits else "")
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
         if named and not part.layout:
             part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
@@ -341,6 +331,15 @@ class StructureFinder:
                 "no order that a layout can name; say how they are read with layout="
             )
         return part
+
+    def _layout_of(self, memory: MemoryReading, asserted: str, value: TracedValue) -> str:
+        """The layout of a value of a memory, or the asserted one where it has as many axes; empty where it has none."""
+        if asserted:
+            return asserted if len(value.shape) == len(parse_layout(asserted)) else ""
+        root, numbers = self.graph.values[memory.root], memory.carried.get(value.number)
+        if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
+            numbers = memory.carried[root.number]
+        return "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
     def _end(self, memory: MemoryReading) -> TracedValue:
         return self.graph.values[memory.states[-1].values[-1]]
