@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import DepthWeights, relative_error, tolerance
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, relative_error, tolerance
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
@@ -275,7 +275,8 @@ def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[st
         if number is None:
             added = torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
         else:
-            constants = (s.parts[0, number].constant for s in sequences)
+            parts = (s.parts[0, number] for s in sequences)
+            constants = (of.constant for of in parts if isinstance(of, Parts))
             known = [constant.flatten() for constant in constants if constant is not None]
             if not known:
                 continue
