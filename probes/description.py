@@ -29,8 +29,6 @@ class ConnectionFacts:
         ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖ with H_res as reported, and with its transpose.
     read_error : float
         ‖F's input − H_pre X‖ / ‖F's input‖; NaN where no scalar H_pre exists.
-    rounding : float
-        Largest difference between the matrix that the model applies, in its own precision, and the one that is returned.
     row_sum_error, column_sum_error : float
         max |Σ_j H_ij − 1| over destinations i, and max |Σ_i H_ij − 1| over sources j, over all tokens.
     """
@@ -41,7 +39,6 @@ class ConnectionFacts:
     reconstruction_error: float
     other_orientation_error: float
     read_error: float
-    rounding: float
     row_sum_error: float
     column_sum_error: float
 
@@ -141,12 +138,6 @@ class Description:
             lines.append(
                 f"  sums         of H_res over the sources within {rows:.1e} of 1, over the destinations within {columns:.1e}"
             )
-        # Zero unless the model rounds the weights to the precision of its states before it applies them.
-        rounding = max(c.rounding for c in self.connections)
-        if rounding > 0:
-            lines.append(
-                f"  applied      H_res, as applied in {self.dtype}, differs from the returned one by up to {rounding:.1e}"
-            )
         return lines
 
     def _coverage(self) -> list[str]:
@@ -233,7 +224,6 @@ def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
             reconstruction_error=float(at["reconstruction_error"]),
             other_orientation_error=float(at["other_orientation_error"]),
             read_error=float(at["read_error"]),
-            rounding=float(at["rounding"]),
             row_sum_error=float(abs(h_res.sum("stream_in", skipna=False) - 1).max()),
             column_sum_error=float(abs(h_res.sum("stream_out", skipna=False) - 1).max()),
         )

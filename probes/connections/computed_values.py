@@ -36,8 +36,11 @@ class ComputedValue:
 
     @property
     def rewritten(self) -> bool:
-        """Whether it was written in place since."""
-        return self.written != version(self.tensor)
+        """Whether it was written in place since, or its memory was freed, as that of weights that are gathered for a call."""
+        freed = (
+            self.tensor.numel() > 0 and not self.tensor.is_meta and not self.tensor.untyped_storage().size()
+        )
+        return freed or self.written != version(self.tensor)
 
 
 class ComputedValues:

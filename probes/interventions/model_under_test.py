@@ -159,13 +159,17 @@ class ModelUnderTest:
     @property
     def layers(self) -> dict[int, tuple[int, int]]:
         """The depths before and after each block, by the block's number."""
-        last: dict[int, int] = {}
+        found: dict[int, tuple[int, int]] = {}
+        end = 0
         for depth, point in enumerate(self.chain.points):
-            # What changes the streams before a block begins belongs to that block.
-            if point.layer >= 0:
-                last[point.layer] = depth
-        ends = [0, *last.values()]
-        return {layer: (ends[position], last[layer]) for position, layer in enumerate(last)}
+            if point.layer < 0:
+                continue
+            # What changes the streams before a block begins belongs to that block, and what joins two stages to none.
+            shapes = self.chain.shapes[max(depth - 1, 0)], self.chain.shapes[depth]
+            begin = depth if point.site == "pre" and shapes[0] != shapes[1] else end
+            found[point.layer] = found.get(point.layer, (begin, depth))[0], depth
+            end = depth
+        return found
 
     @property
     def num_streams(self) -> int:

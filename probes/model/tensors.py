@@ -73,17 +73,25 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises CaptureError: For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
     """
+    if split := split_over(tensor):
+        raise split_error(split)
     # By attribute: importing DTensor needs torch.distributed, which some builds of torch lack.
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return tensor
-    if not all(placement.is_replicate() for placement in placements):
-        raise CaptureError(
-            f"a residual state is split over processes ({', '.join(map(str, placements))}); a part of it has other norms and "
-            "spectra than the whole. Capture a model whose residual states are replicated, without sequence or tensor "
-            "parallelism of the states"
-        )
-    return tensor.to_local()
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+
+
+def split_over(tensor: torch.Tensor) -> str:
+    """How a DTensor is split over processes; empty where it is not."""
+    placements = getattr(tensor, "placements", ())
+    whole = all(placement.is_replicate() for placement in placements)
+    return "" if whole else ", ".join(map(str, placements))
+
+
+def split_error(placements: str) -> CaptureError:
+    """The refusal of a state that is split over processes."""
+    return CaptureError(
+        f"a residual state is split over processes ({placements}); a part of it has other norms and spectra than the whole. "
+        "Capture a model whose residual states are replicated, without sequence or tensor parallelism of the states"
+    )
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:

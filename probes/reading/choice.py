@@ -160,16 +160,16 @@ def _between_expansions(memory: Memory) -> Memory:
 
 
 def _taken_apart(memory: Memory) -> Memory:
-    """The memory with streams, where its features are two axes wherever branches write, each of the features of one stream."""
+    """The memory with streams, where every branch gives the features of one stream, a part of the last axis."""
     graph, width = memory.graph, memory.shape[-1]
-    sizes: set[int] = set()
-    for number in memory.writes.keys() & memory.trunk:
-        axes = memory.carried[number].axes
-        spans = [len(v) for v in axes if len(v) > 1 and 0 < int(v.max() - v.min()) < width]
-        sizes.add(spans[0] if len(spans) == 2 and math.prod(spans) == width else 1)
-    if len(sizes) != 1 or not 1 < (streams := sizes.pop()) <= MOST_STREAMS:
+    sources = [branch.source for branch in branches_of(memory)]
+    spread = {
+        of.shape[-2] if math.prod(of.shape[-2:]) == width else memory.count / of.numel for of in sources
+    }
+    streams = spread.pop() if len(spread) == 1 else 1
+    if not 1 < streams <= MOST_STREAMS or streams % 1 or width % streams:
         return memory
-    folded = without_forks(graph, start_of(memory.root, streams))
+    folded = without_forks(graph, start_of(memory.root, int(streams)))
     fine = folded.num_writes >= memory.num_writes and all(
         branch.source.numel == folded.count for branch in branches_of(folded)
     )

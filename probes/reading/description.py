@@ -51,6 +51,7 @@ class BranchReading:
         int, ...
     ]  # numbers of values: the source, and what is moved or scaled of it up to what is added
     parts: Mapping[str, torch.Tensor] = field(repr=False)
+    less_its_read: bool = False  # whether what it read is subtracted from what it gave, as in AltUp
 
 
 @dataclass(frozen=True)

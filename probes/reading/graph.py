@@ -206,6 +206,9 @@ class Graph:
     shown: dict[int, list[Shown]] = field(
         default_factory=dict
     )  # by value: the calls that took or returned it, in order
+    split: dict[int, str] = field(
+        default_factory=dict
+    )  # what is a part of a tensor that is spread over processes, and how
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
     circumstances: tuple[Any, ...] = ()  # as in `places`

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.operations import (
@@ -51,6 +52,7 @@ class Operation(NamedTuple):
     is_foreign: bool = False  # of a library, so that nothing is known of it
     # The positions and names of what it writes into, where it is one of a library.
     mutates: tuple[tuple[int, str], ...] = ()
+    is_composite: bool = False  # made of other operations, which are seen without inference mode
 
     def targets(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
         """What it writes into."""
@@ -87,7 +89,9 @@ def operation_of(func: Any) -> Operation:
         return Operation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
     writes = name.endswith("_") and schema.is_mutable
     name = name[:-1] if writes else name
-    return Operation(func, name, writes, is_view, carries=name in CARRYING or name in NORMS)
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    carries = name in CARRYING or name in NORMS
+    return Operation(func, name, writes, is_view, carries, is_composite=is_composite)
 
 
 ADD, MUL = operation_of(torch.ops.aten.add.Tensor), operation_of(torch.ops.aten.mul.Tensor)
@@ -134,3 +138,12 @@ def is_unwritten(value: TracedValue) -> bool:
     while value.alias:
         value = value.parents[0]
     return value.name in EMPTY and value.numel > 0
+
+
+def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives that is made of others, which a mode sees."""
+    TorchDispatchMode.__enter__(mode)
+    try:
+        return func.decompose(*args, **kwargs)
+    finally:
+        TorchDispatchMode.__exit__(mode, None, None, None)

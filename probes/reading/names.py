@@ -23,12 +23,12 @@ class BranchNames:
     def __init__(self, memory: Memory, branches: Sequence[Branch]):
         self.graph, self.memory, self.branches = memory.graph, memory, list(branches)
         self._weights = weights(memory.graph)
-        self._kinds = {call.path: call.kind for call in self.graph.calls}
         self._repeated = {call.path for call in self.graph.calls if call.number}
         self._insides = [self._inside(branch) for branch in branches]
         self._around = self._common_call()
         self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
         self._shared = Counter(call for stack in self._stacks for call in stack)
+        self._calls = [self._own_calls(number) for number in range(len(branches))]
         self.paths = [self._path(number) for number in range(len(branches))]
         self.layers: list[int] = []
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
@@ -73,8 +73,8 @@ class BranchNames:
         units = (stack[depth] for v in self._insides[number] if len(stack := self.graph.stack(v)) > depth)
         return next(units, None)
 
-    def _path(self, number: int) -> str:
-        """The outermost module call whose work a branch is."""
+    def _own_calls(self, number: int) -> list[int]:
+        """The module calls whose work a branch is, the outermost first."""
         unit, depth = self.unit(number), len(self._around)
         inside = self._insides[number]
         works = [v for v in inside if v.name in LAYERS]  # its norm may lie next to it
@@ -86,12 +86,14 @@ class BranchNames:
         common = stacks[0]
         for stack in stacks[1:]:
             common = [a for a, b in zip(common, stack, strict=False) if a == b]
-        # The outermost call that contains no other branch.
+        # Those that contain no other branch.
         mine = self._stacks[number]
         own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
-        call = own[0] if own else common[-1] if common else 0
-        path = self.graph.calls[call].path
-        return path if path else self._parameter_path(number)
+        return own or common[-1:] or [0]
+
+    def _path(self, number: int) -> str:
+        """The outermost module call whose work a branch is."""
+        return self.graph.calls[self._calls[number][0]].path or self._parameter_path(number)
 
     def _parameter_path(self, number: int) -> str:
         """Where no module is called: the owner of the branch's first parameter."""
@@ -101,17 +103,15 @@ class BranchNames:
 
     def kind(self, number: int) -> str:
         """Attention, feed-forward, or the module's own name."""
-        path = self.paths[number]
-        last = [part for part in path.split(".") if not part.isdigit()]
-        words = " ".join([*last[-1:], self._kinds.get(path, "")])
-        if ATTENTION.search(words):
-            return "attn"
-        if MLP.search(words):
-            return "mlp"
+        paths = [self.paths[number], *(self.graph.calls[call].path for call in self._calls[number][1:])]
+        own, *inner = (kind_of(path, self.graph.modules) for path in paths)
+        if own != "block":
+            return own
         names = {v.name for v in self._insides[number]}
         if any("attention" in name for name in names) or {"_softmax", "bmm"} <= names:
             return "attn"
-        return last[-1] if last else "branch"
+        last = [part for part in paths[0].split(".") if not part.isdigit()]
+        return next((kind for kind in inner if kind != "block"), last[-1] if last else "branch")
 
     def keys(self) -> list[Key]:
         """What branches of one block have in common: the numbers of its containers, or its call."""

@@ -1,4 +1,4 @@
-"""Which operations of a later forward give what the reading looks at? Their places, found once, and a mode on only around them.
+"""Which operations of a later forward give what is read? Their places, found once, and a mode that is on only around them.
 
 An operation is known by its call and by how many operations ran in that call before it, other calls inside of it not counted.
 In the calls that have a place every operation is compared with the one that was recorded there; the others run without a mode.
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from depthscope.probes.reading.graph import FILLS, OUTPUT, Graph, ReadingError, TracedValue
+from depthscope.probes.reading.known_operations import decomposed, operation_of
 from depthscope.probes.reading.tensor_memory import detached
 
 OTHER = "other operations ran in {} than in the forward that was read; the next measured forward is read anew"
@@ -24,7 +25,13 @@ def circumstances(model: nn.Module, batch: Sequence[torch.Tensor]) -> tuple[Any,
     """What decides which operations a forward of a model runs, as far as it is known before it runs."""
     shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in batch)
     device = batch[0].device.type if batch else "cpu"
-    return shapes, model.training, torch.is_grad_enabled(), torch.is_autocast_enabled(device)
+    return (
+        shapes,
+        model.training,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device),
+    )
 
 
 @dataclass
@@ -222,6 +229,8 @@ class PlacedRecorder(TorchDispatchMode):
         if frame is None or frame.wanted is None or self.error is not None:
             return func(*args, **(kwargs or {}))
         self._hand_over()
+        if operation_of(func).is_composite:
+            return decomposed(self, func, args, kwargs or {})
         count = frame.count
         frame.count += 1
         result = func(*args, **(kwargs or {}))

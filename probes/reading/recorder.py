@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import Listener
+from depthscope.probes.model.tensors import split_over
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -39,13 +40,14 @@ from depthscope.probes.reading.known_operations import (
     MUL,
     SAVING,
     Operation,
+    decomposed,
     is_layer,
     is_saved,
     is_unwritten,
     only_operation,
     operation_of,
 )  # fmt: skip
-from depthscope.probes.reading.operations import NORMS
+from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
 from depthscope.probes.reading.places import circumstances
 from depthscope.probes.reading.tensor_memory import (
     TensorEntry,
@@ -83,6 +85,7 @@ class GraphRecorder(TorchDispatchMode):
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
+        self._running: list[nn.Module | None] = []
         self._num_shown = 0
         self._depth_in_blocks = 0  # how many modules with a number are running
         self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
@@ -124,6 +127,7 @@ class GraphRecorder(TorchDispatchMode):
         index = self._calls[path] = self._calls.get(path, -1) + 1
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
+        self._running.append(module)
         only = only_operation(module, tensors)
         if only is not None:
             operation, args = only
@@ -154,6 +158,7 @@ class GraphRecorder(TorchDispatchMode):
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
         self._stack.pop()
+        self._running.pop()
         return numbers
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -164,6 +169,8 @@ class GraphRecorder(TorchDispatchMode):
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
+            if split := split_over(tensors[item]):
+                self.graph.split[self.known(tensors[item]._local_tensor).number] = split
             self._num_shown += 1
             shown = Shown(self._stack[-1], at, item, self._num_shown)
             self.graph.shown.setdefault(number, []).append(shown)
@@ -201,7 +208,7 @@ class GraphRecorder(TorchDispatchMode):
         writes = self._writes.get(storage_of(tensor), ()) if self._writes else ()
         if entry is None:
             value = self._leaf(tensor)
-            if not writes:
+            if not writes or self._is_lent(tensor):
                 return value
             entry = self._entries[id(tensor)]
             entry.writes = 0
@@ -211,7 +218,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
         value = self._new(LEAF, None, (), {}, (), tensor)
-        name = self._names.get(id(tensor))
+        name = self._names.get(id(tensor)) or (self._lent_name(tensor) if self._is_lent(tensor) else None)
         if name is not None or isinstance(tensor, nn.Parameter):
             value.kind, value.of_parameter = PARAMETER, True
             self.graph.parameter_names[value.number] = name or ""
@@ -221,6 +228,18 @@ class GraphRecorder(TorchDispatchMode):
         self.enter_value(tensor, value)
         self._hold(tensor, value)
         return value
+
+    def _is_lent(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter is none of the model's own: it is there for a call, of weights that are kept elsewhere."""
+        return isinstance(tensor, nn.Parameter) and id(tensor) not in self._names
+
+    def _lent_name(self, tensor: torch.Tensor) -> str | None:
+        """The name of a parameter that is lent to a running module."""
+        for call, module in zip(self._stack[:0:-1], self._running[::-1], strict=True):
+            for name, own in module._parameters.items() if module is not None else ():
+                if own is tensor:
+                    return f"{self.graph.calls[call].path}.{name}".lstrip(".")
+        return None
 
     def _rewritten(
         self, entry: TensorEntry, tensor: torch.Tensor, writes: Sequence[tuple[TracedValue, tuple]]
@@ -270,9 +289,13 @@ class GraphRecorder(TorchDispatchMode):
             base = base.parents[0]
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
+        is_lent = self._is_lent(tensor)
+        if is_lent and tensor.ndim > 1 and min(tensor.shape[-2:]) > MOST_STREAMS:
+            return  # the weight of a layer, whose memory is freed after the call
         silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
         with unseen_by_modes(tensor):
             held = tensor if tensor.grad_fn is None else tensor.detach()
+            held = held.detach().clone() if is_lent else held
             base.held = held if base is value else held.as_strided(*base.geometry)
         self._silent = silent
         self._newly_held.append(base)
@@ -296,26 +319,34 @@ class GraphRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._silent or self.graph.error is not None:
             return func(*args, **kwargs)
+        if operation_of(func).is_composite:
+            return decomposed(self, func, args, kwargs)
         try:
             taken = self._taken(func, args, kwargs)  # before it runs: it may write into what it takes
         except Exception as error:
             self.graph.error = without_frames(error)
         result = func(*args, **kwargs)
-        operations = self.graph.operations.setdefault(self._stack[-1], [])
-        operations.append(func)
         if self.graph.error is None:
             try:
-                first = len(self.graph.values)
-                if taken[0].is_foreign and not taken[0].mutates:
-                    taken = self._as_sum(taken, args, kwargs, result)
-                self.note(*taken, (result, *taken[-1]) if taken[0].mutates else result)
-                if not taken[0].mutates:
-                    self._place(result, first, len(operations) - 1)
-                for listener in self.listeners:
-                    listener(func, args, kwargs, result)
+                self._note_result(taken, func, args, kwargs, result)
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result
+
+    def _note_result(self, taken: _Taken, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note what an operation gave, and tell those who listen."""
+        operations = self.graph.operations.setdefault(self._stack[-1], [])
+        operations.append(func)
+        first = len(self.graph.values)
+        if taken[0].is_foreign and not taken[0].mutates:
+            taken = self._as_sum(taken, args, kwargs, result)
+        if taken[0].mutates:
+            self.note(*taken, (result, *taken[-1]))
+        else:
+            self.note(*taken, result)
+            self._place(result, first, len(operations) - 1)
+        for listener in self.listeners:
+            listener(func, args, kwargs, result)
 
     def _place(self, result: Any, first: int, place: int) -> None:
         """Note by which operation of its call each new value was made that an operation gave."""

@@ -36,7 +36,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def unseen_by_modes(*tensors: torch.Tensor) -> AbstractContextManager[Any]:
-    """A context whose operations on some tensors no mode sees, as that of another recorder; empty where they are no plain ones."""
+    """A context in which no mode, as of another recorder, sees operations on some tensors, where these are plain ones."""
     is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
     return torch._C._DisableTorchDispatch() if is_plain else nullcontext()
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import DepthWeights, relative_error, tolerance
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, relative_error, tolerance
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
@@ -24,7 +23,7 @@ from depthscope.probes.structure.chain import Chain, Connection
 ONE_VIEW_NAMES = {"read": "h_pre", "write": "h_post", "views_in": "branch_in", "views_out": "branch_out"}
 VIEW_AXES = {"read": -2, "write": -1, "views_in": -2, "views_out": -2}
 # These few numbers of each connection are stored whatever sites were requested.
-ERRORS = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
+ERRORS = ("reconstruction_error", "other_orientation_error", "read_error")
 
 
 def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def connection_variables(
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
     of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
-    asked_as = {**ONE_VIEW_NAMES, "h_res_returned": "h_res", **of_branches}
+    asked_as = {**ONE_VIEW_NAMES, **of_branches}
     return {
         name: value
         for name, value in variables.items()
@@ -70,15 +69,7 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     joints = evidence.joints
     readings = [evidence.reading(number) for number in range(len(joints))]
     applied = [applied_matrix(joint, of).float() for joint, of in zip(joints, readings, strict=True)]
-    # As the module returned them, before the model rounded them to the precision of the states.
-    returned = [
-        applied_matrix(joint, replace(of, cast=False)).float()
-        for joint, of in zip(joints, readings, strict=True)
-    ]
-    rounding = [float((a - b).abs().max()) for a, b in zip(applied, returned, strict=True)]
     tensors: dict[str, list[torch.Tensor]] = {"h_res": applied}
-    if any(rounding):
-        tensors["h_res_returned"] = returned
     reads = [joint.parts.read for joint in joints if joint.parts.read is not None]
     if len(reads) == len(joints):  # gates per feature have no scalar read weights
         tensors["read"] = reads
@@ -104,7 +95,6 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
     variables["other_orientation_error"] = ("connection", np.array(other_errors))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
-    variables["rounding"] = ("connection", np.array(rounding))
     return variables
 
 
@@ -270,20 +260,28 @@ def _proof_of(found: PlainFactors) -> str:
 
 
 def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:
-    """Where the streams change outside of the connections, as by a per-layer embedding: ‖X' − X‖ / ‖X‖.
+    """Where the streams change outside of the connections and branches, as by a per-layer embedding or noise: ‖change‖ / ‖X‖.
 
     One dict with ``depth_in, depth_out, module, change`` for each such place; none for a plain model.
     """
     if not session.structure.connections:
         return []
-    connected = {connection.depth_out for connection in session.structure.connections}
+    numbers = {of.depth_out: number for number, of in enumerate(session.structure.connections)}
     changes = []
     for depth in range(1, len(session.structure.chains[0].points)):
-        if depth in connected:
-            continue
-        before = torch.cat([s.states[0, depth - 1].flatten() for s in sequences])
-        after = torch.cat([s.states[0, depth].flatten() for s in sequences])
-        change = relative_error(after.double() - before.double(), before)
+        number = numbers.get(depth)
+        begin = depth - 1 if number is None else session.structure.connections[number].depth_in
+        before = torch.cat([s.states[0, begin].flatten() for s in sequences])
+        if number is None:
+            added = torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
+        else:
+            parts = (s.parts[0, number] for s in sequences)
+            constants = (of.constant for of in parts if isinstance(of, Parts))
+            known = [constant.flatten() for constant in constants if constant is not None]
+            if not known:
+                continue
+            added = torch.cat(known)
         module = session.structure.chains[0].points[depth].module
-        changes.append({"depth_in": depth - 1, "depth_out": depth, "module": module, "change": change})
+        change = relative_error(added, before)
+        changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})
     return changes

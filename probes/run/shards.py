@@ -59,7 +59,7 @@ OF_WEIGHTS_ALONE = frozenset(("connection_parameter", "cell_parameter"))
 ONE_WHERE_MISSING = (*schema.PLAIN_FACTORS, "read_known")
 # Measured in the first forward alone, as a run of everything has them.
 OF_FIRST_FORWARD = ("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm")
-WORST = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
+WORST = ("reconstruction_error", "other_orientation_error", "read_error")
 
 AddStreamed = Callable[[Sequence[xr.Dataset], str], tuple[xr.Dataset, str]]
 
@@ -234,14 +234,12 @@ def _joined_trace(traces: Sequence[xr.Dataset], kept: np.ndarray, chain: str) ->
 
 
 def _with_all_variables(trace: xr.Dataset, traces: Sequence[xr.Dataset]) -> xr.Dataset:
-    """A part's trace with what others store and it does not, because it is 1, or not rounded, in all of its tokens."""
+    """A part's trace with what others store and it does not, because it is 1 in all of its tokens."""
     added: dict[str, Any] = {}
     for name in {str(name) for other in traces for name in other.data_vars} - {*map(str, trace.data_vars)}:
         like = next(other[name].variable for other in traces if name in other)
         sizes = [trace.sizes.get(dim, other) for dim, other in zip(like.dims, like.shape, strict=True)]
-        if name == "h_res_returned":
-            added[name] = trace["h_res"].variable
-        elif name in ONE_WHERE_MISSING:
+        if name in ONE_WHERE_MISSING:
             added[name] = (like.dims, np.ones(sizes, like.dtype))
         elif like.dtype.kind == "f" and "sample" in like.dims:
             added[name] = (like.dims, np.full(sizes, np.nan, like.dtype))
@@ -423,7 +421,7 @@ def _joined_inputs(runs: Sequence[xr.DataTree]) -> dict[str, Any]:
 
 def _constraint_attributes(attrs: Mapping[str, Any], trace: xr.Dataset) -> dict[str, Any]:
     """What the matrices of the joined sample satisfy, and the family that is called by it."""
-    matrices = trace.get("h_res_returned", trace.get("h_res"))
+    matrices = trace.get("h_res")
     if matrices is None or attrs.get("family") not in MEASURED or "constraint" not in attrs:
         return {}
     mask = trace["mask"].transpose("sample", "token").values
@@ -439,7 +437,9 @@ def _constraint_attributes(attrs: Mapping[str, Any], trace: xr.Dataset) -> dict[
 def _measured_again(change: Mapping[str, Any], trace: xr.Dataset) -> dict[str, Any]:
     """A change of the streams outside of the connections, over all sequences of the joined trace."""
     depths = trace["depth"].values.tolist()
-    if not {change["depth_in"], change["depth_out"]} <= set(depths):
+    connected = trace["depth_out"].values.tolist() if "depth_out" in trace else []
+    # What is added besides a connection is no difference of states.
+    if change["depth_out"] in connected or not {change["depth_in"], change["depth_out"]} <= set(depths):
         return dict(change)
     before, after = (
         torch.from_numpy(trace["residual"].values[depths.index(change[name])].ravel())

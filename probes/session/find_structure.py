@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -15,10 +15,10 @@ from torch import nn
 from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.reading.description import BranchReading, MemoryReading
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -361,16 +361,7 @@ class StructureFinder:
                 "name the modules whose states are wanted with layers="
             )
 
-        def layout_of(value: TracedValue) -> str:
-            numbers = memory.carried.get(value.number)
-            if (
-                numbers is None and value.shape == root.shape
-            ):  # before a norm with which the first block begins
-                numbers = memory.carried[root.number]
-            return (
-                named if asserted else "" if numbers is None else read_layout(memory, numbers, self.sequences)
-            )
-
+        layout_of = partial(self._layout_of, memory, named if asserted else "")
         part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
         if named and not part.layout:
             part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
@@ -380,6 +371,15 @@ class StructureFinder:
                 "no order that a layout can name; say how they are read with layout="
             )
         return part
+
+    def _layout_of(self, memory: MemoryReading, asserted: str, value: TracedValue) -> str:
+        """The layout of a value of a memory, or the asserted one where it has as many axes; empty where it has none."""
+        if asserted:
+            return asserted if len(value.shape) == len(parse_layout(asserted)) else ""
+        root, numbers = self.graph.values[memory.root], memory.carried.get(value.number)
+        if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
+            numbers = memory.carried[root.number]
+        return "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
     def _end(self, memory: MemoryReading) -> TracedValue:
         return self.graph.values[memory.states[-1].values[-1]]
@@ -417,29 +417,23 @@ class StructureFinder:
         read.leave_out_other_views(weights)
         kept = [n for n in range(len(weights)) if n not in read.left_out]
         weights = [weights[number] for number in kept]
-        chain = replace(chain, connections=tuple(chain.connections[number] for number in kept))
+        outside = {chain.connections[number].depth_out for number in read.left_out}
+        points = tuple(
+            replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
+            for n, p in enumerate(chain.points)
+        )  # what is added before the connections of a block
+        chain = replace(chain, points=points, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
         if memory.over_depth:
             rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
         elif any(of.read is None for of, _ in weights):
             chain = replace(chain, family="gated")
-        elif self._corrects(memory):
+        elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
         else:
             chain = replace(chain, family="hc" if read.mixes else "independent_hc")
         return Found(chain, (memory,), layout)
-
-    def _corrects(self, memory: MemoryReading) -> bool:
-        """Whether in every block what a branch reads, the prediction of a stream, is taken from its output again (AltUp)."""
-        branches = [branch for connection in memory.connections for branch in connection.branches]
-        corrected = {branch.layer for branch in branches if self._is_corrected(branch, memory)}
-        return corrected == {branch.layer for branch in branches}
-
-    def _is_corrected(self, branch: BranchReading, memory: MemoryReading) -> bool:
-        takers = (taker for n in branch.way for taker in self.graph.takers(self.graph.values[n]))
-        taken = (taker.args[1] for taker in takers if taker.name == "sub")
-        return any(isinstance(value, TracedValue) and value.number in memory.carried for value in taken)
 
     def _sites(self, found: Found) -> dict[int, Site]:
         chain = found.chain

@@ -174,16 +174,12 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure, graph = observer.structure, tape.graph
     for number, depth, point in structure.captured:
         value = tape.recorded(point)
-        if value is None or not graph.is_kept(value):
-            raise RewrittenError(
-                f"the state at {point.path or 'the model'} was not kept in the first forward; call the model once more: from "
-                "the second forward on states are copied as they pass"
-            )
-        listener = forward.listeners.get(value.number)
+        tensor = _kept(graph, value, point.path)
+        listener = forward.listeners.get(value.number) if value is not None else None
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
             observer.expect_gradient(forward, (number, depth), listener)
-        observer.record_state(forward, number, depth, graph.tensor(value))
+        observer.record_state(forward, number, depth, tensor)
     if structure.read is not None:
         assert structure.read.first is not None
         _record_read(tape, forward, observer, structure.read.first)
@@ -193,11 +189,16 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         for position, connection in enumerate(chain.connections):
             if connection.branch_path is not None:
                 given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
-                if given is None or not graph.is_kept(given):
-                    raise RewrittenError(
-                        f"what {connection.branch_path!r} gave was not kept in the first forward; call the model once more"
-                    )
-                observer.record_branch(forward, number, position, graph.tensor(given))
+                observer.record_branch(forward, number, position, _kept(graph, given, connection.branch_path))
+
+
+def _kept(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
+    if value is None or not graph.is_kept(value):
+        raise RewrittenError(
+            f"what {path or 'the model'} shows was not kept in the first forward; call the model once more: from the second "
+            "forward on states are copied as they pass"
+        )
+    return graph.tensor(value)
 
 
 def record_operations(

@@ -80,7 +80,7 @@ def follow(
     return ComputedForward(
         graph=graph,
         values=computed.in_order(),
-        parameters={number: weights[name] for number, name in graph.parameter_names.items()},
+        parameters={n: weights[name] for n, name in graph.parameter_names.items() if name in weights},
         outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
         batch_size=batch_size,
         tokens=tokens,

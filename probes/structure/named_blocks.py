@@ -1,4 +1,4 @@
-"""Which modules does ``layers=`` name, and which chain do their calls show? What the user asserts, as far as it is not proven."""
+"""Which modules does ``layers=`` name, and which chain do their calls show? What the user asserts, where it is not proven."""
 
 from __future__ import annotations
 
@@ -117,11 +117,12 @@ def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[
 
 
 def linked_calls(graph: Graph) -> list[int]:
-    """The longest run of numbered modules of one container of which each takes what the one before gave."""
+    """The longest run of calls, of one module or of a container's, of which each takes what the one before gave."""
     sides, runs = shown_by_calls(graph), dict[str, list[list[int]]]()
     for number, call in enumerate(graph.calls):
         container, _, last = call.path.rpartition(".")
-        if not last.isdigit() or not {(number, "input"), (number, "output")} <= sides.keys():
+        container = container if last.isdigit() else call.path
+        if not {(number, "input"), (number, "output")} <= sides.keys():
             continue
         of_container = runs.setdefault(container, [[]])
         before = of_container[-1][-1:]

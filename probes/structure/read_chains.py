@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
@@ -183,6 +184,9 @@ class _ChainOf:
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value
+        for other in same:
+            if other.number in self.graph.split:
+                raise split_error(self.graph.split[other.number])
         places = [(other, shown) for other in same for shown in self.graph.shown.get(other.number, ())]
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
         until = None if best is None or best[1].at == "output" else best[1].order
@@ -310,12 +314,16 @@ class _ChainOf:
     def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
         carried, values = self.memory.carried, self.graph.values
-        first, last = (max(self.memory.states[depth].values) for depth in (of.depth_in, of.depth_out))
+        first = max(self.memory.states[of.depth_in].values)
         given = {number for branch in of.branches for number in branch.way}
+        reads = (self.graph.at(place) for branch in of.branches for place in branch.reads)
+        kept = [
+            *self.memory.states[of.depth_out].values,
+            *(read.number for read in reads if read is not None),
+        ]
         ends = [
             parent.number
-            for number in carried
-            if first < number <= last
+            for number in self._carried_to(kept, first)
             for parent in values[number].parents
             if parent.number not in carried and parent.number not in given
         ]
@@ -326,13 +334,25 @@ class _ChainOf:
         found = self.graph.ancestors(ends, carried.keys() | given)
         return [values[number] for number in sorted(found) if number not in carried and number not in given]
 
+    def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
+        """What carries a state to some values, themselves included."""
+        carried, found = self.memory.carried, set[int]()
+        waiting = list(numbers)
+        while waiting:
+            number = waiting.pop()
+            if number > first and number in carried and number not in found:
+                found.add(number)
+                waiting += (parent.number for parent in self.graph.values[number].parents)
+        return found
+
     def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
         names = (self.graph.parameter_names.get(value.number, "") for value in values)
         return tuple(dict.fromkeys(filter(None, names)))
 
     def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
-        stacks = [self.graph.stack(value) for value in values if value.func is not None]
+        computed = (value for value in values if value.func and value.name not in MOVES | SAME)
+        stacks = [self.graph.stack(value) for value in computed]
         common = stacks[0] if stacks else []
         for stack in stacks[1:]:
             common = [a for a, b in zip(common, stack, strict=False) if a == b]

@@ -137,22 +137,20 @@ def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
 
     Raises LayoutError: Where it has no axis for the sequences.
     """
-    convolved = any(
-        other.name == "convolution" and other.args[0].shape == value.shape and len(value.shape) > 2
-        for other in sequences.graph.values
-    )
+    convolutions = [other for other in sequences.graph.values if other.name == "convolution"]
+    convolved = any(of.args[0].shape == value.shape and len(value.shape) > 2 for of in convolutions)
     features = 1 if convolved else len(value.shape) - 1
     parts = _with_batch(
         _parts(value.shape, features, sequences.stride(value), sequences.size), sequences.size
     )
     letters = [letter for letter, _, _ in parts]
-    if letters.count("T") == 2:
+    if letters.count("T") == 2 and any(len(of.shape) == 4 for of in convolutions):  # an image
         letters[letters.index("T")] = "H"
         letters[letters.index("T")] = "W"
     if len(letters) != len(value.shape) or letters.count("T") > 1:
         raise LayoutError(
             f"a state of shape {value.shape} for {sequences.size} sequences has no plain layout; say how it is read with "
-            "layout=, for example layout='B T D', 'B T N D', '(B N) T D' or 'B H W D'"
+            "layout=, for example layout='B T N D', '(B N) T D' or 'B H W D'"
         )
     return " ".join(letters)
 

@@ -1,4 +1,4 @@
-"""What are the coefficients of one forward, by the reading of its memory? Parts of stream connections, or weights over depth."""
+"""What are the coefficients of one forward, by the reading of its memory? Of stream connections, or of sums over depth."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
 
 
 def depth_family(weights: Sequence[DepthWeights]) -> str:
-    """The family of a model with weights over depth: those that are the same at every token are learned, others an attention."""
+    """The family of a model with weights over depth: the same at every token where they are learned, others by attention."""
     rows = [torch.cat([of.read, of.carry, of.scale.unsqueeze(-1)], -1) for of in weights]
     if all(bool((row == row[:1, :1]).all()) for row in rows):
         ones = all(

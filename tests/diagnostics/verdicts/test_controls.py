@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
-from depthscope import probes
 from depthscope.diagnostics import Severity
 from tests.models.stream_models import deepseek_v4
 from tests.models.verdict_models import CONNECTIONS, IDENTITY, captured, findings, streams, tokens, trained
@@ -29,9 +27,11 @@ def test_a_discarded_mixing_matrix_is_told_and_the_applied_one_is_kept():
     assert "H_res is computed and discarded at all 12 connections" in finding.sentence
 
 
-def test_streams_merged_behind_a_connection_are_refused():
-    with pytest.raises(probes.ReconstructionError, match="something else is added to the streams"):
-        captured(streams(unsymmetric(), merge=lambda mix, x: (mix @ x).mean(2, keepdim=True).expand_as(x)))
+def test_streams_merged_behind_a_connection_are_a_part_of_the_matrix_that_is_applied():
+    run = captured(streams(unsymmetric(), merge=lambda mix, x: (mix @ x).mean(2, keepdim=True).expand_as(x)))
+    for number, mix in enumerate(unsymmetric()):
+        merged = mix.mean(0, keepdim=True).expand_as(mix)
+        np.testing.assert_allclose(run.trace.h_res.values[number, 0, 0], merged, atol=1e-6)
 
 
 def test_a_transposed_mixing_matrix_is_kept_as_it_is_applied():

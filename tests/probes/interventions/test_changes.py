@@ -114,11 +114,22 @@ def test_skipping_a_block_of_streams_is_a_model_without_it():
         torch.testing.assert_close(found, without(batch), rtol=0, atol=1e-5)
 
 
-def test_a_block_that_changes_the_width_is_left_out_with_a_sentence():
-    family = next(f for f in families.IMAGES if (f.name, f.package) == ("convnext", "torchvision"))
+def image_model(name):
+    return next(f for f in families.IMAGES if (f.name, f.package) == (name, "torchvision"))
+
+
+def test_what_joins_two_stages_belongs_to_no_block():
+    family = image_model("convnext")
     found = ablate(built(family), family.batch(), "skip")
     assert found.sizes["experiment"] == 6
-    assert len(found.attrs["left_out"]) == 2
+    assert not found.attrs["left_out"]
+
+
+def test_a_block_that_changes_the_width_is_left_out_with_a_sentence():
+    family = image_model("resnet18")
+    found = ablate(built(family), family.batch(), "skip")
+    assert found.sizes["experiment"] == 5
+    assert len(found.attrs["left_out"]) == 3
     assert all("a block that changes the shape cannot be skipped" in line for line in found.attrs["left_out"])
     # It predicts no next token, so that only the change of its output is known.
     assert bool(found.loss_change.isnull().all())

@@ -17,7 +17,7 @@ SIZE = 3  # sequences a forward
 CUTS = ((0, 1), (1, 3), (3, 5))  # forwards of each part
 # A part keeps more sequences than it has among those of the whole: their proofs and their attention count too.
 OF_MORE_SEQUENCES = {
-    *("reconstruction_error", "other_orientation_error", "read_error", "rounding"),
+    *("reconstruction_error", "other_orientation_error", "read_error"),
     *("attention_query_count", "attention_entropy_sum", "sink_mass_sum"),
 }
 STREAMED = ("eigenvalue", "stream_eigenvalue", "hsic", "sum_")

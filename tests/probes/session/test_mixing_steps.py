@@ -90,12 +90,12 @@ def test_coefficients_biases_and_gates_of_every_step():
     assert (run.statistics["h_pre_token_count"] == 28).all()
     names = run.statistics["cell_parameter"].values.astype(str)
     assert sorted(set(names)) == sorted(
-        f"layers.{i}.connection.coefficients.{name}" for i in range(CONNECTIONS) for name in ("base", "gate")
+        f"layers.{i}.coefficients.{name}" for i in range(CONNECTIONS) for name in ("base", "gate")
     )
     values = run.statistics["connection_parameter"]
     curves = ds.diagnostics.training_curves(run)
     for name in set(names):
-        np.testing.assert_array_equal(values[0, names == name], before[name.replace("connection.", "")])
+        np.testing.assert_array_equal(values[0, names == name], before[name])
         drift = curves["connection_parameter_drift"].sel(parameter=name)
         moved = values[:, names == name].values - values[0, names == name].values
         np.testing.assert_allclose(drift, np.linalg.norm(moved, axis=1), rtol=1e-6)
