@@ -63,17 +63,17 @@ def test_saved_runs_are_read_and_judged_without_torch():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("name", depthscope.__all__)
-def test_every_public_name_is_there(name):
-    # Names are loaded when they are first used; dir() lists them before that, for completion.
-    assert getattr(depthscope, name) is not None
-    assert name in dir(depthscope)
+def test_every_public_name_is_there():
+    for name in depthscope.__all__:
+        # Names are loaded when they are first used; dir() lists them before that, for completion.
+        assert getattr(depthscope, name) is not None
+        assert name in dir(depthscope)
 
 
-@pytest.mark.parametrize("module", KERNELS)
-def test_the_kernels_have_their_fixed_names(module):
-    kernels = getattr(depthscope.kernels, module)
-    assert [name for name in KERNELS[module].split() if not callable(getattr(kernels, name, None))] == []
+def test_the_kernels_have_their_fixed_names():
+    for module in KERNELS:
+        kernels = getattr(depthscope.kernels, module)
+        assert [name for name in KERNELS[module].split() if not callable(getattr(kernels, name, None))] == []
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
@@ -81,12 +81,12 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
         _ = depthscope.captur
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_is_a_module_wherever_it_is_asked_for(name):
-    module = importlib.import_module(name)
-    parent, _, leaf = name.rpartition(".")
-    assert isinstance(module, ModuleType)
-    assert getattr(importlib.import_module(parent), leaf) is module, f"{parent} shows another {leaf}"
+def test_a_module_is_a_module_wherever_it_is_asked_for():
+    for name in modules():
+        module = importlib.import_module(name)
+        parent, _, leaf = name.rpartition(".")
+        assert isinstance(module, ModuleType)
+        assert getattr(importlib.import_module(parent), leaf) is module, f"{parent} shows another {leaf}"
 
 
 def test_verbs_are_functions_and_no_module_has_their_name():
