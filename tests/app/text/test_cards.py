@@ -75,7 +75,9 @@ def test_a_card_fits_a_narrow_terminal_and_says_the_same(width):
         found = replace(
             FINDING, verdict=verdict, advice=VERDICTS[verdict].advice, because="gain_explosion", profile=(0.1, 0.5, 0.02)
         )  # fmt: skip
-        card = card_of(found, experiment="depthscope ablate run.nc --do skip --depths 5-7 --out 'my effects.nc'")
+        card = card_of(
+            found, experiment="depthscope ablate run.nc --do skip --depths 5-7 --out 'my effects.nc'"
+        )
         lines = card_lines(card, width=width)
         assert max(map(len, lines)) <= width
         words = [word for line in lines for word in line.split() if word != "\\"]

@@ -60,7 +60,9 @@ def test_every_verdict_of_the_table_names_a_kind_of_experiment():
 @pytest.mark.parametrize("axis", ["connection", "depth", "run"])
 def test_the_command_that_settles_a_finding_can_be_given(axis):
     for verdict in sorted(set(SETTLED_BY) & set(VERDICTS)):
-        command = experiment_for(replace(FINDING, verdict=verdict, axis=axis, stream="2"), "some.module:factory")
+        command = experiment_for(
+            replace(FINDING, verdict=verdict, axis=axis, stream="2"), "some.module:factory"
+        )
         assert command is not None
         args = parser.parse([*command.split()[1:], "--text", "notes.txt"])
         assert args.command == "ablate"
