@@ -84,6 +84,7 @@ def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_probed_and_the_last_one_is_the_newest(checkpoints, tmp_path):
     paths, *_ = checkpoints
     out = tmp_path / "h.nc"
