@@ -148,12 +148,13 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     from depthscope.diagnostics import analyze
     from depthscope.diagnostics.schema import save_run
 
+    save_run(residual_run, folder / "saved.nc")
     # With two metrics and no trace: a few figures, which are drawn at once.
     metrics = analyze(residual_run, metrics=["effective_rank", "residual_norm"]).assign_attrs(
         {COMPLETE: True}
     )
-    saved = {"/": xr.Dataset(attrs=residual_run.attrs), "/metrics": metrics}
-    save_run(xr.DataTree.from_dict(saved), folder / "saved.nc")
+    measured = {"/": xr.Dataset(attrs=residual_run.attrs), "/metrics": metrics}
+    save_run(xr.DataTree.from_dict(measured), folder / "measured.nc")
     command = binary / "depthscope"
     run(command, "check", "saved.nc", folder=folder)
     assert "depth" in run(command, "analyze", "saved.nc", folder=folder)
@@ -175,8 +176,8 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     run(command, "analyze", "a.nc", folder=folder)
 
     run(binary / "pip", "install", "-q", f"{built['wheel']}[app,paper]", folder=folder)
-    run(command, "export", "saved.nc", "--out", "paper", folder=folder)
-    run(command, "report", "saved.nc", "--out", "report.html", folder=folder)
+    run(command, "export", "measured.nc", "--out", "paper", folder=folder)
+    run(command, "report", "measured.nc", "--out", "report.html", folder=folder)
     assert "http://127.0.0.1" in served(command, "dashboard", "saved.nc", "--no-browser", folder=folder)
     assert (folder / "paper" / "main.tex").exists()
     assert (folder / "report.html").exists()
