@@ -34,10 +34,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.own_markers.remove(mark)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``-n``: a worker keeps the tests of a file, and what they share, until the other one has nothing left."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., xr.DataTree]:
     """The factory ``make_run(family, layers=…, …)``."""
     return synthetic_run
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One figure of its own and one composed figure in every bundle and report."""
+    from tests.few_figures import draw_few
+
+    draw_few(monkeypatch)
 
 
 @pytest.fixture(scope="session")

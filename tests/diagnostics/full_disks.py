@@ -123,7 +123,7 @@ KINDS: dict[str, Callable[[], Work]] = {
     "export": partial(_command, "export", "RUN", "--out", "SMALL/paper"),
     "report": partial(_command, "report", "RUN", "--out", "SMALL/report.html"),
     "study": partial(_command, "study", "--minutes", "0.01", "--out", "SMALL/study"),
-    "reproduction": partial(_command, "study", "initialisation", "--quick", "--out", "SMALL/study"),
+    "reproduction": partial(_command, "study", "fig8", "--out", "SMALL/study"),
 }
 
 
@@ -245,7 +245,7 @@ def try_sizes(kind: str, limit: str, number: int) -> list[dict[str, Any]]:
     # While it is written there may be more than in the end.
     while not _is_enough(try_size(work, limit, enough), roomy):
         enough = enough * 5 // 4 + PAGE
-    sizes = sorted({-(-enough * place // (number - 3) // PAGE) * PAGE for place in range(1, number + 1)})
+    sizes = sorted({-(-enough * place // (number - 1) // PAGE) * PAGE for place in range(1, number + 1)})
     found = [try_size(work, limit, size) for size in sizes]
     for each in found:
         del each["modules"]

@@ -1,4 +1,4 @@
-"""Does bad input get a sentence? Seeded mutators of runs, checkpoints, command lines and URLs, and how each is answered."""
+"""Does bad input get a sentence? Seeded mutators of runs and checkpoints, and how each is answered."""
 
 import os
 
@@ -6,9 +6,7 @@ import os
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 
 from tests.fuzz.checkpoints import CHECKPOINTS
-from tests.fuzz.command_lines import COMMAND_LINES
 from tests.fuzz.kinds import Kind
 from tests.fuzz.runs import RUNS
-from tests.fuzz.urls import URLS
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RUNS, CHECKPOINTS, COMMAND_LINES, URLS)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RUNS, CHECKPOINTS)}

@@ -79,26 +79,46 @@ def test_there_is_one_example_for_each_kind():
     assert tuple(sections()) == KINDS
 
 
+# All examples are tried in one copy; of all figures, those of the examples are drawn.
+PRELUDE = """
+from depthscope.app.figures.composed import QUESTIONS
+from depthscope.app.paper import contents, export
+
+export.QUESTIONS = {"collapse": QUESTIONS["collapse"]}
+if not hasattr(contents, "every"):
+    contents.every = contents.draw_all
+    contents.draw_all = lambda readings, view: [
+        (key, figure) for key, figure in contents.every(readings, view)
+        if figure.name in ("streamed_cka_uncertainty", "curvature", "feature_kurtosis")
+    ]
+
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
+def test_each_example_is_one_definition_and_one_line(tmp_path):
     folder = checkout(tmp_path)
-    blocks = sections()[kind]
-    edits = [(order, code) for order, code in blocks if order != "check"]
-    assert [order.partition(":")[0] for order, _ in edits] in (["new file", "line"], ["append to", "line"])
-    assert edits[1][1].strip().count("\n") == 0, "the register takes one line"
-    rule = f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py"
-    pytest_rule = ("-m", "pytest", "-q", "-p", "no:cacheprovider", rule)
+    definitions, lines, rules = {}, {}, []
+    for kind, blocks in sections().items():
+        definitions[kind], lines[kind] = [(order, code) for order, code in blocks if order != "check"]
+        assert definitions[kind][0].partition(":")[0] in ("new file", "append to")
+        assert lines[kind][0].partition(":")[0] == "line"
+        assert lines[kind][1].strip().count("\n") == 0, "the register takes one line"
+        (check,) = [code for order, code in blocks if order == "check"]
+        (folder / f"check_{kind}.py").write_text(PRELUDE + check, encoding="utf-8")
+        rules.append(f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py")
+    pytest_rules = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *rules)
 
-    apply(*edits[0], folder)
-    register = edits[1][0].removeprefix("line: ").partition(" | ")[0]
-    # Before the line is added: a rule that cannot fail would pass every example.
-    # The first failure is enough, and the rule about the register is the first of its file.
-    assert register in run(folder, *pytest_rule, "-x", fails=True), "a forgotten line is named"
+    for definition in definitions.values():
+        apply(*definition, folder)
+    # Before the lines are added: a rule that cannot fail would pass every example.
+    said = run(folder, *pytest_rules, "-k", "is_registered", fails=True)
+    for order, _ in lines.values():
+        assert order.removeprefix("line: ").partition(" | ")[0] in said, "a forgotten line is named"
 
-    apply(*edits[1], folder)
-    (check,) = [code for order, code in blocks if order == "check"]
-    # In a file of its own and a fresh process: nothing of it was imported before the example was there.
-    (folder / "check.py").write_text(check, encoding="utf-8")
-    run(folder, *pytest_rule, "-W", "ignore", "check.py")  # pytest runs the file to look for tests in it
+    for line in lines.values():
+        apply(*line, folder)
+    # A fresh process: nothing of it was imported before the examples were there. pytest runs a file to look for tests in it.
+    of_all = "not (shows_the_numbers or matplotlib_draws) or feature_kurtosis"
+    run(folder, *pytest_rules, "-k", of_all, "-W", "ignore", *(f"check_{kind}.py" for kind in KINDS))
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")

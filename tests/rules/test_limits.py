@@ -23,6 +23,7 @@ def _profiles(analyses):
                 yield analysis, verdict, profile
 
 
+@pytest.mark.slow
 def test_what_is_judged_as_a_metric_is_that_metric_in_its_units(analyses):
     """«deflated gain» was a logarithm in tables and a share in its verdict."""
     seen = set()

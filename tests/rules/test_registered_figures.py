@@ -9,7 +9,6 @@ import pytest
 import xarray as xr
 
 from depthscope.app.drawing.matplotlib import to_matplotlib
-from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
 from depthscope.app.figures.build.default_figure import default_figure, default_figures, undrawn_dims
 from depthscope.app.figures.specification import FigureKind
@@ -68,19 +67,24 @@ def test_every_metric_is_drawn_by_a_defined_figure_or_by_a_default_one_or_has_a_
     assert set(FIGURES) - set(DEFINED) == set(CATALOGUE) - DRAWN - set(NOT_DRAWN)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_a_declaration_is_enough_for_a_figure(name, whole):
+def test_a_declaration_is_enough_for_a_figure(whole):
     """Metrics that have a figure of their own would be drawn without it too."""
-    kind, metric = DEFAULTS[name], CATALOGUE[name]
-    figure = kind.build(whole)
-    assert figure.metric == figure.name == name
-    assert metric.title in figure.title
-    assert any(character.isdigit() for character in figure.alt)
-    assert isinstance(figure, Heatmap) == (metric.pairwise or bool({"order", "head"} & set(metric.dims)))
-    measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
-    assert any(np.isfinite(values).any() for values in measured)
-    to_plotly(figure)
-    to_matplotlib(figure)
+    for name in DEFAULTS:
+        kind, metric = DEFAULTS[name], CATALOGUE[name]
+        figure = kind.build(whole)
+        assert figure.metric == figure.name == name
+        assert metric.title in figure.title
+        assert any(character.isdigit() for character in figure.alt)
+        assert isinstance(figure, Heatmap) == (metric.pairwise or bool({"order", "head"} & set(metric.dims)))
+        measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
+        assert any(np.isfinite(values).any() for values in measured)
+
+
+@pytest.mark.slow
+def test_matplotlib_draws_every_figure(whole):
+    """As plotly does in `tests/app/drawing/test_plotly.py`."""
+    for kind in FIGURES.values():
+        assert to_matplotlib(kind.build(whole)).axes, kind.name
 
 
 @pytest.mark.parametrize("name", sorted(set(DEFINED) & set(DEFAULTS)))

@@ -7,8 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from depthscope.app.cli.parser import build_parser
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,13 +17,15 @@ PAGES = sorted(
 )
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_python_of_a_page_is_python(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    for kind, block in re.findall(r"^```(python|\{code-cell\})\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        block = re.sub(r"\A---\n.*?\n---\n|\A(:.*\n)+", "", block, flags=re.DOTALL)
-        lines = [line for line in block.splitlines() if kind == "python" or not line.startswith("!")]
-        ast.parse("\n".join(lines))
+def test_the_python_of_a_page_is_python():
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for kind, block in re.findall(
+            r"^```(python|\{code-cell\})\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+        ):
+            block = re.sub(r"\A---\n.*?\n---\n|\A(:.*\n)+", "", block, flags=re.DOTALL)
+            lines = [line for line in block.splitlines() if kind == "python" or not line.startswith("!")]
+            ast.parse("\n".join(lines))
 
 
 def test_every_command_of_the_site_has_its_options():
@@ -43,13 +43,13 @@ def test_every_command_of_the_site_has_its_options():
         assert options <= known[command], f"{page}: depthscope {command} has no {options - known[command]}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("gallery/", "concepts/"))])
-def test_every_picture_of_a_notebook_has_words(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    for cell in re.findall(r"^```\{code-cell\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        drawn = re.search(r"plt\.subplots|to_matplotlib\(|^ds\.figures\.(?!panels)", cell, re.MULTILINE)
-        if drawn:
-            assert re.search(r"^    alt: \S.{30}", cell, re.MULTILINE), cell
+def test_every_picture_of_a_notebook_has_words():
+    for page in [page for page in PAGES if page.startswith(("gallery/", "concepts/"))]:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for cell in re.findall(r"^```\{code-cell\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            drawn = re.search(r"plt\.subplots|to_matplotlib\(|^ds\.figures\.(?!panels)", cell, re.MULTILINE)
+            if drawn:
+                assert re.search(r"^    alt: \S.{30}", cell, re.MULTILINE), cell
 
 
 def _commands(text: str) -> list[list[str]]:

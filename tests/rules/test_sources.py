@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 import depthscope.diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
@@ -44,21 +42,21 @@ def is_a_source(source: str, name: str) -> bool:
     return source in (OURS, DEFAULT) or source.startswith(CALIBRATED) or STATED_LIMITS.get(name) == source
 
 
-@pytest.mark.parametrize("name", VERDICTS)
-def test_a_limit_is_not_attributed_to_a_publication_that_states_none(name):
-    assert is_a_source(VERDICTS[name].limits.source, name)
+def test_a_limit_is_not_attributed_to_a_publication_that_states_none():
+    for name in VERDICTS:
+        assert is_a_source(VERDICTS[name].limits.source, name)
 
 
-@pytest.mark.parametrize("name", [name for name, metric in CATALOGUE.items() if metric.healthy])
-def test_a_healthy_range_has_a_source_of_its_own(name):
-    assert is_a_source(CATALOGUE[name].healthy.source, name)
+def test_a_healthy_range_has_a_source_of_its_own():
+    for name in [name for name, metric in CATALOGUE.items() if metric.healthy]:
+        assert is_a_source(CATALOGUE[name].healthy.source, name)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_a_definition_is_ours_or_its_publication_is_in_the_bibliography(name):
-    cite = CATALOGUE[name].cite
-    assert (cite == OURS) == (name in OUR_DEFINITIONS)
-    assert cite == OURS or cite in KEYS
+def test_a_definition_is_ours_or_its_publication_is_in_the_bibliography():
+    for name in CATALOGUE:
+        cite = CATALOGUE[name].cite
+        assert (cite == OURS) == (name in OUR_DEFINITIONS)
+        assert cite == OURS or cite in KEYS
 
 
 def test_every_entry_is_the_source_of_something():

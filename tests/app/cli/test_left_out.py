@@ -30,7 +30,7 @@ def mixed(saved, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize(("name", "options"), COMMANDS.items(), ids=COMMANDS)
 def test_the_good_run_is_judged_and_the_broken_ones_are_named(name, options, mixed, capsys):
     assert main([name, "runs", "--json", *options]) == FOUND

@@ -25,7 +25,7 @@ LINES = {
 }
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("words", LINES.values(), ids=LINES)
 def test_a_second_time_needs_force(words, run, monkeypatch, capsys):
     assert main(words) == FINE

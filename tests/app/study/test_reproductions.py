@@ -335,9 +335,10 @@ def test_an_interrupt_keeps_what_is_done_and_minutes_end_between_networks(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("name", ["connections", "stream-collapse", "rescue"])
 def test_quick_studies_end_with_a_bundle(name, tmp_path, capsys):
-    assert main(["study", name, "--quick", "--out", str(tmp_path), "--json"]) == 0
+    assert main(["study", name, "--quick", "--depths", "2", "--out", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["done"] == told["planned"] > 0
     assert {claim["verdict"] for claim in told["claims"]} <= {"reproduced", "not reproduced", "not decided"}
@@ -349,9 +350,12 @@ def test_quick_studies_end_with_a_bundle(name, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_figures")
 def test_a_killed_study_goes_on(tmp_path):
-    words = [sys.executable, "-m", "depthscope", "study", "initialisation", "--quick", "--out", str(tmp_path)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    words = ["study", "initialisation", "--quick", "--depths", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "depthscope", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     until = time.monotonic() + 60
     while not list(tmp_path.glob("cells/*.json")) and time.monotonic() < until:
         time.sleep(0.05)
@@ -359,7 +363,7 @@ def test_a_killed_study_goes_on(tmp_path):
     process.communicate(timeout=30)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*.json")}
     assert kept
-    found = run_reproduction("initialisation", tmp_path, quick=True)
+    found = run_reproduction("initialisation", tmp_path, quick=True, depths=[2])
     assert found.done == found.planned == len(list(tmp_path.glob("cells/*.json")))
     assert (tmp_path / "paper" / "main.tex").exists()
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())

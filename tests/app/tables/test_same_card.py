@@ -33,6 +33,7 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_every_face_shows_the_same_words(reading, monkeypatch):
     cards = cards_of(reading)
     # Of a run without its model nothing is settled, which is one step milder.

@@ -29,7 +29,7 @@ def captured(model, parts, *, first: int = 0):
     return recorder.run
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("deepseek", marks=pytest.mark.slow)])
 def split(request):
     """A run of everything, and the runs of three parts."""
     model = {"llama": llama, "deepseek": deepseek}[request.param]()

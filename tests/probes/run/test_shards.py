@@ -23,7 +23,7 @@ OF_MORE_SEQUENCES = {
 STREAMED = ("eigenvalue", "stream_eigenvalue", "hsic", "sum_")
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("deepseek", marks=pytest.mark.slow)])
 def whole_and_parts(request):
     model = {"llama": llama, "deepseek": deepseek}[request.param]()
     generator = torch.Generator().manual_seed(0)

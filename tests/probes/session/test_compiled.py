@@ -167,6 +167,7 @@ def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(plain, probed, strict=True)] == [True] * len(plain)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     "probe", [{}, {"gradients": True, "weights": True, "every": 2}], ids=["states", "all"]

@@ -384,6 +384,7 @@ def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, w
 # --- no memory leaks ---
 
 
+@pytest.mark.slow
 def test_no_copy_and_no_hook_is_left_between_measured_steps(batches):
     model = fresh()
 

@@ -129,6 +129,7 @@ def test_a_loss_that_diverges_is_a_finding_live_and_later(tmp_path):
     assert "diverged_loss" in {finding.verdict for finding in judge(training_curves(recorder.run))}
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_from_the_losses_before(tmp_path):
     told: list[tuple[int, str, str]] = []
     steps_with([2.6] * 6, told, store=tmp_path / "run")

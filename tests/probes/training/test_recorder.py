@@ -128,6 +128,7 @@ def test_two_backwards_through_one_forward_add_up(models):
     np.testing.assert_allclose(runs[1], 2 * runs[0], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_reason_that_lasts_is_told_three_times_and_then_together(models):
     model, (batch,) = models["llama"](), batches(1)
     recorder = probes.record(model, gradients=True)
@@ -160,6 +161,7 @@ def test_a_step_without_a_forward_or_a_backward_is_reported(models):
         recorder.step()
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("stepping", [True, False])
 def test_memory_does_not_grow_with_the_number_of_batches(models, stepping):
     model, parts = models["llama"](), batches(40)
