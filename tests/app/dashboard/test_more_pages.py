@@ -14,12 +14,12 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from depthscope.app.cli.main import main
+from depthscope.app.dashboard.components.run_groups import groups_of
 from depthscope.app.dashboard.pages import compare
 from depthscope.app.dashboard.pages import data as data_page
-from depthscope.app.dashboard.pages.compare import folded, groups_of
 from depthscope.app.dashboard.pages.similarity import map_difference
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.figures import FIGURES, Line, Lines
+from depthscope.app.figures import FIGURES
 from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
 from depthscope.diagnostics import create_run, save_run
@@ -148,17 +148,6 @@ def test_two_runs_by_one_measure_have_a_difference(opened, runs):
 def test_a_measure_on_request_is_offered_and_explained(opened):
     test = opened("similarity", "plain.nc", measure_b="SVCCA")
     assert "--metrics svcca" in words(test)
-
-
-def test_seeds_are_folded_to_their_mean_and_range():
-    x = np.linspace(0, 1, 3)
-    lines = tuple(
-        Line(x, np.array(y), name, group=name)
-        for name, y in {"a0": [1.0, np.nan, 3.0], "a1": [3.0, 4.0, np.nan], "b0": [0.0, 0.0, 0.0]}.items()
-    )
-    one, other = folded(Lines("m", "M", "x", "y", lines), {"a0": "a", "a1": "a", "b0": "b"}).lines
-    np.testing.assert_allclose([one.y, one.lower, one.upper], [[2, 4, 3], [1, 4, 3], [3, 4, 3]])
-    assert (one.label, other.label) == ("a, 2 runs", "b0")
 
 
 def test_runs_are_grouped_by_what_several_share(runs):
