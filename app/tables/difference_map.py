@@ -38,10 +38,10 @@ def difference_map(
     rows: dict[str, xr.DataArray] = {}
     for metric in dict.fromkeys(metrics):
         pair = {name: profiles_of(readings, metric, view) for name, readings in groups.items()}
-        means = {name: sum(each) / len(each) for name, each in pair.items() if _are_alike(each)}
+        means = {name: _mean(each) for name, each in pair.items() if len({one.shape for one in each}) == 1}
         if CATALOGUE[metric].axis == axis and len(means) == 2:
             a, b = at_shared_depths(means).values()
-            size = (np.abs(a) + np.abs(b)) / 2
+            size = (abs(a) + abs(b)) / 2
             # Where both are 0 there is no difference; 0/0 would be undefined.
             rows[metric] = ((b - a) / size.where(size > 0, 1.0)).rename(metric)
     sizes = {row.sizes[axis] for row in rows.values()}
@@ -55,14 +55,14 @@ def difference_map(
     return _drawn(z, shown[ordered[0]], ordered, (first, second), axis), ordered
 
 
-def _are_alike(profiles: Sequence[xr.DataArray]) -> bool:
-    return len({each.shape for each in profiles}) == 1
+def _mean(profiles: Sequence[xr.DataArray]) -> xr.DataArray:
+    return profiles[0].copy(data=np.mean([each.values for each in profiles], axis=0))
 
 
 def _drawn(
     z: np.ndarray, sample: xr.DataArray, metrics: Sequence[str], pair: tuple[str, str], axis: str
 ) -> Heatmap:
-    row, column = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape)
+    row, column = map(int, np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape))
     reach = float(np.abs(z[row, column])) or 1.0
     words = (
         f"{pair[1]} − {pair[0]}, divided by the mean of their sizes, at the {axis}s of the shallower run. The largest: "

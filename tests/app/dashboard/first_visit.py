@@ -1,4 +1,4 @@
-"""What does a first visit take, before any run was analysed? `python -m tests.app.dashboard.first_visit depthscope-demo/runs`."""
+"""What does a first visit take, of runs that nobody analysed yet? `python -m tests.app.dashboard.first_visit RUNS`."""
 
 from __future__ import annotations
 

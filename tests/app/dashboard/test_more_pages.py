@@ -19,10 +19,13 @@ from depthscope.app.dashboard.pages import compare
 from depthscope.app.dashboard.pages import data as data_page
 from depthscope.app.dashboard.pages.similarity import map_difference
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.figures import FIGURES
+from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
+from depthscope.app.tables.difference_map import difference_map
+from depthscope.app.tables.differences import profiles_of
 from depthscope.diagnostics import create_run, save_run
+from depthscope.diagnostics.errors import InputError
 from tests.app.dashboard.opening import charts, numbers, open_page, parts, words
 
 ROOT = Path(__file__).parents[3]
@@ -143,6 +146,27 @@ def test_two_runs_by_one_measure_have_a_difference(opened, runs):
     difference = map_difference(*maps)
     assert difference.z.shape == shallow.z.shape
     np.testing.assert_allclose(difference.z[0, -1], maps[0].z[0, -1] - maps[1].z[0, -1])
+
+
+def test_the_map_of_differences_has_the_largest_first_and_no_units(opened, runs):
+    assert "difference_map" in charts(opened("compare", "plain.nc", "mhc.nc"))
+    readings, _ = read_paths([str(runs / "plain.nc"), str(runs / "mhc.nc")])
+    one, other = readings
+    metrics = ["residual_norm", "effective_rank", "composite_gain"]
+    view = Selection()
+    figure, rows = difference_map({"a": [one], "b": [other]}, metrics, view, axis="depth")
+    assert set(rows) == {"residual_norm", "effective_rank"}
+    largest = np.nanmax(np.abs(figure.z), axis=1)
+    assert largest[0] == largest.max() == figure.limits[1] == -figure.limits[0]
+    (first,), (second,) = (profiles_of([reading], "residual_norm", view) for reading in readings)
+    depth = len(figure.x) - 1
+    a, b = float(first[-1]), float(second[-1])
+    assert figure.z[rows.index("residual_norm"), depth] == pytest.approx(2 * (b - a) / (b + a))
+    # The mean of a group; and of twice the same run nothing is left.
+    same, _ = difference_map({"a": [one, one], "b": [one]}, metrics, view, axis="depth")
+    assert np.nanmax(np.abs(same.z)) == 0
+    with pytest.raises(InputError, match="no measure along their connections"):
+        difference_map({"a": [one], "b": [other]}, metrics, view, axis="connection")
 
 
 def test_a_measure_on_request_is_offered_and_explained(opened):
