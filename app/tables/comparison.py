@@ -246,7 +246,7 @@ class _Marked:
         if self.why_not:
             return [f"Nothing is bold: {self.why_not}."]
         bold = "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
-        apart = "Where the null differs between runs, no number is called the best."
+        apart = "Where the baseline differs between runs, no number is called the best."
         return [bold] * bool(self.best) + [apart] * self.nulls_differ
 
 

@@ -39,7 +39,6 @@ def draw_lines(figure: Lines) -> go.Figure:
             _curve(
                 line,
                 look,
-                log_y=figure.log_y,
                 # Marks of many or long lines run into each other: about twelve of each tell them apart. Heuristics of ours.
                 most_marks=0 if num_measured <= 4 and len(line.x) <= 40 else 12,
                 named=(num_measured > 1 or bool(laws)) and not crowded,
@@ -115,13 +114,11 @@ def _drawn_as(figure: Lines) -> list[_Drawn]:
     return found
 
 
-def _curve(line: Line, drawn: _Drawn, *, log_y: bool, most_marks: int, named: bool) -> go.Scatter:
+def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Scatter:
     look = drawn.look
-    # A zero has no place on a logarithmic axis: plotly would draw a line straight down.
-    has_no_place = log_y & (np.asarray(line.y) <= 0)
     return go.Scatter(
         x=line.x,
-        y=np.where(has_no_place, np.nan, line.y) if has_no_place.any() else line.y,
+        y=line.y,
         name=words(line.label),
         mode="lines+markers" if look else "lines",
         line={"color": drawn.colour, "dash": drawn.dash, "width": 2.2 if look else 1.3},

@@ -28,6 +28,15 @@ TITLES = {
 MOST_COLUMNS = 400
 """Of a map: about one for every two pixels of a screen. A heuristic of ours."""
 
+LABEL_WORDS = {
+    "tokens": "{} tokens",
+    "centering": "{}",
+    "direction": "{}",
+    "stream": "stream {}",
+    "reduction": "{} over tokens",
+}
+"""How the label of a dim is written in a title."""
+
 OVER_ROWS = ("mean", "smallest", "largest", "first", "last")
 """How the depths of one step become one number, where several runs are drawn as curves."""
 
@@ -42,7 +51,9 @@ def measure_title(measure: Measure) -> str:
 def _title_in_full(measure: Measure, choice: Mapping[str, str], *more: str) -> str:
     """The title with the labels that were chosen, where there was a choice."""
     chosen = [
-        f"{dim} {label}" for dim, label in measure.labels(choice).items() if len(measure.choices[dim]) > 1
+        LABEL_WORDS.get(dim, f"{dim} {{}}").format(label)
+        for dim, label in measure.labels(choice).items()
+        if len(measure.choices[dim]) > 1
     ]
     words = ", ".join([*more, *chosen])
     return measure_title(measure) + (f" ({words})" if words else "")
@@ -138,12 +149,14 @@ def histories_figure(
         lines.append(Line(steps[shown].astype(float), values[shown], run, group=run))
     measure = next(iter(having.values())).measures[name]
     title = _title_in_full(measure, choice, *([f"{over} over {measure.rows}s"] if measure.rows else []))
-    figure = folded(Lines(name, title, "step", "", tuple(lines), runs=colours), group_of)
+    is_log = _is_log(name, np.concatenate([line.y for line in lines]))
+    if is_log:  # plotly would draw a line straight down to a zero
+        lines = [replace(line, y=np.where(line.y > 0, line.y, np.nan)) for line in lines]
+    figure = folded(Lines(name, title, "step", "", tuple(lines), log_y=is_log, runs=colours), group_of)
     bins = [Bins.of(line.x, MOST_COLUMNS) for line in figure.lines]
     return replace(
         figure,
         lines=tuple(_binned(line, each) for line, each in zip(figure.lines, bins, strict=True)),
-        log_y=_is_log(name, np.concatenate([line.y for line in figure.lines])),
         caption=_reduction(max(bins, key=lambda each: each.largest), EXTREMES_DRAWN),
     )
 

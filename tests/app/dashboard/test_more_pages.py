@@ -24,6 +24,7 @@ from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
 from depthscope.app.tables.difference_map import difference_map
 from depthscope.app.tables.differences import profiles_of
+from depthscope.app.text.bibliography import entries
 from depthscope.diagnostics import create_run, save_run
 from depthscope.diagnostics.errors import InputError
 from tests.app.dashboard.opening import charts, numbers, open_page, parts, words
@@ -195,6 +196,16 @@ def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
 
 def saved(figure_or_table) -> pd.DataFrame:
     return pd.read_csv(StringIO(data_page.to_csv(figure_or_table)))
+
+
+def test_a_figure_for_a_paper_comes_with_the_entries_that_it_cites(opened):
+    codes = [block.value for block in opened("data", "plain.nc").code]
+    (latex,) = [code for code in codes if "includegraphics" in code]
+    (bibtex,) = [code for code in codes if code.startswith("@")]
+    (cited,) = re.findall(r"\\citep\{([^}]*)\}", latex)
+    assert set(entries(bibtex)) == set(cited.split(","))
+    python = [code for code in codes if "import " in code]
+    assert [re.findall("(?:import|from) .*", code) for code in python] == [["import depthscope as ds"]] * 2
 
 
 def test_every_format_has_what_is_shown(runs):
