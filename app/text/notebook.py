@@ -105,32 +105,30 @@ def _equation(tex: str) -> Markup:
 
 def _array_html(array: Any) -> str:
     """A metric of an analysis as its curve and its equation, above what xarray shows; any other array as xarray shows it."""
-    from depthscope.app.figures.build.values import pick
-    from depthscope.app.figures.specification import Selection
     from depthscope.diagnostics import CATALOGUE
+    from depthscope.diagnostics.quantities.registry import LABELS
 
     own = str(array._repr_html_())
     metric = CATALOGUE.get(array.name)
-    if metric is None:
-        return own
-    labels = {"direction": "forward"} if "direction" in array.dims else {}
-    curve = pick(array.to_dataset(name=array.name), array.name, Selection(), **labels)
-    if curve is None or curve.dims not in (("depth",), ("connection",)):
+    # Of each version the first label, which is the usual one; of a training the last step.
+    first = {dim: 0 for dim in array.dims if dim in LABELS or dim == "stream"}
+    curve = array.isel(first | ({"step": -1} if "step" in array.dims else {}))
+    if metric is None or curve.dims not in (("depth",), ("connection",)):
         return own
     from depthscope.app.text.numbers import number
     from depthscope.app.text.sparkline import line_svg
 
     known = curve.values[np.isfinite(curve.values)]
-    words = f"{metric.label} by {curve.dims[0]}, 0–{len(curve) - 1}"
-    reach = f": {number(float(known.min()))} to {number(float(known.max()))}" if known.size else ": undefined"
+    reach = f"{number(float(known.min()))} to {number(float(known.max()))}" if known.size else "undefined"
+    words = f"{metric.label} by {curve.dims[0]}, 0–{len(curve) - 1}: {reach}"
     return Markup(
         '<div class="depthscope"><style>{}</style><div class="card"><p><b>{}</b></p>{}<p>{}</p>'
         "<details><summary>Equation</summary>{}</details><details><summary>Every number</summary>{}</details></div></div>"
     ).format(
         _STYLE + card_style(),
         metric.title,
-        line_svg(curve.values, words + reach),
-        words + reach,
+        line_svg(curve.values, words),
+        words,
         Markup(_metric_html(metric)),
         Markup(own),
     )
