@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("metric", "verdict", "figure", "page", "command", "family")
+KINDS = ("metric", "verdict", "figure", "page", "command")
 BLOCK = re.compile(r"<!-- (?P<order>[^>]*?) -->\n+```(?:python|text)\n(?P<code>.*?)```", re.DOTALL)
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
     """The marked code blocks of each section that begins with `## Add a …`."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    parts = re.split(r"^## Add an? (?:connection )?(\w+).*$", text, flags=re.MULTILINE)
+    parts = re.split(r"^## Add an? (\w+).*$", text, flags=re.MULTILINE)
     return {
         kind: [(block["order"], block["code"]) for block in BLOCK.finditer(body)]
         for kind, body in zip(parts[1::2], parts[2::2], strict=True)
@@ -106,7 +106,7 @@ def test_each_example_is_one_definition_and_one_line(tmp_path):
         assert lines[kind][1].strip().count("\n") == 0, "the register takes one line"
         (check,) = [code for order, code in blocks if order == "check"]
         (folder / f"check_{kind}.py").write_text(PRELUDE + check, encoding="utf-8")
-        rules.append(f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py")
+        rules.append(f"tests/rules/test_registered_{kind}s.py")
     pytest_rules = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *rules)
 
     for definition in definitions.values():
