@@ -202,7 +202,7 @@ def _kept(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
 
 
 def record_operations(
-    tape: Tape, forward: Forward, observer: Observer, model: nn.Module, known: KnownPlaces
+    tape: Tape, forward: Forward, observer: Observer, model: nn.Module, known: KnownPlaces | None
 ) -> None:
     """Read the connections whose weights only the operations of a forward show, and where these are in the next one.
 
@@ -215,12 +215,13 @@ def record_operations(
         if read is not None:
             _record_read(tape, forward, observer, read.again(graph))
             graph = read.graph
-        if not isinstance(tape.recorder, PlacedRecorder):
+        if known is not None and not isinstance(tape.recorder, PlacedRecorder):
             needed = _needed(graph, observer)
             if needed is not None:
                 known.learn(model, graph, needed)
     except ReadingError:
-        known.forget()
+        if known is not None:
+            known.forget()
         raise
     finally:
         graph.let_go()

@@ -116,7 +116,8 @@ class Session:
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._measured: list[Measured] = []
         self._current = CurrentForward(self.owner)
-        self._places = KnownPlaces()
+        # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
+        self._places = None if only_own else KnownPlaces()
         self._containers: list[
             tuple[nn.Module, list[nn.Module | None]]
         ] = []  # of states, with their children
@@ -232,7 +233,7 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
-            is_placed = self._places.places is not None
+            is_placed = self._places is not None and self._places.places is not None
             if self._is_recorded:
                 # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
@@ -586,7 +587,8 @@ class Session:
             return finder.along(1, forward.batch_size).structure(self.shards)
 
     def _adopt(self, observer: Observer) -> None:
-        self._places.forget()
+        if self._places is not None:
+            self._places.forget()
         self._observer, self._modules = observer, _module_types(self.model)
 
     # --- the end of a step ---

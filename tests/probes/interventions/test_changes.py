@@ -11,7 +11,6 @@ from torch import nn
 from depthscope.probes.interventions import InterventionError, ModelUnderTest, ablate, plan
 from depthscope.probes.interventions.changes import changes
 from depthscope.probes.interventions.model_under_test import same_values
-from depthscope.probes.session.options import Options
 from tests.models import families
 from tests.models.families import built
 from tests.models.small_models import deepseek, llama, lucidrains
@@ -48,7 +47,7 @@ def test_every_state_set_to_itself_changes_no_bit_and_leaves_the_model_as_it_was
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     random = torch.get_rng_state()
-    under_test = ModelUnderTest(model, family.batch(), Options(**family.override))
+    under_test = ModelUnderTest(model, family.batch())
     same = {depth: lambda state, seen: state.clone() for depth in range(len(under_test.chain.points))}
     passed = under_test.forward(same)
     assert same_values(passed.output, under_test.base.output)
@@ -62,7 +61,7 @@ def test_every_state_set_to_itself_changes_no_bit_and_leaves_the_model_as_it_was
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.streams > 1], ids=lambda family: family.name)
 def test_a_state_decides_everything_after_it(family):
     """With the states of other sequences at one depth, all later ones are those of the other sequences."""
-    model = ModelUnderTest(built(family), family.batch(), Options(**family.override))
+    model = ModelUnderTest(built(family), family.batch())
     last = len(model.chain.points) - 1
     passed = model.forward({1: lambda state, seen: state.roll(1, 0)})
     expected = model.base.states[last].roll(1, 0)
