@@ -16,8 +16,8 @@ from tests.models.designs.outcome import Outcome, judged, outcome
 from tests.models.designs.parts import tilted
 from tests.thoroughness import sample_or_every
 
-# A quarter of the designs on every change, all of them with the slow tests.
-EVERY = 4
+# An eighth of the designs on every change, all of them with the slow tests.
+EVERY = 8
 
 
 def each(designs: Sequence[Design], every: int = EVERY) -> pytest.MarkDecorator:
