@@ -36,10 +36,10 @@ def difference_map(
     """
     (first, _), (second, _) = groups.items()
     rows: dict[str, xr.DataArray] = {}
-    for metric in dict.fromkeys(metrics):
+    for metric in dict.fromkeys(name for name in metrics if CATALOGUE[name].axis == axis):
         pair = {name: profiles_of(readings, metric, view) for name, readings in groups.items()}
         means = {name: _mean(each) for name, each in pair.items() if len({one.shape for one in each}) == 1}
-        if CATALOGUE[metric].axis == axis and len(means) == 2:
+        if len(means) == 2:
             a, b = at_shared_depths(means).values()
             size = (abs(a) + abs(b)) / 2
             # Where both are 0 there is no difference; 0/0 would be undefined.

@@ -41,7 +41,10 @@ def walked(chromium, runs_root) -> Iterator[tuple[str, int]]:
 
 
 TASKS = {
-    "the largest token of a finding": ([f"{BOARD} .worst button"], ".depthscope-pane td button"),
+    "the largest token of a finding": (
+        [f"{BOARD} tr[data-run=mhc] .worst button"],
+        ".depthscope-pane td button",
+    ),
     "H_res of a run": ([f"{BOARD} tr[data-run=mhc] .worst button"], ".depthscope-pane .matrix"),
     "the blocks least needed": (["a[href$='/similarity']"], "text=Least needed"),
     "two runs at a depth, tested": ([f"{BOARD} button:text-is('Compare')"], "text=95 % interval"),
