@@ -33,6 +33,7 @@ from depthscope.probes.reading.operations import (
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -63,7 +64,7 @@ def memories(graph: Graph) -> list[Memory]:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     taken: list[Taken] = []
     first_memory = _after_first_norm(_taken_apart(ranked[0].memory))
-    for memory in _tracks(_between_expansions(_with_hidden_sums(first_memory))):
+    for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -174,45 +175,6 @@ def _taken_apart(memory: Memory) -> Memory:
         branch.source.numel == folded.count for branch in branches_of(folded)
     )
     return folded if fine else memory
-
-
-def _tracks(memory: Memory) -> list[Memory]:
-    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
-    branches = branches_of(memory)
-    last = max((write.number for branch in branches for write in branch.writes), default=0)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    values, track = memory.graph.values, _Tracks()
-    for number in sorted(n for n in relevant if n <= last):
-        track.join(number, [p.number for p in memory.inside(values[number])])
-    writes: dict[int, set[int]] = {}
-    for number in track:
-        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
-    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
-        return [memory]
-    merges = {
-        n
-        for n in memory.trunk
-        if n > last and len({track.of(p.number) for p in memory.inside(values[n])}) > 1
-    }
-    everything = merges.union(*writes.values())
-    return [without_inner(memory, everything - of) for of in writes.values()]
-
-
-class _Tracks(dict[int, int]):
-    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
-
-    def of(self, number: int) -> int:
-        """The first value of the track of another one."""
-        while self[number] != number:
-            self[number] = self[self[number]]
-            number = self[number]
-        return number
-
-    def join(self, number: int, parents: Sequence[int]) -> None:
-        """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [self.of(parent) for parent in parents if parent in self]
-        self[number] = min(of, default=number)
-        self |= dict.fromkeys(of, self[number])
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
