@@ -51,6 +51,7 @@ class _ChainOf:
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
         self.is_fine = False  # whether numbered parts of blocks are the blocks
+        self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
@@ -282,8 +283,9 @@ class _ChainOf:
         giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
         if not before or self.memory.states[depth].site == "embed":
             return giver or "(input)"
-        if self._unit(before[-1]) >= 0 and not self._is_inside(depth):
-            return self._block(before[-1])
+        block = self._block(before[-1])
+        if self._unit(before[-1]) >= 0 and not self._is_inside(depth) and block in self._called:
+            return block
         return giver or before[-1].path
 
     # --- connections
