@@ -502,7 +502,7 @@ def _joined(chain: Chain, stage: Chain) -> Chain:
     if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
         proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
     points = tuple(
-        replace(p, layer=first + shift, site="pre")
+        replace(p, layer=first + shift, site="pre", module=p.path if p.at == "input" else p.module)
         if p.site == "embed"
         else replace(p, layer=p.layer + shift)
         for p in stage.points

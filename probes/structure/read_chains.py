@@ -181,7 +181,7 @@ class _ChainOf:
         """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
         state = self.memory.states[depth]
         value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
-        same = self._same(value)
+        same = [*self._same(value), *self._taken_in_another_order(depth, value)]
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value
@@ -204,10 +204,29 @@ class _ChainOf:
             return point, value
         shown_value, shown = best
         call = self.graph.calls[shown.call]
+        if state.site == "pre" and shown.at == "input":  # changed before this block
+            producer = call.path
         point = HookPoint(
             call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
         )
         return point, shown_value
+
+    def _taken_in_another_order(self, depth: int, value: TracedValue) -> list[TracedValue]:
+        """What the next block takes, where that is a state of the same shape whose tokens come in another order."""
+        _, after = self._around(depth)
+        if depth or not after:
+            return []
+        layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
+        moved = [v for v in self._moved(value) if v.number not in seen and v.shape == value.shape]
+        return [
+            other
+            for other in moved
+            if self.layout_of(other) == layout
+            and any(
+                shown.at == "input" and shown.call == self._unit(after[0])
+                for shown in self.graph.shown.get(other.number, ())
+            )
+        ]
 
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
