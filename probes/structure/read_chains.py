@@ -181,7 +181,8 @@ class _ChainOf:
         """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
         state = self.memory.states[depth]
         value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
-        same = [*self._same(value), *self._taken_in_another_order(depth, value)]
+        value = self._taken_in_another_order(depth, value)
+        same = self._same(value)
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value
@@ -211,22 +212,26 @@ class _ChainOf:
         )
         return point, shown_value
 
-    def _taken_in_another_order(self, depth: int, value: TracedValue) -> list[TracedValue]:
-        """What the next block takes, where that is a state of the same shape whose tokens come in another order."""
+    def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
+        """What the first block takes, where that is the first state with its tokens in another order; else the state."""
         _, after = self._around(depth)
         if depth or not after:
-            return []
+            return value
+        around = self.graph.stack(self.graph.values[after[0].way[0]])[1:]  # the block, and what holds it
         layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
-        moved = [v for v in self._moved(value) if v.number not in seen and v.shape == value.shape]
-        return [
-            other
-            for other in moved
-            if self.layout_of(other) == layout
-            and any(
-                shown.at == "input" and shown.call == self._unit(after[0])
+        for other in self._moved(value):
+            taken = any(
+                shown.at == "input" and shown.call in around
                 for shown in self.graph.shown.get(other.number, ())
             )
-        ]
+            if (
+                taken
+                and other.number not in seen
+                and other.shape == value.shape
+                and self.layout_of(other) == layout
+            ):
+                return other
+        return value
 
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
