@@ -1,8 +1,9 @@
 """Which of several memories is the model's? The rule, and what is taken as a further one.
 
 The rule: of all memories that have a write, the one between whose first and last value the largest share of the weights
-works; of equal ones (within 5 %) the one whose first value is the largest, then the one with most writes, then the earliest.
-Others, whose values are apart from it and that lie in no branch of it, are further memories.
+works that any of them has there (a large head tells nothing); of equal ones (within 5 %) the one whose first value is the
+largest, then the one with most writes, then the earliest. Others, whose values are apart from it and that lie in no branch of
+it, are further memories.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from depthscope.probes.reading.operations import (
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -45,14 +47,24 @@ class Ranked:
     """A memory and what decides which is taken."""
 
     memory: Memory
-    share: float  # of the weights
+    used: set[TracedValue]  # the weights that work between its first and last value
+    share: float = 0.0  # of all that any memory has
+    size: int = (
+        0  # of its first value, without what an earlier memory only has there several times, as streams
+    )
 
     @property
     def rank(self) -> tuple[object, ...]:
         """The larger, the better."""
         memory = self.memory
         steps = round(20 * self.share)
-        return steps, memory.count, memory.num_writes, not memory.start.functions, -memory.root.number
+        return (
+            steps,
+            self.size or memory.count,
+            memory.num_writes,
+            not memory.start.functions,
+            -memory.root.number,
+        )
 
 
 def memories(graph: Graph) -> list[Memory]:
@@ -61,15 +73,16 @@ def memories(graph: Graph) -> list[Memory]:
     ranked = _ranked(graph, first)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
+    everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
     first_memory = _after_first_norm(_taken_apart(ranked[0].memory))
-    for memory in _tracks(_between_expansions(_with_hidden_sums(first_memory))):
+    for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
             memory = without_forks(graph, start_of(root))
-            _take(graph, taken, [Ranked(memory, _share(memory))])
+            _take(graph, taken, _with_shares([Ranked(memory, _used(memory))], everything))
     return [memory for memory, _ in taken]
 
 
@@ -176,57 +189,20 @@ def _taken_apart(memory: Memory) -> Memory:
     return folded if fine else memory
 
 
-def _tracks(memory: Memory) -> list[Memory]:
-    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
-    branches = branches_of(memory)
-    last = max((write.number for branch in branches for write in branch.writes), default=0)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    values, track = memory.graph.values, _Tracks()
-    for number in sorted(n for n in relevant if n <= last):
-        track.join(number, [p.number for p in memory.inside(values[number])])
-    writes: dict[int, set[int]] = {}
-    for number in track:
-        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
-    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
-        return [memory]
-    merges = {
-        n
-        for n in memory.trunk
-        if n > last and len({track.of(p.number) for p in memory.inside(values[n])}) > 1
-    }
-    everything = merges.union(*writes.values())
-    return [without_inner(memory, everything - of) for of in writes.values()]
-
-
-class _Tracks(dict[int, int]):
-    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
-
-    def of(self, number: int) -> int:
-        """The first value of the track of another one."""
-        while self[number] != number:
-            self[number] = self[self[number]]
-            number = self[number]
-        return number
-
-    def join(self, number: int, parents: Sequence[int]) -> None:
-        """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [self.of(parent) for parent in parents if parent in self]
-        self[number] = min(of, default=number)
-        self |= dict.fromkeys(of, self[number])
-
-
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
+    total = sum(graph.values[number].numel for number in graph.parameter_names)
     for root in roots:  # grows while it is gone through
         plain = without_forks(graph, start_of(root))
-        both = [Ranked(plain, _share(plain))]
+        both = [Ranked(plain, _used(plain))]
         if _leads_on(plain):
             passing = without_forks(graph, replace(start_of(root), functions=True))
-            both.append(Ranked(passing, _share(passing)))
+            both.append(Ranked(passing, _used(passing)))
         found += both
-        if max(of.share for of in both) < 0.6 and len(roots) < 2 * MOST_CANDIDATES:
+        if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             roots += [value for value in _breaks(plain) if value not in roots][:2]
-    if max((of.share for of in found), default=0) < 0.4:
+    used = [of.used for of in found if of.memory.num_writes]
+    if max(map(_size, used), default=0) < 0.4 * _size(set[TracedValue]().union(*used)) or not used:
         folded = [start_of(root, streams) for root, streams in folded_beginnings(graph)]
         given = [
             start_with_streams(root, axis)
@@ -236,8 +212,33 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         ]
         for start in (*folded, *given):
             memory = without_forks(graph, start)
-            found.append(Ranked(memory, _share(memory)))
-    return sorted((of for of in found if of.memory.num_writes), key=lambda of: of.rank, reverse=True)
+            found.append(Ranked(memory, _used(memory)))
+    found = [of for of in found if of.memory.num_writes]
+    _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
+    for of in found:
+        known = [other.memory.count for other in found if _is_spread(other.memory, of.memory.root)]
+        of.size = min([of.memory.count, *known])
+    return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _is_spread(memory: Memory, value: TracedValue) -> bool:
+    """Whether a value is a memory, nothing of which is missing and next to which there is nothing else, several times."""
+    numbers = memory.carried.get(value.number)
+    return (
+        numbers is not None
+        and numbers.count == value.numel > memory.count
+        and numbers.distinct >= memory.count
+    )
+
+
+def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
+    for of in ranked:
+        of.share = _size(of.used) / max(_size(everything), 1)
+    return ranked
+
+
+def _size(of: set[TracedValue]) -> int:
+    return sum(weight.numel for weight in of)
 
 
 def _leads_on(memory: Memory) -> bool:
@@ -259,16 +260,13 @@ def _breaks(memory: Memory) -> list[TracedValue]:
     return [v for v in found if v.numel >= memory.count]
 
 
-def _share(memory: Memory) -> float:
-    """The share of the weights that work between a memory's first and last value."""
+def _used(memory: Memory) -> set[TracedValue]:
+    """The weights that work between a memory's first and last value."""
     graph = memory.graph
     after, before = graph.later(memory.root), graph.earlier([memory.end])
-    working = weights(graph).items()
-    used = {
+    return {
         weight
-        for number, of in working
+        for number, of in weights(graph).items()
         if after[number] and before[number] and number != memory.root.number
         for weight in of
     }
-    total = sum(graph.values[number].numel for number in graph.parameter_names)
-    return sum(v.numel for v in used) / max(total, 1)

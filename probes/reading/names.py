@@ -237,8 +237,10 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
             continue
-        known = before.keys()
-        is_known = root.block() in map(Key.block, known)  # the block in which the memory before ended
+        units = {before.unit(number) for number in range(len(before.branches))}
+        is_known = bool(
+            units.intersection(names.graph.stack(names.memory.root))
+        )  # the block in which that ended
         names.first_layer = max(before.layers) + (not is_known)
         own = numbered(names.keys(), {})
         names.layers = [names.first_layer + 1 + number - own[0] for number in own]

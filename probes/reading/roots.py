@@ -91,7 +91,14 @@ class _Sums:
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
         if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
             return None, False
-        return max(depending or added, key=lambda a: self._merges[a.number]), bool(depending)
+        carrier = max(depending or added, key=lambda a: self._merges[a.number])
+        whole = self._root[carrier.number].numel >= value.numel or value.name == "cat"
+        if not depending and not whole and all(self._graph.depends_on_input(a) for a in added):
+            return (
+                None,
+                False,
+            )  # as of a block with a shortcut of its own, whose output was put together of parts
+        return carrier, bool(depending)
 
     def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
         """Whether one addend was computed from the root of the other, and not carried from it."""

@@ -27,6 +27,7 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
+from depthscope.probes.structure.made_states import with_made_state
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -263,7 +264,8 @@ class StructureFinder:
             chains = list(group)
             chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
             for part in chains[1:]:
-                chain = _joined(chain, part.chain)
+                layout_of = partial(self._layout_of, part.memory, "")
+                chain = _joined(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(part.memory for part in chains)
             chain = self._with_ending(chain, memories[-1], layout) if depths is None else chain
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
@@ -502,7 +504,7 @@ def _joined(chain: Chain, stage: Chain) -> Chain:
     if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
         proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
     points = tuple(
-        replace(p, layer=first + shift, site="pre")
+        replace(p, layer=first + shift, site="pre", module=p.path if p.at == "input" else p.module)
         if p.site == "embed"
         else replace(p, layer=p.layer + shift)
         for p in stage.points

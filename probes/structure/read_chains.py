@@ -51,6 +51,7 @@ class _ChainOf:
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
         self.is_fine = False  # whether numbered parts of blocks are the blocks
+        self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
@@ -180,6 +181,7 @@ class _ChainOf:
         """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
         state = self.memory.states[depth]
         value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
+        value = self._taken_in_another_order(depth, value)
         same = self._same(value)
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
@@ -203,10 +205,33 @@ class _ChainOf:
             return point, value
         shown_value, shown = best
         call = self.graph.calls[shown.call]
+        if state.site == "pre" and shown.at == "input":  # changed before this block
+            producer = call.path
         point = HookPoint(
             call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
         )
         return point, shown_value
+
+    def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
+        """What the first block takes, where that is the first state with its tokens in another order; else the state."""
+        _, after = self._around(depth)
+        if depth or not after:
+            return value
+        around = self.graph.stack(self.graph.values[after[0].way[0]])[1:]  # the block, and what holds it
+        layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
+        for other in self._moved(value):
+            taken = any(
+                shown.at == "input" and shown.call in around
+                for shown in self.graph.shown.get(other.number, ())
+            )
+            if (
+                taken
+                and other.number not in seen
+                and other.shape == value.shape
+                and self.layout_of(other) == layout
+            ):
+                return other
+        return value
 
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
@@ -282,8 +307,9 @@ class _ChainOf:
         giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
         if not before or self.memory.states[depth].site == "embed":
             return giver or "(input)"
-        if self._unit(before[-1]) >= 0 and not self._is_inside(depth):
-            return self._block(before[-1])
+        block = self._block(before[-1])
+        if self._unit(before[-1]) >= 0 and not self._is_inside(depth) and block in self._called:
+            return block
         return giver or before[-1].path
 
     # --- connections
