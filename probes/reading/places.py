@@ -27,7 +27,7 @@ def circumstances(model: nn.Module, batch: Sequence[torch.Tensor]) -> tuple[Any,
     device = batch[0].device.type if batch else "cpu"
     return (
         shapes,
-        model.training,
+        getattr(model, "training", None),  # frozen TorchScript has none
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device),
