@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,9 +27,14 @@ class Cuts:
     inner: frozenset[int] = frozenset()  # sums inside of blocks that hold more than the states between blocks
 
 
-def cuts_of(memory: Memory, branches: list[Branch], layers: Sequence[int]) -> Cuts:
-    """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers."""
-    life = _Life(memory, branches, layers)
+def cuts_of(
+    memory: Memory, branches: list[Branch], layers: Sequence[int], scaling: Iterable[Sequence[int]] = ()
+) -> Cuts:
+    """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers.
+
+    ``scaling``: the values of blocks that only scale the memory, which have states of their own.
+    """
+    life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
     sizes = [size_of(memory, cut) for cut in cuts]
     aged = _long_lived(cuts)
@@ -84,8 +89,12 @@ def _long_lived(cuts: list[Cut]) -> dict[int, int]:
 class _Life:
     """When each value of a memory is needed for the last time."""
 
-    def __init__(self, memory: Memory, branches: list[Branch], layers: Sequence[int]):
+    def __init__(
+        self, memory: Memory, branches: list[Branch], layers: Sequence[int], scaling: list[Sequence[int]]
+    ):
         self.memory, self.branches, self.layers = memory, branches, layers
+        self.scaling = scaling
+        self._scaled = {number: at for at, of in enumerate(scaling) for number in of}
         values = memory.graph.values
         self.relevant = memory.back([memory.end, *(branch.read for branch in branches)])
         self.takers: dict[int, list[TracedValue]] = {number: [] for number in self.relevant}
@@ -130,6 +139,11 @@ class _Life:
             at = bisect_left(known, write)
             if at == len(known) or known[at] >= until:
                 times[write] = until
+        for numbers in self.scaling:
+            known = sorted(times)
+            before = known[max(bisect_left(known, numbers[0]) - 1, 0)]
+            if before < numbers[0] and numbers[-1] < times[before]:
+                times[numbers[-1]], times[before] = times[before], numbers[0]
         return sorted(times.items())
 
     def _unread(self) -> list[tuple[int, float]]:
@@ -230,6 +244,8 @@ class _Life:
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory
+        if self._scaled.get(step.number) not in (None, self._scaled.get(value.number)):
+            return False
         if step.number in memory.writes or len(memory.inside(step)) != 1:
             return False
         wider = step.numel > value.numel and not widen

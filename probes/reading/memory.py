@@ -248,11 +248,22 @@ def without_forks(graph: Graph, start: Start) -> Memory:
     memory = follow(graph, start)
     for _ in range(7):
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
+        forks |= {n for n in memory.carried.keys() - memory.trunk if _is_part(memory, graph.values[n])}
         if not forks:
             break
         start = replace(start, banned=start.banned | forks)
         memory = follow(graph, start)
     return memory
+
+
+def _is_part(memory: Memory, value: TracedValue) -> bool:
+    """Whether something is added to, or put next to, a part of the memory inside of a branch: the end is whole without it."""
+    if memory.is_whole(value) or not memory.is_whole(memory.end):
+        return False
+    joined = value.name in JOINS and any(
+        not memory.holds(v) and memory.graph.depends(v, memory.root) for v in addends(value)
+    )
+    return joined or value.number in memory.writes.keys() - memory.born
 
 
 def without_inner(memory: Memory, inner: Collection[int]) -> Memory:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import LAYERS, weights
+from depthscope.probes.reading.operations import LAYERS, PRODUCTS, weights
 
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
@@ -33,6 +33,7 @@ class BranchNames:
         self.layers: list[int] = []
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
+        self.scaling = self._scaling_blocks()
 
     def _inside(self, branch: Branch) -> list[TracedValue]:
         """The operations of a branch."""
@@ -65,6 +66,25 @@ class BranchNames:
             common = [a for a, b in zip(common, writes, strict=False) if a == b]
             common = common[:-1] if len(common) > 1 else common
         return common
+
+    def _scaling_blocks(self) -> dict[int, list[int]]:
+        """Calls of blocks between others that add nothing to the memory, and what each carries on and scales."""
+        graph, found = self.graph, dict[int, list[int]]()
+        ends = [value for branch in self.branches for value in (branch.source, *branch.writes)]
+        last = max((value.number for value in ends), default=0)
+        busy = {call for value in ends for call in graph.stack(value)}
+        containers = {_container(graph.calls[call].path) for call in busy} - {None}
+        for number in sorted(n for n in self.memory.trunk if self.memory.root.number < n < last):
+            for call in graph.stack(graph.values[number]):
+                if call not in busy and _container(graph.calls[call].path) in containers:
+                    found.setdefault(call, []).append(number)
+                    break
+        return {
+            call: numbers
+            for call, numbers in found.items()
+            if any(graph.values[n].name in PRODUCTS for n in numbers)
+            and not any(self.memory.passes_function(graph.values[n]) for n in numbers)
+        }
 
     def unit(self, number: int) -> int | None:
         """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
@@ -175,6 +195,12 @@ class BranchNames:
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
+def _container(path: str) -> str | None:
+    """What holds a module with a number; None where it has none."""
+    container, _, name = path.rpartition(".")
+    return container if name.isdigit() else None
+
+
 def kind_of(path: str, modules: Mapping[str, str]) -> str:
     """Whether a module is attention or feed-forward, by its name and class; block where neither tells."""
     words = " ".join([*[part for part in path.split(".") if not part.isdigit()][-1:], modules.get(path, "")])
@@ -193,23 +219,25 @@ class Key(NamedTuple):
         return self.digits, self.call
 
 
-def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
+def numbered(
+    keys: Sequence[Key], modules: Mapping[str, str], scaling: Collection[str] = frozenset()
+) -> list[int]:
     """Block numbers: the containers' own where these ascend, else the order of the blocks.
 
-    A number may be left out where a block of the same class did not run.
+    A number may be left out where a block of the same class did not run, or where it only scales (``scaling``: their paths).
     """
     blocks = [key for key in keys if key.digits] or list(keys)
-    own = iter(_of_blocks(blocks, modules))
+    own = iter(_of_blocks(blocks, modules, scaling))
     found: list[int] = []
     for key in keys:  # what has no number, next to blocks that have one, belongs to the block before it
         found.append(next(own) if key in blocks else found[-1] if found else -1)
     return found
 
 
-def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
+def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str], scaling: Collection[str]) -> list[int]:
     groups = [next(group) for _, group in groupby(keys, Key.block)]
     counted = all(len(key.digits) == 1 and not key.call for key in groups)
-    if counted and all(_follows(a, b, modules) for a, b in pairwise(groups)):
+    if counted and all(_follows(a, b, modules, scaling) for a, b in pairwise(groups)):
         return [key.digits[0] for key in keys]
     order: list[int] = []
     for number, (_, group) in enumerate(groupby(keys, Key.block)):
@@ -217,10 +245,12 @@ def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     return order
 
 
-def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
+def _follows(a: Key, b: Key, modules: Mapping[str, str], scaling: Collection[str]) -> bool:
     (first,), (second,) = a.digits, b.digits
     if second <= first:
         return False
+    if all(f"{a.container}.{n}" in scaling for n in range(first + 1, second)):
+        return True
     kinds = {modules.get(f"{a.container}.{n}") for n in range(first, second + 1)}
     return second == first + 1 or (len(kinds) == 1 and None not in kinds)
 
@@ -232,7 +262,8 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         if any(key.digits for key in keys):
             outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.digits)
             names.between = {branch.source.number for branch in outside}
-        names.layers = numbered(names.keys(), names.graph.modules)
+        scaling = {names.graph.calls[call].path for call in names.scaling}
+        names.layers = numbered(names.keys(), names.graph.modules, scaling)
     for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
@@ -263,11 +294,24 @@ def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tu
             coming[written] -= not is_between
             if not coming[written]:
                 del coming[written]
-        if number == 0 and layer is None and names.first_layer >= 0:
+        if (scaled := _scaled_by(names, moment)) is not None:
+            layer = scaled
+            found.append((layer, "post"))
+        elif number == 0 and layer is None and names.first_layer >= 0:
             found.append((names.first_layer, "post"))
         else:
             found.append(_label(number, layer, coming, found))
     return found
+
+
+def _scaled_by(names: BranchNames, moment: int) -> int | None:
+    """The number of the block that only scaled a state, where blocks have their containers' numbers."""
+    keys = names.keys()
+    digits = [key.digits[-1] if key.digits else -1 for key in keys]
+    for call, numbers in names.scaling.items():
+        if moment in numbers and digits == names.layers:
+            return int(names.graph.calls[call].path.rpartition(".")[2])
+    return None
 
 
 def _label(

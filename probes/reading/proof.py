@@ -93,6 +93,13 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
     return worst
 
 
+def _inside_branches(memory: Memory) -> set[int]:
+    """What lies inside of the branches of a memory, where a residual of their own is none of the model's."""
+    graph, sources = memory.graph, [branch.source for branch in branches_of(memory)]
+    behind, later = graph.earlier(sources, memory.carried), graph.later(memory.root)
+    return {number for number, marked in enumerate(behind) if marked and later[number]}
+
+
 class WeightCoverage:
     """Where the parameters work that reach the output: before the first state, in a branch, in the head, or elsewhere."""
 
@@ -104,7 +111,7 @@ class WeightCoverage:
         others: Sequence[Memory],
     ):
         self._all = [memory, *others]
-        self._others = set().union(*(other.carried for other in others))
+        self._others = set().union(*(other.carried for other in others), *map(_inside_branches, others))
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self._used = weights_in(graph, graph.earlier(outputs))

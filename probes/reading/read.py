@@ -153,7 +153,8 @@ class _Reader:
 
     def reading(self) -> MemoryReading:
         """The memory's description; ReadingError where none can be given."""
-        found = cuts_of(self.memory, self.branches, self.names.layers)
+        scaling = self.names.scaling.values()
+        found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
         self.states = States(self.memory, self.branches)
         if found.inner:
             outer = without_inner(self.memory, found.inner)

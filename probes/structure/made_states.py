@@ -22,7 +22,8 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
     for number in sorted(n for n in memory.carried if n < first):
         value = graph.values[number]
         calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
-        blocks = [call for call in calls if call.path.rpartition(".")[2].isdigit()]
+        around = graph.values[first].call  # where the block was called, it was changed
+        blocks = [c for c in calls if c.path.rpartition(".")[2].isdigit() and c.parent == around]
         if not blocks or value.shape != graph.values[first].shape or layout_of(value) != part.layout:
             continue
         block = min(blocks, key=lambda call: len(call.path))

@@ -308,6 +308,8 @@ class _ChainOf:
         if not before or self.memory.states[depth].site == "embed":
             return giver or "(input)"
         block = self._block(before[-1])
+        if giver and self.memory.states[depth].layer > before[-1].layer and not self._is_inside(depth):
+            return giver  # a block that only scales
         if self._unit(before[-1]) >= 0 and not self._is_inside(depth) and block in self._called:
             return block
         return giver or before[-1].path

@@ -99,7 +99,9 @@ class SequenceAxis:
         if value.name in MATRICES:
             a, b = MATRICES[value.name]
             return dim == {a: rank - 1, b: max(rank - 2, 0)}.get(position)
-        if value.name in SOFTMAX:
+        if (
+            value.name in SOFTMAX and value.is_floating
+        ):  # whole numbers are counted, as the tokens of an expert are
             return isinstance(value.args[1], int) and value.args[1] % rank == dim
         if "attention" in value.name:
             return position < 3 and dim == rank - 2
@@ -138,6 +140,8 @@ def _new_dim(value: TracedValue, position: int, rank: int, dim: int) -> int | No
     if name == "stack":
         at = (args[1] if len(args) > 1 else 0) % new_rank
         return dim + (dim >= at)
+    if name == "index_select" and position == 2:
+        return int(args[1]) % new_rank
     if name in ("embedding", "index"):
         return dim if position == (1 if name == "embedding" else 0) else 0 if rank == 1 else dim
     if new_rank >= rank:  # axes are aligned from the last one on
