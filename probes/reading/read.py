@@ -311,6 +311,7 @@ class _Reader:
         values = values or [*map(self._read_state, self.branches), last]
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_constant(parts)
+        self._begin_with_first_state(parts)
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
         connections = [
@@ -318,6 +319,25 @@ class _Reader:
         ]
         cuts = [[value] for value in parts.states]
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
+
+    def _begin_with_first_state(self, parts: DepthParts) -> None:
+        """Take the first state for the first source, where all later sums come through it: its scale is no weight then."""
+        first = parts.states[0]
+        later = [self.graph.values[number] for number in parts.weights if number != first.number]
+        if self.memory.root.number in self.memory.back(later, {first.number}):
+            return
+        scale = parts.weights[first.number][:, 0].clone()
+        if bool((scale == 0).any()) or bool((parts.weights[first.number][:, 1:] != 0).any()):
+            return
+        parts.sources[0] = parts.sources[0] * scale
+        for number, of in parts.weights.items():
+            parts.weights[number] = torch.cat(
+                [
+                    (of[:, 0] / scale).unsqueeze(1),
+                    of[:, 1:].expand(*of.shape[:1], -1, (of[:, 0] / scale).shape[-1]),
+                ],
+                1,
+            )
 
     def _depth_connection(
         self,

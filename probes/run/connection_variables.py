@@ -194,7 +194,12 @@ def _depth_variables(
     return {
         "branch_in": (
             schema.TRACE["branch_in"].dims,
-            torch.stack([states(c.depth_in) for c in chain.connections]).numpy(),
+            torch.stack(
+                [
+                    _depth_read(states(c.depth_in), found[at][0], sources, precision)
+                    for at, c in enumerate(chain.connections)
+                ]
+            ).numpy(),
         ),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
         "reconstruction_error": ("connection", np.array(errors)),
@@ -205,6 +210,15 @@ def _depth_variables(
             torch.stack([scale for _, _, scale in found]).numpy(),
         ),
     }
+
+
+def _depth_read(
+    state: torch.Tensor, read: torch.Tensor, sources: torch.Tensor, precision: torch.dtype
+) -> torch.Tensor:
+    """What a branch reads: the state before it, bit by bit, where it reads that; else the sum of its sources."""
+    found = torch.einsum("kts,ktsd->ktd", read.double(), sources[..., : read.shape[-1], :])
+    is_state = relative_error(found - state.double(), found) <= tolerance(precision)
+    return state if is_state else found.to(state.dtype)
 
 
 def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dtype) -> None:

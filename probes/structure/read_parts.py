@@ -150,7 +150,7 @@ def _given(branches: Sequence[BranchReading], order: torch.Tensor, name: str) ->
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
     """The weights over depth of every connection, and what its branch gave, (B, T, D).
 
-    The first source is the first state: what scales it there scales its weights.
+    The first source is the first state where all later sums come through it, else the value that it is made of.
     Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
     """
     begin = memory.connections[0].parts["state"]
@@ -165,9 +165,11 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
         (branch,) = connection.branches
         if "constant" in connection.parts or not {"h_post", "out"} <= branch.parts.keys():
             raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
-        read, carry = (connection.parts[name].clone() for name in ("depth_read", "depth_carry"))
-        for weights in (read, carry):
-            weights[:, 0] /= begin[:, 0]
+        if not branch.parts.keys().isdisjoint(("depth_read", "depth_read_gate")):
+            raise StreamConnectionError(
+                f"{branch.path or 'a branch'} reads several sums of the sources at once, and there is room for one"
+            )
+        read, carry = connection.parts["depth_read"], connection.parts["depth_carry"]
         scale = branch.parts["h_post"].mean(-1)
         weights_of = DepthWeights(read[order].float(), carry[order].float(), scale[order].float())
         found.append((weights_of, branch.parts["out"][order].squeeze(-2)))
