@@ -223,8 +223,8 @@ def _slices(
         yield f"An error, where a number has one, is {intervals}{how}", (), ""
     if any(_has_null(readings, name) for name in metrics):
         yield (
-            "A null is what a metric would be without structure, at the same numbers of tokens and features; the definition "
-            "of each metric that has one says of what",
+            "A noise baseline is what a metric would be without structure, at the same numbers of tokens and features; the "
+            "definition of each metric that has one says of what",
             (),
             "",
         )
@@ -259,7 +259,7 @@ def _definition(name: str, has_null: bool) -> Sentence:
     null = (metric.null.__doc__ or "").partition("\n")[0] if has_null and callable(metric.null) else ""
     null = null.removesuffix(".")
     null = null[0].lower() + null[1:] if null[1:2].islower() else null
-    text = sentence([f"{label}: {meaning}", metric.estimator, f"null: {null}" if null else ""])
+    text = sentence([f"{label}: {meaning}", metric.estimator, f"noise baseline: {null}" if null else ""])
     return text, tuple(keys_of([metric.cite])), metric.symbol
 
 

@@ -246,7 +246,7 @@ class _Marked:
         if self.why_not:
             return [f"Nothing is bold: {self.why_not}."]
         bold = "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
-        apart = "Where the null differs between runs, no number is called the best."
+        apart = "Where the baseline differs between runs, no number is called the best."
         return [bold] * bool(self.best) + [apart] * self.nulls_differ
 
 
@@ -366,11 +366,16 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         known = {run: row[key] for run, row in facts.items() if _is_known(row.get(key))}
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(
-                f"{run}: {number(value) if isinstance(value, float) else shortened(str(value), LONGEST_NAME)}"
+                f"{run}: {number(value) if isinstance(value, float) else _in_short(key, str(value))}"
                 for run, value in known.items()
             )
             sentences.append(f"the runs have {words} ({listed})")
     return [*sentences, *filter(None, [_unproven(readings)])]
+
+
+def _in_short(key: str, value: str) -> str:
+    # The first letters of a digest tell as much as all 64 of them.
+    return value[:8] if key == "data_digest" else shortened(value, LONGEST_NAME)
 
 
 def _is_known(value: Any) -> bool:

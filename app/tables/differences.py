@@ -29,12 +29,14 @@ from depthscope.diagnostics.errors import InputError
 
 __all__ = [
     "as_dict",
+    "at_shared_depths",
     "between_groups",
     "between_runs",
     "clearest",
     "difference_figure",
     "differences_at",
     "in_words",
+    "profiles_of",
 ]
 
 ALONG = ("depth", "connection")
@@ -97,7 +99,7 @@ def _of_pair(
     found = []
     for metric in metrics:
         values = {f"{name}/{chain}" if chain else name: profiles(name, chain, metric) for name in runs}
-        aligned = _aligned({name: value for name, value in values.items() if value is not None})
+        aligned = at_shared_depths({name: value for name, value in values.items() if value is not None})
         if len(aligned) == 2:
             difference = of_two(metric, aligned, paired=paired)
             lengths = {
@@ -120,7 +122,7 @@ def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray |
     return value if len(others) == 1 and others <= set(ALONG) else None
 
 
-def _aligned(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+def at_shared_depths(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
     """Two runs at the same relative depth: at every depth of the shallower one, and the nearest of the other."""
     axes = {next(str(dim) for dim in value.dims if dim in ALONG) for value in values.values()}
     if len(values) < 2 or len(axes) != 1:
@@ -160,14 +162,14 @@ def between_groups(
     found = []
     for other in others:
         for metric in metrics:
-            pair = {name: _of_group(groups[name], metric, view) for name in (first, other)}
+            pair = {name: profiles_of(groups[name], metric, view) for name in (first, other)}
             # Depths of groups that are not equally deep are no repetitions of each other.
             if all(pair.values()) and len({each.shape for of_one in pair.values() for each in of_one}) == 1:
                 found.append(of_seeds(metric, pair))
     return found
 
 
-def _of_group(readings: Sequence[Reading], metric: str, view: Selection) -> list[xr.DataArray]:
+def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> list[xr.DataArray]:
     """The metric of every run of a group; empty where one of them lacks it."""
     columns = []
     for reading in readings:
@@ -288,9 +290,10 @@ def as_dict(difference: Difference) -> dict[str, Any]:
     }
 
 
-def difference_figure(found: Sequence[Difference], title: str) -> Lines:
+def difference_figure(found: Sequence[Difference], title: str, colours: Mapping[str, int]) -> Lines:
     """The differences of one metric with their intervals, for the screen.
 
+    ``colours``: run, or group of runs, to the number of its colour: a difference has that of the second.
     Returns: Along the positions of the shallower run of each pair, at its relative depth.
     """
     lines = []
@@ -310,7 +313,6 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         )
     lines.append(Line(np.array([0.0, 1.0]), np.zeros(2), "no difference", role="threshold"))
     words = " ".join(f"{in_words(each)}." for each in found)
-    names = dict.fromkeys(name for each in found for name in (each.first, each.second))
     return Lines(
         f"difference_{found[0].metric}",
         f"Difference: {title}",
@@ -320,6 +322,5 @@ def difference_figure(found: Sequence[Difference], title: str) -> Lines:
         caption="Shaded: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
         alt=f"Differences with intervals. {words}",
         metric=found[0].metric,
-        # The first has no line of its own; the others keep the colours that they have beside it.
-        runs={name: place for place, name in enumerate(names)},
+        runs=colours,
     )

@@ -25,7 +25,7 @@ _LETTER = 4.3
 _GAP = 8.0  # points between columns: twice \tabcolsep
 _KEY_IN_BRACKETS = re.compile(r"\((\w+)\)")
 # What `quantity` prints, with the place of an extreme after it.
-_WITH_NULL = re.compile(r"^(.*?) \(null ([^)]*)\)( @\d+)?$")
+_WITH_NULL = re.compile(r"^(.*?) \(baseline ([^)]*)\)( @\d+)?$")
 _NUMBER = re.compile(r"^(−?\d+)(\.\d+)?(?:e(-?\d+))?( .*)?$")
 
 
@@ -92,7 +92,9 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
             inside = (
                 0.0
                 if table.stacked
-                else max(len(_parted(cell)[1]) + 8 * bool(_parted(cell)[1]) for cell in cells)
+                else max(
+                    len(_parted(cell)[1]) + len(" (baseline )") * bool(_parted(cell)[1]) for cell in cells
+                )
             )
             kind, width = "number", max(_number_width([*values, null]) + inside * _LETTER, widest * _LETTER)
         elif name in table.wrapped or longest > LONGEST_TEXT:
@@ -206,7 +208,7 @@ def _null_row(columns: Sequence[_Column], nulls: Sequence[str]) -> str:
         _numeric(null) if column.kind == "number" else tex(null)
         for column, null in zip(columns, nulls, strict=True)
     ]
-    return " & ".join([r"\textit{null}", *cells[1:]])
+    return " & ".join([r"\textit{baseline}", *cells[1:]])
 
 
 def _heading(column: _Column) -> str:
@@ -219,7 +221,7 @@ def _heading(column: _Column) -> str:
 def _cell(table: Table, column: _Column, text: str, bold: bool) -> str:
     if column.kind == "number":
         value, null = _parted(text)
-        return _numeric(value, bold=bold, after=f" (null {null})" if null and not table.stacked else "")
+        return _numeric(value, bold=bold, after=f" (baseline {null})" if null and not table.stacked else "")
     # "this project" is no key: it is printed as text.
     keys = keys_of([text]) if column.name in table.cited else []
     if keys:

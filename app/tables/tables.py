@@ -319,7 +319,7 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     return " ".join(filter(None, (sentence(parts), unproven)))
 
 
-NULL_NOTE = "Null: the value expected without structure, such as of independent entries."
+NULL_NOTE = "Baseline: the value expected without structure, such as of independent entries."
 
 
 def interval_note(errors: Iterable[NamedError]) -> str:

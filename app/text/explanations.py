@@ -63,7 +63,7 @@ def _of_metric(metric: Metric) -> str:
         f"Units: {metric.units}. Basis: {metric.basis}.",
     ]
     if isinstance(metric.null, str):
-        facts.append(f"Null: none; {metric.null}.")
+        facts.append(f"Noise baseline: none; {metric.null}.")
     facts += [f"Source: {_source(key.strip())}" for key in metric.cite.split(",") if key.strip()]
     return "\n".join(facts)
 

@@ -1,7 +1,8 @@
 """How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
 
-Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB. Classes of this project belong
-to rooms that know no HTML: IPython is told here how to show them, once, when depthscope is imported in a notebook.
+Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB, and of a metric no curve. Classes of
+this project belong to rooms that know no HTML: IPython is told here how to show them, once, when depthscope is imported in a
+notebook.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from depthscope.app.text.visible import visible
 
 __all__ = ["card_html", "card_style", "show_in_notebooks"]
+
+LONGEST_LINE = 10**6
+"""Letters: the browser breaks the lines."""
 
 # Colours that are legible on white and on black, with the word of the severity beside them.
 _STYLE = Markup(
@@ -75,9 +80,58 @@ def _text_html(text: str) -> str:
 
 
 def _metric_html(metric: Any) -> str:
+    """A metric as its explanation, with the equations as they are printed."""
     from depthscope.app.text.explanations import explanation
 
-    return _text_html(explanation(metric.name))
+    parts = [
+        _equation(part.strip())
+        if part.startswith("    ")
+        else Markup("<p>{}</p>").format(Markup("<br>").join(visible(line) for line in part.splitlines()))
+        for part in explanation(metric.name, width=LONGEST_LINE).split("\n\n")
+    ]
+    return Markup('<div class="depthscope"><style>{}</style><div class="card">{}</div></div>').format(
+        _STYLE, Markup("").join(parts)
+    )
+
+
+def _equation(tex: str) -> Markup:
+    """MathML, which browsers draw without a script; TeX where its converter is not installed."""
+    try:
+        from latex2mathml.converter import convert
+    except ImportError:
+        return Markup("<pre>{}</pre>").format(tex)
+    return Markup(convert(tex, display="block"))
+
+
+def _array_html(array: Any) -> str:
+    """A metric of an analysis as its curve and its equation, above what xarray shows; any other array as xarray shows it."""
+    from depthscope.diagnostics import CATALOGUE
+    from depthscope.diagnostics.quantities.registry import LABELS
+
+    own = str(array._repr_html_())
+    metric = CATALOGUE.get(array.name)
+    # Of each version the first label, which is the usual one; of a training the last step.
+    first = {dim: 0 for dim in array.dims if dim in LABELS or dim == "stream"}
+    curve = array.isel(first | ({"step": -1} if "step" in array.dims else {}))
+    if metric is None or curve.dims not in (("depth",), ("connection",)):
+        return own
+    from depthscope.app.text.numbers import number
+    from depthscope.app.text.sparkline import line_svg
+
+    known = curve.values[np.isfinite(curve.values)]
+    reach = f"{number(float(known.min()))} to {number(float(known.max()))}" if known.size else "undefined"
+    words = f"{metric.label} by {curve.dims[0]}, 0–{len(curve) - 1}: {reach}"
+    return Markup(
+        '<div class="depthscope"><style>{}</style><div class="card"><p><b>{}</b></p>{}<p>{}</p>'
+        "<details><summary>Equation</summary>{}</details><details><summary>Every number</summary>{}</details></div></div>"
+    ).format(
+        _STYLE + card_style(),
+        metric.title,
+        line_svg(curve.values, words),
+        words,
+        Markup(_metric_html(metric)),
+        Markup(own),
+    )
 
 
 def _tree_html(tree: Any) -> str:
@@ -150,6 +204,7 @@ _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
     ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
     ("depthscope.probes.description", "Description"): _printed_html,
     ("xarray.core.datatree", "DataTree"): _tree_html,
+    ("xarray.core.dataarray", "DataArray"): _array_html,
 }
 
 

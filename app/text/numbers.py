@@ -40,12 +40,12 @@ def _places(value: float, digits: int) -> int:
 def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> str:
     """A value with its standard error and the value expected without structure.
 
-    Returns: Such as ``12.34 ± 0.41 (null 31.2)``; the error has two digits and sets the value's last place.
+    Returns: Such as ``12.34 ± 0.41 (baseline 31.2)``; the error has two digits and sets the value's last place.
 
     Examples
     --------
     >>> quantity(12.345, 0.4123, 31.24)
-    '12.35 ± 0.41 (null 31.2)'
+    '12.35 ± 0.41 (baseline 31.2)'
     >>> quantity(12.345, 0.4123)
     '12.35 ± 0.41'
     """
@@ -53,7 +53,7 @@ def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> 
         return UNDEFINED
     # `not … > 0` also for NaN. An error of exactly 0 has no digit that could set the places.
     text = number(value) if not stderr > 0 else _with_error(value, stderr)
-    return text if math.isnan(null) else f"{text} (null {number(null)})"
+    return text if math.isnan(null) else f"{text} (baseline {number(null)})"
 
 
 def _with_error(value: float, stderr: float) -> str:

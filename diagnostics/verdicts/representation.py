@@ -313,7 +313,7 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
 
-    Read the unbiased one, or sample more tokens: the null is d/(d + N).
+    Read the unbiased one, or sample more tokens: the noise baseline is d/(d + N).
     """
     # Where the unbiased one is known too, nobody has to read the other.
     if set(cka_null["estimator"].values.tolist()) != {"biased"}:

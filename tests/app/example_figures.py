@@ -14,7 +14,7 @@ CURVES = Lines(
     y_label="gain",
     lines=(
         Line(X, np.exp(X), "a", lower=np.exp(X) * 0.9, upper=np.exp(X) * 1.1, group="a"),
-        Line(X, np.full(8, 3.0), "a · null", role="null", group="a"),
+        Line(X, np.full(8, 3.0), "a · noise baseline", role="null", group="a"),
         Line(X, np.where(X == 2, np.nan, X + 1), "cost $5_a", group="b"),
         Line(X[[0, -1]], np.full(2, 10.0), "warn: 10", role="threshold"),
         Line(X[[0, -1]], np.full(2, 1e9), "far: 1e9", role="threshold"),

@@ -71,11 +71,11 @@ export default function (component) {
     }
     box.axes = data.axes;
     // react, not newPlot: what is hidden stays hidden when the numbers change
-    return Plotly.react(box, figure.data, layout(), config).then(addressed).then(() => {
+    return Plotly.react(box, coloured(figure.data, box), layout(), config).then(addressed).then(() => {
       if (!box.zoom || showsSomething()) return box;
       box.zoom = null;
       keepZoom(data.key, box);
-      return Plotly.react(box, figure.data, layout(), config);
+      return Plotly.react(box, coloured(figure.data, box), layout(), config);
     }).then(() => {
       box.removeAllListeners?.("plotly_click");
       box.removeAllListeners?.("plotly_relayout");

@@ -16,6 +16,7 @@ from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.tables.formats import csv_text
+from depthscope.app.text.glossary import help_on
 from depthscope.app.text.visible import visible
 
 __all__ = [
@@ -91,7 +92,8 @@ def card(
     with st.container(border=True, gap="xsmall"):
         # No columns: in a narrow card one of them would cut the button's word.
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-            st.markdown(f"**{escaped(shown.title)}**", width="content")
+            title = f"**{escaped(shown.title)}**"
+            st.markdown(title, width="content", help=help_on(shown.title, _short(shown.caption)))
             _numbers(figure, key)
         drawing = to_plotly(shown, mark=mark)
         for trace in drawing.data:

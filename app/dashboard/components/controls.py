@@ -13,6 +13,7 @@ import streamlit as st
 
 from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
+from depthscope.app.text.glossary import GLOSSARY
 
 __all__ = ["CONTROLS", "choose", "choose_section", "chosen_run"]
 
@@ -23,14 +24,16 @@ class Control:
 
     Parameters
     ----------
-    label, help : str
-        Above the control, and in its tooltip.
+    label : str
+        Above the control.
+    term : str
+        Of the glossary, for its tooltip.
     words : mapping of str to str
         Option → what is written on its button, where that differs.
     """
 
     label: str
-    help: str | None = None
+    term: str
     words: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -40,19 +43,19 @@ MOST_DEPTHS = 12
 CONTROLS = {
     "scope": Control(
         "Scope",
-        "Within each sequence, averaged: do tokens become equal? Over data: are few directions used?",
+        "scope",
         {"sequence": "within sequences", "data": "over all data"},
     ),
     "tokens": Control(
         "Tokens",
-        "Massive activations dominate ranks and similarities; look without them too.",
+        "massive token",
         {"ordinary": "without massive"},
     ),
-    "centering": Control("Centring", "Centred removes the mean token first."),
-    "estimator": Control("Estimator", "Biased CKA is high for few tokens even where nothing is shared."),
-    "direction": Control("Direction"),
-    "reduction": Control("Over tokens", "How the numbers of single tokens become one."),
-    "axis": Control("Axis", "Relative depth lines up runs of different depth.", {"depth": "index"}),
+    "centering": Control("Centring", "centring"),
+    "estimator": Control("Estimator", "estimator"),
+    "direction": Control("Direction", "direction"),
+    "reduction": Control("Over tokens", "reduction"),
+    "axis": Control("Axis", "relative depth", {"depth": "index"}),
 }
 """Controls by field of `Selection`, in the order in which they stand on a page."""
 
@@ -90,7 +93,7 @@ def _choose_option(name: str, control: Control) -> str:
         format_func=lambda option: control.words.get(option, option),
         key=name,
         bind="query-params",
-        help=control.help,
+        help=GLOSSARY[control.term].meaning,
         required=True,  # a second click on the chosen option would choose none
         width="content",
     )

@@ -6,9 +6,8 @@ import html
 from collections.abc import Mapping
 
 import streamlit as st
-import xarray as xr
 
-from depthscope.app.figures.palette import Look, colour_numbers, look_of
+from depthscope.app.figures.palette import Look, look_of
 from depthscope.app.text.visible import LONGEST_NAME, visible
 
 __all__ = ["show_legend"]
@@ -26,10 +25,10 @@ OUTLINES = {
 """Shape of a mark → its corners; a circle and a square have none."""
 
 
-def show_legend(analyses: Mapping[str, xr.Dataset]) -> None:
-    """The colours of some runs; nothing for a single one."""
-    if len(analyses) > 1:
-        entries = [_entry(name, look_of(colour)) for name, colour in colour_numbers(analyses).items()]
+def show_legend(colours: Mapping[str, int]) -> None:
+    """The colours of some runs or groups of runs, by their numbers in the palette; nothing for a single one."""
+    if len(colours) > 1:
+        entries = [_entry(name, look_of(colour)) for name, colour in colours.items()]
         st.html(f'<div class="depthscope-legend">{"".join(entries)}</div>')
 
 

@@ -14,6 +14,7 @@ from depthscope.app.dashboard.components.markdown import escaped, inside_sentenc
 from depthscope.app.dashboard.components.question import show_answers, show_figures, show_findings
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
+from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 
 
@@ -98,7 +99,7 @@ def _show_contents(page: Page, chosen: ChosenRuns) -> None:
         show_findings(chosen, page.question)
         if not figures:
             return
-        show_legend(chosen.analyses)
+        show_legend(colour_numbers(chosen.analyses))
     if page.show is None:
         show_figures(chosen, page.question)
     else:

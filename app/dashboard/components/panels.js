@@ -169,7 +169,7 @@ export default function (component) {
     const isFirst = !plot._fullLayout;
     const zoom = box.zoom ? { range: [...box.zoom], autorange: false } : {};
     if (!isFirst) layout.xaxis = { ...layout.xaxis, ...zoom };
-    return Plotly.react(plot, figure.data, layout, config)
+    return Plotly.react(plot, coloured(figure.data, box), layout, config)
       .then(() => (isFirst && box.zoom ? Plotly.relayout(plot, { "xaxis.range": [...box.zoom] }) : null)).then(() => {
       plot.removeAllListeners?.("plotly_relayout");
       plot.on("plotly_relayout", zoomed);

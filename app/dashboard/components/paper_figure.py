@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import streamlit as st
@@ -12,6 +11,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import Figure
+from depthscope.app.text.bibliography import cut, keys_of
 from depthscope.app.text.latex import cite, tex
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics import CATALOGUE
@@ -41,8 +41,11 @@ def show_paper_figure(figure: Figure, call: str) -> None:
                     # LaTeX measures the words of a PGF figure.
                     disabled=ending == "pgf" and shutil.which("pdflatex") is None,
                 )
-        st.caption("In LaTeX; the entries of the sources are written by `depthscope export`.")
+        st.caption("In LaTeX:")
         st.code(figure_tex(figure), "latex", wrap_lines=True)
+        if keys := figure_keys(figure):
+            st.caption("The sources that the caption cites, as BibTeX:")
+            st.code(cut(keys).strip(), "bibtex", wrap_lines=True)
         st.caption("The same in Python:")
         code = f"import depthscope as ds\n\nfigure = {call}, venue={venue!r})\nfigure.savefig({f'{figure.name}.pdf'!r})"
         st.code(code, "python", wrap_lines=True)
@@ -50,8 +53,7 @@ def show_paper_figure(figure: Figure, call: str) -> None:
 
 def figure_tex(figure: Figure) -> str:
     """The figure environment, with the caption and what it cites."""
-    own = CATALOGUE[figure.metric].cite if figure.metric in CATALOGUE else None
-    keys = list(dict.fromkeys([*_keys(own), *figure.sources]))
+    keys = figure_keys(figure)
     cited = f" {cite(keys)}" if keys else ""
     return "\n".join(
         [
@@ -65,8 +67,10 @@ def figure_tex(figure: Figure) -> str:
     )
 
 
-def _keys(cited: str | Iterable[str] | None) -> list[str]:
-    return [] if cited is None else [cited] if isinstance(cited, str) else list(cited)
+def figure_keys(figure: Figure) -> list[str]:
+    """The keys of the bibliography that the figure cites: those of its metric and of the laws that it draws."""
+    own = [CATALOGUE[figure.metric].cite] if figure.metric in CATALOGUE else []
+    return keys_of([*own, *figure.sources])
 
 
 def _written(figure: Figure, ending: str, venue: str) -> bytes:

@@ -27,6 +27,16 @@ function dress(given, box) {
   return layout;
 }
 
+// Around zero a map has the colour of the page, and not white, which would glare on a dark one.
+const DIVERGING_ON_DARK = [[0, "#8FCBF5"], [0.25, "#2F6C9E"], [0.5, "#252C36"], [0.75, "#A3502F"], [1, "#FFA07A"]];
+
+function coloured(traces, box) {
+  const paper = getComputedStyle(box).getPropertyValue("--st-background-color").trim();
+  const red = paper.startsWith("#") ? parseInt(paper.slice(1, 3), 16) : Number(paper.match(/\d+/)?.[0] ?? 255);
+  return red > 127 ? traces
+    : traces.map((trace) => (trace.meta === "diverging" ? { ...trace, colorscale: DIVERGING_ON_DARK } : trace));
+}
+
 // The zoom of a chart is in the address of the page, which restores it: "?zoom_NAME=from,to". It is written there without a word to
 // the server: a zoom needs nothing from it.
 const LARGEST = 1e15;

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import card
+from depthscope.app.dashboard.components.chart import card, clicked_cell
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.components.run_groups import choose_group
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
-from depthscope.app.figures import FIGURES, FigureKind, Line, Lines, Selection
+from depthscope.app.figures import FIGURES, FigureKind, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
+from depthscope.app.figures.build.folded_runs import folded, folded_colours
+from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_differences import keep_differences, kept_differences
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
+from depthscope.app.tables.difference_map import difference_map
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
@@ -37,11 +40,10 @@ from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE, SchemaError
 from depthscope.diagnostics.analysis.differences import Difference
+from depthscope.diagnostics.errors import InputError
 
 FIRST = "effective_rank"
 """The figure that is compared at first, where the runs feed it."""
-
-SEED = "seed"
 
 QUICK_BYTES = 20 * 2**20
 """Of the files of the runs: they are tested in about a second, larger ones when it is asked for. A heuristic of ours."""
@@ -69,23 +71,26 @@ def _show(chosen: ChosenRuns) -> None:
         )
         return
     readings = list(chosen.readings.values())
+    _open_clicked()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = choose_one(
             "Measure", names, "measure_of", default=FIRST, words=lambda each: FIGURES[each].title, width=340
         )
-        by = _choose_group(readings)
+        by, group_of = choose_group(readings, "Compare", "compare_by")
     kind = FIGURES[name]
     selection = {**choose([kind], chosen.analyses, without=("axis",)), "axis": "relative"}
     curves = kind.build(chosen.analyses, **{key: selection[key] for key in selection if key in kind.uses})
     assert isinstance(curves, Lines)
-    show_legend(chosen.analyses)
+    colours = folded_colours(colour_numbers(chosen.analyses), group_of)
+    show_legend(colours)
     left, right = st.columns(2, gap="medium")
     with left:
-        shown = curves if by is None else folded(curves, {r.name: str(r.attrs.get(by)) for r in readings})
-        card(shown, key="compare_curves", height=340)
+        card(folded(curves, group_of), key="compare_curves", height=340)
     for warning in differences(readings):
         st.caption(f"⚠ {escaped(warning)}")
-    _show_table(readings, kind, selection)
+    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
+    _show_map(readings, names, CATALOGUE[kind.metric].axis, view, group_of)
+    _show_table(readings, kind, view)
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
     with right:
         if len(readings) < 2:
@@ -94,84 +99,52 @@ def _show(chosen: ChosenRuns) -> None:
                 icon="👈",
             )
         else:
-            _show_differences(readings, kind, selection, by)
+            _show_differences(readings, kind, view, by, colours)
 
 
-def _choose_group(readings: Sequence[Reading]) -> str | None:
-    """The attribute whose groups are compared instead of single runs; None for single runs."""
-    names = groups_of(readings)
-    if not names:
-        return None
-    single = "single runs"
-    chosen = choose_one(
-        "Compare", [single, *names], "compare_by", words=lambda n: n if n == single else f"by {n}"
-    )
-    return None if chosen == single else chosen
+def _show_map(
+    readings: Sequence[Reading],
+    names: Sequence[str],
+    axis: str,
+    view: Selection,
+    group_of: Mapping[str, str],
+) -> None:
+    """The map of the relative differences of two runs or groups; a click on a cell opens its measure there."""
+    groups: dict[str, list[Reading]] = {}
+    for reading in readings:
+        groups.setdefault(group_of.get(reading.name, reading.name), []).append(reading)
+    if len(groups) < 2:
+        return
+    first, second = list(groups)[:2]
+    if len(groups) > 2:
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            second = choose_one("Map of", list(groups), "map_of", default=second, width=200)
+            others = [name for name in groups if name != second]
+            first = choose_one("less", others, "map_less", default=first, width=200)
+    pair = {name: groups[name] for name in (first, second)}
+    try:
+        figure, rows = difference_map(pair, [FIGURES[name].metric for name in names], view, axis=axis)
+    except InputError as error:
+        st.info(escaped(str(error)), icon="ℹ️")
+        return
+    card(figure, key="compare_map", height=110 + 17 * len(rows), clickable=True)
+    st.caption("Click a cell to open its measure at that place.")
+    figure_of = {FIGURES[name].metric: name for name in reversed(names)}
+    st.session_state["compare_rows"] = [figure_of[metric] for metric in rows]
 
 
-def groups_of(readings: Sequence[Reading]) -> list[str]:
-    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
-    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
-    found = []
-    for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
-        values = [reading.attrs[name] for reading in readings]
-        if all(isinstance(value, (str, int, float)) for value in values):
-            different = set(map(str, values))
-            if 1 < len(different) < len(values):
-                found.append(name)
-    return found
-
-
-def folded(figure: Lines, group_of: Mapping[str, str]) -> Lines:
-    """The measured curves of a group as one: their mean, and a band from the smallest to the largest.
-
-    ``figure``: one curve of each run, at relative depths.
-    Returns: Groups whose runs are not equally deep are left as they are.
-    """
-    lines: list[Line] = []
-    measured = [line for line in figure.lines if line.role == "measured"]
-    # Of several curves of a run, such as forward and backward, each is folded with its like.
-    labels = {id(line): line.label.removeprefix(line.group).removeprefix(" · ") for line in measured}
-    kinds = dict.fromkeys((group_of.get(line.group, line.group), labels[id(line)]) for line in measured)
-    for group, label in kinds:
-        members = [
-            line
-            for line in measured
-            if (group_of.get(line.group, line.group), labels[id(line)]) == (group, label)
-        ]
-        if len({line.y.shape for line in members}) > 1 or len(members) == 1:
-            lines += members
-            continue
-        stack = np.stack([line.y for line in members])
-        known = np.isfinite(stack).any(axis=0)
-        low, high = (
-            np.where(known, reduce(np.where(np.isfinite(stack), stack, fill), axis=0), np.nan)
-            for reduce, fill in ((np.min, np.inf), (np.max, -np.inf))
-        )
-        counts = np.isfinite(stack).sum(axis=0)
-        mean = np.where(known, np.nansum(stack, axis=0) / np.maximum(counts, 1), np.nan)
-        name = f"{group}, {len(members)} runs"
-        lines.append(
-            Line(
-                members[0].x,
-                mean,
-                f"{name} · {label}" if label else name,
-                lower=low,
-                upper=high,
-                group=group,
-                text=members[0].text,
-            )
-        )
-    words = "Each line is the mean of the runs of a group; its band reaches from the smallest to the largest of them."
-    thresholds = [line for line in figure.lines if line.role == "threshold"]
-    return replace(figure, lines=(*lines, *thresholds), caption=f"{words} {figure.caption}", missing=())
+def _open_clicked() -> None:
+    """Choose the measure and the place of the cell that was clicked; the state of a field is set before it is drawn."""
+    cell, rows = clicked_cell("compare_map"), st.session_state.get("compare_rows")
+    if cell is not None and rows:
+        st.session_state["measure_of"] = rows[int(np.clip(round(cell[1]), 0, len(rows) - 1))]
+        st.session_state["compare_at"] = max(round(cell[0]), 0)
 
 
 def _differences(
-    readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str], by: str | None
+    readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None
 ) -> list[Difference] | None:
     """The tested differences; None where the visitor has not asked for the test yet, or it is not possible."""
-    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     is_known = by is not None or _is_quick(readings, kind.metric, view)
     if not is_known:
         st.info("Not tested yet; the test measures every sequence (about 5 s)", icon="ℹ️")
@@ -189,9 +162,9 @@ def _differences(
 
 
 def _show_differences(
-    readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str], by: str | None
+    readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None, colours: Mapping[str, int]
 ) -> None:
-    found = _differences(readings, kind, selection, by)
+    found = _differences(readings, kind, view, by)
     if found is None:
         return
     if not found:
@@ -201,7 +174,7 @@ def _show_differences(
             icon="ℹ️",
         )
         return
-    figure = difference_figure(found, kind.title)
+    figure = difference_figure(found, kind.title, colours)
     card(figure, key="compare_differences", height=340)
     axis = str(found[0].value.dims[0])
     last = max(each.value.size for each in found) - 1
@@ -257,8 +230,7 @@ def _test(readings: Sequence[Reading], metric: str, view: Selection, by: str | N
     return _tested.get(_key(readings, metric, view), kept_or_tested)
 
 
-def _show_table(readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str]) -> None:
-    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
+def _show_table(readings: Sequence[Reading], kind: FigureKind, view: Selection) -> None:
     try:
         table = comparison_table(readings, [kind.metric], view)
     except ValueError:  # no run has it in this version, and the curves above say so

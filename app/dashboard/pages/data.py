@@ -20,6 +20,7 @@ from depthscope.app.dashboard.components.paper_figure import show_paper_figure
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import CHOICES, FIGURES, Figure, FigureKind, Selection
 from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
@@ -84,7 +85,7 @@ def _show_measure(chosen: ChosenRuns, readings: Sequence[Reading]) -> None:
         selection["run"] = chosen_run(chosen.feeding(kind.needs))
         readings = [chosen.readings[selection["run"]]]
     figure = build(kind, chosen.analyses, selection)
-    show_legend(chosen.analyses)
+    show_legend(colour_numbers(chosen.analyses))
     card(figure, key="data_figure", height=300)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_table(measure_table(figure))

@@ -17,8 +17,8 @@ from depthscope.app.dashboard.components.run_facts import facts_table
 from depthscope.app.dashboard.components.verdict_board import show_verdict_board
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, Lines
-from depthscope.app.figures.build.folded_runs import folded
-from depthscope.app.figures.palette import RUN_COLOUR, RUN_COLOURS
+from depthscope.app.figures.build.folded_runs import folded, folded_colours
+from depthscope.app.figures.palette import RUN_COLOUR, RUN_COLOURS, colour_numbers
 from depthscope.app.readings.kept_readings import summary_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of, findings_table
@@ -43,7 +43,7 @@ def _show(chosen: ChosenRuns) -> None:
     # More than two are cut off by `zip` below: the row has two columns.
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
     analyses, experiments = _choose_colours(readings, chosen.analyses)
-    show_legend(analyses)
+    show_legend(folded_colours(colour_numbers(analyses), experiments))
     for column, name in zip(st.columns(2), names, strict=False):
         with column:
             # No other controls here: every figure in the version that its own page opens with.

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
+import numpy as np
 import streamlit as st
 
+from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import CONTROLS
 from depthscope.app.dashboard.components.finding_card import BADGES
+from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.components.run_groups import choose_group
 from depthscope.app.dashboard.components.training import (
     Shown,
     default_measures,
-    position_of,
+    measures_of,
     show_history,
     show_step,
     show_step_heading,
+    steps_of,
 )
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.live_status import LiveState, live_state
+from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
-from depthscope.app.figures.build.history_figure import measure_title
+from depthscope.app.figures.build.folded_runs import folded_colours
+from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
+from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory, UntilStep
@@ -44,34 +52,50 @@ ZOOM = r"(-?\d{1,15}(?:\.\d{1,9})?),(-?\d{1,15}(?:\.\d{1,9})?)"
 """Two numbers."""
 
 
+TOGETHER = "all together"
+
+
 def _show(chosen: ChosenRuns) -> None:
-    names = list(chosen.readings)
-    if st.session_state.get("trained") not in names:  # a name of another folder, or of a link
-        st.session_state.pop("trained", None)
+    found = {name: growing_runs.history_of(reading) for name, reading in chosen.readings.items()}
+    histories = {name: each for name, each in found.items() if _has_steps(each)}
+    without = [name for name in found if name not in histories]
+    names = [*([TOGETHER] if len(histories) > 1 else []), *histories, *without]
+    group_of: dict[str, str] = {}
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = (
-            names[0]
-            if len(names) == 1
-            else st.selectbox("Run", names, key="trained", bind="query-params", width=320)
-        )
+        name = choose_one("Run", names, "trained", width=320)
+        readings = [chosen.readings[each] for each in (histories if name == TOGETHER else [name])]
+        if name == TOGETHER:
+            _, group_of = choose_group(readings, "Seeds", "training_by")
         paused = st.toggle("Pause", key="paused", help="The page stays as it is while the run goes on.")
         if not paused:
             st.session_state.pop("paused_at", None)
-    reading = chosen.readings[name]
-    history = growing_runs.history_of(reading)
+    if name != TOGETHER and name not in histories:
+        _explain_none(found[name])
+        return
+    if name == TOGETHER and without:
+        st.caption(f"Without a history, and not shown: {escaped(', '.join(without))}.")
+    colours = colour_numbers(chosen.analyses)
+    if name == TOGETHER:
+        shown = {run: colours[run] for run in histories}
+        show_legend(folded_colours(shown, group_of))
+    follows = not paused and any(_goes_on(histories[reading.name], 0.0) for reading in readings)
+    st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, paused, follows)
+
+
+def _has_steps(found: TrainingHistory | UnreadableRun) -> TypeGuard[TrainingHistory]:
+    return isinstance(found, TrainingHistory) and len(found.steps) >= 2 and bool(found.measures)
+
+
+def _goes_on(history: TrainingHistory, seconds: float) -> bool:
+    """Whether steps are added or are left to judge, after so many seconds of judging."""
+    is_growing = history.status is not None and live_state(history.status, history.times).is_growing
+    return growing_runs.first_findings_of(history).look(seconds) or is_growing
+
+
+def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read: {escaped(history.reason)}")
         return
-    if len(history.steps) < 2 or not history.measures:
-        _explain_none(history)
-        return
-    state = None if history.status is None else live_state(history.status, history.times)
-    findings = growing_runs.first_findings_of(history)
-    follows = not paused and ((state is not None and state.is_growing) or findings.look(0.0))
-    st.fragment(_follow, run_every=1.0 if follows else None)(reading, paused, follows)
-
-
-def _explain_none(history: TrainingHistory) -> None:
     count = len(history.steps)
     st.info(
         f"{escaped(history.name)} has {'one measured step' if count == 1 else 'no measured steps'}: a history is recorded "
@@ -85,69 +109,90 @@ def _explain_none(history: TrainingHistory) -> None:
     )
 
 
-def _follow(reading: Reading, paused: bool, followed: bool) -> None:
+def _follow(
+    readings: Sequence[Reading],
+    colours: Mapping[str, int],
+    group_of: Mapping[str, str],
+    paused: bool,
+    followed: bool,
+) -> None:
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there
-    history = growing_runs.history_of(reading)
-    if isinstance(history, UnreadableRun):
-        st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
-        return
-    state = None if history.status is None else live_state(history.status, history.times)
-    findings = growing_runs.first_findings_of(history)
-    left = findings.look(JUDGING_SECONDS)
-    _say(history, state, paused)
-    seen = _as_paused(history) if paused else history
-    shown = _choose(seen)
+    histories: dict[str, TrainingHistory] = {}
+    for reading in readings:
+        history = growing_runs.history_of(reading)
+        if isinstance(history, UnreadableRun):
+            st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
+            return
+        histories[reading.name] = history
+    left = [_goes_on(history, JUDGING_SECONDS / len(histories)) for history in histories.values()]
+    findings = {run: growing_runs.first_findings_of(history) for run, history in histories.items()}
+    begun = {run: each.begun() for run, each in findings.items()}
+    _say(histories, paused)
+    seen = _as_paused(histories) if paused else histories
+    shown = _choose(seen, colours, group_of)
     left_column, right = st.columns([3, 2], gap="medium")
     with left_column:
-        show_history(seen, shown, findings.begun(), on_change=_changed)
+        show_history(seen, shown, begun, on_change=_changed)
+        judged = sum(each.num_judged for each in findings.values())
+        steps = sum(len(history.steps) for history in histories.values())
         st.caption(
             "Click or ←/→ pins a step, shift-click compares it with another, dragging zooms in, a double click shows all. "
-            f"Verdicts judged {findings.num_judged} of {len(history.steps)} steps{', and go on' if left else ''}."
+            f"Verdicts judged {judged} of {steps} steps{', and go on' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
         show_step_heading(seen, shown)
-        _list_findings(reading, findings.begun())
+        for reading in readings:
+            _list_findings(reading, begun[reading.name], several=len(readings) > 1)
         show_step(seen, shown)
-    if followed and not left and not (state is not None and state.is_growing):
+    if followed and not any(left):
         st.rerun()  # of the whole page: this stops the fragment's clock
 
 
-def _as_paused(history: TrainingHistory) -> TrainingHistory:
-    """The history up to the step that was the last one when the visitor paused it."""
-    at = st.session_state.setdefault("paused_at", int(history.steps[-1]))
-    return UntilStep(history, at)
+def _as_paused(histories: Mapping[str, TrainingHistory]) -> dict[str, TrainingHistory]:
+    """The histories up to the step that was the last one when the visitor paused them."""
+    at = st.session_state.setdefault("paused_at", int(steps_of(histories)[-1]))
+    return {run: UntilStep(history, at) for run, history in histories.items()}
 
 
-def _say(history: TrainingHistory, state: LiveState | None, paused: bool) -> None:
+def _say(histories: Mapping[str, TrainingHistory], paused: bool) -> None:
+    """Whether each run goes on, and of a single one what its history is."""
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        if state is not None:
-            st.badge(state.words, color=state.colour)
+        for run, history in histories.items():
+            if history.status is not None:
+                state = live_state(history.status, history.times)
+                words = state.words if len(histories) == 1 else f"{escaped(run)}: {state.words}"
+                st.badge(words, color=state.colour)
         if paused:
-            st.badge(
-                f"paused at step {st.session_state.get('paused_at', int(history.steps[-1])):,}".replace(
-                    ",", " "
-                )
-            )
-        words = [f"{len(history.steps)} measured steps"]
-        status = history.status
-        if status is not None:
-            words.append(f"written by process {status.pid} on {status.host}")
-        if history.resumed_at:
-            words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
-        if history.evaluations_left_out:
-            words.append(f"{history.evaluations_left_out} evaluations between the steps, which count to none")
-        st.caption(escaped(", ".join(words)), width="content")
+            at = st.session_state.get("paused_at", int(steps_of(histories)[-1]))
+            st.badge(f"paused at step {at:,}".replace(",", " "))
+        if len(histories) == 1:
+            (history,) = histories.values()
+            st.caption(escaped(", ".join(_facts(history))), width="content")
 
 
-def _choose(history: TrainingHistory) -> Shown:
-    known = history.measures
+def _facts(history: TrainingHistory) -> list[str]:
+    words = [f"{len(history.steps)} measured steps"]
+    status = history.status
+    if status is not None:
+        words.append(f"written by process {status.pid} on {status.host}")
+    if history.resumed_at:
+        words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
+    if history.evaluations_left_out:
+        words.append(f"{history.evaluations_left_out} evaluations between the steps, which count to none")
+    return words
+
+
+def _choose(
+    histories: Mapping[str, TrainingHistory], colours: Mapping[str, int], group_of: Mapping[str, str]
+) -> Shown:
+    known = measures_of(histories)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.popover("Measures", type="tertiary"):
             measures = choose_names(
                 "Measures",
                 list(known),
-                default_measures(history),
+                default_measures(known),
                 key="measures",
                 words={name: measure_title(measure) for name, measure in known.items()},
                 most=MOST_MEASURES,
@@ -163,11 +208,22 @@ def _choose(history: TrainingHistory) -> Shown:
             dim: label for name in reversed(measures) for dim, label in known[name].labels({}).items()
         }
         choice = {dim: _choose_label(dim, labels, preferred[dim]) for dim, labels in dims.items()}
-    steps = history.steps
+        is_drawn_over_rows = len(histories) > 1 and any(known[name].rows for name in measures)
+        over = (
+            choose_one("Over depths", list(OVER_ROWS), "over_depths", width=130)
+            if is_drawn_over_rows
+            else OVER_ROWS[0]
+        )
+    steps = steps_of(histories)
     step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
-    nearest = [None if each is None else int(steps[position_of(history, each)]) for each in (step, other)]
-    return Shown(tuple(measures), choice, zoom, nearest[0], None if nearest[0] == nearest[1] else nearest[1])
+    pinned, versus = (
+        None if each is None else int(steps[np.abs(steps - np.int64(each)).argmin()])
+        for each in (step, other)
+    )
+    # Several runs are compared with one another, at one step.
+    versus = None if versus == pinned or len(histories) > 1 else versus
+    return Shown(tuple(measures), choice, zoom, pinned, versus, over, colours, group_of)
 
 
 def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
@@ -218,12 +274,13 @@ def _changed() -> None:
             st.query_params.pop(name, None)
 
 
-def _list_findings(reading: Reading, begun: Sequence[Begun]) -> None:
+def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -> None:
     """Where each finding began: a click pins the step, or opens the microscope."""
     if not begun:
         return
     told = "one finding" if len(begun) == 1 else f"{len(begun)} findings"
-    with st.expander(f"{told}, from step {begun[0].step} on"):
+    of = f"{escaped(reading.name)}: " if several else ""
+    with st.expander(f"{of}{told}, from step {begun[0].step} on"):
         for number, each in enumerate(begun):
             finding = each.finding
             sign = BADGES[finding.severity.name][2]
@@ -235,12 +292,16 @@ def _list_findings(reading: Reading, begun: Sequence[Begun]) -> None:
             )
             with st.container(horizontal=True, gap="small"):
                 st.button(
-                    "Pin the step", key=f"begun_{number}", on_click=_pin, args=(each.step,), type="tertiary"
+                    "Pin the step",
+                    key=f"begun_{reading.name}_{number}",
+                    on_click=_pin,
+                    args=(each.step,),
+                    type="tertiary",
                 )
                 depth = worst_depth(finding, reading.analysis)
                 st.button(
                     "Open the microscope",
-                    key=f"microscope_{number}",
+                    key=f"microscope_{reading.name}_{number}",
                     on_click=_open,
                     args=(reading, depth),
                     type="tertiary",

@@ -228,7 +228,7 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
     """What has the colour of its run, once in grey for all runs."""
     roles = {line.role for line in lines}
     if "null" in roles:
-        yield Line2D([], [], color="0.4", **NULL), "null"
+        yield Line2D([], [], color="0.4", **NULL), "noise baseline"
     for law in dict.fromkeys(line.law for line in lines if line.role == "theory"):
         yield Line2D([], [], color="0.4", **THEORY), plain(law)
     if "mark" in roles:

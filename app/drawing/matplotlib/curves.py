@@ -284,7 +284,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
     # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
-        labels.append("null")
+        labels.append("noise baseline")
     for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
         handles.append(Line2D([], [], color="0.4", **THEORY))
         labels.append(law)

@@ -97,6 +97,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
             # plotly takes the middle only where it sets the ends itself.
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=DIVERGING if figure.diverging else "Viridis",
+            meta="diverging" if figure.diverging else None,  # a dark page has other colours around zero
             colorbar=bar | (_log_ticks(shown) if figure.log_z else {}),
             hoverongaps=False,
             hovertemplate=_hover(figure),

@@ -22,6 +22,7 @@ from depthscope.app.drawing.plotly.stack import (
     panel_title,
     stack_height,
 )
+from depthscope.app.figures import Heatmap
 
 __all__ = ["Mark", "draw_history"]
 
@@ -76,6 +77,7 @@ def draw_history(
         drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_note(panel)}", **panel_title(high))
         top -= panel.height
     # A letter of the marks' names takes some six pixels.
+    has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
     left = max([92, *(8 + 6 * len(mark.label) for mark in marks)])
     drawn.update_layout(
         **axes,
@@ -90,7 +92,8 @@ def draw_history(
         },
         template="none",
         height=total,
-        margin={"l": left, "r": 64, "t": TOP, "b": BOTTOM},
+        # Room on the right for the colour bars of maps.
+        margin={"l": left, "r": 64 if has_maps else 16, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},

@@ -248,8 +248,10 @@ def add_panel(
                 "ticktext": [words(name, 14) for name in panel.ticks.values()],
             }
     axes[f"yaxis{number}"] = axis
-    # Where two versions of a number agree, the first one is seen through the dots of the others.
-    for trace in [each for each in own.data if each.type == "scatter" and each.mode == "lines+markers"][1:]:
+    # Where two versions of a number of one run agree, the first one is seen through the dots of the others.
+    of_several_runs = isinstance(panel.figure, Lines) and len(panel.figure.runs) > 1
+    marked = [each for each in own.data if each.type == "scatter" and each.mode == "lines+markers"]
+    for trace in [] if of_several_runs else marked[1:]:
         trace.line.dash, trace.mode = "dot", "lines"
     for trace in own.data:
         trace.update(yaxis=name)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.bins import Bins
+from depthscope.app.figures.build.folded_runs import folded
 from depthscope.app.figures.build.values import names_of
 from depthscope.app.figures.specification import Figure, Heatmap, Line, Lines
 from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, TrainingHistory
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["history_figure", "measure_title", "profile_figure", "row_names"]
+__all__ = ["OVER_ROWS", "histories_figure", "history_figure", "measure_title", "profile_figure", "row_names"]
 
 TITLES = {
     CELLS: "Elements of H_res, H_pre and H_post, mean over tokens",
@@ -26,11 +28,35 @@ TITLES = {
 MOST_COLUMNS = 400
 """Of a map: about one for every two pixels of a screen. A heuristic of ours."""
 
+LABEL_WORDS = {
+    "tokens": "{} tokens",
+    "centering": "{}",
+    "direction": "{}",
+    "stream": "stream {}",
+    "reduction": "{} over tokens",
+}
+"""How the label of a dim is written in a title."""
+
+OVER_ROWS = ("mean", "smallest", "largest", "first", "last")
+"""How the depths of one step become one number, where several runs are drawn as curves."""
+
 
 def measure_title(measure: Measure) -> str:
-    """What a measure is called."""
+    """What a measure is called, in few enough words for a low panel."""
     known = CATALOGUE.get(measure.name)
-    return known.title if known is not None else TITLES.get(measure.name, measure.name.replace("_", " "))
+    title = known.label if known is not None else TITLES.get(measure.name, measure.name.replace("_", " "))
+    return f"{title[:1].upper()}{title[1:]}"
+
+
+def _title_in_full(measure: Measure, choice: Mapping[str, str], *more: str) -> str:
+    """The title with the labels that were chosen, where there was a choice."""
+    chosen = [
+        LABEL_WORDS.get(dim, f"{dim} {{}}").format(label)
+        for dim, label in measure.labels(choice).items()
+        if len(measure.choices[dim]) > 1
+    ]
+    words = ", ".join([*more, *chosen])
+    return measure_title(measure) + (f" ({words})" if words else "")
 
 
 def row_names(measure: Measure) -> list[str]:
@@ -50,21 +76,10 @@ def history_figure(
     so.
     """
     measure = history.measures[name]
-    steps = history.steps
-    shown = slice(0, len(steps))
-    if span is not None:
-        # One step more on both sides, so that a curve goes on to the edge.
-        first, last = np.searchsorted(steps, span, side="left")
-        shown = slice(max(int(first) - 1, 0), int(last) + 1)
+    shown = _steps_in(history.steps, span)
     values = history.values(name, choice)[shown]
-    bins = Bins.of(steps[shown], MOST_COLUMNS)
-    words = ", ".join(
-        f"{dim} {label}" for dim, label in measure.labels(choice).items() if len(measure.choices[dim]) > 1
-    )
-    # Above so low a panel there is no room for more than the short name.
-    known = CATALOGUE.get(name)
-    short = measure_title(measure) if known is None else known.label
-    title = f"{short[:1].upper()}{short[1:]}" + (f" ({words})" if words else "")
+    bins = Bins.of(history.steps[shown], MOST_COLUMNS)
+    title = _title_in_full(measure, choice)
     if not measure.rows:
         x, y = bins.curve(values)
         return Lines(
@@ -73,8 +88,8 @@ def history_figure(
             "step",
             "",
             (Line(x, y, title, group=history.name),),
-            log_y=name == "learning_rate" and bool((values > 0).any()),
-            caption=_reduction(bins, "the least and the greatest number of every {} steps are drawn"),
+            log_y=_is_log(name, values),
+            caption=_reduction(bins, EXTREMES_DRAWN),
         )
     is_log = _is_log(name, values)
     cells = bins.most_unusual(values, log=is_log)
@@ -95,15 +110,94 @@ def history_figure(
     )
 
 
+def _steps_in(steps: np.ndarray, span: tuple[float, float] | None) -> slice:
+    """Which steps are shown."""
+    if span is None:
+        return slice(0, len(steps))
+    # One step more on both sides, so that a curve goes on to the edge.
+    first, last = np.searchsorted(steps, span, side="left")
+    return slice(max(int(first) - 1, 0), int(last) + 1)
+
+
+def histories_figure(
+    histories: Mapping[str, TrainingHistory],
+    name: str,
+    choice: Mapping[str, str],
+    *,
+    colours: Mapping[str, int],
+    group_of: Mapping[str, str],
+    over: str,
+    span: tuple[float, float] | None = None,
+) -> Lines:
+    """A measure of several trainings over their steps: a curve for each run, or the band of the runs of a group.
+
+    ``histories``: run → history; those without the measure are left out, and at least one has it.
+    ``colours``: run → number of its colour.
+    ``group_of``: run → its group, whose runs are put together at the steps that all of them have; empty for single runs.
+    ``over``: which number of a step is drawn of a measure with rows, one of `OVER_ROWS`.
+    """
+    having = {run: history for run, history in histories.items() if name in history.measures}
+    shared: dict[str, np.ndarray] = {}
+    for run, history in having.items():
+        group = group_of.get(run, run)
+        shared[group] = np.intersect1d(shared.get(group, history.steps), history.steps)
+    lines = []
+    for run, history in having.items():
+        at = np.isin(history.steps, shared[group_of.get(run, run)])
+        steps, values = history.steps[at], _over_rows(history.values(name, choice)[at], over)
+        shown = _steps_in(steps, span)
+        lines.append(Line(steps[shown].astype(float), values[shown], run, group=run))
+    measure = next(iter(having.values())).measures[name]
+    title = _title_in_full(measure, choice, *([f"{over} over {measure.rows}s"] if measure.rows else []))
+    is_log = _is_log(name, np.concatenate([line.y for line in lines]))
+    if is_log:  # plotly would draw a line straight down to a zero
+        lines = [replace(line, y=np.where(line.y > 0, line.y, np.nan)) for line in lines]
+    figure = folded(Lines(name, title, "step", "", tuple(lines), log_y=is_log, runs=colours), group_of)
+    bins = [Bins.of(line.x, MOST_COLUMNS) for line in figure.lines]
+    return replace(
+        figure,
+        lines=tuple(_binned(line, each) for line, each in zip(figure.lines, bins, strict=True)),
+        caption=_reduction(max(bins, key=lambda each: each.largest), EXTREMES_DRAWN),
+    )
+
+
+def _over_rows(values: np.ndarray, over: str) -> np.ndarray:
+    """One number a step: (step,) as it is, of (step, row) the one that is asked for; NaN where no row has a number."""
+    if values.ndim == 1:
+        return values
+    if over in ("first", "last"):
+        return values[:, 0 if over == "first" else -1]
+    if over in ("smallest", "largest"):
+        return np.asarray((np.fmin if over == "smallest" else np.fmax).reduce(values, axis=1))
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0.0).sum(axis=1) / known.sum(axis=1))
+
+
+def _binned(line: Line, bins: Bins) -> Line:
+    """A line of few enough points: of a band its ends are kept, of a single curve its peaks."""
+    if line.lower is None or line.upper is None or bins.largest < 2:
+        x, y = bins.curve(line.y)
+        return line if len(x) == len(line.x) else replace(line, x=x, y=y)
+    least, greatest = bins.least_and_greatest(line.y)
+    low, high = bins.least_and_greatest(line.lower)[0], bins.least_and_greatest(line.upper)[1]
+    return replace(line, x=bins.centres, y=(least + greatest) / 2, lower=low, upper=high, error=None)
+
+
+EXTREMES_DRAWN = "the smallest and the largest number of every {} steps are drawn"
+
+
 def _reduction(bins: Bins, words: str) -> str:
     return words.format(bins.largest) if bins.largest > 1 else ""
 
 
 def _is_log(name: str, values: np.ndarray) -> bool:
     known = CATALOGUE.get(name)
+    positive = values[values > 0]
+    if name == "learning_rate":  # a constant too, so that runs are on one scale
+        return positive.size > 0
     if not (name == DRIFT or (known is not None and known.scale == "log")):
         return False
-    positive = values[values > 0]
     return positive.size > 0 and float(positive.max()) > 3 * float(positive.min())
 
 
@@ -113,26 +207,29 @@ def _limits(cells: np.ndarray, is_log: bool) -> tuple[float, float] | None:
 
 
 def profile_figure(
-    history: TrainingHistory, name: str, choice: Mapping[str, str], positions: Sequence[int]
+    name: str,
+    choice: Mapping[str, str],
+    curves: Mapping[str, tuple[TrainingHistory, int]],
+    colours: Mapping[str, int] | None = None,
 ) -> Lines:
-    """A measure along depth at some steps, with its null.
+    """A measure along depth at some steps, of one run or of several, with its null.
 
-    ``name``: one of its measures that has rows.
+    ``name``: a measure of all of them that has rows.
+    ``curves``: what each curve is called → its history, and the position of its step.
+    ``colours``: curve → number of its colour, where they are runs.
     """
+    lines = []
+    for label, (history, position) in curves.items():
+        y = np.asarray(history.values(name, choice)[position], dtype=float)
+        names = row_names(history.measures[name])
+        lines.append(Line(np.arange(len(y), dtype=float), y, label, group=label, text=names))
+    *_, (history, _) = curves.values()
     measure = history.measures[name]
-    values = history.values(name, choice)
-    names = row_names(measure)
-    x = np.arange(values.shape[1], dtype=float)
-    labelled = [
-        (position, f"step {int(history.steps[position]):,}".replace(",", " ")) for position in positions
-    ]
-    lines = [
-        Line(x, np.asarray(values[position], dtype=float), label, group=label, text=names)
-        for position, label in labelled
-    ]
     null = _null_of(history, measure, choice)
     if null is not None:
-        lines.append(Line(x, np.full(len(x), null), "null", role="null", group=lines[-1].group))
+        lines.append(
+            replace(lines[-1], y=np.full_like(lines[-1].y, null), label="noise baseline", role="null")
+        )
     title = measure_title(measure)
     return Lines(
         f"{name}_at_step",
@@ -140,8 +237,9 @@ def profile_figure(
         measure.rows,
         "",
         tuple(lines),
-        log_y=_is_log(name, values[list(positions)]),
-        alt=f"{title} of {history.name} by {measure.rows}, at {' and '.join(label for _, label in labelled)}.",
+        log_y=_is_log(name, np.concatenate([line.y for line in lines if line.role == "measured"])),
+        alt=f"{title} by {measure.rows}: {', '.join(curves)}.",
+        runs=colours or {},
     )
 
 

@@ -148,7 +148,7 @@ class Measurement:
             return None
         # A copy: a broadcast array is read-only and its elements share memory.
         y = np.broadcast_to(np.asarray(level, dtype=np.float64), like.y.shape).copy()
-        return Line(like.x, y, f"{like.label} · null", role="null", group=like.group)
+        return Line(like.x, y, f"{like.label} · noise baseline", role="null", group=like.group)
 
     # --- words
 

@@ -55,7 +55,7 @@ def _without_null(caption: str, metric: str) -> str:
 def _null_of(line: Line, lines: Sequence[Line]) -> Array | None:
     """The null of a measured curve: that with its name, else the one that all curves of its run share."""
     of_run = [other for other in lines if other.role == "null" and other.group == line.group]
-    named = [other for other in of_run if other.label == f"{line.label} · null"]
+    named = [other for other in of_run if other.label == f"{line.label} · noise baseline"]
     found = named or (of_run if len(of_run) == 1 else [])
     # A density has other places than that of noise.
     return found[0].y if found and np.array_equal(found[0].x, line.x) else None

@@ -107,7 +107,7 @@ class SpectrumFigure(FigureKind):
                 lower, upper = np.maximum(sigma - deviation, floor), sigma + deviation
             yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
             if np.isfinite(noise).any():
-                yield Line(*self.curve(orders, noise), f"{label} · null", role="null", group=run)
+                yield Line(*self.curve(orders, noise), f"{label} · noise baseline", role="null", group=run)
 
 
 def _bands(metric: str, analyses: Mapping[str, xr.Dataset]) -> list[str]:

@@ -1,7 +1,5 @@
 """Does the dashboard work in a real browser: no errors, no request outside, clicks and links that restore the view?"""
 
-import logging
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +13,17 @@ import pytest
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import CHART, ROOT, Watch, serving_process, status, wait_for
+from tests.app.dashboard.walking import (
+    BOARD,
+    MICROSCOPE,
+    PINNED,
+    RANGE,
+    drag,
+    href,
+    judged,
+    microscope_heading,
+    open_microscope,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -168,14 +177,6 @@ def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(ru
     wait_for(lambda: status(port, "/_stcore/health") == 0, 20)
 
 
-def microscope_heading(page, words: str) -> None:
-    page.wait_for_function(
-        "words => document.querySelector('.depthscope-pane h2')?.textContent.startsWith(words)",
-        arg=words,
-        timeout=60_000,
-    )
-
-
 def test_a_click_in_the_table_of_runs_opens_the_microscope_there(page, address):
     watch = Watch(page, address)
     page.goto(f"{address}/")
@@ -185,19 +186,6 @@ def test_a_click_in_the_table_of_runs_opens_the_microscope_there(page, address):
     page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
     assert watch.errors == []
     assert watch.outside == []
-
-
-BOARD = ".depthscope-board"
-
-
-def judged(page) -> None:
-    """Both runs are judged by the processes beside the server."""
-    page.wait_for_function(
-        "board => document.querySelectorAll(`${board} input:not(:disabled)`).length === 2",
-        arg=BOARD,
-        timeout=120_000,
-    )
-    page.wait_for_timeout(1_000)
 
 
 def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
@@ -248,31 +236,6 @@ def test_the_keyboard_reaches_a_chart_and_its_points(page, address):
     page.get_by_text("Depth 2 against depth 2").wait_for(timeout=20_000)
     assert watch.errors == []
     assert watch.outside == []
-
-
-MICROSCOPE = ".depthscope-microscope"
-RANGE = f"() => document.querySelector('{MICROSCOPE} .plot')?._fullLayout?.xaxis?.range.map(Number)"
-PINNED = f"() => document.querySelector('{MICROSCOPE} .line.pin').dataset.depth"
-
-
-def href(page) -> str:
-    # Not `page.url`, which hears of nothing while a test only waits.
-    return page.evaluate("() => location.href")
-
-
-def open_microscope(page, address: str, more: str = "") -> None:
-    page.goto(f"{address}/microscope?runs=mhc{more}")
-    page.wait_for_selector(f"{MICROSCOPE} .main-svg", timeout=60_000)
-    page.wait_for_timeout(1500)
-
-
-def drag(page, first: float, last: float, selector: str = f"{MICROSCOPE} .nsewdrag") -> None:
-    area = page.locator(selector).first.bounding_box()
-    y = area["y"] + area["height"] / 2
-    page.mouse.move(area["x"] + first * area["width"], y)
-    page.mouse.down()
-    page.mouse.move(area["x"] + last * area["width"], y, steps=8)
-    page.mouse.up()
 
 
 def test_a_zoom_of_the_microscope_is_in_the_address_survives_a_pin_and_is_restored(page, address):
@@ -385,43 +348,3 @@ def test_the_text_is_coloured_and_its_tokens_are_walked_by_keys(page, address):
     page.keyboard.press("ArrowRight")
     assert page.locator(".depthscope-text .said").text_content().startswith("Token 1 ")
     assert page.locator(".depthscope-text polyline").count() == 1
-
-
-# --- what people come for: clicks from the page of runs, and seconds of the server's processor
-
-
-def seconds(process: int) -> float:
-    """Processor time of the server; its analyses are other processes."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
-TASKS = {
-    "the largest token of a finding": ([f"{BOARD} .worst button"], ".depthscope-pane td button"),
-    "H_res of a run": ([f"{BOARD} tr[data-run=mhc] .worst button"], ".depthscope-pane .matrix"),
-    "the blocks least needed": (["a[href$='/similarity']"], "text=Least needed"),
-    "two runs at a depth, tested": ([f"{BOARD} button:text-is('Compare')"], "text=95 % interval"),
-    "a figure into a paper": (["a[href$='/data']", "button:has-text('PDF')"], "text=includegraphics"),
-    "what is wrong with a run": ([f"{BOARD} tr[data-run=mhc] .name"], "h2:has-text('mhc')"),
-}
-"""Task → what is clicked, and what answers it."""
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_what_people_come_for_takes_two_clicks(task, page, served):
-    address, process = served
-    page.goto(address)
-    judged(page)
-    page.wait_for_timeout(2_000)
-    clicks, answer = TASKS[task]
-    assert len(clicks) <= 2
-    before = seconds(process)
-    for place in clicks:
-        page.locator(place).first.wait_for(timeout=60_000)
-        page.locator(place).first.click()
-    page.locator(answer).first.wait_for(timeout=60_000)
-    page.wait_for_timeout(1_000)
-    spent = seconds(process) - before
-    logging.getLogger(__name__).info("%s: %d clicks, %.2f s", task, len(clicks), spent)
-    # The goal is one second, and docs/dashboard.md has what a quiet machine takes; this finds what is off by its order.
-    assert spent < 4.0

@@ -14,15 +14,19 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from depthscope.app.cli.main import main
+from depthscope.app.dashboard.components.run_groups import groups_of
 from depthscope.app.dashboard.pages import compare
 from depthscope.app.dashboard.pages import data as data_page
-from depthscope.app.dashboard.pages.compare import folded, groups_of
 from depthscope.app.dashboard.pages.similarity import map_difference
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.figures import FIGURES, Line, Lines
+from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
+from depthscope.app.tables.difference_map import difference_map
+from depthscope.app.tables.differences import profiles_of
+from depthscope.app.text.bibliography import entries
 from depthscope.diagnostics import create_run, save_run
+from depthscope.diagnostics.errors import InputError
 from tests.app.dashboard.opening import charts, numbers, open_page, parts, words
 
 ROOT = Path(__file__).parents[3]
@@ -145,20 +149,30 @@ def test_two_runs_by_one_measure_have_a_difference(opened, runs):
     np.testing.assert_allclose(difference.z[0, -1], maps[0].z[0, -1] - maps[1].z[0, -1])
 
 
+def test_the_map_of_differences_has_the_largest_first_and_no_units(opened, runs):
+    assert "difference_map" in charts(opened("compare", "plain.nc", "mhc.nc"))
+    readings, _ = read_paths([str(runs / "plain.nc"), str(runs / "mhc.nc")])
+    one, other = readings
+    metrics = ["residual_norm", "effective_rank", "composite_gain"]
+    view = Selection()
+    figure, rows = difference_map({"a": [one], "b": [other]}, metrics, view, axis="depth")
+    assert set(rows) == {"residual_norm", "effective_rank"}
+    largest = np.nanmax(np.abs(figure.z), axis=1)
+    assert largest[0] == largest.max() == figure.limits[1] == -figure.limits[0]
+    (first,), (second,) = (profiles_of([reading], "residual_norm", view) for reading in readings)
+    depth = len(figure.x) - 1
+    a, b = float(first[-1]), float(second[-1])
+    assert figure.z[rows.index("residual_norm"), depth] == pytest.approx(2 * (b - a) / (b + a))
+    # The mean of a group; and of twice the same run nothing is left.
+    same, _ = difference_map({"a": [one, one], "b": [one]}, metrics, view, axis="depth")
+    assert np.nanmax(np.abs(same.z)) == 0
+    with pytest.raises(InputError, match="no measure along their connections"):
+        difference_map({"a": [one], "b": [other]}, metrics, view, axis="connection")
+
+
 def test_a_measure_on_request_is_offered_and_explained(opened):
     test = opened("similarity", "plain.nc", measure_b="SVCCA")
     assert "--metrics svcca" in words(test)
-
-
-def test_seeds_are_folded_to_their_mean_and_range():
-    x = np.linspace(0, 1, 3)
-    lines = tuple(
-        Line(x, np.array(y), name, group=name)
-        for name, y in {"a0": [1.0, np.nan, 3.0], "a1": [3.0, 4.0, np.nan], "b0": [0.0, 0.0, 0.0]}.items()
-    )
-    one, other = folded(Lines("m", "M", "x", "y", lines), {"a0": "a", "a1": "a", "b0": "b"}).lines
-    np.testing.assert_allclose([one.y, one.lower, one.upper], [[2, 4, 3], [1, 4, 3], [3, 4, 3]])
-    assert (one.label, other.label) == ("a, 2 runs", "b0")
 
 
 def test_runs_are_grouped_by_what_several_share(runs):
@@ -182,6 +196,16 @@ def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
 
 def saved(figure_or_table) -> pd.DataFrame:
     return pd.read_csv(StringIO(data_page.to_csv(figure_or_table)))
+
+
+def test_a_figure_for_a_paper_comes_with_the_entries_that_it_cites(opened):
+    codes = [block.value for block in opened("data", "plain.nc").code]
+    (latex,) = [code for code in codes if "includegraphics" in code]
+    (bibtex,) = [code for code in codes if code.startswith("@")]
+    (cited,) = re.findall(r"\\citep\{([^}]*)\}", latex)
+    assert set(entries(bibtex)) == set(cited.split(","))
+    python = [code for code in codes if "import " in code]
+    assert [re.findall("(?:import|from) .*", code) for code in python] == [["import depthscope as ds"]] * 2
 
 
 def test_every_format_has_what_is_shown(runs):

@@ -165,7 +165,7 @@ def test_what_was_streamed_is_in_the_tables(opened, mhc_run):
     expected = float(
         analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
     )
-    assert shown.startswith(f"{expected:.1f} (null ")
+    assert shown.startswith(f"{expected:.1f} (baseline ")
     pair = opened("similarity", "mhc.nc", a="2", b="7").table[0].value
     value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
     assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))

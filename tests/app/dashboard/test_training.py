@@ -11,10 +11,12 @@ import sys
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.live_status import live_state
-from depthscope.app.figures.build.history_figure import MOST_COLUMNS
+from depthscope.app.figures.build.history_figure import MOST_COLUMNS, histories_figure
+from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.diagnostics import save_run, schema
 from tests.app.dashboard.growing_run import SPIKE, add, begin
 from tests.app.dashboard.opening import board, charts, numbers, open_page, words
@@ -85,6 +87,62 @@ def test_no_spike_is_lost_in_a_long_history(store):
     column = int(values[3].argmax())
     assert abs(numbers(drawn["x"])[column] - SPIKE) < 13
     assert "most unusual of 13 steps" in charts(test)["training"]["figure"]
+
+
+def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(store, make_run):
+    folder = store.path.parent
+    store.finish()
+    for name in ("second", "third"):
+        other = begin(folder / name, make_run("residual", layers=5))
+        for step in range(5, 25):
+            add(other, step, 6)
+        other.finish()
+        other.close()
+    save_run(make_run("residual", layers=2), folder / "plain.nc")
+    chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm", "over_depths": "last"}
+    test = open_page("training", [folder], **chosen)
+    assert "and not shown: plain" in words(test)
+    figure = json.loads(charts(test)["training"]["figure"])
+    curves = {trace["name"]: trace for trace in figure["data"] if trace.get("name")}
+    assert list(curves) == ["run", "second", "third"]
+    assert not [trace for trace in figure["data"] if trace["type"] == "heatmap"]
+    np.testing.assert_array_equal(numbers(curves["second"]["x"]), np.arange(5, 25))
+    # The last of six depths of step s has the norm 6 (1 + s/1000).
+    np.testing.assert_allclose(numbers(curves["second"]["y"]), 6 * (1 + np.arange(5, 25) / 1000), rtol=1e-6)
+    assert {"residual_norm_at_step"} == set(charts(test)) - {"training"}
+    # One of them alone has its map.
+    assert numbers(heat_map(open_page("training", [folder], **chosen, trained="second"))["z"]).shape == (
+        6,
+        20,
+    )
+
+
+def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
+    class Known(TrainingHistory):
+        resumed_at, measures = (), {"loss": Measure("loss", "", {}, xr.DataArray(0.0))}
+
+        def __init__(self, name, steps):
+            super().__init__(name)
+            self._steps = np.array(steps)
+
+        steps = property(lambda self: self._steps)
+
+        def values(self, name, choice):
+            return self._steps + (10.0 if self.name == "b" else 0.0)
+
+        def analysis_at(self, position):
+            raise NotImplementedError
+
+    histories = {"a": Known("a", [0, 1, 2, 3]), "b": Known("b", [1, 2, 3]), "c": Known("c", range(2000))}
+    one, other = histories_figure(
+        histories, "loss", {}, colours={"a": 0, "b": 1, "c": 2}, group_of={"a": "ab", "b": "ab"}, over="mean"
+    ).lines
+    assert (one.label, other.label) == ("ab", "c")
+    np.testing.assert_array_equal(
+        [one.x, one.y, one.lower, one.upper], [[1, 2, 3], [6, 7, 8], [1, 2, 3], [11, 12, 13]]
+    )
+    assert len(other.x) == 2 * MOST_COLUMNS
+    assert other.y.max() == 1999
 
 
 def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):

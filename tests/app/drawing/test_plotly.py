@@ -54,7 +54,7 @@ def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
 
 def test_a_null_is_dashed_in_the_colour_of_its_run(both):
     drawn = curves(to_plotly(FIGURES["effective_rank"].build(both)))
-    nulls = [trace for trace in drawn if trace.name.endswith("null")]
+    nulls = [trace for trace in drawn if trace.name.endswith("noise baseline")]
     assert [trace.line.dash for trace in nulls] == ["dash", "dash"]
     assert [trace.line.color for trace in nulls] == [PALETTE[0], PALETTE[1]]
 

@@ -163,6 +163,6 @@ def test_a_difference_has_the_colour_of_its_run():
         Difference("effective_rank", "hc", other, values, values, values, "paired")
         for other in ("mhc", "residual")
     ]
-    figure = difference_figure(pairs, "Effective rank")
+    figure = difference_figure(pairs, "Effective rank", {"hc": 0, "mhc": 1, "residual": 2})
     colours = {trace.name: trace.line.color for trace in to_plotly(figure).data if trace.name}
     assert (colours["mhc − hc"], colours["residual − hc"]) == RUN_COLOURS[1:3]

@@ -16,7 +16,7 @@ def lines(*drawn: Line) -> Lines:
 
 def test_values_bands_and_whiskers_are_shares_of_the_null():
     measured = Line(X, np.array([2.0, 4.0, np.nan]), "a", lower=X, upper=X + 4, error=np.ones(3), group="a")
-    null = Line(X, np.array([4.0, 8.0, 0.0]), "a · null", role="null", group="a")
+    null = Line(X, np.array([4.0, 8.0, 0.0]), "a · noise baseline", role="null", group="a")
     threshold = Line(X, X, "bad", role="threshold")
     figure = share_of_null(lines(measured, null, threshold))
     drawn, one = figure.lines
@@ -31,7 +31,7 @@ def test_values_bands_and_whiskers_are_shares_of_the_null():
 def test_streams_share_the_null_of_their_run_and_runs_do_not_share_theirs():
     first = Line(X, X + 1, "a · 0", group="a")
     second = Line(X, X + 2, "a · 1", group="a")
-    null = Line(X, np.full(3, 2.0), "a · 0 · null", role="null", group="a")
+    null = Line(X, np.full(3, 2.0), "a · 0 · noise baseline", role="null", group="a")
     figure = share_of_null(lines(first, null, second))
     np.testing.assert_allclose(figure.lines[1].y, (X + 2) / 2)
     other = Line(X, X, "b", group="b")
@@ -40,5 +40,5 @@ def test_streams_share_the_null_of_their_run_and_runs_do_not_share_theirs():
 
 def test_a_null_at_other_places_divides_nothing():
     measured = Line(X, X, "a", group="a")
-    null = Line(X + 0.5, X + 1, "a · null", role="null", group="a")
+    null = Line(X + 0.5, X + 1, "a · noise baseline", role="null", group="a")
     assert share_of_null(lines(measured, null)).lines == (measured, null)

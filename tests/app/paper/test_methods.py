@@ -87,9 +87,9 @@ def test_the_same_data_are_claimed_only_where_they_are_known(readings):
 def test_intervals_and_nulls_are_those_of_what_is_shown(readings):
     text = text_of(readings)
     assert "(Student's t over 4 sequences) for plain, half of a 95 % interval (Student's t over 6" in text
-    assert "A null is what a metric would be" in text
-    assert "null" not in text_of(readings, ("residual_norm",))
-    assert "null: that of streams that do not mix" in text_of(readings, ("effective_streams",))
+    assert "A noise baseline is what a metric would be" in text
+    assert "baseline" not in text_of(readings, ("residual_norm",))
+    assert "noise baseline: that of streams that do not mix" in text_of(readings, ("effective_streams",))
 
 
 def test_what_several_panels_say_names_their_letters(readings):

@@ -63,7 +63,7 @@ def test_numbers_have_three_digits(value, said):
 
 
 def test_error_sets_the_last_place():
-    assert quantity(12.3456, 0.1234, 31.0) == "12.35 ± 0.12 (null 31.0)"
+    assert quantity(12.3456, 0.1234, 31.0) == "12.35 ± 0.12 (baseline 31.0)"
     assert quantity(0.001234, 0.00056) == "0.00123 ± 0.00056"
     assert quantity(12.3) == "12.3"
     assert quantity(math.nan, 1.0, 2.0) == "–"
@@ -77,7 +77,7 @@ def test_depth_table_holds_the_analysis(readings):
     assert {"effective_rank_null", "effective_rank_stderr", "num_tokens", "module"} <= set(table.data)
     row = table.printed.iloc[3]
     assert "±" in row["effective rank"]
-    assert "null" in row["effective rank"]
+    assert "baseline" in row["effective rank"]
     assert row["N"] == f"{table.data['num_tokens'][3]:g}"
     assert "all tokens" in table.caption
 
@@ -228,7 +228,7 @@ def test_numbers_meet_at_their_points_and_nulls_have_a_row(readings):
     assert "r@{}l" in text
     assert re.search(r"\d & \.\d+ \$\\pm\$ \d", text)
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert any(line.startswith(r"\textit{null}") for line in rows)
+    assert any(line.startswith(r"\textit{baseline}") for line in rows)
     # Every row has as many cells as the headings announce.
     heading = next(line for line in rows if "depth" in line)
     columns = heading.count("&") + 1 + heading.count(r"\multicolumn{2}")
@@ -311,7 +311,7 @@ def test_where_nulls_differ_nothing_is_bold_and_the_note_says_so(readings):
     for table in _marked(*readings, numbers={"effective_rank_null": null}):
         ranked = {table.printed.iloc[row, 0] for row, _ in table.best} | {name for _, name in table.best}
         assert not any(str(name).startswith("effective rank") for name in ranked)
-        assert "Where the null differs between runs, no number is called the best." in table.notes
+        assert "Where the baseline differs between runs, no number is called the best." in table.notes
 
 
 def test_findings_are_listed_by_severity_over_all_runs(readings):

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 import depthscope as ds
-from depthscope.app.text.notebook import show_in_notebooks
+from depthscope.app.text.notebook import _metric_html, show_in_notebooks
 from depthscope.diagnostics import analyze, judge
 from depthscope.diagnostics.verdicts import Findings
 
@@ -42,7 +42,29 @@ def test_no_finding_says_so(formatter):
 
 
 def test_a_metric_shows_its_equation(formatter):
-    assert "effective" in formatter(ds.CATALOGUE["effective_rank"])
+    shown = formatter(ds.CATALOGUE["effective_rank"])
+    assert "effective rank" in shown.lower()
+    assert 'display="block"' in shown
+    assert "\\exp" not in shown
+
+
+@pytest.mark.parametrize("name", ds.CATALOGUE)
+def test_every_equation_can_be_rendered(name):
+    assert "<pre>" not in _metric_html(ds.CATALOGUE[name])
+
+
+def test_a_metric_of_an_analysis_shows_its_curve_and_any_other_array_itself(formatter, mhc_run):
+    analysis = analyze(mhc_run)
+    shown = formatter(analysis["effective_rank"])
+    assert shown.count("<polyline") == 1
+    assert 'display="block"' in shown
+    assert "effective rank by depth, 0–" in shown
+    for plain in (
+        analysis["cka"],
+        analysis["token_id"] if "token_id" in analysis else xr.DataArray([1.0], name="a"),
+    ):
+        assert "<polyline" not in formatter(plain)
+        assert "xr-" in formatter(plain)
 
 
 def test_findings_print_one_line_each(mhc_run):
