@@ -103,6 +103,8 @@ def launch(
         # From a thread: this one is about to serve, and the browser must not come before the server answers.
         Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
     if block:
+        # Before the address is printed, so that it answers soon after.
+        importlib.import_module("depthscope.app.dashboard.pages")
         sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
         sys.stderr.flush()
         serve(paths, chosen, max_bytes)
