@@ -29,6 +29,7 @@ from depthscope.diagnostics.errors import (
 # Scratch folders begin with this. Hidden, since a folder of runs is listed while others are written in it; the same for every
 # target, since a name may already be as long as the file system allows.
 SCRATCH = ".depthscope-"
+SECONDS_FOR_LATE_FILES = (0.01, 0.03, 0.1, 0.3, 0.5)  # between tries to remove a folder. Heuristic.
 # In every scratch folder: a file that its writer holds a kernel lock on. The kernel drops the lock when the process ends,
 # however it ends, so that a lock that can be taken belongs to a dead writer.
 LOCK = "lock"
@@ -416,8 +417,13 @@ def _restore(scratch: Path, folder: Path) -> None:
 def _discard(scratch: Path, lock: Any) -> None:
     """Remove a scratch folder under its lock; the lock goes last, so that nobody else begins in the middle."""
     try:
-        for _ in range(3):  # a background thread of a writer that was interrupted may still add a file
-            for folder in (scratch / "new", scratch / "old"):
+        folders = scratch / "new", scratch / "old"
+        # A background thread of a writer that was interrupted may still add a file, on a busy machine for a while.
+        for pause in (0.0, 0.0, 0.0, *SECONDS_FOR_LATE_FILES):
+            if pause and not any(folder.exists() for folder in folders):
+                break
+            time.sleep(pause)
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
         if lock is not None and os.name == "nt":  # an open file cannot be removed there
             lock.release()

@@ -103,6 +103,7 @@ def launch(
         # From a thread: this one is about to serve, and the browser must not come before the server answers.
         Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
     if block:
+        _import_pages()  # before the address is printed, so that it answers soon after
         sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
         sys.stderr.flush()
         serve(paths, chosen, max_bytes)
@@ -138,6 +139,14 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _import_pages() -> None:
+    """Import all pages before the first visit, and keep what they import out of later searches for garbage."""
+    # Streamlit collects garbage after every run of a page: looking at these 200 000 objects again took 0.11 s of every click.
+    importlib.import_module("depthscope.app.dashboard.pages")
+    gc.collect()
+    gc.freeze()
+
+
 def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> None:
     """Serve the dashboard in this process until it is interrupted."""
     import streamlit as st
@@ -151,11 +160,6 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
 
     run_library.allow(paths, max_bytes=max_bytes)
     run_library.analyse_beside()
-    # Streamlit collects garbage after every run of a page: looking at the 200 000 objects of the imports again took 0.11 s of
-    # every click. They are imported before the first visit, and never looked at.
-    importlib.import_module("depthscope.app.dashboard.pages")
-    gc.collect()
-    gc.freeze()
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
@@ -193,6 +197,7 @@ def _serve_request(request: str) -> None:
     wanted = json.loads(request)
     # Daemon: a server that is stopped by itself must not wait for the end of its parent.
     Thread(target=_end_with_parent, daemon=True).start()
+    _import_pages()
     serve([Path(path) for path in wanted["paths"]], wanted["port"], wanted["max_bytes"])
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Shown",
     "default_measures",
     "measures_of",
+    "position_of",
     "show_history",
     "show_step",
     "show_step_heading",
@@ -108,11 +109,11 @@ def default_measures(known: Mapping[str, Measure]) -> list[str]:
     return [name for name in DEFAULT_MEASURES if name in known] or list(known)[:3]
 
 
-def position_of(history: TrainingHistory, step: int | None) -> int:
-    """The measured step that is nearest to one; the last one where none is pinned."""
+def position_of(steps: np.ndarray, step: int | None) -> int:
+    """The position of the measured step that is nearest to one; of the last one where none is pinned."""
     if step is None:
-        return len(history.steps) - 1
-    return int(np.abs(history.steps - np.int64(step)).argmin())
+        return len(steps) - 1
+    return int(np.abs(steps - np.int64(step)).argmin())
 
 
 def show_history(
@@ -222,11 +223,11 @@ def show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
     numbers = [name for name in shown.measures if not known[name].rows]
     if len(histories) == 1:
         (history,) = histories.values()
-        positions = [position_of(history, step) for step in steps]
+        positions = [position_of(history.steps, step) for step in steps]
         _show_numbers(history, numbers, shown, positions)
         curves = {f"step {_spaced(history.steps[at])}": (history, at) for at in positions}
     else:
-        curves = {run: (each, position_of(each, shown.step)) for run, each in histories.items()}
+        curves = {run: (each, position_of(each.steps, shown.step)) for run, each in histories.items()}
         _show_table(curves, numbers, shown)
     for name in shown.measures:
         having = {label: curve for label, curve in curves.items() if name in curve[0].measures}

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
-import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.choices import choose_one
@@ -20,6 +19,7 @@ from depthscope.app.dashboard.components.training import (
     Shown,
     default_measures,
     measures_of,
+    position_of,
     show_history,
     show_step,
     show_step_heading,
@@ -218,8 +218,7 @@ def _choose(
     step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
     pinned, versus = (
-        None if each is None else int(steps[np.abs(steps - np.int64(each)).argmin()])
-        for each in (step, other)
+        None if each is None else int(steps[position_of(steps, each)]) for each in (step, other)
     )
     # Several runs are compared with one another, at one step.
     versus = None if versus == pinned or len(histories) > 1 else versus

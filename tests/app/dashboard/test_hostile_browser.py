@@ -45,6 +45,8 @@ FOREIGN = """() => {
         if (element.closest("h3, h5, nav, [data-testid=stSidebarNav], svg.main-svg")) continue;
         if (tag === "a" && !element.matches("[data-testid=stSkipToContent]"))
             found.push(`a ${element.outerHTML.slice(0, 200)}`);
+        // The sign of a tooltip, which is Streamlit's own.
+        if (element.closest("[data-testid=stTooltipIcon], [data-testid=stTooltipHoverTarget]")) continue;
         const inserted = ":is(img, svg, video, audio, table, h1, h2, .katex, math, style)";
         if (element.matches(`[data-testid=stMarkdownContainer] ${inserted}`))
             found.push(`${tag} inside text: ${element.outerHTML.slice(0, 200)}`);
