@@ -16,6 +16,7 @@ from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
     Memory,
+    Start,
     start_of,
     start_with_streams,
     without_forks,
@@ -25,10 +26,13 @@ from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     LAYERS,
+    MATRICES,
     MOST_STREAMS,
+    REDUCES,
     SUMS,
     VIEWS,
     addends,
+    centred,
     is_unknown,
     named,
     weights,
@@ -201,24 +205,36 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         found += both
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             roots += [value for value in _breaks(plain) if value not in roots][:2]
-    used = [of.used for of in found if of.memory.num_writes]
-    if max(map(_size, used), default=0) < 0.4 * _size(set[TracedValue]().union(*used)) or not used:
-        folded = [start_of(root, streams) for root, streams in folded_beginnings(graph)]
-        given = [
-            start_with_streams(root, axis)
-            for root in roots
-            for axis, size in enumerate(root.shape[:-1])
-            if len(root.shape) > 3 and 1 < size <= MOST_STREAMS
-        ]
-        for start in (*folded, *given):
-            memory = without_forks(graph, start)
-            found.append(Ranked(memory, _used(memory)))
+    for start in (
+        *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
+        *_with_streams(found),
+    ):
+        memory = without_forks(graph, start)
+        found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         known = [other.memory.count for other in found if _is_spread(other.memory, of.memory.root)]
         of.size = min([of.memory.count, *known])
     return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
+    """Memories whose first value has streams along one of its axes, where a plain one ends at what may mix them."""
+    roots = dict.fromkeys(
+        of.memory.root for of in ranked if any(_may_mix(of.memory, *way) for way in of.memory.leaves)
+    )
+    axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
+    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+
+
+def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
+    """Whether an operation adds up different elements of a memory by something else than a layer."""
+    if of.name in MATRICES:
+        return not any(
+            p.of_parameter and min(p.shape[-2:]) > MOST_STREAMS for p in of.parents if len(p.shape) > 1
+        )
+    return of.name in REDUCES or (of.name in SUMS and sum(map(memory.holds, of.parents)) > 1)
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
@@ -244,7 +260,7 @@ def _size(of: set[TracedValue]) -> int:
 def _leads_on(memory: Memory) -> bool:
     """Whether what a norm or an activation makes of a memory is moved, scaled or added anywhere."""
     graph = memory.graph
-    waiting = [value for _, value in memory.leaves if value.name in FUNCTIONS]
+    waiting = [of for read, of in memory.leaves if of.name in FUNCTIONS or centred(of, [read])]
     while waiting:
         for taker in graph.takers(waiting.pop()):
             if taker.name in VIEWS:
