@@ -121,6 +121,11 @@ TRACE: dict[str, Variable] = {
         "f",
         "how much of each source a branch reads: 0 the embedding, j the output of sublayer j",
     ),
+    "depth_reads": Variable(
+        (*ROUTE, "view_in", "source"),
+        "f",
+        "the same for several inputs of a branch, in place of depth_read; NaN beyond the number of its inputs",
+    ),
     "depth_carry": Variable(
         (*ROUTE, "source"),
         "f",
@@ -175,7 +180,7 @@ AFTER_SUM = ("", "norm", "activation")
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 """Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
 
-OVER_DEPTH = ("depth_read", "depth_carry")
+OVER_DEPTH = ("depth_read", "depth_reads", "depth_carry")
 """Variables of connections that read or keep more depths than their own."""
 
 # Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.

@@ -40,14 +40,14 @@ class Weights:
 
 @dataclass
 class DepthWeights(Weights):
-    """The weights of one connection over depth: h_k = Σ_j read_j v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
+    """The weights of one connection over depth: h_v = Σ_j read_vj v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
 
     Parameters
     ----------
     read : Tensor
-        (B, T, K + 1): of the embedding and of every branch's output in what the branch reads.
+        (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
     carry : Tensor
-        (B, T, K + 1): of the same in the next state, its own output left out.
+        (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left out.
     scale : Tensor
         (B, T): of its own output in the next state.
     """

@@ -41,7 +41,7 @@ CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRI
 SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()
 
 
-class Operation(NamedTuple):
+class KnownOperation(NamedTuple):
     """What is known of an operation by its name."""
 
     func: Any
@@ -76,7 +76,7 @@ class Operation(NamedTuple):
 
 
 @cache
-def operation_of(func: Any) -> Operation:
+def operation_of(func: Any) -> KnownOperation:
     """What is known of an operation of PyTorch, or of a library, whose names say nothing."""
     name, schema = func.overloadpacket.__name__, func._schema
     alias = schema.returns[0].alias_info if schema.returns else None
@@ -86,12 +86,12 @@ def operation_of(func: Any) -> Operation:
             (n, of.name) for n, of in enumerate(schema.arguments) if of.alias_info and of.alias_info.is_write
         ]
         name = f"{func.namespace}::{name}"
-        return Operation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
+        return KnownOperation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
     writes = name.endswith("_") and schema.is_mutable
     name = name[:-1] if writes else name
     is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     carries = name in CARRYING or name in NORMS
-    return Operation(func, name, writes, is_view, carries, is_composite=is_composite)
+    return KnownOperation(func, name, writes, is_view, carries, is_composite=is_composite)
 
 
 ADD, MUL = operation_of(torch.ops.aten.add.Tensor), operation_of(torch.ops.aten.mul.Tensor)
@@ -101,7 +101,7 @@ LINEAR = operation_of(torch.ops.aten.linear.default)
 
 def only_operation(
     module: nn.Module | None, tensors: Sequence[torch.Tensor]
-) -> tuple[Operation, list[Any]] | None:
+) -> tuple[KnownOperation, list[Any]] | None:
     """The one operation that a call of a layer is, and what it takes; None where others run in it, or may be looked at."""
     is_plain = len(tensors) == 1 and type(tensors[0]) is torch.Tensor
     if module is None or type(module) not in (nn.Linear, nn.LayerNorm) or not is_plain:
@@ -125,7 +125,7 @@ def is_saved(args: Any) -> bool:
     return len(tensors) > 1 and all(tensor.requires_grad for tensor in tensors)
 
 
-def is_layer(operation: Operation, values: Sequence[TracedValue]) -> bool:
+def is_layer(operation: KnownOperation, values: Sequence[TracedValue]) -> bool:
     """Whether a matrix is a parameter that is larger than what mixes streams."""
     if operation.name not in MATRICES:
         return False

@@ -35,7 +35,7 @@ def circumstances(model: nn.Module, batch: Sequence[torch.Tensor]) -> tuple[Any,
 
 
 @dataclass
-class Places:
+class OperationPlaces:
     """Where later forwards make the values that are needed of them.
 
     ``graph``: of the forward that was read.
@@ -55,7 +55,7 @@ class Places:
         self.calls = {(call.path, call.number): number for number, call in enumerate(self.graph.calls)}
 
     @classmethod
-    def of(cls, model: nn.Module, graph: Graph, needed: Collection[int]) -> Places | None:
+    def of(cls, model: nn.Module, graph: Graph, needed: Collection[int]) -> OperationPlaces | None:
         """The places of values, by their numbers; None where one of them has none."""
         places = cls(graph, graph.circumstances)
         own = {
@@ -111,7 +111,7 @@ class PlacedRecorder(TorchDispatchMode):
     ``batch``: the tensors that the model is called with.
     """
 
-    def __init__(self, places: Places, batch: Sequence[torch.Tensor]):
+    def __init__(self, places: OperationPlaces, batch: Sequence[torch.Tensor]):
         super().__init__()
         self._places, self.graph = places, places.graph
         self._found: dict[int, torch.Tensor] = {value.number: tensor for value, tensor in places.constant}
@@ -250,7 +250,7 @@ class KnownPlaces:
     """The places of what a session measures, once two forwards after each other ran the same operations."""
 
     def __init__(self) -> None:
-        self.places: Places | None = None
+        self.places: OperationPlaces | None = None
         self._before: dict[int, list[Any]] | None = None
 
     def recorder(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> PlacedRecorder | None:
@@ -262,7 +262,7 @@ class KnownPlaces:
     def learn(self, model: nn.Module, graph: Graph, needed: Collection[int]) -> None:
         """Find the places of what was needed of a forward that was recorded in full."""
         is_same, self._before = self._before == graph.operations, graph.operations
-        self.places = Places.of(model, graph, needed) if is_same else None
+        self.places = OperationPlaces.of(model, graph, needed) if is_same else None
 
     def forget(self) -> None:
         """Record forwards in full again."""

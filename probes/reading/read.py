@@ -309,48 +309,57 @@ class _Reader:
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
+        values[0] = self._first_state(values)
+        for (
+            branch
+        ) in self.branches:  # what is added to the first value, as positions are, is no norm of the branch
+            earlier = {
+                read: values[0] for read in branch.reads_before_norms if read.number < values[0].number
+            }
+            branch.reads_before_norms = [earlier.get(read, read) for read in branch.reads_before_norms]
+            branch.read = earlier.get(branch.read, branch.read)
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_constant(parts)
-        self._begin_with_first_state(parts)
+        _scale_first_source(parts)
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
         connections = [
-            self._depth_connection(number, pair, parts, error, by_read) for number, pair in enumerate(pairs)
+            self._depth_connection(
+                number,
+                (self._read_state(self.branches[0]) if by_read and not number else pair[0], *pair),
+                parts,
+                error,
+                by_read,
+            )
+            for number, pair in enumerate(pairs)
         ]
         cuts = [[value] for value in parts.states]
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
 
-    def _begin_with_first_state(self, parts: DepthParts) -> None:
-        """Take the first state for the first source, where all later sums come through it: its scale is no weight then."""
-        first = parts.states[0]
-        later = [self.graph.values[number] for number in parts.weights if number != first.number]
-        if self.memory.root.number in self.memory.back(later, {first.number}):
-            return
-        scale = parts.weights[first.number][:, 0].clone()
-        if bool((scale == 0).any()) or bool((parts.weights[first.number][:, 1:] != 0).any()):
-            return
-        parts.sources[0] = parts.sources[0] * scale
-        for number, of in parts.weights.items():
-            parts.weights[number] = torch.cat(
-                [
-                    (of[:, 0] / scale).unsqueeze(1),
-                    of[:, 1:].expand(*of.shape[:1], -1, (of[:, 0] / scale).shape[-1]),
-                ],
-                1,
-            )
+    def _first_state(self, values: Sequence[TracedValue]) -> TracedValue:
+        """The last value through which all that is read and all later states come."""
+        memory, root = self.memory, self.memory.root
+        ends = [*values[1:], *(read for branch in self.branches for read in branch.reads)]
+        for number in sorted(memory.back(ends), reverse=True):
+            value = self.graph.values[number]
+            if value.numel == memory.count and (
+                value is root or root.number not in memory.back(ends, {number})
+            ):
+                return value
+        return values[0]
 
     def _depth_connection(
         self,
         number: int,
-        pair: tuple[TracedValue, TracedValue],
+        pair: tuple[TracedValue, TracedValue, TracedValue],
         parts: DepthParts,
         error: float,
         by_read: bool,
     ) -> ConnectionReading:
-        before, after = pair
+        read_state, before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
-            if (self._read_state(branch) is before if by_read else before.number < branch.writes[0].number <= after.number)
+            if (self._read_state(branch) is read_state if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
         reads = [self.branches[k] for k in new if len(self.linear.mixtures(self.branches[k])) == 1]
         read = reads[-1].read if reads else before
@@ -394,6 +403,20 @@ class _Reader:
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Weights of sources under a name, or under that of a gate where they differ along the features."""
     return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
+
+
+def _scale_first_source(parts: DepthParts) -> None:
+    """Take the first state for the first source: the scale of what it was made of is no weight then."""
+    first = parts.states[0]
+    scale = parts.weights[first.number][:, 0].clone()
+    if bool((scale == 0).any()) or bool((parts.weights[first.number][:, 1:] != 0).any()):
+        return
+    parts.sources[0] = parts.sources[0] * scale
+    for number, of in parts.weights.items():
+        own = of[:, 0] / scale
+        parts.weights[number] = torch.cat(
+            [own.unsqueeze(1), of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1
+        )
 
 
 def _begin_with_constant(parts: DepthParts) -> None:

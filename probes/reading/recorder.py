@@ -39,7 +39,7 @@ from depthscope.probes.reading.known_operations import (
     FUSED,
     MUL,
     SAVING,
-    Operation,
+    KnownOperation,
     decomposed,
     is_layer,
     is_saved,
@@ -61,7 +61,7 @@ from depthscope.probes.reading.tensor_memory import (
 from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
-_Taken = tuple[Operation, Any, Any, list[TracedValue], list[torch.Tensor]]
+_Taken = tuple[KnownOperation, Any, Any, list[TracedValue], list[torch.Tensor]]
 
 
 class GraphRecorder(TorchDispatchMode):
@@ -441,7 +441,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def note(
         self,
-        operation: Operation,
+        operation: KnownOperation,
         found: Any,
         named: Any,
         values: list[TracedValue],
@@ -482,7 +482,7 @@ class GraphRecorder(TorchDispatchMode):
         if self.on_value is not None:
             self.on_value(value, tensor)
 
-    def _mask(self, operation: Operation, order: int, tensor: torch.Tensor) -> TracedValue:
+    def _mask(self, operation: KnownOperation, order: int, tensor: torch.Tensor) -> TracedValue:
         """The elements that a dropout keeps; they depend on nothing."""
         value = self._new(operation.name, operation.func, (), {}, (), tensor)
         value.item, value.order = 1, order

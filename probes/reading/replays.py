@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import TracedValue, names, values_in
+from depthscope.probes.reading.graph import ReadingError, TracedValue, names, values_in
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -34,7 +34,7 @@ ON_ONE = REDUCES | names("permute transpose t mT repeat where lerp masked_fill")
 ALONG_AN_AXIS = names("index_select index_add index_copy slice_scatter select_scatter select")
 
 
-class FeaturesDiffer(Exception):
+class FeaturesDiffer(ReadingError):
     """A step that has to be run on all features."""
 
 

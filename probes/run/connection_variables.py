@@ -179,9 +179,7 @@ def _depth_variables(
         ]
 
     found = [weights(position) for position in range(len(outputs))]
-    # The first branch reads the embedding alone, scaled at most.
-    first = found[0][0][..., :1]
-    sources = torch.stack([states(0) / torch.where(first == 0, 1.0, first), *outputs], -2).double()
+    sources = torch.stack([states(0), *outputs], -2).double()
     mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
     errors = []
     for position, (_, carry, scale) in enumerate(found):
@@ -191,19 +189,20 @@ def _depth_variables(
         again = torch.einsum("kts,ktsd->ktd", row, sources[..., : row.shape[-1], :])
         errors.append(relative_error((after.double() - again)[mask], after[mask]))
     _require_depth_proof(chain, errors, precision)
+    views = max(read.shape[-2] for read, _, _ in found)
+    inputs = [
+        _depth_read(states(c.depth_in), read, sources, precision)
+        for c, (read, _, _) in zip(chain.connections, found, strict=True)
+    ]
+    taken = torch.stack([_with_views(of, views) for of in inputs])
+    name = "branch_in" if views == 1 else "views_in"
     return {
-        "branch_in": (
-            schema.TRACE["branch_in"].dims,
-            torch.stack(
-                [
-                    _depth_read(states(c.depth_in), found[at][0], sources, precision)
-                    for at, c in enumerate(chain.connections)
-                ]
-            ).numpy(),
-        ),
+        name: (schema.TRACE[name].dims, (taken[..., 0, :] if views == 1 else taken).numpy()),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
         "reconstruction_error": ("connection", np.array(errors)),
-        **depth_variables([read for read, _, _ in found], [carry for _, carry, _ in found]),
+        **depth_variables(
+            [_with_views(read, views) for read, _, _ in found], [carry for _, carry, _ in found]
+        ),
         # Also where it is 1: the weights of the sources leave it out.
         "branch_scale": (
             schema.TRACE["branch_scale"].dims,
@@ -215,10 +214,18 @@ def _depth_variables(
 def _depth_read(
     state: torch.Tensor, read: torch.Tensor, sources: torch.Tensor, precision: torch.dtype
 ) -> torch.Tensor:
-    """What a branch reads: the state before it, bit by bit, where it reads that; else the sum of its sources."""
-    found = torch.einsum("kts,ktsd->ktd", read.double(), sources[..., : read.shape[-1], :])
-    is_state = relative_error(found - state.double(), found) <= tolerance(precision)
-    return state if is_state else found.to(state.dtype)
+    """What a branch reads, (K, T, V, D): the state before it, bit by bit, where it is that; else the sums of its sources."""
+    found = torch.einsum("ktvs,ktsd->ktvd", read.double(), sources[..., : read.shape[-1], :])
+    is_state = found.shape[-2] == 1 and relative_error(found[..., 0, :] - state.double(), found) <= tolerance(
+        precision
+    )
+    return state.unsqueeze(-2) if is_state else found.to(state.dtype)
+
+
+def _with_views(of: torch.Tensor, views: int) -> torch.Tensor:
+    """(K, T, V, …) with NaN for the inputs that a branch does not have."""
+    missing = of.new_full((*of.shape[:2], views - of.shape[2], *of.shape[3:]), math.nan)
+    return torch.cat([of, missing], 2)
 
 
 def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dtype) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import xarray as xr
 
+from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
@@ -17,6 +18,7 @@ from depthscope.probes.structure.model_structure import FINAL
 NOT_REQUESTED = "not asked for; name it in sites="
 FOR_PROOF = "seen for a proof only; name it in sites= to keep it"
 NO_SUMS = "the blocks do not show how they add their branches to the state"
+SEVERAL_SUMS = "several branch inputs: see views_in and depth_reads"
 SOLVED = "solved from the states; no module call showed it"
 FINAL_NAME, MID_NAME = "ln_final.hook_normalized", "blocks.{i}.hook_resid_mid"
 PATTERN_NAME = "blocks.{i}.attn.hook_pattern"
@@ -185,12 +187,18 @@ def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) 
             )
 
 
+def _reads_several_sums(session: Session) -> bool:
+    weights = (part for sequence in session.reservoir.stored.values() for part in sequence.parts.values())
+    return any(isinstance(of, DepthWeights) and of.read.shape[-2] > 1 for of in weights)
+
+
 def _connection_variables(
     session: Session, connection: Connection, evidence: Evidence, number: int
 ) -> Iterator[tuple[str, str]]:
     """The variables of a connection, each with the reason why it does not exist, or was solved for."""
     if connection.style in (*PLAIN, DEPTH):
-        yield from (("branch_in", ""), ("branch_out", ""))
+        yield "branch_in", SEVERAL_SUMS if connection.style == DEPTH and _reads_several_sums(session) else ""
+        yield "branch_out", ""
         return
     parts, site = evidence.joints[number].parts, session.structure.sites[number]
     one_view = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1

@@ -62,25 +62,29 @@ def depth_variables(
 ) -> Variables:
     """How much each branch reads, and each next state keeps, of the sources: the embedding and every branch's output.
 
-    ``read, carry``: one item a connection, (K, T, S) with any S ≤ C + 1: sources that are left out at the end have the
-    weight 0.
-    Returns: ``depth_read`` and ``depth_carry`` as (dims, array), those that are given.
+    ``read``: one item a connection, (K, T, V, S) with any S ≤ C + 1: sources that are left out at the end have the weight 0.
+    ``carry``: the same without V.
+    Returns: ``depth_read`` or, for several inputs V, ``depth_reads``; and ``depth_carry``, as (dims, array).
     Raises InputError: Where a connection has a weight on its own output or a later one.
     """
     found: Variables = {}
-    for name, rows in (("depth_read", read), ("depth_carry", carry)):
+    several = read is not None and any(row.shape[-2] > 1 for row in read)
+    if read is not None and not several:
+        read = [row.squeeze(-2) for row in read]
+    for name, rows in (("depth_reads" if several else "depth_read", read), ("depth_carry", carry)):
         if not rows:
             continue
         padded = np.zeros((len(rows), *rows[0].shape[:-1], len(rows) + 1), dtype=np.float32)
         for number, row in enumerate(rows):
             # Connection k comes after the embedding and k outputs.
-            if row.shape[-1] > number + 1 and bool(row[..., number + 1 :].any()):
+            if row.shape[-1] > number + 1 and bool(row[..., number + 1 :].nan_to_num().any()):
                 raise InputError(
                     f"{name} of connection {number} has a weight on source {number + 1} or later; expected only "
                     f"the {number + 1} sources before it"
                 )
             kept = min(row.shape[-1], number + 1)
             padded[number, ..., :kept] = row[..., :kept].numpy()
+            padded[number][np.isnan(padded[number, ..., 0])] = np.nan
         found[name] = (schema.TRACE[name].dims, padded)
     return found
 

@@ -52,7 +52,7 @@ class AxisError(RewrittenError):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundChain:
     """A chain, the memories that it was read from, and its layout."""
 
     chain: Chain
@@ -137,7 +137,7 @@ class StructureFinder:
 
     # --- which memories
 
-    def _found(self) -> list[Found]:
+    def _found(self) -> list[FoundChain]:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
@@ -219,9 +219,9 @@ class StructureFinder:
 
     # --- what the user names
 
-    def _named(self, layers: Sequence[str]) -> list[Found]:
+    def _named(self, layers: Sequence[str]) -> list[FoundChain]:
         calls = named_calls(self.graph, self.model, layers)
-        found: list[Found] = []
+        found: list[FoundChain] = []
         for memory in self.memories:
             depths = states_around(self.graph, memory, calls)
             if depths is None:
@@ -234,14 +234,14 @@ class StructureFinder:
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
         return [self._of_calls(calls, f"{ASSERTED}{why}")]
 
-    def _of_calls(self, calls: Sequence[int], proof: str) -> Found:
+    def _of_calls(self, calls: Sequence[int], proof: str) -> FoundChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
         value = value_at(self.graph, chain.points[0])
         assert value is not None  # it was required of the calls
-        return Found(chain, (), self.options.layout or shape_layout(value, self.sequences))
+        return FoundChain(chain, (), self.options.layout or shape_layout(value, self.sequences))
 
-    def _as_named(self, found: Found, calls: Sequence[int], depths: Sequence[int]) -> Found:
+    def _as_named(self, found: FoundChain, calls: Sequence[int], depths: Sequence[int]) -> FoundChain:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""
         blocks = [self.graph.calls[call] for call in calls]
         chain = replace(
@@ -257,7 +257,7 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[Found]:
+    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[FoundChain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
@@ -272,7 +272,7 @@ class StructureFinder:
             chain = self._with_ending(chain, memories[-1], layout) if depths is None else chain
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
-            found.append(Found(chain, memories, layout))
+            found.append(FoundChain(chain, memories, layout))
         return found
 
     def _with_opening(self, part: ReadChain) -> Chain:
@@ -405,19 +405,19 @@ class StructureFinder:
             "in each row of the batch, padded where they differ in length"
         )
 
-    def _weighed(self, memory: MemoryReading) -> Found:
+    def _weighed(self, memory: MemoryReading) -> FoundChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
         layout = part.layout
         chain = self._with_final(part.chain, memory)
         if not memory.is_proven or not chain.connections:
-            return Found(replace(chain, connections=()), (memory,), layout)
+            return FoundChain(replace(chain, connections=()), (memory,), layout)
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             weights = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return Found(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+            return FoundChain(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
         read.leave_out_other_views(weights)
         kept = [n for n in range(len(weights)) if n not in read.left_out]
         weights = [weights[number] for number in kept]
@@ -437,9 +437,9 @@ class StructureFinder:
             chain = replace(chain, family="altup")
         else:
             chain = replace(chain, family="hc" if read.mixes else "independent_hc")
-        return Found(chain, (memory,), layout)
+        return FoundChain(chain, (memory,), layout)
 
-    def _sites(self, found: Found) -> dict[int, Site]:
+    def _sites(self, found: FoundChain) -> dict[int, Site]:
         chain = found.chain
         if self._read is None or chain.over_depth:
             return {}
@@ -472,7 +472,7 @@ class StructureFinder:
             )
         return streams
 
-    def _with_names(self, found: Sequence[Found]) -> list[Found]:
+    def _with_names(self, found: Sequence[FoundChain]) -> list[FoundChain]:
         """Chains with distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
         paths = [of.memories[0].name for of in found]
         short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))

@@ -150,11 +150,11 @@ def _given(branches: Sequence[BranchReading], order: torch.Tensor, name: str) ->
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
     """The weights over depth of every connection, and what its branch gave, (B, T, D).
 
-    The first source is the first state where all later sums come through it, else the value that it is made of.
+    The first source is the first state.
     Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
     """
     begin = memory.connections[0].parts["state"]
-    if bool(begin[:, 1:].any()) or bool((begin[:, 0] == 0).any()):
+    if bool(begin[:, 1:].any()) or bool((begin[:, 0] != 1).any()):
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
     for connection in memory.connections:
@@ -165,11 +165,12 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
         (branch,) = connection.branches
         if "constant" in connection.parts or not {"h_post", "out"} <= branch.parts.keys():
             raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
-        if not branch.parts.keys().isdisjoint(("depth_read", "depth_read_gate")):
+        if "depth_read_gate" in branch.parts:
             raise StreamConnectionError(
-                f"{branch.path or 'a branch'} reads several sums of the sources at once, and there is room for one"
+                f"{branch.path or 'a branch'} reads several sums, whose weights differ between the features"
             )
-        read, carry = connection.parts["depth_read"], connection.parts["depth_carry"]
+        several, carry = branch.parts.get("depth_read"), connection.parts["depth_carry"]
+        read = connection.parts["depth_read"].unsqueeze(-2) if several is None else several
         scale = branch.parts["h_post"].mean(-1)
         weights_of = DepthWeights(read[order].float(), carry[order].float(), scale[order].float())
         found.append((weights_of, branch.parts["out"][order].squeeze(-2)))
@@ -178,7 +179,7 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
 
 def depth_family(weights: Sequence[DepthWeights]) -> str:
     """The family of a model with weights over depth: the same at every token where they are learned, others by attention."""
-    rows = [torch.cat([of.read, of.carry, of.scale.unsqueeze(-1)], -1) for of in weights]
+    rows = [torch.cat([of.read.flatten(2), of.carry, of.scale.unsqueeze(-1)], -1) for of in weights]
     if all(bool((row == row[:1, :1]).all()) for row in rows):
         ones = all(
             bool((of.read[..., : n + 1] == 1).all() and (of.carry[..., : n + 1] == 1).all())

@@ -51,21 +51,30 @@ def test_odd_factors_are_refused():
 
 def test_weights_over_depth_are_padded_to_all_sources():
     rows = [torch.full((2, 3, k + 1), k + 1.0) for k in range(3)]
-    dims, array = depth_variables(read=rows)["depth_read"]
+    reads = [row.unsqueeze(2) for row in rows]
+    dims, array = depth_variables(read=reads)["depth_read"]
     assert dims == schema.TRACE["depth_read"].dims
     np.testing.assert_array_equal(array[:, 0, 0], [[1, 0, 0, 0], [2, 2, 0, 0], [3, 3, 3, 0]])
-    assert set(depth_variables(read=rows, carry=rows)) == {"depth_read", "depth_carry"}
+    assert set(depth_variables(read=reads, carry=rows)) == {"depth_read", "depth_carry"}
     assert depth_variables() == {}
+
+
+def test_a_branch_with_several_inputs_has_a_row_for_each_and_the_others_none():
+    one, two = torch.ones(2, 3, 1, 1), torch.full((2, 3, 2, 2), 2.0)
+    padded = torch.cat([one, torch.full_like(one, torch.nan)], 2)
+    dims, array = depth_variables(read=[padded, two])["depth_reads"]
+    assert dims == schema.TRACE["depth_reads"].dims
+    np.testing.assert_array_equal(array[:, 0, 0], [[[1, 0, 0], [np.nan] * 3], [[2, 2, 0], [2, 2, 0]]])
 
 
 def test_a_whole_matrix_of_weights_gives_the_same_rows():
     square = torch.tril(torch.ones(4, 4)).expand(2, 3, 4, 4)
-    _, array = depth_variables(read=[square[:, :, k] for k in range(3)])["depth_read"]
+    _, array = depth_variables(read=[square[:, :, k : k + 1] for k in range(3)])["depth_read"]
     np.testing.assert_array_equal(array[:, 0, 0], np.tri(3, 4))
 
 
 def test_a_weight_on_a_later_output_is_refused():
-    rows = [torch.ones(2, 3, 4) for _ in range(3)]
+    rows = [torch.ones(2, 3, 1, 4) for _ in range(3)]
     with pytest.raises(ValueError, match="depth_read of connection 0 has a weight on source 1 or later"):
         depth_variables(read=rows)
 
