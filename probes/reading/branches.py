@@ -154,10 +154,10 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
 
 
 def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValue | None]]) -> int:
-    """How far back a way goes before a coefficient that is computed from the output itself."""
+    """How far back a way goes before a coefficient that is computed from the output itself, but for one of several streams."""
     for number in range(len(way) - 1):
         coefficient = way[number + 1][1]
-        if coefficient is None:
+        if coefficient is None or way[number][0].numel > way[-1][0].numel:
             continue
         if any(memory.graph.depends(coefficient, value) for value, _ in way[number + 1 :]):
             gain = way[number][1]

@@ -2,8 +2,9 @@
 
 The rule: of all memories that have a write, the one between whose first and last value the largest share of the weights
 works that any of them has there (a large head tells nothing); of equal ones (within 5 %) the one whose first value is the
-largest, then the one with most writes, then the earliest. Others, whose values are apart from it and that lie in no branch of
-it, are further memories.
+largest, then the one with most writes, then the earliest. Norms and activations lie on a memory only where more of the
+weights (5 %) work on it with them. Others, whose values are apart from it and that lie in no branch of it, are further
+memories.
 """
 
 from __future__ import annotations
@@ -197,14 +198,14 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     total = sum(graph.values[number].numel for number in graph.parameter_names)
     for root in roots:  # grows while it is gone through
-        plain = without_forks(graph, start_of(root))
-        both = [Ranked(plain, _used(plain))]
+        plain = passing = without_forks(graph, start_of(root))
         if _leads_on(plain):
             passing = without_forks(graph, replace(start_of(root), functions=True))
-            both.append(Ranked(passing, _used(passing)))
-        found += both
+        both = [Ranked(plain, _used(plain)), Ranked(passing, _used(passing))]
+        found.append(both[_size(both[1].used) > 1.05 * _size(both[0].used)])
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
-            roots += [value for value in _breaks(plain) if value not in roots][:2]
+            breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
+            roots += [value for value in breaks if value not in roots][:2]
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
@@ -271,9 +272,12 @@ def _leads_on(memory: Memory) -> bool:
 
 
 def _breaks(memory: Memory) -> list[TracedValue]:
-    """Where tokens were mixed or joined, another memory may begin."""
-    found = [v for _, v in memory.leaves if v.name in JOINS or v.name in SUMS]
-    return [v for v in found if v.numel >= memory.count]
+    """Where tokens were mixed or joined, or channels padded, another memory may begin."""
+    return [
+        of for read, of in memory.leaves
+        if (of.name in JOINS and of.numel >= memory.count)
+        or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
+    ]  # fmt: skip
 
 
 def _used(memory: Memory) -> set[TracedValue]:

@@ -257,7 +257,9 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[FoundChain]:
+    def _plain(
+        self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None
+    ) -> list[FoundChain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]

@@ -50,9 +50,10 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
     if "B" in single:  # one sequence, of which the state has no axis
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
-    sides = [number for number, axis in enumerate(named) if "T" in axis]
-    if len(sides) == 2 and all(named[number] == ["T"] for number in sides):
-        named[sides[0]], named[sides[1]] = ["H"], ["W"]  # of an image
+    sides = [axis for axis in named if "T" in axis]
+    if len(sides) == 2:  # of an image, or of several series side by side
+        for axis, letter in zip(sides, "HW", strict=True):
+            axis[axis.index("T")] = letter
     return named
 
 

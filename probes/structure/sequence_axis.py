@@ -142,7 +142,7 @@ def _new_dim(value: TracedValue, position: int, rank: int, dim: int) -> int | No
         return dim + (dim >= at)
     if name == "index_select" and position == 2:
         return int(args[1]) % new_rank
-    if name in ("embedding", "index"):
+    if name in ("embedding", "index", "unfold"):
         return dim if position == (1 if name == "embedding" else 0) else 0 if rank == 1 else dim
     if new_rank >= rank:  # axes are aligned from the last one on
         return dim + new_rank - rank
