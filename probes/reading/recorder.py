@@ -54,6 +54,9 @@ from depthscope.probes.reading.tensor_memory import (
     detached,
     filled_with,
     geometry,
+    is_imagined,
+    is_plain,
+    own_part,
     patched,
     storage_of,
     unseen_by_modes,
@@ -83,6 +86,8 @@ class GraphRecorder(TorchDispatchMode):
             self.graph.modules[path] = type(module).__name__
             for name, parameter in module._parameters.items():
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
+                if parameter is not None:
+                    self._names[id(own_part(parameter))] = self._names[id(parameter)]
         self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
         self._stack = [-1]
         self._running: list[nn.Module | None] = []
@@ -170,7 +175,7 @@ class GraphRecorder(TorchDispatchMode):
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
             if split := split_over(tensors[item]):
-                self.graph.split[self.known(tensors[item]._local_tensor).number] = split
+                self.graph.split[number] = split
             self._num_shown += 1
             shown = Shown(self._stack[-1], at, item, self._num_shown)
             self.graph.shown.setdefault(number, []).append(shown)
@@ -195,6 +200,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def known(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
+        tensor = own_part(tensor)
         entry = self._entries.get(id(tensor))
         if entry is not None and entry() is not tensor:  # of a tensor that is gone
             entry = None
@@ -284,11 +290,14 @@ class GraphRecorder(TorchDispatchMode):
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
+        tensor = own_part(tensor)
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
+        if not is_plain(tensor):
+            base = value  # no view of its memory can be taken
         is_lent = self._is_lent(tensor)
         if is_lent and tensor.ndim > 1 and min(tensor.shape[-2:]) > MOST_STREAMS:
             return  # the weight of a layer, whose memory is freed after the call
@@ -319,6 +328,10 @@ class GraphRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._silent or self.graph.error is not None:
             return func(*args, **kwargs)
+        if any(hasattr(of, "_op_dispatcher") for of in types):
+            return NotImplemented  # a DTensor's own operations follow, on the part that this process has
+        if any(map(is_imagined, types)):
+            return func(*args, **kwargs)
         if operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs)
         try:
@@ -326,7 +339,7 @@ class GraphRecorder(TorchDispatchMode):
         except Exception as error:
             self.graph.error = without_frames(error)
         result = func(*args, **kwargs)
-        if self.graph.error is None:
+        if self.graph.error is None and not is_imagined(type(result)):
             try:
                 self._note_result(taken, func, args, kwargs, result)
             except Exception as error:
@@ -364,7 +377,8 @@ class GraphRecorder(TorchDispatchMode):
             self._find_unseen(tensors_of(args[operation.writes :]))
             found, named, values = self._values_of(args, kwargs)
         is_random = operation.writes and not values[0].parents and not Graph.is_kept(values[0])
-        if operation.carries and not operation.views and not is_random:
+        shares_memory = operation.views and is_plain(args[0])  # with what is held as soon as it is taken
+        if operation.carries and not shares_memory and not is_random:
             is_norm = operation.name in NORMS
             if is_norm or not is_layer(operation, values):
                 self._hold_operands(args, found, operation.name in SAVING and is_saved(args))
@@ -384,7 +398,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def _find_unseen(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note the tensors that were computed since the last operation, by what is no operation."""
-        for tensor in tensors:
+        for tensor in map(own_part, tensors):
             entry = self._entries.get(id(tensor))
             if entry is None or entry() is not tensor:
                 is_unseen = tensor.grad_fn is not None and id(tensor) not in self._given

@@ -35,10 +35,24 @@ def storage_of(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is none of a kind of its own, as one that is spread over processes."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def is_imagined(of: type) -> bool:
+    """Whether tensors of a class have no numbers: PyTorch tries shapes alone with them, as it does to place a DTensor."""
+    return of.__name__ == "FakeTensor"  # by name: importing it takes long
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that is spread over processes (a DTensor) the part that this one has; any other as it is."""
+    return tensor if is_plain(tensor) else getattr(tensor, "_local_tensor", tensor)
+
+
 def unseen_by_modes(*tensors: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which no mode, as of another recorder, sees operations on some tensors, where these are plain ones."""
-    is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    return torch._C._DisableTorchDispatch() if is_plain else nullcontext()
+    return torch._C._DisableTorchDispatch() if all(map(is_plain, tensors)) else nullcontext()
 
 
 def detached(tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:

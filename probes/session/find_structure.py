@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +82,7 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+        self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
         """The same, with the sequences along another axis."""
@@ -101,6 +103,7 @@ class StructureFinder:
         Raises AxisError: Where the sequences should have been counted along the other axis.
         Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
         """
+        self._has_shards = shards is not None
         found = self._found()
         chains = tuple(of.chain for of in found)
         layouts = tuple(of.layout for of in found)
@@ -368,9 +371,10 @@ class StructureFinder:
             )
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
-        part = read_chain(self.graph, memory, layout_of, inside=inside, depths=depths)
+        wanted: dict[str, Any] = {"inside": inside, "depths": depths, "has_shards": self._has_shards}
+        part = read_chain(self.graph, memory, layout_of, **wanted)
         if named and not part.layout:
-            part = read_chain(self.graph, memory, lambda value: named, inside=inside, depths=depths)
+            part = read_chain(self.graph, memory, lambda value: named, **wanted)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "

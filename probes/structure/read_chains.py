@@ -33,21 +33,25 @@ def read_chain(
     *,
     inside: bool,
     depths: Sequence[int] | None = None,
+    has_shards: bool = False,
 ) -> ReadChain:
     """The chain of one memory.
 
     ``layout_of``: the layout of a value of the memory; empty where it has none.
     ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
     ``depths``: the states that are wanted, where the user names them.
+    ``has_shards``: whether processes measure together of which each has a part of the tokens.
     """
-    return _ChainOf(graph, memory, layout_of).chain(inside=inside, wanted=depths)
+    return _ChainOf(graph, memory, layout_of, has_shards).chain(inside=inside, wanted=depths)
 
 
 class _ChainOf:
     """The chain of one memory."""
 
-    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[[TracedValue], str]):
-        self.graph, self.memory, self.layout_of = graph, memory, layout_of
+    def __init__(
+        self, graph: Graph, memory: MemoryReading, layout_of: Callable[[TracedValue], str], has_shards: bool
+    ):
+        self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
         self.is_fine = False  # whether numbered parts of blocks are the blocks
@@ -177,6 +181,15 @@ class _ChainOf:
         before = [b for c in self.connections if c.depth_out <= depth for b in c.branches]
         return before, [b for c in self.connections if c.depth_in >= depth for b in c.branches]
 
+    def _require_whole(self, value: TracedValue) -> None:
+        """Refuse a state that is split over processes otherwise than by its tokens among those that measure together."""
+        split = self.graph.split.get(value.number)
+        if split is None:
+            return
+        axes = self.layout_of(value).split()
+        if not self.has_shards or "T" not in axes or split != f"S({axes.index('T')})":
+            raise split_error(split)
+
     def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:
         """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
         state = self.memory.states[depth]
@@ -187,8 +200,7 @@ class _ChainOf:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value
         for other in same:
-            if other.number in self.graph.split:
-                raise split_error(self.graph.split[other.number])
+            self._require_whole(other)
         places = [(other, shown) for other in same for shown in self.graph.shown.get(other.number, ())]
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
         until = None if best is None or best[1].at == "output" else best[1].order
