@@ -144,7 +144,7 @@ def densenet_by_sums(m, x):
     outputs = [x]
     for k in range(5):
         x = (m.edges[k, : k + 1] * torch.stack(outputs)).sum(0)
-        note.state(x)
+        note.state(x, also=[outputs[0]] if k == 0 else ())
         if k < 4:
             outputs.append(m.layers[k](x))
     return x
@@ -152,7 +152,8 @@ def densenet_by_sums(m, x):
 
 class SpeedrunBlock(built(qkv=lin(48), o=lin(WIDTH), lambdas=param(2), lamb=param(1), **MLP)):
     def forward(self, x, v1, x0):
-        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        before, x = x, self.lambdas[0] * x + self.lambdas[1] * x0
+        note.state(x, also=[before])
         q, k, v = self.qkv(functional.rms_norm(x, (WIDTH,))).chunk(3, -1)
         v1 = v if v1 is None else v1
         x = x + self.o(attend(q, k, (1 - self.lamb) * v + self.lamb * v1))
@@ -164,10 +165,9 @@ def speedrun_skips_to_the_embedding(m, x):
     """The GPT speedruns: the normed embedding comes in again at each block, and so do the first block's values."""
     x = x0 = functional.rms_norm(x, (WIDTH,))
     v1 = None
-    note.state(x)
     for block in m.blocks:
         x, v1 = block(x, v1, x0)
-        note.state(x)
+    note.state(x)
     return x
 
 
