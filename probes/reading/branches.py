@@ -159,11 +159,19 @@ def _length_without_norm(memory: Memory, way: list[tuple[TracedValue, TracedValu
         coefficient = way[number + 1][1]
         if coefficient is None or way[number][0].numel > way[-1][0].numel:
             continue
-        if any(memory.graph.depends(coefficient, value) for value, _ in way[number + 1 :]):
+        if _is_of_output(memory, coefficient, [value for value, _ in way[number + 1 :]]):
             gain = way[number][1]
             with_gain = number and gain is not None and gain.kind == PARAMETER
             return number if with_gain else number + 1
     return len(way)
+
+
+def _is_of_output(memory: Memory, coefficient: TracedValue, way: list[TracedValue]) -> bool:
+    """Whether a coefficient is computed from a branch's output, and from nothing else of the memory, as that of a norm is."""
+    if not any(memory.graph.depends(coefficient, value) for value in way):
+        return False
+    others = memory.graph.earlier([coefficient], {value.number for value in way})
+    return not any(others[number] for number in memory.carried)
 
 
 def _before_step(memory: Memory, after: TracedValue, before: TracedValue, numbers: Numbers) -> Numbers | None:

@@ -144,12 +144,13 @@ class Linear:
 
     def _joined(self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Cut]) -> _Joined:
         held = self.held([*target, *(read for of in reads for read in of)], sources)
+        h_res = held.columns(target, [0])
         return _Joined(
-            held.columns(target, [0]),
+            h_res,
             [held.columns(target, [at]) for at in range(1, len(sources))],
             [[held.columns([read], [0]) for read in of] for of in reads],
             self._constants([target], sources).get(0),
-            self._weighs(sources[0], target),
+            self._weighs(sources[0], target) or _reorders(h_res),
         )
 
     def _steps(
@@ -229,6 +230,12 @@ class Linear:
         trunk = self.states.memory.trunk
         several = [read for read in branch.reads_before_norms if read.number not in trunk]
         return list(dict.fromkeys([*(several if len(several) > 1 else ()), branch.read]))
+
+
+def _reorders(h_res: torch.Tensor) -> bool:
+    """Whether streams are others afterwards, as when they are rolled."""
+    identity = torch.eye(*h_res.shape[1:3], dtype=h_res.dtype, device=h_res.device)
+    return h_res.shape[1] > 1 and bool((h_res != identity[..., None]).any())
 
 
 def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:

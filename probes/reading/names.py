@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
@@ -55,12 +55,12 @@ class BranchNames:
         return [found[number] for number in sorted(found, reverse=True)]
 
     def _common_call(self) -> list[int]:
-        """The module calls that contain all branches."""
+        """The module calls that contain all branches, but for a few that lie in no block with a number."""
         stacks = [self.graph.stack(v) for inside in self._insides for v in inside[:1]]
-        common = stacks[0] if stacks else []
-        for stack in stacks[1:]:
-            same = next((n for n, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), None)
-            common = common[: min(len(stack), len(common)) if same is None else same]
+        common = _shared_start(stacks)
+        numbered = [stack for stack in stacks if any(_container(self.graph.calls[c].path) for c in stack)]
+        if 4 * len(numbered) >= 3 * len(stacks) > 3:
+            common = max(common, _shared_start(numbered), key=len)
         if len(self.branches) == 1:  # the block is the call in which its output is added
             writes = self.graph.stack(self.branches[0].writes[0])
             common = [a for a, b in zip(common, writes, strict=False) if a == b]
@@ -90,7 +90,8 @@ class BranchNames:
         """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
         depth = len(self._around)
         # The latest operations come first: before them may lie those of other branches, as of another track.
-        units = (stack[depth] for v in self._insides[number] if len(stack := self.graph.stack(v)) > depth)
+        stacks = (self.graph.stack(v) for v in self._insides[number])
+        units = (stack[depth] for stack in stacks if len(stack) > depth and stack[:depth] == self._around)
         return next(units, None)
 
     def _own_calls(self, number: int) -> list[int]:
@@ -193,6 +194,12 @@ class BranchNames:
         key = self._key(self.graph.calls[unit].path, unit)
         like = self.keys()[0]
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
+
+
+def _shared_start(stacks: Sequence[list[int]]) -> list[int]:
+    """The calls with which all stacks begin."""
+    levels = zip(*stacks, strict=False)
+    return [calls[0] for calls in takewhile(lambda calls: len(set(calls)) == 1, levels)]
 
 
 def _container(path: str) -> str | None:

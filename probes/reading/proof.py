@@ -13,6 +13,7 @@ from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
+    JOINS,
     LAYERS,
     MOVES,
     PRODUCTS,
@@ -165,7 +166,9 @@ class WeightCoverage:
         later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
         if (value := self._residual_sum(later, self._head)) is not None:
             return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
-        return self._hidden_branches() or self._unread_writes() or self._unknown_sum()
+        return (
+            self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
+        )
 
     def _is_of_no_other(self, value: TracedValue) -> bool:
         """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
@@ -219,6 +222,19 @@ class WeightCoverage:
             parts = [v for v in addends(source) if depends(v, self.memory.root)]
             if len(parts) > 1 and (depends(parts[1], parts[0]) or depends(parts[0], parts[1])):
                 return f"a sum of several branches in {self.graph.path(source) or 'the model'} is read as one"
+        return ""
+
+    def _parts_put_next(self) -> str:
+        """What a branch gives is added in all its parts: none is put next to the state, as further features of it."""
+        sources = {number for branch in self.branches for number in branch.way()}
+        for read, taker in self.memory.leaves:
+            for piece in addends(taker) if taker.name in JOINS else ():
+                way = piece
+                while len(way.parents) == 1 and (way.name in MOVES or way.name in SAME):
+                    way = way.parents[0]
+                if piece is not read and way.number in sources:
+                    path = self.graph.path(way) or "a branch"
+                    return f"a part of what {path} gives is added to the state, and another part is put next to it"
         return ""
 
     def _unread_writes(self) -> str:

@@ -18,6 +18,8 @@ def tracks(memory: Memory) -> list[Memory]:
     values, track = memory.graph.values, _Tracks()
     for number in sorted(n for n in relevant if n <= last):
         track.join(number, [p.number for p in memory.inside(values[number])])
+    if any(len({track.of(w.number) for w in b.writes if w.number in track}) > 1 for b in branches):
+        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
     writes: dict[int, set[int]] = {}
     for number in track:
         writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
@@ -26,7 +28,7 @@ def tracks(memory: Memory) -> list[Memory]:
     merges = {
         n
         for n in memory.trunk
-        if n > last and len({track.of(p.number) for p in memory.inside(values[n])}) > 1
+        if n > last and len({track.of(p.number) for p in memory.inside(values[n]) if p.number in track}) > 1
     }
     everything = merges.union(*writes.values())
     return [without_inner(memory, everything - of) for of in writes.values()]

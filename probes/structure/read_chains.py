@@ -208,7 +208,8 @@ class _ChainOf:
             depth, [shown for _, shown in places if until is None or shown.order < until]
         )
         if best is None:
-            value = min(same, key=lambda other: len(other.shape))  # without axes of size one
+            # Without axes of size one, and with no others merged.
+            value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
             place = self.graph.place(value)
             point = HookPoint(
                 place.module, place.call, "operation", state.layer, state.site, producer,
