@@ -45,7 +45,9 @@ def cuts_of(
         inner = _inner(memory, cuts, sizes)
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
         return Cuts(cuts, bool(_long_lived(cuts)), inner)
-    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes)) > 1)
+    # The first state may be one value that is copied for each of several streams, as into a list.
+    grows = len(set(sizes[1:] if len(sizes) > 2 and sizes[0] < sizes[1] else sizes)) > 1
+    return Cuts(cuts, bool(_long_lived(cuts)) or grows)
 
 
 def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
