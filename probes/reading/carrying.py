@@ -25,6 +25,7 @@ from depthscope.probes.reading.operations import (
     SAME,
     SCATTERS,
     SUMS,
+    TURNS,
     VIEWS,
     addends,
     centred,
@@ -83,6 +84,13 @@ class Rules:
         rest = filled(value.args[1:], self._graph.tensor)
         out = value.func(tensor, *rest, **filled(value.kwargs, self._graph.tensor))
         return Numbers.of((out[value.item] if isinstance(out, (list, tuple)) else out).numpy())
+
+    def _turn(self, value: TracedValue) -> Numbers | None:
+        """Streams may be put into another order; tokens and features may not."""
+        own = self._of(value.args[0])
+        if own is None or len(value.args) < (3 if value.name == "roll" else 2):
+            return None
+        return None if own.collapsed([dim % len(own.shape) for dim in value.args[-1]]) is None else own
 
     def _sum(self, value: TracedValue) -> Numbers | None:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
@@ -237,6 +245,7 @@ _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(FUNCTIONS, Rules._function),
     **dict.fromkeys(SAME, Rules._same),
     **dict.fromkeys(MOVES, Rules._move),
+    **dict.fromkeys(TURNS, Rules._turn),
     **dict.fromkeys(SUMS, Rules._sum),
     **dict.fromkeys(PRODUCTS, Rules._product),
     **dict.fromkeys(REDUCES, Rules._reduce),

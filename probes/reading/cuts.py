@@ -45,9 +45,10 @@ def cuts_of(
         inner = _inner(memory, cuts, sizes)
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
         return Cuts(cuts, bool(_long_lived(cuts)), inner)
-    # The first state may be one value that is copied for each of several streams, as into a list.
-    grows = len(set(sizes[1:] if len(sizes) > 2 and sizes[0] < sizes[1] else sizes)) > 1
-    return Cuts(cuts, bool(_long_lived(cuts)) or grows)
+    # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
+    alive = {value.number for cut in cuts[1:] for value in cut}
+    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not any(b.read.number in alive for b in branches)
+    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
 
 
 def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:

@@ -24,6 +24,7 @@ from depthscope.probes.reading.operations import (
     SAME,
     SCATTERS,
     SUMS,
+    TURNS,
 )  # fmt: skip
 
 # What holds nothing before it is written; if it is read all the same, a kernel wrote it of which no operation is seen.
@@ -35,7 +36,7 @@ FUSED = {
     "addcmul": torch.ops.aten.mul.Tensor,
 }
 # What carries a memory: what it takes is held, and what it gives is made again from that.
-CARRYING = SAME | MOVES | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
+CARRYING = SAME | MOVES | TURNS | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
 
 # Of what these take autograd saves each tensor, where all of them need gradients.
 SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()

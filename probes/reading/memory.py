@@ -184,18 +184,24 @@ def _followed(memory: Memory, rules: Rules, value: TracedValue) -> list[TracedVa
 
 
 def _end(memory: Memory) -> TracedValue:
-    """The value after most writes of those that reach the output; where none is, that weights made which work nowhere else.
+    """The value after most writes: of those that reach the output, or that a last block hands on and nobody reads.
 
     The latest one that has every token and feature; the latest of all, where none has.
     """
     graph = memory.graph
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]
-    ends = [v for v in written if graph.reaches_output(v)] or [v for v in written if graph.has_own_weights(v)]
+    ends = [v for v in written if graph.reaches_output(v) or _is_unused_state(graph, v)]
+    ends = ends or [v for v in written if graph.has_own_weights(v)]
     most = max((memory.depth[value.number] for value in ends), default=0)
     latest = [value for value in ends if memory.depth[value.number] == most]
     whole = [value for value in latest if memory.is_whole(value)]
     return max(whole or latest or [memory.root], key=lambda value: value.number)
+
+
+def _is_unused_state(graph: Graph, value: TracedValue) -> bool:
+    """Whether a block hands a value on that weights made which work nowhere else, as the last text state of two streams."""
+    return value.number in graph.handed_on and graph.has_own_weights(value)
 
 
 def _joining(memory: Memory) -> MayJoin:

@@ -16,8 +16,9 @@ SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_co
 VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
 MOVES = VIEWS | names(
     "permute transpose t mT movedim unsqueeze squeeze expand repeat slice narrow split split_with_sizes chunk select "
-    "unbind index_select index gather tile repeat_interleave diagonal unfold constant_pad_nd roll flip"
+    "unbind index_select index gather tile repeat_interleave diagonal unfold constant_pad_nd"
 )
+TURNS = names("roll flip")
 PARTS = names("slice select unbind split split_with_sizes")
 # The positions of what is added up.
 SUMS: dict[str, tuple[int, ...]] = {
