@@ -14,6 +14,7 @@ from depthscope.diagnostics import CATALOGUE, analyze
 from depthscope.diagnostics.metrics.spectrum import singular_value
 from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
+from tests.long_tests import number_kept
 from tests.models.synthetic_run import synthetic_run
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,15 +24,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``@pytest.mark.slow(but=2)``: the first two cases of the test are in every run, the others among the slow ones."""
+    """Mark what takes long as slow: by the table of `tests.long_tests`, or by the test's own mark.
+
+    ``@pytest.mark.slow(but=2)``: the first two cases are in every run, the others among the slow ones.
+    """
     seen: Counter[str] = Counter()
+    long = number_kept()
     for item in items:
-        mark = item.get_closest_marker("slow")
-        if mark is not None and "but" in mark.kwargs:
-            test = item.nodeid.partition("[")[0]
-            seen[test] += 1
-            if seen[test] <= mark.kwargs["but"]:
-                item.own_markers.remove(mark)
+        test, mark = item.nodeid.partition("[")[0], item.get_closest_marker("slow")
+        seen[test] += 1
+        if mark is None and seen[test] > long.get(test, len(items)):
+            item.add_marker(pytest.mark.slow)
+        elif mark is not None and seen[test] <= mark.kwargs.get("but", 0):
+            item.own_markers.remove(mark)
 
 
 @pytest.hookimpl(optionalhook=True)
