@@ -80,7 +80,7 @@ def memories(graph: Graph) -> list[Memory]:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    first_memory = _after_first_norm(_taken_apart(ranked[0].memory))
+    first_memory = _after_first_norm(_taken_apart(_within_long_skip(graph, ranked).memory))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
@@ -89,6 +89,20 @@ def memories(graph: Graph) -> list[Memory]:
             memory = without_forks(graph, start_of(root))
             _take(graph, taken, _with_shares([Ranked(memory, _used(memory))], everything))
     return [memory for memory, _ in taken]
+
+
+def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
+    """The first memory; one inside of its only branch, if the whole trunk lies there and one sum goes around it."""
+    best = ranked[0]
+    if best.memory.num_writes > 1:
+        return best
+    outer = best.memory, branches_of(best.memory)
+    for other in ranked[1:]:
+        if other.memory.num_writes > 1 and other.share > best.share / 2:
+            inner = other.memory, branches_of(other.memory)
+            if inner[1] and _nested(graph, inner, outer):
+                return other
+    return best
 
 
 def _unknown(graph: Graph) -> str:
@@ -131,7 +145,7 @@ def _after_first_norm(memory: Memory) -> Memory:
     if memory.num_writes < 2 or not begin or any(0 < memory.depth[n] < memory.num_writes for n in passed):
         return memory
     first = values[begin[-1]]
-    if first.shape != memory.root.shape or memory.root.number in memory.back([memory.end], {first.number}):
+    if first.numel != memory.root.numel or memory.root.number in memory.back([memory.end], {first.number}):
         return memory
     return without_forks(memory.graph, start_of(first))
 

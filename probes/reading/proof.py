@@ -30,6 +30,10 @@ from depthscope.probes.reading.states import States
 ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 
 
+# Heuristic: what has less of the weights, relative to those of the branches, is no part of the trunk.
+FURTHER_WEIGHTS = 0.1
+
+
 def tolerance(values: Iterable[TracedValue]) -> float:
     """How far recomputed values may be off, relative to their largest number."""
     return max(ROUNDING.get(v.dtype, 4.0) * torch.finfo(v.dtype).eps for v in values if v.is_floating)
@@ -164,35 +168,49 @@ class WeightCoverage:
             return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
         end = max(value.number for value in self.last) + 1
         later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
-        if (value := self._residual_sum(later, self._head)) is not None:
+        if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
             return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
         return (
             self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
         )
 
     def _is_of_no_other(self, value: TracedValue) -> bool:
-        """Whether a value as large as a state is made of no other memory's, as the sum of two tracks is."""
-        return value.numel == self.memory.count and not any(p.number in self._others for p in value.parents)
+        """Whether a value is made of no other memory's, as the sum of two tracks is."""
+        return not any(p.number in self._others for p in value.parents)
 
-    def _residual_sum(self, numbers: Iterable[int], marks: bytearray) -> TracedValue | None:
-        """A marked sum of a value and of something that a weight computed from it."""
+    def _residual_sum(
+        self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
+    ) -> TracedValue | None:
+        """A marked sum of a value and of something that weights computed from it, of the memory's size or with many of them.
+
+        ``after``: what the value was computed from.
+        """
         for number in numbers:
             value = self.graph.values[number]
             if not marks[number] or number in self._others or value.name not in ("add", "sub"):
                 continue
             added = addends(value)
-            if len(added) == 2 and any(self._is_branch(a, b) for a, b in (added, added[::-1])):
+            pairs = (added, added[::-1]) if len(added) == 2 else ()
+            if any(
+                self._is_branch(a, b, few=value.numel != self.memory.count)
+                for a, b in pairs
+                if after is None or self.graph.depends(a, after) or a is after
+            ):
                 return value
         return None
 
-    def _is_branch(self, a: TracedValue, b: TracedValue) -> bool:
+    def _is_branch(self, a: TracedValue, b: TracedValue, *, few: bool) -> bool:
         while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):
             a = a.parents[0]  # what is added to may be a view of what the branch takes, or scaled
         if a.numel != b.numel or len(b.shape) < 2 or a.kind or not self.graph.depends(b, a):
             return False
         behind = self.graph.earlier([b], {a.number})
-        working = (self.graph.values[number].name for number in weights(self.graph) if behind[number])
-        return any(name in LAYERS for name in working)
+        working = [number for number in weights(self.graph) if behind[number]]
+        if few:  # sums of another size are a part of the head, where they have few of the weights
+            own = sum(w.numel for w in self.by_place["branches"])
+            if sum(w.numel for w in weights_in(self.graph, behind)) < FURTHER_WEIGHTS * own:
+                return False
+        return any(self.graph.values[number].name in LAYERS for number in working)
 
     def _unknown_sum(self) -> str:
         """What takes a state and gives one as large may hide a sum, where weights lie before it or a memory comes after."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import ReadingError, TracedValue
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import CHANNEL_NORMS, NORMS
+from depthscope.probes.reading.operations import CHANNEL_NORMS, FUNCTIONS, NORMS
 
+RECURRENT = re.compile("rnn|lstm|gru")
 MOST_ARRAYS = 4  # that were asked for last
 UNEQUAL = "some tokens or features have more streams than others"
 
@@ -139,7 +141,7 @@ def feature_axis(memory: Memory) -> int:
     strides = [math.prod(memory.shape[dim + 1 :]) for dim in range(len(memory.shape))]
     votes = [0] * len(strides)
     for value, taker in memory.leaves:
-        axis = _voted_axis(value, taker)
+        axis = _axis_after_activations(memory.graph, value, taker)
         if axis is None or value.shape[axis] < 2:
             continue
         step = memory.carried[value.number].step(axis)
@@ -149,6 +151,21 @@ def feature_axis(memory: Memory) -> int:
     return max(range(len(votes)), key=lambda dim: (votes[dim], dim))
 
 
+def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue) -> int | None:
+    """The same, where activations and padding come first."""
+    waiting = [(value, taker)]
+    for _ in range(8):
+        if not waiting:
+            break
+        of, by = waiting.pop(0)
+        axis = _voted_axis(of, by)
+        if axis is not None:
+            return axis
+        if len(by.shape) == len(value.shape) and (by.name in FUNCTIONS or "pad" in by.name):
+            waiting += [(by, next_taker) for next_taker in graph.takers(by)]
+    return None
+
+
 def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
     """The axis along which an opaque operation takes features together."""
     at = next((n for n, argument in enumerate(taker.args) if argument is value), None)
@@ -156,4 +173,4 @@ def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
         return len(value.shape) - 1
     if taker.name in CHANNEL_NORMS or taker.name == "convolution":
         return 1 if len(value.shape) > 1 else None
-    return len(value.shape) - 1 if taker.name in NORMS else None
+    return len(value.shape) - 1 if taker.name in NORMS or RECURRENT.search(taker.name) else None

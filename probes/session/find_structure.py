@@ -19,7 +19,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -41,7 +41,7 @@ from depthscope.probes.structure.named_blocks import (
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, read_chain
+from depthscope.probes.structure.read_chains import ReadChain, missing_state, read_chain
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
@@ -106,6 +106,13 @@ class StructureFinder:
         self._has_shards = shards is not None
         found = self._found()
         chains = tuple(of.chain for of in found)
+        read = [memory for of in found for memory in of.memories]
+        is_plain = all(memory.num_streams == 1 and not memory.over_depth for memory in read)
+        named = self.options.blocks is not None or self.options.layout is not None
+        if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
+            chains = tuple(
+                replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
+            )
         layouts = tuple(of.layout for of in found)
         sites = self._sites(found[0])
         named_streams = self._num_streams(chains[0], layouts[0], sites)

@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.probes.model.tensors import split_error
-from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.description import (
+    PROVEN,
+    BranchReading,
+    ConnectionReading,
+    MemoryReading,
+)
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
+from depthscope.probes.structure.tape import value_at
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
@@ -87,9 +93,32 @@ class _ChainOf:
             block_class="/".join(kinds),
             shapes=self._shapes(points, layout),
             history=self.memory.over_depth,
-            proof=self.memory.proof,
+            proof=self._proof(points),
         )
         return ReadChain(chain, self.memory, layout)
+
+    def _proof(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> str:
+        """The proof, unless a state is named after a block that gives something else."""
+        if self.memory.proof == PROVEN and self._is_plain:
+            for point, value in points:
+                if not self._is_named_rightly(point, value):
+                    return (
+                        f"unproven: {point.module} gives something else than the state that is named after it"
+                    )
+        return self.memory.proof
+
+    def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
+        """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
+        if point.site not in ("post", "pre") or any(point.module == branch.path for branch in self.branches):
+            return True
+        shown = [of for other in self._same(value) for of in self.graph.shown.get(other.number, ())]
+        paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
+        if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
+            return True
+        inside = [call for call in self.graph.stack(value) if self.graph.calls[call].path == point.module]
+        return not inside or not any(
+            of.call in inside and of.at == "output" for given in self.graph.shown.values() for of in given
+        )
 
     def _shapes(
         self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
@@ -273,12 +302,12 @@ class _ChainOf:
     def _same(self, value: TracedValue) -> list[TracedValue]:
         """A value, and others with the same elements: copies and views of it, and what it is one of."""
         found = [value]
-        while len(found[-1].parents) == 1 and self._is_same(found[-1], found[-1].parents[0]):
+        while len(found[-1].parents) == 1 and self.is_same(found[-1], found[-1].parents[0]):
             found.append(found[-1].parents[0])
         waiting = [value]
         while waiting:
             for taker in self.graph.takers(waiting.pop()):
-                if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
+                if len(taker.parents) == 1 and self.is_same(taker, taker.parents[0]):
                     found.append(taker)
                     waiting.append(taker)
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
@@ -304,7 +333,7 @@ class _ChainOf:
         return found
 
     @staticmethod
-    def _is_same(value: TracedValue, parent: TracedValue) -> bool:
+    def is_same(value: TracedValue, parent: TracedValue) -> bool:
         same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
         return (
             same
@@ -446,3 +475,39 @@ class _ChainOf:
             if calls:
                 return min(calls)
         return None
+
+
+def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
+    """A block, next to those of plain chains and of their class, that gives no state of them; empty where there is none.
+
+    What only gives a branch's output is none.
+    """
+    known = {number for memory in memories for state in memory.states for number in state.values}
+    known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
+    waiting = list(known)
+    while waiting:  # copies and views of states are states
+        value = graph.values[waiting.pop()]
+        near = [*graph.takers(value), *value.parents]
+        same = [
+            of for of in near if _ChainOf.is_same(max(of, value, key=_number), min(of, value, key=_number))
+        ]
+        waiting += [of.number for of in same if of.number not in known]
+        known |= {of.number for of in same}
+    known |= {n for m in memories for c in m.connections for b in c.branches for n in b.way}
+    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
+    like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
+    given: dict[int, list[int]] = {}
+    for number, places in graph.shown.items():
+        for of in places:
+            if of.at == "output" and graph.values[number].is_floating:
+                given.setdefault(of.call, []).append(number)
+    for call, numbers in sorted(given.items()):
+        path = graph.calls[call].path
+        is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
+        if is_like and not known.intersection(numbers):
+            return f"{path} gives no state of the chain"
+    return ""
+
+
+def _number(value: TracedValue) -> int:
+    return value.number

@@ -16,6 +16,7 @@ ROW_MAJOR = VIEWS | names("squeeze unsqueeze")
 TURNS = names("permute transpose t mT movedim")
 REMOVES = names("select unbind sum mean amax amin max min prod any all argmax logsumexp linalg_vector_norm")
 PARTS = names("slice narrow split split_with_sizes chunk index_select")
+SHUFFLES = names("index index_select gather")
 SOFTMAX = names("_softmax softmax _safe_softmax _log_softmax log_softmax cumsum")
 
 
@@ -77,6 +78,8 @@ class SequenceAxis:
             return (stride, size) if value.numel == operand.numel else None
         place = _place(operand.shape, stride, size) if operand.numel else None
         if place is None:
+            # What several axes have together may be put into another order.
+            self._mixed |= {value.number} if value.name in SHUFFLES and operand.numel else set()
             return None
         dim, inner = place
         if self._goes_along(value, position, len(operand.shape), dim):
