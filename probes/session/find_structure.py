@@ -107,7 +107,7 @@ class StructureFinder:
         found = self._found()
         chains = tuple(of.chain for of in found)
         read = [memory for of in found for memory in of.memories]
-        is_plain = all(memory.num_streams == 1 and not memory.over_depth for memory in read)
+        is_plain = all(m.num_streams == 1 and not m.over_depth and not m.inner_streams for m in read)
         named = self.options.blocks is not None or self.options.layout is not None
         if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
             chains = tuple(

@@ -480,20 +480,21 @@ class _ChainOf:
 def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
     """A block, next to those of plain chains and of their class, that gives no state of them; empty where there is none.
 
-    What only gives a branch's output is none.
+    What lies inside of a branch is none.
     """
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
     waiting = list(known)
-    while waiting:  # copies and views of states are states
+    while waiting:  # what has the elements of a state in another order is one
         value = graph.values[waiting.pop()]
-        near = [*graph.takers(value), *value.parents]
-        same = [
-            of for of in near if _ChainOf.is_same(max(of, value, key=_number), min(of, value, key=_number))
-        ]
+        same = [of for of in graph.takers(value) if _only_moves(of) and of.numel == value.numel]
+        same += [of for of in value.parents if _only_moves(value) and of.numel == value.numel]
         waiting += [of.number for of in same if of.number not in known]
         known |= {of.number for of in same}
-    known |= {n for m in memories for c in m.connections for b in c.branches for n in b.way}
+    branches = [branch for m in memories for c in m.connections for branch in c.branches]
+    known |= {number for branch in branches for number in branch.way}
+    carried = set().union(*(memory.carried for memory in memories))
+    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     given: dict[int, list[int]] = {}
@@ -504,10 +505,10 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     for call, numbers in sorted(given.items()):
         path = graph.calls[call].path
         is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
-        if is_like and not known.intersection(numbers):
+        if is_like and not known.intersection(numbers) and not any(inside[number] for number in numbers):
             return f"{path} gives no state of the chain"
     return ""
 
 
-def _number(value: TracedValue) -> int:
-    return value.number
+def _only_moves(value: TracedValue) -> bool:
+    return value.name in MOVES or value.name in SAME
