@@ -13,13 +13,13 @@ from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
     MOST_STREAMS,
-    MOVES,
     PRODUCTS,
     SAME,
     SUMS,
     VIEWS,
     addends,
     factors,
+    only_moves,
 )
 
 
@@ -213,8 +213,7 @@ def _before(
     memory: Memory, value: TracedValue, gates: set[int]
 ) -> tuple[TracedValue | None, TracedValue | None]:
     """The value that a step moves or scales, and its coefficient."""
-    moved = value.name in SAME or value.name in MOVES
-    if moved and value.args and isinstance(value.args[0], TracedValue):
+    if only_moves(value) and value.args and isinstance(value.args[0], TracedValue):
         return value.args[0], None
     if value.name in ("add", "sub"):
         return _beside_constant(memory, value), None

@@ -13,7 +13,7 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, MOVES, SAME
+from depthscope.probes.reading.operations import JOINS, only_moves
 
 Cut = list[TracedValue]
 
@@ -245,7 +245,7 @@ class _Life:
     @staticmethod
     def _only_moves(before: TracedValue, step: TracedValue) -> bool:
         same = (step.numel, step.dtype) == (before.numel, before.dtype)
-        return same and (step.name in MOVES or step.name in SAME)
+        return same and only_moves(step)
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

@@ -53,6 +53,11 @@ STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # w
 CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
 
+def only_moves(value: TracedValue) -> bool:
+    """Whether an operation gives the elements of what it takes, elsewhere or as they are."""
+    return value.name in SAME or value.name in MOVES
+
+
 def addends(value: TracedValue) -> list[TracedValue]:
     """What an operation adds up, whatever it multiplies."""
     if value.name in JOINS:
@@ -106,7 +111,7 @@ def weights(graph: Graph) -> dict[int, list[TracedValue]]:
             own = [weight for parent in value.parents for weight in made.get(parent.number, ())]
             if own:
                 found[value.number] = own
-                if len(value.parents) == 1 and (value.name in SAME or value.name in MOVES):
+                if len(value.parents) == 1 and only_moves(value):
                     made[value.number] = own
     return graph.weights
 
@@ -122,7 +127,7 @@ def mean_of(value: TracedValue, of: TracedValue) -> TracedValue | None:
         if value.name in REDUCES:
             return value if any(parent is of for parent in value.parents) else None
         scales = value.name in PRODUCTS and len([v for v in value.parents if v.shape]) == 1
-        if not value.parents or not (value.name in SAME or value.name in MOVES or scales):
+        if not value.parents or not (only_moves(value) or scales):
             return None
         value = value.parents[0]
     return None
@@ -147,8 +152,9 @@ def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
     for _ in range(6):
         if value.name in STATISTICS:
             return graph.depends(value, of) or any(graph.depends(value, p) for p in of.parents[:1])
-        passes = value.name in SAME or value.name in MOVES
-        if not value.parents or not (passes or value.name in ("clamp_min", "clamp", "add", "maximum", "mul")):
+        if not value.parents or not (
+            only_moves(value) or value.name in ("clamp_min", "clamp", "add", "maximum", "mul")
+        ):
             return False
         value = max(value.parents, key=lambda v: v.number)
     return False

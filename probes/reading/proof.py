@@ -21,6 +21,7 @@ from depthscope.probes.reading.operations import (
     addends,
     is_unknown,
     named,
+    only_moves,
     weights,
     weights_in,
 )  # fmt: skip
@@ -248,7 +249,7 @@ class WeightCoverage:
         for read, taker in self.memory.leaves:
             for piece in addends(taker) if taker.name in JOINS else ():
                 way = piece
-                while len(way.parents) == 1 and (way.name in MOVES or way.name in SAME):
+                while len(way.parents) == 1 and only_moves(way):
                     way = way.parents[0]
                 if piece is not read and way.number in sources:
                     path = self.graph.path(way) or "a branch"

@@ -10,12 +10,11 @@ from depthscope.probes.reading.operations import (
     FUNCTIONS,
     MATRICES,
     MOST_STREAMS,
-    MOVES,
     PRODUCTS,
     REDUCES,
-    SAME,
     VIEWS,
     addends,
+    only_moves,
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
@@ -46,7 +45,7 @@ def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
 def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
     """What is cut out of a value before anything else takes it; the value, where nothing is."""
     part = value
-    while len(takers := graph.takers(value)) == 1 and (takers[0].name in MOVES or takers[0].name in SAME):
+    while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
         value = takers[0]
         if value.numel < part.numel:
             part = value
@@ -80,7 +79,7 @@ class _Sums:
             return None, False
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
-        if value.name in SAME or value.name in MOVES:
+        if only_moves(value):
             return operands[0], False
         mixes = value.name in MATRICES and not any(p.of_parameter for p in value.parents)
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
@@ -117,7 +116,7 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
                 break
             made[value.number] = value, 1
             continue
-        passes = value.name in MOVES or value.name in SAME or value.name == "add"
+        passes = only_moves(value) or value.name == "add"
         known = made.get(value.parents[0].number) if value.parents and passes else None
         if known is None:
             continue

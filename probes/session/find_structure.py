@@ -138,7 +138,7 @@ class StructureFinder:
                 self.graph,
                 self.model,
                 chains,
-                {name for of in found for memory in of.memories for name in memory.parameters},
+                {name for memory in read for name in memory.parameters},
                 named=self.options.blocks is not None,
             ),
             shards=shards,
@@ -313,16 +313,7 @@ class StructureFinder:
         opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
         if begin.site == "embed":
             begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
-        moved = tuple(
-            replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections
-        )
-        return replace(
-            chain,
-            points=(opening, begin, *chain.points[1:]),
-            connections=moved,
-            shapes=(taken.shape, *chain.shapes),
-            blocks=(first.path, *chain.blocks),
-        )
+        return chain.preceded_by(opening, begin, taken.shape)
 
     def _with_ending(self, chain: Chain, memory: MemoryReading, layout: str) -> Chain:
         """The chain with what blocks of its class give after its last state, in another shape."""

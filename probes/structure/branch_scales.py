@@ -11,7 +11,7 @@ from torch import nn
 
 from depthscope.probes.reading.description import BranchReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue
-from depthscope.probes.reading.operations import MOVES, NORMS, PRODUCTS, SAME, addends
+from depthscope.probes.reading.operations import NORMS, PRODUCTS, addends, only_moves
 
 # Which argument of a norm is the weight that multiplies its result; of all others the second is.
 THIRD = frozenset(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", "group_norm"))
@@ -74,7 +74,7 @@ def _terms(graph: Graph, value: TracedValue, known: dict[int, list[Term]]) -> li
             behind = [v for v in value.args[:2] if isinstance(v, TracedValue) and v.numel == value.numel][:1]
         elif value.name in ("add", "sub"):
             behind = [v for v in addends(value) if graph.depends_on_input(v)]
-        elif value.name in SAME or value.name in MOVES:
+        elif only_moves(value):
             behind = list(value.parents[:1])
         inner = [term for v in behind for term in _terms(graph, v, known)] if behind else [()]
         known[value.number] = list(dict.fromkeys((*own, *term) for term in inner))

@@ -30,14 +30,5 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
         made = HookPoint(block.path, block.number, "output", begin.layer, "post", block.path)
         taker = begin.path if begin.at == "input" else begin.module
         begin = replace(begin, layer=chain.points[1].layer, site="pre", module=taker)
-        moved = tuple(
-            replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in chain.connections
-        )
-        return replace(
-            chain,
-            points=(made, begin, *chain.points[1:]),
-            connections=moved,
-            shapes=(value.shape, *chain.shapes),
-            blocks=(block.path, *chain.blocks),
-        )
+        return chain.preceded_by(made, begin, value.shape)
     return chain

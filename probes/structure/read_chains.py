@@ -16,7 +16,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
-from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends
+from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 from depthscope.probes.structure.tape import value_at
 
@@ -302,12 +302,12 @@ class _ChainOf:
     def _same(self, value: TracedValue) -> list[TracedValue]:
         """A value, and others with the same elements: copies and views of it, and what it is one of."""
         found = [value]
-        while len(found[-1].parents) == 1 and self.is_same(found[-1], found[-1].parents[0]):
+        while len(found[-1].parents) == 1 and self._is_same(found[-1], found[-1].parents[0]):
             found.append(found[-1].parents[0])
         waiting = [value]
         while waiting:
             for taker in self.graph.takers(waiting.pop()):
-                if len(taker.parents) == 1 and self.is_same(taker, taker.parents[0]):
+                if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
                     found.append(taker)
                     waiting.append(taker)
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
@@ -323,9 +323,7 @@ class _ChainOf:
                 other.number
                 for after, before in steps
                 for other in (after, before)
-                if (after.name in MOVES or after.name in SAME)
-                and after.numel == before.numel
-                and len(after.parents) == 1
+                if only_moves(after) and after.numel == before.numel and len(after.parents) == 1
             }
             new = [other for other in near if other.number in moves and other.number not in seen]
             seen.update(other.number for other in new)
@@ -333,7 +331,7 @@ class _ChainOf:
         return found
 
     @staticmethod
-    def is_same(value: TracedValue, parent: TracedValue) -> bool:
+    def _is_same(value: TracedValue, parent: TracedValue) -> bool:
         same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
         return (
             same
@@ -487,8 +485,8 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     waiting = list(known)
     while waiting:  # what has the elements of a state in another order is one
         value = graph.values[waiting.pop()]
-        same = [of for of in graph.takers(value) if _only_moves(of) and of.numel == value.numel]
-        same += [of for of in value.parents if _only_moves(value) and of.numel == value.numel]
+        same = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
+        same += [of for of in value.parents if only_moves(value) and of.numel == value.numel]
         waiting += [of.number for of in same if of.number not in known]
         known |= {of.number for of in same}
     branches = [branch for m in memories for c in m.connections for branch in c.branches]
@@ -508,7 +506,3 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
         if is_like and not known.intersection(numbers) and not any(inside[number] for number in numbers):
             return f"{path} gives no state of the chain"
     return ""
-
-
-def _only_moves(value: TracedValue) -> bool:
-    return value.name in MOVES or value.name in SAME
