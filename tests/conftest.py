@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
 from tests.long_tests import number_kept
 from tests.models.synthetic_run import synthetic_run
+from tests.thoroughness import number_of_draw, sample_or_every
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so; the tests send themselves and their commands Ctrl-C.
@@ -23,20 +24,39 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes long as slow: by the table of `tests.long_tests`, or by the test's own mark.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what takes long as slow, by `tests.long_tests` or by its own mark, and draw which of its cases are run.
 
-    ``@pytest.mark.slow(but=2)``: the first two cases are in every run, the others among the slow ones.
+    ``@pytest.mark.slow(but=1, more=2)``: the first case is in every run, two others that the commit draws are among the slow
+    tests, and the rest where ``DEPTHSCOPE_TESTS=every`` or the test's own name asks for them.
     """
-    seen: Counter[str] = Counter()
-    long = number_kept()
+    table, draw = number_kept(), number_of_draw()
+    every = sample_or_every(False, True) or any("::" in argument for argument in config.args)
+    left_out: list[pytest.Item] = []
+    for test, cases in grouped(items).items():
+        marks = {item: mark for item in cases if (mark := item.get_closest_marker("slow"))}
+        more = max((mark.kwargs.get("more", -1) for mark in marks.values()), default=-1)
+        if not marks and test in table:
+            marks = {item: pytest.mark.slow(but=0).mark for item in cases[table[test] :]}
+            more = max(2, len(marks) // 4)  # what the table names are many cases of one thing
+            for item in marks:
+                item.add_marker(pytest.mark.slow)
+        but = max((mark.kwargs.get("but", 0) for mark in marks.values()), default=0)
+        for item in cases[:but]:
+            item.own_markers.remove(marks.pop(item))
+        if not every and 0 <= more < len(marks):
+            left_out += set(marks) - set(Random(f"{draw} {test}").sample(list(marks), more))
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def grouped(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of every test."""
+    found: dict[str, list[pytest.Item]] = {}
     for item in items:
-        test, mark = item.nodeid.partition("[")[0], item.get_closest_marker("slow")
-        seen[test] += 1
-        if mark is None and seen[test] > long.get(test, len(items)):
-            item.add_marker(pytest.mark.slow)
-        elif mark is not None and seen[test] <= mark.kwargs.get("but", 0):
-            item.own_markers.remove(mark)
+        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return found
 
 
 @pytest.hookimpl(optionalhook=True)

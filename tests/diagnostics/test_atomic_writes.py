@@ -416,15 +416,8 @@ def test_a_run_whose_writer_is_killed_is_the_former_or_the_new():
 
 
 @posix
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    # A report and the weights of a study replace one file, as "nc" does.
-    sample_or_every(
-        ["nc", "zarr.zip", "export", "cache"],
-        ["nc", "zarr", "zarr.zip", "analyze", "export", "report", "study", "cache"],
-    ),
-)
+@pytest.mark.slow(more=1)  # each of them replaces one file or one folder, in the same two functions
+@pytest.mark.parametrize("kind", ["nc", "zarr", "zarr.zip", "analyze", "export", "report", "study", "cache"])
 def test_a_writer_killed_at_random_moments_leaves_the_former_or_the_new(kind):
     moments = sample_or_every(2, 200)
     counts = killed(kind, moments)

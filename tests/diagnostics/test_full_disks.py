@@ -26,7 +26,10 @@ FULL = ("no space left on device", "file too large", "no space left")
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
 @pytest.mark.parametrize(
     ("kind", "limit"),
-    [pytest.param(*case, marks=[] if case == ("nc", "disk") else [pytest.mark.slow]) for case in CASES],
+    [
+        pytest.param(*case, marks=[] if case == ("nc", "disk") else [pytest.mark.slow(more=2)])
+        for case in CASES
+    ],
 )
 def test_where_there_is_no_room_nothing_else_is_lost(kind, limit):
     number = sample_or_every(FEW.get(kind, 12), 40)

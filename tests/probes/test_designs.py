@@ -16,14 +16,15 @@ from tests.models.designs.outcome import Outcome, judged, outcome
 from tests.models.designs.parts import tilted
 from tests.thoroughness import sample_or_every
 
-# An eighth of the designs on every change, all of them with the slow tests.
+# An eighth of the designs on every change, and so many others among the slow tests.
 EVERY = 8
+MORE = 16
 
 
-def each(designs: Sequence[Design], every: int = EVERY) -> pytest.MarkDecorator:
-    """A test of each design; all but one in so many are slow tests."""
+def each(designs: Sequence[Design], more: int = MORE) -> pytest.MarkDecorator:
+    """A test of each design; all but an eighth are slow tests, of which so many are drawn."""
     cases = [
-        pytest.param(design, id=design.name, marks=[pytest.mark.slow] if number % every else [])
+        pytest.param(design, id=design.name, marks=[pytest.mark.slow(more=more)] if number % EVERY else [])
         for number, design in enumerate(designs)
     ]
     return pytest.mark.parametrize("design", cases)
@@ -40,11 +41,11 @@ def test_a_design_is_what_the_table_says(design):
 
 
 FIXED = [design for design in DESIGNS if not design.training]
-# Each forward and backward more costs as much as the table's own test: a normal run takes a sixth of the designs for it.
-LATER, BACKWARD = sample_or_every(FIXED[::6], FIXED), sample_or_every(FIXED[1::6], FIXED)
+# Each forward and backward more costs as much as the table's own test.
+LATER, BACKWARD = sample_or_every(FIXED[::24], FIXED), sample_or_every(FIXED[1::24], FIXED)
 
 
-@each(LATER)
+@each(LATER, more=4)
 def test_later_forwards_are_read_like_the_first(design):
     word = words_of(today.table()[design.name])[0]
     if word in ("right", "states", "unproven"):
@@ -64,7 +65,7 @@ WITHOUT_GRADIENTS = (
 )
 
 
-@each(BACKWARD)
+@each(BACKWARD, more=4)
 def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
     word = words_of(today.table()[design.name])[0]
     if word in ("right", "states") and not any(words in design.name for words in WITHOUT_GRADIENTS):

@@ -136,14 +136,14 @@ def problems(found):
     return wrong
 
 
-@pytest.mark.slow(but=10)
+@pytest.mark.slow(but=8, more=6)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_odd_states_are_analysed_and_judged(make_run, family, change):
     assert problems(analysed(changed(make_run(family, **SIZES), change))) == []
 
 
-@pytest.mark.slow(but=6)
+@pytest.mark.slow(but=4, more=4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
 def test_odd_sizes_are_analysed_and_judged(make_run, family, sizes):
@@ -163,7 +163,7 @@ OF_ALL_DEPTHS = {
 }
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=2, more=2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["a layer with NaN", "a layer of zeros", "identical tokens in a layer"])
 def test_other_depths_stay_as_they_are(make_run, family, name):

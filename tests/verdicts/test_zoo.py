@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from scipy.stats import binom
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
+from tests.thoroughness import number_of_draw
 from tests.verdicts import calibrate, measuring, page, scoring
 from tests.verdicts.drawing import Case, cases, faulty_run, run_case
 from tests.verdicts.faults import FAULTS, Fault, Network
@@ -28,29 +26,17 @@ from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
-NETWORKS = 20
-
-
-def new_draw() -> int:
-    """Another zoo for every commit, and the same one for the same commit: set ``VERDICTS_DRAW`` to repeat a failure."""
-    if "VERDICTS_DRAW" in os.environ:
-        return int(os.environ["VERDICTS_DRAW"])
-    here = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    # Without a repository, as in an unpacked archive, one fixed draw is better than none.
-    return int(asked.stdout[:7], 16) if asked.returncode == 0 else 0
+NETWORKS = 8
 
 
 @pytest.mark.slow
 def test_a_draw_that_nobody_has_seen_is_judged_right():
-    draw = new_draw()
+    draw = number_of_draw()
     outcomes = [run_case(case) for case in cases(draw, NETWORKS, slow=False)]
     wrong = [outcome.line for outcome in outcomes if outcome.outcome not in scoring.RIGHT]
     # More than a draw has by chance, once in a thousand draws, where the page is right about how often a verdict is wrong.
     allowed = binom.ppf(0.999, NETWORKS, page.share_wrong(page.PAGE.read_text(encoding="utf-8")))
-    assert len(wrong) <= allowed, "\n".join([f"draw {draw} (VERDICTS_DRAW={draw} repeats it):", *wrong])
+    assert len(wrong) <= allowed, "\n".join([f"draw {draw} (DEPTHSCOPE_DRAW={draw} repeats it):", *wrong])
 
 
 def test_a_draw_is_the_same_for_the_same_seed():

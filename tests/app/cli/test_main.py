@@ -187,7 +187,7 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are ended in another way there")
-@pytest.mark.slow(but=1)
+@pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
 def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tmp_path, number, code):
     run = tmp_path / "hc.nc"

@@ -73,7 +73,7 @@ def test_a_terminal_in_ascii_shows_escapes(saved):
     assert "check --fail-on fail" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("seconds", [0.15, 1.0, 4.0])
 def test_an_interrupt_is_130_and_one_line_whatever_is_going_on(seconds, tmp_path):
     process = subprocess.Popen(

@@ -147,7 +147,7 @@ def store_with_a_pipe(place: Path) -> None:
     os.mkfifo(place / "zarr.json")
 
 
-@pytest.mark.slow(but=8)  # each once
+@pytest.mark.slow(but=4, more=4)  # each once
 @pytest.mark.parametrize(
     "becomes", [pipe, folder, empty, dangling, circle, forbidden_link, store_with_a_pipe, None]
 )
@@ -172,7 +172,7 @@ def test_a_run_that_becomes_something_else_is_explained_at_once(becomes, suffix,
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_run_that_is_replaced_while_it_is_read_is_one_of_both(suffix, saved, root):
     """A thread replaces the run again and again; every answer is one run as a whole, or the sentence that it changes."""

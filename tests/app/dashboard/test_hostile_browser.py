@@ -116,6 +116,7 @@ def test_every_name_is_listed_once(shown_names):
     assert len(shown_names) == len(NAMES)
 
 
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("first", range(0, len(NAMES), GROUP))
 def test_hostile_names_and_attributes_are_text(first, page, hostile_address, shown_names):
     names = shown_names[first : first + GROUP]
@@ -124,6 +125,7 @@ def test_hostile_names_and_attributes_are_text(first, page, hostile_address, sho
         assert " ".join(name.split()) in text, name
 
 
+@pytest.mark.slow(more=2)
 @pytest.mark.parametrize(
     "path", [shown.url_path for shown in PAGES if shown.url_path not in ("", "training")]
 )

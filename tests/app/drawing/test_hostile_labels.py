@@ -88,7 +88,7 @@ def harmless() -> set[tuple[str, tuple[str, ...]]]:
     return Elements(to_svg(curves("a"))).found | Elements(to_svg(cells("a"))).found
 
 
-@pytest.mark.slow(but=12)
+@pytest.mark.slow(but=6, more=4)
 @pytest.mark.parametrize("case", CASES)
 def test_matplotlib_draws_the_letters(case, harmless):
     text = CASES[case]

@@ -334,7 +334,7 @@ def test_an_interrupt_keeps_what_is_done_and_minutes_end_between_networks(tmp_pa
     assert (len(rows), planned, measured) == (3, 8, ["pre-ln"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(more=1)
 @pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("name", ["connections", "stream-collapse", "rescue"])
 def test_quick_studies_end_with_a_bundle(name, tmp_path, capsys):

@@ -141,7 +141,7 @@ def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
     assert [(f.first, f.last) for f in found if f.verdict == "gradient_not_finite"] == [(5, 5)]
 
 
-@pytest.mark.slow(but=6)
+@pytest.mark.slow(but=4, more=3)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_false_alarm(name):
     loud = [finding for finding in findings(HEALTHY[name]()) if finding.severity > Severity.INFO]

@@ -437,7 +437,7 @@ def test_every_verdict_has_a_network_that_fails_it():
     assert list(CASES) == list(VERDICTS)
 
 
-@pytest.mark.slow(but=12)
+@pytest.mark.slow(but=8, more=6)
 @pytest.mark.parametrize("name", sample_or_every(list(CASES)[::2], list(CASES)))
 def test_a_network_built_to_fail_is_found(name):
     expected, run = CASES[name], CASES[name].build()

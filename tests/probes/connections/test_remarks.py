@@ -16,7 +16,6 @@ from tests.models import stream_bugs
 from tests.models.stream_bugs import BUGS, STYLES, Wiring, network, tokens
 from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
 from tests.probes.connections.test_paired import built
-from tests.thoroughness import sample_or_every
 
 torch.set_num_threads(1)
 
@@ -99,7 +98,9 @@ def told(wired: Wiring) -> tuple:
 # Every bug in one style and every style with some bugs is enough for a quick look.
 QUICK = {(STYLES[number % len(STYLES)], bug) for number, bug in enumerate(BUGS)}
 EVERY = [
-    pytest.param(wired, marks=() if (wired.style, wired.bug) in QUICK else pytest.mark.slow, id=name(wired))
+    pytest.param(
+        wired, marks=() if (wired.style, wired.bug) in QUICK else pytest.mark.slow(more=3), id=name(wired)
+    )
     for wired in cases()
 ]
 
@@ -113,8 +114,8 @@ def test_a_bug_is_told_in_one_sentence(wired):
     assert any(letter.isdigit() for letter in remark["sentence"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wired", sample_or_every([*OTHERS, *HALVES][::5], [*OTHERS, *HALVES]), ids=name)
+@pytest.mark.slow(more=8)
+@pytest.mark.parametrize("wired", [*OTHERS, *HALVES], ids=name)
 def test_a_bug_is_told_with_other_sizes_and_in_half_precision(wired):
     assert [remark["kind"] for remark in told(wired)] == [KINDS[wired.bug]]
 
@@ -182,14 +183,14 @@ RIGHT_OTHERS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wired", sample_or_every(RIGHT_OTHERS[::5], RIGHT_OTHERS), ids=name)
-@pytest.mark.parametrize("seed", sample_or_every([1], [1, 2]))
+@pytest.mark.slow(more=4)
+@pytest.mark.parametrize("wired", RIGHT_OTHERS, ids=name)
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_right_twin_with_other_sizes_brings_none(wired, seed):
     assert probes.describe(network(wired, seed), tokens()).remarks == ()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(more=3)
 @pytest.mark.parametrize("build", [deepseek_v4, glm5_next, hy_v4, qwen4_exp, gemma3n])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_the_families_of_transformers_bring_no_remark(build, fresh):
@@ -199,7 +200,7 @@ def test_the_families_of_transformers_bring_no_remark(build, fresh):
     assert probes.describe(model.eval(), {"input_ids": ids}).remarks == ()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(more=2)
 @pytest.mark.parametrize("package", [free.HyperConnections, constrained.ManifoldConstrainedHyperConnections])
 @pytest.mark.parametrize("style", ["inside", "closure", "methods"])
 def test_the_package_hyper_connections_brings_no_remark(package, style):

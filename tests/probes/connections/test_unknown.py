@@ -136,7 +136,7 @@ def test_a_connection_is_read_by_its_roles(name, shape):
         np.testing.assert_allclose(trace.h_pre.values[number], pre.numpy(), atol=1e-5)
 
 
-@pytest.mark.slow(but=3)
+@pytest.mark.slow(but=3, more=3)
 @pytest.mark.parametrize("name", READ)
 def test_later_steps_and_gradients_are_read_as_the_first(name):
     returns, options = READ[name]

@@ -47,7 +47,7 @@ MERGED = ["b t (n d)", "b t (d n)", "b (n t) d", "b (t n) d"]
 APART = ["(b n) t d", "(n b) t d", "n b t d", "b t n d", "b n t d", "t b n d"]
 
 
-@pytest.mark.slow(but=6)
+@pytest.mark.slow(but=4, more=3)
 @pytest.mark.parametrize(
     "options", [{}, {"inlined": True}, {"dynamic": True}], ids=["plain", "inlined", "dynamic"]
 )
@@ -72,7 +72,7 @@ def between_blocks(run):
     return run.trace.residual.values[[site != "mid" for site in sites]]
 
 
-@pytest.mark.slow(but=3)
+@pytest.mark.slow(but=2, more=2)
 @pytest.mark.parametrize(
     "options", [{}, {"inlined": True}, {"dynamic": True}], ids=["plain", "inlined", "dynamic"]
 )

@@ -69,7 +69,7 @@ def plain_blocks(number=5):
     return [Block() for _ in range(number)]
 
 
-@pytest.mark.slow(but=2)
+@pytest.mark.slow(but=2, more=1)
 @pytest.mark.parametrize("numbered", [True, False])
 @pytest.mark.parametrize("cuts", [[2], [1, 3], [1, 2, 3, 4]])
 def test_joined_stages_are_the_whole_model(cuts, numbered, tmp_path):

@@ -108,7 +108,7 @@ def same(model, **how):
 
 
 MORE_WAYS = [
-    pytest.param(way, marks=pytest.mark.slow) for way in (in_place, wrapped_blocks, compiled_forward)
+    pytest.param(way, marks=pytest.mark.slow(more=2)) for way in (in_place, wrapped_blocks, compiled_forward)
 ]
 WAYS = [whole, blocks_in_place, *MORE_WAYS]
 
@@ -167,7 +167,7 @@ def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(plain, probed, strict=True)] == [True] * len(plain)
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow(but=1, more=1)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     "probe", [{}, {"gradients": True, "weights": True, "every": 2}], ids=["states", "all"]
@@ -187,7 +187,7 @@ def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    "build", [whole, pytest.param(blocks_in_place, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+    "build", [whole, pytest.param(blocks_in_place, marks=pytest.mark.slow(more=1))], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize(
     "setting",
@@ -214,7 +214,7 @@ def test_so_it_is_with_everything_that_a_training_does(build, setting):
     [
         {},
         *(
-            pytest.param(setting, marks=pytest.mark.slow)
+            pytest.param(setting, marks=pytest.mark.slow(more=2))
             for setting in ({"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"})
         ),
     ],
@@ -336,7 +336,7 @@ def test_arguments_that_the_forward_writes_into_are_copied():
     assert recorder.errors == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(more=1)
 @pytest.mark.filterwarnings(
     "ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )

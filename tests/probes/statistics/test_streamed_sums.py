@@ -278,7 +278,7 @@ def test_hsic_without_a_group_rests_on_the_same_heavy_tokens():
     torch.testing.assert_close(without, table.expand_as(without))
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
     """Over many sketches the mean is right, by all buckets and by some, and the spread is as large as the stated error."""

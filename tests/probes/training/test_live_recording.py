@@ -99,7 +99,7 @@ def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypat
         require_same(run, recorder.run)
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize("name", ["a", "a.nc", "a.zarr"])
 def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, tmp_path):
     whole = Training()
