@@ -18,6 +18,7 @@ from tests.models.matrix import page
 from tests.models.matrix.campaign import Result, run_cases
 from tests.models.matrix.cases import cases
 from tests.models.matrix.verdict import FAILURES
+from tests.thoroughness import number_of_draw
 
 # Imported before the processes are forked, so that not each of them spends a second on it.
 SHARED = (
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.models.matrix", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="models with this in their package or name")
     parser.add_argument("--tenth", action="store_true", help="the fixed tenth that CI tries")
+    parser.add_argument("--drawn", type=int, default=1, help="one in so many, which the commit draws")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of weights and captures")
     parser.add_argument("--write", action="store_true", help="write docs/compatibility.md; needs all models")
@@ -43,6 +45,7 @@ def main() -> int:
     prepare()
     start = time.monotonic()
     chosen = [c for c in cases() if args.name in f"{c.package}/{c.name}" and (c.in_tenth or not args.tenth)]
+    chosen = chosen[number_of_draw() % args.drawn :: args.drawn]
     results = run_cases(chosen, seed=args.seed, jobs=args.jobs, on_result=_tell)
     summary(results, time.monotonic() - start)
     if args.json:
