@@ -42,16 +42,6 @@ def _save(suffix: str) -> Work:
     return lambda small, _roomy: schema.save_run(run, small / f"run{suffix}")
 
 
-def _save_result() -> Work:
-    import numpy as np
-    import xarray as xr
-
-    from depthscope.diagnostics.experiments.results import save_result
-
-    result = xr.Dataset({"change": (("experiment", "token"), np.ones((40, 2000)))})
-    return lambda small, _roomy: save_result(result, small / "lens.nc")
-
-
 def _training(name: str) -> Work:
     import torch
     from torch import nn
@@ -83,22 +73,9 @@ def _training(name: str) -> Work:
 def _command(*words: str) -> Work:
     """A command line; RUN is a saved run on a disk with room, SMALL the small disk."""
     from depthscope.app.cli.main import main
-    from depthscope.app.paper import contents, export
     from depthscope.diagnostics import schema
     from tests.models.synthetic_run import synthetic_run
 
-    # All of them take half a minute.
-    draw_all, questions = contents.draw_all, export.QUESTIONS
-    contents.draw_all = lambda readings, view: draw_all(readings, view)[:2]
-    export.QUESTIONS = dict(list(questions.items())[:1])
-    if words[0] == "study":
-        from depthscope.app.study import study
-        from depthscope.app.study.recipe import Recipe
-        from depthscope.app.study.small_lm import Size
-
-        size = Size(layers=2, width=16, heads=2)
-        tiny = Recipe(steps=1, batch=2, length=8, size=size, probed_sequences=2, probed_length=16)
-        study.Recipe = lambda: tiny
     run = synthetic_run("hc", **SMALL)
 
     def call(small: Path, roomy: Path) -> int:
@@ -116,14 +93,8 @@ KINDS: dict[str, Callable[[], Work]] = {
     "nc": partial(_save, ".nc"),
     "zarr": partial(_save, ".zarr"),
     "zarr.zip": partial(_save, ".zarr.zip"),
-    "result": _save_result,
     "record": partial(_training, "run"),
-    "record-nc": partial(_training, "run.nc"),
     "analyze": partial(_command, "analyze", "RUN", "--metrics", "stream_cosine", "--out", "SMALL/metrics.nc"),
-    "export": partial(_command, "export", "RUN", "--out", "SMALL/paper"),
-    "report": partial(_command, "report", "RUN", "--out", "SMALL/report.html"),
-    "study": partial(_command, "study", "--minutes", "0.01", "--out", "SMALL/study"),
-    "reproduction": partial(_command, "study", "fig8", "--out", "SMALL/study"),
 }
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from depthscope.diagnostics import atomic_writes
+from depthscope.diagnostics import atomic_writes, schema
 from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
-from tests.thoroughness import sample_or_every
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a process is forked and killed")
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def write_file(target: Path, text: str) -> None:
@@ -395,34 +396,33 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path):
 # --- killed at random moments
 
 
-def killed(kind: str, moments: int) -> dict[str, int]:
-    root = HERE.parents[1]
-    done = subprocess.run(
-        [sys.executable, HERE / "killed_writers.py", kind, "--moments", str(moments)],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+WRITER = """
+import sys
+from itertools import cycle
+from depthscope.diagnostics import schema
+from tests.models.synthetic_run import synthetic_run
+runs = [synthetic_run(family, layers=1, tokens=8, features=8) for family in ("residual", "hc")]
+for run in cycle(runs):
+    schema.save_run(run, sys.argv[1])
+    print("written", flush=True)
+"""
 
 
 @posix
-def test_a_run_whose_writer_is_killed_is_the_former_or_the_new():
-    counts = killed("zarr", 6)
-    assert counts.get("former", 0) + counts.get("new", 0) == 6, counts
-    assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)
-
-
-@posix
-@pytest.mark.slow(more=1)  # each of them replaces one file or one folder, in the same two functions
-@pytest.mark.parametrize("kind", ["nc", "zarr", "zarr.zip", "analyze", "export", "report", "study", "cache"])
-def test_a_writer_killed_at_random_moments_leaves_the_former_or_the_new(kind):
-    moments = sample_or_every(2, 200)
-    counts = killed(kind, moments)
-    assert counts.get("former", 0) + counts.get("new", 0) == moments, counts
-    assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(tmp_path, make_run, number):
+    """Whatever else is written goes through the same two functions: the commands' own files, a bundle, a cache."""
+    runs = [make_run(family, layers=1, tokens=8, features=8) for family in ("residual", "hc")]
+    target = tmp_path / "run.zarr"
+    with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, cwd=ROOT) as writer:
+        assert writer.stdout.readline() == b"written\n"
+        time.sleep(random.Random(int(number)).uniform(0, 0.3))
+        writer.send_signal(number)
+    with schema.open_run(target) as found:
+        trace = found["trace"].to_dataset().load()
+    assert any(trace.identical(run["trace"].to_dataset()) for run in runs)
+    schema.save_run(runs[0], target)
+    assert os.listdir(tmp_path) == ["run.zarr"]
 
 
 def test_where_there_is_no_room_for_a_lock_nothing_is_left(tmp_path, monkeypatch):
