@@ -12,9 +12,7 @@ from typing import Any
 
 import hyper_connections.mHCv2 as constrained_v2
 import mhc
-import timm
 import torch
-import torchvision
 import transformers
 from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
@@ -391,7 +389,9 @@ def _torchvision_efficientnet() -> nn.Module:
 
 
 def _torchvision_vit() -> nn.Module:
-    model = torchvision.models.VisionTransformer(
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5
     )
     nn.init.normal_(model.heads.head.weight)  # it starts at zero, and so would all gradients
@@ -405,12 +405,19 @@ def _image_model(
 
 
 def _timm(name: str, **sizes: Any) -> Callable[[], nn.Module]:
-    return partial(timm.create_model, name, pretrained=False, num_classes=5, **sizes)
+    def create() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False, num_classes=5, **sizes)
+
+    return create
 
 
 def _timm_mixer() -> nn.Module:
+    from timm.models import MlpMixer
+
     # Its head starts at zero too.
-    model = timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32)
+    model = MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32)
     nn.init.normal_(model.head.weight)
     return model
 

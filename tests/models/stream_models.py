@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -79,6 +78,9 @@ def gemma3n(layers: int = 4, **more: Any) -> nn.Module:
         sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (layers // 2),
         activation_sparsity_pattern=[0.0] * layers, **more,
     )  # fmt: skip
+    # Imported where it is used: it brings timm and torchvision with it.
+    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
+
     return Gemma3nTextModel(config)
 
 

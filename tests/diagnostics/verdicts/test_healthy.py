@@ -14,7 +14,6 @@ import xarray as xr
 from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
-from torchvision.models import VisionTransformer
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
@@ -108,6 +107,8 @@ HEALTHY: dict[str, Callable[[], xr.DataTree]] = {
 
 def vision_transformer() -> xr.DataTree:
     torch.manual_seed(0)
+    from torchvision.models import VisionTransformer
+
     model = VisionTransformer(32, 8, num_layers=6, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
     nn.init.normal_(model.heads.head.weight, std=0.02)  # it begins at zero, and so would the gradient
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)

@@ -10,7 +10,6 @@ from hyper_connections import hyper_connections_with_multi_branch_inputs as seve
 from hyper_connections import mHCv2 as second
 from torch import nn
 from torch.autograd.functional import jacobian as dense_jacobian
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from depthscope import probes
 from depthscope.probes.jacobian.operator import JacobianOperator, jacobian
@@ -206,6 +205,8 @@ def test_frozen_routing_of_altup_is_that_of_detached_modalities(ids):
         activation_sparsity_pattern=[0.0] * 2,
     )  # fmt: skip
     torch.manual_seed(0)
+    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
+
     model = Gemma3nTextModel(config).eval()
     for layer in model.layers:
         for parameter in (
