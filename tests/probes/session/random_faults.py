@@ -1,23 +1,18 @@
 """Does any order of faults let a probe change, stop or falsify a user's run? Seeded schedules, with and without probes.
 
-``run_one(seed)`` draws a model and a schedule of events, runs it without and with probes, and compares. From the repository's
-root: ``python -m tests.probes.session.random_faults 0 1000`` counts the outcomes of a thousand seeds.
+``run_one(seed)`` draws a model and a schedule of events, runs it without and with probes, and compares.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
-import os
-import pickle
 import random
 import re
 import sys
 import threading
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from depthscope import probes
 from depthscope.probes.connections.family import ReconstructionError
@@ -133,26 +127,6 @@ def some_padding(world):
 
 
 @event
-def only_padding(world):
-    _batch(world, 3, 6, padded=2.0)
-
-
-@event
-def no_sequence(world):
-    _batch(world, 0, 6)
-
-
-@event
-def no_token(world):
-    _batch(world, 3, 0)
-
-
-@event
-def not_a_number(world):
-    world.loss = lambda output: output.square().mean() * torch.nan
-
-
-@event
 def no_backward(world):
     world.backward = lambda loss: None
 
@@ -220,57 +194,6 @@ def without_a_graph(world):
     world.call = call
 
 
-@event
-def functional(world):
-    def call(**batch):
-        parameters = dict(world.model.named_parameters())
-
-        def loss(values):
-            return torch.func.functional_call(world.model, values, (), batch).square().mean()
-
-        world.model.eval()  # a transformation refuses what is random, and buffers that are written
-        world.show(*torch.func.grad(loss)(parameters).values())
-        world.model.train()
-        return world.model(**batch)
-
-    world.call = call
-
-
-@event
-def vectorised(world):
-    def call(**batch):
-        world.model.eval()
-        with torch.no_grad():
-            ids = torch.stack([batch["ids"], batch["ids"].flip(1)])
-            world.show(torch.func.vmap(world.model)(ids))
-        world.model.train()
-        return world.model(**batch)
-
-    world.call = call
-
-
-@event
-def in_threads(world):
-    count = world.random.choice([2, 4, 8])
-
-    def call(**batch):
-        world.model.eval()  # random numbers are shared by threads: those of a training would be in no order
-        midway, world.model.midway = world.model.midway, None  # which thread met it would be chance
-        found: dict[int, torch.Tensor] = {}
-
-        def one(number: int) -> None:
-            with torch.no_grad():
-                found[number] = world.model(batch["ids"].roll(number, 0), batch.get("attention_mask"))
-
-        _in_threads([partial(one, number) for number in range(count)])
-        world.show(*(found.get(number) for number in range(count)))
-        world.model.train()
-        world.model.midway = midway
-        return world.model(**batch)
-
-    world.call = call
-
-
 def _in_threads(functions: list[Callable[[], None]]) -> None:
     threads = [threading.Thread(target=function) for function in functions]
     for thread in threads:
@@ -294,60 +217,7 @@ def accumulated(world):
     world.call = call
 
 
-@event
-def a_child_process(world):
-    """The child runs the rest of the user's script, of which nothing may be seen."""
-
-    def call(**batch):
-        child = os.fork()
-        if child == 0:
-            _in_child(world, batch)
-        _, status = os.waitpid(child, 0)
-        world.show(os.waitstatus_to_exitcode(status))
-        return world.model(**batch)
-
-    world.call = call
-
-
-def _in_child(world: World, batch: dict[str, torch.Tensor]) -> None:
-    code = 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            world.model(**batch)
-            for each in world.followed:
-                each.recorder.step()
-                each.recorder.__exit__(None, None, None)
-            code = 7 if hooks_on_model(world.model) else 0
-    finally:
-        os._exit(code)
-
-
 # --- in the middle of a forward ---
-
-
-@event
-def calls_itself(world):
-    ids = world.batch["ids"]
-
-    def midway(x):
-        if world.model.training and len(world.model.notes.calls) < 100:
-            world.show(world.model(ids))
-        world.uncertain()
-
-    world.model.midway = midway
-
-
-@event
-def backward_inside(world):
-    def midway(x):
-        if x.requires_grad:
-            parameter = world.model.blocks[0].parameters().__next__()
-            world.show(
-                *torch.autograd.grad(x.square().sum(), [parameter], retain_graph=True, allow_unused=True)
-            )
-
-    world.model.midway = midway
 
 
 @event
@@ -410,16 +280,6 @@ def open_inside(world):
 def capture_inside(world):
     ids = world.batch["ids"]
     world.model.midway = lambda x: _capture(world, ids)
-
-
-@event
-def step_in_a_thread(world):
-    def midway(x):
-        world.uncertain()
-        _in_threads([each.recorder.step for each in world.followed])
-        world.uncertain()
-
-    world.model.midway = midway
 
 
 # --- what happens to the model between steps ---
@@ -499,38 +359,6 @@ def blocks_in_another_order(world):
     world.model.blocks = nn.ModuleList(reversed(world.model.blocks))
 
 
-class Halved(nn.Module):
-    def forward(self, weight):
-        return weight / 2
-
-
-@event
-def parametrised(world):
-    for module in world.model.blocks[_some(world)].modules():
-        if isinstance(module, nn.Linear) and not parametrize.is_parametrized(module):
-            parametrize.register_parametrization(module, "weight", Halved())
-            return
-
-
-class Adapted(nn.Module):
-    def __init__(self, inner: nn.Linear):
-        super().__init__()
-        self.inner = inner
-        self.down, self.up = nn.Linear(inner.in_features, 2), nn.Linear(2, inner.out_features)
-
-    def forward(self, x):
-        return self.inner(x) + self.up(self.down(x))
-
-
-@event
-def adapted(world):
-    for module in world.model.blocks[_some(world)].modules():
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and isinstance(module, nn.Sequential):
-                setattr(module, name, Adapted(child))
-                return
-
-
 @event
 def forward_patched(world):
     block = world.model.blocks[_some(world)]
@@ -554,38 +382,6 @@ def weights_loaded(world):
     world.model.load_state_dict(state, assign=world.random.random() < 0.5)
 
 
-@event
-def copied(world):
-    with torch.random.fork_rng():
-        twins = [copy.deepcopy(world.model)]
-        if _portable(world.model):
-            twins.append(pickle.loads(pickle.dumps(world.model)))
-            torch.save(world.model, file := io.BytesIO())
-            file.seek(0)
-            twins.append(torch.load(file, weights_only=False))
-            if b"depthscope" in file.getvalue():
-                world.failures.append(("copies", "a saved model needs this package to be loaded"))
-        for twin in twins:
-            twin.eval()
-            world.show(twin(world.batch["ids"]))
-            if hooks_on_model(twin):
-                world.failures.append(("copies", "a copy has hooks of ours"))
-
-
-def _portable(model: Noted) -> bool:
-    """Whether a pickle takes the model: not the test's own closures, nor parametrised modules."""
-    for module in model.modules():
-        hooks = [
-            *module._forward_hooks.values(),
-            *module._backward_hooks.values(),
-            vars(module).get("forward"),
-        ]
-        local = any("<locals>" in getattr(hook, "__qualname__", "") for hook in hooks)
-        if local or "Parametrized" in type(module).__name__:
-            return False
-    return model.midway is None
-
-
 # --- recorders ---
 
 
@@ -597,29 +393,6 @@ def another_recorder(world):
 @event
 def a_recorder_closes(world):
     _close_one(world)
-
-
-@event
-def a_recorder_is_forgotten(world):
-    """Opened by hand, and never closed."""
-    if world.probed:
-        recorder = probes.record(world.model, weights=True)
-        recorder.__enter__()
-        del recorder
-        gc.collect()
-
-
-@event
-def a_generator_is_dropped(world):
-    if world.probed:
-
-        def measured():
-            with probes.record(world.model, gradients=True):
-                yield
-
-        generator = measured()
-        next(generator)
-        del generator
 
 
 @event
@@ -925,24 +698,3 @@ def run_one(seed: int) -> Outcome:
         found.append(("kept", f"{kept} states are alive"))
     kinds = tuple(sorted({kind for kind, _ in found})) or (SAME,)
     return Outcome(seed, kinds, "; ".join(f"{kind}: {about}" for kind, about in found), steps)
-
-
-def main(first: int, last: int) -> None:
-    """Count the outcomes of some seeds, and show what went wrong."""
-    counts: Counter[str] = Counter()
-    run_one(first)
-    gc.collect()
-    gc.freeze()  # the many objects of torch itself need not be searched for hooks again and again
-    for seed in range(first, last):
-        outcome = run_one(seed)
-        counts.update(outcome.kinds)
-        if not outcome.good:
-            model, _ = schedule(seed)
-            sys.stdout.write(f"{seed} {model} {outcome.schedule} {outcome.detail[:600]}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{dict(counts)}\n")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), int(sys.argv[2]))

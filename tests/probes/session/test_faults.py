@@ -29,7 +29,7 @@ from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.statistics.token_sums import TokenSums
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
 from tests.probes.session.hooks_left import alive, hooks_on_model
-from tests.probes.session.random_faults import ERRORS, STOPS, Adapted, fault, run_one
+from tests.probes.session.random_faults import ERRORS, STOPS, fault, run_one
 from tests.thoroughness import sample_or_every
 
 IDS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def _only_new_objects_are_searched():
 # --- any order of faults ---
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_order_of_faults_does_harm(seed):
     outcome = run_one(seed)
     assert outcome.good, outcome
@@ -83,7 +83,7 @@ def test_no_order_of_faults_does_harm(seed):
 
 @pytest.mark.slow
 def test_no_order_of_many_faults_does_harm():
-    outcomes = [run_one(seed) for seed in range(1000, 1000 + sample_or_every(20, 1000))]
+    outcomes = [run_one(seed) for seed in range(1000, 1000 + sample_or_every(8, 1000))]
     assert [each for each in outcomes if not each.good] == []
 
 
@@ -412,6 +412,16 @@ def test_a_layer_that_comes_or_goes_is_said_and_what_was_measured_stays(name):
         recorder.step()
     np.testing.assert_allclose(norms(recorder), [noted(model, 0), noted(model, 4)], rtol=1e-5)
     assert (hooks_on_model(model), states_alive(model)) == (0, 0)
+
+
+class Adapted(nn.Module):
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner = inner
+        self.down, self.up = nn.Linear(inner.in_features, 2), nn.Linear(2, inner.out_features)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
 
 
 def test_an_adapter_inside_a_block_leaves_the_depths_and_the_recording_goes_on():
