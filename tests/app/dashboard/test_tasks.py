@@ -90,7 +90,9 @@ def test_a_view_is_shared_by_its_address(page, walked):
 
 
 def test_a_first_visit_gets_an_answer_soon(page, runs_root, tmp_path):
-    runs = shutil.copytree(runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.nc"))
+    runs = shutil.copytree(
+        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.nc")
+    )
     taken = first_visit(page, runs)
     assert 0 < taken["first answer"] <= taken["all runs"]
     log_seconds("a first visit", 0, taken["first answer"])

@@ -202,6 +202,7 @@ def asserted(name, due, tolerance, *sides):
     )
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_state_in_every_kind_of_array_has_its_exact_value(name):
     for state, dtype, kind, *sides in arrays(name):
