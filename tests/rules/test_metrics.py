@@ -75,12 +75,6 @@ def test_a_declaration_is_whole():
             assert metric.healthy.low is not None or metric.healthy.high is not None
 
 
-def test_every_metric_is_an_attribute_of_the_package():
-    for name in CATALOGUE:
-        assert getattr(diagnostics, name) is CATALOGUE[name]
-        assert name in dir(diagnostics)
-
-
 @every_family
 def test_dims_are_those_of_the_declaration_or_a_reason_is_given(analyses, family):
     for name in CATALOGUE:

@@ -1,30 +1,23 @@
-"""A zoo that no limit was tuned to: ``python -m tests.verdicts.held_out`` prints its score.
+"""Small networks that are trained for at most 200 steps, on text or digits, in which `mistakes` are made.
 
-Real text (sources of the standard library), digits, solved algorithms, few classes, inputs of low rank, batches that show
-nothing; each network is trained for at most 200 steps. Healthy ones must be blamed for nothing; a fault counts as found where
-a verdict of its list is loud. Shapes: B batch, T token, n stream, D feature.
+Shapes: B batch, T token, n stream, D feature.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from depthscope import diagnostics, probes
-from depthscope.diagnostics import Severity
+from depthscope import probes
 
 WIDTH, VOCABULARY, LENGTH = 48, 64, 32
 
@@ -44,18 +37,6 @@ def characters() -> torch.Tensor:
 def prose(count: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
     starts = torch.randint(len(characters()) - LENGTH, (count,), generator=rng)
     return {"ids": torch.stack([characters()[start : start + LENGTH] for start in starts.tolist()])}
-
-
-def repeats(count: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random letters twice: the second half can be copied by an induction head."""
-    half = torch.randint(VOCABULARY, (count, LENGTH // 2), generator=rng)
-    return {"ids": torch.cat([half, half], 1)}
-
-
-def shifts(count: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """Each token is the one before plus three: solved by the token alone."""
-    first = torch.randint(16, (count, 1), generator=rng)
-    return {"ids": (first + 3 * torch.arange(LENGTH)) % 16}
 
 
 @cache
@@ -388,62 +369,3 @@ def run_of(recipe: Recipe, seed: int) -> Any:
     recipe.touch(model)
     look = recipe.look or recipe.data
     return probes.capture(Called(model).eval(), look(recipe.sequences, rng), gradients=True, loss=loss_of)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was loud about one network."""
-
-    title: str
-    faulty: bool
-    right: bool
-    loud: tuple[str, ...]
-    seconds: float
-
-
-def judged(recipe: Recipe, seed: int) -> Outcome:
-    start = time.process_time()
-    try:
-        findings = diagnostics.judge(diagnostics.analyze(run_of(recipe, seed)))
-        loud = [each for each in findings if each.severity > Severity.INFO]
-        names = {each.verdict for each in loud}
-        told = tuple(f"{each.severity.name} {each.verdict}: {each.sentence[:220]}" for each in loud)
-        right = bool(names & set(recipe.found_by)) if recipe.found_by else not names
-    except Exception as error:
-        told, right = (f"{type(error).__name__}: {str(error)[:300]}",), False
-    return Outcome(recipe.title, bool(recipe.found_by), right, told, time.process_time() - start)
-
-
-def outcomes(recipes: list[Recipe], seed: int) -> Iterator[Outcome]:
-    for number, recipe in enumerate(recipes):
-        yield judged(recipe, seed + number)
-
-
-def main() -> int:
-    """Score the zoo."""
-    from tests.verdicts.held_out_cases import FAULTY, HEALTHY
-
-    parser = argparse.ArgumentParser(prog="python -m tests.verdicts.held_out", description=__doc__)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    every = [
-        each for each in (*HEALTHY, *FAULTY) if not args.words or any(w in each.title for w in args.words)
-    ]
-    found = []
-    for each in outcomes(every, args.seed):
-        found.append(each)
-        kind = "fault" if each.faulty else "healthy"
-        sys.stdout.write(f"{'right' if each.right else 'WRONG'} {kind} {each.title} ({each.seconds:.1f} s)\n")
-        for line in each.loud if not each.right else ():
-            sys.stdout.write(f"    {line}\n")
-        sys.stdout.flush()
-    for faulty, words in ((True, "found"), (False, "quiet")):
-        of = [each.right for each in found if each.faulty == faulty]
-        sys.stdout.write(f"{words}: {int(np.sum(of))} of {len(of)}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

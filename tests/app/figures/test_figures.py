@@ -11,9 +11,8 @@ from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
-from depthscope.diagnostics import CATALOGUE, analyze
+from depthscope.diagnostics import analyze
 from depthscope.diagnostics.kernels.rank import marchenko_pastur
-from depthscope.diagnostics.metrics import spectrum, streamed
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +34,8 @@ def measured(figure: Lines):
     return [line for line in figure.lines if line.role == "measured"]
 
 
-NOT_DRAWN = {"num_tokens", "elements_moved", "fused_elements_moved", "kept_elements"}
-
-
 def test_every_figure_can_be_drawn_from_an_mhc_run_with_every_metric(whole):
     assert list(available({"mhc": whole["mhc"]})) == list(FIGURES)
-
-
-def test_every_metric_is_in_a_figure_or_has_a_reason_not_to_be():
-    drawn = {name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)}
-    assert set(CATALOGUE) - drawn == NOT_DRAWN
-    declared = {name for module in (streamed, spectrum) for name in vars(module)}
-    assert drawn <= {*CATALOGUE, *declared}
 
 
 def test_a_residual_run_offers_no_mixing_figure(plain):
