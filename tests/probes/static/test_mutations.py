@@ -14,6 +14,7 @@ from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.static.describe import StaticDescription
 from tests.probes.static.dialect_files import CASES, Case
 from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
+from tests.thoroughness import sample_or_every
 
 gguf = pytest.importorskip("gguf")
 Change = Callable[[Case, random.Random], str]
@@ -96,7 +97,7 @@ def described_or_refused(path) -> StaticDescription | None:
     return None
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", sample_or_every(range(1), range(20)))
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_changed_file_is_right_or_refused_with_the_reason(name, change, seed, tmp_path):
@@ -213,7 +214,7 @@ def test_a_type_that_cannot_be_dequantised_is_refused_by_name(tmp_path):
         probes.describe_weights(file)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", sample_or_every(range(8), range(400)))
 def test_random_damage_of_gguf_ends_in_words(seed, tmp_path):
     case, rng = CASES["gguf_of_deepseek"](), random.Random(seed)
     file = write_gguf(tmp_path, case.tensors, case.config, case.settings)
