@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         more = max((mark.kwargs.get("more", -1) for mark in marks.values()), default=-1)
         if not marks and test in table:
             marks = {item: pytest.mark.slow(but=0).mark for item in cases[table[test] :]}
-            more = max(2, len(marks) // 4)  # what the table names are many cases of one thing
+            more = max(1, len(marks) // 5)  # what the table names are many cases of one thing
             for item in marks:
                 item.add_marker(pytest.mark.slow)
         but = max((mark.kwargs.get("but", 0) for mark in marks.values()), default=0)
