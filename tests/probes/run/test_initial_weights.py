@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 import torch
 import transformers
-from timm.models import cait, convnext, resnet, swin_transformer_v2, vision_transformer
 from torch import nn
 
 from depthscope import diagnostics, probes
@@ -16,6 +18,11 @@ VISION = {**SMALL, "image_size": 32, "patch_size": 8}
 TEXT = {**SMALL, "vocab_size": 100, "intermediate_size": 96, "pad_token_id": 0, "num_key_value_heads": 4}
 GPT = {"n_layer": 8, "n_embd": 64, "n_head": 4, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 1}
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
+
+
+def timm(name: str) -> ModuleType:
+    """A module of timm, which takes two seconds to import."""
+    return import_module(f"timm.models.{name}")
 
 
 def tokens() -> torch.Tensor:
@@ -98,16 +105,16 @@ SCALED = {
         ),
         32,
     ),
-    "cait": (lambda value: cait.Cait(**TIMM, init_values=value), 32),
-    "vit": (lambda value: vision_transformer.VisionTransformer(**TIMM, init_values=value), 32),
+    "cait": (lambda value: timm("cait").Cait(**TIMM, init_values=value), 32),
+    "vit": (lambda value: timm("vision_transformer").VisionTransformer(**TIMM, init_values=value), 32),
     "vit, norms after branches": (
-        lambda value: vision_transformer.VisionTransformer(
-            **TIMM, init_values=value, block_fn=vision_transformer.ResPostBlock
+        lambda value: timm("vision_transformer").VisionTransformer(
+            **TIMM, init_values=value, block_fn=timm("vision_transformer").ResPostBlock
         ),
         32,
     ),
     "convnext of timm": (
-        lambda value: convnext.ConvNeXt(
+        lambda value: timm("convnext").ConvNeXt(
             depths=(1, 1, 3, 1), dims=(16, 32, 48, 64), num_classes=10, ls_init_value=value
         ),
         64,
@@ -134,13 +141,13 @@ def test_a_layer_scale_is_read_where_it_multiplies(kind):
 
 
 def test_a_norm_at_the_end_of_a_branch_that_begins_at_zero_is_a_scale():
-    zero = resnet.ResNet(resnet.Bottleneck, (2, 2, 2, 2), num_classes=10, zero_init_last=True)
+    zero = timm("resnet").ResNet(timm("resnet").Bottleneck, (2, 2, 2, 2), num_classes=10, zero_init_last=True)
     assert all(
         start is not None and "at most 0" in start for start in starts(capture(lambda: zero, pictures(64)))
     )
-    one = resnet.ResNet(resnet.Bottleneck, (2, 2, 2, 2), num_classes=10, zero_init_last=False)
+    one = timm("resnet").ResNet(timm("resnet").Bottleneck, (2, 2, 2, 2), num_classes=10, zero_init_last=False)
     assert not any(start and "scale" in start for start in starts(capture(lambda: one, pictures(64))))
-    swin = swin_transformer_v2.SwinTransformerV2(
+    swin = timm("swin_transformer_v2").SwinTransformerV2(
         img_size=64,
         patch_size=4,
         window_size=4,
