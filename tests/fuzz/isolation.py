@@ -26,47 +26,18 @@ ADDRESS_SPACE = 6 * 2**30
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked process ended.
+    """How a forked process ended."""
 
-    Parameters
-    ----------
-    answer : object or None
-        What the function returned, by way of JSON; None where it did not get that far.
-    stderr : str
-        The last part of what the process printed there.
-    signal : int
-        That ended it; 0 where it left by itself.
-    timed_out : bool
-        Whether it was stopped for its time.
-    seconds, mib : float
-        On the clock; its highest resident memory, or that of a process
-        that it started, above its own at the beginning.
-    """
-
-    answer: Any
+    answer: Any  # what the function returned; None where it did not get that far
     stderr: str
     signal: int
     timed_out: bool
     seconds: float
-    mib: float
+    mib: float  # of its highest resident memory, or that of a process that it started, above its own at the beginning
 
 
 def in_child(function: Callable[[], Any], *, seconds: float, exit_functions: bool = False) -> Ended:
-    """Call a function in a forked process.
-
-    Parameters
-    ----------
-    function : callable
-        Without arguments; returns what JSON can express.
-    seconds : float
-        Its time.
-    exit_functions : bool
-        Whether the process also does what Python does at its exit, which is where some libraries print.
-
-    Returns
-    -------
-    Ended
-    """
+    """Call a function in a forked process; `exit_functions`: and do what Python does at its exit, where libraries print."""
     # A lock that another thread holds at the fork would stay locked in the child for ever.
     assert threading.active_count() == 1, [thread.name for thread in threading.enumerate()]
     answer, out, err, beginning, below = map(os.memfd_create, ("answer", "out", "err", "beginning", "below"))

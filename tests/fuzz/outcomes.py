@@ -29,17 +29,7 @@ _NOISE = ("Exception ignored", "HDF5-DIAG", "Traceback (most recent call last)")
 
 @dataclass(frozen=True)
 class Answer:
-    """What one door answered.
-
-    Parameters
-    ----------
-    door : str
-        Such as ``open_run`` or ``check``.
-    outcome : str
-        One of `OUTCOMES`.
-    message : str
-        The sentence, or the last frame and the error.
-    """
+    """What one door answered."""
 
     door: str
     outcome: str
@@ -67,21 +57,7 @@ def _in_time(answer: Answer, start: float) -> Answer:
 def of_call(
     door: str, call: Callable[[], tuple[str, str]], *, refusals: tuple[type, ...] = (ValueError, OSError)
 ) -> Answer:
-    """Call a function of the library.
-
-    Parameters
-    ----------
-    door : str
-        Its name.
-    call : callable
-        Returns an outcome and a message where the input was accepted.
-    refusals : tuple of type
-        Errors that are an answer.
-
-    Returns
-    -------
-    Answer
-    """
+    """Call a function of the library."""
     printed, start = Printed(), _seconds()
     try:
         outcome, message = call()
@@ -102,19 +78,7 @@ def of_call(
 
 
 def of_command(words: list[str], *, accepted: str = EQUAL) -> Answer:
-    """Call the command line.
-
-    Parameters
-    ----------
-    words : list of str
-        The command and its arguments.
-    accepted : str
-        The outcome of an exit code other than 2.
-
-    Returns
-    -------
-    Answer
-    """
+    """Call the command line."""
     from depthscope.app.cli.main import main
 
     printed, start = Printed(), _seconds()
@@ -157,20 +121,7 @@ def last_frame(error: BaseException) -> str:
 
 
 def of_process(ended: Ended, *, mib: float) -> tuple[str, list[Answer]]:
-    """The outcome of a case, and the answers of its doors.
-
-    Parameters
-    ----------
-    ended : Ended
-        Its process.
-    mib : float
-        Memory that the case may take.
-
-    Returns
-    -------
-    str
-    list of Answer
-    """
+    """The outcome of a case, and the answers of its doors."""
     answers = [Answer(**answer) for answer in ended.answer or ()]
     if ended.timed_out:
         answers.append(Answer("process", HANG, f"stopped after {ended.seconds:.0f} s; {ended.mib:.0f} MiB"))
