@@ -610,7 +610,7 @@ SCENARIOS = {
         compiled,
         pipeline,
     ),
-    4: (uneven, learning, sharded, other_model, empty_first, missing, parts_and_shards),
+    4: (uneven, learning, empty_first, parts_and_shards),  # what more than two can show
 }
 
 
