@@ -17,7 +17,7 @@ from depthscope.diagnostics import CATALOGUE, analyze
 from depthscope.diagnostics.metrics.spectrum import singular_value
 from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
-from tests.long_tests import number_kept
+from tests.long_tests import ONE_IN, number_kept
 from tests.models.synthetic_run import synthetic_run
 from tests.thoroughness import number_of_draw, sample_or_every
 
@@ -41,6 +41,7 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what takes long as slow, by `tests.long_tests` or by its own mark, and draw which of its cases are run.
 
+    Of the tests of the table the commit draws some, and of each of them some cases.
     ``@pytest.mark.slow(but=1, more=2)``: the first case is in every run, two others that the commit draws are among the slow
     tests, and the rest where ``DEPTHSCOPE_TESTS=every`` or the test's own name asks for them.
     """
@@ -52,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         more = max((mark.kwargs.get("more", -1) for mark in marks.values()), default=-1)
         if not marks and test in table:
             marks = {item: pytest.mark.slow(but=0).mark for item in cases[table[test] :]}
-            more = max(1, len(marks) // 5)  # what the table names are many cases of one thing
+            # Many cases of one thing; and most of them show on a surface what quick tests show of its parts.
+            more = max(1, len(marks) // 5) if Random(f"{draw} {test} at all").randrange(ONE_IN) == 0 else 0
             for item in marks:
                 item.add_marker(pytest.mark.slow)
         but = max((mark.kwargs.get("but", 0) for mark in marks.values()), default=0)

@@ -76,10 +76,10 @@ def test_a_wrong_option_of_analyze_writes_nothing(unmeasured, tmp_path, capsys, 
 
 @pytest.mark.slow
 def test_metrics_that_a_run_contains_stay_with_those_measured_again(unmeasured, tmp_path):
-    path = schema.save_run(schema.open_run(unmeasured / "mhc.nc"), tmp_path / "m.nc")
+    path = schema.save_run(schema.open_run(unmeasured / "residual.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--jackknife"]) == FINE
     first = schema.open_run(path)["metrics"].to_dataset().load()
-    assert main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"]) == FINE
+    assert main(["analyze", str(path), "--metrics", "effective_rank,token_cosine,rbf_cka"]) == FINE
     second = schema.open_run(path)["metrics"].to_dataset().load()
     assert set(second.data_vars) - set(first.data_vars) == {"rbf_cka"}
     xr.testing.assert_allclose(second.drop_vars("rbf_cka"), first)

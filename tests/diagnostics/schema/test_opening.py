@@ -17,6 +17,7 @@ import xarray as xr
 from depthscope.diagnostics import CATALOGUE, analyze, schema
 from depthscope.diagnostics.schema import file_digest, limits, saving, trial, zarr_stores
 from depthscope.diagnostics.schema.attributes import encode_dataset
+from tests.thoroughness import sample_or_every
 
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
 
@@ -74,7 +75,7 @@ def test_a_run_of_an_earlier_version_is_opened_with_a_note(run, tmp_path, suffix
 @pytest.mark.parametrize("suffix", [".zarr", ".zarr.zip"])
 def test_no_damage_of_a_store_passes_for_data(run, tmp_path, suffix):
     original = schema.save_run(run, tmp_path / f"run{suffix}")
-    for seed in range(25):
+    for seed in sample_or_every(range(8), range(200)):
         damaged = tmp_path / f"damaged{suffix}"
         shutil.rmtree(damaged, ignore_errors=True)
         (shutil.copytree if original.is_dir() else shutil.copy)(original, damaged)
@@ -85,7 +86,7 @@ def test_no_damage_of_a_store_passes_for_data(run, tmp_path, suffix):
 @pytest.mark.slow
 def test_no_damage_of_a_netcdf_file_passes_for_data(run, tmp_path):
     original = schema.save_run(run, tmp_path / "run.nc")
-    for seed in range(12):
+    for seed in sample_or_every(range(4), range(200)):
         damaged = shutil.copy(original, tmp_path / "damaged.nc")
         _damage_one_place(damaged, random.Random(seed))
         _is_refused_or_equal(damaged, run)
