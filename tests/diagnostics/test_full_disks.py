@@ -25,7 +25,7 @@ FULL = ("no space left on device", "file too large", "no space left")
 @pytest.mark.parametrize(
     ("kind", "limit"),
     [
-        pytest.param(*case, marks=[] if case == ("nc", "disk") else [pytest.mark.slow(more=2)])
+        pytest.param(*case, marks=[] if case == ("nc", "disk") else [pytest.mark.slow(more=1)])
         for case in CASES
     ],
 )

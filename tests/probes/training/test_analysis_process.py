@@ -60,7 +60,7 @@ class Training:
         return self.recorder._live._beside
 
 
-@pytest.mark.slow
+@pytest.mark.slow(one_in=2)
 def test_rows_come_from_the_process_are_dropped_where_it_is_behind_and_go_on_where_it_dies(tmp_path, capsys):
     inline, training = Training(), Training(analysis="process", store=tmp_path / "run")
     with inline.recorder:
@@ -160,7 +160,7 @@ with training.recorder:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(one_in=2)
 def test_a_killed_trainer_leaves_no_process_and_every_step_that_it_finished(tmp_path):
     command = [sys.executable, "-c", TRAINER, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
