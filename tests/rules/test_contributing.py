@@ -69,7 +69,7 @@ def apply(order: str, code: str, folder: Path) -> None:
 
 def run(folder: Path, *arguments: str, fails: bool = False) -> str:
     """What Python prints at the root of the copy, which is the package that it imports."""
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment = os.environ | {"PYTHONPATH": str(folder), "DEPTHSCOPE_TESTS": "every"}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
