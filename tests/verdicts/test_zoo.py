@@ -26,7 +26,7 @@ from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
-NETWORKS = 8
+NETWORKS = 5
 
 
 @pytest.mark.slow
