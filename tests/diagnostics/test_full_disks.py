@@ -22,13 +22,8 @@ FULL = ("no space left on device", "file too large", "no space left")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
-@pytest.mark.parametrize(
-    ("kind", "limit"),
-    [
-        pytest.param(*case, marks=[] if case == ("nc", "disk") else [pytest.mark.slow(more=1)])
-        for case in CASES
-    ],
-)
+@pytest.mark.slow(more=2)
+@pytest.mark.parametrize(("kind", "limit"), CASES)
 def test_where_there_is_no_room_nothing_else_is_lost(kind, limit):
     number = sample_or_every(12 if kind in ("nc", "zarr", "zarr.zip") else 5, 40)
     try:

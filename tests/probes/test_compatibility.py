@@ -309,6 +309,7 @@ def between_markers(text: str, table: str) -> str:
     return f"{head}{START}\n{table}\n{END}{tail}" if found else text
 
 
+@pytest.mark.slow(one_in=2)
 def test_the_page_says_what_was_captured():
     assert TABLE.read_text(encoding="utf-8") == page(), f"run {COMMAND}"
 

@@ -16,13 +16,13 @@ from tests.models.designs.outcome import Outcome, judged, outcome
 from tests.models.designs.parts import tilted
 from tests.thoroughness import sample_or_every
 
-# An eighth of the designs on every change, and so many others among the slow tests.
-EVERY = 8
+# A sixteenth of the designs on every change, and so many others among the slow tests.
+EVERY = 16
 MORE = 16
 
 
 def each(designs: Sequence[Design], more: int = MORE) -> pytest.MarkDecorator:
-    """A test of each design; all but an eighth are slow tests, of which so many are drawn."""
+    """A test of each design; all but a sixteenth are slow tests, of which so many are drawn."""
     cases = [
         pytest.param(design, id=design.name, marks=[pytest.mark.slow(more=more)] if number % EVERY else [])
         for number, design in enumerate(designs)

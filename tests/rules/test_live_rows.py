@@ -92,7 +92,7 @@ MODELS = {
 }
 
 
-@pytest.mark.slow(but=1, more=1)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_is_judged_as_check_judges_it(name, tmp_path, capsys):
     told = []
@@ -117,7 +117,7 @@ def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
 
 # Of weights that are local variables the first forward tells no numbers, and says so.
 @pytest.mark.filterwarnings("ignore::depthscope.probes.ProbeWarning")
-@pytest.mark.slow(but=1, more=1)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("case", drawing.cases(3, 4, slow=False), ids=lambda case: case.what.title)
 def test_a_row_of_the_zoo_is_judged_as_check_judges_it(case, tmp_path):
     rng = random.Random(case.seed)

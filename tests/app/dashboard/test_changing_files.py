@@ -172,7 +172,7 @@ def test_a_run_that_becomes_something_else_is_explained_at_once(becomes, suffix,
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.slow(but=1, more=1)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_run_that_is_replaced_while_it_is_read_is_one_of_both(suffix, saved, root):
     """A thread replaces the run again and again; every answer is one run as a whole, or the sentence that it changes."""

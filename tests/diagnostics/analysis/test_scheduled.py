@@ -39,7 +39,7 @@ def _is_equal(name, found, expected):
     assert found.attrs == expected.attrs, name
 
 
-@pytest.mark.slow(but=1, more=1)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("family", ["residual", "mhc"])
 def test_every_metric_in_blocks_is_the_metric_of_the_whole(family, client, monkeypatch, tmp_path):
     # One depth, pair, connection or sequence a task: a metric that looks further must not be cut.

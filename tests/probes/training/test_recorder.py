@@ -161,7 +161,7 @@ def test_a_step_without_a_forward_or_a_backward_is_reported(models):
         recorder.step()
 
 
-@pytest.mark.slow(but=1, more=1)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("stepping", [True, False])
 def test_memory_does_not_grow_with_the_number_of_batches(models, stepping):
     model, parts = models["llama"](), batches(40)
