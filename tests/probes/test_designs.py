@@ -16,9 +16,9 @@ from tests.models.designs.outcome import Outcome, judged, outcome
 from tests.models.designs.parts import tilted
 from tests.thoroughness import sample_or_every
 
-# A sixteenth of the designs on every change, and so many others among the slow tests.
+# A sixteenth of the designs on every change, and some others among the slow tests.
 EVERY = 16
-MORE = 16
+MORE = 8
 
 
 def each(designs: Sequence[Design], more: int = MORE) -> pytest.MarkDecorator:

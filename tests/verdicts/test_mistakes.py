@@ -27,7 +27,7 @@ def test_every_mistake_of_the_list_is_planted_or_says_why_it_is_not_seen():
 @pytest.mark.parametrize(
     "mistake",
     [
-        pytest.param(each, id=each.name, marks=() if each.number in QUICK else pytest.mark.slow(more=5))
+        pytest.param(each, id=each.name, marks=() if each.number in QUICK else pytest.mark.slow(more=3))
         for each in MISTAKES
         if each.run is not None
     ],

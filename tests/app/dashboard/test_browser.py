@@ -25,7 +25,7 @@ from tests.app.dashboard.walking import (
     open_microscope,
 )
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=2)]
+pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=3)]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ TASKS = {
 """Task → what is clicked, and what answers it."""
 
 
-@pytest.mark.slow(more=2)
+@pytest.mark.slow(more=1)
 @pytest.mark.parametrize("task", TASKS)
 def test_what_people_come_for_takes_two_clicks(task, page, walked):
     address, process = walked

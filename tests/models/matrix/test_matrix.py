@@ -178,7 +178,7 @@ def test_the_pages_own_part_is_kept_and_read():
 def test_no_model_of_a_draw_is_wrong_that_the_page_does_not_name(tmp_path):
     """A process of its own: it is forked for every model, which pytest's threads would not survive."""
     found = tmp_path / "found.json"
-    part = sample_or_every(["--tenth", "--drawn", "4"], [])
+    part = sample_or_every(["--tenth", "--drawn", "10"], [])
     words = [sys.executable, "-m", "tests.models.matrix", *part, "--jobs", "2", "--json", str(found)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.exists(), done.stdout[-3000:] + done.stderr[-2000:]
