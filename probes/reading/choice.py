@@ -29,6 +29,7 @@ from depthscope.probes.reading.operations import (
     LAYERS,
     MATRICES,
     MOST_STREAMS,
+    NORMS,
     REDUCES,
     SUMS,
     VIEWS,
@@ -220,6 +221,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
+        if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
+            roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
@@ -292,6 +295,11 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         if (of.name in JOINS and of.numel >= memory.count)
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
     ]  # fmt: skip
+
+
+def _norms_after(memory: Memory) -> list[TracedValue]:
+    """What norms make of a whole memory."""
+    return [of for read, of in memory.leaves if of.name in NORMS and not of.item and memory.is_whole(read)]
 
 
 def _used(memory: Memory) -> set[TracedValue]:

@@ -32,7 +32,7 @@ def cuts_of(
 ) -> Cuts:
     """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers.
 
-    ``scaling``: the values of blocks that only scale the memory, which have states of their own.
+    ``scaling``: the values of blocks that only scale the memory, and of steps between two blocks, with own states.
     """
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()

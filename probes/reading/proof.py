@@ -155,9 +155,15 @@ class WeightCoverage:
         sizes["elsewhere"] = sum(w.numel for w in self.elsewhere)
         return {name: size / max(total, 1) for name, size in sizes.items()}
 
-    def names(self, place: str) -> set[str]:
-        """The names of the parameters that work at a place."""
-        return {self.graph.parameter_names.get(w.number, "") for w in self.by_place[place]}
+    def names_in_branches(self) -> set[str]:
+        """The names of the parameters that work on what was computed from the first state.
+
+        A tower that branches attend to, or whose output is put into the first state, lies in no branch.
+        """
+        later = self.graph.later(self.memory.root)
+        working = (number for number in weights(self.graph) if later[number])
+        found = {w for number in working for w in weights(self.graph)[number]} & self.by_place["branches"]
+        return {self.graph.parameter_names.get(w.number, "") for w in found}
 
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""

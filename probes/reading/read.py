@@ -153,8 +153,11 @@ class _Reader:
 
     def reading(self) -> MemoryReading:
         """The memory's description; ReadingError where none can be given."""
-        scaling = self.names.scaling.values()
+        scaling = list(self.names.scaling.values())
         found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
+        changed = [] if found.over_depth else self.names.changed_between_blocks()
+        if changed:
+            found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
         self.states = States(self.memory, self.branches)
         if found.inner:
             outer = without_inner(self.memory, found.inner)
@@ -222,7 +225,7 @@ class _Reader:
             shape=self.memory.shape,
             feature_axis=self.states.axis,
             carried=self.memory.carried,
-            parameters=frozenset(coverage.names("branches")),
+            parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),

@@ -28,7 +28,7 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
-from depthscope.probes.structure.made_states import with_made_state
+from depthscope.probes.structure.missing_states import missing_state
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -37,14 +37,14 @@ from depthscope.probes.structure.named_blocks import (
     likely_blocks,
     linked_calls,
     named_calls,
-    shown_by_calls,
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, missing_state, read_chain
+from depthscope.probes.structure.read_chains import ReadChain, read_chain
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.stages import joined, with_ending, with_made_state, with_opening
 from depthscope.probes.structure.tape import value_at
 
 
@@ -276,65 +276,16 @@ class StructureFinder:
         found = []
         for layout, group in groupby(parts, key=lambda part: part.layout):
             chains = list(group)
-            chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
+            chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
                 layout_of = partial(self._layout_of, part.memory, "")
-                chain = _joined(chain, with_made_state(self.graph, part, layout_of))
+                chain = joined(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(part.memory for part in chains)
-            chain = self._with_ending(chain, memories[-1], layout) if depths is None else chain
+            chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(FoundChain(chain, memories, layout))
         return found
-
-    def _with_opening(self, part: ReadChain) -> Chain:
-        """The chain with what its first block takes, where that block makes the first state in another shape."""
-        root, chain = self.graph.values[part.memory.root], part.chain
-        path, begin = chain.points[0].module, chain.points[0]
-        container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
-        calls = [call for call in self.graph.calls if call.path == path]
-        if (
-            len(calls) != 1
-            or path in chain.blocks
-            or path.rpartition(".")[0] != container
-            or not path[-1:].isdigit()
-        ):
-            return chain
-        (first,) = calls
-        taken = self.graph.shown_at(first.path, first.number, "input", 0)
-        if taken is None or taken.shape == root.shape or not self.graph.depends_on_input(taken):
-            return chain
-        try:
-            layout = shape_layout(taken, self.sequences)
-        except LayoutError:
-            return chain
-        if layout != part.layout:
-            return chain
-        opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
-        if begin.site == "embed":
-            begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
-        return chain.preceded_by(opening, begin, taken.shape)
-
-    def _with_ending(self, chain: Chain, memory: MemoryReading, layout: str) -> Chain:
-        """The chain with what blocks of its class give after its last state, in another shape."""
-        kinds, sides = self._kinds(memory), shown_by_calls(self.graph)
-        last = value_at(self.graph, chain.points[-1])
-        for number, call in enumerate(self.graph.calls):
-            taken, given = (sides.get((number, at)) for at in ("input", "output"))
-            if call.kind not in kinds or last is None or taken != last.number or given is None:
-                continue
-            value = self.graph.values[given]
-            if value.shape == last.shape or shape_layout(value, self.sequences) != layout:
-                continue
-            point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
-            chain = replace(
-                chain,
-                points=(*chain.points, point),
-                shapes=(*chain.shapes, value.shape),
-                blocks=(*chain.blocks, call.path),
-            )
-            last = value
-        return chain
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
@@ -497,38 +448,6 @@ class StructureFinder:
             return ""
         names = list(inspect.signature(self.model.get_submodule(point.path).forward).parameters)
         return names[point.item] if point.item < len(names) else ""
-
-
-def _joined(chain: Chain, stage: Chain) -> Chain:
-    """A chain with the states of its next stage, whose blocks are numbered after those before."""
-    offset, last = len(chain.points), max(point.layer for point in chain.points)
-    first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    shift, before = last + 1 - first if first <= last else 0, chain.points
-    if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
-        shift, before = last - first, (*before[:-1], replace(before[-1], site="mid"))
-    proof = chain.proof if stage.proof == "proven" else stage.proof
-    if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
-        proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
-    points = tuple(
-        replace(p, layer=first + shift, site="pre", module=p.path if p.at == "input" else p.module)
-        if p.site == "embed"
-        else replace(p, layer=p.layer + shift)
-        for p in stage.points
-    )
-    moved = (
-        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset, layer=c.layer + shift)
-        for c in stage.connections
-    )
-    kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
-    return replace(
-        chain,
-        points=(*before, *points),
-        connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
-        blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
-        block_class="/".join(kinds),
-        shapes=(*chain.shapes, *stage.shapes),
-        proof=proof,
-    )
 
 
 def _distinct(paths: Sequence[str]) -> list[str]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import (
-    PROVEN,
     BranchReading,
     ConnectionReading,
     MemoryReading,
@@ -18,7 +18,6 @@ from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
-from depthscope.probes.structure.tape import value_at
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
@@ -83,6 +82,12 @@ class _ChainOf:
             else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
+        self._require_one_order(points)
+        if self._is_plain:  # what no call hands on that made it lies inside of that
+            points = [
+                (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
+                for p, value in points
+            ]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -93,23 +98,13 @@ class _ChainOf:
             block_class="/".join(kinds),
             shapes=self._shapes(points, layout),
             history=self.memory.over_depth,
-            proof=self._proof(points),
+            proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, layout)
 
-    def _proof(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> str:
-        """The proof, unless a state is named after a block that gives something else."""
-        if self.memory.proof == PROVEN and self._is_plain:
-            for point, value in points:
-                if not self._is_named_rightly(point, value):
-                    return (
-                        f"unproven: {point.module} gives something else than the state that is named after it"
-                    )
-        return self.memory.proof
-
     def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
-        if point.site not in ("post", "pre") or any(point.module == branch.path for branch in self.branches):
+        if point.site not in ("post", "pre"):
             return True
         shown = [of for other in self._same(value) for of in self.graph.shown.get(other.number, ())]
         paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
@@ -119,6 +114,19 @@ class _ChainOf:
         return not inside or not any(
             of.call in inside and of.at == "output" for given in self.graph.shown.values() for of in given
         )
+
+    def _require_one_order(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> None:
+        """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
+        orders: dict[tuple[object, ...], set[object]] = {}
+        for point, value in points if self._is_plain else ():
+            numbers = self.memory.carried.get(value.number)
+            if numbers is not None:
+                orders.setdefault((value.shape, point.layout), set()).add(numbers.key)
+        if any(len(keys) > 1 for keys in orders.values()):
+            raise LayoutError(
+                f"the tokens of {self.memory.name} are put into another order between two states; name the modules whose "
+                "states are wanted with layers="
+            )
 
     def _shapes(
         self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
@@ -323,7 +331,9 @@ class _ChainOf:
                 other.number
                 for after, before in steps
                 for other in (after, before)
-                if only_moves(after) and after.numel == before.numel and len(after.parents) == 1
+                if only_moves(after)
+                and after.numel == before.numel
+                and sum(parent.is_floating for parent in after.parents) == 1
             }
             new = [other for other in near if other.number in moves and other.number not in seen]
             seen.update(other.number for other in new)
@@ -473,36 +483,3 @@ class _ChainOf:
             if calls:
                 return min(calls)
         return None
-
-
-def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
-    """A block, next to those of plain chains and of their class, that gives no state of them; empty where there is none.
-
-    What lies inside of a branch is none.
-    """
-    known = {number for memory in memories for state in memory.states for number in state.values}
-    known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
-    waiting = list(known)
-    while waiting:  # what has the elements of a state in another order is one
-        value = graph.values[waiting.pop()]
-        same = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
-        same += [of for of in value.parents if only_moves(value) and of.numel == value.numel]
-        waiting += [of.number for of in same if of.number not in known]
-        known |= {of.number for of in same}
-    branches = [branch for m in memories for c in m.connections for branch in c.branches]
-    known |= {number for branch in branches for number in branch.way}
-    carried = set().union(*(memory.carried for memory in memories))
-    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
-    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
-    like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
-    given: dict[int, list[int]] = {}
-    for number, places in graph.shown.items():
-        for of in places:
-            if of.at == "output" and graph.values[number].is_floating:
-                given.setdefault(of.call, []).append(number)
-    for call, numbers in sorted(given.items()):
-        path = graph.calls[call].path
-        is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
-        if is_like and not known.intersection(numbers) and not any(inside[number] for number in numbers):
-            return f"{path} gives no state of the chain"
-    return ""
