@@ -76,12 +76,20 @@ class Ranked:
 def memories(graph: Graph) -> list[Memory]:
     """The memories of a forward: the model's, and further ones in the order of their ranks."""
     first, rest = candidates(graph)
-    ranked = _ranked(graph, first)
+    ranked = _ranked(graph, first) or _ranked(graph, rest[:MOST_FURTHER])
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    first_memory = _after_first_norm(_taken_apart(_within_long_skip(graph, ranked).memory))
+    best = _within_long_skip(graph, ranked).memory
+    merges = [_merge(best, of.memory) for of in ranked]
+    if any(merges):
+        best = without_inner(best, set().union(*merges))
+        ranked = [
+            replace(of, memory=without_inner(of.memory, merge)) if merge else of
+            for of, merge in zip(ranked, merges, strict=True)
+        ]
+    first_memory = _after_first_norm(_taken_apart(best))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
@@ -104,6 +112,23 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
             if inner[1] and _nested(graph, inner, outer):
                 return other
     return best
+
+
+def _merge(memory: Memory, other: Memory) -> set[int]:
+    """The sum in which two memories of one size that began with different values end; empty where they do not."""
+    graph, shared = memory.graph, memory.trunk & other.trunk
+    if not shared or memory.count != other.count or memory.holds(other.root) or other.holds(memory.root):
+        return set()
+    first = graph.values[min(shared)]
+    sides = [{value.number for value in of.inside(first)} for of in (memory, other)]
+    if not sides[0].isdisjoint(sides[1]):
+        return set()
+    for of in (memory, other):
+        writes = of.writes.keys() & of.trunk
+        later = (added for number in writes if number > first.number for added in of.writes[number])
+        if not any(number < first.number for number in writes) or any(graph.depends(v, first) for v in later):
+            return set()
+    return {first.number}
 
 
 def _unknown(graph: Graph) -> str:

@@ -50,6 +50,8 @@ class BranchReading:
     way: tuple[
         int, ...
     ]  # numbers of values: the source, and what is moved or scaled of it up to what is added
+    # Where the elements of the memory's first value are, to which each of these values is added.
+    numbers: tuple[Numbers, ...] = field(repr=False)
     parts: Mapping[str, torch.Tensor] = field(repr=False)
     less_its_read: bool = False  # whether what it read is subtracted from what it gave, as in AltUp
 

@@ -159,17 +159,39 @@ class _Reader:
         if changed:
             found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
         self.states = States(self.memory, self.branches)
+        if found.over_depth and (plain := self._before_last_mixture()) is not None:
+            return self._instead(plain)
         if found.inner:
             outer = without_inner(self.memory, found.inner)
             if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
                 return self._between_blocks(
                     found.cuts
                 )  # whose way leads through what is inside of the blocks
-            again = _Reader(outer, self.others)
-            number_blocks([again.names])
-            self._inner = again
-            return again.reading()
+            return self._instead(_Reader(outer, self.others))
         return self._read_between(found)
+
+    def _instead(self, other: _Reader) -> MemoryReading:
+        """The reading of another memory in the place of this one."""
+        number_blocks([other.names])
+        self._inner = other
+        return other.reading()
+
+    def _before_last_mixture(self) -> _Reader | None:
+        """The reader of the memory up to its last write, where only the head reads a mixture of the states before."""
+        memory = self.memory
+        value = self.graph.values[max(memory.writes.keys() & memory.trunk)]
+        while len(after := [v for v in self.graph.takers(value) if v.number in memory.trunk]) == 1:
+            if len(memory.inside(after[0])) > 1:
+                break
+            value = after[0]
+        if value is memory.end:
+            return None
+        shorter = replace(memory, end=value, trunk=memory.back([value]), branches=None)
+        reader = _Reader(shorter, self.others) if branches_of(shorter) else None
+        if reader is None or len(reader.branches) < len(self.branches):
+            return None
+        number_blocks([reader.names])
+        return None if cuts_of(shorter, reader.branches, reader.names.layers).over_depth else reader
 
     def _read_between(self, found: Cuts) -> MemoryReading:
         """What joins the states, at the present values of the forward's tensors."""
@@ -290,8 +312,8 @@ class _Reader:
         unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(), parts,
-            self._is_less_its_read(branch),
+            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(),
+            tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
         )  # fmt: skip
 
     def _is_less_its_read(self, branch: Branch) -> bool:

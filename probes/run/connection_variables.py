@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,16 @@ def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
 
 
 def connection_variables(
-    session: Session, number: int, sequences: list[Sequence], evidence: Evidence, tokens: int
+    session: Session,
+    number: int,
+    sequences: list[Sequence],
+    evidence: Evidence,
+    tokens: int,
+    positions: list[int],
 ) -> dict[str, Any]:
-    """Variables of a chain's connections as (dims, array), those that were requested.
+    """Variables of some connections of a chain as (dims, array), those that were requested.
 
+    ``positions``: of the connections in the chain; all of them where it has streams or sums over depth.
     ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
     chain = session.structure.chains[number]
@@ -52,7 +58,7 @@ def connection_variables(
     elif chain.over_depth:
         variables = _depth_variables(number, chain, sequences, tokens, precision)
     else:
-        variables = _branch_variables(number, chain, sequences, tokens, precision)
+        variables = _branch_variables(number, chain, sequences, tokens, precision, positions)
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
     of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
@@ -130,16 +136,21 @@ def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Te
 
 
 def _branch_variables(
-    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+    number: int,
+    chain: Chain,
+    sequences: list[Sequence],
+    tokens: int,
+    precision: torch.dtype,
+    positions: list[int],
 ) -> dict[str, Any]:
     """The branches of plain blocks, their factors where these are not 1, and the error of X' = a X + Σ b F."""
-    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
-    mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
+    connections = tuple(chain.connections[position] for position in positions)
+    states, outputs = _states_and_outputs(number, positions, sequences, tokens)
+    mask = torch.from_numpy(np.stack(token_masks(sequences, number, connections[0].depth_in)))
     found = [
-        _connection_factors(states, outputs, chain.connections, position, mask, precision)
-        for position in range(len(outputs))
+        _connection_factors(states, outputs, connections, at, mask, precision) for at in range(len(outputs))
     ]
-    inputs = torch.stack([states(connection.depth_in) for connection in chain.connections])
+    inputs = torch.stack([states(connection.depth_in) for connection in connections])
     return {
         "branch_in": (schema.TRACE["branch_in"].dims, inputs.numpy()),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
@@ -150,16 +161,16 @@ def _branch_variables(
 
 
 def _states_and_outputs(
-    number: int, chain: Chain, sequences: list[Sequence], tokens: int
+    number: int, positions: Iterable[int], sequences: list[Sequence], tokens: int
 ) -> tuple[Callable[[int], torch.Tensor], list[torch.Tensor]]:
-    """The states of a chain by depth, and the outputs of its branches; (K, T, D) each."""
+    """The states of a chain by depth, and the outputs of some of its branches; (K, T, D) each."""
 
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
 
     outputs = [
         torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
-        for position in range(len(chain.connections))
+        for position in positions
     ]
     return states, outputs
 
@@ -168,7 +179,7 @@ def _depth_variables(
     number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
 ) -> dict[str, Any]:
     """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
-    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
+    states, outputs = _states_and_outputs(number, range(len(chain.connections)), sequences, tokens)
 
     def weights(position: int) -> list[torch.Tensor]:
         parts = [s.parts[number, position] for s in sequences]

@@ -323,7 +323,7 @@ class StructureFinder:
         wanted: dict[str, Any] = {"inside": inside, "depths": depths, "has_shards": self._has_shards}
         part = read_chain(self.graph, memory, layout_of, **wanted)
         if named and not part.layout:
-            part = read_chain(self.graph, memory, lambda value: named, **wanted)
+            part = read_chain(self.graph, memory, lambda *of: named, **wanted)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -331,11 +331,17 @@ class StructureFinder:
             )
         return part
 
-    def _layout_of(self, memory: MemoryReading, asserted: str, value: TracedValue) -> str:
-        """The layout of a value of a memory, or the asserted one where it has as many axes; empty where it has none."""
+    def _layout_of(
+        self, memory: MemoryReading, asserted: str, value: TracedValue, numbers: Numbers | None = None
+    ) -> str:
+        """The layout of a value, or the asserted one where it has as many axes; empty where it has none.
+
+        ``numbers``: which elements of the memory it has, where it is none of its own values.
+        """
         if asserted:
             return asserted if len(value.shape) == len(parse_layout(asserted)) else ""
-        root, numbers = self.graph.values[memory.root], memory.carried.get(value.number)
+        root = self.graph.values[memory.root]
+        numbers = memory.carried.get(value.number) if numbers is None else numbers
         if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
             numbers = memory.carried[root.number]
         return "" if numbers is None else read_layout(memory, numbers, self.sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
@@ -34,7 +36,7 @@ class ReadChain:
 def read_chain(
     graph: Graph,
     memory: MemoryReading,
-    layout_of: Callable[[TracedValue], str],
+    layout_of: Callable[..., str],
     *,
     inside: bool,
     depths: Sequence[int] | None = None,
@@ -42,7 +44,7 @@ def read_chain(
 ) -> ReadChain:
     """The chain of one memory.
 
-    ``layout_of``: the layout of a value of the memory; empty where it has none.
+    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
     ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
     ``depths``: the states that are wanted, where the user names them.
     ``has_shards``: whether processes measure together of which each has a part of the tokens.
@@ -53,9 +55,7 @@ def read_chain(
 class _ChainOf:
     """The chain of one memory."""
 
-    def __init__(
-        self, graph: Graph, memory: MemoryReading, layout_of: Callable[[TracedValue], str], has_shards: bool
-    ):
+    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], has_shards: bool):
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
@@ -372,7 +372,8 @@ class _ChainOf:
 
     def _weighed(self, of: ConnectionReading) -> Connection:
         branch = of.branches[-1]
-        call = self.shown_branch(branch)
+        given = self._shown_branch(branch)
+        call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
@@ -381,8 +382,8 @@ class _ChainOf:
             index=of.depth_in,
             layer=branch.layer,
             branch=kind,
-            branch_path=None if call is None else self.graph.calls[call].path,
-            branch_index=0 if call is None else self.graph.calls[call].number,
+            branch_path=None if call is None else call.path,
+            branch_index=0 if call is None else call.number,
             style=DEPTH if self.memory.over_depth else READ,
             depth_in=of.depth_in,
             depth_out=of.depth_out,
@@ -445,10 +446,11 @@ class _ChainOf:
 
     def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
         for branch in of.branches:
-            for call in self._shown_parts(branch):
-                if call is None:
+            for given in self._shown_parts(branch):
+                if given is None or not given[1]:
                     yield None
                     continue
+                call, layout = given
                 path, index = self.graph.calls[call].path, self.graph.calls[call].number
                 own = branch.kind if branch.kind in ("attn", "mlp") else "block"
                 yield Connection(
@@ -461,25 +463,28 @@ class _ChainOf:
                     style="normed" if of.functions else "add",
                     depth_in=depths.index(of.depth_in),
                     depth_out=depths.index(of.depth_out),
+                    layout=layout,
                 )
 
-    def _shown_parts(self, branch: BranchReading) -> list[int | None]:
+    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
         """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        call = self.shown_branch(branch)
-        source = self.graph.values[branch.way[0]]
-        if call is not None or source.name != "add":
-            return [call]
-        return [self._shown_by(addend) for addend in addends(source)]
+        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
+        if given is not None or source.name != "add":
+            return [given]
+        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
 
-    def shown_branch(self, branch: BranchReading) -> int | None:
-        """The outermost call that gives what a branch adds: that itself, or what is moved or scaled of it."""
-        calls = (self._shown_by(self.graph.values[number]) for number in reversed(branch.way))
-        return next((call for call in calls if call is not None), None)
+    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
+        """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
+        way = list(zip(branch.way, branch.numbers, strict=True))
+        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
+        return next((given for given in shown if given is not None), None)
 
-    def _shown_by(self, value: TracedValue) -> int | None:
-        for other in self._same(value):
+    def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
+        whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
+        for other in self._same(value) if value.numel >= whole else ():
             shown = self.graph.shown.get(other.number, ())
             calls = [each.call for each in shown if each.at == "output" and not each.item]
             if calls:
-                return min(calls)
+                own = numbers.reshape(other.shape) if other.numel == value.numel else None
+                return min(calls), "" if own is None else self.layout_of(other, own)
         return None
