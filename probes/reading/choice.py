@@ -123,11 +123,13 @@ def _merge(memory: Memory, other: Memory) -> set[int]:
     sides = [{value.number for value in of.inside(first)} for of in (memory, other)]
     if not sides[0].isdisjoint(sides[1]):
         return set()
-    for of in (memory, other):
-        writes = of.writes.keys() & of.trunk
+    for of, begin in ((memory, other.root), (other, memory.root)):
+        writes = sorted(of.writes.keys() & of.trunk)
         later = (added for number in writes if number > first.number for added in of.writes[number])
-        if not any(number < first.number for number in writes) or any(graph.depends(v, first) for v in later):
+        if writes[0] >= first.number or any(graph.depends(v, first) for v in later):
             return set()
+        if graph.depends(begin, graph.values[writes[0]]):
+            return set()  # it begins inside of a branch of the other one
     return {first.number}
 
 

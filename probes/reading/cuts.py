@@ -47,8 +47,10 @@ def cuts_of(
         return Cuts(cuts, bool(_long_lived(cuts)), inner)
     # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
     alive = {value.number for cut in cuts[1:] for value in cut}
-    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not any(b.read.number in alive for b in branches)
-    is_list |= len(sizes) > 2 and sizes[0] < sizes[1] and all(len(cut) > 1 for cut in cuts[1:-1])
+    taken = sum(branch.read.number in alive for branch in branches)
+    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not taken
+    # One of several streams may begin as a branch of the first, and is taken by the next one.
+    is_list |= len(sizes) > 3 and all(len(cut) > 1 for cut in cuts[2:-1]) and 2 * taken < len(branches)
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
 
 

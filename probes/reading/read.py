@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -191,7 +191,12 @@ class _Reader:
         if reader is None or len(reader.branches) < len(self.branches):
             return None
         number_blocks([reader.names])
-        return None if cuts_of(shorter, reader.branches, reader.names.layers).over_depth else reader
+        found = cuts_of(shorter, reader.branches, reader.names.layers)
+        states = {value.number for cut in found.cuts for value in cut}
+        is_plain = not found.over_depth and all(
+            _comes_from(shorter, branch.read, states) for branch in reader.branches
+        )
+        return reader if is_plain else None
 
     def _read_between(self, found: Cuts) -> MemoryReading:
         """What joins the states, at the present values of the forward's tensors."""
@@ -423,6 +428,16 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
+
+
+def _comes_from(memory: Memory, value: TracedValue, states: Collection[int]) -> bool:
+    """Whether a value is carried from one state alone."""
+    while value.number not in states:
+        inside = memory.inside(value)
+        if len(inside) != 1:
+            return False
+        (value,) = inside
+    return True
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

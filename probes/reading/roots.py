@@ -19,7 +19,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
-FEW_STREAMS = 8  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
+FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
 
 
 def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
@@ -45,11 +45,11 @@ def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
 
 
 def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
-    """What is cut out of a value, or what a constant is copied to for each sequence, before anything else takes it."""
-    part, is_constant = value, not graph.depends_on_input(value)
+    """What is cut out of a value, or what a parameter is copied to for each sequence, before anything else takes it."""
+    part, is_parameter = value, value.of_parameter
     while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
         value = takers[0]
-        if value.numel < part.numel or (is_constant and value.numel > part.numel):
+        if value.numel < part.numel or (is_parameter and value.numel > part.numel):
             part = value
     return part
 

@@ -14,7 +14,7 @@ from depthscope.probes.structure.tape import value_at
 def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
     """A block, next to those of plain chains and of their class, that takes or gives no state of them; empty where none is.
 
-    What lies inside of a branch is none.
+    What lies inside of a branch is none, and nothing is missed of what is called for nothing.
     """
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
@@ -38,6 +38,9 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     for (call, at), numbers in sorted(shown.items()):
         path = graph.calls[call].path
         is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
-        if is_like and not known.intersection(numbers) and not any(inside[number] for number in numbers):
+        counts = not any(inside[number] for number in numbers) and any(
+            graph.reaches_output(graph.values[number]) for number in numbers
+        )
+        if is_like and counts and not known.intersection(numbers):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""
