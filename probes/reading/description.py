@@ -68,7 +68,9 @@ class ConnectionReading:
     depth_out: int
     parts: Mapping[str, torch.Tensor] = field(repr=False)
     branches: tuple[BranchReading, ...]
-    functions: tuple[str, ...]  # norms and activations of the whole state at the end of the step
+    functions: tuple[
+        str, ...
+    ]  # norms and activations of the whole state at the begin and the end of the step
     error: float  # of the recomputed state, relative to its largest number
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
 

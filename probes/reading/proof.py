@@ -58,17 +58,19 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 
 def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
     """How far the next state, and every read, is from what the reported parts give."""
-    state = states.array(before)
+    state = states.array(parts.start)
     total = _applied(parts.h_res, state)
     for branch in parts.branches:
         total = total + _applied(branch.write, branch.out)
     if parts.constant is not None:
         total = total + parts.constant
     errors = [_error(total, states.array(parts.target))]
+    first = min(value.number for value in parts.start)
     for branch in parts.branches:
         for read, weight in branch.reads:
-            if [read] != before and _is_pure(states, before, read):
-                errors.append(_error(_applied(weight, state), states.array([read])))
+            base = parts.start if read.number >= first else before
+            if [read] != base and _is_pure(states, base, read):
+                errors.append(_error(_applied(weight, states.array(base)), states.array([read])))
     return max(errors)
 
 
