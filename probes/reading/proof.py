@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -198,6 +199,8 @@ class WeightCoverage:
             value = self.graph.values[number]
             if not marks[number] or number in self._others or value.name not in ("add", "sub"):
                 continue
+            if self._joining_blocks.intersection(self.graph.stack(value)):
+                continue
             added = addends(value)
             pairs = (added, added[::-1]) if len(added) == 2 else ()
             if any(
@@ -207,6 +210,25 @@ class WeightCoverage:
             ):
                 return value
         return None
+
+    @cached_property
+    def _joining_blocks(self) -> set[int]:
+        """Calls of blocks, of the classes of this memory's, in which a memory begins: what they add up is theirs.
+
+        What such a block takes and gives has to be a state.
+        """
+        kinds = {
+            self.graph.calls[call].kind
+            for branch in self.branches
+            if (call := self._block_around(branch.source)) is not None
+        }
+        calls = (self._block_around(memory.root) for memory in self._all)
+        return {call for call in calls if call is not None and self.graph.calls[call].kind in kinds}
+
+    def _block_around(self, value: TracedValue) -> int | None:
+        """The innermost call of a module with a number around a value."""
+        stack = [c for c in self.graph.stack(value) if self.graph.calls[c].path.rpartition(".")[2].isdigit()]
+        return stack[-1] if stack else None
 
     def _is_branch(self, a: TracedValue, b: TracedValue, *, few: bool) -> bool:
         while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):
