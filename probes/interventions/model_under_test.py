@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.probes.connections.applied import as_applied
 from depthscope.probes.connections.coefficients import relative_error
-from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
-from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, gather_evidence
+from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
 from depthscope.probes.interventions.state_operations import (
     Birthplace,
@@ -99,9 +98,6 @@ class ModelUnderTest:
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, Birthplace | None] = {}
         self._evidence: Evidence | None = None
-        self._applied: list[Joint] | None = (
-            None  # the connections, where other matrices are applied than computed
-        )
         self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
         operations = StateOperations(model)
@@ -404,28 +400,12 @@ class ModelUnderTest:
         joints = sampled_joints(self._session, sequences)
         if self._evidence is None:
             # Proven in the first forward alone: a changed one does not satisfy its own equation.
-            joints = self._proven(joints)
-        elif self._applied is not None:
-            return {}  # it is solved from the states, which are changed ones now
+            self._evidence = gather_evidence(joints)
         return {
-            number: self._matrix(number, joint)
+            number: joint.matrix.double()
             for number, joint in enumerate(joints)
             if joint.parts.mix is not None
         }
-
-    def _proven(self, joints: list[Joint]) -> list[Joint]:
-        try:
-            self._evidence = gather_evidence(joints)
-        except ReconstructionError:
-            self._applied, replaced = as_applied(joints)
-            if not replaced:
-                raise
-            joints, self._evidence = self._applied, gather_evidence(self._applied)
-        return joints
-
-    def _matrix(self, number: int, joint: Joint) -> torch.Tensor:
-        assert self._evidence is not None
-        return applied_matrix(joint, self._evidence.reading(number)).double()
 
 
 # By how much the last state may differ where only rounding does: batches in another order; a heuristic of ours.

@@ -12,7 +12,7 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import DepthWeights, Parts, relative_error, tolerance
 from depthscope.probes.connections.family import ReconstructionError
-from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
+from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
 from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
@@ -61,7 +61,7 @@ def connection_variables(
         variables = _branch_variables(number, chain, sequences, tokens, precision, positions)
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
-    of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
+    of_branches = dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
     asked_as = {**ONE_VIEW_NAMES, **of_branches}
     return {
         name: value
@@ -73,40 +73,25 @@ def connection_variables(
 def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     """Weights, branches and errors of stream connections, as proven."""
     joints = evidence.joints
-    readings = [evidence.reading(number) for number in range(len(joints))]
-    applied = [applied_matrix(joint, of).float() for joint, of in zip(joints, readings, strict=True)]
-    tensors: dict[str, list[torch.Tensor]] = {"h_res": applied}
+    tensors: dict[str, list[torch.Tensor]] = {"h_res": [joint.matrix for joint in joints]}
     reads = [joint.parts.read for joint in joints if joint.parts.read is not None]
     if len(reads) == len(joints):  # gates per feature have no scalar read weights
         tensors["read"] = reads
     tensors["write"] = [joint.parts.write for joint in joints]
     tensors["views_in"] = [joint.parts.branch_in for joint in joints]
-    tensors["views_out"] = [
-        _branch_out(joint, of, h_res) for joint, of, h_res in zip(joints, readings, applied, strict=True)
-    ]
+    tensors["views_out"] = [joint.parts.branch_out for joint in joints]
     arrays = {name: np.stack([t.contiguous().numpy() for t in of]) for name, of in tensors.items()}
     if all(joint.parts.write.shape[-1] == joint.parts.branch_in.shape[-2] == 1 for joint in joints):
         arrays = {
             ONE_VIEW_NAMES.get(name, name): array.squeeze(VIEW_AXES[name]) if name in VIEW_AXES else array
             for name, array in arrays.items()
         }
-    inferred = [number for number, joint in enumerate(joints) if joint.parts.read_known is not None]
-    if inferred:
-        # What the module gives is known; what was inferred, where the streams determine it.
-        arrays["read_known"] = np.stack([_read_known(joint) for joint in joints])
     variables: dict[str, Any] = {name: (schema.TRACE[name].dims, array) for name, array in arrays.items()}
-    if inferred:
-        variables["read_known"] = (*variables["read_known"], {schema.INFERRED: inferred})
-    other_errors = [_other_orientation_error(evidence, number) for number in range(len(evidence.proofs))]
+    other_errors = [proof.other if math.isfinite(proof.other) else math.nan for proof in evidence.proofs]
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
     variables["other_orientation_error"] = ("connection", np.array(other_errors))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
     return variables
-
-
-def _read_known(joint: Joint) -> np.ndarray:
-    known = joint.parts.read_known
-    return np.ones(joint.mask.shape, np.float32) if known is None else known.float().numpy()
 
 
 def _read_error(joint: Joint) -> float:
@@ -117,22 +102,6 @@ def _read_error(joint: Joint) -> float:
     again = torch.einsum("tn,tnd->td", tokens.parts.read[:, 0].double(), tokens.x_in.double())
     taken = tokens.parts.branch_in[:, 0].double()
     return relative_error(again - taken, taken)
-
-
-def _other_orientation_error(evidence: Evidence, number: int) -> float:
-    """The error of the transposed matrix: only where it is larger is the orientation proven."""
-    proof = evidence.proofs[number]
-    # One connection may fit better the other way round than the model as a whole does.
-    other = proof.other if proof.reading.transposed == evidence.transposed else proof.error
-    return other if math.isfinite(other) else math.nan
-
-
-def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Tensor:
-    """The branch's output: as captured, or solved from X' − H_res X = H_post F."""
-    if reading.observed and joint.parts.branch_out is not None:
-        return joint.parts.branch_out
-    rest = joint.x_out - torch.einsum("ktoi,ktid->ktod", h_res, joint.x_in)
-    return solved_branch(rest, joint.parts.write)
 
 
 def _branch_variables(

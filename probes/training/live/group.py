@@ -11,11 +11,8 @@ import xarray as xr
 
 from depthscope.diagnostics.schema import CUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.probes.connections.family import ReconstructionError
-from depthscope.probes.connections.proof import Reading, gather_evidence
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.groups import chain_groups, depth_coords
-from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.session import Session
 
 
@@ -39,8 +36,6 @@ class LiveGroup:
         Coordinates, as in the trace.
     attrs : mapping
         Of the run, and of the chain's own trace.
-    readings : tuple of Reading or None
-        How the matrix of each connection is read; None where it is not the one that the model applies.
     dtype : torch.dtype
         In which states are multiplied.
     cut : list of int
@@ -55,7 +50,6 @@ class LiveGroup:
     depth_coords: Mapping[str, Any]
     connection_coords: Mapping[str, Any]
     attrs: Mapping[str, Any]
-    readings: tuple[Reading, ...] | None
     dtype: torch.dtype
     cut: list[int]
 
@@ -67,22 +61,16 @@ class LiveGroup:
     @property
     def mixes_known(self) -> bool:
         """Whether the matrices that the model applies are those that were read."""
-        return self.readings is not None
+        return True
 
     @property
     def transposed(self) -> bool:
         """Whether the matrices are source by destination."""
-        # One orientation for all of a model.
-        return self.readings is not None and any(reading.transposed for reading in self.readings)
+        return False
 
     def applied(self, number: int, mix: torch.Tensor) -> torch.Tensor:
-        """H_res, destination by source, as the model applies it.
-
-        ``mix``: (K, N, N), as its module computes it.
-        """
-        assert self.readings is not None
-        rounded = mix.to(self.dtype).float() if self.readings[number].cast else mix
-        return rounded.mT if self.transposed else rounded
+        """H_res (K, N, N), destination by source."""
+        return mix
 
     def path(self, name: str) -> str:
         """Where a variable of this group is in a run."""
@@ -100,7 +88,6 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
 
     ``session``: with its chains found and at least one sequence sampled.
     """
-    readings = _readings(session)
     found = []
     for number, chain in enumerate(session.structure.chains):
         for stage, (name, depths) in enumerate(chain_groups(session, number)):
@@ -116,18 +103,8 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
                     depth_coords=depth_coords(chain, depths),
                     connection_coords=connection_coords(chain.connections) if has_streams else {},
                     attrs={str(name): value for name, value in (run.attrs | trace.attrs).items()},
-                    readings=readings,
                     dtype=session.observer.precision,
                     cut=list(trace["gradient"].attrs.get(CUT_GRADIENT, [])) if "gradient" in trace else [],
                 )
             )
     return found
-
-
-def _readings(session: Session) -> tuple[Reading, ...] | None:
-    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
-    try:
-        evidence = gather_evidence(sampled_joints(session, sequences))
-    except ReconstructionError:
-        return None  # the run was built: so other matrices than those that were read are applied
-    return tuple(evidence.reading(number) for number in range(len(evidence.proofs)))
