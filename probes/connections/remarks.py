@@ -155,9 +155,9 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
     identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
     yield Remark(
         "discarded_mixing",
-        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output depends on it; what is "
-        f"applied is {'the identity' if identity else 'another matrix'}, from which its entries differ by up to "
-        f"{_number(apart)}",
+        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output "
+        f"depends on it; what is applied is {'the identity' if identity else 'another matrix'}, from which its entries "
+        f"differ by up to {_number(apart)}",
         apart,
         tuple(at),
     )

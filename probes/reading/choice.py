@@ -147,6 +147,8 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
         if other.share < LEAST_SHARE or not is_state or not apart:
             continue
         branches = branches_of(other.memory)
+        if not all(other.memory.trunk.intersection(w.number for w in b.writes) for b in branches):
+            continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
 
@@ -205,9 +207,11 @@ def _between_expansions(memory: Memory) -> Memory:
         born = pieces & memory.born - known
         known |= pieces
         taken = [read for piece in born for read in reads.get(piece, ())]
+        # One further stream alone may be a history that grows, unless all that comes later goes through this join.
+        is_begin = join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
         if (
             number not in memory.trunk
-            or len(born) < 2
+            or len(born) < 2 - is_begin
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
@@ -283,13 +287,12 @@ def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is a memory, nothing of which is missing and next to which there is nothing else, several times."""
-    numbers = memory.carried.get(value.number)
-    return (
-        numbers is not None
-        and numbers.count == value.numel > memory.count
-        and numbers.distinct >= memory.count
-    )
+    """Whether a value is a memory, nothing of which is missing and to which nothing of the input is added, several times."""
+    numbers, graph = memory.carried.get(value.number), memory.graph
+    if numbers is None or not numbers.count == value.numel > memory.count <= numbers.distinct:
+        return False
+    sums = (graph.values[number] for number in memory.back([value]) if graph.values[number].name in SUMS)
+    return not any(graph.depends_on_input(v) for of in sums for v in addends(of) if not memory.holds(v))
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:

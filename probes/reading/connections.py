@@ -88,7 +88,7 @@ class Held:
         boxes = [self._replays.box(value) for value in values]
         zeros = [box.zeros(self._replays.kind, self._replays.device) for box in boxes]
         tensors = [
-            torch.stack([self._table[value.number].get(basis, zero) for basis in bases])
+            torch.stack([self._table.get(value.number, {}).get(basis, zero) for basis in bases])
             for value, zero in zip(values, zeros, strict=True)
         ]
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)

@@ -49,7 +49,8 @@ def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
     part, is_parameter = value, value.of_parameter
     while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
         value = takers[0]
-        if value.numel < part.numel or (is_parameter and value.numel > part.numel):
+        is_image = len(part.shape) == 2 and len(value.shape) >= 4  # as a generator makes of its noise
+        if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
             part = value
     return part
 

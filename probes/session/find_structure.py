@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights
+from depthscope.probes.connections.coefficients import DepthWeights, Parts
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
@@ -82,6 +83,7 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+        self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
@@ -311,6 +313,17 @@ class StructureFinder:
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
                 "they are mixed and written; leave layout= out"
             )
+        counts = sorted(
+            {
+                sum(n.count for n in state.numbers) // max(math.prod(memory.shape), 1)
+                for state in memory.states
+            }
+        )
+        if len(counts) > 1:
+            raise LayoutError(
+                f"the states of {memory.name} have {' or '.join(map(str, counts))} streams; expected the same number at every "
+                "depth. Name the modules whose states are wanted with layers="
+            )
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -389,10 +402,11 @@ class StructureFinder:
         )  # what is added before the connections of a block
         chain = replace(chain, points=points, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
+        self._reads_features = any(of.read is None for of, _ in weights if isinstance(of, Parts))
         if memory.over_depth:
             rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
-        elif any(of.read is None for of, _ in weights):
+        elif self._reads_features and not read.mixes:
             chain = replace(chain, family="gated")
         elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
@@ -413,7 +427,7 @@ class StructureFinder:
             found.layout,
             fractions=fractions.pop() if len(fractions) == 1 else 1,
             mixes=self._read.mixes,
-            reads_features=family == "gated",
+            reads_features=self._reads_features,
         )
         return dict.fromkeys(range(len(chain.connections)), site)
 
@@ -441,7 +455,7 @@ class StructureFinder:
             short[path] if paths.count(path) == 1 else self._argument(of.chain)
             for path, of in zip(paths, found, strict=True)
         ]
-        if len(set(names)) < len(names):
+        if len(set(names)) < len(names) or (len(names) > 1 and "" in names):
             names = _distinct(paths)
         return [
             replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)

@@ -69,8 +69,8 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
     sides = [axis for axis in named if "T" in axis]
-    if len(sides) == 2:  # of an image, or of several series side by side
-        for axis, letter in zip(sides, "HW", strict=True):
+    if len(sides) in (2, 3):  # of an image or a film, or of several series side by side
+        for axis, letter in zip(sides, "THW"[-len(sides) :], strict=True):
             axis[axis.index("T")] = letter
     return named
 

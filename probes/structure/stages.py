@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -76,12 +77,15 @@ def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool)
 
 
 def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis) -> Chain:
-    """The chain with what blocks of its classes give after its last state, in another shape."""
+    """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
     kinds, sides = set(chain.block_class.split("/")), shown_by_calls(graph)
+    places = {_without_numbers(path) for path in chain.blocks}
     last = value_at(graph, chain.points[-1])
     for number, call in enumerate(graph.calls):
         taken, given = (sides.get((number, at)) for at in ("input", "output"))
-        if call.kind not in kinds or last is None or taken != last.number or given is None:
+        if call.kind not in kinds or _without_numbers(call.path) not in places:
+            continue
+        if last is None or taken != last.number or given is None:
             continue
         value = graph.values[given]
         if value.shape == last.shape or shape_layout(value, sequences) != layout:
@@ -95,6 +99,10 @@ def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis
         )
         last = value
     return chain
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\d+", "{i}", path)
 
 
 def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedValue], str]) -> Chain:
