@@ -76,7 +76,8 @@ class Ranked:
 def memories(graph: Graph) -> list[Memory]:
     """The memories of a forward: the model's, and further ones in the order of their ranks."""
     first, rest = candidates(graph)
-    ranked = _ranked(graph, first) or _ranked(graph, rest[:MOST_FURTHER])
+    learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
+    ranked = _ranked(graph, first) or _ranked(graph, learned)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
@@ -208,7 +209,10 @@ def _between_expansions(memory: Memory) -> Memory:
         known |= pieces
         taken = [read for piece in born for read in reads.get(piece, ())]
         # One further stream alone may be a history that grows, unless all that comes later goes through this join.
-        is_begin = join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
+        sums = any(write > number for write in writes - memory.born)
+        is_begin = (
+            sums and join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
+        )
         if (
             number not in memory.trunk
             or len(born) < 2 - is_begin
@@ -287,12 +291,16 @@ def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is a memory, nothing of which is missing and to which nothing of the input is added, several times."""
+    """Whether a value is a memory, nothing of which is missing, several times: nothing of the input is added to some alone."""
     numbers, graph = memory.carried.get(value.number), memory.graph
     if numbers is None or not numbers.count == value.numel > memory.count <= numbers.distinct:
         return False
-    sums = (graph.values[number] for number in memory.back([value]) if graph.values[number].name in SUMS)
-    return not any(graph.depends_on_input(v) for of in sums for v in addends(of) if not memory.holds(v))
+    for number in memory.back([value]):
+        added = [v for v in addends(graph.values[number]) if not memory.holds(v)]
+        apart = graph.values[number].name in SUMS and any(map(graph.depends_on_input, added))
+        if apart and memory.root.number in memory.back([value], {number}):
+            return False
+    return True
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:

@@ -125,6 +125,8 @@ class Linear:
         """The parts of the connection between two states."""
         target = [self.states.before_functions(value) for value in after]
         start = [self.states.after_functions(value) for value in before]
+        if _last(start) >= _last(target):  # the step is no more than a norm
+            start = list(before)
         pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
         functions = [last.name for first, last in pairs if first is not last]
         between = self._written(branches, _last(before), _last(after))

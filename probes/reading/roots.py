@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
+    CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
     MOST_STREAMS,
@@ -49,10 +50,18 @@ def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
     part, is_parameter = value, value.of_parameter
     while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
         value = takers[0]
-        is_image = len(part.shape) == 2 and len(value.shape) >= 4  # as a generator makes of its noise
+        # As a generator makes of its noise.
+        is_image = len(part.shape) == 2 < len(value.shape) - 1 and any(
+            map(is_of_channels, graph.takers(value))
+        )
         if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
             part = value
     return part
+
+
+def is_of_channels(value: TracedValue) -> bool:
+    """Whether an operation takes the second axis for the features."""
+    return value.name == "convolution" or value.name in CHANNEL_NORMS
 
 
 class _Sums:
