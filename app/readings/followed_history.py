@@ -21,7 +21,7 @@ from depthscope.app.readings.training_history import (
     slices_of,
 )
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.analysis.training_curves import STEPWISE_SUMS, curves_of_sums
+from depthscope.diagnostics.analysis.training_curves import SUMS_OF, curves_of_sums
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
@@ -95,10 +95,9 @@ class FollowedHistory(TrainingHistory):
         }
         last = self._sums_at(len(self.steps) - 1)
         sums_of: dict[str, tuple[str, ...]] = {}
-        for sums in STEPWISE_SUMS:
-            for name, array in curves_of_sums(last, [sums]).items():
-                if name not in samples:
-                    samples[str(name)], sums_of[str(name)] = array.isel(step=0), sums
+        for name, array in curves_of_sums(last).items():
+            if name not in samples:
+                samples[str(name)], sums_of[str(name)] = array.isel(step=0), SUMS_OF[str(name)]
         cells = cells_of(last)
         if cells is not None:
             samples[CELLS] = cells.isel(step=0)
@@ -113,7 +112,7 @@ class FollowedHistory(TrainingHistory):
         sums = self._found[1].get(name)
         if sums is None:
             return self._store.column(f"{self._metrics}{name}", chosen)
-        found = curves_of_sums(self._all_sums(sums), [sums])[name].values
+        found = curves_of_sums(self._all_sums(sums))[name].values
         return np.asarray(found[(slice(None), *slices_of(chosen))], dtype=np.float32)
 
     def _all_sums(self, names: Iterable[str]) -> xr.Dataset:
@@ -168,7 +167,7 @@ class FollowedHistory(TrainingHistory):
         """All metrics of one step."""
         found = self._metrics_at(position)
         if all("step" not in array.dims for array in found.data_vars.values()):
-            found = curves_of_sums(self._sums_at(position), STEPWISE_SUMS)
+            found = curves_of_sums(self._sums_at(position))
         return found.assign_attrs(self._reading.analysis.attrs)
 
 

@@ -34,8 +34,10 @@ QUANTITY_MODULES = (
     *(depth_paths, initial_logits),
 )
 
-Null = Callable[..., xr.DataArray] | float | str
-Function = Callable[..., xr.DataArray | tuple[xr.DataArray, xr.DataArray]]
+Values = xr.Variable | xr.DataArray
+"""What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""
+Null = Callable[..., Values] | float | str
+Function = Callable[..., Values | tuple[Values, Values]]
 """Quantities in; the value out, or the value with the standard error that the function has estimated."""
 
 # Dims that a figure is drawn along, the first that a metric has.
@@ -123,7 +125,7 @@ class Metric:
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
-        Quantities in, DataArray out; or two, where it estimates its standard error over sequences itself.
+        Quantities in, an array with named dims out; or two, where it estimates its standard error over sequences itself.
     default : bool
         Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
@@ -132,6 +134,8 @@ class Metric:
         Whether the jackknife estimates its standard error; false for counts, extremes, quantiles and errors.
     most_tokens : function, optional
         The number of features in, the largest number of tokens that it uses out; None uses all.
+    of_sequences : bool
+        Whether it compares tokens of one sequence, or sequences: a sample of single tokens does not give it.
     of_steps : bool
         Whether the value at a depth compares it with the depth before: NaN at the first.
     separable : bool
@@ -165,6 +169,7 @@ class Metric:
     headline: bool = False
     smooth: bool = True
     most_tokens: Callable[[int], int] | None = None
+    of_sequences: bool = False
     of_steps: bool = False
     separable: bool = False
     infinite: bool = False
@@ -214,17 +219,25 @@ class Metric:
         Unavailable
             Where the run lacks what the metric needs.
         """
-        return self.finished(source.call(self.function), source)
+        return self.finished(self.unfolded(source), source)
+
+    def unfolded(self, source: Quantities) -> xr.DataArray | tuple[xr.DataArray, xr.DataArray]:
+        """What the function measures, labelled: of each sequence where it has a value of each."""
+        measured = source.call(self.function)
+        if isinstance(measured, tuple):
+            value, error = measured
+            return source.labelled(value), source.labelled(error)
+        return source.labelled(measured)
 
     def finished(
         self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
     ) -> dict[str, xr.DataArray]:
-        """What the function has measured, as `evaluate` gives it.
+        """What was measured, as `evaluate` gives it.
 
         Parameters
         ----------
         measured : DataArray, or two of them
-            What the function returned.
+            What `unfolded` returned.
         source : Quantities
             For the null.
 
@@ -239,7 +252,7 @@ class Metric:
         found = {self.name: self.stamp(value)}
         if callable(self.null):
             # Folded like the value: sequences of different lengths have different nulls, of which the mean is taken too.
-            null = over_sequences.fold(source.call(self.null))[0]
+            null = over_sequences.fold(source.labelled(source.call(self.null)))[0]
             found[f"{self.name}_null"] = self.stamp(null, "expected of iid noise")
         # Counts and extremes vary over sequences too, but that spread does not estimate their error.
         if stderr is not None and self.smooth:
@@ -259,7 +272,7 @@ class Metric:
         tuple of DataArray
             The error is None where the function returns neither a value of each sequence nor an error.
         """
-        return self._folded(source.call(self.function))
+        return self._folded(self.unfolded(source))
 
     @staticmethod
     def _folded(
@@ -383,6 +396,7 @@ def metric(
     headline: bool = False,
     smooth: bool = True,
     most_tokens: Callable[[int], int] | None = None,
+    of_sequences: bool = False,
     of_steps: bool = False,
     separable: bool = False,
     infinite: bool = False,
@@ -396,7 +410,7 @@ def metric(
         As `Metric.dims`, separated by spaces.
     symbol, cite, basis, null, estimator, label, scale, units, healthy, better, null_error, default, headline, smooth
         See `Metric`.
-    most_tokens, of_steps, separable, infinite, per_step
+    most_tokens, of_sequences, of_steps, separable, infinite, per_step
         See `Metric`.
 
     Returns
@@ -430,6 +444,7 @@ def metric(
             headline=headline,
             smooth=smooth,
             most_tokens=most_tokens,
+            of_sequences=of_sequences,
             of_steps=of_steps,
             separable=separable,
             infinite=infinite,

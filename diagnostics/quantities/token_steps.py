@@ -42,10 +42,7 @@ class Steps:
     @property
     def is_branch(self) -> np.ndarray:
         """Which depths end a branch, (L + 1,)."""
-        found = np.arange(len(self.states)) > 0
-        if "site" in self.states.coords:
-            found &= ~np.isin(self.states.coords["site"].values.astype(object).astype(str), NO_BRANCH)
-        return found
+        return ends_branch(self.states)
 
     def by_sequence(self, values: np.ndarray) -> np.ndarray:
         """Mean over the tokens of each sequence of what is not NaN, (L + 1, V, N) in, (L + 1, V, S) out."""
@@ -56,6 +53,14 @@ class Steps:
             count = (~np.isnan(part)).sum(-1)
             means[..., sequence] = np.nansum(part, -1) / np.where(count > 0, count, np.nan)
         return means
+
+
+def ends_branch(states: States) -> np.ndarray:
+    """Which depths end a branch, (L + 1,)."""
+    found = np.arange(len(states)) > 0
+    if "site" in states.coords:
+        found &= ~np.isin(states.coords["site"].values.astype(object).astype(str), NO_BRANCH)
+    return found
 
 
 @quantity

@@ -171,10 +171,12 @@ def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> d
 
 def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
     try:
-        # Values of each sequence are joined before their mean is taken.
-        found = (
-            {metric.name: source.call(metric.function)} if task.kind == SEQUENCE else metric.evaluate(source)
-        )
+        if task.kind != SEQUENCE:
+            found = metric.evaluate(source)
+        else:  # values of each sequence are joined before their mean is taken
+            of_each = metric.unfolded(source)
+            assert isinstance(of_each, xr.DataArray)
+            found = {metric.name: of_each}
     except Unavailable as reason:
         return {}, str(reason)
     return {name: value.load() for name, value in found.items()}, ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.quantities.registry import DIMS
 from depthscope.diagnostics.schema import CUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.family import ReconstructionError
@@ -59,6 +62,11 @@ class LiveGroup:
     dtype: torch.dtype
     cut: list[int]
 
+    @cached_property
+    def facts(self) -> xr.Dataset:
+        """What quantities depend on besides numbers: the attributes."""
+        return xr.Dataset(attrs=self.attrs)
+
     @property
     def streams(self) -> list[str]:
         """Labels of the views: ``mean`` and, for several streams, their numbers."""
@@ -88,11 +96,17 @@ class LiveGroup:
         """Where a variable of this group is in a run."""
         return f"{group_path('metrics', self.chain)}/{name}"
 
-    def with_all_streams(self, value: xr.DataArray) -> xr.DataArray:
-        """A value whose stream axis, where it has one, has the labels of all views; NaN where it has no such view."""
-        if "stream" not in value.dims or value["stream"].values.tolist() == self.streams:
-            return value
-        return value.reindex(stream=self.streams)
+    def numbers(self, dims_of: Iterable[Any], values_of: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+        """Dims of an analysis in their order, and float64 values; NaN of a view of the streams that has none."""
+        # One group of tokens, all that were sampled.
+        dims = ["scope" if dim == "group" else dim for dim in dims_of]
+        values = np.asarray(values_of, dtype=np.float64)
+        if "stream" in dims and (lacks := len(self.streams) - values.shape[dims.index("stream")]):
+            # The mean, which comes first, has no share of what is read or written.
+            padding = [(lacks if dim == "stream" else 0, 0) for dim in dims]
+            values = np.pad(values, padding, constant_values=np.nan)
+        order = sorted(dims, key=DIMS.index)
+        return tuple(order), np.transpose(values, [dims.index(dim) for dim in order])
 
 
 def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:

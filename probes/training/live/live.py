@@ -27,7 +27,6 @@ from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.row_input import on_host
-from depthscope.probes.training.live.sampled_tokens import OF_SEQUENCES
 from depthscope.probes.training.live.scalars import scalars
 from depthscope.probes.training.sinks import Sink
 
@@ -324,4 +323,4 @@ def _needs_more(name: str) -> bool:
     """Whether a metric needs whole sequences, sums over many steps, or the attention of a capture."""
     metric = CATALOGUE[name]
     beyond = {*OF_STREAMING, "query_entropy", "query_keys", "query_first_weight", "initial_logits"}
-    return name in OF_SEQUENCES or bool(beyond & set(metric.roots))
+    return metric.of_sequences or bool(beyond & set(metric.roots))
