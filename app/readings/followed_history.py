@@ -21,7 +21,7 @@ from depthscope.app.readings.training_history import (
     slices_of,
 )
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.analysis.training_curves import SUMS_OF, curves_of_sums
+from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
@@ -94,14 +94,14 @@ class FollowedHistory(TrainingHistory):
             str(name): array.isel(step=0) for name, array in rows.data_vars.items() if "step" in array.dims
         }
         last = self._sums_at(len(self.steps) - 1)
-        sums_of: dict[str, tuple[str, ...]] = {}
+        needs: dict[str, tuple[str, ...]] = {}
         for name, array in curves_of_sums(last).items():
             if name not in samples:
-                samples[str(name)], sums_of[str(name)] = array.isel(step=0), SUMS_OF[str(name)]
+                samples[str(name)], needs[str(name)] = array.isel(step=0), sums_of(str(name))
         cells = cells_of(last)
         if cells is not None:
             samples[CELLS] = cells.isel(step=0)
-        return measures_of(samples), sums_of
+        return measures_of(samples), needs
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
         """The numbers of a measure; see `TrainingHistory.values`."""

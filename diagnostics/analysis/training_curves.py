@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -12,6 +16,7 @@ from depthscope.diagnostics.quantities.registry import Quantities, roots, source
 from depthscope.diagnostics.quantities.token_spectra import RANKS
 from depthscope.diagnostics.schema import OF_STREAMING, POOLED_STEP, STATISTICS, chain_dataset
 
+DRIFT = "connection_parameter_drift"
 OF_LOSSES = {
     "loss": {"long_name": "Loss", "units": "1", "symbol": r"\mathcal{L}"},
     "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
@@ -58,30 +63,26 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     return xr.Dataset(curves | (_streamed_ranks(statistics) if "eigenvalue" in statistics else {}))
 
 
-def _needs(name: str) -> tuple[str, ...]:
-    return roots(CATALOGUE[name].function, BY_SUMS)
+def sums_of(curve: str) -> tuple[str, ...]:
+    """The sums that a curve is computed from, of its own step alone, except for drifts, which are from the first step on."""
+    others = {DRIFT: ("connection_parameter",), "loss_spike": ("loss_rise",)}
+    return _sums_of(CATALOGUE[curve].function) if curve in CATALOGUE else others.get(curve, (curve,))
 
 
-SUMS_OF: dict[str, tuple[str, ...]] = {
-    # Streamed sums have no step: they are of the last weights alone.
-    **{
-        name: _needs(name)
-        for name in CATALOGUE
-        if set(_needs(name)) <= STATISTICS.keys() and not set(_needs(name)) & set(OF_STREAMING)
-    },
-    "connection_parameter_drift": ("connection_parameter",),
-    **{name: (name,) for name in OF_LOSSES},
-    "loss_spike": ("loss_rise",),
-}
-"""The sums that each curve is computed from, of its own step alone, except for drifts, which are from the first step on."""
+@lru_cache(maxsize=1024)
+def _sums_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The sums that feed a metric; empty where they do not. Streamed sums have no step: they are of the last weights alone."""
+    needs = roots(function, BY_SUMS)
+    return needs if set(needs) <= STATISTICS.keys() - set(OF_STREAMING) else ()
 
 
 def curves_of_sums(statistics: xr.Dataset) -> xr.Dataset:
     """The curves that the sums of a dataset give: a recording has the sums that were requested."""
     source = Quantities(_with_stream_labels(statistics), choices=ONE_VARIANT, supplied=BY_SUMS)
     curves: dict[str, xr.DataArray] = {}
-    for name, needs in SUMS_OF.items():
-        if name in CATALOGUE and all(each in statistics for each in needs):
+    for name in CATALOGUE:
+        needs = sums_of(name)
+        if needs and all(each in statistics for each in needs):
             curves[name] = _curve(name, source)
     if "connection_parameter" in statistics:
         curves |= _parameter_drift(statistics)
@@ -140,4 +141,4 @@ def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     moved = np.square(values - first)
     drift = np.stack([np.sqrt(moved[:, owner == name].sum(1)) for name in names], axis=1)
     coords = {"step": statistics["step"], "parameter": np.array(names, dtype=object)}
-    return {"connection_parameter_drift": xr.DataArray(drift, coords, ("step", "parameter"))}
+    return {DRIFT: xr.DataArray(drift, coords, ("step", "parameter"))}

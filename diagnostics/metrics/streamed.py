@@ -129,6 +129,8 @@ def _cka(hsic: xr.DataArray) -> xr.DataArray:
 def variants(declared: Iterable[Metric]) -> Iterator[Metric]:
     """The metrics of every token, ``streamed_NAME``, of those whose quantities streamed sums supply."""
     for each in declared:
+        if not each.smooth:  # such as the error of a fit, which is drawn with what was fitted
+            continue
         if roots(each.function, {"singular_values": lambda: None}) == ():
             yield _variant(
                 each,
@@ -139,7 +141,13 @@ def variants(declared: Iterable[Metric]) -> Iterator[Metric]:
             )
         elif roots(each.function, {"cka_table": lambda: None}) == ():
             yield _variant(
-                each, _of_similarity(each), SKETCHED, null=0.0, estimator=OF_SKETCH, cite="song2012feature"
+                each,
+                _of_similarity(each),
+                SKETCHED,
+                null=0.0,
+                estimator=OF_SKETCH,
+                cite="song2012feature",
+                headline=False,
             )
 
 
