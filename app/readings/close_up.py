@@ -420,7 +420,9 @@ def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) 
         if "residual" not in trace:
             return None
         wanted = [
-            name for name in ("residual", "mask", "token_text", "h_res", "h_pre", "h_post") if name in trace
+            name
+            for name in ("residual", "mask", "token_text", *(of.name for of in schema.SUMMED))
+            if name in trace
         ]
         part = trace.drop_vars([name for name in trace.data_vars if name not in wanted])
         sequences = int(part.sizes["sample"])

@@ -127,14 +127,14 @@ class FollowedHistory(TrainingHistory):
     def _cells(self, connection: int | None) -> np.ndarray:
         tokens = self._store.column(f"{self._statistics}token_count")
         parts = []
-        for name in ("h_res_sum", "h_pre_sum", "h_post_sum"):
-            full = f"{self._statistics}{name}"
+        for of in schema.SUMMED:
+            full = f"{self._statistics}{of.total}"
             if full not in self._store.variables:
                 continue
             sums = self._store.column(full, (connection,)).reshape(len(tokens), -1)
-            known = f"{self._statistics}h_pre_token_count"
-            of_known = name == "h_pre_sum" and known in self._store.variables
-            counts = self._store.column(known, (connection,)) if of_known else tokens
+            known = f"{self._statistics}{of.counted_by}"
+            of_some = of.counted_by != "token_count" and known in self._store.variables
+            counts = self._store.column(known, (connection,)) if of_some else tokens
             with np.errstate(divide="ignore", invalid="ignore"):
                 parts.append(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan))
         return np.concatenate(parts, axis=1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.schema import OF_STREAMS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict, last_step
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
@@ -21,9 +22,6 @@ DOES_NOT_APPLY = "DOES NOT APPLY"
 """The state of a verdict whose question does not arise for the network."""
 
 ONE_STREAM = "the network has one stream"
-
-# Variables of a run that only connections of several streams have.
-_OF_STREAMS = {"h_res", "h_pre", "h_post"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _is_about_streams(verdict: Verdict) -> bool:
     """Whether it is about how several streams are mixed, read and written, or about how they differ."""
     metric = CATALOGUE.get(verdict.metric)  # none of a null
     return metric is not None and (
-        bool(_OF_STREAMS & set(metric.roots)) or metric.name.endswith("stream_cosine")
+        bool(set(OF_STREAMS) & set(metric.roots)) or metric.name.endswith("stream_cosine")
     )
 
 

@@ -153,18 +153,18 @@ class Metric:
     symbol: str
     dims: tuple[str, ...]
     label: str
-    scale: str
-    units: str
-    healthy: Range | None
     cite: str
     basis: str
     question: str
     description: str
     null: Null
-    null_error: float
     estimator: str
     needs: tuple[str, ...]
     function: Function
+    scale: str = "linear"
+    units: str = "1"
+    healthy: Range | None = None
+    null_error: float = 0.0
     default: bool = True
     headline: bool = False
     smooth: bool = True
@@ -378,40 +378,17 @@ class Metric:
         return self.stamp(error, "standard error over sequences").assign_attrs(estimator=how)
 
 
-def metric(
-    *,
-    symbol: str,
-    dims: str,
-    cite: str,
-    basis: str,
-    null: Null,
-    estimator: str,
-    label: str = "",
-    scale: str = "linear",
-    units: str = "1",
-    healthy: Range | None = None,
-    better: str = "",
-    null_error: float = 0.0,
-    default: bool = True,
-    headline: bool = False,
-    smooth: bool = True,
-    most_tokens: Callable[[int], int] | None = None,
-    of_sequences: bool = False,
-    of_steps: bool = False,
-    separable: bool = False,
-    infinite: bool = False,
-    per_step: bool = True,
-) -> Callable[[Function], Metric]:
+def metric(*, dims: str, label: str = "", **stated: Any) -> Callable[[Function], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
     ----------
     dims : str
         As `Metric.dims`, separated by spaces.
-    symbol, cite, basis, null, estimator, label, scale, units, healthy, better, null_error, default, headline, smooth
-        See `Metric`.
-    most_tokens, of_sequences, of_steps, separable, infinite, per_step
-        See `Metric`.
+    label : str
+        As `Metric.label`.
+    **stated
+        Other fields of `Metric`: symbol, cite, basis, null and estimator, and those that are not the default.
 
     Returns
     -------
@@ -421,35 +398,17 @@ def metric(
 
     def declare(function: Function) -> Metric:
         name, doc = function.__name__, inspect.getdoc(function) or ""
-        _check_declaration(name, dims=dims, scale=scale, basis=basis, better=better)
         declared = Metric(
             name=name,
-            symbol=symbol,
             dims=tuple(dims.split()),
             label=label or name.replace("_", " "),
-            scale=scale,
-            units=units,
-            healthy=healthy,
-            better=better,
-            cite=cite,
-            basis=basis,
             question=function.__module__.rpartition(".")[2],
             description=doc.partition("\n")[0],
-            null=null,
-            null_error=null_error,
-            estimator=estimator,
             needs=tuple(inspect.signature(function).parameters),
             function=function,
-            default=default,
-            headline=headline,
-            smooth=smooth,
-            most_tokens=most_tokens,
-            of_sequences=of_sequences,
-            of_steps=of_steps,
-            separable=separable,
-            infinite=infinite,
-            per_step=per_step,
+            **stated,
         )
+        _check_declaration(declared)
         # help() and sphinx show the docstring of the function; the dataclass is frozen.
         object.__setattr__(declared, "__doc__", doc)
         return declared
@@ -457,15 +416,20 @@ def metric(
     return declare
 
 
-def _check_declaration(name: str, *, dims: str, scale: str, basis: str, better: str) -> None:
+def _check_declaration(declared: Metric) -> None:
+    name, dims = declared.name, declared.dims
     # −1 keeps an unknown dim from raising here: the message below names all that are expected.
-    ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
-    if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
+    ordered = tuple(sorted(dims, key=lambda dim: DIMS.index(dim) if dim in DIMS else -1))
+    if not set(AXES) & set(dims) or dims != ordered or not set(dims) <= set(DIMS):
         raise InputError(
-            f"metric {name} has dims={dims!r}; expected one of {', '.join(AXES)} and others, in this order: "
+            f"metric {name} has dims={' '.join(dims)!r}; expected one of {', '.join(AXES)} and others, in this order: "
             f"{' '.join(DIMS)} (step is added by the analysis)"
         )
-    stated = (("scale", scale, SCALES), ("basis", basis, BASES), ("better", better, DIRECTIONS))
+    stated = (
+        ("scale", declared.scale, SCALES),
+        ("basis", declared.basis, BASES),
+        ("better", declared.better, DIRECTIONS),
+    )
     for field, value, allowed in stated:
         if value not in allowed:
             raise InputError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")

@@ -18,9 +18,11 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import (
+    COEFFICIENTS,
     OF_ATTENTION,
     OF_CHECKPOINTS,
     OF_STREAMING,
+    OF_STREAMS,
     OF_WEIGHTS,
     POOLED_STEP,
     STATISTICS,
@@ -62,16 +64,14 @@ ATTRS = "attrs"
 
 # Parts of connections with streams, which a run of one stream cannot have.
 _OF_STREAMS = (
-    *("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits"),
+    *(*OF_STREAMS, "read_known", "initial_logits"),
     *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
 )
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
-    "h_res": "one stream mixes nothing, or the family's mixing matrix is not known",
-    "h_pre": "the family has no scalar read weights, or the capture left them out",
-    "h_post": "the family has no scalar write weights, or the capture left them out",
+    **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
     "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
     "mixing_logits": "H_res is no softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(

@@ -23,10 +23,11 @@ def mixing_statistics(
     ``transposed``: whether matrices, as modules compute them, are source by destination.
     """
     keys, variables = list(range(num_connections)), {}
-    for name in (*LOGIT_SUMS, "logit_range_max", "h_res_sum", "h_pre_sum", "h_post_sum", "h_pre_token_count"):
+    matrices = {of.total for of in schema.SUMMED if of.axes == ("stream_out", "stream_in")}
+    for name in (*LOGIT_SUMS, "logit_range_max", *schema.SUMS_OF_COEFFICIENTS):
         if any(of.array(name, keys) is not None for of in sums):
             values = stacked(sums, name, keys)
-            if name == "h_res_sum" and transposed:
+            if name in matrices and transposed:
                 values = values.swapaxes(-1, -2)
             if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before
                 values = values[..., int(transposed)]

@@ -1,4 +1,4 @@
-"""Does a metric that is added as CONTRIBUTING says have one number in an analysis, a live row, exact sums and streamed ones?"""
+"""Does a metric that is added as CONTRIBUTING says have one number by analysis, live row, exact and streamed sums?"""
 
 from __future__ import annotations
 
