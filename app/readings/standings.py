@@ -26,23 +26,13 @@ ONE_STREAM = "the network has one stream"
 
 @dataclass(frozen=True)
 class Standing:
-    """One verdict about one run.
+    """One verdict about one run."""
 
-    Parameters
-    ----------
-    state : str
-        ``FAIL``, ``WARN``, ``INFO``, ``PASS``, `NOT_JUDGED` or `DOES_NOT_APPLY`.
-    finding : Finding or None
-        The worst one of the verdict, of several streams; None where it was not judged.
-    reason : str
-        Why it was not judged, or does not apply.
-    depth_out : int or None
-        Of a finding about connections: the depth that the worst of them writes, which only the run knows.
-    """
-
-    state: str
+    state: str  # ``FAIL``, ``WARN``, ``INFO``, ``PASS``, `NOT_JUDGED` or `DOES_NOT_APPLY`
+    # the worst one of the verdict, of several streams; None where it was not judged
     finding: Finding | None = None
-    reason: str = ""
+    reason: str = ""  # why it was not judged, or does not apply
+    # of a finding about connections: the depth that the worst of them writes, which only the run knows
     depth_out: int | None = None
 
     @property

@@ -203,21 +203,9 @@ class Metric:
         return registry.roots(self.function)
 
     def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
-        """The metric, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
+        """The metric of one chain, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
 
-        Parameters
-        ----------
-        source : Quantities
-            The quantities of one chain.
-
-        Returns
-        -------
-        dict of str to DataArray
-
-        Raises
-        ------
-        Unavailable
-            Where the run lacks what the metric needs.
+        Raises Unavailable: Where the run lacks what the metric needs.
         """
         return self.finished(self.unfolded(source), source)
 
@@ -232,19 +220,7 @@ class Metric:
     def finished(
         self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
     ) -> dict[str, xr.DataArray]:
-        """What was measured, as `evaluate` gives it.
-
-        Parameters
-        ----------
-        measured : DataArray, or two of them
-            What `unfolded` returned.
-        source : Quantities
-            For the null.
-
-        Returns
-        -------
-        dict of str to DataArray
-        """
+        """What `unfolded` returned, as `evaluate` gives it; ``source`` is for the null."""
         value, stderr = self._folded(measured)
         # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
@@ -260,18 +236,7 @@ class Metric:
         return found
 
     def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
-        """The value without attributes, and its standard error where it is a mean over sequences.
-
-        Parameters
-        ----------
-        source : Quantities
-            The quantities of one chain.
-
-        Returns
-        -------
-        tuple of DataArray
-            The error is None where the function returns neither a value of each sequence nor an error.
-        """
+        """The value without attributes, and its standard error; None where there is no value of each sequence."""
         return self._folded(self.unfolded(source))
 
     @staticmethod
@@ -331,19 +296,7 @@ class Metric:
         return value.squeeze([dim for dim in added if dim in value.dims])
 
     def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
-        """Write the declaration into the attributes of a variable.
-
-        Parameters
-        ----------
-        value : DataArray
-            A value of the metric.
-        what : str
-            What it is, where it is not the metric itself.
-
-        Returns
-        -------
-        DataArray
-        """
+        """Write the declaration into the attributes of a value; ``what`` it is, where it is not the metric itself."""
         return value.assign_attrs(self.facts(what)).rename(self.name)
 
     def facts(self, what: str = "") -> dict[str, str | float]:
@@ -363,17 +316,7 @@ class Metric:
         return facts
 
     def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
-        """Write into the attributes of a standard error what it is of, and how it was estimated.
-
-        Parameters
-        ----------
-        error : DataArray
-            A standard error; an attribute ``estimator`` is not overwritten.
-
-        Returns
-        -------
-        DataArray
-        """
+        """Write into the attributes of a standard error what it is of; an attribute ``estimator`` is not overwritten."""
         how = error.attrs.get("estimator", "standard deviation over sequences by the root of their number")
         return self.stamp(error, "standard error over sequences").assign_attrs(estimator=how)
 

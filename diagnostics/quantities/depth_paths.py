@@ -31,16 +31,10 @@ from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 
 @dataclass(frozen=True)
 class Order:
-    """Which state each sublayer is applied to, and which one it reads; states are numbered from the embedding, 0.
+    """Which state each sublayer is applied to, and which one it reads; states are numbered from the embedding, 0."""
 
-    Parameters
-    ----------
-    applied_to, reads_from : tuple of int
-        (C,) each.
-    """
-
-    applied_to: tuple[int, ...]
-    reads_from: tuple[int, ...]
+    applied_to: tuple[int, ...]  # (C,) each
+    reads_from: tuple[int, ...]  # (C,) each
 
     @property
     def sequential(self) -> bool:

@@ -17,27 +17,13 @@ ROUNDING = 4.0 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True)
 class Steps:
-    """What each step does to each token, by depth, stream and token; NaN where a state is zero or not finite.
+    """What each step does to each token, by depth, stream and token, (L + 1, V, N) each; NaN where a state is zero or not finite."""
 
-    Parameters
-    ----------
-    states : States
-        Where they come from: its labels and its sequences.
-    square : ndarray, shape (L + 1, V, N)
-        ‖x_l‖².
-    added : ndarray, shape (L + 1, V, N)
-        ‖x_l − x_{l−1}‖².
-    across : ndarray, shape (L + 1, V, N)
-        The part of it across x_{l−1}, which turns the state and does not only scale it.
-    angle : ndarray, shape (L + 1, V, N)
-        Angle between x_{l−1} and x_l, in rad.
-    """
-
-    states: States
-    square: np.ndarray
-    added: np.ndarray
-    across: np.ndarray
-    angle: np.ndarray
+    states: States  # where they come from: its labels and its sequences
+    square: np.ndarray  # ‖x_l‖²
+    added: np.ndarray  # ‖x_l − x_{l−1}‖²
+    across: np.ndarray  # the part of it across x_{l−1}, which turns the state and does not only scale it
+    angle: np.ndarray  # angle between x_{l−1} and x_l, in rad
 
     @property
     def is_branch(self) -> np.ndarray:

@@ -22,27 +22,13 @@ NUM_NAMED = 10
 
 @dataclass(frozen=True)
 class Massive:
-    """Massive activations of a run: where they are and how large.
+    """Massive activations of a run: where they are and how large."""
 
-    Parameters
-    ----------
-    token : Variable
-        Dims (sample, token): true where a token has one at any depth, in any stream.
-    fraction : Variable
-        Dims (depth, stream): share of the real tokens that have one.
-    ratio : Variable
-        Dims (depth, stream): the largest activation over the median one.
-    features : tuple of int
-        Features that have one.
-    tokens_per_sequence : float
-        Real tokens of a sequence that has some, the mean.
-    """
-
-    token: xr.Variable
-    fraction: xr.Variable
-    ratio: xr.Variable
-    features: tuple[int, ...]
-    tokens_per_sequence: float
+    token: xr.Variable  # dims (sample, token): true where a token has one at any depth, in any stream
+    fraction: xr.Variable  # dims (depth, stream): share of the real tokens that have one
+    ratio: xr.Variable  # dims (depth, stream): the largest activation over the median one
+    features: tuple[int, ...]  # features that have one
+    tokens_per_sequence: float  # real tokens of a sequence that has some, the mean
 
     @property
     def locations(self) -> dict[str, list[Any]]:

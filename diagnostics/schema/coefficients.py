@@ -10,42 +10,21 @@ ROUTE = ("connection", "sample", "token")
 
 @dataclass(frozen=True)
 class Coefficient:
-    """One coefficient of connections.
+    """One coefficient of connections."""
 
-    Parameters
-    ----------
-    name : str
-        Of its variable in a trace.
-    symbol : str
-        As it is printed.
-    axes : tuple of str
-        Its dims after `ROUTE`; a matrix over streams has destinations first.
-    role : str
-        ``"A"`` of what the next state keeps, ``"B"`` of what it gets from the branch, ``"C"`` of what the branch reads.
-    meaning : str
-        One line for people.
-    of_streams : bool
-        Whether only connections of several streams have it.
-    missing : float or None
-        What it is where a run does not store it; None where it is then not known.
-    summed : bool
-        Whether a recording adds it up over the tokens of a step, as ``NAME_sum``.
-    counted_by : str
-        The statistic that counts the tokens of this sum.
-    remedy : str
-        What to do where a run lacks it.
-    """
-
-    name: str
-    symbol: str
-    axes: tuple[str, ...]
+    name: str  # of its variable in a trace
+    symbol: str  # as it is printed
+    axes: tuple[str, ...]  # its dims after `ROUTE`; a matrix over streams has destinations first
+    # ``"A"`` of what the next state keeps, ``"B"`` of what it gets from the branch, ``"C"`` of what the
+    # branch reads
     role: str
-    meaning: str
-    of_streams: bool = False
+    meaning: str  # one line for people
+    of_streams: bool = False  # whether only connections of several streams have it
+    # what it is where a run does not store it; None where it is then not known
     missing: float | None = None
-    summed: bool = False
-    counted_by: str = "token_count"
-    remedy: str = ""
+    summed: bool = False  # whether a recording adds it up over the tokens of a step, as ``NAME_sum``
+    counted_by: str = "token_count"  # the statistic that counts the tokens of this sum
+    remedy: str = ""  # what to do where a run lacks it
 
     @property
     def total(self) -> str:
@@ -87,74 +66,20 @@ COEFFICIENTS = (
         remedy="the family has no scalar write weights, or the capture left them out",
     ),
     Coefficient(
-        "read",
-        "H_pre",
-        ("view_in", "stream"),
-        "C",
-        "read weights of several branch inputs, in place of h_pre",
-        of_streams=True,
+        "read", "H_pre", ("view_in", "stream"), "C", "h_pre of several branch inputs", of_streams=True
     ),
+    Coefficient("write", "H_post", ("stream", "view_out"), "B", "h_post of several outputs", of_streams=True),
+    # Of plain connections, which have one stream.
+    Coefficient("residual_scale", "a", (), "A", "factor of the state in the next one", missing=1.0),
+    Coefficient("branch_scale", "b", (), "B", "factor of the branch's output", missing=1.0),
+    Coefficient("residual_gate", "a", ("feature",), "A", "factors of the state's features", missing=1.0),
+    Coefficient("branch_gate", "b", ("feature",), "B", "factors of the output's features", missing=1.0),
+    # Of connections over depth; source 0 is the embedding, j the output of sublayer j.
+    Coefficient("depth_read", "C", ("source",), "C", "how much of each source a branch reads"),
     Coefficient(
-        "write",
-        "H_post",
-        ("stream", "view_out"),
-        "B",
-        "write weights of several branch outputs, in place of h_post",
-        of_streams=True,
+        "depth_reads", "C", ("view_in", "source"), "C", "that of several inputs; NaN beyond their number"
     ),
-    Coefficient(
-        "residual_scale",
-        "a",
-        (),
-        "A",
-        "factor of the state in the next one, of a plain connection; absent where it is 1 everywhere",
-        missing=1.0,
-    ),
-    Coefficient(
-        "branch_scale",
-        "b",
-        (),
-        "B",
-        "factor of the branch's output in the next state, of a plain connection; absent where 1",
-        missing=1.0,
-    ),
-    Coefficient(
-        "residual_gate",
-        "a",
-        ("feature",),
-        "A",
-        "factors of the state's features, times residual_scale",
-        missing=1.0,
-    ),
-    Coefficient(
-        "branch_gate",
-        "b",
-        ("feature",),
-        "B",
-        "factors of the branch output's features, times branch_scale",
-        missing=1.0,
-    ),
-    Coefficient(
-        "depth_read",
-        "C",
-        ("source",),
-        "C",
-        "how much of each source a branch reads: 0 the embedding, j the output of sublayer j",
-    ),
-    Coefficient(
-        "depth_reads",
-        "C",
-        ("view_in", "source"),
-        "C",
-        "the same for several inputs of a branch, in place of depth_read; NaN beyond the number of its inputs",
-    ),
-    Coefficient(
-        "depth_carry",
-        "A",
-        ("source",),
-        "A",
-        "how much of each source the next state keeps, apart from its own branch's output",
-    ),
+    Coefficient("depth_carry", "A", ("source",), "A", "how much of each source the next state keeps"),
 )
 
 SUMMED = tuple(of for of in COEFFICIENTS if of.summed)

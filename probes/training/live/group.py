@@ -24,43 +24,20 @@ from depthscope.probes.session.session import Session
 
 @dataclass(frozen=True)
 class LiveGroup:
-    """One group of the run: a chain, or a stage of it.
+    """One group of the run: a chain, or a stage of it."""
 
-    Parameters
-    ----------
-    chain : str
-        Name of the group; empty for the only one.
-    number : int
-        Of the chain.
-    depths : list of int
-        Depths of the chain.
-    connections : list of int
-        Stream connections of the chain; empty where it has none.
-    num_streams : int
-        n.
-    depth_coords, connection_coords : mapping
-        Coordinates, as in the trace.
-    attrs : mapping
-        Of the run, and of the chain's own trace.
-    readings : tuple of Reading or None
-        How the matrix of each connection is read; None where it is not the one that the model applies.
-    dtype : torch.dtype
-        In which states are multiplied.
-    cut : list of int
-        Depths that had a graph in the first measured step, and got no gradient.
-    """
-
-    chain: str
-    number: int
-    depths: list[int]
-    connections: list[int]
-    num_streams: int
-    depth_coords: Mapping[str, Any]
-    connection_coords: Mapping[str, Any]
-    attrs: Mapping[str, Any]
+    chain: str  # name of the group; empty for the only one
+    number: int  # of the chain
+    depths: list[int]  # depths of the chain
+    connections: list[int]  # stream connections of the chain; empty where it has none
+    num_streams: int  # n
+    depth_coords: Mapping[str, Any]  # coordinates, as in the trace
+    connection_coords: Mapping[str, Any]  # coordinates, as in the trace
+    attrs: Mapping[str, Any]  # of the run, and of the chain's own trace
+    # how the matrix of each connection is read; None where it is not the one that the model applies
     readings: tuple[Reading, ...] | None
-    dtype: torch.dtype
-    cut: list[int]
+    dtype: torch.dtype  # in which states are multiplied
+    cut: list[int]  # depths that had a graph in the first measured step, and got no gradient
 
     @cached_property
     def facts(self) -> xr.Dataset:

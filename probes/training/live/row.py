@@ -53,23 +53,14 @@ Begun = tuple[dict[str, Number], dict[str, Any]]
 
 @dataclass(frozen=True)
 class LiveRow:
-    """The metrics of one measured step.
+    """The metrics of one measured step."""
 
-    Parameters
-    ----------
-    step : int
-        Of the training.
-    numbers : mapping of str to (dims, ndarray, attributes)
-        By ``metrics/NAME`` or ``metrics/CHAIN/NAME``; float64, of the same shapes at every step, dims without ``step``.
-    coords : mapping of str to (dims, ndarray, attributes)
-        Coordinates by the same kind of path, and nulls, which have no step.
-    not_computed : mapping of str to mapping
-        Why metrics have no value, by chain and metric.
-    """
-
-    step: int
+    step: int  # of the training
+    # by ``metrics/NAME`` or ``metrics/CHAIN/NAME``; float64, of the same shapes at every step, dims without
+    # ``step``
     numbers: Numbers
-    coords: Numbers
+    coords: Numbers  # coordinates by the same kind of path, and nulls, which have no step
+    # why metrics have no value, by chain and metric
     not_computed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
