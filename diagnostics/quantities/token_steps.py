@@ -17,7 +17,7 @@ ROUNDING = 4.0 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True)
 class Steps:
-    """What each step does to each token, by depth, stream and token, (L + 1, V, N) each; NaN where a state is zero or not finite."""
+    """What each step does to each token, arrays (L + 1, V, N); NaN where a state is zero or not finite."""
 
     states: States  # where they come from: its labels and its sequences
     square: np.ndarray  # ‖x_l‖²
