@@ -83,7 +83,8 @@ def logit_saturation(projected_matrices: np.ndarray) -> xr.Variable:
     """
     known = np.isfinite(projected_matrices).all((2, 3))
     found = np.full(known.shape, np.nan)
-    found[known] = _saturation(projected_matrices[known])
+    if known.any():
+        found[known] = _saturation(projected_matrices[known])
     return _by_connection(found)
 
 
