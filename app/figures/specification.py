@@ -13,11 +13,23 @@ from depthscope.app.text.evidence import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
 
-__all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
+__all__ = [
+    *("NOISE_BASELINE", "Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"),
+    "null_label",
+]
 
 Array = np.ndarray
 Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
+
+
+NOISE_BASELINE = "noise baseline"
+"""What the null of a metric is called, and how the label of its line ends."""
+
+
+def null_label(label: str) -> str:
+    """The label of the null of a measured line."""
+    return f"{label} · {NOISE_BASELINE}"
 
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.

@@ -22,7 +22,7 @@ def mixing_statistics(
     ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
     """
     keys, variables = list(range(num_connections)), {}
-    for name in (*LOGIT_SUMS, "logit_range_max", "h_res_sum", "h_pre_sum", "h_post_sum", "h_pre_token_count"):
+    for name in (*LOGIT_SUMS, "logit_range_max", *schema.SUMS_OF_COEFFICIENTS):
         if any(of.array(name, keys) is not None for of in sums):
             values = stacked(sums, name, keys)
             if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before

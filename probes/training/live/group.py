@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.quantities.registry import DIMS
 from depthscope.diagnostics.schema import CUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.run.connection_variables import connection_coords
@@ -18,69 +21,44 @@ from depthscope.probes.session.session import Session
 
 @dataclass(frozen=True)
 class LiveGroup:
-    """One group of the run: a chain, or a stage of it.
+    """One group of the run: a chain, or a stage of it."""
 
-    Parameters
-    ----------
-    chain : str
-        Name of the group; empty for the only one.
-    number : int
-        Of the chain.
-    depths : list of int
-        Depths of the chain.
-    connections : list of int
-        Stream connections of the chain; empty where it has none.
-    num_streams : int
-        n.
-    depth_coords, connection_coords : mapping
-        Coordinates, as in the trace.
-    attrs : mapping
-        Of the run, and of the chain's own trace.
-    dtype : torch.dtype
-        In which states are multiplied.
-    cut : list of int
-        Depths that had a graph in the first measured step, and got no gradient.
-    """
+    chain: str  # name of the group; empty for the only one
+    number: int  # of the chain
+    depths: list[int]  # depths of the chain
+    connections: list[int]  # stream connections of the chain; empty where it has none
+    num_streams: int  # n
+    depth_coords: Mapping[str, Any]  # coordinates, as in the trace
+    connection_coords: Mapping[str, Any]  # coordinates, as in the trace
+    attrs: Mapping[str, Any]  # of the run, and of the chain's own trace
+    dtype: torch.dtype  # in which states are multiplied
+    cut: list[int]  # depths that had a graph in the first measured step, and got no gradient
 
-    chain: str
-    number: int
-    depths: list[int]
-    connections: list[int]
-    num_streams: int
-    depth_coords: Mapping[str, Any]
-    connection_coords: Mapping[str, Any]
-    attrs: Mapping[str, Any]
-    dtype: torch.dtype
-    cut: list[int]
+    @cached_property
+    def facts(self) -> xr.Dataset:
+        """What quantities depend on besides numbers: the attributes."""
+        return xr.Dataset(attrs=self.attrs)
 
     @property
     def streams(self) -> list[str]:
         """Labels of the views: ``mean`` and, for several streams, their numbers."""
         return ["mean", *map(str, range(self.num_streams))] if self.num_streams > 1 else ["mean"]
 
-    @property
-    def mixes_known(self) -> bool:
-        """Whether the matrices that the model applies are those that were read."""
-        return True
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the matrices are source by destination."""
-        return False
-
-    def applied(self, number: int, mix: torch.Tensor) -> torch.Tensor:
-        """H_res (K, N, N), destination by source."""
-        return mix
-
     def path(self, name: str) -> str:
         """Where a variable of this group is in a run."""
         return f"{group_path('metrics', self.chain)}/{name}"
 
-    def with_all_streams(self, value: xr.DataArray) -> xr.DataArray:
-        """A value whose stream axis, where it has one, has the labels of all views; NaN where it has no such view."""
-        if "stream" not in value.dims or value["stream"].values.tolist() == self.streams:
-            return value
-        return value.reindex(stream=self.streams)
+    def numbers(self, dims_of: Iterable[Any], values_of: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+        """Dims of an analysis in their order, and float64 values; NaN of a view of the streams that has none."""
+        # One group of tokens, all that were sampled.
+        dims = ["scope" if dim == "group" else dim for dim in dims_of]
+        values = np.asarray(values_of, dtype=np.float64)
+        if "stream" in dims and (lacks := len(self.streams) - values.shape[dims.index("stream")]):
+            # The mean, which comes first, has no share of what is read or written.
+            padding = [(lacks if dim == "stream" else 0, 0) for dim in dims]
+            values = np.pad(values, padding, constant_values=np.nan)
+        order = sorted(dims, key=DIMS.index)
+        return tuple(order), np.transpose(values, [dims.index(dim) for dim in order])
 
 
 def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
