@@ -1,6 +1,6 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
-from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
 from depthscope.diagnostics.experiments.jacobians import jacobian_rows
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
 from depthscope.diagnostics.experiments.results import (
@@ -22,7 +22,7 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
-from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, declared
+from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, PATCHES, declared
 
 __all__ = [
     "EFFECTS",
@@ -30,6 +30,7 @@ __all__ = [
     "JACOBIANS",
     "KINDS",
     "LENS",
+    "PATCHES",
     "RESULTS",
     "SETTLED_BY",
     "SUFFIX",
@@ -53,6 +54,7 @@ __all__ = [
     "result_for",
     "results_beside",
     "save_result",
+    "share_of",
     "table",
     "table_rows",
     "with_lens",
