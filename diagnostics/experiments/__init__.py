@@ -3,6 +3,7 @@
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
 from depthscope.diagnostics.experiments.jacobians import jacobian_rows
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
+from depthscope.diagnostics.experiments.patches import patch_rows
 from depthscope.diagnostics.experiments.results import (
     RESULTS,
     SUFFIX,
@@ -49,6 +50,7 @@ __all__ = [
     "lens_rows",
     "mean_later_change",
     "open_result",
+    "patch_rows",
     "prediction_depths",
     "prediction_words",
     "result_for",

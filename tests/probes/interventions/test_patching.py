@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import nn
 
-import depthscope as ds
 from depthscope.probes import SiteError
 from depthscope.probes.interventions import InterventionError, patch
 from tests.models.families import FAMILIES, STREAMS, built
@@ -109,7 +108,11 @@ class Coefficients:
 
     @contextlib.contextmanager
     def _watched(self, module):
-        constrain, add, width = module.residual_mix_constraint_fn, module.depth_connection, module.width_connection
+        constrain, add, width = (
+            module.residual_mix_constraint_fn,
+            module.depth_connection,
+            module.width_connection,
+        )
 
         def mixed(logits):
             self.mix.append(constrain(logits))
@@ -193,7 +196,9 @@ def test_matrices_of_mhc_are_those_that_are_put_in_by_hand(site):
             for of, stream in enumerate(found.stream.values.tolist()):
                 with torch.no_grad(), by_hand(site, module, number, known, token, stream):
                     expected = logit_difference(model(corrupted))
-                np.testing.assert_allclose(found.patched.values[0, number, at, of], expected, rtol=1e-5, atol=2e-6)
+                np.testing.assert_allclose(
+                    found.patched.values[0, number, at, of], expected, rtol=1e-5, atol=2e-6
+                )
     assert float(abs(found.change).max()) > 1e-4
 
 
@@ -219,8 +224,12 @@ def test_streams_of_mhc_are_those_of_hooks_bit_for_bit():
 def test_all_tokens_and_streams_at_once():
     """Every state of a depth, and every matrix of a connection, of a model whose connections are local variables."""
     model, (clean, corrupted) = LocalStreams().eval(), pair(length=5)
-    found = patch(model, clean, corrupted, sites=["residual", "h_res"], tokens="all", stream="all", answer=3, against=7)
-    np.testing.assert_array_equal(found.sel(site="residual").patched.values[:, 0, 0], [found.clean.values] * 4)
+    found = patch(
+        model, clean, corrupted, sites=["residual", "h_res"], tokens="all", stream="all", answer=3, against=7
+    )
+    np.testing.assert_array_equal(
+        found.sel(site="residual").patched.values[:, 0, 0], [found.clean.values] * 4
+    )
     assert found.sel(site="h_res").effect.sel(depth=0).isnull().all()  # no connection ends there
     kept = {}
 
@@ -286,10 +295,18 @@ def test_an_effect_without_a_clear_denominator_is_nan_with_a_reason():
     assert bool(same.effect.isnull().all())
     assert "the two inputs differ by 0" in same.attrs["no_effect"]
     assert float(abs(same.change).max()) == 0
-    unsure = patch(model, clean, corrupted, depths=1, tokens="all", stream="all", answer=ANSWER, against=AGAINST)
+    unsure = patch(
+        model, clean, corrupted, depths=1, tokens="all", stream="all", answer=ANSWER, against=AGAINST
+    )
     low, high = unsure.attrs["difference"]["low"], unsure.attrs["difference"]["high"]
-    assert (low <= 0 <= high) == bool(unsure.effect.isnull().all()) == ("no difference is possible" in unsure.attrs["no_effect"])
-    one = patch(model, clean[:1], corrupted[:1], depths=0, tokens="all", stream="all", answer=ANSWER, against=AGAINST)
+    assert (
+        (low <= 0 <= high)
+        == bool(unsure.effect.isnull().all())
+        == ("no difference is possible" in unsure.attrs["no_effect"])
+    )
+    one = patch(
+        model, clean[:1], corrupted[:1], depths=0, tokens="all", stream="all", answer=ANSWER, against=AGAINST
+    )
     assert float(one.effect.squeeze()) == pytest.approx(1)  # of one sequence, without an interval
     assert bool(one.effect_error.isnull().all())
 
@@ -328,7 +345,13 @@ def test_several_batches_are_one_sample():
     answers = [3, 4, 5, 6]
     whole = patch(model, clean, corrupted, depths=[0, 1], answer=answers, against=7, stream="all")
     parts = patch(
-        model, [clean[:1], clean[1:]], [corrupted[:1], corrupted[1:]], depths=[0, 1], answer=answers, against=7, stream="all"
+        model,
+        [clean[:1], clean[1:]],
+        [corrupted[:1], corrupted[1:]],
+        depths=[0, 1],
+        answer=answers,
+        against=7,
+        stream="all",
     )
     np.testing.assert_allclose(parts.patched, whole.patched, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(parts.effect_high, whole.effect_high, rtol=1e-4, atol=1e-5)
@@ -352,7 +375,11 @@ def test_padding_is_not_patched_and_the_answer_is_at_the_last_real_token():
         expected = -torch.log_softmax(model(clean[1:2, :5]).logits[0, -1], -1)[ANSWER]
     assert float(found.clean[1]) == pytest.approx(float(expected), rel=1e-4)
     with pytest.raises(InterventionError, match="the same tokens to be real in both"):
-        patch(model, {"input_ids": clean, "attention_mask": mask}, {"input_ids": corrupted, "attention_mask": mask.roll(1, 0)})
+        patch(
+            model,
+            {"input_ids": clean, "attention_mask": mask},
+            {"input_ids": corrupted, "attention_mask": mask.roll(1, 0)},
+        )
 
 
 # --- what is refused
@@ -360,7 +387,9 @@ def test_padding_is_not_patched_and_the_answer_is_at_the_last_real_token():
 
 def test_inputs_that_do_not_fit_are_refused():
     model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
-    with pytest.raises(InterventionError, match=r"shapes \[\(2, 6\)\] and corrupted \[\(2, 5\)\]; expected the same"):
+    with pytest.raises(
+        InterventionError, match=r"shapes \[\(2, 6\)\] and corrupted \[\(2, 5\)\]; expected the same"
+    ):
         patch(model, clean, corrupted[:, :5])
     with pytest.raises(ValueError, match="against= came without answer="):
         patch(model, clean, corrupted, against=3)
@@ -372,7 +401,9 @@ def test_inputs_that_do_not_fit_are_refused():
         patch(model, clean, corrupted, stream=3)
     with pytest.raises(ValueError, match="no token 6; the input has tokens 0 … 5"):
         patch(model, clean, corrupted, tokens=6)
-    with pytest.raises(InterventionError, match=r"depth 9 is none of the model's; it has depths 0 \(embedding\) … 2"):
+    with pytest.raises(
+        InterventionError, match=r"depth 9 is none of the model's; it has depths 0 \(embedding\) … 2"
+    ):
         patch(model, clean, corrupted, depths=9)
 
 
@@ -407,7 +438,9 @@ def test_an_unproven_reading_is_refused():
             return self.head(x)
 
     clean, corrupted = pair()
-    with pytest.raises(InterventionError, match="are unproven: .* Patch with hooks of your own, or use ablate"):
+    with pytest.raises(
+        InterventionError, match=r"are unproven: .* Patch with hooks of your own, or use ablate"
+    ):
         patch(Deep().eval(), clean, corrupted, layers="layers.{i}")
 
 
