@@ -20,6 +20,7 @@ from depthscope.probes.interventions.model_under_test import (
     Passed,
     targets_of,
 )
+from depthscope.probes.interventions.other_paths import other_paths
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,
@@ -161,7 +162,7 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
         measure.why,
         under_test.num_streams,
         under_test.proof,
-        under_test.around(),
+        other_paths(under_test),
     )
 
 

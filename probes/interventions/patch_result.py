@@ -13,6 +13,7 @@ import xarray as xr
 from depthscope.diagnostics.experiments import PATCHES, declared, estimate, estimated, share_of
 from depthscope.probes.interventions.effects import texts_of
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
+from depthscope.probes.interventions.other_paths import other_paths
 from depthscope.probes.interventions.patch_measure import MEASURES, Measure
 
 Cell: TypeAlias = tuple[str, int, int, int]
@@ -47,7 +48,7 @@ class Outcome:
                 "measure": measure.name,
                 "num_streams": model.num_streams,
                 "proof": model.proof,
-                "other_paths": model.around(),
+                "other_paths": other_paths(model),
                 "no_loss": measure.why,
             }
         self.num_sequences += model.base.states[0].shape[0]

@@ -254,9 +254,11 @@ class _Place:
     depth: int
     connection: int = ALL
     differs: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, dtype=torch.bool))
-    forward: Callable[[torch.Tensor], Passed] = field(default=lambda chosen: Passed(None))
+    forward: Callable[[torch.Tensor, bool], Passed] = field(default=lambda chosen, checked: Passed(None))
     why: str = ""
     """Why it cannot be patched."""
+    checked: bool = False
+    """Whether a forward showed that a change arrives."""
 
 
 def _of_state(pair: _Pair, depth: int) -> _Place:
@@ -264,8 +266,8 @@ def _of_state(pair: _Pair, depth: int) -> _Place:
     if clean is None or before is None:
         return _Place("residual", depth, why="no forward shows the state")
 
-    def forward(chosen: torch.Tensor) -> Passed:
-        return pair.corrupted.forward({depth: replaced_state(clean, chosen)})
+    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
+        return pair.corrupted.forward({depth: replaced_state(clean, chosen)}, checked=checked)
 
     return _Place("residual", depth, differs=_unequal(clean, before).any(-1).cpu(), forward=forward)
 
@@ -281,13 +283,14 @@ def _of_matrix(pair: _Pair, name: str, number: int) -> _Place:
     given = model.base.connections[number].branch_out
     assert given is not None
 
-    def forward(chosen: torch.Tensor) -> Passed:
+    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
         kept = chosen.double()
         if name == "h_pre":  # (B, T, V, N): the streams that are read are its columns
-            return model.forward({}, {number: _plus(difference * kept[None, :, None, :], link.depth_in)})
+            read = _plus(difference * kept[None, :, None, :], link.depth_in)
+            return model.forward({}, {number: read}, checked=checked)
         rows = difference * kept[None, :, :, None]
         moved = _plus(rows, link.depth_in) if name == "h_res" else _plus(rows @ given.double(), None)
-        return model.forward({link.depth_out: moved})
+        return model.forward({link.depth_out: moved}, checked=checked)
 
     unequal = _unequal(*parts)
     return _Place(name, link.depth_out, number, unequal.any(2 if name == "h_pre" else -1), forward)
@@ -380,6 +383,10 @@ def _measured(
     """The measure of each sequence; NaN where the patched token is padding."""
     changed = (place.differs & chosen).flatten(1).any(1)
     # What is put in is what was there: the forward would be the corrupted one once more.
-    found = measure.of(place.forward(chosen)) if bool(changed.any()) else corrupted.clone()
+    if bool(changed.any()):
+        found = measure.of(place.forward(chosen, not place.checked))
+        place.checked = True
+    else:
+        found = corrupted.clone()
     is_real = (pair.real & chosen.any(1)).any(1)
     return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found

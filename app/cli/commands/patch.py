@@ -135,7 +135,7 @@ def _read_pairs(path: str) -> tuple[list[tuple[str, str]], list[list[str] | None
     if len(widths) != 1 or not widths <= {2, 3, 4}:
         counts = ", ".join(map(str, sorted(widths)))
         raise InputError(
-            f"{path} has lines of {counts} fields; expected in each clean and corrupted, perhaps two answers, with tabs between"
+            f"{path} has lines of {counts} fields; expected clean, corrupted and perhaps two answers, with tabs between"
         )
     columns = [list(column) for column in zip(*rows, strict=True)]
     answers: list[list[str] | None] = [*columns[2:], *[None] * (4 - len(columns))]
