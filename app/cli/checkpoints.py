@@ -63,8 +63,8 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
         metavar="CHECKPOINT",
         nargs="+" if several else None,
         type=InputPath(must_exist=False),
-        help="transformers folder, .gguf file, module:factory (imports and runs that code: only what you trust), or the word "
-        "smollm2",
+        help="transformers folder, .gguf file, organisation/name on the Hugging Face hub (@revision), module:factory (imports "
+        "and runs that code: only what you trust), or the word smollm2",
     )
     parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
     add_layers(parser)

@@ -100,8 +100,7 @@ def _run(args: argparse.Namespace) -> int:
             layout=args.layout,
             streams=args.streams,
         )
-    result.attrs["model"] = loaded.name
-    result.attrs["weights_digest"] = loaded.digest
+    result.attrs.update(loaded.attrs)
     files = [] if args.out is None else [save_result(result, args.out)]
     if args.figure is not None:
         files.append(_draw(result, Path(args.figure)))
