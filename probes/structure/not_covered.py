@@ -118,7 +118,7 @@ class _LeftOutParts:
     ):
         self._model, self._chains, self._named = model, chains, named
         self._used = UsedParameters(graph, model)
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
