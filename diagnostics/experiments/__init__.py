@@ -23,9 +23,10 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
-from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, PATCHES, declared
+from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, JACOBIANS, LENS, PATCHES, declared
 
 __all__ = [
+    "CELLS",
     "EFFECTS",
     "HARMFUL",
     "JACOBIANS",

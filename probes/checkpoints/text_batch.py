@@ -110,10 +110,11 @@ def encode_pairs(
     order = sorted(range(len(pairs)), key=lambda number: len(encoded[number][0]))
     groups = groupby((encoded[number] for number in order), key=lambda pair: len(pair[0]))
     device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
-    batches = [
-        tuple(torch.stack(column).to(device) for column in zip(*group, strict=True)) for _, group in groups
-    ]
-    return order, batches  # type: ignore[return-value]
+    batches = []
+    for _, group in groups:
+        clean, corrupted = zip(*group, strict=True)
+        batches.append((torch.stack(clean).to(device), torch.stack(corrupted).to(device)))
+    return order, batches
 
 
 def _prompt_ids(loaded: LoadedModel, text: str) -> torch.Tensor:

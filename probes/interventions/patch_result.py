@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from depthscope.diagnostics.experiments import PATCHES, declared, estimate, estimated, share_of
+from depthscope.diagnostics.experiments import CELLS, PATCHES, declared, estimate, estimated, share_of
 from depthscope.probes.interventions.effects import texts_of
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.other_paths import other_paths
@@ -18,7 +18,6 @@ from depthscope.probes.interventions.patch_measure import MEASURES, Measure
 
 Cell: TypeAlias = tuple[str, int, int, int]
 """Site, depth, token, stream."""
-DIMS = ("site", "depth", "token", "stream")
 
 
 @dataclass
@@ -59,37 +58,37 @@ class Outcome:
 
 def patch_result(outcome: Outcome, name: str, token_text: Any) -> xr.Dataset:
     """The Dataset that `patch` returns."""
-    cells = sorted({cell for of in outcome.patched for cell in of})
-    labels = {dim: sorted({cell[axis] for cell in cells}) for axis, dim in enumerate(DIMS)}
-    labels["site"] = list(
-        dict.fromkeys(cell[0] for of in outcome.patched for cell in of)
-    )  # as they were asked for
+    cells = {cell for of in outcome.patched for cell in of}
+    # Sites as they were asked for.
+    sites = list(dict.fromkeys(cell[0] for of in outcome.patched for cell in of))
+    depths, tokens, streams = (sorted({int(cell[axis]) for cell in cells}) for axis in (1, 2, 3))
     clean, corrupted = (torch.cat(of).numpy() for of in (outcome.clean, outcome.corrupted))
-    patched = np.full((*(len(labels[dim]) for dim in DIMS), len(clean)), np.nan)
+    patched = np.full((len(sites), len(depths), len(tokens), len(streams), len(clean)), np.nan)
     begin = 0
     for of, base in zip(outcome.patched, outcome.clean, strict=True):
-        for cell, values in of.items():
-            at = tuple(labels[dim].index(key) for dim, key in zip(DIMS, cell, strict=True))
-            patched[(*at, slice(begin, begin + len(base)))] = values.numpy()
+        for (site, depth, token, stream), values in of.items():
+            at = sites.index(site), depths.index(depth), tokens.index(token), streams.index(stream)
+            patched[at][begin : begin + len(base)] = values.numpy()
         begin += len(base)
     effects, why = share_of(
         patched - corrupted, clean - corrupted, np.maximum(np.abs(clean), np.abs(corrupted))
     )
     variables: dict[str, Any] = {
-        **{f"effect{ending}": (DIMS, values) for ending, values in effects.items()},
-        **estimated("change", DIMS, (patched - corrupted)[..., None]),
-        "patched": ((*DIMS, "sample"), patched),
+        **{f"effect{ending}": (CELLS, values) for ending, values in effects.items()},
+        **estimated("change", CELLS, (patched - corrupted)[..., None]),
+        "patched": ((*CELLS, "sample"), patched),
         "clean": (("sample",), clean),
         "corrupted": (("sample",), corrupted),
     }
     coords: dict[str, Any] = {
-        **{dim: np.array(labels[dim], dtype=object if dim == "site" else np.int64) for dim in DIMS},
-        "layer": ("depth", np.array([outcome.layers[depth] for depth in labels["depth"]])),
-        "connection": ("depth", np.array([outcome.connections.get(depth, -1) for depth in labels["depth"]])),
+        "site": np.array(sites, dtype=object),
+        **{dim: np.array(of) for dim, of in (("depth", depths), ("token", tokens), ("stream", streams))},
+        "layer": ("depth", np.array([outcome.layers[depth] for depth in depths])),
+        "connection": ("depth", np.array([outcome.connections.get(depth, -1) for depth in depths])),
     }
-    if token_text is not None and -1 not in labels["token"]:
-        words = texts_of(token_text, (len(clean), max(labels["token"]) + 1))
-        coords["token_text"] = (("sample", "token"), words[:, labels["token"]])
+    if token_text is not None and tokens[0] >= 0:
+        words = texts_of(token_text, (len(clean), tokens[-1] + 1))
+        coords["token_text"] = (("sample", "token"), words[:, tokens])
     attrs = {
         "model": name,
         **outcome.attrs,

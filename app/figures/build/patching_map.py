@@ -51,7 +51,8 @@ def patching_map(
     if value not in ("effect", "change"):
         raise InputError(f"value is {value!r}; expected effect or change")
     cells = result[value].sel(site=site, stream=stream).transpose("depth", "token")
-    cells = cells.isel(depth=np.isfinite(result["change"].sel(site=site, stream=stream)).any("token").values)
+    patched = np.isfinite(result["change"].sel(site=site, stream=stream).transpose("depth", "token").values)
+    cells = cells.isel(depth=patched.any(axis=1))
     z = np.asarray(cells.values, dtype=np.float64)
     depths = [f"depth {depth}" for depth in cells["depth"].values.tolist()]
     tokens = _token_names(result)

@@ -38,6 +38,7 @@ def root(tmp_path_factory):
         "empty": ["README.md"],
         "adapter": ["config.json", "adapter_config.json", "adapter_model.safetensors"],
         "gated": ["config.json"],
+        "one": ["README.md", "m.Q4.gguf"],
     }.items():
         (root / "org" / name).mkdir()
         for file in files:
@@ -111,6 +112,7 @@ def test_a_plan_fetches_the_configuration_alone(server):
         ("org/spm", r"tokenizer of 'org/spm' is neither JSON nor text \(tokenizer\.model\)"),
         ("org/quantised", r"has 2 GGUF files; name one, such as org/quantised/a\.Q4\.gguf"),
         ("org/quantised/b.gguf", r"no b\.gguf in 'org/quantised'; it has a\.Q4\.gguf, a\.Q8\.gguf"),
+        ("org/one", r"m\.Q4\.gguf' .*GGUF"),  # it was fetched, and is none
         ("org/empty", r"has no model\.safetensors or \.gguf; it has README\.md"),
         ("org/adapter", "is a PEFT adapter"),
         ("org/gated", "is gated: ask for access on its page, then log in"),
