@@ -149,7 +149,7 @@ def _token_texts(loaded: LoadedModel, batches: Sequence[tuple[Any, Any]]) -> lis
     for pair in batches:
         clean, corrupted = (token_texts(loaded, {"input_ids": ids}) for ids in pair)
         rows += [
-            [one if one == other else f"{one} → {other}" for one, other in zip(*row, strict=True)]
+            [one if one == other else f"{one.strip()} → {other.strip()}" for one, other in zip(*row, strict=True)]
             for row in zip(clean.tolist(), corrupted.tolist(), strict=True)
         ]
     return rows
@@ -189,8 +189,9 @@ def _print(result: xr.Dataset, files: Sequence[Path], args: argparse.Namespace) 
         )
         return
     clean, corrupted = (float(result[name].mean()) for name in ("clean", "corrupted"))
+    count = result.sizes["sample"]
     say(
-        f"{printable(attrs['model'])}, {result.sizes['sample']} pairs; {attrs['measured']}: {clean:.4g} clean, "
+        f"{printable(attrs['model'])}, {count} pair{'s' * (count != 1)}; {attrs['measured']}: {clean:.4g} clean, "
         f"{corrupted:.4g} corrupted"
     )
     say()
