@@ -1,4 +1,4 @@
-"""How are the cells of a patch told? As rows with plain values, and the largest first."""
+"""How is the result of a patch shown as a table? One row a cell, with plain values, and the largest first."""
 
 from __future__ import annotations
 

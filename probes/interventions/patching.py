@@ -65,7 +65,7 @@ def patch(
     Parameters
     ----------
     model : Module
-        The model, run as it stands, without gradients.
+        The model, run as it is, without gradients.
     clean, corrupted : mapping, tensor, tuple, or as many of these
         Two inputs of the same shape, with the same tokens padded; the second differs from the first where it matters.
     sites : str or iterable of str
@@ -76,7 +76,7 @@ def patch(
     tokens : int, iterable of int or ``"all"``, optional
         Positions that are patched one at a time; each by default. ``"all"``: all at once, one cell.
     stream : int, iterable of int or ``"all"``, optional
-        Streams that are patched one at a time, besides all at once; each by default. Of H_res and H_post that is the stream
+        Streams that are patched one at a time, and all at once; each by default. Of H_res and H_post that is the stream
         written (a row), of H_pre the one read. ``"all"``: all at once alone.
     answer, against : int or array of int, optional
         Token ids, one for all sequences or one for each. With both the measure is logit(answer) − logit(against), with the
@@ -284,11 +284,11 @@ def _of_matrix(pair: _Pair, name: str, number: int) -> _Place:
     assert given is not None
 
     def forward(chosen: torch.Tensor, checked: bool) -> Passed:
-        kept = chosen.double()
+        selected = chosen.double()
         if name == "h_pre":  # (B, T, V, N): the streams that are read are its columns
-            read = _plus(difference * kept[None, :, None, :], link.depth_in)
+            read = _plus(difference * selected[None, :, None, :], link.depth_in)
             return model.forward({}, {number: read}, checked=checked)
-        rows = difference * kept[None, :, :, None]
+        rows = difference * selected[None, :, :, None]
         moved = _plus(rows, link.depth_in) if name == "h_res" else _plus(rows @ given.double(), None)
         return model.forward({link.depth_out: moved}, checked=checked)
 

@@ -149,7 +149,10 @@ def _token_texts(loaded: LoadedModel, batches: Sequence[tuple[Any, Any]]) -> lis
     for pair in batches:
         clean, corrupted = (token_texts(loaded, {"input_ids": ids}) for ids in pair)
         rows += [
-            [one if one == other else f"{one.strip()} → {other.strip()}" for one, other in zip(*row, strict=True)]
+            [
+                one if one == other else f"{one.strip()} → {other.strip()}"
+                for one, other in zip(*row, strict=True)
+            ]
             for row in zip(clean.tolist(), corrupted.tolist(), strict=True)
         ]
     return rows
@@ -178,10 +181,10 @@ def _print(result: xr.Dataset, files: Sequence[Path], args: argparse.Namespace) 
             "other_paths",
             "left_out",
         )
-        told = {name: attrs[name] for name in known}
+        facts = {name: attrs[name] for name in known}
         emit(
             {
-                **told,
+                **facts,
                 "files": [str(path) for path in files],
                 "sequences": result.sizes["sample"],
                 "cells": rows,

@@ -183,7 +183,8 @@ def by_hand(site, module, number, clean, token, stream):
         del module.width_connection
 
 
-@pytest.mark.parametrize("site", ["h_res", "h_pre", "h_post"])
+@pytest.mark.parametrize("site", ["h_pre", "h_res", "h_post"])
+@pytest.mark.slow(but=1)
 def test_matrices_of_mhc_are_those_that_are_put_in_by_hand(site):
     model = constrained()
     clean, corrupted = pair(length=5, at=4)  # its branches read one token
