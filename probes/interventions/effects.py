@@ -18,7 +18,6 @@ from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import (
     ModelUnderTest,
     Passed,
-    targets_of,
 )
 from depthscope.probes.interventions.other_paths import other_paths
 from depthscope.probes.interventions.predictions import (
@@ -28,6 +27,7 @@ from depthscope.probes.interventions.predictions import (
     relative_change,
     user_loss,
 )
+from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 

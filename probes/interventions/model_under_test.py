@@ -17,7 +17,7 @@ from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.interventions.applied_connections import AppliedConnections
 from depthscope.probes.interventions.branch_reads import BranchReads
 from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
+from depthscope.probes.interventions.predictions import Pick, output_values
 from depthscope.probes.interventions.repeats import repeats, same_values
 from depthscope.probes.interventions.state_operations import (
     READ,
@@ -266,21 +266,9 @@ class ModelUnderTest:
     def observed(
         self, mode: AbstractContextManager[Any], shown: Callable[[int, torch.Tensor], None], batch: Any = None
     ) -> Any:
-        """Run the unchanged model under one more mode, with a look at the states of the chain as they are shown.
+        """What the unchanged model returns under one more mode; ``shown(depth, tensor)`` gets its own tensors of the states.
 
-        Parameters
-        ----------
-        mode : context manager
-            On while the forward runs.
-        shown : callable
-            ``shown(depth, tensor)``, the model's own tensor.
-        batch : object, optional
-            Another batch of the same shape.
-
-        Returns
-        -------
-        object
-            What the model returned.
+        ``batch``: another one of the same shape.
         """
 
         def listen() -> None:
@@ -456,19 +444,3 @@ def copied(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: copied(value) for name, value in batch.items()}
     return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
-
-
-def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
-    """What the output of a model is compared with: see `find_targets`.
-
-    ``logits``: (B, T, V) of its unchanged output.
-    """
-    return find_targets(
-        model.batch,
-        model.base.output,
-        logits,
-        mask=model.mask,
-        width=model.base.states[max(model.base.states)].shape[-1],
-        again=lambda batch: model.values_again(batch, pick),
-        picked=pick is not None,
-    )

@@ -8,7 +8,7 @@ import torch
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed, targets_of
+from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,
@@ -16,6 +16,7 @@ from depthscope.probes.interventions.predictions import (
     relative_change,
     user_loss,
 )
+from depthscope.probes.interventions.targets import targets_of
 
 Answers: TypeAlias = Any
 """A token id, or one for each sequence."""
