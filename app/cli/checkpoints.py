@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,9 +97,11 @@ def load(args: argparse.Namespace) -> LoadedModel:
     """The model of ``args.checkpoint`` with its tokenizer."""
     # Seconds, in which nothing else would be printed.
     with working("importing torch"):
+        from depthscope.probes.checkpoints.hub import is_hub_name
         from depthscope.probes.checkpoints.load import load_checkpoint
     require_device(args.device)
-    with working(f"loading {args.checkpoint}"):
+    # What is fetched has a bar of its own, which a spinner would break.
+    with nullcontext() if is_hub_name(args.checkpoint) else working(f"loading {args.checkpoint}"):
         return load_checkpoint(args.checkpoint, weights=args.weights, dtype=args.dtype, device=args.device)
 
 

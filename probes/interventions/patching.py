@@ -49,6 +49,7 @@ def patch(
     logits: Pick | None = None,
     chain: str | None = None,
     token_text: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
     r"""Put states and mixing of a clean forward into a corrupted one, place by place, and measure what comes back.
@@ -89,6 +90,8 @@ def patch(
         Which of several chains is patched.
     token_text : sequence of sequences of str, optional
         Text of the tokens.
+    progress : callable, optional
+        Called with (what, number done, number in all) at each place.
     **options
         Each option of `Options`.
 
@@ -124,7 +127,7 @@ def patch(
         measure = Measure(
             pair.clean, answer=answer, against=against, loss=loss, pick=logits, first=outcome.num_sequences
         )
-        _run_pair(pair, measure, wanted, outcome)
+        _run_pair(pair, measure, wanted, outcome, progress or (lambda what, done, total: None))
     measure.require_all_answers_used(outcome.num_sequences)
     return patch_result(outcome, type(model).__name__, token_text)
 
@@ -329,14 +332,24 @@ def _unequal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 # --- one cell after another
 
 
-def _run_pair(pair: _Pair, measure: Measure, wanted: _Wanted, outcome: Outcome) -> None:
+def _run_pair(
+    pair: _Pair,
+    measure: Measure,
+    wanted: _Wanted,
+    outcome: Outcome,
+    progress: Callable[[str, int, int], None],
+) -> None:
     base = {
         name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
     }
     values: dict[Cell, torch.Tensor] = {}
-    for place in pair.places(wanted.sites, wanted.depths):
-        if wanted.depths is not None and place.depth not in wanted.depths:
-            continue
+    places = [
+        place
+        for place in pair.places(wanted.sites, wanted.depths)
+        if wanted.depths is None or place.depth in wanted.depths
+    ]
+    for number, place in enumerate(places):
+        progress(f"{place.site} at depth {place.depth}", number, len(places))
         outcome.layers[place.depth] = pair.corrupted.chain.points[place.depth].layer
         if place.connection >= 0:
             outcome.connections[place.depth] = place.connection

@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
         None if texts is None else [single_token(loaded, texts[number]) for number in order]
         for texts in answers
     ]
-    with working(f"patching {loaded.name}"), capture_errors_for_users():
+    with working(f"patching {loaded.name}") as progress, capture_errors_for_users():
         result = patch(
             loaded.model,
             [{"input_ids": clean} for clean, _ in batches],
@@ -96,6 +96,7 @@ def _run(args: argparse.Namespace) -> int:
             answer=columns[0],
             against=columns[1],
             token_text=_token_texts(loaded, batches),
+            progress=progress,
             layers=args.layers,
             layout=args.layout,
             streams=args.streams,

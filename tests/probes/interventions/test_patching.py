@@ -418,8 +418,13 @@ def test_sites_that_do_not_exist_are_refused_with_the_closest_names():
         patch(model, clean, corrupted, sites="blocks.7.hook_resid_post")
     with pytest.raises(SiteError, match="the model has no stream connections of that kind"):
         patch(gpt2(), *({"input_ids": of} for of in (clean, corrupted)), sites="h_res")
-    named = patch(model, clean, corrupted, sites="hidden_states[1]", tokens="all", stream="all")
+    seen = []
+    named = patch(
+        model, clean, corrupted, sites="hidden_states[1]", tokens="all", stream="all",
+        progress=lambda *what: seen.append(what),
+    )  # fmt: skip
     assert named.depth.values.tolist() == [1]
+    assert seen == [("residual at depth 1", 0, 1)]
 
 
 def test_an_unproven_reading_is_refused():
