@@ -102,6 +102,7 @@ class Heatmap:
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
     that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and stay apart.
     ``printed`` writes the number of every cell, with the sum of each row and column beside it.
+    ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """
 
@@ -127,6 +128,7 @@ class Heatmap:
     printed: bool = False
     categorical: tuple[Literal["x", "y"], ...] = ()
     of_block: Literal["mean", "largest"] = "mean"
+    x_names: tuple[str, ...] = ()
     from_top: bool = False
     named_only: bool = False
 
