@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         record,
         settle,
     )
+    from depthscope.probes.checkpoints.load import load_checkpoint as load
     from depthscope.probes.coordinate_check import coordinate_check
     from depthscope.probes.jacobian import jacobian
     from depthscope.probes.lens import lens
@@ -106,6 +107,7 @@ __all__ = [
     "judge",
     "kernels",
     "lens",
+    "load",
     "merge_runs",
     "metrics",
     "open_run",
@@ -144,6 +146,8 @@ if not TYPE_CHECKING:
             "lens",
         ):  # `probes.jacobian` is the room, and its verb is in it
             return getattr(importlib.import_module(f"depthscope.probes.{name}"), name)
+        if name == "load":
+            return importlib.import_module("depthscope.probes.checkpoints.load").load_checkpoint
         if name == "figures":  # needs the extra `paper`
             return importlib.import_module("depthscope.app.paper.figures")
         if name == "interventions":

@@ -26,7 +26,7 @@ from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.training.live.live import TOKENS
 from depthscope.probes.training.live.row import LIVE
-from depthscope.probes.training.live.sampled_tokens import CHOSEN
+from depthscope.probes.training.live.sampled_quantities import CHOSEN
 
 FLOAT32, FLOAT64 = 4, 8
 RATES = {"bytes": "GB/s", "operations": "GFLOP/s"}

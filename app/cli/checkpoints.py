@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,8 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
         metavar="CHECKPOINT",
         nargs="+" if several else None,
         type=InputPath(must_exist=False),
-        help="transformers folder, .gguf file, module:factory (imports and runs that code: only what you trust), or the word "
-        "smollm2",
+        help="transformers folder, .gguf file, organisation/name on the Hugging Face hub (@revision), module:factory (imports "
+        "and runs that code: only what you trust), or the word smollm2",
     )
     parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
     add_layers(parser)
@@ -97,9 +97,11 @@ def load(args: argparse.Namespace) -> LoadedModel:
     """The model of ``args.checkpoint`` with its tokenizer."""
     # Seconds, in which nothing else would be printed.
     with working("importing torch"):
+        from depthscope.probes.checkpoints.hub import is_hub_name
         from depthscope.probes.checkpoints.load import load_checkpoint
     require_device(args.device)
-    with working(f"loading {args.checkpoint}"):
+    # What is fetched has a bar of its own, which a spinner would break.
+    with nullcontext() if is_hub_name(args.checkpoint) else working(f"loading {args.checkpoint}"):
         return load_checkpoint(args.checkpoint, weights=args.weights, dtype=args.dtype, device=args.device)
 
 

@@ -174,6 +174,8 @@ def _checkpoint_of(args: argparse.Namespace, recorded: dict[str, Any]) -> str:
     # A run keeps no path, which would tell whose machine it was made on; the packaged model has none.
     if recorded.get("model") == "SmolLM2-135M":
         return "smollm2"
+    if recorded.get("repository") and recorded.get("repository_commit"):
+        return f"{recorded['repository']}@{recorded['repository_commit']}"
     digest = recorded.get("weights_digest")
     weights = f" with weights {printable(digest)[:19]}…" if digest else ""
     raise InputError(

@@ -19,6 +19,7 @@ EXTRAS = {
     "accelerate": "models",
     "gguf": "models",
     "sentencepiece": "models",
+    "huggingface_hub": "models",
     "streamlit": "app",
     "plotly": "app",
     "starlette": "app",

@@ -13,11 +13,23 @@ from depthscope.app.text.evidence import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
 
-__all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
+__all__ = [
+    *("NOISE_BASELINE", "Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"),
+    "null_label",
+]
 
 Array = np.ndarray
 Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
+
+
+NOISE_BASELINE = "noise baseline"
+"""What the null of a metric is called, and how the label of its line ends."""
+
+
+def null_label(label: str) -> str:
+    """The label of the null of a measured line."""
+    return f"{label} · {NOISE_BASELINE}"
 
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
@@ -90,6 +102,7 @@ class Heatmap:
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
     that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and stay apart.
     ``printed`` writes the number of every cell, with the sum of each row and column beside it.
+    ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """
 
@@ -115,6 +128,7 @@ class Heatmap:
     printed: bool = False
     categorical: tuple[Literal["x", "y"], ...] = ()
     of_block: Literal["mean", "largest"] = "mean"
+    x_names: tuple[str, ...] = ()
     from_top: bool = False
     named_only: bool = False
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style, to_matplotlib
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection
+from depthscope.app.figures.build.patching_map import patching_map
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
 from depthscope.app.figures.numbers import figure_table
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
@@ -32,6 +33,7 @@ from depthscope.app.tables.tables import depth_table, mixing_table
 from depthscope.app.text.venues import venue_of
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.experiments import open_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +49,7 @@ __all__ = [
     "mixing",
     "numbers",
     "panels",
+    "patching",
     "similarity",
     "spectra",
     "table",
@@ -123,6 +126,48 @@ def measure(name: str, runs: Runs, *, venue: str = "plain", **selection: Any) ->
         For a name that is not known, or runs that do not feed it.
     """
     return to_matplotlib(_specified(name, runs, selection), width=venue_of(venue).name)
+
+
+def patching(
+    result: xr.Dataset | str | PathLike[str],
+    *,
+    site: str | None = None,
+    stream: int = -1,
+    value: Literal["effect", "change"] | None = None,
+    venue: str = "plain",
+) -> Figure:
+    """What a patch between two inputs brings back, by depth and token.
+
+    Parameters
+    ----------
+    result : Dataset or path
+        What `depthscope.interventions.patch` returned, or a file of it.
+    site : str, optional
+        Such as ``"h_res"``; the first that was patched by default.
+    stream : int
+        A stream, −1 for all at once.
+    value : str, optional
+        ``"effect"`` (0 corrupted, 1 clean), or ``"change"`` of the measure; the effect where it is defined by default.
+    venue : str
+        icml, neurips, iclr, acl, cvpr, ieee or plain.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InputError
+        For a result of something else, or a site or stream that it does not have.
+    """
+    found = result if isinstance(result, xr.Dataset) else open_result(result)
+    if "patched" not in found:
+        raise InputError(
+            "expected a result of depthscope.interventions.patch, got a dataset without patched measures"
+        )
+    return to_matplotlib(
+        patching_map(found, site=site, stream=stream, value=value), width=venue_of(venue).name
+    )
 
 
 def numbers(name: str, runs: Runs, **selection: Any) -> pd.DataFrame:

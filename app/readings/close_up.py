@@ -86,22 +86,12 @@ class LargeEntry:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """H_res, H_pre and H_post of a connection, or a product of several H_res.
+    """H_res, H_pre and H_post of a connection, or a product of several H_res."""
 
-    Parameters
-    ----------
-    of : str
-        Whose: ``mean over tokens``, or the token.
-    h_res : ndarray
-        Shape (n, n), rows are destinations.
-    h_pre, h_post : ndarray or None
-        Shape (n,).
-    """
-
-    of: str
-    h_res: np.ndarray
-    h_pre: np.ndarray | None = None
-    h_post: np.ndarray | None = None
+    of: str  # whose: ``mean over tokens``, or the token
+    h_res: np.ndarray  # shape (n, n), rows are destinations
+    h_pre: np.ndarray | None = None  # shape (n,)
+    h_post: np.ndarray | None = None  # shape (n,)
 
     @property
     def row_sums(self) -> np.ndarray:
@@ -420,7 +410,9 @@ def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) 
         if "residual" not in trace:
             return None
         wanted = [
-            name for name in ("residual", "mask", "token_text", "h_res", "h_pre", "h_post") if name in trace
+            name
+            for name in ("residual", "mask", "token_text", *(of.name for of in schema.SUMMED))
+            if name in trace
         ]
         part = trace.drop_vars([name for name in trace.data_vars if name not in wanted])
         sequences = int(part.sizes["sample"])

@@ -23,19 +23,12 @@ _TICK_NS = 50_000_000
 
 @dataclass(frozen=True)
 class FileVersion:
-    """What identifies the files of a run: another version differs, however it came about.
+    """What identifies the files of a run: another version differs, however it came about."""
 
-    Parameters
-    ----------
-    digest : str
-        Of device, inode, size and dates of every file: a rename gives another inode, a change in place another date,
-        and a change back of the date another date of the inode.
-    size : int
-        Bytes in all.
-    """
-
+    # of device, inode, size and dates of every file: a rename gives another inode, a change in place another
+    # date, and a change back of the date another date of the inode
     digest: str
-    size: int
+    size: int  # bytes in all
 
     @classmethod
     def of(cls, path: Path, *beside: Path) -> FileVersion:

@@ -23,24 +23,12 @@ Moment = tuple[int, float]
 
 @dataclass(frozen=True)
 class Begun:
-    """A finding and the first judged step that has it.
+    """A finding and the first judged step that has it."""
 
-    Parameters
-    ----------
-    finding : Finding
-        As it is at that step.
-    step : int
-        Of the training.
-    before : int or None
-        The judged step before it, which does not have it; None where there is none.
-    lasts : bool
-        Whether the last judged step has it too.
-    """
-
-    finding: Finding
-    step: int
-    before: int | None
-    lasts: bool
+    finding: Finding  # as it is at that step
+    step: int  # of the training
+    before: int | None  # the judged step before it, which does not have it; None where there is none
+    lasts: bool  # whether the last judged step has it too
 
 
 class FirstFindings:

@@ -21,7 +21,7 @@ from depthscope.app.readings.training_history import (
     slices_of,
 )
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.analysis.training_curves import STEPWISE_SUMS, curves_of_sums
+from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
@@ -94,15 +94,14 @@ class FollowedHistory(TrainingHistory):
             str(name): array.isel(step=0) for name, array in rows.data_vars.items() if "step" in array.dims
         }
         last = self._sums_at(len(self.steps) - 1)
-        sums_of: dict[str, tuple[str, ...]] = {}
-        for sums in STEPWISE_SUMS:
-            for name, array in curves_of_sums(last, [sums]).items():
-                if name not in samples:
-                    samples[str(name)], sums_of[str(name)] = array.isel(step=0), sums
+        needs: dict[str, tuple[str, ...]] = {}
+        for name, array in curves_of_sums(last).items():
+            if name not in samples:
+                samples[str(name)], needs[str(name)] = array.isel(step=0), sums_of(str(name))
         cells = cells_of(last)
         if cells is not None:
             samples[CELLS] = cells.isel(step=0)
-        return measures_of(samples), sums_of
+        return measures_of(samples), needs
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
         """The numbers of a measure; see `TrainingHistory.values`."""
@@ -113,7 +112,7 @@ class FollowedHistory(TrainingHistory):
         sums = self._found[1].get(name)
         if sums is None:
             return self._store.column(f"{self._metrics}{name}", chosen)
-        found = curves_of_sums(self._all_sums(sums), [sums])[name].values
+        found = curves_of_sums(self._all_sums(sums))[name].values
         return np.asarray(found[(slice(None), *slices_of(chosen))], dtype=np.float32)
 
     def _all_sums(self, names: Iterable[str]) -> xr.Dataset:
@@ -128,14 +127,14 @@ class FollowedHistory(TrainingHistory):
     def _cells(self, connection: int | None) -> np.ndarray:
         tokens = self._store.column(f"{self._statistics}token_count")
         parts = []
-        for name in ("h_res_sum", "h_pre_sum", "h_post_sum"):
-            full = f"{self._statistics}{name}"
+        for of in schema.SUMMED:
+            full = f"{self._statistics}{of.total}"
             if full not in self._store.variables:
                 continue
             sums = self._store.column(full, (connection,)).reshape(len(tokens), -1)
-            known = f"{self._statistics}h_pre_token_count"
-            of_known = name == "h_pre_sum" and known in self._store.variables
-            counts = self._store.column(known, (connection,)) if of_known else tokens
+            known = f"{self._statistics}{of.counted_by}"
+            of_some = of.counted_by != "token_count" and known in self._store.variables
+            counts = self._store.column(known, (connection,)) if of_some else tokens
             with np.errstate(divide="ignore", invalid="ignore"):
                 parts.append(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan))
         return np.concatenate(parts, axis=1)
@@ -168,7 +167,7 @@ class FollowedHistory(TrainingHistory):
         """All metrics of one step."""
         found = self._metrics_at(position)
         if all("step" not in array.dims for array in found.data_vars.values()):
-            found = curves_of_sums(self._sums_at(position), STEPWISE_SUMS)
+            found = curves_of_sums(self._sums_at(position))
         return found.assign_attrs(self._reading.analysis.attrs)
 
 

@@ -54,24 +54,12 @@ NAME_LENGTH = 80
 
 @dataclass(frozen=True)
 class Summary:
-    """What a table of many runs shows of one.
+    """What a table of many runs shows of one."""
 
-    Parameters
-    ----------
-    name : str
-        The run's name; ``run/chain`` where it has several chains.
-    attrs : mapping
-        The run's attributes.
-    standings : mapping of str to Standing
-        Of `standings`.
-    depths : int
-        Number of states.
-    """
-
-    name: str
-    attrs: Mapping[str, Any]
-    standings: Mapping[str, Standing]
-    depths: int
+    name: str  # the run's name; ``run/chain`` where it has several chains
+    attrs: Mapping[str, Any]  # the run's attributes
+    standings: Mapping[str, Standing]  # of `standings`
+    depths: int  # number of states
 
 
 def summary_of(reading: Reading) -> Summary:

@@ -20,20 +20,12 @@ __all__ = ["MixingMatrices", "history_of", "matrices_of"]
 
 @dataclass(frozen=True, eq=False)
 class MixingMatrices:
-    """The mixing of one run, as means over its tokens.
+    """The mixing of one run, as means over its tokens."""
 
-    Parameters
-    ----------
-    single : ndarray
-        H_res of every connection, (connection, n, n); rows are destinations.
-    names : tuple of str
-        Such as ``connection 5: attn of block 2``.
-    products : mapping of (int, int) to ndarray
-        Product from one connection through another, the later one on the left: the mean of the products of each token.
-    """
-
-    single: np.ndarray
-    names: tuple[str, ...]
+    single: np.ndarray  # H_res of every connection, (connection, n, n); rows are destinations
+    names: tuple[str, ...]  # such as ``connection 5: attn of block 2``
+    # product from one connection through another, the later one on the left: the mean of the products of each
+    # token
     products: Mapping[tuple[int, int], np.ndarray]
 
 

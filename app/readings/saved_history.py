@@ -125,14 +125,14 @@ def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
     step, connection = statistics.sizes["step"], statistics.sizes["connection"]
     tokens = statistics["token_count"].values.reshape(step, 1, 1)
     parts, names = [], []
-    for name, stem in (("h_res_sum", "H_res"), ("h_pre_sum", "H_pre"), ("h_post_sum", "H_post")):
-        if name not in statistics:
+    for of in schema.SUMMED:
+        if of.total not in statistics:
             continue
-        sums = statistics[name].values.reshape(step, connection, -1)
-        of_known = name == "h_pre_sum" and "h_pre_token_count" in statistics
-        counts = statistics["h_pre_token_count"].values[:, :, None] if of_known else tokens
+        sums = statistics[of.total].values.reshape(step, connection, -1)
+        of_some = of.counted_by != "token_count" and of.counted_by in statistics
+        counts = statistics[of.counted_by].values[:, :, None] if of_some else tokens
         parts.append(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
-        names += cell_names(stem, statistics[name].shape[2:])
+        names += cell_names(of.symbol, statistics[of.total].shape[2:])
     cells = xr.DataArray(np.concatenate(parts, axis=2), dims=("step", "connection", "cell"))
     known = {
         label: statistics[label] for label in statistics.coords if statistics[label].dims == ("connection",)

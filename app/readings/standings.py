@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.schema import OF_STREAMS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict, last_step
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
@@ -22,29 +23,16 @@ DOES_NOT_APPLY = "DOES NOT APPLY"
 
 ONE_STREAM = "the network has one stream"
 
-# Variables of a run that only connections of several streams have.
-_OF_STREAMS = {"h_res", "h_pre", "h_post"}
-
 
 @dataclass(frozen=True)
 class Standing:
-    """One verdict about one run.
+    """One verdict about one run."""
 
-    Parameters
-    ----------
-    state : str
-        ``FAIL``, ``WARN``, ``INFO``, ``PASS``, `NOT_JUDGED` or `DOES_NOT_APPLY`.
-    finding : Finding or None
-        The worst one of the verdict, of several streams; None where it was not judged.
-    reason : str
-        Why it was not judged, or does not apply.
-    depth_out : int or None
-        Of a finding about connections: the depth that the worst of them writes, which only the run knows.
-    """
-
-    state: str
+    state: str  # ``FAIL``, ``WARN``, ``INFO``, ``PASS``, `NOT_JUDGED` or `DOES_NOT_APPLY`
+    # the worst one of the verdict, of several streams; None where it was not judged
     finding: Finding | None = None
-    reason: str = ""
+    reason: str = ""  # why it was not judged, or does not apply
+    # of a finding about connections: the depth that the worst of them writes, which only the run knows
     depth_out: int | None = None
 
     @property
@@ -118,7 +106,7 @@ def _is_about_streams(verdict: Verdict) -> bool:
     """Whether it is about how several streams are mixed, read and written, or about how they differ."""
     metric = CATALOGUE.get(verdict.metric)  # none of a null
     return metric is not None and (
-        bool(_OF_STREAMS & set(metric.roots)) or metric.name.endswith("stream_cosine")
+        bool(set(OF_STREAMS) & set(metric.roots)) or metric.name.endswith("stream_cosine")
     )
 
 

@@ -48,24 +48,12 @@ PREFERRED = {
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """What has numbers by step.
+    """What has numbers by step."""
 
-    Parameters
-    ----------
-    name : str
-        In the catalogue, or `CELLS` or `DRIFT`, or of a number such as ``loss``.
-    rows : str
-        Its dim of `ROWS`; empty for one number a step.
-    choices : mapping of str to tuple of str
-        The labels of its other dims under which it has numbers.
-    sample : DataArray
-        The last step, with all coordinates.
-    """
-
-    name: str
-    rows: str
-    choices: Mapping[str, tuple[str, ...]]
-    sample: xr.DataArray
+    name: str  # in the catalogue, or `CELLS` or `DRIFT`, or of a number such as ``loss``
+    rows: str  # its dim of `ROWS`; empty for one number a step
+    choices: Mapping[str, tuple[str, ...]]  # the labels of its other dims under which it has numbers
+    sample: xr.DataArray  # the last step, with all coordinates
 
     def labels(self, choice: Mapping[str, str]) -> dict[str, str]:
         """The label of every dim but the rows.

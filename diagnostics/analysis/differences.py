@@ -72,7 +72,7 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
     if not resampled(metric):
         return None
     try:
-        found = Quantities(trace, choices={"scope": scope}).call(metric.function)
+        found = metric.unfolded(Quantities(trace, choices={"scope": scope}))
     except Unavailable:
         return None
     value = found[0] if isinstance(found, tuple) else found  # an error of its own says nothing of pairs

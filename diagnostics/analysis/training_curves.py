@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import cast
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.metrics import (
-    attention,
-    checkpoints,
-    collapse,
-    gradients,
-    logits,
-    mixing,
-    propagation,
-    streamed,
-    weight_updates,
-)
-from depthscope.diagnostics.metrics.declaration import Metric
-from depthscope.diagnostics.quantities.registry import Quantities, sources
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.exact_sums import BY_SUMS, EXACT, ONE_VARIANT
+from depthscope.diagnostics.quantities.registry import Quantities, roots, sources
 from depthscope.diagnostics.quantities.token_spectra import RANKS
-from depthscope.diagnostics.schema import POOLED_STEP, WITHOUT_GRADIENT, chain_dataset
+from depthscope.diagnostics.schema import OF_STREAMING, POOLED_STEP, STATISTICS, chain_dataset
 
-EXACT = "exact over every token of the step"
-
+DRIFT = "connection_parameter_drift"
 OF_LOSSES = {
     "loss": {"long_name": "Loss", "units": "1", "symbol": r"\mathcal{L}"},
     "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
@@ -70,18 +59,41 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         raise InputError(
             "the run has no statistics; record it with probes.record(...), or analyze a run with a trace"
         )
-    return curves_of_sums(statistics, tuple(_CURVES))
+    curves = dict(curves_of_sums(statistics).data_vars)
+    return xr.Dataset(curves | (_streamed_ranks(statistics) if "eigenvalue" in statistics else {}))
 
 
-def curves_of_sums(statistics: xr.Dataset, sums: Iterable[tuple[str, ...]]) -> xr.Dataset:
-    """The curves that some of the sums give."""
-    statistics = _with_stream_labels(statistics)
+def sums_of(curve: str) -> tuple[str, ...]:
+    """The sums that a curve is computed from, of its own step alone, except for drifts, which are from the first step on."""
+    others = {DRIFT: ("connection_parameter",), "loss_spike": ("loss_rise",)}
+    return _sums_of(CATALOGUE[curve].function) if curve in CATALOGUE else others.get(curve, (curve,))
+
+
+@lru_cache(maxsize=1024)
+def _sums_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The sums that feed a metric; empty where they do not. Streamed sums have no step: they are of the last weights alone."""
+    needs = roots(function, BY_SUMS)
+    return needs if set(needs) <= STATISTICS.keys() - set(OF_STREAMING) else ()
+
+
+def curves_of_sums(statistics: xr.Dataset) -> xr.Dataset:
+    """The curves that the sums of a dataset give: a recording has the sums that were requested."""
+    source = Quantities(_with_stream_labels(statistics), choices=ONE_VARIANT, supplied=BY_SUMS)
     curves: dict[str, xr.DataArray] = {}
-    # A recording has the sums that were requested: a curve whose sums are missing is left out.
-    for needs in sums:
-        if all(name in statistics for name in needs):
-            curves.update(_CURVES[needs](statistics))
-    return xr.Dataset(curves)
+    for name in CATALOGUE:
+        needs = sums_of(name)
+        if needs and all(each in statistics for each in needs):
+            curves[name] = _curve(name, source)
+    if "connection_parameter" in statistics:
+        curves |= _parameter_drift(statistics)
+    return xr.Dataset(curves | losses(statistics))
+
+
+def _curve(name: str, source: Quantities) -> xr.DataArray:
+    metric = CATALOGUE[name]
+    found = metric.stamp(source.labelled(source.call(metric.function))).transpose("step", *metric.dims)
+    # What modules own is exact in any case.
+    return found.assign_attrs(estimator=EXACT) if set(metric.needs) & BY_SUMS.keys() else found
 
 
 def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
@@ -92,88 +104,6 @@ def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
     # The norm of a mean is no sum over streams, so that the statistics cannot give it: NaN.
     labels = list(map(str, range(streams)))
     return statistics.assign_coords(stream=labels).reindex(stream=["mean", *labels])
-
-
-def _exact(metric: Metric, value: xr.DataArray) -> xr.DataArray:
-    return metric.stamp(value).assign_attrs(estimator=EXACT)
-
-
-def _residual_norm(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    mean = statistics["square_norm_sum"] / statistics["token_count"]
-    return {"residual_norm": _exact(gradients.residual_norm, mean**0.5)}
-
-
-def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    square = statistics["gradient_square_norm_sum"]
-    norm = square**0.5
-    if depths := square.attrs.get(WITHOUT_GRADIENT):
-        norm = norm.assign_attrs({WITHOUT_GRADIENT: depths})
-    last = norm.isel(depth=-1, drop=True)
-    gain = (norm / last.where(last > 0)).transpose(*norm.dims)
-    return {
-        "gradient_norm": _exact(gradients.gradient_norm, norm),
-        "backward_gain": _exact(gradients.backward_gain, gain),
-    }
-
-
-def _token_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    count = statistics["token_count"]
-    # Σ_{i≠j} u_i · u_j over all ordered pairs, divided by their number.
-    cosine = statistics["unit_pair_sum"] / (count * (count - 1)).where(count > 1)
-    # The labels of this variant in an analysis, so that a curve and a trace can be compared.
-    labelled = cosine.transpose("step", "depth", "stream").expand_dims(
-        scope=["data"], tokens=["all"], centering=["raw"]
-    )
-    ordered = labelled.transpose("step", "scope", "tokens", "centering", "depth", "stream")
-    return {"token_cosine": _exact(collapse.token_cosine, ordered)}
-
-
-def _adjacent_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    cosine = statistics["adjacent_cosine_sum"] / statistics["token_count"]
-    return {
-        "adjacent_cosine": _exact(propagation.adjacent_cosine, cosine.transpose("step", "depth", "stream"))
-    }
-
-
-def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    # No quantiles, which sums over batches cannot give.
-    parts = [statistics["gain_sum"] / statistics["token_count"], statistics["gain_max"]]
-    gain = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
-    gain = gain.assign_coords(direction=list(mixing.DIRECTIONS))
-    return {
-        "mixing_gain": _exact(
-            mixing.mixing_gain, gain.transpose("step", "direction", "connection", "reduction")
-        )
-    }
-
-
-def _logit_range(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    parts = [statistics["logit_range_sum"] / statistics["logit_token_count"], statistics["logit_range_max"]]
-    found = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
-    return {"logit_range": _exact(logits.logit_range, found.transpose("step", "connection", "reduction"))}
-
-
-def _logit_gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    norms = [statistics[f"{name}_gradient_square_sum"] ** 0.5 for name in ("logit", "mixing")]
-    return {
-        metric.name: _exact(metric, cast(xr.DataArray, metric.function(*needed)))
-        for metric, needed in (
-            (logits.logit_gradient, norms[:1]),
-            (logits.mixing_gradient, norms[1:]),
-            (logits.logit_gradient_share, norms),
-        )
-    }
-
-
-def _attention(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    count = statistics["attention_query_count"]
-    heads = {"head": range(count.sizes["head"])}
-    return {
-        metric.name: _exact(
-            metric, (statistics[f"{metric.name}_sum"] / count.where(count > 0)).assign_coords(heads)
-        )
-        for metric in (attention.attention_entropy, attention.sink_mass)
-    }
 
 
 def losses(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -191,7 +121,7 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     source = Quantities(sources(xr.Dataset(), statistics))  # of a run that may have no trace
     found: dict[str, xr.DataArray] = {}
     for name in RANKS:
-        found |= getattr(streamed, f"streamed_{name}").evaluate(source)
+        found |= CATALOGUE[f"streamed_{name}"].evaluate(source)
     # Sums since the weights last changed are of the last weights: no other step has a value.
     steps = statistics["step"].values
     last = [statistics.attrs.get(POOLED_STEP, steps[-1])]
@@ -199,26 +129,6 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
         name: value if name.endswith("_null") else value.expand_dims(step=last).reindex(step=steps)
         for name, value in found.items()
     }
-
-
-def _of_all_steps(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    # The function itself, on all steps at once: `Quantities` of an analysis have the last one only.
-    value = metric.function(*(statistics[name] for name in metric.needs))
-    assert isinstance(value, xr.DataArray)  # without an error
-    return {metric.name: metric.stamp(value)}
-
-
-_OF_ALL_STEPS = (
-    weight_updates.weight_norm,
-    weight_updates.weight_gradient_norm,
-    weight_updates.weight_gradient_ratio,
-    weight_updates.update_ratio,
-    # Of a history of checkpoints.
-    checkpoints.first_weight_distance,
-    checkpoints.first_checkpoint_cka,
-    checkpoints.last_checkpoint_cka,
-    checkpoints.first_checkpoint_distance,
-)
 
 
 def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -231,25 +141,4 @@ def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     moved = np.square(values - first)
     drift = np.stack([np.sqrt(moved[:, owner == name].sum(1)) for name in names], axis=1)
     coords = {"step": statistics["step"], "parameter": np.array(names, dtype=object)}
-    return {"connection_parameter_drift": xr.DataArray(drift, coords, ("step", "parameter"))}
-
-
-_STREAMED = ("eigenvalue", "stream_eigenvalue", "streamed_count")
-_CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] = {
-    ("square_norm_sum", "token_count"): _residual_norm,
-    ("gradient_square_norm_sum",): _gradients,
-    ("unit_pair_sum", "token_count"): _token_cosine,
-    ("adjacent_cosine_sum", "token_count"): _adjacent_cosine,
-    ("gain_sum", "gain_max", "token_count"): _mixing_gain,
-    ("logit_range_sum", "logit_range_max", "logit_token_count"): _logit_range,
-    ("logit_gradient_square_sum", "mixing_gradient_square_sum"): _logit_gradients,
-    ("attention_entropy_sum", "sink_mass_sum", "attention_query_count"): _attention,
-    ("connection_parameter",): _parameter_drift,
-    **{(name,): losses for name in OF_LOSSES},
-    _STREAMED: _streamed_ranks,
-    **{metric.needs: partial(_of_all_steps, metric) for metric in _OF_ALL_STEPS},
-}
-
-STEPWISE_SUMS = tuple(needs for needs in _CURVES if needs != _STREAMED)
-"""Sums that belong together, each group of which gives curves with a number at every step; a step needs no other one, except
-for drifts, which are from the first step on."""
+    return {DRIFT: xr.DataArray(drift, coords, ("step", "parameter"))}

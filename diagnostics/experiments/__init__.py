@@ -1,8 +1,9 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
-from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
 from depthscope.diagnostics.experiments.jacobians import jacobian_rows
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
+from depthscope.diagnostics.experiments.patches import patch_rows
 from depthscope.diagnostics.experiments.results import (
     RESULTS,
     SUFFIX,
@@ -22,14 +23,16 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
-from depthscope.diagnostics.experiments.variables import EFFECTS, JACOBIANS, LENS, declared
+from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, JACOBIANS, LENS, PATCHES, declared
 
 __all__ = [
+    "CELLS",
     "EFFECTS",
     "HARMFUL",
     "JACOBIANS",
     "KINDS",
     "LENS",
+    "PATCHES",
     "RESULTS",
     "SETTLED_BY",
     "SUFFIX",
@@ -48,11 +51,13 @@ __all__ = [
     "lens_rows",
     "mean_later_change",
     "open_result",
+    "patch_rows",
     "prediction_depths",
     "prediction_words",
     "result_for",
     "results_beside",
     "save_result",
+    "share_of",
     "table",
     "table_rows",
     "with_lens",

@@ -62,3 +62,60 @@ def estimated(
     found = np.array([estimate(row)[:4] for row in of_sequence.reshape(-1, of_sequence.shape[-1])])
     columns = found.reshape(*of_sequence.shape[:-1], 4)
     return {f"{name}{ending}": (dims, columns[..., at]) for at, ending in enumerate(ESTIMATES)}
+
+
+UNCLEAR = 1e-4
+"""Of two measures, relative to the larger one: what differs by less may be rounding. A heuristic of ours."""
+
+
+def share_of(part: np.ndarray, whole: np.ndarray, scale: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
+    r"""Share of a difference: Σ partₛ / Σ wholeₛ over sequences s, with its interval, where the denominator is clear.
+
+    The error is that of a ratio of means, :math:`\mathrm{sd}(part_s - r\, whole_s) / (\sqrt{S}\, |\overline{whole}|)`.
+
+    ``part``: (…, S); NaN where a sequence does not count. ``whole``: (S,).
+    ``scale``: (S,), sizes of what ``whole`` is a difference of.
+    Returns: By an ending of `ESTIMATES`, and why all of them are NaN; empty where they are not.
+
+    References
+    ----------
+    Cochran, "Sampling Techniques", 3rd ed. (1977), chapter 6.
+
+    Examples
+    --------
+    >>> shares, why = share_of(np.array([[1.0, 2.0, 3.0]]), np.array([2.0, 4.0, 6.0]), np.ones(3))
+    >>> shares[""], why
+    (array([0.5]), '')
+    """
+    shape = part.shape[:-1]
+    found = {ending: np.full(shape, np.nan) for ending in ESTIMATES}
+    why = _unclear(whole, scale)
+    if why:
+        return found, why
+    for at in np.ndindex(shape):
+        counted = ~np.isnan(part[at]) & ~np.isnan(whole)
+        # Of the sequences that count in this cell, whose difference may be none though that of all is clear.
+        if not counted.any() or _unclear(whole[counted], scale[counted]):
+            continue
+        mean = whole[counted].mean()
+        share = part[at][counted].mean() / mean
+        of_rest = estimate(part[at][counted] - share * whole[counted])
+        error, reach = of_rest.error / abs(mean), (of_rest.high - of_rest.mean) / abs(mean)
+        for ending, value in zip(ESTIMATES, (share, error, share - reach, share + reach), strict=True):
+            found[ending][at] = value
+    return found, ""
+
+
+def _unclear(whole: np.ndarray, scale: np.ndarray) -> str:
+    """Why a difference is no denominator; empty where it is one."""
+    found = estimate(whole)
+    if not found.sequences:
+        return "the difference between the two inputs is known of no sequence"
+    if not abs(found.mean) > UNCLEAR * float(np.nanmean(scale)):
+        return f"the two inputs differ by {found.mean:.3g}, which may be rounding"
+    if found.low <= 0 <= found.high:
+        return (
+            f"the two inputs differ by {found.mean:.3g} (95 %: {found.low:.3g} to {found.high:.3g}), so that no difference "
+            "is possible; more sequences would tell"
+        )
+    return ""

@@ -98,7 +98,7 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     Parameters
     ----------
     result : Dataset
-        Of `depthscope.interventions.ablate`, `depthscope.lens` or `jacobians_by_depth`.
+        Of `depthscope.interventions.ablate` or `patch`, `depthscope.lens` or `jacobians_by_depth`.
     path : path-like
         Where to.
 
@@ -134,20 +134,20 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     file = Path(path)
     if not file.exists():
         raise AbsentError(
-            f"no result of experiments at {file}; make one with `depthscope ablate`, `lens` or `jacobian`"
+            f"no result of experiments at {file}; make one with `depthscope ablate`, `patch`, `lens` or `jacobian`"
         )
     require_ordinary(file, folder=False)
     # The HDF5 library may crash on a torn file, and would take this process with it.
     if compare_file_digest(file) != "intact":
         raise InputError(
-            f"{file} is no result of experiments as it was saved; run `depthscope ablate`, `lens` or `jacobian` again"
+            f"{file} is no result of experiments as it was saved; run the command that made it again"
         )
     check_hdf5(file, None)
     with xr.open_dataset(file, engine="h5netcdf") as opened:
         found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise InputError(
-            f"{file} is no result of experiments; expected a file that `depthscope ablate`, `lens` or `jacobian` wrote"
+            f"{file} is no result of experiments; expected one that `depthscope ablate`, `patch`, `lens` or `jacobian` wrote"
         )
     return found
 

@@ -29,6 +29,7 @@ UNITS = {
     "branch_change": "1",
     "agreement": "1",
     "rescued": "1",
+    "effect": "1",
     "depth": "depth",
 }
 """Units by a word of the variable's name."""
@@ -59,6 +60,29 @@ EFFECTS: dict[str, Variable] = {
     "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
 }
 """Variables of the result of `depthscope.interventions.ablate`."""
+
+CELLS = ("site", "depth", "token", "stream")
+PATCHES: dict[str, Variable] = {
+    **_with_estimates(
+        "effect",
+        CELLS,
+        "share of the difference between the two inputs that comes back: 0 corrupted, 1 clean",
+    ),
+    **_with_estimates("change", CELLS, "measure of the patched forward minus that of the corrupted one"),
+    "patched": Variable((*CELLS, "sample"), "f", "measure of the patched forward"),
+    "clean": Variable(("sample",), "f", "measure of the clean forward"),
+    "corrupted": Variable(("sample",), "f", "measure of the corrupted forward"),
+    "site": Variable(("site",), "OTU", "what was patched"),
+    "depth": Variable(("depth",), "iu", "depth of the state, or at which the connection ends"),
+    "token": Variable(("token",), "i", "position that was patched, −1 for all at once"),
+    "stream": Variable(("stream",), "i", "stream that was patched, −1 for all at once"),
+    "layer": Variable(("depth",), "i", "number of the block, −1 for the embedding"),
+    "connection": Variable(
+        ("depth",), "i", "number of the connection that ends there, −1 where none was patched"
+    ),
+    "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
+}
+"""Variables of the result of `depthscope.interventions.patch`."""
 
 LENS_DIMS = ("lens", "depth", "stream")
 LENS: dict[str, Variable] = {

@@ -17,7 +17,6 @@ from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity
-from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
 
 # Tokens compared, evenly spaced over all of them: neighbours and distances cost their square. Heuristic.
@@ -47,20 +46,14 @@ class Pairs:
 
     Parameters
     ----------
-    states : States
-        The states, for their labels.
     mean_states : MeanStates
         The mean over streams.
-    masks : DataArray
-        Dims (tokens, sample, token): which tokens count, by kind.
     """
 
-    def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
-        self._states = states
+    def __init__(self, mean_states: MeanStates) -> None:
         self._mean = mean_states
-        self._kinds = masks["tokens"]
 
-    def compare(self, measure: Compare, *, most: Callable[[int], int] = _most_tokens) -> xr.DataArray:
+    def compare(self, measure: Compare, *, most: Callable[[int], int] = _most_tokens) -> xr.Variable:
         """Compare every depth with every other.
 
         ``measure``: states (L, N, D) in, all pairs (L, L) out; a ValueError is its refusal.
@@ -71,12 +64,12 @@ class Pairs:
         """
         # A kind of token may be too small while another is not: only if all are is the metric unavailable.
         refusals: list[str] = []
-        limit = most(self._states.num_features)
+        limit = most(self._mean.values.shape[-1])
         tables = self._mean.over_kinds(partial(self._table, measure, refusals, limit))
         if np.isnan(tables).all() and refusals:
             raise Unavailable(refusals[0])
         tables = np.where(self._mean.finite_pairs, tables, np.nan)
-        return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
+        return xr.Variable(("tokens", "depth", "other_depth"), tables)
 
     @staticmethod
     def _table(measure: Compare, refusals: list[str], most: int, states: np.ndarray) -> np.ndarray:
@@ -92,9 +85,9 @@ class Pairs:
 
 
 @quantity
-def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> Pairs:
+def depth_pairs(mean_states: MeanStates) -> Pairs:
     """Every pair of depths."""
-    return Pairs(residual_states, mean_states, token_masks)
+    return Pairs(mean_states)
 
 
 def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws: int = 1) -> Null:
@@ -109,11 +102,10 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws
         except ValueError:  # too few tokens: what is measured is refused too
             return float("nan")
 
-    def expectation(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+    def expectation(token_masks: xr.Variable, num_features: int) -> xr.Variable:
         """That of two independent sets of iid noise of the same size, drawn with a fixed seed."""
-        width = residual_states.num_features
-        counts = token_masks.sum(("sample", "token")).clip(max=most(width))
-        return for_each_count(counts, lambda n: of_size(int(n), width))
+        counts = token_masks.sum(("sample", "token")).clip(max=most(num_features))
+        return for_each_count(counts, lambda n: of_size(int(n), num_features))
 
     return expectation
 
@@ -129,7 +121,7 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws
     default=False,
     most_tokens=_most_tokens,
 )
-def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
+def rbf_cka(depth_pairs: Pairs) -> xr.Variable:
     r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
 
     .. math:: k(x, y) = \exp(-\|x - y\|^2 / 2\sigma^2)
@@ -149,7 +141,7 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     most_tokens=_most_tokens_of_cca,
     null_error=0.05,
 )
-def svcca(depth_pairs: Pairs) -> xr.DataArray:
+def svcca(depth_pairs: Pairs) -> xr.Variable:
     r"""SVCCA between depths: mean canonical correlation of the leading directions.
 
     .. math:: \tfrac{1}{k} \textstyle\sum_i \rho_i
@@ -171,7 +163,7 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
     most_tokens=_most_tokens_of_cca,
     null_error=0.05,
 )
-def pwcca(depth_pairs: Pairs) -> xr.DataArray:
+def pwcca(depth_pairs: Pairs) -> xr.Variable:
     r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
 
     .. math:: \textstyle\sum_i \alpha_i \rho_i / \sum_i \alpha_i, \quad \alpha_i = \sum_j |\langle h_i, x_j \rangle|
@@ -194,7 +186,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     most_tokens=_most_tokens,
     null_error=0.02,
 )
-def procrustes(depth_pairs: Pairs) -> xr.DataArray:
+def procrustes(depth_pairs: Pairs) -> xr.Variable:
     r"""Procrustes distance between depths: the angle left after the best rotation, 0 for the same shape.
 
     .. math:: \arccos \|X^\top Y\|_* \quad\text{of centred states at } \|\cdot\|_F = 1
@@ -213,12 +205,12 @@ def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     default=False,
     most_tokens=_most_tokens,
 )
-def rsa(depth_pairs: Pairs) -> xr.DataArray:
+def rsa(depth_pairs: Pairs) -> xr.Variable:
     """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
     return depth_pairs.compare(kernel.rsa)
 
 
-def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
+def _shared_by_chance(token_masks: xr.Variable) -> xr.Variable:
     """k/(N − 1)."""
     # Two independent draws of k of the N − 1 other tokens have k²/(N − 1) in common, a share of k/(N − 1).
     count = token_masks.sum(("sample", "token")).clip(max=ROWS)
@@ -237,7 +229,7 @@ def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
     most_tokens=_most_tokens,
     null_error=0.05,
 )
-def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
+def mutual_knn(depth_pairs: Pairs) -> xr.Variable:
     """Mutual nearest neighbours: the share of a token's ten nearest that two depths agree on."""
     return depth_pairs.compare(partial(kernel.mutual_knn, k=NEIGHBOURS))
 
@@ -255,7 +247,7 @@ def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
     most_tokens=_most_tokens,
     null_error=0.15,
 )
-def cknna(depth_pairs: Pairs) -> xr.DataArray:
+def cknna(depth_pairs: Pairs) -> xr.Variable:
     """CKA over shared nearest neighbours: agreement of the local geometry alone.
 
     Of unrelated data it is not 0 but about k/(N − 1), the share of neighbours that agree by chance.

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity
 
 PER_HEAD = "mean over the real queries of a sequence that see two keys or more, then over sequences"
 
@@ -18,7 +18,25 @@ def _over_queries(values: xr.DataArray, keys: xr.DataArray, mask: xr.DataArray) 
     # A query that sees one key has weight 1 on it, and entropy 0, whatever the network does.
     chosen = values.where(mask & (keys >= 2)).astype(np.float64)
     mean = chosen.mean("token").transpose("sample", "depth", "head").rename(sample="sequence")
-    return mean.drop_vars("sequence", errors="ignore").assign_coords(head=np.arange(mean.sizes["head"]))
+    return mean.drop_vars("sequence", errors="ignore")
+
+
+@quantity
+def mean_entropy_share(
+    query_entropy: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray
+) -> xr.DataArray:
+    """Mean entropy of each head and sequence, as a share of that of uniform weights."""
+    # log of one key is 0, of which `_over_queries` takes none.
+    share = query_entropy / np.log(query_keys.where(query_keys >= 2))
+    return _over_queries(share, query_keys, mask)
+
+
+@quantity
+def mean_first_weight(
+    query_first_weight: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray
+) -> xr.DataArray:
+    """Mean weight of each head and sequence on the first key."""
+    return _over_queries(query_first_weight, query_keys, mask)
 
 
 @metric(
@@ -29,9 +47,7 @@ def _over_queries(values: xr.DataArray, keys: xr.DataArray, mask: xr.DataArray) 
     null=1.0,  # uniform weights
     estimator=PER_HEAD,
 )
-def attention_entropy(
-    query_entropy: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray
-) -> xr.DataArray:
+def attention_entropy(mean_entropy_share: xr.DataArray) -> xr.DataArray:
     r"""Entropy of a head's attention weights, as a share of that of uniform ones.
 
     .. math:: \frac{-\sum_j A_{ij} \log A_{ij}}{\log k_i}
@@ -40,9 +56,7 @@ def attention_entropy(
     where to one alone. The paper states the entropy in nats, which grows with the number of keys; a share compares
     queries of a causal model. At the depth that the attention leads to: NaN at those that none leads to.
     """
-    # log of one key is 0, of which `_over_queries` takes none.
-    share = query_entropy / np.log(query_keys.where(query_keys >= 2))
-    return _over_queries(share, query_keys, mask)
+    return mean_entropy_share
 
 
 def _uniform_sink(query_keys: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
@@ -58,7 +72,7 @@ def _uniform_sink(query_keys: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
     null=_uniform_sink,
     estimator=PER_HEAD,
 )
-def sink_mass(query_first_weight: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
+def sink_mass(mean_first_weight: xr.DataArray) -> xr.DataArray:
     r"""Attention weight on the first token: how much of a head's attention goes to a sink.
 
     .. math:: \frac{1}{T - 1} \textstyle\sum_{i>1} A_{i1}
@@ -66,4 +80,4 @@ def sink_mass(query_first_weight: xr.DataArray, query_keys: xr.DataArray, mask: 
     The first of the keys that a query may see; the paper counts a head as one with a sink above 0.3. The null is
     uniform attention, the mean of 1/k.
     """
-    return _over_queries(query_first_weight, query_keys, mask)
+    return mean_first_weight

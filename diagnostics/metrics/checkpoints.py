@@ -8,6 +8,7 @@ from __future__ import annotations
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, metric
+from depthscope.diagnostics.quantities.registry import ratio
 
 SAMPLED = "the same 128 real tokens in every checkpoint, the mean over streams"
 
@@ -90,6 +91,4 @@ def first_weight_distance(
 
     NaN where the first weights are zero, or have another shape.
     """
-    return (
-        weight_first_square_distance / weight_first_square_norm.where(weight_first_square_norm > 0)
-    ) ** 0.5
+    return ratio(weight_first_square_distance, weight_first_square_norm) ** 0.5

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.kernels.geometry.directions import pair_cosines as kernel_pair_cosines
 from depthscope.diagnostics.kernels.rank.participation import corrected_ratio
 from depthscope.diagnostics.metrics.declaration import OURS, Null, Range, metric
-from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.registry import quantity, ratio, with_attrs
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
-from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks, over_spectra
+from depthscope.diagnostics.quantities.token_spectra import noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
@@ -19,11 +20,8 @@ SPECTRAL = "plug-in; within a sequence: mean over sequences"
 def _of_noise(name: str) -> Null:
     """The same rank of iid noise at the same number of tokens and features."""
 
-    def expectation(
-        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
-    ) -> xr.DataArray:
-        width = residual_states.num_features
-        return for_each_count(free_rows(token_counts, centering), lambda n: noise_ranks(n, width)[name])
+    def expectation(noise_rows: xr.Variable, num_features: int) -> xr.Variable:
+        return for_each_count(noise_rows, lambda n: noise_ranks(n, num_features)[name])
 
     return expectation
 
@@ -39,7 +37,7 @@ def _of_noise(name: str) -> Null:
     headline=True,
     better="higher",
 )
-def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
+def effective_rank(singular_values: xr.Variable) -> xr.Variable:
     r"""Effective rank: how many directions carry the size of the signal.
 
     .. math:: \mathrm{erank}(X) = \exp H(\sigma / \textstyle\sum\sigma)
@@ -60,7 +58,7 @@ def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null_error=0.03,
     better="higher",
 )
-def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
+def entropy_rank(singular_values: xr.Variable) -> xr.Variable:
     r"""Matrix-entropy rank: how many directions carry the energy of the signal.
 
     .. math:: \exp H(\lambda / \textstyle\sum\lambda), \quad \lambda = \sigma^2
@@ -78,7 +76,7 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null_error=0.03,
     better="higher",
 )
-def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
+def participation_ratio(singular_values: xr.Variable) -> xr.Variable:
     r"""Participation ratio: how many directions share the variance.
 
     .. math:: \mathrm{PR} = (\textstyle\sum\lambda)^2 / \sum\lambda^2
@@ -91,23 +89,23 @@ def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
 
 @quantity
 def row_fourth_powers(
-    residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
-) -> xr.DataArray:
+    residual_states: States, token_masks: xr.Variable, scope: tuple[str, ...], centering: tuple[str, ...]
+) -> xr.Variable:
     """Σ ‖x‖⁴ over the tokens of each sequence and of all pooled, about zero or about their mean."""
-    scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
     def measure(views: np.ndarray) -> np.ndarray:
         found = [
-            [_fourth_powers(views, keep, scopes, center=label == "centred") for label in centering]
+            [_fourth_powers(views, keep, scope, center=label == "centred") for label in centering]
             for keep in token_masks.values
         ]
         return np.stack(found).transpose(3, 0, 1, 2)  # (tokens, centering, group, V), see `token_cosine`
 
-    labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
-    return residual_states.over_depth(measure, ("tokens", "centering", "group"), **labels)
+    return residual_states.over_depth(measure, ("tokens", "centering", "group"))
 
 
-def _fourth_powers(views: np.ndarray, keep: np.ndarray, scopes: list[str], *, center: bool) -> np.ndarray:
+def _fourth_powers(
+    views: np.ndarray, keep: np.ndarray, scopes: tuple[str, ...], *, center: bool
+) -> np.ndarray:
     """Sums (group, V) over the tokens that count, of views (V, S, T, D)."""
     groups = (
         [keep & (np.arange(len(keep))[:, None] == row) for row in range(len(keep))]
@@ -124,12 +122,9 @@ def _fourth_powers(views: np.ndarray, keep: np.ndarray, scopes: list[str], *, ce
     return sums
 
 
-def _num_features(
-    token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
-) -> xr.DataArray:
+def _width(noise_rows: xr.Variable, token_counts: xr.Variable, num_features: int) -> xr.Variable:
     """The number of features: that of noise, however few its tokens."""
-    enough = free_rows(token_counts, centering).where(token_counts >= FEWEST_ROWS)
-    return 0.0 * enough + residual_states.num_features
+    return 0.0 * noise_rows.where(token_counts >= FEWEST_ROWS) + num_features
 
 
 # The correction centred needs four tokens; of uncentred ones as many are asked for, so that both are known alike.
@@ -141,15 +136,18 @@ FEWEST_ROWS = 4
     dims="scope tokens centering depth stream",
     cite="chun2026estimating",
     basis="stream",
-    null=_num_features,
+    null=_width,
     estimator="ratio of U-statistics over distinct tokens; within a sequence: mean over sequences",
     null_error=0.1,
     headline=True,
     better="higher",
 )
 def corrected_participation_ratio(
-    singular_values: xr.DataArray, row_fourth_powers: xr.DataArray, token_counts: xr.DataArray
-) -> xr.DataArray:
+    singular_values: xr.Variable,
+    row_fourth_powers: xr.Variable,
+    token_counts: xr.Variable,
+    centering: tuple[str, ...],
+) -> xr.Variable:
     r"""Participation ratio of the population that the tokens were drawn from: without the bias of few tokens.
 
     .. math:: \frac{\sum_{i \ne j} K_{ii} K_{jj}}{\sum_{i \ne j} K_{ij}^2}, \quad K = X X^\top
@@ -157,21 +155,20 @@ def corrected_participation_ratio(
     Here uncentred; about the mean its estimate is undone too. It may exceed the number of tokens; NaN where they are too few
     to tell the denominator from zero.
     """
-    energy = singular_values**2
-    parts = {}
-    for label in row_fourth_powers["centering"].values.tolist():
-        trace = energy.sel(centering=label).sum("component") ** 2
-        square = (energy.sel(centering=label) ** 2).sum("component", skipna=False)
-        counts = token_counts.fillna(0.0)
-        trace, square, diagonal, counts = xr.broadcast(
-            trace, square, row_fourth_powers.sel(centering=label), counts
+    dims = ("tokens", "group", "centering", "depth", "stream")
+    energy = singular_values.transpose(*dims, "component").values ** 2
+    trace, square = energy.sum(-1) ** 2, (energy**2).sum(-1)
+    diagonal = row_fourth_powers.transpose(*dims).values
+    counts = np.nan_to_num(token_counts.transpose("tokens", "group").values)[..., None, None]
+    found = np.full(trace.shape, np.nan)
+    for at, label in enumerate(centering):
+        of_kind = trace[:, :, at], square[:, :, at], diagonal[:, :, at]
+        corrected = corrected_ratio(
+            *of_kind, np.broadcast_to(counts, of_kind[0].shape), center=label == "centred"
         )
-        found = corrected_ratio(
-            trace.values, square.values, diagonal.values, counts.values, center=label == "centred"
-        )
-        known = (counts >= FEWEST_ROWS) & (square > diagonal * RESOLVED_SHARE) & (found > 0)
-        parts[label] = trace.copy(data=found).where(known).drop_vars("centering")
-    return xr.concat(list(parts.values()), xr.Variable("centering", list(parts)))
+        known = (counts >= FEWEST_ROWS) & (of_kind[1] > of_kind[2] * RESOLVED_SHARE) & (corrected > 0)
+        found[:, :, at] = np.where(known, corrected, np.nan)
+    return xr.Variable(dims, found)
 
 
 # Of a denominator below this share of its bias only noise is left; a corrected value is then of any size.
@@ -188,7 +185,7 @@ RESOLVED_SHARE = 1.0
     null_error=0.1,  # one singular value decides it, and in a small matrix that is below the edge of the law
     better="higher",
 )
-def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
+def stable_rank(singular_values: xr.Variable) -> xr.Variable:
     r"""Stable rank: the energy in units of the strongest direction.
 
     .. math:: \|X\|_F^2 / \|X\|_2^2
@@ -207,8 +204,9 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     estimator="per sequence, mean over sequences",
     headline=True,
     better="higher",
+    of_sequences=True,
 )
-def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+def dong_residual(residual_states: States, token_masks: xr.Variable) -> xr.Variable:
     r"""Relative rank-collapse residual: how far the tokens of a sequence are from being equal.
 
     .. math:: \sqrt{\|R\|_1 \|R\|_\infty} \big/ \sqrt{\|X\|_1 \|X\|_\infty}, \quad R = X - 1\bar{x}^\top
@@ -221,12 +219,45 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
     )
 
 
-def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
+@quantity
+def pair_cosines(
+    residual_states: States, token_masks: xr.Variable, scope: tuple[str, ...], centering: tuple[str, ...]
+) -> tuple[xr.Variable, xr.Variable]:
+    """The sum of the cosines of all ordered pairs of tokens, and their number, by kind and group of tokens."""
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        found = [
+            [_pair_cosines(views, keep, scope, center=label == "centred") for label in centering]
+            for keep in token_masks.values
+        ]
+        return np.stack(found).transpose(2, 0, 1, 3, 4)  # `over_depth` expects the views first
+
+    found = residual_states.over_depth(measure, ("tokens", "centering", "group", "part"))
+    return found.isel(part=0), found.isel(part=1)
+
+
+def _pair_cosines(
+    views: np.ndarray, keep: np.ndarray, scopes: tuple[str, ...], *, center: bool
+) -> np.ndarray:
+    """Sum and number (V, group, 2) of the tokens that count, of views (V, S, T, D)."""
+    found = []
+    # Only the scopes that were chosen: the jackknife measures pooled tokens alone.
+    if "sequence" in scopes:
+        found.append(np.stack(kernel_pair_cosines(views, center=center, mask=mask_or_none(keep)), axis=-1))
+    if "data" in scopes:
+        rows = select_rows(views, keep)
+        # Kernels refuse a matrix without rows, as where every token is massive.
+        pooled = kernel_pair_cosines(rows, center=center) if rows.shape[1] else (np.zeros(len(rows)),) * 2
+        found.append(np.stack(pooled, axis=-1)[:, None])
+    return np.concatenate(found, axis=1)
+
+
+def _cosine_of_noise(token_counts: xr.Variable, centering: tuple[str, ...]) -> xr.Variable:
     """0 for raw noise; removing the mean leaves −1/(N − 1)."""
     # Vectors that sum to zero: the cosines of each with all others sum to −1.
     # Multiplied by zero, not zero: an empty sequence keeps its NaN.
     of_each = {"raw": 0.0 * token_counts, "centred": -1.0 / (token_counts - 1.0).where(token_counts > 1)}
-    return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
+    return xr.Variable.concat([of_each[label] for label in centering], "centering")
 
 
 @metric(
@@ -242,41 +273,12 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
     headline=True,
     better="lower",
 )
-def token_cosine(
-    residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
-) -> xr.DataArray:
+def token_cosine(pair_cosines: tuple[xr.Variable, xr.Variable]) -> xr.Variable:
     r"""Mean cosine between different tokens: 1 when all point one way.
 
     .. math:: \frac{\|\sum_i u_i\|^2 - m}{m (m - 1)}, \quad u_i = x_i / \|x_i\|
     """
-    # In the order of the groups, whose labels the values get; a set has no order.
-    scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
-
-    def measure(views: np.ndarray) -> np.ndarray:
-        # Stacked as (tokens, centering, group, V); `over_depth` expects the views first.
-        return np.stack(
-            [
-                [_token_cosines(views, keep, scopes, label) for label in centering]
-                for keep in token_masks.values
-            ]
-        ).transpose(3, 0, 1, 2)
-
-    labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
-    return residual_states.over_depth(measure, ("tokens", "centering", "group"), **labels)
-
-
-def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: str) -> np.ndarray:
-    """Cosines (group, V) of the tokens that count, of views (V, S, T, D)."""
-    center, found = centering == "centred", []
-    # Only the scopes that were chosen: the jackknife measures pooled tokens alone.
-    if "sequence" in scopes:
-        found.append(geometry.token_cosine(views, center=center, mask=mask_or_none(keep)).T)
-    if "data" in scopes:
-        rows = select_rows(views, keep)
-        # Kernels refuse a matrix without rows, as where every token is massive.
-        pooled = geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
-        found.append(pooled[None])
-    return np.concatenate(found)
+    return ratio(*pair_cosines)
 
 
 @metric(
@@ -289,7 +291,7 @@ def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], cente
     estimator="over the positions that at least two sequences have",
     better="higher",
 )
-def sequence_share(residual_states: States) -> xr.DataArray:
+def sequence_share(residual_states: States) -> xr.Variable:
     r"""Share of the variance that is between sequences at the same position; 0 where all sequences have become one.
 
     .. math:: \frac{\overline{\mathrm{Var}_s(u_{s,t})}}{\overline{\|u_{s,t} - \bar{u}\|^2}}, \quad u = x / \|x\|
@@ -322,12 +324,12 @@ def sequence_share(residual_states: States) -> xr.DataArray:
     null=0.0,
     estimator="share of all real tokens",
 )
-def massive_token_fraction(massive: Massive) -> xr.DataArray:
+def massive_token_fraction(massive: Massive) -> xr.Variable:
     r"""Share of tokens with a massive activation.
 
     .. math:: |a| > 100 \quad\text{and}\quad |a| > 1000 \cdot \mathrm{median}\,|a|
     """
-    return massive.fraction.assign_attrs(massive.locations)
+    return with_attrs(massive.fraction, massive.locations)
 
 
 @metric(
@@ -340,9 +342,9 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
     estimator="over all real tokens and features",
     smooth=False,  # leaving out the sequence of the maximum moves it by an unknown step
 )
-def massive_activation(massive: Massive) -> xr.DataArray:
+def massive_activation(massive: Massive) -> xr.Variable:
     """Largest activation over the median one; normal in trained language models, on a few fixed features."""
-    return massive.ratio.assign_attrs(massive.locations)
+    return with_attrs(massive.ratio, massive.locations)
 
 
 @metric(
@@ -355,10 +357,14 @@ def massive_activation(massive: Massive) -> xr.DataArray:
     smooth=False,
     per_step=False,
 )
-def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
+def num_tokens(token_counts: xr.Variable, num_profiles: tuple[int, int]) -> xr.Variable:
     """Number of tokens that each number is computed from."""
     # The masks are the same at every depth, so is the count: repeated, to be read next to the ranks.
-    template = residual_states.labelled(
-        np.ones((len(residual_states), len(residual_states.streams))), ("depth", "stream")
-    )
-    return token_counts * template
+    repeated = np.multiply.outer(token_counts.values, np.ones(num_profiles))
+    return xr.Variable((*token_counts.dims, "depth", "stream"), repeated)
+
+
+@quantity
+def num_profiles(residual_states: States) -> tuple[int, int]:
+    """The number of depths, and of views of the streams."""
+    return len(residual_states), len(residual_states.streams)

@@ -8,7 +8,7 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.metrics.mixing import PER_PRODUCT, PER_TOKEN
-from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, rescaled
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, over_tokens, rescaled
 from depthscope.diagnostics.quantities.registry import quantity
 
 
@@ -29,7 +29,7 @@ def left_of_differences(mixing: Mixing) -> np.ndarray:
     headline=True,
     better="higher",
 )
-def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
+def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.Variable:
     r"""What is left of the differences between streams: the product's norm off the mean.
 
     .. math:: \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
@@ -52,7 +52,7 @@ def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArr
     infinite=True,
     better="higher",
 )
-def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
+def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.Variable:
     r"""What is left of the differences between streams, relative to what is left of a signal that they share.
 
     .. math:: \sigma_1\Big(\prod_l U^\top H_l U\Big) / \bar{p}, \quad \bar{p} = |1^\top P\, 1| / n
@@ -93,7 +93,7 @@ def _common_gain(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     estimator=PER_PRODUCT,
     better="higher",
 )
-def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
+def suffix_deflated_gain(mixing: Mixing) -> xr.Variable:
     r"""What is left of a difference between streams on its way to the head: the product from a connection on.
 
     .. math:: S = H_C \cdots H_{c+1} H_c, \quad \sigma_1\big(U^\top S\, U\big) \text{ by products of } U^\top H U
@@ -118,7 +118,7 @@ def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray
     estimator=PER_TOKEN,
     separable=True,
 )
-def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
+def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.Variable:
     r"""Spectral gap of one connection: how fast repeated mixing makes the streams equal.
 
     .. math:: 1 - |\lambda_2|
@@ -139,7 +139,7 @@ def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
     estimator=PER_TOKEN,
     separable=True,
 )
-def dobrushin(mixing: Mixing) -> xr.DataArray:
+def dobrushin(mixing: Mixing) -> xr.Variable:
     r"""Dobrushin coefficient of one connection: the share of differences between streams that may survive.
 
     .. math:: \tau = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |H_{ij} - H_{kj}|
@@ -159,7 +159,7 @@ def dobrushin(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_PRODUCT,
 )
-def composite_dobrushin(mixing: Mixing) -> xr.DataArray:
+def composite_dobrushin(mixing: Mixing) -> xr.Variable:
     r"""Dobrushin coefficient of the product of all connections: the share of differences that may survive.
 
     .. math:: \tau(P) = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |P_{ij} - P_{kj}|
@@ -182,7 +182,7 @@ def composite_dobrushin(mixing: Mixing) -> xr.DataArray:
     estimator="QR along the depth per token in float64, then reduced over tokens",
     infinite=True,
 )
-def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
+def lyapunov_spectrum(mixing: Mixing) -> xr.Variable:
     r"""Lyapunov exponents of the product of all connections: growth of each direction per connection, the largest first.
 
     .. math:: \tfrac{1}{C} \textstyle\sum_c \ln |R_{c,ii}|, \quad H_c Q_{c-1} = Q_c R_c
@@ -195,5 +195,4 @@ def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
     # They are of the product of all connections: one connection that is not finite leaves none.
     if not mixing.finite.all():
         exponents = np.full_like(exponents, np.nan)
-    coords = {"component": np.arange(mixing.num_streams), "reduction": list(REDUCTIONS)}
-    return xr.DataArray(exponents, dims=("component", "reduction"), coords=coords)
+    return xr.Variable(("component", "reduction"), exponents)

@@ -34,8 +34,10 @@ QUANTITY_MODULES = (
     *(depth_paths, initial_logits),
 )
 
-Null = Callable[..., xr.DataArray] | float | str
-Function = Callable[..., xr.DataArray | tuple[xr.DataArray, xr.DataArray]]
+Values = xr.Variable | xr.DataArray
+"""What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""
+Null = Callable[..., Values] | float | str
+Function = Callable[..., Values | tuple[Values, Values]]
 """Quantities in; the value out, or the value with the standard error that the function has estimated."""
 
 # Dims that a figure is drawn along, the first that a metric has.
@@ -123,7 +125,7 @@ class Metric:
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
-        Quantities in, DataArray out; or two, where it estimates its standard error over sequences itself.
+        Quantities in, an array with named dims out; or two, where it estimates its standard error over sequences itself.
     default : bool
         Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
@@ -132,6 +134,8 @@ class Metric:
         Whether the jackknife estimates its standard error; false for counts, extremes, quantiles and errors.
     most_tokens : function, optional
         The number of features in, the largest number of tokens that it uses out; None uses all.
+    of_sequences : bool
+        Whether it compares tokens of one sequence, or sequences: a sample of single tokens does not give it.
     of_steps : bool
         Whether the value at a depth compares it with the depth before: NaN at the first.
     separable : bool
@@ -149,22 +153,23 @@ class Metric:
     symbol: str
     dims: tuple[str, ...]
     label: str
-    scale: str
-    units: str
-    healthy: Range | None
     cite: str
     basis: str
     question: str
     description: str
     null: Null
-    null_error: float
     estimator: str
     needs: tuple[str, ...]
     function: Function
+    scale: str = "linear"
+    units: str = "1"
+    healthy: Range | None = None
+    null_error: float = 0.0
     default: bool = True
     headline: bool = False
     smooth: bool = True
     most_tokens: Callable[[int], int] | None = None
+    of_sequences: bool = False
     of_steps: bool = False
     separable: bool = False
     infinite: bool = False
@@ -198,40 +203,24 @@ class Metric:
         return registry.roots(self.function)
 
     def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
-        """The metric, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
+        """The metric of one chain, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
 
-        Parameters
-        ----------
-        source : Quantities
-            The quantities of one chain.
-
-        Returns
-        -------
-        dict of str to DataArray
-
-        Raises
-        ------
-        Unavailable
-            Where the run lacks what the metric needs.
+        Raises Unavailable: Where the run lacks what the metric needs.
         """
-        return self.finished(source.call(self.function), source)
+        return self.finished(self.unfolded(source), source)
+
+    def unfolded(self, source: Quantities) -> xr.DataArray | tuple[xr.DataArray, xr.DataArray]:
+        """What the function measures, labelled: of each sequence where it has a value of each."""
+        measured = source.call(self.function)
+        if isinstance(measured, tuple):
+            value, error = measured
+            return source.labelled(value), source.labelled(error)
+        return source.labelled(measured)
 
     def finished(
         self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
     ) -> dict[str, xr.DataArray]:
-        """What the function has measured, as `evaluate` gives it.
-
-        Parameters
-        ----------
-        measured : DataArray, or two of them
-            What the function returned.
-        source : Quantities
-            For the null.
-
-        Returns
-        -------
-        dict of str to DataArray
-        """
+        """What `unfolded` returned, as `evaluate` gives it; ``source`` is for the null."""
         value, stderr = self._folded(measured)
         # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
@@ -239,7 +228,7 @@ class Metric:
         found = {self.name: self.stamp(value)}
         if callable(self.null):
             # Folded like the value: sequences of different lengths have different nulls, of which the mean is taken too.
-            null = over_sequences.fold(source.call(self.null))[0]
+            null = over_sequences.fold(source.labelled(source.call(self.null)))[0]
             found[f"{self.name}_null"] = self.stamp(null, "expected of iid noise")
         # Counts and extremes vary over sequences too, but that spread does not estimate their error.
         if stderr is not None and self.smooth:
@@ -247,19 +236,8 @@ class Metric:
         return found
 
     def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
-        """The value without attributes, and its standard error where it is a mean over sequences.
-
-        Parameters
-        ----------
-        source : Quantities
-            The quantities of one chain.
-
-        Returns
-        -------
-        tuple of DataArray
-            The error is None where the function returns neither a value of each sequence nor an error.
-        """
-        return self._folded(source.call(self.function))
+        """The value without attributes, and its standard error; None where there is no value of each sequence."""
+        return self._folded(self.unfolded(source))
 
     @staticmethod
     def _folded(
@@ -318,19 +296,7 @@ class Metric:
         return value.squeeze([dim for dim in added if dim in value.dims])
 
     def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
-        """Write the declaration into the attributes of a variable.
-
-        Parameters
-        ----------
-        value : DataArray
-            A value of the metric.
-        what : str
-            What it is, where it is not the metric itself.
-
-        Returns
-        -------
-        DataArray
-        """
+        """Write the declaration into the attributes of a value; ``what`` it is, where it is not the metric itself."""
         return value.assign_attrs(self.facts(what)).rename(self.name)
 
     def facts(self, what: str = "") -> dict[str, str | float]:
@@ -350,54 +316,22 @@ class Metric:
         return facts
 
     def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
-        """Write into the attributes of a standard error what it is of, and how it was estimated.
-
-        Parameters
-        ----------
-        error : DataArray
-            A standard error; an attribute ``estimator`` is not overwritten.
-
-        Returns
-        -------
-        DataArray
-        """
+        """Write into the attributes of a standard error what it is of; an attribute ``estimator`` is not overwritten."""
         how = error.attrs.get("estimator", "standard deviation over sequences by the root of their number")
         return self.stamp(error, "standard error over sequences").assign_attrs(estimator=how)
 
 
-def metric(
-    *,
-    symbol: str,
-    dims: str,
-    cite: str,
-    basis: str,
-    null: Null,
-    estimator: str,
-    label: str = "",
-    scale: str = "linear",
-    units: str = "1",
-    healthy: Range | None = None,
-    better: str = "",
-    null_error: float = 0.0,
-    default: bool = True,
-    headline: bool = False,
-    smooth: bool = True,
-    most_tokens: Callable[[int], int] | None = None,
-    of_steps: bool = False,
-    separable: bool = False,
-    infinite: bool = False,
-    per_step: bool = True,
-) -> Callable[[Function], Metric]:
+def metric(*, dims: str, label: str = "", **stated: Any) -> Callable[[Function], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
     ----------
     dims : str
         As `Metric.dims`, separated by spaces.
-    symbol, cite, basis, null, estimator, label, scale, units, healthy, better, null_error, default, headline, smooth
-        See `Metric`.
-    most_tokens, of_steps, separable, infinite, per_step
-        See `Metric`.
+    label : str
+        As `Metric.label`.
+    **stated
+        Other fields of `Metric`: symbol, cite, basis, null and estimator, and those that are not the default.
 
     Returns
     -------
@@ -407,34 +341,17 @@ def metric(
 
     def declare(function: Function) -> Metric:
         name, doc = function.__name__, inspect.getdoc(function) or ""
-        _check_declaration(name, dims=dims, scale=scale, basis=basis, better=better)
         declared = Metric(
             name=name,
-            symbol=symbol,
             dims=tuple(dims.split()),
             label=label or name.replace("_", " "),
-            scale=scale,
-            units=units,
-            healthy=healthy,
-            better=better,
-            cite=cite,
-            basis=basis,
             question=function.__module__.rpartition(".")[2],
             description=doc.partition("\n")[0],
-            null=null,
-            null_error=null_error,
-            estimator=estimator,
             needs=tuple(inspect.signature(function).parameters),
             function=function,
-            default=default,
-            headline=headline,
-            smooth=smooth,
-            most_tokens=most_tokens,
-            of_steps=of_steps,
-            separable=separable,
-            infinite=infinite,
-            per_step=per_step,
+            **stated,
         )
+        _check_declaration(declared)
         # help() and sphinx show the docstring of the function; the dataclass is frozen.
         object.__setattr__(declared, "__doc__", doc)
         return declared
@@ -442,15 +359,20 @@ def metric(
     return declare
 
 
-def _check_declaration(name: str, *, dims: str, scale: str, basis: str, better: str) -> None:
+def _check_declaration(declared: Metric) -> None:
+    name, dims = declared.name, declared.dims
     # −1 keeps an unknown dim from raising here: the message below names all that are expected.
-    ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
-    if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
+    ordered = tuple(sorted(dims, key=lambda dim: DIMS.index(dim) if dim in DIMS else -1))
+    if not set(AXES) & set(dims) or dims != ordered or not set(dims) <= set(DIMS):
         raise InputError(
-            f"metric {name} has dims={dims!r}; expected one of {', '.join(AXES)} and others, in this order: "
+            f"metric {name} has dims={' '.join(dims)!r}; expected one of {', '.join(AXES)} and others, in this order: "
             f"{' '.join(DIMS)} (step is added by the analysis)"
         )
-    stated = (("scale", scale, SCALES), ("basis", basis, BASES), ("better", better, DIRECTIONS))
+    stated = (
+        ("scale", declared.scale, SCALES),
+        ("basis", declared.basis, BASES),
+        ("better", declared.better, DIRECTIONS),
+    )
     for field, value, allowed in stated:
         if value not in allowed:
             raise InputError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")

@@ -7,13 +7,9 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.token_steps import Steps
+from depthscope.diagnostics.quantities.token_steps import Steps, ends_branch
 
 PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
-
-
-def _labelled(steps: Steps, values: np.ndarray) -> xr.DataArray:
-    return steps.states.labelled(values, ("depth", "stream", "sequence"))
 
 
 @metric(
@@ -24,8 +20,9 @@ def _labelled(steps: Steps, values: np.ndarray) -> xr.DataArray:
     basis="stream",
     null="1 for branches that are independent of the state",
     estimator=PER_SEQUENCE,
+    of_sequences=True,
 )
-def variance_growth(token_steps: Steps) -> xr.DataArray:
+def variance_growth(token_steps: Steps) -> xr.Variable:
     r"""Growth of the state beyond that of independent branches; above 1 the branches add up, below they cancel.
 
     .. math:: \|x_l\|^2 \Big/ \Big(\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2\Big), \quad b_k = x_k - x_{k-1}
@@ -39,7 +36,7 @@ def variance_growth(token_steps: Steps) -> xr.DataArray:
     independent = token_steps.square[0] + np.cumsum(added, axis=0)
     ratio = token_steps.square / np.where(independent > 0, independent, np.nan)
     ratio[1:][~token_steps.is_branch[1:]] = np.nan
-    return _labelled(token_steps, token_steps.by_sequence(ratio))
+    return xr.Variable(("depth", "stream", "sequence"), token_steps.by_sequence(ratio))
 
 
 @metric(
@@ -51,8 +48,9 @@ def variance_growth(token_steps: Steps) -> xr.DataArray:
     null="1 for branches of one size that are independent of the state",
     estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
     of_steps=True,
+    of_sequences=True,
 )
-def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArray:
+def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.Variable:
     r"""How much a step turns the state, relative to independent branches; near 0 it is the identity up to a factor.
 
     .. math:: \angle(x_{l-1}, x_l) \Big/ \arctan \sqrt{\frac{a}{\|x_0\|^2 + (k - 1)\,a}}
@@ -61,7 +59,7 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArra
     step: without the embedding, independent branches of one size turn the state by arctan √(1/k). It is relative to the
     network's own branches: that all of them do little is told by the angle itself. NaN at the embedding and the final norm.
     """
-    return _labelled(token_steps, relative_turns)
+    return xr.Variable(("depth", "stream", "sequence"), relative_turns)
 
 
 @metric(
@@ -72,8 +70,9 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArra
     null="the number of steps, for branches of the size of the first state that are independent of the state",
     estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
     headline=True,
+    of_sequences=True,
 )
-def effective_depth(token_steps: Steps) -> xr.DataArray:
+def effective_depth(token_steps: Steps) -> xr.Variable:
     r"""Effective depth: how many steps so far turn the state as much as independent branches of its first size would.
 
     .. math:: \textstyle\sum_{k \le l} \min\big(1, \angle(x_{k-1}, x_k) / \arctan \sqrt{1/k}\big)
@@ -89,7 +88,7 @@ def effective_depth(token_steps: Steps) -> xr.DataArray:
     reached = np.cumsum(np.minimum(np.nan_to_num(turned / expected, nan=0.0), 1.0), axis=0)
     # A sequence without tokens, or with a state that is not finite, has no depth either.
     unknown = np.isnan(token_steps.by_sequence(token_steps.square))
-    return _labelled(token_steps, np.where(unknown, np.nan, reached))
+    return xr.Variable(("depth", "stream", "sequence"), np.where(unknown, np.nan, reached))
 
 
 @metric(
@@ -102,7 +101,7 @@ def effective_depth(token_steps: Steps) -> xr.DataArray:
     estimator="over all real tokens",
     of_steps=True,
 )
-def step_spread(residual_states: States) -> xr.DataArray:
+def step_spread(residual_states: States) -> xr.Variable:
     r"""How much of a step depends on the token; 0 where it adds the same vector to all of them.
 
     .. math:: 1 - \frac{\|\bar{b}_l\|^2}{\overline{\|b_l\|^2}}, \quad b_l = x_l - x_{l-1}
@@ -121,5 +120,4 @@ def step_spread(residual_states: States) -> xr.DataArray:
             size > rounding, np.maximum(about - rounding, 0.0) / np.where(size > 0, size, 1.0), np.nan
         )
 
-    spread = residual_states.over_steps(measure)
-    return spread.where(~spread["site"].isin(["final", "pre"])) if "site" in spread.coords else spread
+    return residual_states.over_steps(measure).where(xr.Variable(("depth",), ends_branch(residual_states)))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import OURS, metric
-from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.registry import quantity, ratio, with_attrs
 from depthscope.diagnostics.quantities.states import States, row_blocks
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 from depthscope.diagnostics.quantities.tokens import Massive
@@ -18,7 +21,7 @@ NUM_FEATURES = "num_features"
 """Attribute of the size of the states: their width, by which the sizes of stages of other widths can be compared."""
 
 
-def _frobenius_norms(states: States) -> xr.DataArray:
+def _frobenius_norms(states: States) -> xr.Variable:
     """Frobenius norms over all real tokens, by depth and stream."""
 
     def measure(views: np.ndarray) -> np.ndarray:
@@ -27,6 +30,14 @@ def _frobenius_norms(states: States) -> xr.DataArray:
         return kernel.gradient_norm(np.stack(parts, axis=-1)[..., None])  # the norm of the norms
 
     return states.over_depth(measure)
+
+
+@quantity
+def mean_square_norm(residual_states: States) -> xr.Variable:
+    """Mean square of the norm of a token, by depth and stream."""
+    norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    # Known only now: `States` counts what is not finite while it reads the depths.
+    return with_attrs(norms**2, {**residual_states.not_finite, NUM_FEATURES: residual_states.num_features})
 
 
 @metric(
@@ -39,21 +50,25 @@ def _frobenius_norms(states: States) -> xr.DataArray:
     estimator="root mean square over all real tokens",
     headline=True,
 )
-def residual_norm(residual_states: States) -> xr.DataArray:
+def residual_norm(mean_square_norm: xr.Variable) -> xr.Variable:
     r"""Size of the residual state of a token, root mean square over tokens.
 
     .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
     """
-    norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
-    # Known only now: `States` counts what is not finite while it reads the depths.
-    return norms.assign_attrs({**residual_states.not_finite, NUM_FEATURES: residual_states.num_features})
+    return with_attrs(mean_square_norm**0.5, mean_square_norm.attrs)
 
 
 @quantity
-def gradient_norms(gradient_states: States) -> xr.DataArray:
+def gradient_norms(gradient_states: States) -> xr.Variable:
     """Norms of the gradient over all real tokens."""
     # The attribute is taken after the norms, which read every depth; see `residual_norm`.
-    return _frobenius_norms(gradient_states).assign_attrs(gradient_states.not_finite)
+    return with_attrs(_frobenius_norms(gradient_states), gradient_states.not_finite)
+
+
+@quantity
+def gradient_facts(gradient: xr.DataArray) -> dict[str, Any]:
+    """Which depths no gradient reached, and which of these were cut off."""
+    return {name: gradient.attrs[name] for name in (WITHOUT_GRADIENT, CUT_GRADIENT) if name in gradient.attrs}
 
 
 @metric(
@@ -67,7 +82,7 @@ def gradient_norms(gradient_states: States) -> xr.DataArray:
     estimator="Frobenius norm over all real tokens",
     headline=True,
 )
-def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.DataArray:
+def gradient_norm(gradient_norms: xr.Variable, gradient_facts: Mapping[str, Any]) -> xr.Variable:
     r"""Norm of the gradient of the loss with respect to the residual state.
 
     .. math:: \|\delta_l\|_F, \quad \delta_l = \partial \mathcal{L} / \partial x_l
@@ -77,11 +92,7 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
     weights: the attribute ``without_gradient`` names them.
     """
-    # Of the variable itself: quantities computed from it are new arrays without its attributes.
-    named = {
-        name: gradient.attrs[name] for name in (WITHOUT_GRADIENT, CUT_GRADIENT) if name in gradient.attrs
-    }
-    return gradient_norms.assign_attrs(named)
+    return with_attrs(gradient_norms, gradient_facts)
 
 
 @metric(
@@ -94,14 +105,14 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     estimator="ratio of Frobenius norms over all real tokens",
     better="nearer 1",
 )
-def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
+def backward_gain(gradient_norms: xr.Variable) -> xr.Variable:
     r"""Gradient at a depth over the gradient at the last depth: growth on the way back.
 
     .. math:: \|\delta_l\| / \|\delta_D\|
     """
     # A last gradient of zero leaves the gain undefined, not infinite.
-    last = gradient_norms.isel(depth=-1, drop=True)
-    return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)
+    last = gradient_norms.isel(depth=-1)
+    return ratio(gradient_norms, last)
 
 
 @metric(
@@ -114,7 +125,9 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     null="none: the scale is the loss's; compare depths",
     estimator="norms of every ordinary token multiplied, then the root of the sum of squares over tokens",
 )
-def relative_gradient(residual_states: States, gradient_states: States, massive: Massive) -> xr.DataArray:
+def relative_gradient(
+    token_norms: np.ndarray, gradient_token_norms: np.ndarray, ordinary_tokens: np.ndarray
+) -> xr.Variable:
     r"""Sensitivity of the loss to a relative change of the state, token by token.
 
     .. math:: \sqrt{\textstyle\sum_i \|\delta_i\|^2 \, \|x_i\|^2}
@@ -123,26 +136,38 @@ def relative_gradient(residual_states: States, gradient_states: States, massive:
     is what then stays constant across depth. Tokens with massive activations, whose size appears and goes at some depth
     and means nothing for the loss, are left out.
     """
-    ordinary = ~massive.token.transpose("sample", "token").values[residual_states.mask]
-    depths = [
-        _product_of_norms(residual_states, gradient_states, depth, ordinary)
-        for depth in range(len(gradient_states))
-    ]
-    # Not `over_depth`, which reads the states of one variable only.
-    return gradient_states.labelled(np.stack(depths), ("depth", "stream"))
+    if not ordinary_tokens.any():
+        return xr.Variable(("depth", "stream"), np.full(token_norms.shape[:2], np.nan))
+    products = (token_norms * gradient_token_norms)[..., ordinary_tokens]
+    return xr.Variable(("depth", "stream"), np.linalg.norm(products, axis=-1))
 
 
-def _product_of_norms(states: States, gradients: States, depth: int, counted: np.ndarray) -> np.ndarray:
-    """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
-    state_views, finite_states = states.load(depth)
-    gradient_views, finite_gradients = gradients.load(depth)
-    # In float64: squares of float32 gradients below some 1e-23 would be zero.
-    state_norms = np.linalg.norm(states.rows(state_views).astype(np.float64), axis=-1)
-    gradient_norms = np.linalg.norm(gradients.rows(gradient_views).astype(np.float64), axis=-1)
-    found = np.linalg.norm((state_norms * gradient_norms)[:, counted], axis=-1)
-    if not counted.any():
-        return np.full(len(found), np.nan)
-    return np.where(finite_states & finite_gradients, found, np.nan)
+@quantity
+def token_norms(residual_states: States) -> np.ndarray:
+    """Norms of the real tokens of every view, (L, V, N)."""
+    return _token_norms(residual_states)
+
+
+@quantity
+def gradient_token_norms(gradient_states: States) -> np.ndarray:
+    """Norms of the gradient at the real tokens of every view, (L, V, N)."""
+    return _token_norms(gradient_states)
+
+
+def _token_norms(states: States) -> np.ndarray:
+    found = []
+    for depth in range(len(states)):
+        views, finite = states.load(depth)
+        # In float64: squares of float32 gradients below some 1e-23 would be zero.
+        norms = np.linalg.norm(states.rows(views).astype(np.float64), axis=-1)
+        found.append(np.where(finite[:, None], norms, np.nan))
+    return np.stack(found)
+
+
+@quantity
+def ordinary_tokens(residual_states: States, massive: Massive) -> np.ndarray:
+    """Which of the real tokens have no massive activation, (N,)."""
+    return ~massive.token.values[residual_states.mask]
 
 
 def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -151,11 +176,11 @@ def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return views[:, mask.any(axis=1)].sum(axis=2, dtype=np.float64)
 
 
-def _rank_of_noise(gradient_states: States) -> xr.DataArray:
+def _rank_of_noise(gradient_states: States) -> xr.Variable:
     """The effective rank of iid noise at the number of sequences and features."""
     # Rows are sequences here, not tokens.
     count = float(gradient_states.mask.any(axis=1).sum())
-    return xr.DataArray(noise_ranks(count, gradient_states.num_features)["effective_rank"])
+    return xr.Variable((), noise_ranks(count, gradient_states.num_features)["effective_rank"])
 
 
 @metric(
@@ -166,8 +191,9 @@ def _rank_of_noise(gradient_states: States) -> xr.DataArray:
     null=_rank_of_noise,
     estimator="plug-in, over the sampled sequences",
     null_error=0.05,
+    of_sequences=True,
 )
-def gradient_rank(gradient_states: States) -> xr.DataArray:
+def gradient_rank(gradient_states: States) -> xr.Variable:
     r"""Effective rank of the gradients of different sequences: in how many directions they pull.
 
     .. math:: \mathrm{erank}(G), \quad G_s = \textstyle\sum_t \delta_{s,t}
@@ -186,8 +212,9 @@ def gradient_rank(gradient_states: States) -> xr.DataArray:
     basis="stream",
     null=0.0,
     estimator="exact over all pairs of the sampled sequences",
+    of_sequences=True,
 )
-def gradient_cosine(gradient_states: States) -> xr.DataArray:
+def gradient_cosine(gradient_states: States) -> xr.Variable:
     r"""Mean cosine between the gradients of different sequences: 1 when they agree, about 0 when none do.
 
     .. math:: \cos(g_s, g_{s'}), \quad g_s = \textstyle\sum_t \delta_{s,t}

@@ -12,14 +12,8 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.metrics.mixing import PER_TOKEN
-from depthscope.diagnostics.quantities.mixing_matrices import (
-    REDUCTIONS,
-    connection_coords,
-    labelled_connections,
-    over_tokens,
-    real_tokens,
-)
-from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.quantities.mixing_matrices import over_tokens, real_tokens
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity, ratio
 
 ONE_BATCH = "over all tokens of the first batch of a capture"
 NO_STOCHASTIC = (
@@ -38,13 +32,16 @@ def _followed(mixing_logits: xr.DataArray, mask: xr.DataArray) -> tuple[np.ndarr
     return logits[:, known], known
 
 
-def _by_connection(values: np.ndarray, like: xr.DataArray) -> xr.DataArray:
+def _by_connection(values: np.ndarray) -> xr.Variable:
     """Values (C, N) reduced over the tokens."""
-    return labelled_connections(
-        over_tokens(values),
-        ("connection", "reduction"),
-        connection_coords(like) | {"reduction": list(REDUCTIONS)},
-    )
+    return xr.Variable(("connection", "reduction"), over_tokens(values))
+
+
+@quantity
+def logit_ranges(mixing_logits: xr.DataArray, mask: xr.DataArray) -> xr.Variable:
+    """Mean over the rows of H_res of the range of its logits, reduced over tokens."""
+    logits, _ = _followed(mixing_logits, mask)
+    return _by_connection((logits.max(-1) - logits.min(-1)).mean(-1))
 
 
 @metric(
@@ -56,7 +53,7 @@ def _by_connection(values: np.ndarray, like: xr.DataArray) -> xr.DataArray:
     null=0.0,
     estimator=PER_TOKEN,
 )
-def logit_range(mixing_logits: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
+def logit_range(logit_ranges: xr.Variable) -> xr.Variable:
     r"""Range of the logits in a row of H_res, mean over its rows: how far apart its entries can be.
 
     .. math:: \frac{1}{n} \textstyle\sum_i (\max_j \tilde H_{ij} - \min_j \tilde H_{ij})
@@ -64,8 +61,7 @@ def logit_range(mixing_logits: xr.DataArray, mask: xr.DataArray) -> xr.DataArray
     H̃ is what the exponential takes. The null is a uniform H_res. Where one entry of each row is larger by 8 than the others,
     a softmax leaves these 3e-4, and as much of their gradient.
     """
-    logits, _ = _followed(mixing_logits, mask)
-    return _by_connection((logits.max(-1) - logits.min(-1)).mean(-1), mixing_logits)
+    return logit_ranges
 
 
 @metric(
@@ -76,7 +72,7 @@ def logit_range(mixing_logits: xr.DataArray, mask: xr.DataArray) -> xr.DataArray
     null=0.0,
     estimator=PER_TOKEN,
 )
-def logit_saturation(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
+def logit_saturation(projected_matrices: np.ndarray) -> xr.Variable:
     r"""Saturation of the projection: how much less of a gradient it lets through than at a uniform H_res.
 
     .. math:: 1 - \frac{\operatorname{tr} J(H)}{\operatorname{tr} J(1/n)}, \qquad J = \frac{\partial H}{\partial \tilde H}
@@ -85,14 +81,24 @@ def logit_saturation(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.
     limit where rows and columns of H_res sum to 1 (within 0.05), else that of a softmax along the axis that does. It depends
     on H_res alone, and not on the gradient that arrives.
     """
+    known = np.isfinite(projected_matrices).all((2, 3))
+    found = np.full(known.shape, np.nan)
+    if known.any():
+        found[known] = _saturation(projected_matrices[known])
+    return _by_connection(found)
+
+
+@quantity
+def projected_matrices(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """H_res (C, N, n, n) of the real tokens whose logits were followed; NaN where the logits are not known."""
     logits, known = _followed(mixing_logits, mask)
     matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)[:, known]
-    unknown = ~np.isfinite(logits).all((2, 3))
-    return _by_connection(np.where(unknown, np.nan, saturation(matrices)), mixing_logits)
+    matrices[~np.isfinite(logits).all((2, 3))] = np.nan
+    return matrices
 
 
-def saturation(matrices: np.ndarray) -> np.ndarray:
-    """Saturation (C, N) of the projection that gave the matrices (C, N, n, n).
+def _saturation(matrices: np.ndarray) -> np.ndarray:
+    """Saturation (N,) of the projection that gave the matrices (N, n, n).
 
     Raises Unavailable: Where neither rows nor columns of all of them sum to 1.
     """
@@ -162,4 +168,4 @@ def logit_gradient_share(
     Small for two reasons, which `logit_saturation` tells apart: the projection is saturated, or the gradient lies along what
     the projection takes away, as where all streams are equal. NaN where none arrives at H_res.
     """
-    return logit_gradient_norm / mixing_gradient_norm.where(mixing_gradient_norm > 0)
+    return ratio(logit_gradient_norm, mixing_gradient_norm)

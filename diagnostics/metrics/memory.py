@@ -7,7 +7,6 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import memory as kernel
 from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.quantities.mixing_matrices import connection_coords, labelled_connections
 from depthscope.diagnostics.quantities.registry import quantity
 
 BY_FORMULA = "by formula, from the width and the number of streams"
@@ -24,13 +23,12 @@ def stream_sizes(
     return residual.sizes["feature"], h_res.sizes["stream_in"]
 
 
-def _along(h_res: xr.DataArray, counts: int | np.ndarray) -> xr.DataArray:
-    """Counts along the connections, with their coordinates."""
-    values = np.broadcast_to(np.asarray(counts, dtype=float), (h_res.sizes["connection"],))
-    return labelled_connections(values.copy(), ("connection",), connection_coords(h_res))
+def _along(h_res: xr.DataArray, counts: int | np.ndarray) -> xr.Variable:
+    """Counts along the connections."""
+    return xr.Variable(("connection",), np.full(h_res.sizes["connection"], counts, dtype=float))
 
 
-def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
     """What a plain residual connection of the same width reads and writes: 3 d."""
     return _along(h_res, kernel.elements_moved(stream_sizes[0], 1))
 
@@ -44,7 +42,7 @@ def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> 
     null=_moved_by_one_stream,
     estimator=BY_FORMULA,
 )
-def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
     r"""Elements that a connection reads and writes for a token, one operation after another.
 
     .. math:: \underbrace{(5n+1)d + n^2 + 2n}_{read} + \underbrace{(3n+1)d + n^2 + 2n}_{written}
@@ -64,7 +62,7 @@ def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Dat
     null=_moved_by_one_stream,
     estimator=BY_FORMULA,
 )
-def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
     r"""Elements that a connection reads and writes for a token where one kernel writes, mixes and adds.
 
     .. math:: \underbrace{(3n+1)d + n^2 + 2n}_{read} + \underbrace{(n+1)d + n^2 + 2n}_{written}
@@ -74,14 +72,14 @@ def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> 
     return _along(h_res, kernel.elements_moved(*stream_sizes, fused=True))
 
 
-def _kept(h_res: xr.DataArray, width: int, streams: int) -> xr.DataArray:
+def _kept(h_res: xr.DataArray, width: int, streams: int) -> xr.Variable:
     """So many elements as the streams have, for each connection so far."""
     return _along(
         h_res, np.arange(1, h_res.sizes["connection"] + 1) * kernel.kept_elements(width, streams, 1)
     )
 
 
-def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
     """The same of one stream."""
     return _kept(h_res, stream_sizes[0], 1)
 
@@ -95,7 +93,7 @@ def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> x
     null=_kept_by_one_stream,
     estimator=BY_FORMULA,
 )
-def kept_elements(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+def kept_elements(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
     r"""Elements of the streams that are kept for the backward, for a token, from the first connection through this one.
 
     .. math:: n\,d\,(k+1)

@@ -7,13 +7,13 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
-from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, rescaled
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
+from depthscope.diagnostics.quantities.registry import quantity, with_attrs
 from depthscope.diagnostics.schema import NOT_FINITE
 
 # Reduced over tokens last, in each of these metrics: the product of means is not the mean of products.
 PER_TOKEN = "per token in float64, then reduced over tokens"
 PER_PRODUCT = "product per token in float64, then reduced over tokens"
-DIRECTIONS = ("forward", "backward")
 LARGEST_TOKEN = "largest_token"
 """Attribute of a gain: sequence and position of the token with the largest value, by its first dim and connection."""
 
@@ -26,9 +26,31 @@ ROUNDING = 1e-12  # a trace that is smaller beside its matrix is the rounding of
 GAIN = Range(high=10.0, source=OURS)
 
 
-def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
+def _by_direction(parts: list[xr.Variable]) -> xr.Variable:
     """Forward and backward values as one array."""
-    return xr.concat(parts, xr.Variable("direction", list(DIRECTIONS)))
+    return xr.Variable.concat(parts, "direction")
+
+
+@quantity
+def connection_gains(mixing: Mixing) -> xr.Variable:
+    """Amax gains of every connection, reduced over tokens: (direction, connection, reduction)."""
+    gains = [mixing.each(gain) for gain in (kernel.forward_gain, kernel.backward_gain)]
+    found = _by_direction([mixing.reduced(gain) for gain in gains])
+    facts = {NOT_FINITE: mixing.not_finite} if mixing.not_finite else {}
+    return with_attrs(found, {**facts, LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
+
+
+@quantity
+def product_gains(mixing: Mixing) -> xr.Variable:
+    """The same of the products of all connections from the embedding on."""
+    logarithms = [
+        mixing.each_product(log_gain) for log_gain in (kernel.log_forward_gain, kernel.log_backward_gain)
+    ]
+    # A gain beyond float64, of hundreds of layers, is infinite rather than an error.
+    with np.errstate(over="ignore"):
+        gains = [np.exp(logarithm) for logarithm in logarithms]
+    found = _by_direction([mixing.reduced(gain, depends_on="earlier") for gain in gains])
+    return with_attrs(found, {LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
 
 
 @metric(
@@ -44,17 +66,14 @@ def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
     better="nearer 1",
     separable=True,
 )
-def mixing_gain(mixing: Mixing) -> xr.DataArray:
+def mixing_gain(connection_gains: xr.Variable) -> xr.Variable:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
 
     .. math:: \max_i |\textstyle\sum_j H_{ij}| \quad\text{and}\quad \max_j |\sum_i H_{ij}|
 
     1 for a doubly stochastic matrix. Signed sums hide cancellation: read the singular values too.
     """
-    gains = [mixing.each(gain) for gain in (kernel.forward_gain, kernel.backward_gain)]
-    found = _by_direction([mixing.reduced(gain) for gain in gains])
-    facts = {NOT_FINITE: mixing.not_finite} if mixing.not_finite else {}
-    return found.assign_attrs({**facts, LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
+    return connection_gains
 
 
 @metric(
@@ -69,21 +88,14 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
     headline=True,
     better="nearer 1",
 )
-def composite_gain(mixing: Mixing) -> xr.DataArray:
+def composite_gain(product_gains: xr.Variable) -> xr.Variable:
     r"""Amax gain of the product of all connections from the embedding on.
 
     .. math:: P = H_c \cdots H_2 H_1
 
     The mHC paper reports about 3000 for a 27B HC and 1.6 for mHC.
     """
-    logarithms = [
-        mixing.each_product(log_gain) for log_gain in (kernel.log_forward_gain, kernel.log_backward_gain)
-    ]
-    # A gain beyond float64, of hundreds of layers, is infinite rather than an error.
-    with np.errstate(over="ignore"):
-        gains = [np.exp(logarithm) for logarithm in logarithms]
-    found = _by_direction([mixing.reduced(gain, depends_on="earlier") for gain in gains])
-    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
+    return product_gains
 
 
 @metric(
@@ -96,7 +108,7 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
     estimator=PER_PRODUCT,
     better="nearer 1",
 )
-def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
+def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.Variable:
     r"""Amax gain of the product between any two connections.
 
     .. math:: H_b \cdots H_{a+1} H_a
@@ -109,8 +121,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     # The row is a, the column b, both included in the product.
     has_broken = num_broken[None, 1:] - num_broken[:-1, None] > 0
     gains = np.where(has_broken[..., None], np.nan, pair_gains)
-    dims = ("direction", "connection", "other_connection", "reduction")
-    return mixing.labelled(gains, dims, direction=list(DIRECTIONS), reduction=list(REDUCTIONS))
+    return xr.Variable(("direction", "connection", "other_connection", "reduction"), gains)
 
 
 @metric(
@@ -127,18 +138,15 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     better="lower",
     separable=True,
 )
-def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
+def doubly_stochastic_violation(mixing: Mixing) -> xr.Variable:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
 
     Sinkhorn ends on one side, whose sums are exact; all error of stopping early sits in the other.
     """
-    kinds = kernel.Violation._fields
-    parts = mixing.each(violations)
-    found = [mixing.reduced(parts[..., k]) for k in range(len(kinds))]
-    return xr.concat(found, xr.Variable("kind", list(kinds)))
+    return mixing.reduced(mixing.each(_violations), ("kind",)).transpose("kind", ...)
 
 
-def violations(matrices: np.ndarray) -> np.ndarray:
+def _violations(matrices: np.ndarray) -> np.ndarray:
     """Distances of matrices (..., n, n) from doubly stochastic, (..., 3): the kinds of `kernel.Violation`."""
     return np.stack(kernel.doubly_stochastic_violation(matrices), axis=-1)
 
@@ -175,7 +183,7 @@ def scaled_identity_distance(products: np.ndarray, log_scale: np.ndarray) -> np.
     estimator=PER_PRODUCT,
     better="nearer 1",
 )
-def composite_attenuation(mixing: Mixing) -> xr.DataArray:
+def composite_attenuation(mixing: Mixing) -> xr.Variable:
     r"""Weakest sum of the product of all connections: what the largest one hides.
 
     .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{and backward}\quad \min_j |\sum_i P_{ij}|
@@ -195,7 +203,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     better="nearer 1",
     separable=True,
 )
-def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
+def mixing_attenuation(mixing: Mixing) -> xr.Variable:
     r"""Weakest sum of one connection: the stream, or the gradient, that it fades most.
 
     .. math:: \min_i |\textstyle\sum_j H_{ij}| \quad\text{and backward}\quad \min_j |\sum_i H_{ij}|
@@ -215,7 +223,7 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     infinite=True,
     better="lower",
 )
-def composite_deviation(mixing: Mixing) -> xr.DataArray:
+def composite_deviation(mixing: Mixing) -> xr.Variable:
     r"""Largest distance of any row or column sum of the product of all connections from 1, up or down.
 
     .. math:: \max \big|\ln |\textstyle\sum_j P_{ij}|\big|, \big|\ln |\sum_i P_{ij}|\big|
@@ -238,7 +246,7 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
     headline=True,
     separable=True,
 )
-def identity_distance(mixing: Mixing) -> xr.DataArray:
+def identity_distance(mixing: Mixing) -> xr.Variable:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
     return mixing.reduced(mixing.each(kernel.identity_distance))
 
@@ -252,7 +260,7 @@ def identity_distance(mixing: Mixing) -> xr.DataArray:
     null=0.0,
     estimator=PER_PRODUCT,
 )
-def composite_identity_distance(mixing: Mixing) -> xr.DataArray:
+def composite_identity_distance(mixing: Mixing) -> xr.Variable:
     r"""Distance of the product of all connections from the identity: how far the streams have mixed so far.
 
     .. math:: \|P / p - I\|_F / \sqrt{n}, \quad p = \mathrm{tr}\,P / n
@@ -263,9 +271,9 @@ def composite_identity_distance(mixing: Mixing) -> xr.DataArray:
     return mixing.reduced(mixing.each_product(scaled_identity_distance), depends_on="earlier")
 
 
-def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
+def _uniform_entropy(mixing: Mixing) -> xr.Variable:
     """The entropy ln n of uniform mixing."""
-    return mixing.labelled(np.full(len(mixing), np.log(mixing.num_streams)), ("connection",))
+    return mixing.filled(np.log(mixing.num_streams))
 
 
 @metric(
@@ -279,6 +287,6 @@ def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
     headline=True,
     separable=True,
 )
-def mixing_entropy(mixing: Mixing) -> xr.DataArray:
+def mixing_entropy(mixing: Mixing) -> xr.Variable:
     """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""
     return mixing.reduced(mixing.each(kernel.mixing_entropy))

@@ -12,6 +12,7 @@ from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import GAIN, LARGEST_TOKEN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
+from depthscope.diagnostics.quantities.registry import with_attrs
 
 # In the order of the labels of the dim `norm`; the values are those of the kernel's `order`.
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
@@ -26,7 +27,7 @@ NORMS = {"infinity": math.inf, "one": 1, "two": 2}
     estimator=PER_TOKEN,
     separable=True,
 )
-def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
+def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
     """Singular values of one connection, the largest first.
 
     The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
@@ -43,7 +44,7 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
     null=1.0,
     estimator=PER_PRODUCT,
 )
-def composite_singular_value(mixing: Mixing) -> xr.DataArray:
+def composite_singular_value(mixing: Mixing) -> xr.Variable:
     """Singular values of the product of all connections from the embedding on, the largest first."""
     return _by_component(mixing, mixing.each_product(product_singular_values), depends_on="earlier")
 
@@ -57,7 +58,7 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     estimator=PER_TOKEN,
     separable=True,
 )
-def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
+def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.Variable:
     """Magnitudes of the eigenvalues of one connection, the largest first.
 
     The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
@@ -70,9 +71,8 @@ def product_singular_values(products: np.ndarray, log_scale: np.ndarray) -> np.n
     return rescaled(kernel.singular_values(products), log_scale[..., None])
 
 
-def _by_component(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.DataArray:
-    labels = np.arange(mixing.num_streams)
-    return mixing.reduced(values, ("component",), depends_on=depends_on, component=labels)
+def _by_component(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.Variable:
+    return mixing.reduced(values, ("component",), depends_on=depends_on)
 
 
 def _norms(matrices: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
@@ -83,13 +83,11 @@ def _norms(matrices: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     )
 
 
-def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.DataArray:
+def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.Variable:
     """Operator norms (C, N, 3), reduced over tokens."""
-    parts = [gains[..., number] for number in range(len(NORMS))]
-    found = xr.concat(
-        [mixing.reduced(part, depends_on=depends_on) for part in parts], xr.Variable("norm", list(NORMS))
-    )
-    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(part) for part in parts]})
+    largest = [mixing.largest_tokens(gains[..., number]) for number in range(len(NORMS))]
+    found = mixing.reduced(gains, ("norm",), depends_on=depends_on).transpose("norm", ...)
+    return with_attrs(found, {LARGEST_TOKEN: largest})
 
 
 @metric(
@@ -104,7 +102,7 @@ def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.DataAr
     better="nearer 1",
     separable=True,
 )
-def operator_gain(mixing: Mixing) -> xr.DataArray:
+def operator_gain(mixing: Mixing) -> xr.Variable:
     r"""Operator norms of one connection: what signed sums can hide by cancellation.
 
     .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
@@ -125,7 +123,7 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
     estimator=PER_PRODUCT,
     better="nearer 1",
 )
-def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
+def composite_operator_gain(mixing: Mixing) -> xr.Variable:
     r"""Operator norms of the product of all connections from the embedding on.
 
     .. math:: P = H_c \cdots H_2 H_1
@@ -145,7 +143,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     infinite=True,
     separable=True,
 )
-def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
+def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
     r"""Condition number of one connection: infinite where it loses a combination of streams.
 
     .. math:: \sigma_1 / \sigma_n
@@ -164,7 +162,7 @@ def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Data
     estimator=PER_TOKEN,
     separable=True,
 )
-def henrici(mixing: Mixing) -> xr.DataArray:
+def henrici(mixing: Mixing) -> xr.Variable:
     r"""Departure from normality of one connection: how far its powers can outgrow its eigenvalues.
 
     .. math:: \sqrt{\|H\|_F^2 - \textstyle\sum_i |\lambda_i|^2}
@@ -182,7 +180,7 @@ def henrici(mixing: Mixing) -> xr.DataArray:
     default=False,  # a search over angles for every token, where others take one decomposition
     separable=True,
 )
-def numerical_radius(mixing: Mixing) -> xr.DataArray:
+def numerical_radius(mixing: Mixing) -> xr.Variable:
     r"""Numerical radius of one connection: the most that a step can amplify before its powers settle.
 
     .. math:: \max_\theta \lambda_{\max}\big(\mathrm{Re}\, e^{i\theta} H\big), \quad \|H\|_2 / 2 \le r \le \|H\|_2

@@ -12,7 +12,7 @@ from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.depth_paths import DepthPaths, StreamPaths
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
-from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity, ratio
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 # Tokens of which the effective streams are computed: each takes, at every cut of the depth, a decomposition of a matrix
@@ -28,7 +28,7 @@ TOKENS = 64
     null=1.0,  # a plain residual network reads every earlier output once
     estimator="per token in float64, then the mean of the magnitude over tokens",
 )
-def depth_kernel(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def depth_kernel(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Variable:
     r"""How much of an earlier output a connection reads, through all mixing between.
 
     .. math:: M_{kj} = H^{pre}_k \Big(\prod_{t=j+1}^{k-1} H^{res}_t\Big) H^{post\,\top}_j
@@ -38,12 +38,25 @@ def depth_kernel(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.D
     weights. Gates are multiplied feature by feature and then averaged; several views of a branch are a root mean square.
     It does not change with the basis of the streams.
     """
-    return depth_paths.labelled(mean_depth_kernel, ("connection", "other_connection"))
+    return xr.Variable(("connection", "other_connection"), mean_depth_kernel)
 
 
-def _equal_share(mixing: Mixing) -> xr.DataArray:
+def _equal_share(mixing: Mixing) -> xr.Variable:
     """1/n."""
-    return mixing.labelled(np.full(len(mixing), 1.0 / mixing.num_streams), ("connection",))
+    return mixing.filled(1.0 / mixing.num_streams)
+
+
+# Of several streams, which `mixing` tells: one has no shares.
+@quantity
+def read_sizes(mixing: Mixing, read_weights: np.ndarray) -> xr.Variable:
+    """Sum over tokens of the magnitudes of the weights by which each connection reads each stream."""
+    return _summed(read_weights)
+
+
+@quantity
+def write_sizes(mixing: Mixing, write_weights: np.ndarray) -> xr.Variable:
+    """The same of the weights by which it writes."""
+    return _summed(write_weights)
 
 
 @metric(
@@ -55,12 +68,12 @@ def _equal_share(mixing: Mixing) -> xr.DataArray:
     estimator="ratio of sums over tokens",
     separable=True,
 )
-def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+def read_share(read_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection reads.
 
     NaN where H_pre was inferred from streams that are equal, which do not tell it.
     """
-    return _labelled_shares(mixing, read_weights)
+    return _shares(read_sizes)
 
 
 @metric(
@@ -72,9 +85,9 @@ def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     estimator="ratio of sums over tokens",
     separable=True,
 )
-def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+def write_share(write_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection writes."""
-    return _labelled_shares(mixing, write_weights)
+    return _shares(write_sizes)
 
 
 @metric(
@@ -86,17 +99,23 @@ def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     estimator="ratio of sums over tokens",
     separable=True,
 )
-def signal_share(
-    mixing: Mixing, read_weights: np.ndarray, h_pre: xr.DataArray, residual: xr.DataArray, mask: xr.DataArray
-) -> xr.DataArray:
+def signal_share(signal_sizes: xr.Variable) -> xr.Variable:
     r"""Share of each stream in the signal that a connection reads: its weight times its size.
 
     .. math:: \|H^{pre}_s x_s\| \, / \, \textstyle\sum_s \|H^{pre}_s x_s\|
 
     A stream with a small weight may carry most of what is read, where it is much larger than the others.
     """
+    return _shares(signal_sizes)
+
+
+@quantity
+def signal_sizes(
+    mixing: Mixing, read_weights: np.ndarray, h_pre: xr.DataArray, residual: xr.DataArray, mask: xr.DataArray
+) -> xr.Variable:
+    """Sum over tokens of how much of each stream a connection reads, its weight times its size."""
     sizes = _stream_sizes(_read_depths(h_pre, residual), residual, mask)
-    return _labelled_shares(mixing, np.abs(read_weights) * sizes)
+    return _summed(np.abs(read_weights) * sizes)
 
 
 def _read_depths(h_pre: xr.DataArray, residual: xr.DataArray) -> list[int]:
@@ -124,11 +143,14 @@ def _stream_sizes(depths: list[int], residual: xr.DataArray, mask: xr.DataArray)
     return found
 
 
-def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+def _summed(weights: np.ndarray) -> xr.Variable:
     # Summed over tokens before the division: a token that reads little counts little.
-    shares = np.stack([kernel.stream_shares(of_connection) for of_connection in weights])
-    # The labels of `States.streams` without their mean, of which there are no weights.
-    return mixing.labelled(shares, ("connection", "stream"), stream=list(map(str, range(mixing.num_streams))))
+    return xr.Variable(("connection", "stream"), np.abs(weights).sum(axis=1))
+
+
+def _shares(sizes: xr.Variable) -> xr.Variable:
+    total = xr.Variable(("connection",), sizes.values.sum(axis=1))
+    return ratio(sizes, total)
 
 
 @metric(
@@ -139,7 +161,7 @@ def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     null=1.0,  # a plain residual network hands the embedding on unchanged
     estimator="per token in float64, then the mean of the magnitude over tokens",
 )
-def embedding_read(depth_paths: DepthPaths) -> xr.DataArray:
+def embedding_read(depth_paths: DepthPaths) -> xr.Variable:
     r"""How much of the embedding a connection reads, through all mixing before it.
 
     .. math:: \|H^{pre}_k \Big(\prod_{t<k} H^{res}_t\Big) X_0\| \, / \, \|X_0\|_{\mathrm{rms}}
@@ -147,19 +169,19 @@ def embedding_read(depth_paths: DepthPaths) -> xr.DataArray:
     The size of what is read, over that of a stream of the embedding (root mean square): the sum of the weights where the
     streams begin as copies; 1 throughout a plain residual network.
     """
-    return depth_paths.labelled(depth_paths.embedding().mean(axis=1), ("connection",))
+    return xr.Variable(("connection",), depth_paths.embedding().mean(axis=1))
 
 
 # Tokens of random gates whose mean is the null of the effective streams: their spread is about 0.2. This project.
 DRAWS = 16
 
 
-def _of_random_gates(depth_paths: DepthPaths) -> xr.DataArray:
+def _of_random_gates(depth_paths: DepthPaths) -> xr.Variable:
     """That of streams that do not mix, read with σ(z) and written with 2σ(z) of normal logits z; 1 of one stream."""
     cuts = np.where(np.arange(len(depth_paths)) > 0, 1.0, np.nan)
     if isinstance(depth_paths, StreamPaths):
         cuts[1:] = _streams_of_random_gates(len(depth_paths), depth_paths.mixing.num_streams)
-    return depth_paths.labelled(cuts, ("connection",))
+    return xr.Variable(("connection",), cuts)
 
 
 @lru_cache(maxsize=64)
@@ -182,7 +204,7 @@ def _streams_of_random_gates(count: int, num_streams: int) -> np.ndarray:
     headline=True,
     better="higher",
 )
-def effective_streams(depth_paths: DepthPaths) -> xr.DataArray:
+def effective_streams(depth_paths: DepthPaths) -> xr.Variable:
     r"""Effective streams: how many independent signals pass from the earlier connections to the later ones.
 
     .. math:: \exp H(\sigma / \textstyle\sum\sigma) \text{ of } \sigma(M_{k \ge c,\, j < c})
@@ -196,10 +218,10 @@ def effective_streams(depth_paths: DepthPaths) -> xr.DataArray:
     return depth_paths.reduced(depth_paths.effective_streams(chosen))
 
 
-def _residual_hops(depth_paths: DepthPaths) -> xr.DataArray:
+def _residual_hops(depth_paths: DepthPaths) -> xr.Variable:
     """(k + 1)/2: a plain residual network reads all earlier outputs alike."""
     readers = np.arange(len(depth_paths))
-    return depth_paths.labelled(np.where(readers > 0, (readers + 1) / 2, np.nan), ("connection",))
+    return xr.Variable(("connection",), np.where(readers > 0, (readers + 1) / 2, np.nan))
 
 
 @metric(
@@ -211,21 +233,21 @@ def _residual_hops(depth_paths: DepthPaths) -> xr.DataArray:
     null=_residual_hops,
     estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
 )
-def effective_path_depth(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def effective_path_depth(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Variable:
     r"""Effective path depth: how many connections back the outputs are that a connection reads.
 
     .. math:: \textstyle\sum_j |M_{kj}| (k - j) / \sum_j |M_{kj}|
 
     NaN at the first, which reads the embedding alone.
     """
-    return depth_paths.labelled(kernel.effective_path_depth(mean_depth_kernel), ("connection",))
+    return xr.Variable(("connection",), kernel.effective_path_depth(mean_depth_kernel))
 
 
-def _residual_mass(depth_paths: DepthPaths) -> xr.DataArray:
+def _residual_mass(depth_paths: DepthPaths) -> xr.Variable:
     """How many later connections there are: a plain residual network reads each output in full."""
     later = np.arange(len(depth_paths))[::-1].astype(float)
     # NaN at the last, as the metric: only the head reads it.
-    return depth_paths.labelled(np.where(later > 0, later, np.nan), ("connection",))
+    return xr.Variable(("connection",), np.where(later > 0, later, np.nan))
 
 
 @metric(
@@ -239,25 +261,25 @@ def _residual_mass(depth_paths: DepthPaths) -> xr.DataArray:
     null=_residual_mass,
     estimator="per token in float64, mean of the magnitude over tokens, then the sum over readers",
 )
-def read_mass(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def read_mass(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Variable:
     r"""Read mass: how much of a connection's output all later connections read together.
 
     .. math:: \textstyle\sum_k |M_{kj}|
 
     Near 0 for a wasted layer; NaN for the last, which only the head reads.
     """
-    return depth_paths.labelled(kernel.read_mass(mean_depth_kernel), ("connection",))
+    return xr.Variable(("connection",), kernel.read_mass(mean_depth_kernel))
 
 
-def _all_streams(mixing: Mixing) -> xr.DataArray:
+def _all_streams(mixing: Mixing) -> xr.Variable:
     """How many streams there are: equal shares."""
-    return mixing.labelled(np.full(len(mixing), float(mixing.num_streams)), ("connection",))
+    return mixing.filled(float(mixing.num_streams))
 
 
-def _streams_in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+def _streams_in_use(sizes: xr.Variable) -> xr.Variable:
     """Exponential of the entropy of the shares of the streams, connection by connection."""
     # The kernel is the exponential entropy of shares of any non-negative numbers; here of weights, not singular values.
-    return mixing.labelled(rank.effective_rank_of(np.abs(weights).sum(axis=1)), ("connection",))
+    return xr.Variable(("connection",), rank.effective_rank_of(sizes.values))
 
 
 @metric(
@@ -269,12 +291,12 @@ def _streams_in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
     separable=True,
 )
-def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+def read_streams(read_sizes: xr.Variable) -> xr.Variable:
     r"""Streams that a connection reads: 1 where one stream gives all, n where all give alike.
 
     .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
     """
-    return _streams_in_use(mixing, read_weights)
+    return _streams_in_use(read_sizes)
 
 
 @metric(
@@ -286,9 +308,9 @@ def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
     separable=True,
 )
-def write_streams(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+def write_streams(write_sizes: xr.Variable) -> xr.Variable:
     r"""Streams that a connection writes to: 1 where one stream takes all, n where all take alike.
 
     .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
     """
-    return _streams_in_use(mixing, write_weights)
+    return _streams_in_use(write_sizes)

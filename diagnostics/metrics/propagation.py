@@ -17,7 +17,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 # A quantity, so that its two metrics share one pass over the states.
 @quantity
-def channel_statistics(residual_states: States) -> xr.DataArray:
+def channel_statistics(residual_states: States) -> xr.Variable:
     """Average channel squared mean and average channel variance, by depth and stream."""
 
     def measure(views: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def channel_statistics(residual_states: States) -> xr.DataArray:
     null="the variance over the number of tokens for activations of mean zero",
     estimator="over all real tokens, then the mean over channels",
 )
-def channel_squared_mean(channel_statistics: xr.DataArray) -> xr.DataArray:
+def channel_squared_mean(channel_statistics: xr.Variable) -> xr.Variable:
     r"""Average over channels of the squared mean over tokens: what all tokens have in common.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \mu_c^2
@@ -55,7 +55,7 @@ def channel_squared_mean(channel_statistics: xr.DataArray) -> xr.DataArray:
     null="none: the scale is the model's; independent unit branches give l",
     estimator="over all real tokens, then the mean over channels",
 )
-def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
+def channel_variance(channel_statistics: xr.Variable) -> xr.Variable:
     r"""Average over channels of the variance over tokens: what distinguishes them.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \sigma_c^2
@@ -74,7 +74,7 @@ def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
     estimator="over all real tokens, then the mean over channels",
     of_steps=True,
 )
-def branch_variance(residual_states: States) -> xr.DataArray:
+def branch_variance(residual_states: States) -> xr.Variable:
     r"""Average channel variance of what a step adds; undefined at the embedding.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \mathrm{Var}_i\,(x_l - x_{l-1})_{ic}
@@ -109,7 +109,7 @@ def _mean_where_defined(values: np.ndarray) -> np.ndarray:
     estimator="mean over real tokens",
     of_steps=True,
 )
-def branch_share(residual_states: States) -> xr.DataArray:
+def branch_share(residual_states: States) -> xr.Variable:
     r"""Size of what a step adds relative to the state that it is added to; undefined at the embedding.
 
     .. math:: \|x_l - x_{l-1}\| / \|x_{l-1}\|
@@ -121,13 +121,19 @@ def branch_share(residual_states: States) -> xr.DataArray:
 
 # A quantity for the same reason: the mean and the band are of the same cosines.
 @quantity
-def adjacent_cosines(residual_states: States) -> xr.DataArray:
+def adjacent_cosines(residual_states: States) -> xr.Variable:
     """Mean and 5, 50, 95 % quantiles over tokens of the cosine with the depth before."""
 
     def summary(cosines: np.ndarray) -> np.ndarray:
         return np.stack([_mean_and_quantiles(of_view) for of_view in cosines])
 
     return residual_states.over_token_steps(geometry.row_cosine, summary, ("summary",))
+
+
+@quantity
+def mean_adjacent_cosine(adjacent_cosines: xr.Variable) -> xr.Variable:
+    """Mean cosine with the depth before, by depth and stream."""
+    return adjacent_cosines.isel(summary=0)
 
 
 def _mean_and_quantiles(cosines: np.ndarray) -> np.ndarray:
@@ -146,14 +152,14 @@ def _mean_and_quantiles(cosines: np.ndarray) -> np.ndarray:
     estimator="mean over real tokens",
     of_steps=True,
 )
-def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
+def adjacent_cosine(mean_adjacent_cosine: xr.Variable) -> xr.Variable:
     r"""Mean cosine of a token's state with its state at the depth before; undefined at the embedding.
 
     .. math:: \cos(x_{l-1}, x_l)
 
     Independent unit branches give √(l/(l+1)).
     """
-    return adjacent_cosines.isel(summary=0)
+    return mean_adjacent_cosine
 
 
 @metric(
@@ -166,8 +172,8 @@ def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     smooth=False,
     of_steps=True,
 )
-def adjacent_cosine_band(adjacent_cosines: xr.DataArray) -> xr.DataArray:
+def adjacent_cosine_band(adjacent_cosines: xr.Variable) -> xr.DataArray:
     """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens are below."""
     # The first of the summary is the mean, see `adjacent_cosine`.
-    band = adjacent_cosines.isel(summary=slice(1, None)).rename(summary="quantile")
-    return band.assign_coords(quantile=list(QUANTILES))
+    band = adjacent_cosines.isel(summary=slice(1, None))
+    return xr.DataArray(band.values, {"quantile": list(QUANTILES)}, (*band.dims[:-1], "quantile"))

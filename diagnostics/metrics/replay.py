@@ -18,7 +18,7 @@ from depthscope.diagnostics.metrics.mixing import PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
 
 
-def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
+def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.Variable:
     """‖H − M‖_F/√n of every token's H from a static M (C, n, n)."""
     # A static matrix has no tokens: the same M is compared with the H of each.
     distance = np.linalg.norm(mixing.matrices - matrices[:, None], axis=(-2, -1))
@@ -35,7 +35,7 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
     estimator=PER_TOKEN,
     separable=True,
 )
-def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArray:
+def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.Variable:
     """Distance of a connection from the matrix of its initial static logits: 0 where it has not moved."""
     return _distance(mixing, initial_matrices)
 
@@ -49,7 +49,7 @@ def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArr
     estimator=PER_TOKEN,
     separable=True,
 )
-def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArray:
+def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.Variable:
     r"""Distance of a connection from what weight decay alone makes of its initial static logits.
 
     .. math:: H_{\eta\lambda} = \mathrm{Sinkhorn}\Big(b_0 \textstyle\prod_t (1 - \eta_t \lambda)\Big)
@@ -71,8 +71,8 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 )
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray
-) -> xr.DataArray:
+) -> xr.Variable:
     """What initialisation and weight decay alone leave of the differences between streams, as the deflated gain."""
     left = gain_of(kernel.deflated_gain(replayed_matrices))
     # The decay goes with it: the verdict `decayed_mixing` names it.
-    return mixing.labelled(left, ("connection",)).assign_attrs(decay=initial_logits.attrs["decay"])
+    return xr.Variable(("connection",), left, {"decay": initial_logits.attrs["decay"]})

@@ -10,10 +10,10 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.collapse import SPECTRAL
-from depthscope.diagnostics.metrics.declaration import OURS, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.token_spectra import free_rows, over_spectra
+from depthscope.diagnostics.quantities.token_spectra import over_spectra
 from depthscope.diagnostics.quantities.tokens import for_each_count
 
 PER_SEQUENCE = "per sequence, mean over sequences"
@@ -24,7 +24,7 @@ TOP = 10
 FIRST, LAST = 4, 100
 
 
-def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.DataArray]:
+def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Null:
     """A number of the expected spectrum of iid noise at the same number of tokens and features."""
 
     @lru_cache(maxsize=4096)
@@ -33,11 +33,8 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
             return float("nan")
         return float(measure(rank.marchenko_pastur(int(count), width).singular_values(), int(count)))
 
-    def expectation(
-        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
-    ) -> xr.DataArray:
-        width = residual_states.num_features
-        return for_each_count(free_rows(token_counts, centering), lambda n: of_size(n, width))
+    def expectation(noise_rows: xr.Variable, num_features: int) -> xr.Variable:
+        return for_each_count(noise_rows, lambda n: of_size(n, num_features))
 
     return expectation
 
@@ -51,15 +48,13 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
     estimator=SPECTRAL,
     null_error=0.02,
 )
-def numerical_rank(
-    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
-) -> xr.DataArray:
+def numerical_rank(singular_values: xr.Variable, token_counts: xr.Variable, num_features: int) -> xr.Variable:
     r"""Numerical rank: how many directions are above the rounding of float32.
 
     .. math:: \#\{i : \sigma_i > \max(N, d)\, \varepsilon\, \sigma_1\}
     """
     # max(N, d), as in numpy.linalg.matrix_rank.
-    sizes = token_counts.clip(min=residual_states.num_features)
+    sizes = token_counts.clip(min=num_features)
 
     def measure(s: np.ndarray, size: np.ndarray) -> np.ndarray:
         # float32, which the states are stored in, although the spectrum is computed in float64.
@@ -67,8 +62,7 @@ def numerical_rank(
 
     found = xr.apply_ufunc(measure, singular_values.fillna(0.0), sizes, input_core_dims=[["component"], []])
     # Spectra of NaN were replaced by zeros above, whose rank is 0: a value.
-    defined = singular_values.notnull().all("component") & token_counts.notnull()
-    return found.where(defined)
+    return found.where(singular_values.notnull().all("component") & token_counts.notnull())
 
 
 @metric(
@@ -80,7 +74,7 @@ def numerical_rank(
     estimator=SPECTRAL,
     null_error=0.03,
 )
-def top_energy(singular_values: xr.DataArray) -> xr.DataArray:
+def top_energy(singular_values: xr.Variable) -> xr.Variable:
     r"""Share of the energy in the ten strongest directions.
 
     .. math:: \textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i, \quad \lambda = \sigma^2
@@ -90,7 +84,7 @@ def top_energy(singular_values: xr.DataArray) -> xr.DataArray:
 
 # A quantity, so that the exponent and its error come from one fit.
 @quantity
-def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+def power_law(singular_values: xr.Variable) -> tuple[xr.Variable, xr.Variable]:
     """Exponent of every spectrum and its standard error."""
     alpha, error = xr.apply_ufunc(
         lambda s: geometry.alpha_req_of(s, first=FIRST, last=LAST)[:2],
@@ -111,7 +105,7 @@ def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray
     estimator=f"least squares in log-log with weights 1/rank over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
     null_error=0.15,
 )
-def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+def alpha_req(power_law: tuple[xr.Variable, xr.Variable]) -> xr.Variable:
     r"""Power-law exponent of the spectrum: how fast the variance falls from direction to direction.
 
     .. math:: \lambda_i \propto i^{-\alpha}
@@ -133,12 +127,12 @@ def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     estimator=f"standard error of the slope over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
     smooth=False,
 )
-def alpha_req_error(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+def alpha_req_error(power_law: tuple[xr.Variable, xr.Variable]) -> xr.Variable:
     """Standard error of the power-law exponent: how well a power law describes the spectrum."""
     return power_law[1]
 
 
-def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> xr.DataArray:
+def _energy_of_noise(token_masks: xr.Variable) -> xr.Variable:
     """(N − 1)/N, mean over sequences."""
     # The mean over N independent tokens has 1/N of their energy.
     count = token_masks.sum("token").astype(float)
@@ -152,8 +146,9 @@ def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> x
     basis="stream",
     null=_energy_of_noise,
     estimator=PER_SEQUENCE,
+    of_sequences=True,
 )
-def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+def dirichlet_energy(residual_states: States, token_masks: xr.Variable) -> xr.Variable:
     r"""Relative Dirichlet energy: the share of a sequence's energy that is not common to its tokens.
 
     .. math:: \mathrm{tr}(X^\top L X) / \|X\|_F^2, \quad L = I - 11^\top / N
@@ -176,8 +171,9 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
     null=2.0 * np.pi / 3.0,
     estimator=PER_SEQUENCE,
     null_error=0.01,
+    of_sequences=True,
 )
-def curvature(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+def curvature(residual_states: States, token_masks: xr.Variable) -> xr.Variable:
     r"""Curvature of the path of tokens: the mean angle between its successive steps.
 
     .. math:: \angle(v_k, v_{k+1}), \quad v_k = x_{k+1} - x_k
@@ -198,11 +194,10 @@ def _dimension_of_size(count: int, width: int) -> float:
     return float(np.mean([geometry.two_nn(cloud) for cloud in clouds]))
 
 
-def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+def _dimension_of_noise(token_masks: xr.Variable, num_features: int) -> xr.Variable:
     """That of iid noise of the same size, drawn with a fixed seed: less than the number of features."""
-    width = residual_states.num_features
     counts = token_masks.sum(("sample", "token"))
-    return for_each_count(counts, lambda n: _dimension_of_size(int(n), width))
+    return for_each_count(counts, lambda n: _dimension_of_size(int(n), num_features))
 
 
 @metric(
@@ -216,8 +211,8 @@ def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> x
     null_error=0.05,
 )
 def intrinsic_dimension(
-    neighbour_dimensions: tuple[xr.DataArray, xr.DataArray, xr.DataArray],
-) -> tuple[xr.DataArray, xr.DataArray]:
+    neighbour_dimensions: tuple[xr.Variable, xr.Variable, xr.Variable],
+) -> tuple[xr.Variable, xr.Variable]:
     r"""Intrinsic dimension of the cloud of tokens, from the two nearest neighbours of each.
 
     .. math:: -\ln(1 - F(\mu)) = d \ln \mu, \quad \mu = r_2 / r_1
@@ -268,8 +263,8 @@ def _matched_dimension(measured: float, count: float) -> float:
     smooth=False,
 )
 def intrinsic_dimension_bias(
-    neighbour_dimensions: tuple[xr.DataArray, xr.DataArray, xr.DataArray],
-) -> xr.DataArray:
+    neighbour_dimensions: tuple[xr.Variable, xr.Variable, xr.Variable],
+) -> xr.Variable:
     r"""Bias of the intrinsic dimension; what it is short of that of a normal cloud which measures the same.
 
     .. math:: d_{\mathrm{TwoNN}} - d, \quad \mathbb{E}[d_{\mathrm{TwoNN}}(\mathcal{N}(0, I_d), N)] = d_{\mathrm{TwoNN}}

@@ -15,7 +15,7 @@ from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
-from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.registry import quantity, ratio
 from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
 
@@ -25,22 +25,16 @@ ROWS = 1024
 BLOCK = 250_000
 
 
-def _between_depths(
-    values: np.ndarray, dims: tuple[str, ...], states: States, mean_states: MeanStates, masks: xr.DataArray
-) -> xr.DataArray:
-    """Values (..., L, L) labelled; NaN where either depth is not finite."""
-    values = np.where(mean_states.finite_pairs, values, np.nan)
-    return states.labelled(values, (*dims, "depth", "other_depth"), tokens=masks["tokens"])
+def _between_depths(values: np.ndarray, dims: tuple[str, ...], mean_states: MeanStates) -> xr.Variable:
+    """Values (..., L, L); NaN where either depth is not finite."""
+    return xr.Variable((*dims, "depth", "other_depth"), np.where(mean_states.finite_pairs, values, np.nan))
 
 
 @quantity
-def cka_table(
-    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray, estimator: tuple[str, ...]
-) -> xr.DataArray:
+def cka_table(mean_states: MeanStates, estimator: tuple[str, ...]) -> xr.Variable:
     """CKA of every depth with every other, by estimator and kind of token."""
     tables = mean_states.over_kinds(partial(_cka, estimator=estimator))
-    table = _between_depths(tables, ("tokens", "estimator"), residual_states, mean_states, token_masks)
-    return table.assign_coords(estimator=list(estimator)).transpose("estimator", ...)
+    return _between_depths(tables, ("tokens", "estimator"), mean_states).transpose("estimator", ...)
 
 
 def _cka(states: np.ndarray, estimator: tuple[str, ...]) -> np.ndarray:
@@ -54,16 +48,13 @@ def _cka(states: np.ndarray, estimator: tuple[str, ...]) -> np.ndarray:
     return np.stack([tables[name] for name in estimator])
 
 
-def _cka_of_noise(
-    token_masks: xr.DataArray, residual_states: States, estimator: tuple[str, ...]
-) -> xr.DataArray:
+def _cka_of_noise(token_masks: xr.Variable, num_features: int, estimator: tuple[str, ...]) -> xr.Variable:
     """CKA of independent iid noise at that size: 0 when unbiased."""
-    width = residual_states.num_features
     count = token_masks.sum(("sample", "token"))
     # The formula needs a token; without one there is no null, whatever it gives.
-    biased = for_each_count(count.clip(1), lambda n: kernel.cka_null(int(n), width)).where(count > 0)
+    biased = for_each_count(count.clip(1), lambda n: kernel.cka_null(int(n), num_features)).where(count > 0)
     of_each = {"biased": biased, "unbiased": 0.0 * biased}
-    return xr.concat([of_each[name] for name in estimator], xr.Variable("estimator", list(estimator)))
+    return xr.Variable.concat([of_each[name] for name in estimator], "estimator")
 
 
 @metric(
@@ -76,7 +67,7 @@ def _cka_of_noise(
     estimator="biased HSIC₀ or unbiased HSIC₁, which may be negative",
     null_error=0.02,
 )
-def cka(cka_table: xr.DataArray) -> xr.DataArray:
+def cka(cka_table: xr.Variable) -> xr.Variable:
     r"""Linear CKA between depths: 1 for the same geometry of tokens.
 
     .. math:: \mathrm{HSIC}(X, Y) / \sqrt{\mathrm{HSIC}(X, X)\,\mathrm{HSIC}(Y, Y)}
@@ -98,12 +89,12 @@ def cka(cka_table: xr.DataArray) -> xr.DataArray:
     of_steps=True,
     headline=True,
 )
-def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
+def adjacent_cka(cka_table: xr.Variable) -> xr.Variable:
     """Linear CKA of each depth with the one before; undefined at the embedding."""
     table = cka_table.transpose("estimator", "tokens", "depth", "other_depth")
     values = np.full(table.shape[:-1], np.nan)
     values[..., 1:] = np.diagonal(table.values, offset=-1, axis1=-2, axis2=-1)
-    return table.isel(other_depth=0, drop=True).copy(data=values)
+    return xr.Variable(table.dims[:-1], values)
 
 
 @metric(
@@ -114,23 +105,29 @@ def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
     null=0.5,
     estimator="mean over tokens",
 )
-def angular_distance(
-    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
-) -> xr.DataArray:
+def angular_distance(depth_angles: tuple[xr.Variable, xr.Variable]) -> xr.Variable:
     r"""Mean angle between a token's states at two depths, as a share of π.
 
     .. math:: \frac{1}{\pi} \arccos \frac{x \cdot y}{\|x\| \|y\|}
 
     0 for the same direction, ½ for unrelated ones.
     """
-    values = mean_states.over_kinds(_angles_between)
-    return _between_depths(values, ("tokens",), residual_states, mean_states, token_masks)
+    return ratio(*depth_angles)
 
 
-def _angles_between(states: np.ndarray) -> np.ndarray:
-    """Mean angles (L, L) over the tokens of states (L, N, D) that have a direction at both depths."""
+@quantity
+def depth_angles(mean_states: MeanStates) -> tuple[xr.Variable, xr.Variable]:
+    """The sum of the angles between a token's states at two depths, as shares of π, and the number of these tokens."""
+    sums = mean_states.over_kinds(_angle_sums)  # (tokens, 2, L, L)
+    # A number of NaN where a depth is not finite: it leaves no angle.
+    total, number = (_between_depths(sums[:, part], ("tokens",), mean_states) for part in (0, 1))
+    return total, number
+
+
+def _angle_sums(states: np.ndarray) -> np.ndarray:
+    """Sums of angles and numbers of tokens (2, L, L), over those of states (L, N, D) with a direction at both depths."""
     depths, num_tokens, width = states.shape
-    total, count = np.zeros((depths, depths)), np.zeros((depths, depths))
+    sums = np.zeros((2, depths, depths))
     block = max(1, BLOCK // (depths * width))
     for start in range(0, num_tokens, block):
         # Tokens first, so that one product gives the cosines of all depths; in float64, for near 1 an error of ε in a
@@ -138,12 +135,17 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
         part = np.moveaxis(states[:, start : start + block], 0, 1).astype(np.float64)
         length = np.linalg.norm(part, axis=-1, keepdims=True)
         unit = part / np.where(length > 0, length, 1.0)
-        both = (length > 0) & np.swapaxes(length > 0, 1, 2)
-        angles = np.arccos(np.clip(unit @ np.swapaxes(unit, 1, 2), -1.0, 1.0)) / np.pi
-        total += np.where(both, angles, 0.0).sum(axis=0)
-        count += both.sum(axis=0)
+        sums += angle_sums(unit, length[..., 0] > 0)
+    return sums
+
+
+def angle_sums(unit: np.ndarray, directed: np.ndarray) -> np.ndarray:
+    """The same of unit vectors (N, L, D), of those tokens that have a direction (N, L) at both depths."""
+    both = directed[:, :, None] & directed[:, None, :]
+    angles = np.arccos(np.clip(unit @ unit.swapaxes(1, 2), -1.0, 1.0)) / np.pi
+    total = np.where(both, angles, 0.0).sum(axis=0)
     np.fill_diagonal(total, 0.0)  # arccos of 1 less a rounding error is 1e-8, not 0
-    return total / np.where(count > 0, count, np.nan)
+    return np.stack([total, both.sum(axis=0)])
 
 
 @metric(
@@ -155,16 +157,20 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
     estimator="mean over tokens",
     of_steps=True,
 )
-def block_influence(
-    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
-) -> xr.DataArray:
+def block_influence(mean_turns: xr.Variable) -> xr.Variable:
     """Block influence: how far the step to a depth turns the states, 1 − cos; undefined at the embedding.
 
     0 for a step that does nothing but scale. Independent unit branches give 1 − √(l/(l+1)).
     """
+    return mean_turns
+
+
+@quantity
+def mean_turns(mean_states: MeanStates) -> xr.Variable:
+    """Mean of 1 − cos between a token's state and the one before, by kind of token and depth."""
     values = mean_states.over_kinds(_influences)
     values[:, 1:][:, ~(mean_states.finite[1:] & mean_states.finite[:-1])] = np.nan
-    return residual_states.labelled(values, ("tokens", "depth"), tokens=token_masks["tokens"])
+    return xr.Variable(("tokens", "depth"), values)
 
 
 def _influences(states: np.ndarray) -> np.ndarray:
@@ -185,8 +191,14 @@ def _influences(states: np.ndarray) -> np.ndarray:
     estimator="exact over all pairs of streams, mean over tokens",
     better="lower",
 )
-def stream_cosine(stream_states: States) -> xr.DataArray:
+def stream_cosine(mean_stream_cosine: xr.Variable) -> xr.Variable:
     """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""
+    return mean_stream_cosine
+
+
+@quantity
+def mean_stream_cosine(stream_states: States) -> xr.Variable:
+    """Mean over tokens of the mean cosine between their streams, by depth."""
 
     def measure(views: np.ndarray) -> np.ndarray:
         streams = np.moveaxis(stream_states.rows(views[1:]), 0, 1)  # the first view is the mean
@@ -195,7 +207,7 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
         return np.full(len(views), mean)  # `over_depth` expects a value of each view: below one is taken
 
-    return stream_states.over_depth(measure).isel(stream=0, drop=True)
+    return stream_states.over_depth(measure).isel(stream=0)
 
 
 @metric(
@@ -209,8 +221,14 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
     estimator="mean over tokens of each pair of streams, then the largest",
     smooth=False,
 )
-def closest_stream_cosine(stream_states: States) -> xr.DataArray:
+def closest_stream_cosine(stream_pair_cosines: xr.Variable) -> xr.Variable:
     """Cosine of the two streams that are most alike: 1 where any two are copies, which a mean over pairs does not show."""
+    return xr.Variable(("depth",), stream_pair_cosines.values.max(axis=1))
+
+
+@quantity
+def stream_pair_cosines(stream_states: States) -> xr.Variable:
+    """Mean cosine of every two streams over the tokens whose streams all have a direction, by depth."""
     pairs = np.triu_indices(stream_states.num_streams, 1)
 
     def measure(views: np.ndarray) -> np.ndarray:
@@ -219,17 +237,17 @@ def closest_stream_cosine(stream_states: States) -> xr.DataArray:
         unit = streams / np.where(length > 0, length, np.nan)  # a stream of zeros has no cosine
         cosines = np.einsum("ind,jnd->ijn", unit, unit)[pairs]
         known = np.isfinite(cosines).all(axis=0)
-        largest = cosines[:, known].mean(axis=1).max() if known.any() else np.nan
-        return np.full(len(views), largest)  # one value for all views, as in `stream_cosine`
+        means = cosines[:, known].mean(axis=1) if known.any() else np.full(len(cosines), np.nan)
+        return np.tile(means, (len(views), 1))  # the same for all views, as in `mean_stream_cosine`
 
-    return stream_states.over_depth(measure).isel(stream=0, drop=True)
+    return stream_states.over_depth(measure, ("pair",)).isel(stream=0)
 
 
-def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> xr.Variable:
     """CKA of independent iid noise at that size: 0 when unbiased."""
     count = min(int(stream_states.mask.sum()), ROWS)
     of_each = {"biased": kernel.cka_null(count, stream_states.num_features), "unbiased": 0.0}
-    return xr.DataArray([of_each[name] for name in estimator], coords={"estimator": list(estimator)})
+    return xr.Variable(("estimator",), [of_each[name] for name in estimator])
 
 
 @metric(
@@ -243,7 +261,7 @@ def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> x
     most_tokens=lambda width: ROWS,
     null_error=0.02,
 )
-def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.Variable:
     """Mean linear CKA between the streams: 1 where they have the same geometry of tokens, even if rotated."""
     pairs = ~np.eye(stream_states.num_streams, dtype=bool)
 
@@ -253,5 +271,4 @@ def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArra
         # One value for all views, as in `stream_cosine`; of each pair both orders are averaged, which are equal.
         return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
 
-    found = stream_states.over_depth(measure, ("estimator",), estimator=list(estimator))
-    return found.isel(stream=0, drop=True).transpose("estimator", "depth")
+    return stream_states.over_depth(measure, ("estimator",)).isel(stream=0).transpose("estimator", "depth")

@@ -10,7 +10,6 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.quantities.states import States
 
 # Orders of a spectrum that are stored: 32 in equal steps of their logarithm, and 32 in equal steps. A figure of a spectrum
 # has no room for more, and all orders of all depths would be as large as the states.
@@ -42,42 +41,43 @@ def _spectrum_of_noise(count: int, width: int) -> np.ndarray:
 
 
 def _at_stored_orders(
-    singular_values: xr.DataArray,
-    token_counts: xr.DataArray,
-    states: States,
+    singular_values: xr.Variable,
+    token_counts: xr.Variable,
+    num_features: int,
+    centering: tuple[str, ...],
     measure: Callable[[np.ndarray, int], np.ndarray],
 ) -> xr.DataArray:
     """What is measured of every spectrum of the mean over streams, at the stored orders; NaN beyond the rank."""
     # The first view is the mean over streams.
-    spectra = singular_values.isel(stream=0, drop=True).transpose(
-        "depth", "tokens", "centering", "group", "component"
-    )
-    orders = stored_orders(states.num_features)
+    spectra = singular_values.isel(stream=0).transpose("depth", "tokens", "centering", "group", "component")
+    orders = stored_orders(num_features)
     # An empty sequence has NaN: zero rows, so that no order is within its rank.
     rows = token_counts.transpose("tokens", "group").fillna(0).astype(int).values
     found = np.full((*spectra.shape[:-1], len(orders)), np.nan)
     for t, c, g in np.ndindex(spectra.shape[1:4]):
         # Removing the mean makes one singular value zero by construction.
-        count = int(rows[t, g]) - (spectra["centering"].values[c] == "centred")
-        inside = orders[orders <= min(count, states.num_features)]
+        count = int(rows[t, g]) - (centering[c] == "centred")
+        inside = orders[orders <= min(count, num_features)]
         if inside.size:
             # Orders count from 1, indices from 0.
             values = measure(spectra.values[:, t, c, g], count)[:, inside - 1]
             found[:, t, c, g, : inside.size] = values
-    dims = (*spectra.dims[:-1], "order")
-    return xr.DataArray(found, dims=dims, coords=dict(spectra.coords) | {"order": orders})
+    return xr.DataArray(found, {"order": orders}, (*spectra.dims[:-1], "order"))
 
 
 def _scaled_spectrum_of_noise(
-    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
+    singular_values: xr.Variable,
+    token_counts: xr.Variable,
+    num_features: int,
+    centering: tuple[str, ...],
 ) -> xr.DataArray:
     """The Marchenko-Pastur law at that number of tokens and features, scaled to the energy of the states."""
 
     def measure(values: np.ndarray, count: int) -> np.ndarray:
         energy = np.linalg.norm(values, axis=-1, keepdims=True)
-        return energy * _spectrum_of_noise(count, residual_states.num_features)
+        return energy * _spectrum_of_noise(count, num_features)
 
-    return _at_stored_orders(singular_values, token_counts, residual_states, measure)
+    return _at_stored_orders(singular_values, token_counts, num_features, centering, measure)
 
 
 @metric(
@@ -92,7 +92,10 @@ def _scaled_spectrum_of_noise(
     null_error=0.03,
 )
 def singular_value(
-    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
+    singular_values: xr.Variable,
+    token_counts: xr.Variable,
+    num_features: int,
+    centering: tuple[str, ...],
 ) -> xr.DataArray:
     r"""Singular values of the states, by their order: 1 is the largest.
 
@@ -100,4 +103,6 @@ def singular_value(
 
     Of large spectra some orders are stored: the first ones, and even steps over all. NaN beyond min(N, d).
     """
-    return _at_stored_orders(singular_values, token_counts, residual_states, lambda values, count: values)
+    return _at_stored_orders(
+        singular_values, token_counts, num_features, centering, lambda values, count: values
+    )

@@ -5,14 +5,10 @@ from __future__ import annotations
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.quantities.registry import ratio
 from depthscope.diagnostics.schema import FROZEN_MODULES
 
 OF_A_MODULE = "exact, over all parameters that the module owns"
-
-
-def _norm_ratio(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
-    """The ratio of two norms from their squares; NaN where the weights are zero."""
-    return (numerator / denominator.where(denominator > 0)) ** 0.5
 
 
 @metric(
@@ -75,7 +71,7 @@ def weight_gradient_ratio(
     Plain gradient descent moves a module by the learning rate times this share of itself. Its inverse is the
     trust ratio of LARS.
     """
-    return _norm_ratio(weight_gradient_square_norm, weight_square_norm)
+    return ratio(weight_gradient_square_norm, weight_square_norm) ** 0.5
 
 
 @metric(
@@ -102,5 +98,5 @@ def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr
     frozen = weight_update_square_norm.attrs.get(FROZEN_MODULES)
     # Sums over the same numbers, hence equal to the last bit where the weights before were zero, and not otherwise.
     from_zero = weight_update_square_norm == weight_square_norm
-    ratio = _norm_ratio(weight_update_square_norm, weight_square_norm).where(~from_zero)
-    return ratio.assign_attrs({FROZEN_MODULES: frozen}) if frozen else ratio
+    found = (ratio(weight_update_square_norm, weight_square_norm) ** 0.5).where(~from_zero)
+    return found.assign_attrs({FROZEN_MODULES: frozen}) if frozen else found

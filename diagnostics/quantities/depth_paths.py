@@ -20,10 +20,7 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.quantities.mixing_matrices import (
     BLOCK,
-    REDUCTIONS,
     Mixing,
-    connection_coords,
-    labelled_connections,
     over_tokens,
     real_tokens,
     require_finite,
@@ -34,16 +31,10 @@ from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 
 @dataclass(frozen=True)
 class Order:
-    """Which state each sublayer is applied to, and which one it reads; states are numbered from the embedding, 0.
+    """Which state each sublayer is applied to, and which one it reads; states are numbered from the embedding, 0."""
 
-    Parameters
-    ----------
-    applied_to, reads_from : tuple of int
-        (C,) each.
-    """
-
-    applied_to: tuple[int, ...]
-    reads_from: tuple[int, ...]
+    applied_to: tuple[int, ...]  # (C,) each
+    reads_from: tuple[int, ...]  # (C,) each
 
     @property
     def sequential(self) -> bool:
@@ -61,18 +52,17 @@ class DepthPaths(ABC):
 
     Parameters
     ----------
-    coords : mapping
-        Coordinates of the connections.
+    count : int
+        C.
     num_tokens : int
         N.
     """
 
-    def __init__(self, coords: Mapping[str, Any], num_tokens: int) -> None:
-        self._coords = dict(coords)
-        self.num_tokens = num_tokens
+    def __init__(self, count: int, num_tokens: int) -> None:
+        self._count, self.num_tokens = count, num_tokens
 
     def __len__(self) -> int:
-        return len(self._coords["connection"])
+        return self._count
 
     @property
     @abstractmethod
@@ -91,16 +81,9 @@ class DepthPaths(ABC):
     def effective_streams(self, chosen: np.ndarray) -> np.ndarray:
         """Effective streams at the cut before each connection, (C, number of chosen tokens); NaN at the first."""
 
-    def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
-        """Put the chain's coordinates on values.
-
-        ``dims``: their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
-        """
-        return labelled_connections(values, dims, self._coords | coords)
-
-    def reduced(self, values: np.ndarray) -> xr.DataArray:
+    def reduced(self, values: np.ndarray) -> xr.Variable:
         """Reduce values (C, N) of every token, with dims (connection, reduction)."""
-        return self.labelled(over_tokens(values), ("connection", "reduction"), reduction=list(REDUCTIONS))
+        return xr.Variable(("connection", "reduction"), over_tokens(values))
 
 
 class StreamPaths(DepthPaths):
@@ -126,7 +109,7 @@ class StreamPaths(DepthPaths):
         order: Order,
         first: np.ndarray | None,
     ) -> None:
-        super().__init__(mixing.coords, mixing.num_tokens)
+        super().__init__(len(mixing), mixing.num_tokens)
         self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
         self.first = first
         self.num_views = max(reads.shape[-2], writes.shape[-1])
@@ -209,7 +192,7 @@ class StreamPaths(DepthPaths):
         ).T
         return cuts
 
-    def reduced(self, values: np.ndarray) -> xr.DataArray:
+    def reduced(self, values: np.ndarray) -> xr.Variable:
         """Reduce values (C, N) of every token; NaN where an earlier connection is not finite."""
         return self.mixing.reduced(values, depends_on="earlier")
 
@@ -223,14 +206,10 @@ class PlainPaths(DepthPaths):
         a and b, (C, N) or (C, N, D).
     order : Order
         Of the connections.
-    coords : mapping
-        Coordinates of the connections.
     """
 
-    def __init__(
-        self, keeps: np.ndarray, writes: np.ndarray, order: Order, coords: Mapping[str, Any]
-    ) -> None:
-        super().__init__(coords, keeps.shape[1])
+    def __init__(self, keeps: np.ndarray, writes: np.ndarray, order: Order) -> None:
+        super().__init__(*keeps.shape[:2])
         self.keeps, self.writes, self.order = keeps, writes, order
 
     @property
@@ -274,12 +253,10 @@ class SourcePaths(DepthPaths):
     ----------
     weights : ndarray
         (C, N, C + 1), the first source is the embedding.
-    coords : mapping
-        Coordinates of the connections.
     """
 
-    def __init__(self, weights: np.ndarray, coords: Mapping[str, Any]) -> None:
-        super().__init__(coords, weights.shape[1])
+    def __init__(self, weights: np.ndarray) -> None:
+        super().__init__(*weights.shape[:2])
         self.weights = weights
 
     @property
@@ -361,7 +338,7 @@ def depth_paths(
             *(each if each.ndim == 3 else each[..., None] for each in (keeps, writes))
         )
     _require_joined(depth_in)
-    return PlainPaths(keeps, writes, _order_of(depth_in), connection_coords(depth_in))
+    return PlainPaths(keeps, writes, _order_of(depth_in))
 
 
 def _stream_weights(
@@ -497,7 +474,7 @@ def _source_paths(depth_read: xr.DataArray, mask: xr.DataArray) -> SourcePaths:
             raise Unavailable(
                 f"depth_read of connection {number} has a weight on source {number + 1} or later, which comes after it"
             )
-    return SourcePaths(weights, connection_coords(depth_read))
+    return SourcePaths(weights)
 
 
 def _require_all_sources(values: xr.DataArray) -> None:
@@ -522,7 +499,7 @@ def _carried_paths(
     weights[1:] = kept[:-1]
     for number in range(1, len(weights)):
         weights[number, :, number] += written[number - 1]
-    return SourcePaths(weights, connection_coords(depth_carry))
+    return SourcePaths(weights)
 
 
 @quantity

@@ -21,12 +21,12 @@ class MeanStates:
     ----------
     states : States
         The states.
-    masks : DataArray
+    masks : Variable
         Dims (tokens, sample, token): which tokens count, by kind.
     """
 
-    def __init__(self, states: States, masks: xr.DataArray) -> None:
-        self._kinds = masks.transpose("tokens", "sample", "token").values[:, states.mask]
+    def __init__(self, states: States, masks: xr.Variable) -> None:
+        self._kinds = masks.values[:, states.mask]
         values, finite = [], []
         for depth in range(len(states)):
             views, of_views = states.load(depth)
@@ -54,6 +54,6 @@ class MeanStates:
 
 
 @quantity
-def mean_states(residual_states: States, token_masks: xr.DataArray) -> MeanStates:
+def mean_states(residual_states: States, token_masks: xr.Variable) -> MeanStates:
     """The mean over streams of every real token at every depth."""
     return MeanStates(residual_states, token_masks)

@@ -5,9 +5,8 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -47,7 +46,7 @@ class Mixing:
         self._h_res = h_res.transpose("connection", "sample", "token", "stream_out", "stream_in").variable
         self._real = require_token(mask)
         self.num_streams = h_res.sizes["stream_in"]
-        self.coords = connection_coords(h_res)
+        self._labels = connection_labels(h_res)
         # Sequence and position of each token, in the order of the tokens.
         self._positions = np.argwhere(self._real)
         self._bad: dict[int, int] = {}
@@ -117,13 +116,14 @@ class Mixing:
             _ = self.matrices  # read here where no metric has, and kept
         for position in np.flatnonzero(~self._seen).tolist():
             self._read(slice(position, position + 1))
-        return ~np.isin(np.arange(len(self)), list(self._bad))
+        found = np.ones(len(self), dtype=bool)
+        found[list(self._bad)] = False
+        return found
 
     @property
     def not_finite(self) -> dict[str, int]:
         """How many tokens of each connection that is not finite are not, by its label."""
-        labels = self.coords["connection"].values
-        return {str(labels[c]): self._bad[c] for c in np.flatnonzero(~self.finite).tolist()}
+        return {str(self._labels[c]): self._bad[c] for c in np.flatnonzero(~self.finite).tolist()}
 
     @property
     def finite_from_first(self) -> np.ndarray:
@@ -176,43 +176,22 @@ class Mixing:
             yield products, scales
 
     def reduced(
-        self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself", **coords: Any
-    ) -> xr.DataArray:
-        """Reduce values of every token and label them.
+        self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself"
+    ) -> xr.Variable:
+        """Reduce values of every token.
 
         ``values``: (C, N, ...): the tokens are the second axis.
         ``depends_on``: which connections besides its own a value is computed from, so that it is NaN where one of them
         is not finite.
         """
-        found = self.reduced_values(values, depends_on=depends_on)
-        return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
-
-    def reduced_values(self, values: np.ndarray, *, depends_on: str = "itself") -> np.ndarray:
-        """As `reduced`, without labels: (C, ..., reduction)."""
         found = over_tokens(values)
         known = {"itself": self.finite, "earlier": self.finite_from_first, "later": self.finite_to_last}
         found[~known[depends_on]] = np.nan
-        return found
+        return xr.Variable(("connection", *dims, "reduction"), found)
 
-    def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
-        """Put the chain's coordinates on values.
-
-        ``dims``: their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
-        """
-        return labelled_connections(values, dims, self.coords | coords)
-
-
-def labelled_connections(
-    values: np.ndarray, dims: tuple[str, ...], coords: Mapping[str, Any]
-) -> xr.DataArray:
-    """Values with the coordinates of connections, which ``other_connection`` gets too where it is a dim.
-
-    ``coords``: of the connections, and of further dims.
-    """
-    known = dict(coords)
-    if "other_connection" in dims:
-        known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
-    return xr.DataArray(values, dims=dims, coords=known)
+    def filled(self, value: float) -> xr.Variable:
+        """The same number at every connection."""
+        return xr.Variable(("connection",), np.full(len(self), value))
 
 
 def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
@@ -229,10 +208,10 @@ def require_token(mask: xr.DataArray) -> np.ndarray:
     return real
 
 
-def connection_coords(values: xr.DataArray) -> dict[str, Any]:
-    """Coordinates of the connections of a variable."""
-    coords = {str(name): c for name, c in values.coords.items() if c.dims == ("connection",)}
-    return {"connection": xr.DataArray(np.arange(values.sizes["connection"]), dims="connection")} | coords
+def connection_labels(values: xr.DataArray) -> np.ndarray:
+    """Labels of the connections of a variable."""
+    known = values.coords.get("connection")
+    return np.arange(values.sizes["connection"]) if known is None else np.asarray(known.values)
 
 
 def over_tokens(values: np.ndarray) -> np.ndarray:
@@ -317,8 +296,7 @@ def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:
     """
     bad = ~np.isfinite(weights).reshape(len(weights), -1).all(axis=1)
     if bad.any():
-        label = connection_coords(of)["connection"].values[np.argmax(bad)]
-        raise Unavailable(f"{of.name} is not finite at connection {label}")
+        raise Unavailable(f"{of.name} is not finite at connection {connection_labels(of)[np.argmax(bad)]}")
     return weights
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.quantities.over_sequences import DEGREES, ONE_SEQUENCE
-from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.registry import quantity, with_attrs
 from depthscope.diagnostics.quantities.states import States, by_kind
 
 # Entries of one block of rows of the distance matrix: 32 MB of float64.
@@ -88,8 +88,8 @@ def _nearest_by_owner(points: np.ndarray, owner: np.ndarray, owners: list[int]) 
 
 @quantity
 def neighbour_dimensions(
-    residual_states: States, token_masks: xr.DataArray
-) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    residual_states: States, token_masks: xr.Variable
+) -> tuple[xr.Variable, xr.Variable, xr.Variable]:
     """Dimension of the cloud of tokens, its jackknife error over sequences, and the number of distinct tokens."""
     sequences = np.broadcast_to(np.arange(len(residual_states.mask))[:, None], residual_states.mask.shape)
 
@@ -97,16 +97,16 @@ def neighbour_dimensions(
         def of_kind(counted: np.ndarray) -> np.ndarray:
             return np.array([_with_error(view[counted], sequences[counted]) for view in views])
 
-        return np.stack(by_kind(token_masks.transpose("tokens", "sample", "token").values, of_kind), axis=1)
+        return np.stack(by_kind(token_masks.values, of_kind), axis=1)
 
-    found = residual_states.over_depth(measure, ("tokens", "part"), tokens=token_masks["tokens"])
+    found = residual_states.over_depth(measure, ("tokens", "part"))
     dimension, error, count = (found.isel(part=at).transpose("tokens", "depth", "stream") for at in range(3))
     num_sequences = int(residual_states.mask.any(axis=1).sum())
     facts = {
         "estimator": f"delete-one jackknife over {num_sequences} sequences",
         **({DEGREES: num_sequences - 1} if num_sequences > 1 else {"undefined_because": ONE_SEQUENCE}),
     }
-    return dimension, error.assign_attrs(facts), count
+    return dimension, with_attrs(error, facts), count
 
 
 def _with_error(points: np.ndarray, sequence: np.ndarray) -> tuple[float, float, float]:

@@ -1,25 +1,31 @@
 """What do metrics share? Quantities derived from a trace, each declared once and computed at most once.
 
 A quantity is a function; the names of its parameters are the other quantities, variables of the trace or choices of
-labels that it needs.
+labels that it needs. Values are arrays with named dims (`xarray.Variable`): labels cost more than most formulas, and are put
+on at the end, by `Quantities.labelled`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import (
+    COEFFICIENTS,
     OF_ATTENTION,
     OF_CHECKPOINTS,
     OF_STREAMING,
+    OF_STREAMS,
     OF_WEIGHTS,
     POOLED_STEP,
+    STATISTICS,
     TRACE,
     TRACE_COORDS,
 )
@@ -58,16 +64,14 @@ ATTRS = "attrs"
 
 # Parts of connections with streams, which a run of one stream cannot have.
 _OF_STREAMS = (
-    *("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits"),
+    *(*OF_STREAMS, "read_known", "initial_logits"),
     *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
 )
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
-    "h_res": "one stream mixes nothing, or the family's mixing matrix is not known",
-    "h_pre": "the family has no scalar read weights, or the capture left them out",
-    "h_post": "the family has no scalar write weights, or the capture left them out",
+    **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
     "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
     "mixing_logits": "H_res is no softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(
@@ -100,6 +104,9 @@ class Quantities:
         The chain's trace.
     choices : mapping of str to str, optional
         One label for some of `CHOICES`, where not every variant is wanted.
+    supplied : mapping of str to function, optional
+        Quantities that are known otherwise than from raw states, such as from sums over every token: functions like those of
+        `QUANTITIES`, which take their place.
 
     Examples
     --------
@@ -110,24 +117,32 @@ class Quantities:
     2
     """
 
-    def __init__(self, trace: xr.Dataset, *, choices: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        trace: xr.Dataset,
+        *,
+        choices: Mapping[str, str] | None = None,
+        supplied: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    ) -> None:
         self.trace = trace
+        self._supplied = supplied
         # A choice is a quantity too: a function that names the dim gets the labels to compute.
         self._values: dict[str, Any] = dict(CHOICES)
         self._values[ATTRS] = trace.attrs
         for dim, label in (choices or {}).items():
             self._values[dim] = (label,)
-        self._reasons: dict[str, Unavailable] = {}
+        self._reasons: dict[str, str] = {}
+        self._coordinates: dict[tuple[tuple[Any, int], ...], xr.Coordinates] = {}
 
     def __getitem__(self, name: str) -> Any:
         # A failure is cached too: many metrics need the same quantity, and some fail only after minutes of work.
         if name in self._reasons:
-            raise self._reasons[name]
+            raise Unavailable(self._reasons[name])
         if name not in self._values:
             try:
                 self._values[name] = self._compute(name)
             except Unavailable as reason:
-                self._reasons[name] = reason
+                self._reasons[name] = str(reason)  # without its traceback, which has all that was computed
                 raise
         return self._values[name]
 
@@ -146,16 +161,51 @@ class Quantities:
         ``function``: its parameters are names of quantities; those with a default are left out where they are not
         available.
         """
+        # Of a method without its owner: so that nobody keeps that.
+        parameters = _parameters(getattr(function, "__func__", function))
         arguments = {}
-        for name, parameter in inspect.signature(function).parameters.items():
+        for name, is_needed in parameters[1:] if inspect.ismethod(function) else parameters:
             try:
                 arguments[name] = self[name]
             except Unavailable:
-                if parameter.default is inspect.Parameter.empty:
+                if is_needed:
                     raise
         return function(**arguments)
 
+    def labelled(self, value: xr.Variable | xr.DataArray) -> xr.DataArray:
+        """Values with the labels of the chain on every dim that has none yet."""
+        key = tuple(value.sizes.items())
+        if key not in self._coordinates:  # to make indexes takes longer than to use them
+            labels = [self._labels(str(dim), size) for dim, size in key]
+            self._coordinates[key] = xr.Coordinates(
+                {name: of for each in labels for name, of in each.items()}
+            )
+        known = self._coordinates[key]
+        if not isinstance(value, xr.DataArray):
+            return xr.DataArray(value, known)
+        return value.assign_coords({name: of for name, of in known.items() if name not in value.coords})
+
+    def _labels(self, dim: str, size: int) -> dict[str, Any]:
+        """Coordinates of a dim of a value."""
+        if dim in CHOICES:
+            return {dim: list(self._values[dim])}
+        if dim in LABELS:
+            return {dim: list(LABELS[dim])}
+        if dim in ("component", "head"):
+            return {dim: np.arange(size)}
+        if dim == "group":
+            return {"scope": ("group", group_scopes(self._values["scope"], self["mask"].sizes["sample"]))}
+        if dim == "stream":
+            return {dim: stream_labels(size, self.trace.sizes.get("stream", 1))}
+        if dim.startswith("other_"):
+            of_axis = self.trace.coords.get(dim.removeprefix("other_"))
+            return {dim: np.arange(size) if of_axis is None else np.asarray(of_axis.values)}
+        known = {str(name): of.variable for name, of in self.trace.coords.items() if of.dims == (dim,)}
+        return ({dim: np.arange(size)} if dim == "connection" else {}) | known
+
     def _compute(self, name: str) -> Any:
+        if name in self._supplied:
+            return self.call(self._supplied[name])
         if name in QUANTITIES:
             return self.call(QUANTITIES[name])
         if name in self.trace.variables:
@@ -164,12 +214,49 @@ class Quantities:
             # A bare array measured by name has no mask: every token is real.
             sizes = {dim: self.trace.sizes.get(dim, 1) for dim in TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
-        if name not in (*TRACE, *TRACE_COORDS, *OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS):
+        if name not in (*TRACE, *TRACE_COORDS, *STATISTICS):
             # Not Unavailable, which is a reason about the run: this is a mistake in a declaration.
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
         if name in _OF_STREAMS and self.trace.sizes.get("stream") == 1:
             raise Unavailable("needs more than one stream; this run has one")
         raise missing(name)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, bool], ...]:
+    """Names of parameters, and whether each has no default."""
+    found = inspect.signature(function).parameters.items()
+    return tuple((name, of.default is inspect.Parameter.empty) for name, of in found)
+
+
+def stream_labels(size: int, num_streams: int) -> list[str]:
+    """Labels of the views of so many streams: ``mean`` and, of several, their numbers; shares of streams have no mean."""
+    numbers = list(map(str, range(num_streams))) if num_streams > 1 else []
+    return numbers if size == len(numbers) else ["mean", *numbers]
+
+
+def with_attrs(value: xr.Variable, attrs: Mapping[str, Any]) -> xr.Variable:
+    """The same values with further attributes."""
+    found = value.copy(deep=False)
+    found.attrs = {**value.attrs, **attrs}
+    return found
+
+
+Values = TypeVar("Values", xr.Variable, xr.DataArray)
+
+
+def ratio(numerator: Values, denominator: Values) -> Values:
+    """The ratio of two values; NaN where the denominator is not positive."""
+    # By numpy: `where` takes longer than all of the rest.
+    positive = np.where(denominator.values > 0, denominator.values, np.nan)
+    if numerator.dims == denominator.dims:
+        return numerator.copy(data=numerator.values / positive)
+    return numerator / denominator.copy(data=positive)
+
+
+def group_scopes(scope: tuple[str, ...], num_sequences: int) -> list[str]:
+    """The scope of each group of tokens: every sequence is one, and all tokens pooled."""
+    return [label for label in scope for _ in range(num_sequences if label == "sequence" else 1)]
 
 
 def missing(name: str) -> Unavailable:
@@ -252,15 +339,22 @@ def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ..
     return function
 
 
-def roots(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The variables of a trace that a function is computed from in the end, without the mask."""
+def roots(
+    function: Callable[..., Any], supplied: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """The variables of a trace that a function is computed from in the end, without the mask.
+
+    ``supplied``: as of `Quantities`: then these are variables of what supplies them, and of the trace.
+    """
     # Without the mask: nearly all take it, and a bare array has none.
     found: list[str] = []
     for name in inspect.signature(function).parameters:
-        if name in _ROOTS:
+        if name in supplied:
+            found += roots(supplied[name], supplied)
+        elif name in _ROOTS:
             found += _ROOTS[name]
         elif name in QUANTITIES:
-            found += roots(QUANTITIES[name])
+            found += roots(QUANTITIES[name], supplied)
         elif name not in (*CHOICES, ATTRS, "mask"):
             found.append(name)
     return tuple(dict.fromkeys(found))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.quantities.registry import Unavailable, quantity
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity, stream_labels
 from depthscope.diagnostics.schema import NOT_FINITE, STATE
 
 # Bytes of states that are cached between metrics: 20 depths of 4096 tokens with 768 features in float32. Deeper ones are
@@ -62,7 +62,7 @@ class States:
     @property
     def streams(self) -> list[str]:
         """Labels of the views: ``mean`` and, for several streams, their numbers."""
-        return ["mean", *map(str, range(self.num_streams))] if self.num_streams > 1 else ["mean"]
+        return stream_labels(self.num_streams + (self.num_streams > 1), self.num_streams)
 
     @property
     def coords(self) -> dict[str, Any]:
@@ -118,8 +118,8 @@ class States:
         return select_rows(views, self.mask)
 
     def over_depth(
-        self, measure: Callable[[np.ndarray], np.ndarray], dims: tuple[str, ...] = (), **coords: Any
-    ) -> xr.DataArray:
+        self, measure: Callable[[np.ndarray], np.ndarray], dims: tuple[str, ...] = ()
+    ) -> xr.Variable:
         """Measure every depth and every view; NaN where a state is not finite.
 
         ``measure``: views (V, S, T, D) in, values (V, ...) out.
@@ -131,14 +131,13 @@ class States:
             values = np.asarray(measure(views), dtype=float)  # counts are integers, which have no NaN
             values[~finite] = np.nan
             found.append(values)
-        return self.labelled(np.stack(found), ("depth", "stream", *dims), **coords)
+        return xr.Variable(("depth", "stream", *dims), np.stack(found))
 
     def over_steps(
         self,
         measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
         dims: tuple[str, ...] = (),
-        **coords: Any,
-    ) -> xr.DataArray:
+    ) -> xr.Variable:
         """Measure every step from a depth to the next, on the real tokens; NaN at the first depth.
 
         ``measure``: views before and after (V, N, D), float64, in, values (V, ...) out.
@@ -153,15 +152,14 @@ class States:
                 [measure(before[v].astype(np.float64), after[v].astype(np.float64)) for v in views]
             )
 
-        return self._over_steps(of_step, dims, **coords)
+        return self._over_steps(of_step, dims)
 
     def over_token_steps(
         self,
         measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
         summary: Callable[[np.ndarray], np.ndarray],
         dims: tuple[str, ...] = (),
-        **coords: Any,
-    ) -> xr.DataArray:
+    ) -> xr.Variable:
         """As `over_steps`, of what is measured token by token: a few at a time, which is faster and takes less memory.
 
         ``measure``: views of some tokens before and after (V, n, D), float64, in, values (V, n, ...) out.
@@ -177,14 +175,13 @@ class States:
             ]
             return summary(np.concatenate(parts, axis=1))
 
-        return self._over_steps(of_step, dims, **coords)
+        return self._over_steps(of_step, dims)
 
     def _over_steps(
         self,
         measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
         dims: tuple[str, ...],
-        **coords: Any,
-    ) -> xr.DataArray:
+    ) -> xr.Variable:
         """Measure every step on the real tokens as they are stored."""
         found: list[np.ndarray] = []
         views, finite_before = self.load(0)
@@ -198,43 +195,28 @@ class States:
             before, finite_before = after, finite_after
         # The first depth ends no step. Where there is no other, measured against itself it has the shape of one.
         like = found[0] if found else np.asarray(measure(before, before), dtype=float)
-        return self.labelled(
-            np.stack([np.full_like(like, np.nan), *found]), ("depth", "stream", *dims), **coords
-        )
+        return xr.Variable(("depth", "stream", *dims), np.stack([np.full_like(like, np.nan), *found]))
 
     def over_sequences(
-        self, measure: Callable[[np.ndarray, np.ndarray | None], np.ndarray], masks: xr.DataArray
-    ) -> xr.DataArray:
+        self, measure: Callable[[np.ndarray, np.ndarray | None], np.ndarray], masks: xr.Variable
+    ) -> xr.Variable:
         """Measure every sequence.
 
         ``measure``: views (V, S, T, D) and a mask (S, T), None where all tokens count, in, values (V, S) out.
         ``masks``: dims (tokens, sample, token): which tokens count, by kind.
         """
-        kinds = masks.transpose("tokens", "sample", "token").values
+        kinds = masks.values
 
         def measure_kinds(views: np.ndarray) -> np.ndarray:
             found = by_kind(kinds, lambda counted: _by_sequences(measure, views, counted))
             return np.stack(found, axis=1)
 
-        found = self.over_depth(measure_kinds, ("tokens", "sequence"), tokens=masks["tokens"])
+        found = self.over_depth(measure_kinds, ("tokens", "sequence"))
         return found.transpose("tokens", "depth", "stream", "sequence")
 
     def at(self, depths: Sequence[int]) -> States:
         """The states of some depths, which are read once for both."""
         return _PartOfStates(self, depths)
-
-    def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
-        """Put the chain's coordinates on values.
-
-        ``dims``: their dims; ``depth``, ``other_depth`` and ``stream`` get the chain's coordinates.
-        """
-        known: dict[str, Any] = dict(self.coords)
-        if "stream" in dims:
-            known["stream"] = self.streams
-        if "other_depth" in dims:
-            known["other_depth"] = ("other_depth", np.asarray(self._states["depth"].values))
-        known.update(coords)
-        return xr.DataArray(values, dims=dims, coords=known)
 
 
 class _PartOfStates(States):

@@ -21,23 +21,19 @@ RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 
 @quantity
 def singular_values(
-    residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
-) -> xr.DataArray:
+    residual_states: States, token_masks: xr.Variable, scope: tuple[str, ...], centering: tuple[str, ...]
+) -> xr.Variable:
     """Singular values of the tokens of each sequence and of all pooled; zero beyond the rank."""
     kinds = token_masks.values
-    # In the order of the groups, whose labels the spectra get; a set has no order.
-    scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
     def decompose(views: np.ndarray) -> np.ndarray:
-        return np.stack(by_kind(kinds, lambda counted: _spectra(views, counted, scopes, centering)), axis=1)
+        return np.stack(by_kind(kinds, lambda counted: _spectra(views, counted, scope, centering)), axis=1)
 
-    dims = ("tokens", "centering", "group", "component")
-    labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
-    return residual_states.over_depth(decompose, dims, **labels)
+    return residual_states.over_depth(decompose, ("tokens", "centering", "group", "component"))
 
 
 def _spectra(
-    views: np.ndarray, counted: np.ndarray, scopes: list[str], centering: tuple[str, ...]
+    views: np.ndarray, counted: np.ndarray, scopes: tuple[str, ...], centering: tuple[str, ...]
 ) -> np.ndarray:
     """Spectra (V, centering, group, component) of the tokens that count, of views (V, S, T, D)."""
     num_groups = sum(len(counted) if scope == "sequence" else 1 for scope in scopes)
@@ -65,20 +61,29 @@ def _pooled_spectrum(view: np.ndarray, counted: np.ndarray, *, center: bool) -> 
     return rank.singular_values(rows, center=center)[0] if rows.shape[1] else np.zeros(0)
 
 
-def over_spectra(measure: Callable[[Any], Any], spectra: xr.DataArray) -> xr.DataArray:
+def over_spectra(measure: Callable[[Any], Any], spectra: xr.Variable) -> xr.Variable:
     """Measure every spectrum; NaN where all its singular values are zero or undefined.
 
     ``measure``: singular values (..., component) in, values (...) out: a rank.
     """
     # Kernels refuse NaN, and give NaN for a spectrum of zeros.
-    return xr.apply_ufunc(measure, spectra.fillna(0.0), input_core_dims=[["component"]])
+    ordered = spectra.transpose(..., "component")
+    values = measure(np.where(np.isnan(ordered.values), 0.0, ordered.values))
+    return ordered.isel(component=0).copy(data=values)
 
 
-def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
+@quantity
+def noise_rows(token_counts: xr.Variable, centering: tuple[str, ...]) -> xr.Variable:
     """Degrees of freedom of noise, in rows: one fewer where the mean is removed; NaN for none."""
     # One token less its mean is zero: it has no spectrum, and so has its noise.
     of_each = {"raw": token_counts, "centred": (token_counts - 1.0).where(token_counts > 1)}
-    return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
+    return xr.Variable.concat([of_each[label] for label in centering], "centering")
+
+
+@quantity
+def num_features(residual_states: States) -> int:
+    """The number of features of a state."""
+    return residual_states.num_features
 
 
 @lru_cache(maxsize=4096)

@@ -17,35 +17,18 @@ ROUNDING = 4.0 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True)
 class Steps:
-    """What each step does to each token, by depth, stream and token; NaN where a state is zero or not finite.
+    """What each step does to each token, arrays (L + 1, V, N); NaN where a state is zero or not finite."""
 
-    Parameters
-    ----------
-    states : States
-        Where they come from: its labels and its sequences.
-    square : ndarray, shape (L + 1, V, N)
-        ‖x_l‖².
-    added : ndarray, shape (L + 1, V, N)
-        ‖x_l − x_{l−1}‖².
-    across : ndarray, shape (L + 1, V, N)
-        The part of it across x_{l−1}, which turns the state and does not only scale it.
-    angle : ndarray, shape (L + 1, V, N)
-        Angle between x_{l−1} and x_l, in rad.
-    """
-
-    states: States
-    square: np.ndarray
-    added: np.ndarray
-    across: np.ndarray
-    angle: np.ndarray
+    states: States  # where they come from: its labels and its sequences
+    square: np.ndarray  # ‖x_l‖²
+    added: np.ndarray  # ‖x_l − x_{l−1}‖²
+    across: np.ndarray  # the part of it across x_{l−1}, which turns the state and does not only scale it
+    angle: np.ndarray  # angle between x_{l−1} and x_l, in rad
 
     @property
     def is_branch(self) -> np.ndarray:
         """Which depths end a branch, (L + 1,)."""
-        found = np.arange(len(self.states)) > 0
-        if "site" in self.states.coords:
-            found &= ~np.isin(self.states.coords["site"].values.astype(object).astype(str), NO_BRANCH)
-        return found
+        return ends_branch(self.states)
 
     def by_sequence(self, values: np.ndarray) -> np.ndarray:
         """Mean over the tokens of each sequence of what is not NaN, (L + 1, V, N) in, (L + 1, V, S) out."""
@@ -56,6 +39,14 @@ class Steps:
             count = (~np.isnan(part)).sum(-1)
             means[..., sequence] = np.nansum(part, -1) / np.where(count > 0, count, np.nan)
         return means
+
+
+def ends_branch(states: States) -> np.ndarray:
+    """Which depths end a branch, (L + 1,)."""
+    found = np.arange(len(states)) > 0
+    if "site" in states.coords:
+        found &= ~np.isin(states.coords["site"].values.astype(object).astype(str), NO_BRANCH)
+    return found
 
 
 @quantity

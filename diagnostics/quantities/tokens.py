@@ -22,27 +22,13 @@ NUM_NAMED = 10
 
 @dataclass(frozen=True)
 class Massive:
-    """Massive activations of a run: where they are and how large.
+    """Massive activations of a run: where they are and how large."""
 
-    Parameters
-    ----------
-    token : DataArray
-        Dims (sample, token): true where a token has one at any depth, in any stream.
-    fraction : DataArray
-        Dims (depth, stream): share of the real tokens that have one.
-    ratio : DataArray
-        Dims (depth, stream): the largest activation over the median one.
-    features : tuple of int
-        Features that have one.
-    tokens_per_sequence : float
-        Real tokens of a sequence that has some, the mean.
-    """
-
-    token: xr.DataArray
-    fraction: xr.DataArray
-    ratio: xr.DataArray
-    features: tuple[int, ...]
-    tokens_per_sequence: float
+    token: xr.Variable  # dims (sample, token): true where a token has one at any depth, in any stream
+    fraction: xr.Variable  # dims (depth, stream): share of the real tokens that have one
+    ratio: xr.Variable  # dims (depth, stream): the largest activation over the median one
+    features: tuple[int, ...]  # features that have one
+    tokens_per_sequence: float  # real tokens of a sequence that has some, the mean
 
     @property
     def locations(self) -> dict[str, list[Any]]:
@@ -70,9 +56,7 @@ class Massive:
         ``parts``: in depth order, of the same tokens.
         """
         together = {
-            name: xr.concat(
-                [getattr(part, name) for part in parts], "depth", coords="minimal", compat="override"
-            )
+            name: xr.Variable.concat([getattr(part, name) for part in parts], "depth")
             for name in ("fraction", "ratio")
         }
         has_token = np.logical_or.reduce([part.token.values for part in parts])
@@ -85,7 +69,7 @@ class Massive:
 
 
 @quantity
-def massive(residual_states: States, mask: xr.DataArray) -> Massive:
+def massive(residual_states: States) -> Massive:
     """Massive activations at every depth, found in one pass."""
     real = residual_states.mask
     has_token = np.zeros(real.shape, dtype=bool)
@@ -101,7 +85,7 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
 
     both = residual_states.over_depth(measure, ("measure",))
     return Massive(
-        token=mask.transpose("sample", "token").copy(data=has_token),
+        token=xr.Variable(("sample", "token"), has_token),
         fraction=both.isel(measure=0),
         ratio=both.isel(measure=1),
         features=tuple(np.flatnonzero(has_feature).tolist()),
@@ -122,33 +106,26 @@ def _largest_over_median(views: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 @quantity
-def token_masks(mask: xr.DataArray, massive: Massive, tokens: tuple[str, ...]) -> xr.DataArray:
+def token_masks(mask: xr.DataArray, massive: Massive, tokens: tuple[str, ...]) -> xr.Variable:
     """Which tokens count, by kind: all real ones, or those that are massive at no depth and in no stream.
 
     One mask for every depth, so that numbers at two depths are of the same tokens.
     """
-    kinds = {"all": mask, "ordinary": mask & ~massive.token}
-    chosen = [kinds[kind].transpose("sample", "token").reset_coords(drop=True) for kind in tokens]
-    return xr.concat(
-        chosen, xr.Variable("tokens", list(tokens)), coords="minimal", compat="override", join="override"
-    )
+    real = mask.variable.transpose("sample", "token")
+    kinds = {"all": real, "ordinary": real & ~massive.token}
+    return xr.Variable.concat([kinds[kind] for kind in tokens], "tokens")
 
 
 @quantity
-def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataArray:
+def token_counts(token_masks: xr.Variable, scope: tuple[str, ...]) -> xr.Variable:
     """How many tokens a number is computed from, by kind and group: each sequence, all pooled; NaN for none."""
-    counts = token_masks.sum("token")
-    groups = {
-        "sequence": counts.rename(sample="group"),
-        "data": counts.sum("sample").expand_dims("group", -1),
-    }
-    stacked = np.concatenate([groups[label].transpose("tokens", "group").values for label in scope], axis=1)
-    labels = [label for label in scope for _ in range(groups[label].sizes["group"])]
-    coords = {"tokens": token_masks["tokens"], "scope": ("group", labels)}
-    return xr.DataArray(np.where(stacked > 0, stacked, np.nan), dims=("tokens", "group"), coords=coords)
+    counts = token_masks.values.sum(axis=2)
+    groups = {"sequence": counts, "data": counts.sum(axis=1, keepdims=True)}
+    stacked = np.concatenate([groups[label] for label in scope], axis=1)
+    return xr.Variable(("tokens", "group"), np.where(stacked > 0, stacked, np.nan))
 
 
-def for_each_count(counts: xr.DataArray, measure: Callable[[float], float]) -> xr.DataArray:
+def for_each_count(counts: xr.Variable, measure: Callable[[float], float]) -> xr.Variable:
     """A number that depends on how many tokens there are, as the null of a rank does, for each of several counts.
 
     ``counts``: numbers of tokens, any dims; NaN for none.

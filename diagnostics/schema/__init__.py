@@ -1,6 +1,15 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
 from depthscope.diagnostics.schema.attributes import storable_attributes
+from depthscope.diagnostics.schema.coefficients import (
+    COEFFICIENTS,
+    OF_STREAMS,
+    OVER_DEPTH,
+    PLAIN_FACTORS,
+    ROUTE,
+    SUMMED,
+    SUMS_OF_COEFFICIENTS,
+)
 from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
@@ -33,11 +42,8 @@ from depthscope.diagnostics.schema.variables import (
     OF_CHECKPOINTS,
     OF_STREAMING,
     OF_WEIGHTS,
-    OVER_DEPTH,
-    PLAIN_FACTORS,
     PROFILE,
     QUERY,
-    ROUTE,
     SITES,
     SPECTRUM,
     STATE,
@@ -50,6 +56,7 @@ from depthscope.diagnostics.schema.variables import (
 )
 
 __all__ = [
+    "COEFFICIENTS",
     "COVERAGE",
     "CUT_GRADIENT",
     "DEPTH_STEP",
@@ -64,6 +71,7 @@ __all__ = [
     "OF_ATTENTION",
     "OF_CHECKPOINTS",
     "OF_STREAMING",
+    "OF_STREAMS",
     "OF_WEIGHTS",
     "OVER_DEPTH",
     "PLAIN_FACTORS",
@@ -80,6 +88,8 @@ __all__ = [
     "STATISTICS",
     "STREAM_SPECTRUM",
     "SUFFIXES",
+    "SUMMED",
+    "SUMS_OF_COEFFICIENTS",
     "TRACE",
     "TRACE_COORDS",
     "UNPROVEN",

@@ -31,18 +31,10 @@ _RATIO = 8
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that the arrays of a run may have in memory, and where that number is from.
+    """Bytes that the arrays of a run may have in memory, and where that number is from."""
 
-    Parameters
-    ----------
-    max_bytes : int
-        The limit.
-    reason : str
-        For the message: what set it.
-    """
-
-    max_bytes: int
-    reason: str
+    max_bytes: int  # the limit
+    reason: str  # for the message: what set it
 
     @classmethod
     def of(cls, stored: int, max_bytes: int | None) -> Limit:

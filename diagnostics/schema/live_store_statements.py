@@ -96,24 +96,12 @@ def created_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """A variable that has one value a step.
+    """A variable that has one value a step."""
 
-    Parameters
-    ----------
-    dims : tuple of str
-        Without the step.
-    shape : tuple of int
-        Of one step.
-    dtype : str
-        ``"<f8"`` or ``"<f4"``.
-    attrs : mapping
-        Of the variable.
-    """
-
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    attrs: Mapping[str, Any] = field(default_factory=dict)
+    dims: tuple[str, ...]  # without the step
+    shape: tuple[int, ...]  # of one step
+    dtype: str  # ``"<f8"`` or ``"<f4"``
+    attrs: Mapping[str, Any] = field(default_factory=dict)  # of the variable
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:

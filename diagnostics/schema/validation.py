@@ -9,12 +9,11 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.schema.coefficients import OVER_DEPTH, PLAIN_FACTORS
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.variables import (
     AFTER_SUM,
     COVERAGE,
-    OVER_DEPTH,
-    PLAIN_FACTORS,
     SITES,
     STATISTICS,
     TRACE,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from depthscope.diagnostics.schema.coefficients import COEFFICIENTS, ROUTE, SUMMED
+
 # Where in a block a state is taken: see the meaning of the coordinate `site`.
 SITES = ("embed", "pre", "mid", "post", "final")
 
@@ -24,7 +26,6 @@ NOT_FINITE = "not_finite_tokens"
 
 # Dims that several variables have in common.
 STATE = ("depth", "sample", "token", "stream", "feature")
-ROUTE = ("connection", "sample", "token")
 QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
@@ -59,9 +60,6 @@ class Variable:
 TRACE: dict[str, Variable] = {
     "residual": Variable(STATE, "f", "residual state of each stream"),
     "gradient": Variable(STATE, "f", "gradient of the loss with respect to the residual state"),
-    "h_res": Variable(
-        (*ROUTE, "stream_out", "stream_in"), "f", "stream mixing matrix, rows are destinations"
-    ),
     "h_res_returned": Variable(
         (*ROUTE, "stream_out", "stream_in"),
         "f",
@@ -83,16 +81,9 @@ TRACE: dict[str, Variable] = {
     "mixing_gradient_norm": Variable(
         ("connection",), "f", "‖∂loss/∂H_res‖ of h_res, over all tokens of the first batch"
     ),
-    "h_pre": Variable((*ROUTE, "stream"), "f", "weights that read the branch input from the streams"),
-    "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
+    **{of.name: Variable((*ROUTE, *of.axes), "f", of.meaning) for of in COEFFICIENTS},
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
     "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
-    "read": Variable(
-        (*ROUTE, "view_in", "stream"), "f", "read weights of several branch inputs, in place of h_pre"
-    ),
-    "write": Variable(
-        (*ROUTE, "stream", "view_out"), "f", "write weights of several branch outputs, in place of h_post"
-    ),
     "read_known": Variable(
         ROUTE,
         "f",
@@ -101,35 +92,6 @@ TRACE: dict[str, Variable] = {
     "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
     "views_out": Variable(
         (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
-    ),
-    "residual_scale": Variable(
-        ROUTE,
-        "f",
-        "factor of the state in the next one, of a plain connection; absent where it is 1 everywhere",
-    ),
-    "branch_scale": Variable(
-        ROUTE, "f", "factor of the branch's output in the next state, of a plain connection; absent where 1"
-    ),
-    "residual_gate": Variable(
-        (*ROUTE, "feature"), "f", "factors of the state's features, times residual_scale"
-    ),
-    "branch_gate": Variable(
-        (*ROUTE, "feature"), "f", "factors of the branch output's features, times branch_scale"
-    ),
-    "depth_read": Variable(
-        (*ROUTE, "source"),
-        "f",
-        "how much of each source a branch reads: 0 the embedding, j the output of sublayer j",
-    ),
-    "depth_reads": Variable(
-        (*ROUTE, "view_in", "source"),
-        "f",
-        "the same for several inputs of a branch, in place of depth_read; NaN beyond the number of its inputs",
-    ),
-    "depth_carry": Variable(
-        (*ROUTE, "source"),
-        "f",
-        "how much of each source the next state keeps, apart from its own branch's output",
     ),
     "query_entropy": Variable(
         QUERY, "f", "entropy of the attention weights of each query before a state, in nats"
@@ -170,18 +132,12 @@ TRACE_COORDS: dict[str, Variable] = {
     ),
 }
 
-# Of plain connections, which have one stream.
-PLAIN_FACTORS = ("residual_scale", "branch_scale", "residual_gate", "branch_gate")
-"""Variables that say by what a plain connection multiplies the state and the branch's output."""
-
 AFTER_SUM = ("", "norm", "activation")
 """What may be applied to the sum of a plain connection to give the next state."""
 
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 """Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
 
-OVER_DEPTH = ("depth_read", "depth_reads", "depth_carry")
-"""Variables of connections that read or keep more depths than their own."""
 
 # Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.
 STATISTICS: dict[str, Variable] = {
@@ -229,14 +185,15 @@ STATISTICS: dict[str, Variable] = {
         "f",
         "Σ ‖∂loss/∂H_res‖² over tokens; over forwards, where all tokens share the matrix",
     ),
-    "h_res_sum": Variable(
-        (*CONNECTION_STEP, "stream_out", "stream_in"), "f", "Σ H_res over tokens, rows are destinations"
-    ),
-    "h_pre_sum": Variable((*CONNECTION_STEP, "stream"), "f", "Σ H_pre over the tokens of h_pre_token_count"),
+    **{
+        of.total: Variable(
+            (*CONNECTION_STEP, *of.axes), "f", f"Σ {of.symbol} over the tokens of {of.counted_by}"
+        )
+        for of in SUMMED
+    },
     "h_pre_token_count": Variable(
         CONNECTION_STEP, "f", "real tokens whose H_pre is known: of the sampled sequences, or all"
     ),
-    "h_post_sum": Variable((*CONNECTION_STEP, "stream"), "f", "Σ H_post over tokens"),
     "connection_parameter": Variable(
         ("step", "cell"),
         "f",

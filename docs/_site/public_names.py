@@ -12,6 +12,7 @@ import depthscope
 MARK = "<!-- public names -->"
 GROUPS = {
     "Probe a model": (
+        "load",
         "capture",
         "record",
         "Recorder",

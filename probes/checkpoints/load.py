@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import io
 import logging
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
 from depthscope.probes.checkpoints.foreign_references import check_references, offline
 from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
+from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
     check_folder,
     exists,
@@ -60,8 +60,8 @@ WEIGHT_FILES = (
 )
 MAKE_READABLE = "give every parameter its data: no meta device, no lazy module before its first forward"
 EXPECTED = (
-    "expected a transformers folder (with config.json), a .gguf file, 'package.module:function' that returns "
-    "an nn.Module, or the word smollm2"
+    "expected a transformers folder (with config.json), a .gguf file, organisation/name on the Hugging Face hub, "
+    "'package.module:function' that returns an nn.Module, or the word smollm2"
 )
 
 
@@ -79,6 +79,16 @@ class LoadedModel:
     """``sha256:…`` of the weight files, or of the parameters where there is no file."""
     source: str
     """The specification and weights that this came from, as given."""
+    repository: str = ""
+    """``organisation/name`` on the Hugging Face hub; empty for what is no checkpoint of it."""
+    commit: str = ""
+    """The commit of that repository."""
+
+    @property
+    def attrs(self) -> dict[str, str]:
+        """What a run of this model should say of it: ``capture(loaded.model, batch, attrs=loaded.attrs)``."""
+        of_hub = {"repository": self.repository, "repository_commit": self.commit} if self.commit else {}
+        return {"model": self.name, "weights_digest": self.digest, **of_hub}
 
 
 def load_checkpoint(
@@ -88,18 +98,37 @@ def load_checkpoint(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> LoadedModel:
-    """Load the model of a checkpoint; nothing is fetched from a network, and only a factory is code that runs.
+    """Load the model of a checkpoint, in eval mode, with its tokenizer; only a factory is code that runs.
 
     ``package.module:function`` imports that module and calls that function, with all rights of this process: give only
-    code that you trust. No other kind of checkpoint runs code, and of a folder no file outside it is read.
+    code that you trust. No other kind of checkpoint runs code, and of a folder no file outside it is read. Of the network
+    only a repository of the hub is asked for, where the local cache does not have it: no code and no pickle is fetched.
 
-    ``spec``: one of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file
-    (converted once, about 20 s, then read from a cached copy); ``package.module:function``, called without arguments,
-    that returns an ``nn.Module``; the word ``smollm2``.
-    ``weights``: for ``package.module:function`` only: its ``.safetensors`` file or folder, or a state dict saved by
-    ``torch.save``. Every name must fit.
-    ``dtype``: such as ``"bfloat16"``; the checkpoint's own by default.
-    Raises CheckpointError: If the checkpoint is missing, torn, of an unknown kind, or does not fit its model.
+    Parameters
+    ----------
+    spec : str
+        One of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file (converted once,
+        about 20 s, then read from a cached copy); ``organisation/name`` on the Hugging Face hub, with ``@revision``, or with
+        ``/file.gguf``; ``package.module:function``, called without arguments, that returns an ``nn.Module``; the word
+        ``smollm2``.
+    weights : str or Path, optional
+        For ``package.module:function`` only: its ``.safetensors`` file or folder, or a state dict saved by ``torch.save``.
+        Every name must fit.
+    dtype : str or torch.dtype, optional
+        Such as ``"bfloat16"``; the checkpoint's own by default.
+    device : str or torch.device
+        Where to.
+
+    Returns
+    -------
+    LoadedModel
+        ``model``, ``tokenizer``, ``name``, ``digest``, ``repository``, ``commit``, and ``attrs`` for a run.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is missing, torn, of an unknown kind, or does not fit its model; of the hub also without
+        huggingface_hub, and where it may not be read.
     """
     torch_dtype = _torch_dtype(dtype)
     path = given_path(spec)
@@ -111,7 +140,7 @@ def load_checkpoint(
             "leave them out"
         )
     else:
-        with _progress_bars_on_terminals_only():
+        with bars_on_terminals_only():
             loaded = _from_path(path, spec, torch_dtype)
     with errors_of(
         "torch", f"the model of '{printable(spec)}' does not go to '{device}'", "give another --device"
@@ -123,8 +152,8 @@ def load_checkpoint(
 def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Module:
     """The model of a checkpoint on the meta device: its structure and shapes, without memory for its weights.
 
-    ``spec``: A transformers folder, of which only ``config.json`` is read, or ``package.module:function``, which is
-    code that runs.
+    ``spec``: A transformers folder or ``organisation/name`` on the hub, of which only ``config.json`` is read, or
+    ``package.module:function``, which is code that runs.
     ``dtype``: such as ``"bfloat16"``; that of the configuration by default.
     Raises CheckpointError: For anything else, and where the model is not built.
     """
@@ -133,6 +162,8 @@ def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Modul
         with _working_folder_importable(), contextlib.redirect_stdout(sys.stderr), torch.device("meta"):
             model = _call_factory(spec, _import_factory(spec))
         return model.to(torch_dtype).eval() if torch_dtype is not None else model.eval()
+    if is_hub_name(spec):
+        path = hub_files(spec, weights=False).path
     if not (exists(path) and path.is_dir()):
         raise CheckpointError(
             f"'{printable(spec)}' is no folder with a config.json and no 'package.module:function'; a plan needs one of them"
@@ -140,7 +171,7 @@ def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Modul
     check_folder(path)
     settings = _settings(path)
     check_references(path)
-    with offline(), _progress_bars_on_terminals_only():
+    with offline(), bars_on_terminals_only():
         config = _config(path)
         if torch_dtype is None and not settings.get("dtype", settings.get("torch_dtype")):
             torch_dtype = torch.float32
@@ -158,12 +189,21 @@ def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if spec == "smollm2":
         model, tokenizer, digest = load_gguf(smollm2_file(), dtype=dtype)
         return LoadedModel(model, tokenizer, "SmolLM2-135M", digest, spec)
+    if is_hub_name(spec):
+        found = hub_files(spec)
+        loaded = _from_files(found.path, spec, dtype)
+        name = found.path.stem if found.path.suffix == ".gguf" else found.repository.partition("/")[2]
+        return replace(loaded, name=name, repository=found.repository, commit=found.commit)
     if not spec or not exists(path):
         if ":" in spec:  # no file has this name, so a factory was meant
             raise CheckpointError(
                 f"got '{printable(spec)}', expected 'package.module:function', such as my_models:build"
             )
         raise CheckpointError(f"no such checkpoint: '{printable(spec)}'; {EXPECTED}")
+    return _from_files(path, spec, dtype)
+
+
+def _from_files(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if path.is_dir():
         return _from_folder(path, spec, dtype)
     require_file(path)  # before its name: a pipe may be called anything
@@ -378,16 +418,6 @@ def _working_folder_importable() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the imported module may have changed the path itself
             sys.path.remove(folder)
-
-
-@contextlib.contextmanager
-def _progress_bars_on_terminals_only() -> Iterator[None]:
-    """Show the progress bars of transformers and gguf on a terminal, and keep them out of log files."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):  # where tqdm writes
-        yield
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,72 @@ def encode_text(
     batch = {name: value for name, value in batch.items() if name == "input_ids" or name in accepted}
     device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def encode_pairs(
+    loaded: LoadedModel, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Pairs of short texts as pairs of batches: those of equal length together, so that nothing is padded.
+
+    A token that the tokenizer puts before every text, such as BOS, is put there.
+
+    ``loaded``: the model that will read them.
+    ``pairs``: a clean and a corrupted text each.
+    Returns: The numbers of the pairs in the order of the batches, and the ids (sequence, token) of each two.
+    Raises InputError: Where the two texts of a pair have other numbers of tokens, with these.
+    """
+    encoded = []
+    for number, pair in enumerate(pairs, 1):
+        clean, corrupted = (_prompt_ids(loaded, text) for text in pair)
+        if len(clean) != len(corrupted):
+            counts = "; ".join(
+                f"{len(ids)}: {' | '.join(token_texts(loaded, {'input_ids': ids[None]})[0])}"
+                for ids in (clean, corrupted)
+            )
+            raise InputError(
+                f"the texts of pair {number} have {len(clean)} and {len(corrupted)} tokens; expected as many, word by word "
+                f"({counts})"
+            )
+        _check_positions(loaded.model, len(clean))
+        encoded.append((clean, corrupted))
+    order = sorted(range(len(pairs)), key=lambda number: len(encoded[number][0]))
+    groups = groupby((encoded[number] for number in order), key=lambda pair: len(pair[0]))
+    device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
+    batches = []
+    for _, group in groups:
+        clean, corrupted = zip(*group, strict=True)
+        batches.append((torch.stack(clean).to(device), torch.stack(corrupted).to(device)))
+    return order, batches
+
+
+def _prompt_ids(loaded: LoadedModel, text: str) -> torch.Tensor:
+    ids = _token_ids(loaded, text)
+    if loaded.tokenizer is not None:
+        with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not encode the text", REPAIR):
+            first = loaded.tokenizer.bos_token_id
+            if first is not None and loaded.tokenizer(text)["input_ids"][:1] == [first] != list(ids[:1]):
+                ids = np.concatenate([[first], ids])
+    if len(ids) < 1:
+        raise InputError(f"the text {text!r} has no tokens; expected a few words")
+    return torch.from_numpy(np.array(ids))
+
+
+def single_token(loaded: LoadedModel, text: str) -> int:
+    """The id of a text that is one token, such as an answer.
+
+    Raises InputError: Where it is several, with these.
+    """
+    ids = _token_ids(loaded, text)
+    if len(ids) != 1:
+        parts = (
+            " | ".join(token_texts(loaded, {"input_ids": torch.from_numpy(np.array(ids))[None]})[0])
+            if len(ids)
+            else ""
+        )
+        raise InputError(
+            f"the answer {text!r} is {len(ids)} tokens ({parts}), expected one; most words begin with their space, as ' Paris'"
+        )
+    return int(ids[0])
 
 
 def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict[str, torch.Tensor]]:

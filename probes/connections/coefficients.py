@@ -64,17 +64,15 @@ class Parts(Weights):
     Parameters
     ----------
     mix : Tensor or None
-        (B, T, N, N) in the orientation of the module; None where nothing mixes.
+        (B, T, N, N), destination by source; None where nothing mixes.
     read : Tensor or None
         H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
     write : Tensor
         H_post, (B, T, N, V).
     branch_in : Tensor
         (B, T, V, D).
-    branch_out : Tensor or None
-        (B, T, V, D), where the connection itself takes it.
-    read_known : Tensor or None
-        (B, T), where H_pre was inferred from the streams: 1 where they determine it, 0 where equal streams leave it open.
+    branch_out : Tensor
+        (B, T, V, D).
     constant : Tensor or None
         (B, T, N, D): what else is added to the next state, which was not computed from the streams.
     """
@@ -83,26 +81,8 @@ class Parts(Weights):
     read: torch.Tensor | None
     write: torch.Tensor
     branch_in: torch.Tensor
-    branch_out: torch.Tensor | None = None
-    read_known: torch.Tensor | None = None
+    branch_out: torch.Tensor
     constant: torch.Tensor | None = None
-
-
-def as_views(
-    tensor: torch.Tensor, batch_size: int, tokens: int, views: int, width: int
-) -> torch.Tensor | None:
-    """A branch's input or output as (B, T, V, D), or None where its shape has no such reading."""
-    shape = tuple(tensor.shape)
-    if tensor.numel() != batch_size * tokens * views * width:
-        return None
-    if views > 1 and (shape[:2] == (views, batch_size) or shape[0] == views * batch_size):
-        # The outputs of several views come stacked, or merged with the batch.
-        return tensor.reshape(views, batch_size, tokens, width).permute(1, 2, 0, 3)
-    if shape[0] != batch_size:
-        return None
-    if len(shape) == 4 and shape[1] == width != shape[-1] and views == 1:
-        return tensor.flatten(2).mT.unsqueeze(2)  # an image, channels first
-    return tensor.reshape(batch_size, tokens, views, width)
 
 
 def per_token(tensor: torch.Tensor, tail: tuple[int, ...], batch: int, tokens: int) -> Iterator[torch.Tensor]:

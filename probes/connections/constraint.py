@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from depthscope.diagnostics.kernels.mixing import Constraint, named_constraint
-from depthscope.probes.connections.proof import Evidence, applied_matrix
+from depthscope.probes.connections.proof import Evidence
 
 # Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
 # Connections compute their weights in float32 where the states are float64.
@@ -55,12 +54,7 @@ def constraint_of(evidence: Evidence) -> Constraint | None:
     joints = evidence.joints
     if all(joint.parts.mix is None for joint in joints):
         return None
-    matrices = []
-    for number, joint in enumerate(joints):
-        # Before the cast to the precision of the states, which no constraint survives to its own rounding.
-        matrix = applied_matrix(joint, replace(evidence.reading(number), cast=False))
-        matrices.append(matrix[joint.mask])
-    return measured_constraint(matrices, joints[0].dtype)
+    return measured_constraint([joint.matrix[joint.mask] for joint in joints], joints[0].dtype)
 
 
 def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
@@ -68,12 +62,7 @@ def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
     if constraint is None:
         unmixed = evidence.joints and all(joint.parts.mix is None for joint in evidence.joints)
         return NOTHING_MIXES if unmixed else ""
-    # Where H_res and its transpose fit alike, rows and columns are not told apart.
-    one_sided = constraint.name in ("row-stochastic only", "column-stochastic only")
-    unsure = (
-        " (rows and columns may be exchanged)" if one_sided and evidence.orientation == "ambiguous" else ""
-    )
-    return constraint.words + unsure
+    return constraint.words
 
 
 def measured_family(detected: str, constraint: Constraint | None) -> str:

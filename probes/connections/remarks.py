@@ -79,10 +79,6 @@ class Facts:
         (K, T), True on tokens that are no padding.
     origin : Origin or None
         From what the weights were computed; None where no forward was followed.
-    replaced : str
-        How the matrix had to be read that is applied, where it is not the one that is computed: "identity", "transposed".
-    computed : Tensor or None
-        That other matrix.
     spread_in, spread_out : float
         ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
     """
@@ -96,8 +92,6 @@ class Facts:
     write: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     origin: Origin | None = None
-    replaced: str = ""
-    computed: torch.Tensor | None = None
     spread_in: float = 1.0
     spread_out: float = 1.0
 
@@ -154,24 +148,16 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
         for i, each in enumerate(facts)
         if each.origin and each.origin.unused is not None
     }
-    # Where no forward was followed, only the next states show it.
-    shown = {
-        i: each.computed
-        for i, each in enumerate(facts)
-        if each.replaced == "identity" and each.computed is not None
-    }
-    matrices = {**shown, **unused}
-    if not matrices:
+    if not unused:
         return
-    at, n = sorted(matrices), facts[0].num_streams
-    apart = max(float((facts[i].mix - matrices[i].to(facts[i].mix)).abs().max()) for i in at)
+    at, n = sorted(unused), facts[0].num_streams
+    apart = max(float((facts[i].mix - unused[i].to(facts[i].mix)).abs().max()) for i in at)
     identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
-    proof = "no output depends on it" if set(at) == set(unused) else "the next states follow without it"
     yield Remark(
         "discarded_mixing",
-        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and {proof}; what is "
-        f"applied is {'the identity' if identity else 'another matrix'}, from which its entries differ by up to "
-        f"{_number(apart)}",
+        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output "
+        f"depends on it; what is applied is {'the identity' if identity else 'another matrix'}, from which its entries "
+        f"differ by up to {_number(apart)}",
         apart,
         tuple(at),
     )
@@ -179,8 +165,7 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    replaced = [number for number, each in enumerate(facts) if each.replaced == "transposed"]
-    fewer = replaced or _turned_minority(facts)
+    fewer = _turned_minority(facts)
     crossed = [
         i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False
     ]

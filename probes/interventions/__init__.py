@@ -3,7 +3,9 @@
 from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
 from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
-from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.model_under_test import ModelUnderTest
+from depthscope.probes.interventions.patching import patch
 
 __all__ = [
     "KINDS",
@@ -12,6 +14,7 @@ __all__ = [
     "Plan",
     "ablate",
     "open_result",
+    "patch",
     "plan",
     "save_result",
     "table",

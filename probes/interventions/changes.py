@@ -17,9 +17,9 @@ import xarray as xr
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
 from depthscope.diagnostics.kernels.geometry import massive_activations
+from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import (
     Edit,
-    InterventionError,
     ModelUnderTest,
     Passed,
 )
@@ -555,16 +555,12 @@ def _without_massive(depths: list[int], model: ModelUnderTest) -> Iterator[Chang
 
 def _patched(depth: int, value: torch.Tensor, wanted: Plan, model: ModelUnderTest) -> Change:
     streams = None if wanted.streams is None else list(_streams(wanted, model))
-
-    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-        new = _constant(value.to(state.device, state.dtype))(state, seen)
-        chosen = torch.ones(state.shape[1:3], dtype=torch.bool, device=state.device)
-        if wanted.tokens is not None:
-            chosen &= _positions(wanted.tokens, state.shape[1]).to(state.device)[:, None]
-        if streams is not None:
-            chosen &= _positions(tuple(streams), state.shape[2]).to(state.device)
-        return torch.where(chosen[None, :, :, None], new, state)
-
+    chosen = torch.ones(value.shape[1:3], dtype=torch.bool)
+    if wanted.tokens is not None:
+        chosen &= _positions(wanted.tokens, len(chosen))[:, None]
+    if streams is not None:
+        chosen &= _positions(tuple(streams), chosen.shape[1])
+    edit = replaced_state(value, chosen)
     return Change(
         f"patch depth {depth}",
         "patch",
@@ -573,6 +569,16 @@ def _patched(depth: int, value: torch.Tensor, wanted: Plan, model: ModelUnderTes
         depth=depth,
         stream=streams[0] if streams and len(streams) == 1 else -1,
     )
+
+
+def replaced_state(value: torch.Tensor, chosen: torch.Tensor) -> Edit:
+    """Another state at some tokens and streams, (T, N)."""
+
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        new = _constant(value.to(state.device, state.dtype))(state, seen)
+        return torch.where(chosen.to(state.device)[None, :, :, None], new, state)
+
+    return edit
 
 
 def _positions(numbers: tuple[int, ...], count: int) -> torch.Tensor:

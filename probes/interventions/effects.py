@@ -14,12 +14,12 @@ from torch import nn
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
+from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import (
-    InterventionError,
     ModelUnderTest,
     Passed,
-    targets_of,
 )
+from depthscope.probes.interventions.other_paths import other_paths
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,
@@ -27,6 +27,7 @@ from depthscope.probes.interventions.predictions import (
     relative_change,
     user_loss,
 )
+from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
@@ -161,7 +162,7 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
         measure.why,
         under_test.num_streams,
         under_test.proof,
-        under_test.around(),
+        other_paths(under_test),
     )
 
 
@@ -267,7 +268,7 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     if later:
         coords["later_block"] = np.array(later)
     if token_text is not None:
-        coords["token_text"] = (("sample", "token"), _texts(token_text, (samples, tokens)))
+        coords["token_text"] = (("sample", "token"), texts_of(token_text, (samples, tokens)))
     left_out = {key: why for row in rows for key, why in row.left_out.items()}
     attrs = {
         "model": name,
@@ -317,7 +318,8 @@ def _widened(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.pad(values, missing, constant_values=np.nan)
 
 
-def _texts(given: Any, shape: tuple[int, int]) -> np.ndarray:
+def texts_of(given: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Texts of the tokens of some sequences, empty where there is none."""
     texts = np.full(shape, "", dtype=object)
     for row, words in enumerate(given):
         for position, word in enumerate(list(words)[: shape[1]]):

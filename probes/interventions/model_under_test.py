@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.probes.connections.applied import as_applied
-from depthscope.probes.connections.coefficients import relative_error
-from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
-from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, gather_evidence
-from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
+from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.interventions.applied_connections import AppliedConnections
+from depthscope.probes.interventions.branch_reads import BranchReads
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.predictions import Pick, output_values
+from depthscope.probes.interventions.repeats import repeats, same_values
 from depthscope.probes.interventions.state_operations import (
+    READ,
     Birthplace,
+    Change,
     Depth,
+    Read,
     StateOperations,
 )
-from depthscope.probes.model.errors import CaptureError, require_module
+from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.run.build_run import build_run
-from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed
@@ -42,10 +46,6 @@ Edit: TypeAlias = Callable[[torch.Tensor, Seen], torch.Tensor]
 """``edit(state, seen)``: the new state (B, T, N, D), from the one that was computed and the earlier ones by depth."""
 
 
-class InterventionError(CaptureError):
-    """A change that cannot be made, or an experiment that the model does not allow."""
-
-
 @dataclass
 class Passed:
     """What one forward showed.
@@ -56,13 +56,19 @@ class Passed:
         What the model returned.
     states : dict of int to Tensor
         (B, T, N, D) by depth, as they were passed on.
-    mixing : dict of int to Tensor
-        H_res of every connection that mixes, (B, T, N, N), destination by source, float64 on the CPU.
+    connections : dict of int to Parts
+        Of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
     """
 
     output: Any
     states: dict[int, torch.Tensor] = field(default_factory=dict)
-    mixing: dict[int, torch.Tensor] = field(default_factory=dict)
+    connections: dict[int, Parts] = field(default_factory=dict)
+
+    @property
+    def mixing(self) -> dict[int, torch.Tensor]:
+        """H_res of every connection that mixes, (B, T, N, N), destination by source, float64 on the CPU."""
+        found = {number: parts.mix for number, parts in self.connections.items()}
+        return {number: mix.double() for number, mix in found.items() if mix is not None}
 
 
 class ModelUnderTest:
@@ -98,10 +104,9 @@ class ModelUnderTest:
         self.number = _chain_number(self.structure.chains, chain)
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, Birthplace | None] = {}
-        self._evidence: Evidence | None = None
-        self._applied: list[Joint] | None = (
-            None  # the connections, where other matrices are applied than computed
-        )
+        self._branch_reads: BranchReads | None = None
+        self._num_sequences = 0
+        self._connections = AppliedConnections(self._session)
         self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
         operations = StateOperations(model)
@@ -176,45 +181,27 @@ class ModelUnderTest:
         """Number of residual streams."""
         return self.base.states[0].shape[2] if 0 in self.base.states else self.structure.num_streams
 
-    def around(self) -> str:
-        """Whether what is changed at a depth is all that the later ones get; if not, a sentence that says so.
-
-        The states in the middle are exchanged between the sequences. If nothing else leads from before them to the last
-        state, that one is then the other sequence's, whatever comes between.
-        """
-        last, middle = len(self.chain.points) - 1, len(self.chain.points) // 2
-        mixes = any(
-            module.training for module in self.model.modules()
-        )  # random masks belong to a row, not to a sequence
-        if mixes or self._batch_size < 2 or middle == last:
-            return ""
-        try:
-            passed = self.forward({middle: lambda state, seen: state.roll(1, 0)})
-        except InterventionError:
-            return ""
-        expected = self.base.states[last].roll(1, 0)
-        apart = relative_error(passed.states[last].double() - expected.double(), expected.double())
-        if apart <= AROUND:
-            return ""
-        return (
-            f"more than the state at depth {middle} leads to the last one (with the states of other sequences there, it "
-            f"differs from theirs by {apart:.1%}): embeddings of the ids, masks or skips over depth go around a changed state"
-        )
-
     @property
     def proof(self) -> str:
         """Whether the reading of the chain is proven: ``proven``, or ``unproven: …`` with the reason."""
-        return "proven" if self._evidence is not None else self.chain.proof or "unproven: no proof was made"
+        return "proven" if self._connections.are_proven else self.chain.proof or "unproven: no proof was made"
 
     # --- running it
 
-    def forward(self, edits: Mapping[int, Edit]) -> Passed:
+    def forward(
+        self, edits: Mapping[int, Edit], reads: Mapping[int, Edit] | None = None, *, checked: bool = True
+    ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
         Parameters
         ----------
         edits : mapping of int to Edit
             By depth. An edit that returns the very tensor it was given changes nothing.
+        reads : mapping of int to Edit, optional
+            By connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
+        checked : bool
+            Whether the states are compared with those that are shown, and the connections read. Without it a forward takes
+            a third of the time; for further changes at places where an earlier forward was checked.
 
         Returns
         -------
@@ -228,8 +215,38 @@ class ModelUnderTest:
         for depth in edits:
             self._require_place(depth)
         states: dict[int, torch.Tensor] = {}
+        of_reads: dict[Any, Birthplace] = {
+            (READ, number): self._reads().place(number) for number in reads or ()
+        }
 
-        def change(at: Depth, native: torch.Tensor) -> torch.Tensor:
+        operations = StateOperations(
+            self.model, {**self._own_places(), **of_reads}, self._change(edits, reads, states)
+        )
+        if checked:
+            passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits or reads)))
+        else:
+            with self.unchanged_model(), operations.on(), torch.no_grad():
+                passed = Passed(call_model(self.model, copied(self.batch)))
+        for at in (*((self.number, depth) for depth in edits), *of_reads):
+            # An operation that did not run again, or ran twice, has changed another state or none.
+            if operations.met[at] != 1:
+                what = f"what connection {at[1]} reads" if at[0] == READ else f"the state at depth {at[1]}"
+                raise InterventionError(
+                    f"{what} was made {operations.met[at]} times in the changed forward, once before: the model computes it "
+                    "in another way when an earlier state changes"
+                )
+        passed.states = states
+        return passed
+
+    def _change(
+        self, edits: Mapping[int, Edit], reads: Mapping[int, Edit] | None, states: dict[int, torch.Tensor]
+    ) -> Change:
+        """The change of each state and read in the model's own layout; ``states`` get what they are passed on as."""
+
+        def change(at: Depth | Read, native: torch.Tensor) -> torch.Tensor:
+            if at[0] == READ:
+                assert reads is not None
+                return self._reads().changed(at[1], native, lambda read: reads[at[1]](read, states))
             state = self.canonical(native, at[1])
             edit = edits.get(at[1])
             changed = state if edit is None else edit(state, states)
@@ -244,39 +261,14 @@ class ModelUnderTest:
             states[at[1]] = changed.to(state.dtype).clone()
             return self.native(states[at[1]], native, at[1])
 
-        places = {
-            key: place for key, place in self._places.items() if key[0] == self.number and place is not None
-        }
-        operations = StateOperations(self.model, places, change)
-        passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits)))
-        for depth in edits:
-            # An operation that did not run again, or ran twice, has changed another state or none.
-            if operations.met[self.number, depth] != 1:
-                raise InterventionError(
-                    f"the state at depth {depth} was made {operations.met[self.number, depth]} times in the changed forward, "
-                    "once before: the model computes it in another way when an earlier state changes"
-                )
-        passed.states = states
-        return passed
+        return change
 
     def observed(
         self, mode: AbstractContextManager[Any], shown: Callable[[int, torch.Tensor], None], batch: Any = None
     ) -> Any:
-        """Run the unchanged model under one more mode, with a look at the states of the chain as they are shown.
+        """What the unchanged model returns under one more mode; ``shown(depth, tensor)`` gets its own tensors of the states.
 
-        Parameters
-        ----------
-        mode : context manager
-            On while the forward runs.
-        shown : callable
-            ``shown(depth, tensor)``, the model's own tensor.
-        batch : object, optional
-            Another batch of the same shape.
-
-        Returns
-        -------
-        object
-            What the model returned.
+        ``batch``: another one of the same shape.
         """
 
         def listen() -> None:
@@ -297,7 +289,7 @@ class ModelUnderTest:
                 listen()
                 with mode, torch.no_grad(), own_call(session.owner):
                     output = call_model(self.model, copied(self.batch if batch is None else batch))
-                if self._evidence is not None and _unread_connections(session.errors):
+                if self._connections.are_proven and _unread_connections(session.errors):
                     # A state that is changed inside of its connection's own method no longer follows from the weights.
                     return Passed(output)
                 session.raise_first_error()
@@ -307,7 +299,9 @@ class ModelUnderTest:
                     # Of a chain whose branches read sums over depth the proof is made where a run is built.
                     build_run(session, [], [], digests=False)
                     self._proven_over_depth = True
-                passed = Passed(output, mixing=self._mixing())
+                passed = Passed(
+                    output, connections={} if self.number else self._connections.of_last_forward()
+                )
                 session.fold()
                 return passed
             finally:
@@ -391,60 +385,32 @@ class ModelUnderTest:
     @property
     def _batch_size(self) -> int:
         forward = self._session.last or self._session._current.forward
-        assert forward is not None
-        return forward.batch_size
+        if forward is not None:
+            self._num_sequences = forward.batch_size
+        return self._num_sequences
 
-    # --- connections
+    # --- what branches read
 
-    def _mixing(self) -> dict[int, torch.Tensor]:
-        """H_res of every connection that mixes, in the forward that has just ended."""
-        if not self.structure.connections or self.number:
-            return {}
-        sequences = sorted(self._session.reservoir.stored.values(), key=lambda sequence: sequence.index)
-        joints = sampled_joints(self._session, sequences)
-        if self._evidence is None:
-            # Proven in the first forward alone: a changed one does not satisfy its own equation.
-            joints = self._proven(joints)
-        elif self._applied is not None:
-            return {}  # it is solved from the states, which are changed ones now
+    def _reads(self) -> BranchReads:
+        """What the branches read of the streams, looked for in a forward of its own when it is first needed."""
+        if self._branch_reads is None:
+            reads = BranchReads(
+                self.chain,
+                self.base.connections,
+                self._own_places(),
+                tokens_first=self.structure.batch_axis == 1,
+            )
+            operations = StateOperations(self.model, self._own_places())
+            operations.on_made = partial(reads.look, operations)
+            self._run(operations.on(), lambda: None)
+            self._branch_reads = reads
+        return self._branch_reads
+
+    def _own_places(self) -> dict[Depth, Birthplace]:
+        """Where the states of the chain are made, by the number of the chain and the depth."""
         return {
-            number: self._matrix(number, joint)
-            for number, joint in enumerate(joints)
-            if joint.parts.mix is not None
+            key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-
-    def _proven(self, joints: list[Joint]) -> list[Joint]:
-        try:
-            self._evidence = gather_evidence(joints)
-        except ReconstructionError:
-            self._applied, replaced = as_applied(joints)
-            if not replaced:
-                raise
-            joints, self._evidence = self._applied, gather_evidence(self._applied)
-        return joints
-
-    def _matrix(self, number: int, joint: Joint) -> torch.Tensor:
-        assert self._evidence is not None
-        return applied_matrix(joint, self._evidence.reading(number)).double()
-
-
-# By how much the last state may differ where only rounding does: batches in another order; a heuristic of ours.
-AROUND = 1e-2
-# Of two forwards of one batch: sums of a device in another order. A heuristic of ours.
-REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def repeats(one: Any, other: Any) -> bool:
-    """Whether two outputs of the same batch are equal up to the rounding of sums in another order."""
-    if same_values(one, other):
-        return True
-    return all(
-        a.dtype in REPEATED
-        and a.shape == b.shape
-        and relative_error(a.double() - b.double(), a.double()) <= REPEATED[a.dtype]
-        for a, b in zip(tensors_in(one), tensors_in(other), strict=True)
-        if not same_values(a, b)
-    )
 
 
 def _of_every_sequence(options: Options) -> Options:
@@ -478,25 +444,3 @@ def copied(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: copied(value) for name, value in batch.items()}
     return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
-
-
-def same_values(one: Any, other: Any) -> bool:
-    """Whether two outputs have the same numbers, bit for bit; undefined ones count as equal."""
-    pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
-    return all(a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
-
-
-def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
-    """What the output of a model is compared with: see `find_targets`.
-
-    ``logits``: (B, T, V) of its unchanged output.
-    """
-    return find_targets(
-        model.batch,
-        model.base.output,
-        logits,
-        mask=model.mask,
-        width=model.base.states[max(model.base.states)].shape[-1],
-        again=lambda batch: model.values_again(batch, pick),
-        picked=pick is not None,
-    )

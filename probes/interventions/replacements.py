@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from depthscope.probes.interventions.model_under_test import InterventionError
+from depthscope.probes.interventions.errors import InterventionError
 
 # Sinkhorn's steps converge geometrically; where they do not within so many, the limit has zeros that are reached like 1/k.
 SINKHORN_STEPS, SINKHORN_ERROR = 10_000, 1e-6

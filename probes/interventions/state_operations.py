@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -23,6 +23,10 @@ from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 
 Depth: TypeAlias = tuple[int, int]  # the number of a chain, and a depth of it
+READ: Final = "read"
+Read: TypeAlias = tuple[
+    Literal["read"], int
+]  # what the branch of a connection reads, by the connection's number
 
 
 class Operation(NamedTuple):
@@ -56,7 +60,7 @@ class Birthplace:
         return any(step == 0 and size > 1 for size, step in zip(self.size, self.stride, strict=True))
 
 
-Change: TypeAlias = Callable[[Depth, torch.Tensor], torch.Tensor]
+Change: TypeAlias = Callable[[Depth | Read, torch.Tensor], torch.Tensor]
 
 
 class StateOperations:
@@ -66,8 +70,8 @@ class StateOperations:
     ----------
     model : Module
         The model.
-    places : mapping of Depth to Birthplace, optional
-        The states that are met; none where they are only looked for.
+    places : mapping of Depth or Read to Birthplace, optional
+        The states and reads that are met; none where they are only looked for.
     change : callable, optional
         ``change((chain, depth), state)`` returns the state to go on with, in the model's layout, or the tensor that came.
     """
@@ -75,12 +79,14 @@ class StateOperations:
     def __init__(
         self,
         model: nn.Module,
-        places: Mapping[Depth, Birthplace] | None = None,
+        places: Mapping[Any, Birthplace] | None = None,
         change: Change | None = None,
     ) -> None:
-        self.met: Counter[Depth] = Counter()
+        self.met: Counter[Depth | Read] = Counter()
         self._change = change
-        self._at: dict[Operation, list[tuple[Depth, Birthplace]]] = {}
+        # Called with everything that an operation makes, after the changes.
+        self.on_made: Callable[[TracedValue, torch.Tensor], None] | None = None
+        self._at: dict[Operation, list[tuple[Depth | Read, Birthplace]]] = {}
         for depth, place in (places or {}).items():
             self._at.setdefault(place.operation, []).append((depth, place))
         self._recorder = GraphRecorder(model, (), holds=False)
@@ -97,8 +103,12 @@ class StateOperations:
             raise self._recorder.graph.error
 
     def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if _is_view(value):
-            return
+        if not _is_view(value):
+            self._written(value, tensor)
+        if self.on_made is not None:
+            self.on_made(value, tensor)
+
+    def _written(self, value: TracedValue, tensor: torch.Tensor) -> None:
         call = self._recorder.graph.call(value)
         kind = call.path, call.number, value.name, value.shape, value.item
         operation = self._operations[value.number] = Operation(*kind, self._turns[kind])
@@ -127,7 +137,7 @@ def _is_view(value: TracedValue) -> bool:
     return value.alias or value.name == "_unsafe_view"
 
 
-def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Depth) -> None:
+def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Depth | Read) -> None:
     state = place.view(written)
     changed = change(depth, state)
     if changed is state:

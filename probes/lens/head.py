@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.probes.connections.coefficients import relative_error
-from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, by_token, named_logits
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import TracedValue

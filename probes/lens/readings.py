@@ -16,8 +16,10 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.experiments import LENS, declared, estimated
-from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, targets_of
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, Targets, divergence
+from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.lens.head import Head, HeadError, find_head, user_head
 from depthscope.probes.lens.tuned_lens import Affine, Example, affordable_steps, train
 from depthscope.probes.session.model_call import batches

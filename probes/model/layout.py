@@ -64,7 +64,7 @@ def canonical(
     letters = [letter for group in groups for letter in group]
     split = state.reshape([sizes[letter] for letter in letters])
     # Streams before fractions: stream n, fraction f gets the index n · F + f of the result.
-    order = [letter for letter in "BHWTNFD" if letter in letters]
+    order = [letter for letter in "BTHWNFD" if letter in letters]
     moved = split.permute([letters.index(letter) for letter in order])
     tokens = math.prod(sizes.get(letter, 1) for letter in "HWT")
     streams = sizes.get("N", 1) * sizes.get("F", 1)

@@ -29,6 +29,7 @@ from depthscope.probes.reading.operations import (
     LAYERS,
     MATRICES,
     MOST_STREAMS,
+    NORMS,
     REDUCES,
     SUMS,
     VIEWS,
@@ -75,12 +76,21 @@ class Ranked:
 def memories(graph: Graph) -> list[Memory]:
     """The memories of a forward: the model's, and further ones in the order of their ranks."""
     first, rest = candidates(graph)
-    ranked = _ranked(graph, first)
+    learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
+    ranked = _ranked(graph, first) or _ranked(graph, learned)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    first_memory = _after_first_norm(_taken_apart(_within_long_skip(graph, ranked).memory))
+    best = _within_long_skip(graph, ranked).memory
+    merges = [_merge(best, of.memory) for of in ranked]
+    if any(merges):
+        best = without_inner(best, set().union(*merges))
+        ranked = [
+            replace(of, memory=without_inner(of.memory, merge)) if merge else of
+            for of, merge in zip(ranked, merges, strict=True)
+        ]
+    first_memory = _after_first_norm(_taken_apart(best))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
@@ -105,6 +115,25 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     return best
 
 
+def _merge(memory: Memory, other: Memory) -> set[int]:
+    """The sum in which two memories of one size that began with different values end; empty where they do not."""
+    graph, shared = memory.graph, memory.trunk & other.trunk
+    if not shared or memory.count != other.count or memory.holds(other.root) or other.holds(memory.root):
+        return set()
+    first = graph.values[min(shared)]
+    sides = [{value.number for value in of.inside(first)} for of in (memory, other)]
+    if not sides[0].isdisjoint(sides[1]):
+        return set()
+    for of, begin in ((memory, other.root), (other, memory.root)):
+        writes = sorted(of.writes.keys() & of.trunk)
+        later = (added for number in writes if number > first.number for added in of.writes[number])
+        if writes[0] >= first.number or any(graph.depends(v, first) for v in later):
+            return set()
+        if graph.depends(begin, graph.values[writes[0]]):
+            return set()  # it begins inside of a branch of the other one
+    return {first.number}
+
+
 def _unknown(graph: Graph) -> str:
     """Operations of which nothing is known, among which the sums may be."""
     found = dict.fromkeys(named(graph, value) for value in graph.values if is_unknown(value))
@@ -119,6 +148,8 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
         if other.share < LEAST_SHARE or not is_state or not apart:
             continue
         branches = branches_of(other.memory)
+        if not all(other.memory.trunk.intersection(w.number for w in b.writes) for b in branches):
+            continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
 
@@ -177,9 +208,14 @@ def _between_expansions(memory: Memory) -> Memory:
         born = pieces & memory.born - known
         known |= pieces
         taken = [read for piece in born for read in reads.get(piece, ())]
+        # One further stream alone may be a history that grows, unless all that comes later goes through this join.
+        sums = any(write > number for write in writes - memory.born)
+        is_begin = (
+            sums and join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
+        )
         if (
             number not in memory.trunk
-            or len(born) < 2
+            or len(born) < 2 - is_begin
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
@@ -220,6 +256,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
+        if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
+            roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
@@ -253,13 +291,16 @@ def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is a memory, nothing of which is missing and next to which there is nothing else, several times."""
-    numbers = memory.carried.get(value.number)
-    return (
-        numbers is not None
-        and numbers.count == value.numel > memory.count
-        and numbers.distinct >= memory.count
-    )
+    """Whether a value is a memory, nothing of which is missing, several times: nothing of the input is added to some alone."""
+    numbers, graph = memory.carried.get(value.number), memory.graph
+    if numbers is None or not numbers.count == value.numel > memory.count <= numbers.distinct:
+        return False
+    for number in memory.back([value]):
+        added = [v for v in addends(graph.values[number]) if not memory.holds(v)]
+        apart = graph.values[number].name in SUMS and any(map(graph.depends_on_input, added))
+        if apart and memory.root.number in memory.back([value], {number}):
+            return False
+    return True
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
@@ -292,6 +333,11 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         if (of.name in JOINS and of.numel >= memory.count)
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
     ]  # fmt: skip
+
+
+def _norms_after(memory: Memory) -> list[TracedValue]:
+    """What norms make of a whole memory."""
+    return [of for read, of in memory.leaves if of.name in NORMS and not of.item and memory.is_whole(read)]
 
 
 def _used(memory: Memory) -> set[TracedValue]:

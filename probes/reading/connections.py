@@ -37,6 +37,7 @@ class ConnectionParts:
     h_res: torch.Tensor  # (tokens, to, from, features or 1)
     branches: list[BranchParts]
     constant: torch.Tensor | None
+    start: list[TracedValue]  # the state, after the norm with which the step begins
     target: list[TracedValue]  # the next state, before its last norm
     functions: list[str]
     weighs: bool = True  # whether an operation scales or mixes the streams
@@ -87,7 +88,7 @@ class Held:
         boxes = [self._replays.box(value) for value in values]
         zeros = [box.zeros(self._replays.kind, self._replays.device) for box in boxes]
         tensors = [
-            torch.stack([self._table[value.number].get(basis, zero) for basis in bases])
+            torch.stack([self._table.get(value.number, {}).get(basis, zero) for basis in bases])
             for value, zero in zip(values, zeros, strict=True)
         ]
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
@@ -123,32 +124,43 @@ class Linear:
     def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
         """The parts of the connection between two states."""
         target = [self.states.before_functions(value) for value in after]
-        functions = [v.name for v, t in zip(after, target, strict=True) if v is not t]
+        start = [self.states.after_functions(value) for value in before]
+        if _last(start) >= _last(target):  # the step is no more than a norm
+            start = list(before)
+        pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
+        functions = [last.name for first, last in pairs if first is not last]
         between = self._written(branches, _last(before), _last(after))
         first = min(value.number for value in before)
         reads = [
             [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
         ]
-        sources = [before, *([branch.source] for branch in between)]
-        steps = self._steps(target, reads, sources)
+        sources = [start, *([branch.source] for branch in between)]
+        steps = self._steps(target, reads, sources) if start == before else None
         joined = self._known.get(steps) if steps is not None else None
         if joined is None:
-            joined = self._joined(target, reads, sources)
+            joined = self._joined(target, reads, sources, before)
             if steps is not None:
                 self._known[steps] = joined
         parts = [
             BranchParts(branch, write, self.states.output(branch), list(zip(of, weights, strict=True)))
             for branch, write, of, weights in zip(between, joined.writes, reads, joined.reads, strict=True)
         ]
-        return ConnectionParts(joined.h_res, parts, joined.constant, target, functions, joined.weighs)
+        return ConnectionParts(joined.h_res, parts, joined.constant, start, target, functions, joined.weighs)
 
-    def _joined(self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Cut]) -> _Joined:
-        held = self.held([*target, *(read for of in reads for read in of)], sources)
+    def _joined(
+        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Cut], before: Cut
+    ) -> _Joined:
+        first = min(value.number for value in sources[0])
+        early = [read for of in reads for read in of if read.number < first]
+        late = [read for of in reads for read in of if read.number >= first]
+        held = self.held([*target, *late], sources)
+        # Where the step begins with a norm, branches may read what comes before that.
+        held_early = self.held(early, [before]) if early else held
         h_res = held.columns(target, [0])
         return _Joined(
             h_res,
             [held.columns(target, [at]) for at in range(1, len(sources))],
-            [[held.columns([read], [0]) for read in of] for of in reads],
+            [[(held_early if read in early else held).columns([read], [0]) for read in of] for of in reads],
             self._constants([target], sources).get(0),
             self._weighs(sources[0], target) or _reorders(h_res),
         )

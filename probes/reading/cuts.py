@@ -13,7 +13,7 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, only_moves
+from depthscope.probes.reading.operations import JOINS, MATRICES, only_moves
 
 Cut = list[TracedValue]
 
@@ -32,7 +32,7 @@ def cuts_of(
 ) -> Cuts:
     """The states: all that later steps need of the memory, at the moments between branches, whose blocks have numbers.
 
-    ``scaling``: the values of blocks that only scale the memory, which have states of their own.
+    ``scaling``: the values of blocks that only scale the memory, and of steps between two blocks, with own states.
     """
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
@@ -47,7 +47,10 @@ def cuts_of(
         return Cuts(cuts, bool(_long_lived(cuts)), inner)
     # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
     alive = {value.number for cut in cuts[1:] for value in cut}
-    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not any(b.read.number in alive for b in branches)
+    taken = sum(branch.read.number in alive for branch in branches)
+    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not taken
+    # One of several streams may begin as a branch of the first, and is taken by the next one.
+    is_list |= len(sizes) > 3 and all(len(cut) > 1 for cut in cuts[2:-1]) and 2 * taken < len(branches)
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
 
 
@@ -116,19 +119,20 @@ class _Life:
         self.last[memory.end.number] = float("inf")
         self.writes = sorted({write.number for branch in branches for write in branch.writes})
         self._born = sorted(self.relevant)
-        self._sizes = self._size_at_each()
+        self._sizes, self._counts = self._alive_after_each()
         self._trunk = sorted(memory.trunk)
         self._alive, self._seen = list[int](), 0  # of those made before the last moment that was asked for
 
-    def _size_at_each(self) -> np.ndarray:
-        """How much is alive after each value."""
-        changes = np.zeros(len(self.memory.graph.values) + 2, dtype=np.int64)
+    def _alive_after_each(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many elements, and how many values, are alive after each value."""
+        changes = np.zeros((2, len(self.memory.graph.values) + 2), dtype=np.int64)
         for number in self.relevant:
-            size = self.memory.carried[number].count
-            gone = math.ceil(min(max(self.last[number], number), len(changes) - 1))
-            changes[number] += size
-            changes[gone] -= size
-        return changes.cumsum()
+            size = self.memory.carried[number].count, 1
+            gone = math.ceil(min(max(self.last[number], number), changes.shape[1] - 1))
+            changes[:, number] += size
+            changes[:, gone] -= size
+        sizes, counts = changes.cumsum(1)
+        return sizes, counts
 
     def times(self) -> list[tuple[int, float]]:
         """Moments: after which write, and before which read."""
@@ -201,9 +205,12 @@ class _Life:
         sizes = [int(self._sizes[moment]) for moment in moments]
         if end:
             usual = usual if usual is not None else (known[-1] if known else 0)
-            at = sizes.index(usual) if usual in sizes else 0
+            same = [n for n, size in enumerate(sizes) if size == usual] or [0]
+            at = min(same, key=lambda n: self._counts[moments[n]])
+            names = [self.memory.graph.values[moment].name for moment in moments]
+            at = max([at, *(n for n in same if n and names[n] in MATRICES)])  # mixed after the last write
         else:
-            at = sizes.index(min(sizes))
+            at = min(range(len(sizes)), key=lambda n: (sizes[n], self._counts[moments[n]]))
         return self._live(moments[at]), sizes[at]
 
     def _live(self, moment: int) -> Cut:
@@ -235,8 +242,7 @@ class _Life:
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
         elif last:
-            end = next((n for n, step in enumerate(way[1:], 1) if step.name not in (pattern or ())), len(way))
-            way = way[:end]
+            way = way[: 1 + _common_length([step.name for step in way[1:]], pattern or [])]
         else:  # without what only puts it into another order, as the next block does
             while len(way) > 1 and self._only_moves(way[-2], way[-1]):
                 way.pop()
@@ -255,6 +261,16 @@ class _Life:
             return False
         wider = step.numel > value.numel and not widen
         return not wider and (not memory.mixes(step) or step.name in JOINS)
+
+
+def _common_length(names: Sequence[str], usual: Sequence[str]) -> int:
+    """How many of the first names are among the usual ones, each as often as there."""
+    left = list(usual)
+    for length, name in enumerate(names):
+        if name not in left:
+            return length
+        left.remove(name)
+    return len(names)
 
 
 def _repeated(sizes: list[int]) -> int | None:

@@ -50,6 +50,8 @@ class BranchReading:
     way: tuple[
         int, ...
     ]  # numbers of values: the source, and what is moved or scaled of it up to what is added
+    # Where the elements of the memory's first value are, to which each of these values is added.
+    numbers: tuple[Numbers, ...] = field(repr=False)
     parts: Mapping[str, torch.Tensor] = field(repr=False)
     less_its_read: bool = False  # whether what it read is subtracted from what it gave, as in AltUp
 
@@ -66,7 +68,9 @@ class ConnectionReading:
     depth_out: int
     parts: Mapping[str, torch.Tensor] = field(repr=False)
     branches: tuple[BranchReading, ...]
-    functions: tuple[str, ...]  # norms and activations of the whole state at the end of the step
+    functions: tuple[
+        str, ...
+    ]  # norms and activations of the whole state at the begin and the end of the step
     error: float  # of the recomputed state, relative to its largest number
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
 

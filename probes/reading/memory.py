@@ -280,8 +280,24 @@ def _is_part(memory: Memory, value: TracedValue) -> bool:
 
 def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
     """The memory without some sums, as those inside of its blocks, which are then branches with a residual of their own."""
-    start = replace(memory.start, banned=memory.start.banned | frozenset(inner))
+    everything = set(inner)
+    for number in sorted(memory.trunk):  # as where a block subtracts what it took from what it gives
+        taken = memory.inside(memory.graph.values[number])
+        sums = [value for value in taken if value.number in everything]
+        begins = {value.number for value in taken if value.number not in everything}
+        if sums and begins <= {value.number for value in _begins(memory, sums, everything)}:
+            everything.add(number)
+    start = replace(memory.start, banned=memory.start.banned | frozenset(everything))
     return without_forks(memory.graph, start)
+
+
+def _begins(memory: Memory, sums: list[TracedValue], inner: Collection[int]) -> list[TracedValue]:
+    """The values with which some sums inside of blocks begin."""
+    waiting, found = list(sums), list[TracedValue]()
+    while waiting:
+        for value in memory.inside(waiting.pop()):
+            (waiting if value.number in inner else found).append(value)
+    return found
 
 
 def _is_fork(memory: Memory, value: TracedValue) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import LAYERS, PRODUCTS, weights
+from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
 
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
@@ -85,6 +85,32 @@ class BranchNames:
             if any(graph.values[n].name in PRODUCTS for n in numbers)
             and not any(self.memory.passes_function(graph.values[n]) for n in numbers)
         }
+
+    def changed_between_blocks(self) -> list[list[int]]:
+        """What changes the memory after one block has given it and before the next takes it, as added positions do."""
+        graph, memory = self.graph, self.memory
+        units = {self.unit(number) for number in range(len(self.branches))} - {None}
+        containers = {_container(graph.calls[unit].path) for unit in units if unit is not None} - {None}
+
+        def is_shown(value: TracedValue, at: str) -> bool:
+            shown = graph.shown.get(value.number, ())
+            return any(of.at == at and _container(graph.calls[of.call].path) in containers for of in shown)
+
+        found = []
+        for number in sorted(memory.trunk if containers else ()):
+            value, steps = graph.values[number], list[int]()
+            if not is_shown(value, "input"):
+                continue
+            while (
+                not is_shown(value, "output")
+                and value.number not in memory.writes
+                and not memory.mixes(value)
+            ):
+                steps.insert(0, value.number)
+                (value,) = memory.inside(value)
+            if is_shown(value, "output") and any(not only_moves(graph.values[n]) for n in steps):
+                found.append(steps)
+        return found
 
     def unit(self, number: int) -> int | None:
         """The outermost call inside of the common one in which a branch runs; None where it runs in none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -58,17 +59,19 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 
 def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
     """How far the next state, and every read, is from what the reported parts give."""
-    state = states.array(before)
+    state = states.array(parts.start)
     total = _applied(parts.h_res, state)
     for branch in parts.branches:
         total = total + _applied(branch.write, branch.out)
     if parts.constant is not None:
         total = total + parts.constant
     errors = [_error(total, states.array(parts.target))]
+    first = min(value.number for value in parts.start)
     for branch in parts.branches:
         for read, weight in branch.reads:
-            if [read] != before and _is_pure(states, before, read):
-                errors.append(_error(_applied(weight, state), states.array([read])))
+            base = parts.start if read.number >= first else before
+            if [read] != base and _is_pure(states, base, read):
+                errors.append(_error(_applied(weight, states.array(base)), states.array([read])))
     return max(errors)
 
 
@@ -155,9 +158,15 @@ class WeightCoverage:
         sizes["elsewhere"] = sum(w.numel for w in self.elsewhere)
         return {name: size / max(total, 1) for name, size in sizes.items()}
 
-    def names(self, place: str) -> set[str]:
-        """The names of the parameters that work at a place."""
-        return {self.graph.parameter_names.get(w.number, "") for w in self.by_place[place]}
+    def names_in_branches(self) -> set[str]:
+        """The names of the parameters that work on what was computed from the first state.
+
+        A tower that branches attend to, or whose output is put into the first state, lies in no branch.
+        """
+        later = self.graph.later(self.memory.root)
+        working = (number for number in weights(self.graph) if later[number])
+        found = {w for number in working for w in weights(self.graph)[number]} & self.by_place["branches"]
+        return {self.graph.parameter_names.get(w.number, "") for w in found}
 
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""
@@ -190,6 +199,8 @@ class WeightCoverage:
             value = self.graph.values[number]
             if not marks[number] or number in self._others or value.name not in ("add", "sub"):
                 continue
+            if self._joining_blocks.intersection(self.graph.stack(value)):
+                continue
             added = addends(value)
             pairs = (added, added[::-1]) if len(added) == 2 else ()
             if any(
@@ -199,6 +210,25 @@ class WeightCoverage:
             ):
                 return value
         return None
+
+    @cached_property
+    def _joining_blocks(self) -> set[int]:
+        """Calls of blocks, of the classes of this memory's, in which a memory begins: what they add up is theirs.
+
+        What such a block takes and gives has to be a state.
+        """
+        kinds = {
+            self.graph.calls[call].kind
+            for branch in self.branches
+            if (call := self._block_around(branch.source)) is not None
+        }
+        calls = (self._block_around(memory.root) for memory in self._all)
+        return {call for call in calls if call is not None and self.graph.calls[call].kind in kinds}
+
+    def _block_around(self, value: TracedValue) -> int | None:
+        """The innermost call of a module with a number around a value."""
+        stack = [c for c in self.graph.stack(value) if self.graph.calls[c].path.rpartition(".")[2].isdigit()]
+        return stack[-1] if stack else None
 
     def _is_branch(self, a: TracedValue, b: TracedValue, *, few: bool) -> bool:
         while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -153,20 +153,50 @@ class _Reader:
 
     def reading(self) -> MemoryReading:
         """The memory's description; ReadingError where none can be given."""
-        scaling = self.names.scaling.values()
+        scaling = list(self.names.scaling.values())
         found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
+        changed = [] if found.over_depth else self.names.changed_between_blocks()
+        if changed:
+            found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
         self.states = States(self.memory, self.branches)
+        if found.over_depth and (plain := self._before_last_mixture()) is not None:
+            return self._instead(plain)
         if found.inner:
             outer = without_inner(self.memory, found.inner)
             if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
                 return self._between_blocks(
                     found.cuts
                 )  # whose way leads through what is inside of the blocks
-            again = _Reader(outer, self.others)
-            number_blocks([again.names])
-            self._inner = again
-            return again.reading()
+            return self._instead(_Reader(outer, self.others))
         return self._read_between(found)
+
+    def _instead(self, other: _Reader) -> MemoryReading:
+        """The reading of another memory in the place of this one."""
+        number_blocks([other.names])
+        self._inner = other
+        return other.reading()
+
+    def _before_last_mixture(self) -> _Reader | None:
+        """The reader of the memory up to its last write, where only the head reads a mixture of the states before."""
+        memory = self.memory
+        value = self.graph.values[max(memory.writes.keys() & memory.trunk)]
+        while len(after := [v for v in self.graph.takers(value) if v.number in memory.trunk]) == 1:
+            if len(memory.inside(after[0])) > 1:
+                break
+            value = after[0]
+        if value is memory.end:
+            return None
+        shorter = replace(memory, end=value, trunk=memory.back([value]), branches=None)
+        reader = _Reader(shorter, self.others) if branches_of(shorter) else None
+        if reader is None or len(reader.branches) < len(self.branches):
+            return None
+        number_blocks([reader.names])
+        found = cuts_of(shorter, reader.branches, reader.names.layers)
+        states = {value.number for cut in found.cuts for value in cut}
+        is_plain = not found.over_depth and all(
+            _comes_from(shorter, branch.read, states) for branch in reader.branches
+        )
+        return reader if is_plain else None
 
     def _read_between(self, found: Cuts) -> MemoryReading:
         """What joins the states, at the present values of the forward's tensors."""
@@ -222,7 +252,7 @@ class _Reader:
             shape=self.memory.shape,
             feature_axis=self.states.axis,
             carried=self.memory.carried,
-            parameters=frozenset(coverage.names("branches")),
+            parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
@@ -287,8 +317,8 @@ class _Reader:
         unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(), parts,
-            self._is_less_its_read(branch),
+            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(),
+            tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
         )  # fmt: skip
 
     def _is_less_its_read(self, branch: Branch) -> bool:
@@ -398,6 +428,16 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
+
+
+def _comes_from(memory: Memory, value: TracedValue, states: Collection[int]) -> bool:
+    """Whether a value is carried from one state alone."""
+    while value.number not in states:
+        inside = memory.inside(value)
+        if len(inside) != 1:
+            return False
+        (value,) = inside
+    return True
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -258,8 +258,10 @@ class GraphRecorder(TorchDispatchMode):
                 entry.value = new
                 continue
             old = entry.value
+            key = (self._stack[-1], "patch")
+            order = self._orders[key] = self._orders.get(key, -1) + 1
             entry.value = self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor)
-            entry.value.geometry = own
+            entry.value.geometry, entry.value.order = own, order
             entry.value.remade = Graph.is_kept(old) and Graph.is_kept(new)
         entry.writes = len(writes)
         self._hold(tensor, entry.value)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
+    CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
     MOST_STREAMS,
+    PARTS,
     PRODUCTS,
     REDUCES,
     VIEWS,
@@ -18,6 +20,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
+FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
 
 
 def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
@@ -43,13 +46,22 @@ def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
 
 
 def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
-    """What is cut out of a value before anything else takes it; the value, where nothing is."""
-    part = value
+    """What is cut out of a value, or what a parameter is copied to for each sequence, before anything else takes it."""
+    part, is_parameter = value, value.of_parameter
     while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
         value = takers[0]
-        if value.numel < part.numel:
+        # As a generator makes of its noise.
+        is_image = len(part.shape) == 2 < len(value.shape) - 1 and any(
+            map(is_of_channels, graph.takers(value))
+        )
+        if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
             part = value
     return part
+
+
+def is_of_channels(value: TracedValue) -> bool:
+    """Whether an operation takes the second axis for the features."""
+    return value.name == "convolution" or value.name in CHANNEL_NORMS
 
 
 class _Sums:
@@ -81,7 +93,7 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value):
             return operands[0], False
-        mixes = value.name in MATRICES and not any(p.of_parameter for p in value.parents)
+        mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
             return max(operands, key=lambda p: (self._merges[p.number], p.numel)), False
         added = [p for p in addends(value) if p in operands]
@@ -105,6 +117,11 @@ class _Sums:
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 
+def _is_layer(value: TracedValue) -> bool:
+    """Whether a factor is a parameter, and no matrix of a few streams."""
+    return value.of_parameter and min(value.shape[-2:], default=0) > FEW_STREAMS
+
+
 def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
     found: list[tuple[TracedValue, int]] = []
@@ -123,8 +140,8 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
         origin, parts = known
         if value.shape[-1] == origin.shape[-1] // parts:
             made[value.number] = known
-        elif _takes_apart(value, origin.shape[-1] // parts):
-            made[value.number] = origin, parts * value.shape[-2]  # of streams, and of fractions of each
+        elif more := _takes_apart(value, origin.shape[-1] // parts):
+            made[value.number] = origin, parts * more  # of streams, and of fractions of each
             found.append(made[value.number])
     return list(dict.fromkeys(found))[:12]
 
@@ -133,11 +150,13 @@ def _tensors(graph: Graph) -> Iterator[TracedValue]:
     return (v for v in graph.values if v.name != LEAF and v.is_floating and v.shape)
 
 
-def _takes_apart(value: TracedValue, width: int) -> bool:
+def _takes_apart(value: TracedValue, width: int) -> int:
+    """Into how many parts a view, or a cut, takes a last axis of some width apart; 0 where it does not."""
     shape: Sequence[int] = value.shape
-    return (
-        value.name in VIEWS
-        and len(shape) > 2
-        and math.prod(shape[-2:]) == width
-        and 1 < shape[-2] <= MOST_STREAMS
-    )
+    if value.name in VIEWS and len(shape) > 2 and math.prod(shape[-2:]) == width:
+        parts = shape[-2]
+    elif value.name in PARTS and value.parents[0].shape[:-1] == shape[:-1] and not width % shape[-1]:
+        parts = width // shape[-1]
+    else:
+        return 0
+    return parts if 1 < parts <= MOST_STREAMS else 0

@@ -135,6 +135,18 @@ class States:
             at = memory.inside(at)[0]
         return at if seen else value
 
+    def after_functions(self, value: TracedValue) -> TracedValue:
+        """Forward over the norms and activations with which a step begins, where all of the memory goes through these."""
+        memory, at, found = self.memory, value, value
+        if not memory.start.functions:
+            return value
+        while len(after := [v for v in self.graph.takers(at) if v.number in memory.trunk]) == 1:
+            (at,) = after
+            if at.number in memory.writes or memory.mixes(at) or at.numel != value.numel:
+                break
+            found = at if memory.passes_function(at) else found
+        return found
+
 
 def feature_axis(memory: Memory) -> int:
     """Which axis of the memory's first value are the features: that along which weights contract it or norms go."""

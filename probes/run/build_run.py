@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.applied import Replacement, as_applied
 from depthscope.probes.connections.computed_forward import ComputedForward
-from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.run.attributes import run_attributes
 from depthscope.probes.run.connection_remarks import connection_remarks
@@ -32,31 +30,17 @@ class Proven(NamedTuple):
 
     sequences: list[Sequence]
     evidence: Evidence
-    replaced: dict[int, Replacement]
 
 
-def prove(session: Session, rows: list[StepStatistics]) -> Proven:
+def prove(session: Session) -> Proven:
     """Prove the connections of a model on the sequences that a session sampled.
 
     ``session``: with its chains found and at least one sequence sampled.
-    ``rows``: where the model turns out to apply other matrices than it computes, their gains are dropped.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
-    joints = sampled_joints(session, sequences)
-    replaced: dict[int, Replacement] = {}
-    try:
-        evidence = gather_evidence(joints)
-    except ReconstructionError:
-        # What the model computes does not explain its states: perhaps it computes one matrix and applies another.
-        joints, replaced = as_applied(joints)
-        if not replaced:
-            raise
-        evidence = gather_evidence(joints)
-        for row in rows:  # the gains that were added up are those of the matrices that are not applied
-            row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")
-    return Proven(sequences, evidence, replaced)
+    return Proven(sequences, gather_evidence(sampled_joints(session, sequences)))
 
 
 def build_run(
@@ -86,8 +70,8 @@ def build_run(
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
-    sequences, evidence, replaced = proven or prove(session, rows)
-    remarks, logits = connection_remarks(session.structure, evidence, replaced, followed)
+    sequences, evidence = proven or prove(session)
+    remarks, logits = connection_remarks(session.structure, evidence, followed)
     remarks += module_remarks(session.model)
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains

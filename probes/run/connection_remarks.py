@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from depthscope.probes.connections.applied import Replacement
 from depthscope.probes.connections.computation import (
     Applied,
     Origin,
@@ -17,29 +16,21 @@ from depthscope.probes.connections.computation import (
 )
 from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
-from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
+from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.structure.model_structure import Structure
 
-# Heuristic: a cast of the weights is said where the next state is that much nearer with it; its own roundings may differ too.
-NEARER = 0.5
-
 
 def connection_remarks(
-    structure: Structure,
-    evidence: Evidence,
-    replaced: Mapping[int, Replacement],
-    followed: ComputedForward | None,
+    structure: Structure, evidence: Evidence, followed: ComputedForward | None
 ) -> tuple[list[dict[str, Any]], list[MixingLogits]]:
     """What is odd about the connections of a run, and the logits of their matrices.
 
-    ``evidence``: of the connections as they are applied.
-    ``replaced``: those that apply another matrix than they compute.
     Returns: Plain values; empty where nothing is odd, or there are no connections.
     Returns: One for each connection; empty where no forward was followed.
     """
     logits: list[MixingLogits] = []
-    facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]
+    facts = [_facts(joint) for joint in evidence.joints]
     if followed is not None and facts:
         facts, logits = _with_origins(facts, evidence.joints, followed)
     inner = (
@@ -50,27 +41,15 @@ def connection_remarks(
     return [remark.as_dict() for remark in (*inner, *remarks(facts))], logits
 
 
-def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Facts:
-    joint, reading = evidence.joints[number], evidence.reading(number)
-    mix = applied_matrix(joint, reading).float()
-    stored = applied_matrix(joint, replace(reading, cast=False)).float()
-    rounded_to, how = "", "" if replaced is None else replaced.how
-    if replaced is not None and how not in ("identity", "transposed"):
-        stored, rounded_to, how = replaced.computed, how, ""
-        stored = stored.mT if reading.transposed else stored
-    elif reading.cast and not torch.equal(mix, stored) and _cast_is_clear(joint, evidence, number):
-        rounded_to = str(joint.dtype).removeprefix("torch.")
+def _facts(joint: Joint) -> Facts:
     return Facts(
         name=joint.path,
-        mix=mix,
+        mix=joint.matrix,
         mixes=joint.parts.mix is not None,
-        stored=stored,
-        rounded_to=rounded_to,
+        stored=joint.matrix,
         read=_vector(joint.parts.read),
         write=_vector(joint.parts.write),
         mask=joint.mask,
-        replaced=how,
-        computed=None if replaced is None else replaced.computed,
         spread_in=_spread(joint.x_in, joint.mask),
         spread_out=_spread(joint.x_out, joint.mask),
     )
@@ -89,12 +68,6 @@ def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
     if weights is None or 1 not in weights.shape[-2:]:
         return None
     return weights.flatten(-2)
-
-
-def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
-    tokens, reading = joint.tokens(), evidence.reading(number)
-    exact = reconstruction_error(tokens, replace(reading, cast=False))
-    return reconstruction_error(tokens, reading) <= NEARER * exact
 
 
 def _with_origins(
@@ -116,10 +89,10 @@ def _with_origins(
 
 def _completed(facts: Facts, origin: Origin) -> Facts:
     facts = replace(facts, origin=origin)
-    if origin.exact is not None and not facts.rounded_to:
+    if origin.exact is not None:
         exact = _with(facts.stored, origin.exact)
         return replace(facts, mix=exact, stored=exact)
-    if origin.stored is None or facts.rounded_to:
+    if origin.stored is None:
         return facts
     # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
     return replace(facts, stored=_with(facts.stored, origin.stored), rounded_to=origin.rounded_to)

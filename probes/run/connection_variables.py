@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import DepthWeights, Parts, relative_error, tolerance
 from depthscope.probes.connections.family import ReconstructionError
-from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
+from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
 from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
@@ -39,10 +39,16 @@ def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
 
 
 def connection_variables(
-    session: Session, number: int, sequences: list[Sequence], evidence: Evidence, tokens: int
+    session: Session,
+    number: int,
+    sequences: list[Sequence],
+    evidence: Evidence,
+    tokens: int,
+    positions: list[int],
 ) -> dict[str, Any]:
-    """Variables of a chain's connections as (dims, array), those that were requested.
+    """Variables of some connections of a chain as (dims, array), those that were requested.
 
+    ``positions``: of the connections in the chain; all of them where it has streams or sums over depth.
     ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
     chain = session.structure.chains[number]
@@ -52,10 +58,10 @@ def connection_variables(
     elif chain.over_depth:
         variables = _depth_variables(number, chain, sequences, tokens, precision)
     else:
-        variables = _branch_variables(number, chain, sequences, tokens, precision)
+        variables = _branch_variables(number, chain, sequences, tokens, precision, positions)
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
-    of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
+    of_branches = dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
     asked_as = {**ONE_VIEW_NAMES, **of_branches}
     return {
         name: value
@@ -67,40 +73,25 @@ def connection_variables(
 def _stream_variables(evidence: Evidence) -> dict[str, Any]:
     """Weights, branches and errors of stream connections, as proven."""
     joints = evidence.joints
-    readings = [evidence.reading(number) for number in range(len(joints))]
-    applied = [applied_matrix(joint, of).float() for joint, of in zip(joints, readings, strict=True)]
-    tensors: dict[str, list[torch.Tensor]] = {"h_res": applied}
+    tensors: dict[str, list[torch.Tensor]] = {"h_res": [joint.matrix for joint in joints]}
     reads = [joint.parts.read for joint in joints if joint.parts.read is not None]
     if len(reads) == len(joints):  # gates per feature have no scalar read weights
         tensors["read"] = reads
     tensors["write"] = [joint.parts.write for joint in joints]
     tensors["views_in"] = [joint.parts.branch_in for joint in joints]
-    tensors["views_out"] = [
-        _branch_out(joint, of, h_res) for joint, of, h_res in zip(joints, readings, applied, strict=True)
-    ]
+    tensors["views_out"] = [joint.parts.branch_out for joint in joints]
     arrays = {name: np.stack([t.contiguous().numpy() for t in of]) for name, of in tensors.items()}
     if all(joint.parts.write.shape[-1] == joint.parts.branch_in.shape[-2] == 1 for joint in joints):
         arrays = {
             ONE_VIEW_NAMES.get(name, name): array.squeeze(VIEW_AXES[name]) if name in VIEW_AXES else array
             for name, array in arrays.items()
         }
-    inferred = [number for number, joint in enumerate(joints) if joint.parts.read_known is not None]
-    if inferred:
-        # What the module gives is known; what was inferred, where the streams determine it.
-        arrays["read_known"] = np.stack([_read_known(joint) for joint in joints])
     variables: dict[str, Any] = {name: (schema.TRACE[name].dims, array) for name, array in arrays.items()}
-    if inferred:
-        variables["read_known"] = (*variables["read_known"], {schema.INFERRED: inferred})
-    other_errors = [_other_orientation_error(evidence, number) for number in range(len(evidence.proofs))]
+    other_errors = [proof.other if math.isfinite(proof.other) else math.nan for proof in evidence.proofs]
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
     variables["other_orientation_error"] = ("connection", np.array(other_errors))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
     return variables
-
-
-def _read_known(joint: Joint) -> np.ndarray:
-    known = joint.parts.read_known
-    return np.ones(joint.mask.shape, np.float32) if known is None else known.float().numpy()
 
 
 def _read_error(joint: Joint) -> float:
@@ -113,33 +104,22 @@ def _read_error(joint: Joint) -> float:
     return relative_error(again - taken, taken)
 
 
-def _other_orientation_error(evidence: Evidence, number: int) -> float:
-    """The error of the transposed matrix: only where it is larger is the orientation proven."""
-    proof = evidence.proofs[number]
-    # One connection may fit better the other way round than the model as a whole does.
-    other = proof.other if proof.reading.transposed == evidence.transposed else proof.error
-    return other if math.isfinite(other) else math.nan
-
-
-def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Tensor:
-    """The branch's output: as captured, or solved from X' − H_res X = H_post F."""
-    if reading.observed and joint.parts.branch_out is not None:
-        return joint.parts.branch_out
-    rest = joint.x_out - torch.einsum("ktoi,ktid->ktod", h_res, joint.x_in)
-    return solved_branch(rest, joint.parts.write)
-
-
 def _branch_variables(
-    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+    number: int,
+    chain: Chain,
+    sequences: list[Sequence],
+    tokens: int,
+    precision: torch.dtype,
+    positions: list[int],
 ) -> dict[str, Any]:
     """The branches of plain blocks, their factors where these are not 1, and the error of X' = a X + Σ b F."""
-    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
-    mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
+    connections = tuple(chain.connections[position] for position in positions)
+    states, outputs = _states_and_outputs(number, positions, sequences, tokens)
+    mask = torch.from_numpy(np.stack(token_masks(sequences, number, connections[0].depth_in)))
     found = [
-        _connection_factors(states, outputs, chain.connections, position, mask, precision)
-        for position in range(len(outputs))
+        _connection_factors(states, outputs, connections, at, mask, precision) for at in range(len(outputs))
     ]
-    inputs = torch.stack([states(connection.depth_in) for connection in chain.connections])
+    inputs = torch.stack([states(connection.depth_in) for connection in connections])
     return {
         "branch_in": (schema.TRACE["branch_in"].dims, inputs.numpy()),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
@@ -150,16 +130,16 @@ def _branch_variables(
 
 
 def _states_and_outputs(
-    number: int, chain: Chain, sequences: list[Sequence], tokens: int
+    number: int, positions: Iterable[int], sequences: list[Sequence], tokens: int
 ) -> tuple[Callable[[int], torch.Tensor], list[torch.Tensor]]:
-    """The states of a chain by depth, and the outputs of its branches; (K, T, D) each."""
+    """The states of a chain by depth, and the outputs of some of its branches; (K, T, D) each."""
 
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
 
     outputs = [
         torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
-        for position in range(len(chain.connections))
+        for position in positions
     ]
     return states, outputs
 
@@ -168,7 +148,7 @@ def _depth_variables(
     number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
 ) -> dict[str, Any]:
     """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
-    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
+    states, outputs = _states_and_outputs(number, range(len(chain.connections)), sequences, tokens)
 
     def weights(position: int) -> list[torch.Tensor]:
         parts = [s.parts[number, position] for s in sequences]

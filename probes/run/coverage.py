@@ -19,7 +19,6 @@ NOT_REQUESTED = "not asked for; name it in sites="
 FOR_PROOF = "seen for a proof only; name it in sites= to keep it"
 NO_SUMS = "the blocks do not show how they add their branches to the state"
 SEVERAL_SUMS = "several branch inputs: see views_in and depth_reads"
-SOLVED = "solved from the states; no module call showed it"
 FINAL_NAME, MID_NAME = "ln_final.hook_normalized", "blocks.{i}.hook_resid_mid"
 PATTERN_NAME = "blocks.{i}.attn.hook_pattern"
 TEXTS = ("name", "site", "module", "chain", "why")
@@ -43,7 +42,7 @@ def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits
     """The coverage of every site of every chain.
 
     ``session``: with its chains found and its forwards counted.
-    ``evidence``: the proofs, which show whether a branch's output was hooked or solved for.
+    ``evidence``: the proofs of the stream connections.
     ``logits``: those of the connections, where a forward was followed.
     Returns: In depth order; where ``fired`` is below ``expected``, or both are 0, ``why`` gives the reason.
     """
@@ -151,7 +150,7 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
         for variable, why in _connection_variables(session, connection, evidence, number):
             stored = session.options.selection.stores_variable(chain, variable)
             # What does not exist is expected in no forward: it must not count as a site that failed to fire.
-            exists = why in ("", SOLVED)
+            exists = not why
             times = session.num_forwards if stored and exists else 0
             yield Coverage(
                 name=f"blocks.{connection.layer}.{connection.branch}.{variable}",
@@ -195,7 +194,7 @@ def _reads_several_sums(session: Session) -> bool:
 def _connection_variables(
     session: Session, connection: Connection, evidence: Evidence, number: int
 ) -> Iterator[tuple[str, str]]:
-    """The variables of a connection, each with the reason why it does not exist, or was solved for."""
+    """The variables of a connection, each with the reason why it does not exist."""
     if connection.style in (*PLAIN, DEPTH):
         yield "branch_in", SEVERAL_SUMS if connection.style == DEPTH and _reads_several_sums(session) else ""
         yield "branch_out", ""
@@ -208,4 +207,4 @@ def _connection_variables(
     yield "h_pre", gated or several_views
     yield "h_post", several_views
     yield "branch_in", ""
-    yield "branch_out", "" if parts.branch_out is not None else SOLVED
+    yield "branch_out", ""

@@ -35,6 +35,17 @@ def chain_groups(session: Session, number: int) -> list[Group]:
     return [Group(f"{prefix}stage{i}", depths) for i, depths in enumerate(stages)]
 
 
+def connections_within(chain: Chain, depths: list[int]) -> list[int]:
+    """The positions of the connections that join two states of a group; others lead from one stage into the next."""
+    first = last = depths[0]
+    while first > 0 and chain.shapes[first - 1] == chain.shapes[first]:
+        first -= 1
+    while last + 1 < len(chain.shapes) and chain.shapes[last + 1] == chain.shapes[last]:
+        last += 1
+    connections = enumerate(chain.connections)
+    return [at for at, of in connections if first <= of.depth_in and of.depth_out <= last]
+
+
 def depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
     """Coordinates of the depth axis of a group."""
     points = [chain.points[depth] for depth in depths]

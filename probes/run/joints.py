@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, as_views
+from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.proof import Joint
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -37,13 +37,12 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(sequence.states[0, depth], tokens) for sequence in sequences])
 
-    write, branch_in = stack(lambda parts: parts.write), stack(lambda parts: parts.branch_in)
+    write, branch_in, branch_out = (
+        stack(pick) for pick in (lambda p: p.write, lambda p: p.branch_in, lambda p: p.branch_out)
+    )
     assert write is not None
     assert branch_in is not None
-    branch_out = stack(lambda parts: parts.branch_out)
-    # Only where no closing method took it: that one shows exactly what is added.
-    if branch_out is None:
-        branch_out = _hooked_branches(number, sequences, tokens, write.shape[-1], branch_in.shape[-1])
+    assert branch_out is not None
     constant = stack(lambda parts: parts.constant)
     after = states(link.depth_out)
     return Joint(
@@ -56,23 +55,8 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
             write,
             branch_in,
             branch_out,
-            stack(lambda p: p.read_known),
         ),
         mask=torch.from_numpy(mask),
         # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
         dtype=session.observer.precision,
     )
-
-
-def _hooked_branches(
-    number: int, sequences: list[Sequence], tokens: int, views: int, width: int
-) -> torch.Tensor | None:
-    """The branch's output by a hook on its module, (K, T, V, D); None where it has another number of elements."""
-    outputs = [sequence.branches.get((0, number)) for sequence in sequences]
-    found = [
-        as_views(t.unsqueeze(0), 1, t.numel() // (views * width), views, width)
-        for t in outputs
-        if t is not None
-    ]
-    shaped = [t[0] for t in found if t is not None]
-    return torch.stack([padded(t, tokens) for t in shaped]) if len(shaped) == len(outputs) else None

@@ -15,21 +15,18 @@ PARAMETER = "connection_parameter"
 
 
 def mixing_statistics(
-    sums: Sequence[TokenSums], num_connections: int, cells: Mapping[int, Sequence[str]], *, transposed: bool
+    sums: Sequence[TokenSums], num_connections: int, cells: Mapping[int, Sequence[str]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables and coordinates of ``/statistics`` of the connections with streams.
 
     ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
-    ``transposed``: whether matrices, as modules compute them, are source by destination.
     """
     keys, variables = list(range(num_connections)), {}
-    for name in (*LOGIT_SUMS, "logit_range_max", "h_res_sum", "h_pre_sum", "h_post_sum", "h_pre_token_count"):
+    for name in (*LOGIT_SUMS, "logit_range_max", *schema.SUMS_OF_COEFFICIENTS):
         if any(of.array(name, keys) is not None for of in sums):
             values = stacked(sums, name, keys)
-            if name == "h_res_sum" and transposed:
-                values = values.swapaxes(-1, -2)
             if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before
-                values = values[..., int(transposed)]
+                values = values[..., 0]
             variables[name] = (schema.STATISTICS[name].dims, values)
     of_parameters, coords = _parameters(sums, cells)
     return variables | of_parameters, coords

@@ -40,11 +40,9 @@ SUMMED = frozenset(
         *(
             "logit_gradient_square_sum",
             "mixing_gradient_square_sum",
-            "h_res_sum",
-            "h_pre_sum",
-            "h_pre_token_count",
         ),
-        *("h_post_sum", "attention_query_count", "attention_entropy_sum", "sink_mass_sum"),
+        *schema.SUMS_OF_COEFFICIENTS,
+        *("attention_query_count", "attention_entropy_sum", "sink_mass_sum"),
         *("feature_sum", "unit_sum"),
     )
 )

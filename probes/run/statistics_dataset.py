@@ -110,9 +110,7 @@ def step_variables(
     coords: dict[str, Any] = {}
     if evidence.proofs:  # only stream connections have gains: a plain block's is 1
         variables.update(_gain_variables(sums, evidence))
-        of_mixing, coords = mixing_statistics(
-            sums, len(evidence.proofs), cells, transposed=evidence.transposed
-        )
+        of_mixing, coords = mixing_statistics(sums, len(evidence.proofs), cells)
         variables.update(of_mixing)
     return variables, coords
 
@@ -130,7 +128,7 @@ def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, An
 
 
 def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
-    """The gains along both axes of the mixing matrices, named forward and backward by the proven orientation."""
+    """The gains along both axes of the mixing matrices, forward and backward."""
     keys = list(range(len(evidence.proofs)))
     if all(of.array("gain_sum", keys) is None for of in sums):
         return {}
@@ -138,7 +136,5 @@ def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]
     for name in ("gain_sum", "gain_max"):
         # (step, connection, 2): the gain along the matrix's last axis, then along the one before.
         gains = stacked(sums, name, keys)
-        if evidence.transposed:  # the matrix as the module computes it has its sources first
-            gains = gains[..., ::-1]
         variables[name] = (schema.GAIN, np.moveaxis(gains, -1, 1).copy())
     return variables

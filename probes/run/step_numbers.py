@@ -18,8 +18,6 @@ def step_numbers(session: Session, row: StepStatistics, proven: Proven) -> dict[
     Returns: By ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups; without the
     step.
     """
-    if proven.replaced:
-        row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")
     numbers: dict[str, tuple[Any, ...]] = {}
     chains = session.structure.chains
     for number in range(len(chains)):

@@ -12,7 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
-from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.run.logit_variables import logit_variables
@@ -53,16 +53,18 @@ def trace_dataset(
     if any(sequence.decoding for sequence in sequences):
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
-    if chain.connections and selection.stores_connections(chain):
-        of_connections = connection_variables(session, number, sequences, evidence, tokens)
+    within = connections_within(chain, depths)
+    if within and selection.stores_connections(chain):
+        of_connections = connection_variables(session, number, sequences, evidence, tokens, within)
         coords.update(
             {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
         )
         variables.update(of_connections)
         if chain.has_streams and selection.stores_variable(chain, "h_res"):
             variables.update(logit_variables(logits, len(sequences), tokens))
-        coords.update(connection_coords(chain.connections))
-        coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
+        connections = tuple(chain.connections[position] for position in within)
+        coords.update(connection_coords(connections))
+        coords.update(linear_coords(connections, over_depth=chain.over_depth))
     if selection.includes("attention"):
         variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
@@ -75,7 +77,8 @@ def trace_dataset(
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
-    stored = [i for i, of in enumerate(chain.connections) if selection.stores_connection(chain, of)]
+    kept = [selection.stores_connection(chain, chain.connections[position]) for position in within]
+    stored = [i for i, is_kept in enumerate(kept) if is_kept]
     return trace.isel(connection=stored)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights
+from depthscope.probes.connections.coefficients import DepthWeights, Parts
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
@@ -28,7 +29,7 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
-from depthscope.probes.structure.made_states import with_made_state
+from depthscope.probes.structure.missing_states import missing_state
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -37,14 +38,14 @@ from depthscope.probes.structure.named_blocks import (
     likely_blocks,
     linked_calls,
     named_calls,
-    shown_by_calls,
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, missing_state, read_chain
+from depthscope.probes.structure.read_chains import ReadChain, read_chain
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.stages import joined, with_ending, with_made_state, with_opening
 from depthscope.probes.structure.tape import value_at
 
 
@@ -82,6 +83,7 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+        self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
@@ -276,65 +278,16 @@ class StructureFinder:
         found = []
         for layout, group in groupby(parts, key=lambda part: part.layout):
             chains = list(group)
-            chain = self._with_opening(chains[0]) if depths is None else chains[0].chain
+            chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
                 layout_of = partial(self._layout_of, part.memory, "")
-                chain = _joined(chain, with_made_state(self.graph, part, layout_of))
+                chain = joined(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(part.memory for part in chains)
-            chain = self._with_ending(chain, memories[-1], layout) if depths is None else chain
+            chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
             branches = (b for memory in memories for c in memory.connections for b in c.branches)
             chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
             found.append(FoundChain(chain, memories, layout))
         return found
-
-    def _with_opening(self, part: ReadChain) -> Chain:
-        """The chain with what its first block takes, where that block makes the first state in another shape."""
-        root, chain = self.graph.values[part.memory.root], part.chain
-        path, begin = chain.points[0].module, chain.points[0]
-        container = chain.blocks[0].rpartition(".")[0] if chain.blocks else ""
-        calls = [call for call in self.graph.calls if call.path == path]
-        if (
-            len(calls) != 1
-            or path in chain.blocks
-            or path.rpartition(".")[0] != container
-            or not path[-1:].isdigit()
-        ):
-            return chain
-        (first,) = calls
-        taken = self.graph.shown_at(first.path, first.number, "input", 0)
-        if taken is None or taken.shape == root.shape or not self.graph.depends_on_input(taken):
-            return chain
-        try:
-            layout = shape_layout(taken, self.sequences)
-        except LayoutError:
-            return chain
-        if layout != part.layout:
-            return chain
-        opening = HookPoint(first.path, first.number, "input", -1, "embed", "(input)")
-        if begin.site == "embed":
-            begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=first.path)
-        return chain.preceded_by(opening, begin, taken.shape)
-
-    def _with_ending(self, chain: Chain, memory: MemoryReading, layout: str) -> Chain:
-        """The chain with what blocks of its class give after its last state, in another shape."""
-        kinds, sides = self._kinds(memory), shown_by_calls(self.graph)
-        last = value_at(self.graph, chain.points[-1])
-        for number, call in enumerate(self.graph.calls):
-            taken, given = (sides.get((number, at)) for at in ("input", "output"))
-            if call.kind not in kinds or last is None or taken != last.number or given is None:
-                continue
-            value = self.graph.values[given]
-            if value.shape == last.shape or shape_layout(value, self.sequences) != layout:
-                continue
-            point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
-            chain = replace(
-                chain,
-                points=(*chain.points, point),
-                shapes=(*chain.shapes, value.shape),
-                blocks=(*chain.blocks, call.path),
-            )
-            last = value
-        return chain
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
         """The chain with the hook point after its last norm, where there is one."""
@@ -360,6 +313,17 @@ class StructureFinder:
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
                 "they are mixed and written; leave layout= out"
             )
+        counts = sorted(
+            {
+                sum(n.count for n in state.numbers) // max(math.prod(memory.shape), 1)
+                for state in memory.states
+            }
+        )
+        if len(counts) > 1:
+            raise LayoutError(
+                f"the states of {memory.name} have {' or '.join(map(str, counts))} streams; expected the same number at every "
+                "depth. Name the modules whose states are wanted with layers="
+            )
         several = next((state for state in memory.states if len(state.values) > 1), None)
         if several is not None:
             raise LayoutError(
@@ -372,7 +336,7 @@ class StructureFinder:
         wanted: dict[str, Any] = {"inside": inside, "depths": depths, "has_shards": self._has_shards}
         part = read_chain(self.graph, memory, layout_of, **wanted)
         if named and not part.layout:
-            part = read_chain(self.graph, memory, lambda value: named, **wanted)
+            part = read_chain(self.graph, memory, lambda *of: named, **wanted)
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -380,11 +344,17 @@ class StructureFinder:
             )
         return part
 
-    def _layout_of(self, memory: MemoryReading, asserted: str, value: TracedValue) -> str:
-        """The layout of a value of a memory, or the asserted one where it has as many axes; empty where it has none."""
+    def _layout_of(
+        self, memory: MemoryReading, asserted: str, value: TracedValue, numbers: Numbers | None = None
+    ) -> str:
+        """The layout of a value, or the asserted one where it has as many axes; empty where it has none.
+
+        ``numbers``: which elements of the memory it has, where it is none of its own values.
+        """
         if asserted:
             return asserted if len(value.shape) == len(parse_layout(asserted)) else ""
-        root, numbers = self.graph.values[memory.root], memory.carried.get(value.number)
+        root = self.graph.values[memory.root]
+        numbers = memory.carried.get(value.number) if numbers is None else numbers
         if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
             numbers = memory.carried[root.number]
         return "" if numbers is None else read_layout(memory, numbers, self.sequences)
@@ -432,10 +402,11 @@ class StructureFinder:
         )  # what is added before the connections of a block
         chain = replace(chain, points=points, connections=tuple(chain.connections[number] for number in kept))
         self._read = read
+        self._reads_features = any(of.read is None for of, _ in weights if isinstance(of, Parts))
         if memory.over_depth:
             rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
-        elif any(of.read is None for of, _ in weights):
+        elif self._reads_features and not read.mixes:
             chain = replace(chain, family="gated")
         elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
@@ -456,7 +427,7 @@ class StructureFinder:
             found.layout,
             fractions=fractions.pop() if len(fractions) == 1 else 1,
             mixes=self._read.mixes,
-            reads_features=family == "gated",
+            reads_features=self._reads_features,
         )
         return dict.fromkeys(range(len(chain.connections)), site)
 
@@ -484,7 +455,7 @@ class StructureFinder:
             short[path] if paths.count(path) == 1 else self._argument(of.chain)
             for path, of in zip(paths, found, strict=True)
         ]
-        if len(set(names)) < len(names):
+        if len(set(names)) < len(names) or (len(names) > 1 and "" in names):
             names = _distinct(paths)
         return [
             replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)
@@ -497,38 +468,6 @@ class StructureFinder:
             return ""
         names = list(inspect.signature(self.model.get_submodule(point.path).forward).parameters)
         return names[point.item] if point.item < len(names) else ""
-
-
-def _joined(chain: Chain, stage: Chain) -> Chain:
-    """A chain with the states of its next stage, whose blocks are numbered after those before."""
-    offset, last = len(chain.points), max(point.layer for point in chain.points)
-    first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    shift, before = last + 1 - first if first <= last else 0, chain.points
-    if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
-        shift, before = last - first, (*before[:-1], replace(before[-1], site="mid"))
-    proof = chain.proof if stage.proof == "proven" else stage.proof
-    if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
-        proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
-    points = tuple(
-        replace(p, layer=first + shift, site="pre", module=p.path if p.at == "input" else p.module)
-        if p.site == "embed"
-        else replace(p, layer=p.layer + shift)
-        for p in stage.points
-    )
-    moved = (
-        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset, layer=c.layer + shift)
-        for c in stage.connections
-    )
-    kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
-    return replace(
-        chain,
-        points=(*before, *points),
-        connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
-        blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
-        block_class="/".join(kinds),
-        shapes=(*chain.shapes, *stage.shapes),
-        proof=proof,
-    )
 
 
 def _distinct(paths: Sequence[str]) -> list[str]:

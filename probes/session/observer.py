@@ -303,6 +303,7 @@ class Observer:
             # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
             output = tensor.detach()
             if not self.structure.sites:
-                output = self.structure.canonical(number, output, forward.batch_size).squeeze(2)
+                own = self.structure.chains[number].connections[position].layout
+                output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
                 self._require_own_part(forward, output)
             forward.branches[number, position] = forward.sampled(output)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
+from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
@@ -79,8 +80,8 @@ def describe_weights(
     ----------
     path : str or Path
         A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
-        or an index. Shards may be missing: the connections in them are left out, and
-        ``warnings`` names the shards.
+        or an index, or ``organisation/name`` on the Hugging Face hub. Shards may be missing: the connections in them
+        are left out, and ``warnings`` names the shards.
     dialect_file : str or Path, optional
         A TOML file with your own rows: how your checkpoint names its connections and what they compute (docs/dialects.md).
     as_dialect : str, optional
@@ -98,7 +99,7 @@ def describe_weights(
         If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, is of an
         unknown model type and has the names of a known one, or if a row of the file is malformed.
     """
-    path = given_path(path)
+    path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
     rows = (*(read_dialects(dialect_file) if dialect_file is not None else ()), *known_dialects())
     inventory = take_inventory(path)
     config = inventory.settings

@@ -1,4 +1,4 @@
-"""What do the connections so far do to each token? The gains of a matrix and of the products up to it, in one compiled pass.
+"""What do the connections so far do to each token? The gains of a matrix and of the product up to it, in one compiled pass.
 
 By numba, where it is installed; torch gives the same numbers elsewhere (`live_sums`).
 Shapes: t every token of a batch, N stream.
@@ -14,21 +14,14 @@ import numpy as np
 import torch
 
 
-class Products(NamedTuple):
-    """The products of the matrices of every token up to a connection, with the later one on the left and on the right.
+class Product(NamedTuple):
+    """The product of the matrices of every token up to a connection, the later ones on the left.
 
-    Parameters
-    ----------
-    left, right : Tensor
-        (t, N, N), float64, with their largest entry at 1.
-    left_scale, right_scale : Tensor
-        (t,), the logarithms of what they were divided by.
+    ``matrix``: (t, N, N), float64, with its largest entry at 1; ``scale``: (t,), the logarithm of what it was divided by.
     """
 
-    left: torch.Tensor
-    left_scale: torch.Tensor
-    right: torch.Tensor
-    right_scale: torch.Tensor
+    matrix: torch.Tensor
+    scale: torch.Tensor
 
 
 def is_available() -> bool:
@@ -36,22 +29,19 @@ def is_available() -> bool:
     return _kernel() is not None
 
 
-def compiled_gains(mix_tNN: torch.Tensor, before: Products | None) -> tuple[torch.Tensor, Products]:
-    """The largest signed sums of rows and of columns, of the matrices of one connection and of the products up to it.
+def compiled_gains(mix_tNN: torch.Tensor, before: Product | None) -> tuple[torch.Tensor, Product]:
+    """The largest signed sums of rows and of columns, of the matrices of one connection and of the product up to it.
 
-    ``before``: up to the connection before, which are overwritten; None for the first one.
-    Returns: (3, t, 2): of the matrix, and of both products; each over the last axis, and over the one before.
+    ``before``: up to the connection before, which is overwritten; None for the first one.
+    Returns: (2, t, 2): of the matrix, and of the product; each over the last axis, and over the one before.
     """
     kernel = _kernel()
     assert kernel is not None
     mix = mix_tNN.to(torch.float64, memory_format=torch.contiguous_format).contiguous()
-    zeros = torch.zeros(len(mix), dtype=torch.float64)
-    products = before or Products(torch.empty_like(mix), zeros, torch.empty_like(mix), zeros.clone())
-    gains = torch.empty(3, len(mix), 2, dtype=torch.float64)
-    left, right = products.left.numpy(), products.right.numpy()
-    scales = products.left_scale.numpy(), products.right_scale.numpy()
-    kernel(mix.numpy(), before is None, left, scales[0], right, scales[1], gains.numpy())
-    return gains, products
+    product = before or Product(torch.empty_like(mix), torch.zeros(len(mix), dtype=torch.float64))
+    gains = torch.empty(2, len(mix), 2, dtype=torch.float64)
+    kernel(mix.numpy(), before is None, product.matrix.numpy(), product.scale.numpy(), gains.numpy())
+    return gains, product
 
 
 @cache
@@ -63,40 +53,32 @@ def _kernel() -> Callable[..., Any] | None:
         options: dict[str, Any] = {"nogil": True, "cache": True}
         kernel = numba.njit(**options)(_gains)
         one = np.ones((1, 2, 2))
-        kernel(one, True, one.copy(), np.zeros(1), one.copy(), np.zeros(1), np.empty((3, 1, 2)))
+        kernel(one, True, one.copy(), np.zeros(1), np.empty((2, 1, 2)))
     except Exception:  # numba missing, too old for this Python, or without a folder to write to
         return None
     return kernel
 
 
 def _gains(  # noqa: C901  one loop over tokens: compiled, and a function of each part would be a call for each token
-    mix: np.ndarray,
-    is_first: bool,
-    left: np.ndarray,
-    left_scale: np.ndarray,
-    right: np.ndarray,
-    right_scale: np.ndarray,
-    gains: np.ndarray,
+    mix: np.ndarray, is_first: bool, product: np.ndarray, scale: np.ndarray, gains: np.ndarray
 ) -> None:
     tokens, n, _ = mix.shape
     made = np.empty((n, n))
     for t in range(tokens):
-        for part in range(3):
+        for part in range(2):
             factor = 1.0
             if part == 0:
                 for i in range(n):
                     for j in range(n):
                         made[i, j] = mix[t, i, j]
             else:
-                one = mix[t] if part == 1 else right[t]
-                other = left[t] if part == 1 else mix[t]
                 size = 0.0
                 for i in range(n):
                     for j in range(n):
                         total = mix[t, i, j] if is_first else 0.0
                         if not is_first:
                             for k in range(n):
-                                total += one[i, k] * other[k, j]
+                                total += mix[t, i, k] * product[t, k, j]
                         made[i, j] = total
                         # NaN is larger than anything, and stays.
                         if abs(total) > size or total != total:
@@ -104,12 +86,10 @@ def _gains(  # noqa: C901  one loop over tokens: compiled, and a function of eac
                 # A product of exactly zero stays zero; NaN and infinities stay what they are.
                 if not size > 0.0:
                     size = 1.0
-                kept = left[t] if part == 1 else right[t]
                 for i in range(n):
                     for j in range(n):
                         made[i, j] /= size
-                        kept[i, j] = made[i, j]
-                scale = left_scale if part == 1 else right_scale
+                        product[t, i, j] = made[i, j]
                 scale[t] += np.log(size)
                 factor = np.exp(scale[t])
             rows, columns = 0.0, 0.0

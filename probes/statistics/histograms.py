@@ -15,21 +15,11 @@ from depthscope.diagnostics.quantities.mixing_matrices import QUANTILES
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins whose upper edges are first · 2^(i / per_octave); one more bin has what is above the last edge.
+    """Bins whose upper edges are first · 2^(i / per_octave); one more bin has what is above the last edge."""
 
-    Parameters
-    ----------
-    first : float
-        The lowest edge, below which all values are in one bin.
-    octaves : int
-        How many doublings lie between the lowest edge and the highest.
-    per_octave : int
-        Number of bins in each.
-    """
-
-    first: float
-    octaves: int
-    per_octave: int
+    first: float  # the lowest edge, below which all values are in one bin
+    octaves: int  # how many doublings lie between the lowest edge and the highest
+    per_octave: int  # number of bins in each
 
     @property
     def edges(self) -> np.ndarray:
@@ -54,28 +44,14 @@ def bins_of(name: str) -> Bins:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The distribution of values over tokens.
+    """The distribution of values over tokens."""
 
-    Parameters
-    ----------
-    bins : Bins
-        What is counted together.
-    count_Vb : ndarray
-        Number of tokens.
-    undefined_V : ndarray
-        Number of tokens whose value is NaN, which are in no bin.
-    total_V : ndarray
-        Sum of the defined values.
-    lowest_V, highest_V : ndarray
-        Of the defined values.
-    """
-
-    bins: Bins
-    count_Vb: np.ndarray
-    undefined_V: np.ndarray
-    total_V: np.ndarray
-    lowest_V: np.ndarray
-    highest_V: np.ndarray
+    bins: Bins  # what is counted together
+    count_Vb: np.ndarray  # number of tokens
+    undefined_V: np.ndarray  # number of tokens whose value is NaN, which are in no bin
+    total_V: np.ndarray  # sum of the defined values
+    lowest_V: np.ndarray  # of the defined values
+    highest_V: np.ndarray  # of the defined values
 
     def number_above(self, limit_V: np.ndarray) -> np.ndarray:
         """Number of tokens (V,) above a limit, rounded up to the next edge; NaN where a value or the limit is undefined."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.statistics.compiled_gains import Products, compiled_gains, is_available
+from depthscope.probes.statistics.compiled_gains import Product, compiled_gains, is_available
 from depthscope.probes.statistics.compiled_state import compiled_tokens
 from depthscope.probes.statistics.histograms import Histogram
 
@@ -74,8 +74,9 @@ class LiveSums:
         # The distributions of these, where they are of several processes: of "largest" only the largest one is then a value.
         self.histograms: dict[str, dict[int, Histogram]] = {}
         self._drawn: dict[tuple[int, int], Places] = {}
-        # Products over the connections so far, in both orders: the orientation of the matrices is proven later.
-        self._products: tuple[int, Products] | None = None
+        self._product: tuple[int, Product] | None = (
+            None  # over the connections so far, and the last one's number
+        )
 
     def _places(self, tensor_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> Places:
         shape = (tensor_BT.shape[0], tensor_BT.shape[1])
@@ -143,7 +144,7 @@ class LiveSums:
         """Add the coefficients of one connection: shares of reads and writes, and the gains of products up to it.
 
         ``number``: connection index; they come in the order in which they are applied.
-        ``mix``: H_res, (B, T, N, N), in the orientation of the module.
+        ``mix``: H_res, (B, T, N, N), destination by source.
         ``read``: H_pre, (B, T, views, N), of every token.
         """
         if not write.numel():
@@ -162,25 +163,24 @@ class LiveSums:
             self._add_gains(number, mix.detach().flatten(0, 1).double(), mask_BT)
 
     def _add_gains(self, number: int, mix_tNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Keep the Amax gains of every token: of the matrix, and of the products in both orders."""
-        known = self._products
+        """Keep the Amax gains of every token: of the matrix, and of the product up to it."""
+        known = self._product
         before = None
-        if known is not None and known[0] == number - 1 and known[1].left.shape == mix_tNN.shape:
+        if known is not None and known[0] == number - 1 and known[1].matrix.shape == mix_tNN.shape:
             before = known[1]
         elif number != 0:  # a connection in between was not seen: no product from the first on is known
-            undefined, zeros = torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0])
-            before = Products(undefined, zeros, undefined.clone(), zeros.clone())
+            before = Product(torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0]))
         compiles = mix_tNN.device.type == "cpu" and is_available()
-        gains, products = (compiled_gains if compiles else _gains)(mix_tNN, before)
-        self._products = number, products
+        gains, product = (compiled_gains if compiles else _gains)(mix_tNN, before)
+        self._product = number, product
         if mask_BT is not None:
             gains = gains.masked_fill(~mask_BT.flatten()[:, None], PADDING)
-        for name, of_name in zip(("gain", "product_gain", "reversed_product_gain"), gains, strict=True):
+        for name, of_name in zip(("gain", "product_gain"), gains, strict=True):
             self.add_values(name, number, of_name)
 
     def end_forward(self) -> None:
-        """Drop the products: the next connection belongs to another forward."""
-        self._products = None
+        """Drop the product: the next connection belongs to another forward."""
+        self._product = None
 
     def merged_with(self, other: LiveSums) -> LiveSums:
         """The same of two parts of a step; the sample is of the first one that has states."""
@@ -231,15 +231,14 @@ def amax_gains(matrix_tNN: torch.Tensor) -> torch.Tensor:
     return sums.abs().amax(-1)
 
 
-def _gains(mix_tNN: torch.Tensor, before: Products | None) -> tuple[torch.Tensor, Products]:
+def _gains(mix_tNN: torch.Tensor, before: Product | None) -> tuple[torch.Tensor, Product]:
     """As `compiled_gains`, by torch."""
-    zeros = torch.zeros_like(mix_tNN[:, 0, 0])
-    of = before or Products(mix_tNN, zeros, mix_tNN, zeros)
-    left, left_scale = _scaled(mix_tNN if before is None else mix_tNN @ of.left, of.left_scale)
-    right, right_scale = _scaled(mix_tNN if before is None else of.right @ mix_tNN, of.right_scale)
-    products = ((left, left_scale), (right, right_scale))
-    gains = [amax_gains(product) * log_scale.exp()[:, None] for product, log_scale in products]
-    return torch.stack([amax_gains(mix_tNN), *gains]), Products(left, left_scale, right, right_scale)
+    if before is None:
+        matrix, scale = _scaled(mix_tNN, torch.zeros_like(mix_tNN[:, 0, 0]))
+    else:
+        matrix, scale = _scaled(mix_tNN @ before.matrix, before.scale)
+    gains = [amax_gains(mix_tNN), amax_gains(matrix) * scale.exp()[:, None]]
+    return torch.stack(gains), Product(matrix, scale)
 
 
 def _scaled(product: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

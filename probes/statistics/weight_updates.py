@@ -29,30 +29,14 @@ VARIABLES = ("weight_square_norm", "weight_gradient_square_norm", "weight_update
 
 @dataclass(frozen=True)
 class WeightNorms:
-    """The squared norms of one step, one entry per module; NaN is undefined.
+    """The squared norms of one step, one entry per module; NaN is undefined."""
 
-    Parameters
-    ----------
-    paths : tuple of str
-        Modules that own parameters.
-    counts : ndarray
-        Number of elements of each.
-    values : mapping of str to ndarray
-        By the names of `VARIABLES`.
-    overflowed : bool
-        Whether a gradient had an infinity or a NaN.
-    skipped : mapping of str to int
-        Number of parameters that could not be measured, by the reason.
-    frozen : tuple of str
-        Modules none of whose parameters is trained.
-    """
-
-    paths: tuple[str, ...]
-    counts: np.ndarray
-    values: Mapping[str, np.ndarray]
-    overflowed: bool
-    skipped: Mapping[str, int]
-    frozen: tuple[str, ...] = ()
+    paths: tuple[str, ...]  # modules that own parameters
+    counts: np.ndarray  # number of elements of each
+    values: Mapping[str, np.ndarray]  # by the names of `VARIABLES`
+    overflowed: bool  # whether a gradient had an infinity or a NaN
+    skipped: Mapping[str, int]  # number of parameters that could not be measured, by the reason
+    frozen: tuple[str, ...] = ()  # modules none of whose parameters is trained
 
     def without_gradient(self) -> WeightNorms:
         """The same norms with undefined gradients."""

@@ -25,10 +25,13 @@ class AppliedFunction:
     position: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    item: int = 0  # which of its results
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """The result for another tensor."""
-        return self.func(*self.args[: self.position], tensor, *self.args[self.position + 1 :], **self.kwargs)
+        given = (*self.args[: self.position], tensor, *self.args[self.position + 1 :])
+        found = self.func(*given, **self.kwargs)
+        return found[self.item] if isinstance(found, (tuple, list)) else found
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _origin(graph: Graph, value: TracedValue) -> BranchScale | None:
         if at is None or value.numel != max(value.shape, default=1):
             return None
         rest = (*value.args[:at], None, *value.args[at + 1 :])
-        functions.insert(0, AppliedFunction(value.func, at, rest, dict(value.kwargs)))
+        functions.insert(0, AppliedFunction(value.func, at, rest, dict(value.kwargs), value.item))
         value = value.parents[0]
     name = graph.parameter_names.get(value.number, "")
     return (

@@ -53,6 +53,7 @@ class Connection:
     depth_in: int
     depth_out: int
     parameters: tuple[str, ...] = ()  # names of those that its coefficients are computed from
+    layout: str = ""  # of what the branch of a plain block gives
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,15 @@ class Structure:
         return "residual" if self.num_streams == 1 else "unknown"
 
     def canonical(
-        self, number: int, state: torch.Tensor, batch_size: int, depth: int | None = None
+        self, number: int, state: torch.Tensor, batch_size: int, depth: int | None = None, own: str = ""
     ) -> torch.Tensor:
-        """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it."""
+        """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it.
+
+        ``own``: its layout, where that is not the one of the chain or of the depth.
+        """
         if self.shards is not None:
             state = self._own_tokens(number, state, self.shards)
-        own = "" if depth is None else self.chains[number].points[depth].layout
+        own = own or ("" if depth is None else self.chains[number].points[depth].layout)
         layout = own or self.layouts[number]
         return canonical(
             local_tensor(state),

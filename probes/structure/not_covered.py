@@ -117,8 +117,9 @@ class _LeftOutParts:
         self, graph: Graph, model: nn.Module, chains: Sequence[Chain], covered: Iterable[str], *, named: bool
     ):
         self._model, self._chains, self._named = model, chains, named
+        self._show_states = {path for chain in chains for p in chain.points for path in (p.path, p.module)}
         self._used = UsedParameters(graph, model)
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
@@ -144,12 +145,21 @@ class _LeftOutParts:
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
         alone: list[str] = []
+        read = {
+            type(child)
+            for name, child in module.named_children()
+            if name.isdigit() and self._used.within(child) & self._on_chains
+        }
         for name, child in module.named_children():
             inner, used = f"{path}.{name}".lstrip("."), self._used.within(child)
             if not used or used <= self._on_chains:
                 continue
             if used & self._on_chains:
                 yield from self._parts(inner, child)
+            elif any(f"{path}.".startswith(f"{inner}.") for path in self._show_states):
+                continue  # what joins two stages gives a state
+            elif name.isdigit() and type(child) in read:  # a stage next to one that is read, however small
+                yield self._left_out(inner, [inner], self._blocks_within(inner), least=0.0)
             else:
                 alone.append(inner)
         yield from self._named_parts(path, alone)
@@ -200,10 +210,12 @@ class _LeftOutParts:
         ]
         return len(modules) > 1 and len(matrices) >= LEAST_MATRICES
 
-    def _left_out(self, name: str, paths: Sequence[str], blocks: Sequence[str]) -> LeftOut | None:
+    def _left_out(
+        self, name: str, paths: Sequence[str], blocks: Sequence[str], least: float = NAMED_SHARE
+    ) -> LeftOut | None:
         share = self._used.share(self._own_of(paths))
         single = all(not any(True for _ in self._modules[path].children()) for path in paths)
-        if not blocks and (share < NAMED_SHARE or single):  # one layer has no depth
+        if not blocks and (share < least or single):  # one layer has no depth
             return None
         return LeftOut(
             module=name,

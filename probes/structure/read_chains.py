@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import (
-    PROVEN,
     BranchReading,
     ConnectionReading,
     MemoryReading,
@@ -16,9 +17,9 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
-from depthscope.probes.structure.tape import value_at
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
@@ -35,7 +36,7 @@ class ReadChain:
 def read_chain(
     graph: Graph,
     memory: MemoryReading,
-    layout_of: Callable[[TracedValue], str],
+    layout_of: Callable[..., str],
     *,
     inside: bool,
     depths: Sequence[int] | None = None,
@@ -43,7 +44,7 @@ def read_chain(
 ) -> ReadChain:
     """The chain of one memory.
 
-    ``layout_of``: the layout of a value of the memory; empty where it has none.
+    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
     ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
     ``depths``: the states that are wanted, where the user names them.
     ``has_shards``: whether processes measure together of which each has a part of the tokens.
@@ -54,9 +55,7 @@ def read_chain(
 class _ChainOf:
     """The chain of one memory."""
 
-    def __init__(
-        self, graph: Graph, memory: MemoryReading, layout_of: Callable[[TracedValue], str], has_shards: bool
-    ):
+    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], has_shards: bool):
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
@@ -83,6 +82,12 @@ class _ChainOf:
             else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
+        self._require_one_order(points)
+        if self._is_plain:  # what no call hands on that made it lies inside of that
+            points = [
+                (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
+                for p, value in points
+            ]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -93,23 +98,13 @@ class _ChainOf:
             block_class="/".join(kinds),
             shapes=self._shapes(points, layout),
             history=self.memory.over_depth,
-            proof=self._proof(points),
+            proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, layout)
 
-    def _proof(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> str:
-        """The proof, unless a state is named after a block that gives something else."""
-        if self.memory.proof == PROVEN and self._is_plain:
-            for point, value in points:
-                if not self._is_named_rightly(point, value):
-                    return (
-                        f"unproven: {point.module} gives something else than the state that is named after it"
-                    )
-        return self.memory.proof
-
     def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
-        if point.site not in ("post", "pre") or any(point.module == branch.path for branch in self.branches):
+        if point.site not in ("post", "pre"):
             return True
         shown = [of for other in self._same(value) for of in self.graph.shown.get(other.number, ())]
         paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
@@ -119,6 +114,19 @@ class _ChainOf:
         return not inside or not any(
             of.call in inside and of.at == "output" for given in self.graph.shown.values() for of in given
         )
+
+    def _require_one_order(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> None:
+        """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
+        orders: dict[tuple[object, ...], set[object]] = {}
+        for point, value in points if self._is_plain else ():
+            numbers = self.memory.carried.get(value.number)
+            if numbers is not None:
+                orders.setdefault((value.shape, point.layout), set()).add(numbers.key)
+        if any(len(keys) > 1 for keys in orders.values()):
+            raise LayoutError(
+                f"the tokens of {self.memory.name} are put into another order between two states; name the modules whose "
+                "states are wanted with layers="
+            )
 
     def _shapes(
         self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
@@ -323,7 +331,9 @@ class _ChainOf:
                 other.number
                 for after, before in steps
                 for other in (after, before)
-                if only_moves(after) and after.numel == before.numel and len(after.parents) == 1
+                if only_moves(after)
+                and after.numel == before.numel
+                and sum(parent.is_floating for parent in after.parents) == 1
             }
             new = [other for other in near if other.number in moves and other.number not in seen]
             seen.update(other.number for other in new)
@@ -362,7 +372,8 @@ class _ChainOf:
 
     def _weighed(self, of: ConnectionReading) -> Connection:
         branch = of.branches[-1]
-        call = self.shown_branch(branch)
+        given = self._shown_branch(branch)
+        call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
@@ -371,8 +382,8 @@ class _ChainOf:
             index=of.depth_in,
             layer=branch.layer,
             branch=kind,
-            branch_path=None if call is None else self.graph.calls[call].path,
-            branch_index=0 if call is None else self.graph.calls[call].number,
+            branch_path=None if call is None else call.path,
+            branch_index=0 if call is None else call.number,
             style=DEPTH if self.memory.over_depth else READ,
             depth_in=of.depth_in,
             depth_out=of.depth_out,
@@ -435,10 +446,11 @@ class _ChainOf:
 
     def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
         for branch in of.branches:
-            for call in self._shown_parts(branch):
-                if call is None:
+            for given in self._shown_parts(branch):
+                if given is None or not given[1]:
                     yield None
                     continue
+                call, layout = given
                 path, index = self.graph.calls[call].path, self.graph.calls[call].number
                 own = branch.kind if branch.kind in ("attn", "mlp") else "block"
                 yield Connection(
@@ -451,58 +463,28 @@ class _ChainOf:
                     style="normed" if of.functions else "add",
                     depth_in=depths.index(of.depth_in),
                     depth_out=depths.index(of.depth_out),
+                    layout=layout,
                 )
 
-    def _shown_parts(self, branch: BranchReading) -> list[int | None]:
+    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
         """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        call = self.shown_branch(branch)
-        source = self.graph.values[branch.way[0]]
-        if call is not None or source.name != "add":
-            return [call]
-        return [self._shown_by(addend) for addend in addends(source)]
+        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
+        if given is not None or source.name != "add":
+            return [given]
+        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
 
-    def shown_branch(self, branch: BranchReading) -> int | None:
-        """The outermost call that gives what a branch adds: that itself, or what is moved or scaled of it."""
-        calls = (self._shown_by(self.graph.values[number]) for number in reversed(branch.way))
-        return next((call for call in calls if call is not None), None)
+    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
+        """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
+        way = list(zip(branch.way, branch.numbers, strict=True))
+        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
+        return next((given for given in shown if given is not None), None)
 
-    def _shown_by(self, value: TracedValue) -> int | None:
-        for other in self._same(value):
+    def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
+        whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
+        for other in self._same(value) if value.numel >= whole else ():
             shown = self.graph.shown.get(other.number, ())
             calls = [each.call for each in shown if each.at == "output" and not each.item]
             if calls:
-                return min(calls)
+                own = numbers.reshape(other.shape) if other.numel == value.numel else None
+                return min(calls), "" if own is None else self.layout_of(other, own)
         return None
-
-
-def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
-    """A block, next to those of plain chains and of their class, that gives no state of them; empty where there is none.
-
-    What lies inside of a branch is none.
-    """
-    known = {number for memory in memories for state in memory.states for number in state.values}
-    known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
-    waiting = list(known)
-    while waiting:  # what has the elements of a state in another order is one
-        value = graph.values[waiting.pop()]
-        same = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
-        same += [of for of in value.parents if only_moves(value) and of.numel == value.numel]
-        waiting += [of.number for of in same if of.number not in known]
-        known |= {of.number for of in same}
-    branches = [branch for m in memories for c in m.connections for branch in c.branches]
-    known |= {number for branch in branches for number in branch.way}
-    carried = set().union(*(memory.carried for memory in memories))
-    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
-    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
-    like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
-    given: dict[int, list[int]] = {}
-    for number, places in graph.shown.items():
-        for of in places:
-            if of.at == "output" and graph.values[number].is_floating:
-                given.setdefault(of.call, []).append(number)
-    for call, numbers in sorted(given.items()):
-        path = graph.calls[call].path
-        is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
-        if is_like and not known.intersection(numbers) and not any(inside[number] for number in numbers):
-            return f"{path} gives no state of the chain"
-    return ""

@@ -25,10 +25,28 @@ def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis
     """
     parts = _parts_of_first(memory, sequences)
     named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
-    flat = [letter for axis in named or () for letter in axis]
-    if not named or len(set(flat)) < len(flat) or "D" not in flat:
+    if named is None:
+        return _shuffled_layout(numbers.dense(), parts)
+    flat = [letter for axis in named for letter in axis]
+    if len(set(flat)) < len(flat) or "D" not in flat:
         return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
+
+
+def _shuffled_layout(array: np.ndarray, parts: Sequence[Part]) -> str:
+    """The layout of a value whose tokens are in some other order in each sequence; empty where more than that is moved."""
+    letters = ["T"] * array.ndim
+    for letter, size, stride in parts:
+        if letter == "T":
+            continue
+        place = array // max(stride, 1) % size
+        for axis in range(array.ndim):
+            along = np.arange(size).reshape(-1, *(1,) * (array.ndim - 1 - axis))
+            if array.shape[axis] == size and letters[axis] == "T" and (place == along).all():
+                letters[axis] = letter
+                break
+    is_known = (array >= 0).all() and sorted(letters) == ["B", "D", "T"]
+    return " ".join(letters) if is_known and len(np.unique(array)) == array.size else ""
 
 
 def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[str]] | None:
@@ -51,8 +69,8 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
     sides = [axis for axis in named if "T" in axis]
-    if len(sides) == 2:  # of an image, or of several series side by side
-        for axis, letter in zip(sides, "HW", strict=True):
+    if len(sides) in (2, 3):  # of an image or a film, or of several series side by side
+        for axis, letter in zip(sides, "THW"[-len(sides) :], strict=True):
             axis[axis.index("T")] = letter
     return named
 

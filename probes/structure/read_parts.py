@@ -165,9 +165,9 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
         (branch,) = connection.branches
         if "constant" in connection.parts or not {"h_post", "out"} <= branch.parts.keys():
             raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
-        if "depth_read_gate" in branch.parts:
+        if "depth_read_gate" in branch.parts or not {"depth_read", "depth_carry"} <= connection.parts.keys():
             raise StreamConnectionError(
-                f"{branch.path or 'a branch'} reads several sums, whose weights differ between the features"
+                f"the weights over depth differ between the features at {branch.path or 'a branch'}"
             )
         several, carry = branch.parts.get("depth_read"), connection.parts["depth_carry"]
         read = connection.parts["depth_read"].unsqueeze(-2) if several is None else several

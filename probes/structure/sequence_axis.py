@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from depthscope.probes.reading.graph import INPUT, Graph, TracedValue, names, values_in
+from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
 from depthscope.probes.reading.operations import MATRICES, VIEWS
 
 ROW_MAJOR = VIEWS | names("squeeze unsqueeze")
@@ -63,6 +63,8 @@ class SequenceAxis:
 
     def _made(self, value: TracedValue) -> tuple[int, int] | None:
         found: list[tuple[int, int]] = []
+        if value.name in SHAPE_ONLY:  # a new constant, whose axes are its own
+            return None
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
                 given = self._found[operand.number]

@@ -193,7 +193,7 @@ class LiveRecording:
         assert store is not None
         if self._proven is None or not store.has_state or self._is_due():
             began = time.monotonic()
-            proven = prove(session, rows[-1:])
+            proven = prove(session)
             try:
                 store.save_state(build(rows[-1:], proven))
                 self._state_error = ""

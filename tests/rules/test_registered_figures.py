@@ -98,8 +98,10 @@ def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
     assert isinstance(default, Lines)
     # Lines that a definition adds to the metric: the default figure shows its numbers only.
     added = ("every token, streamed", "initialisation and weight decay alone")
-    mine_y = [line.y for line in mine.lines if line.role == "measured" and not line.label.endswith(added)]
-    default_y = [line.y for line in default.lines if line.role == "measured"]
+    mine_y, default_y = (
+        [line.y for line in of.lines if line.role == "measured" and not line.label.endswith(added)]
+        for of in (mine, default)
+    )
     for values, expected in zip(default_y, mine_y, strict=True):
         np.testing.assert_array_equal(values, expected)
     assert default.log_y == mine.log_y

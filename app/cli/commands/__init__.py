@@ -20,6 +20,7 @@ COMMANDS: tuple[Command, ...] = tuple(
         "explain",
         "compare",
         "ablate",
+        "patch",
         "lens",
         "jacobian",
         "dashboard",

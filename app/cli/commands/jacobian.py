@@ -62,8 +62,7 @@ def _run(args: argparse.Namespace) -> int:
             layout=args.layout,
             streams=args.streams,
         )
-    result.attrs["model"] = subject.loaded.name
-    result.attrs["weights_digest"] = subject.loaded.digest
+    result.attrs.update(subject.loaded.attrs)
     if subject.data_digest is not None:
         result.attrs["data_digest"] = subject.data_digest
     _print(result, save(result, subject, args, "jacobian"), args)

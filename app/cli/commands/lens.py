@@ -42,8 +42,7 @@ def _run(args: argparse.Namespace) -> int:
             layout=args.layout,
             streams=args.streams,
         )
-    result.attrs["model"] = subject.loaded.name
-    result.attrs["weights_digest"] = subject.loaded.digest
+    result.attrs.update(subject.loaded.attrs)
     _print(result, save(result, subject, args, "lens"), args)
     return FINE
 

@@ -155,9 +155,8 @@ def _run(args: argparse.Namespace) -> int:
             settle=args.settle,
             token_text=token_texts(loaded, batch),
             attrs={
-                "model": loaded.name,
+                **loaded.attrs,
                 "checkpoint": 1,
-                "weights_digest": loaded.digest,
                 "data": text_name(args.text),
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
                 **of_shard.get("attrs", {}),
@@ -195,7 +194,7 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
 
 def _default_name(checkpoint: str) -> str:
     """A name for the run in the working folder: that of the checkpoint, of a factory that of its module and function."""
-    name = Path(checkpoint).resolve().name.removesuffix(".gguf").replace(":", "-")
+    name = Path(checkpoint).resolve().name.removesuffix(".gguf").replace(":", "-").replace("@", "-")
     return f"{name or 'run'}.nc"
 
 

@@ -15,8 +15,9 @@ from depthscope.app.dashboard.components.question import show_in_rows, show_on_r
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import Figure, FigureKind, Lines
 from depthscope.app.figures.build.share import share_of_null
+from depthscope.app.figures.specification import NOISE_BASELINE
 
-SHARE, VALUE = "fraction of the noise baseline", "value"
+SHARE, VALUE = f"fraction of the {NOISE_BASELINE}", "value"
 
 VERSIONS: dict[str, dict[str, str]] = {
     "raw": {"tokens": "all", "centering": "raw"},

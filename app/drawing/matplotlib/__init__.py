@@ -104,7 +104,8 @@ def translated(figure: Any, translate: Callable[[str], str]) -> Any:
         return replace(figure, panels=tuple(panels), runs=_translated_runs(figure.runs, translate))
     across, up = translate(figure.x_label), translate(figure.y_label)
     if isinstance(figure, Heatmap):
-        return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label))
+        names = tuple(map(translate, figure.x_names))
+        return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label), x_names=names)
     if isinstance(figure, Points):
         points = {translate(run): values for run, values in figure.points.items()}
         return replace(

@@ -31,7 +31,7 @@ from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
 from depthscope.app.figures.palette import look_of
-from depthscope.app.figures.specification import Heatmap, Line, Lines
+from depthscope.app.figures.specification import NOISE_BASELINE, Heatmap, Line, Lines
 
 __all__ = ["draw_composed", "draw_into"]
 
@@ -228,7 +228,7 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
     """What has the colour of its run, once in grey for all runs."""
     roles = {line.role for line in lines}
     if "null" in roles:
-        yield Line2D([], [], color="0.4", **NULL), "noise baseline"
+        yield Line2D([], [], color="0.4", **NULL), NOISE_BASELINE
     for law in dict.fromkeys(line.law for line in lines if line.role == "theory"):
         yield Line2D([], [], color="0.4", **THEORY), plain(law)
     if "mark" in roles:

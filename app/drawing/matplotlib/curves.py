@@ -21,7 +21,7 @@ from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of,
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, SHAPES, Look
-from depthscope.app.figures.specification import Line, Lines
+from depthscope.app.figures.specification import NOISE_BASELINE, Line, Lines
 
 MARKERS = dict(zip(SHAPES, ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">"), strict=True))
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
@@ -284,7 +284,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
     # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
-        labels.append("noise baseline")
+        labels.append(NOISE_BASELINE)
     for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
         handles.append(Line2D([], [], color="0.4", **THEORY))
         labels.append(law)

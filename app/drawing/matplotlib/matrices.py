@@ -66,6 +66,8 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
         axis.set_major_locator(
             MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values), min_n_ticks=1)
         )
+    if 0 < len(figure.x_names) <= MOST_NAMES:
+        axes.set_xticks(figure.x, [plain(name) for name in figure.x_names], rotation=90)
     if figure.printed:
         _print_cells(axes, figure, mesh)
     return mesh
@@ -79,6 +81,9 @@ def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> Label:
         plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
     return Label(bar.ax, bar.ax.yaxis.label, label)
 
+
+MOST_NAMES = 40
+"""Columns up to which their names have room below a map as wide as a column. A heuristic of ours."""
 
 # Streams up to which a cell has room for its number; a matrix of more shows colours, and sums as far as they fit.
 MOST_PRINTED = 5

@@ -15,6 +15,7 @@ from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
+from depthscope.app.figures.specification import NOISE_BASELINE
 
 __all__ = ["SEVERITY_COLOURS", "Bar", "Panel", "draw_stack", "stack_height"]
 
@@ -208,7 +209,7 @@ def _key(panel: Panel) -> str:
         if len(lines) > 1
     ]
     if any(line.role == "null" for line in panel.figure.lines):
-        parts.append(f'<span style="color: {GREY}">╌</span> noise baseline')
+        parts.append(f'<span style="color: {GREY}">╌</span> {NOISE_BASELINE}')
     return "".join(f"   {part}" for part in parts)
 
 

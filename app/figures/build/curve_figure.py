@@ -57,8 +57,6 @@ class CurveFigure(FigureKind):
         Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
     around : str
         Metric with the band: along ``quantile``, or as ± of the value.
-    twin : str
-        Metric with the same of every token, from streamed sums.
     reference : tuple of str
         Metric along the same axis to compare with, and its label; empty where there is none.
     note : str
@@ -75,7 +73,6 @@ class CurveFigure(FigureKind):
     thresholds: tuple[tuple[float, str], ...] = ()
     scope: str = "data"
     around: str = ""
-    twin: str = ""
     reference: tuple[str, str] | tuple[()] = ()
     note: str = ""
     derive: Callable[[xr.Dataset], xr.Dataset] | None = None
@@ -84,9 +81,15 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        # A derived twin is no metric of the catalogue; what it is derived from is.
-        twin = self.derived_from or (self.twin,)
-        return tuple(name for name in (self.around, *twin, *self.reference[:1]) if name)
+        return tuple(
+            name for name in (self.around, *self.derived_from, self.twin, *self.reference[:1]) if name
+        )
+
+    @property
+    def twin(self) -> str:
+        """The same metric of every token, from streamed sums; empty where there is none."""
+        name = f"streamed_{self.metric}"
+        return name if name in CATALOGUE else ""
 
     @property
     def uses(self) -> tuple[str, ...]:

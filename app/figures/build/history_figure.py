@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.figures.build.bins import Bins
 from depthscope.app.figures.build.folded_runs import folded
 from depthscope.app.figures.build.values import names_of
-from depthscope.app.figures.specification import Figure, Heatmap, Line, Lines
+from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line, Lines
 from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, TrainingHistory
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
@@ -227,9 +227,7 @@ def profile_figure(
     measure = history.measures[name]
     null = _null_of(history, measure, choice)
     if null is not None:
-        lines.append(
-            replace(lines[-1], y=np.full_like(lines[-1].y, null), label="noise baseline", role="null")
-        )
+        lines.append(replace(lines[-1], y=np.full_like(lines[-1].y, null), label=NOISE_BASELINE, role="null"))
     title = measure_title(measure)
     return Lines(
         f"{name}_at_step",

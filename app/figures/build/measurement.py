@@ -14,7 +14,7 @@ from depthscope.app.figures.build.captions import selection_words, token_count_w
 from depthscope.app.figures.build.laws import law_lines, null_words
 from depthscope.app.figures.build.spread import aligned, spread_of
 from depthscope.app.figures.build.values import fed, names_of, pick, positions
-from depthscope.app.figures.specification import Analyses, Line, Selection
+from depthscope.app.figures.specification import Analyses, Line, Selection, null_label
 from depthscope.app.text.numbers import number, sentence
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Measurement:
             return None
         # A copy: a broadcast array is read-only and its elements share memory.
         y = np.broadcast_to(np.asarray(level, dtype=np.float64), like.y.shape).copy()
-        return Line(like.x, y, f"{like.label} · noise baseline", role="null", group=like.group)
+        return Line(like.x, y, null_label(like.label), role="null", group=like.group)
 
     # --- words
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from depthscope.app.figures.build.laws import null_words
 from depthscope.app.figures.build.spectrum_figure import NOISE_WORDS
-from depthscope.app.figures.specification import Array, Line, Lines
+from depthscope.app.figures.specification import NOISE_BASELINE, Array, Line, Lines, null_label
 
 __all__ = ["share_of_null"]
 
-_WORDS = "Divided by the noise baseline: 1 is what independent noise of the same shape would give."
+_WORDS = f"Divided by the {NOISE_BASELINE}: 1 is what independent noise of the same shape would give."
 
 
 def share_of_null(figure: Lines) -> Lines:
@@ -36,11 +36,11 @@ def share_of_null(figure: Lines) -> Lines:
             shares.append(_divided(line, level))
     ends = np.concatenate([line.x for line in shares]) if shares else np.zeros(0)
     span = np.array([ends.min(initial=0.0), ends.max(initial=0.0)])
-    shares.append(Line(span, np.ones(2), "noise baseline", role="threshold"))
+    shares.append(Line(span, np.ones(2), NOISE_BASELINE, role="threshold"))
     return replace(
         figure,
         lines=tuple(shares),
-        y_label="fraction of the noise baseline",
+        y_label=f"fraction of the {NOISE_BASELINE}",
         # Both are in units of the number itself.
         healthy=None,
         caption=" ".join([_WORDS, *_without_null(figure.caption, figure.metric).split()]),
@@ -55,7 +55,7 @@ def _without_null(caption: str, metric: str) -> str:
 def _null_of(line: Line, lines: Sequence[Line]) -> Array | None:
     """The null of a measured curve: that with its name, else the one that all curves of its run share."""
     of_run = [other for other in lines if other.role == "null" and other.group == line.group]
-    named = [other for other in of_run if other.label == f"{line.label} · noise baseline"]
+    named = [other for other in of_run if other.label == null_label(line.label)]
     found = named or (of_run if len(of_run) == 1 else [])
     # A density has other places than that of noise.
     return found[0].y if found and np.array_equal(found[0].x, line.x) else None

@@ -11,7 +11,15 @@ import xarray as xr
 from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
 from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import LABELLED, names_of, pick
-from depthscope.app.figures.specification import Analyses, Array, FigureKind, Line, Lines, Selection
+from depthscope.app.figures.specification import (
+    Analyses,
+    Array,
+    FigureKind,
+    Line,
+    Lines,
+    Selection,
+    null_label,
+)
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
@@ -107,7 +115,7 @@ class SpectrumFigure(FigureKind):
                 lower, upper = np.maximum(sigma - deviation, floor), sigma + deviation
             yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
             if np.isfinite(noise).any():
-                yield Line(*self.curve(orders, noise), f"{label} · noise baseline", role="null", group=run)
+                yield Line(*self.curve(orders, noise), null_label(label), role="null", group=run)
 
 
 def _bands(metric: str, analyses: Mapping[str, xr.Dataset]) -> list[str]:

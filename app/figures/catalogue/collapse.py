@@ -18,13 +18,11 @@ effective_rank = _ranks(
     "effective_rank",
     "Effective rank across depth",
     "effective rank",
-    twin="streamed_effective_rank",
 )
 participation_ratio = _ranks(
     "participation_ratio",
     "Participation ratio across depth",
     "participation ratio",
-    twin="streamed_participation_ratio",
 )
 corrected_participation_ratio = _ranks(
     "corrected_participation_ratio",
@@ -36,13 +34,11 @@ entropy_rank = _ranks(
     "entropy_rank",
     "Matrix-entropy rank across depth",
     "entropy rank",
-    twin="streamed_entropy_rank",
 )
 stable_rank = _ranks(
     "stable_rank",
     "Stable rank across depth",
     "stable rank",
-    twin="streamed_stable_rank",
 )
 numerical_rank = _ranks(
     "numerical_rank",
@@ -153,13 +149,11 @@ top_energy = _spectrum(
     "top_energy",
     "Energy in the ten strongest directions",
     "share of the energy",
-    twin="streamed_top_energy",
 )
 alpha_req = _spectrum(
     "alpha_req",
     "Power law of the spectrum (α-ReQ)",
     "exponent α",
     around="alpha_req_error",
-    twin="streamed_alpha_req",
     note="Near 1 in good representations; centred is the published form.",
 )

@@ -120,7 +120,6 @@ adjacent_cka = _steps(
     "adjacent_cka",
     "CKA with the depth before",
     "linear CKA with depth − 1",
-    twin="streamed_adjacent_cka",
     derive=_with_streamed_twin,
     derived_from=("streamed_cka", "streamed_cka_error"),
 )

@@ -29,24 +29,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ChainOfRun:
-    """One chain of a saved run.
+    """One chain of a saved run."""
 
-    Parameters
-    ----------
-    run : str
-        The run's name.
-    path : str
-        Where all workers read it.
-    chain : str
-        Empty where the run has one.
-    attrs : Mapping
-        Attributes of the run.
-    """
-
-    run: str
-    path: str
-    chain: str
-    attrs: Mapping[str, Any]
+    run: str  # the run's name
+    path: str  # where all workers read it
+    chain: str  # empty where the run has one
+    attrs: Mapping[str, Any]  # attributes of the run
 
 
 Found = tuple[dict[str, xr.DataArray], dict[str, str]]

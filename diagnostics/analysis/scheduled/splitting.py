@@ -47,23 +47,13 @@ MOST_POSITIONS = (
 
 @dataclass(frozen=True)
 class Chain:
-    """One chain, as far as it is needed to split it.
+    """One chain, as far as it is needed to split it."""
 
-    Parameters
-    ----------
-    run, path, chain : str
-        As of `Task`.
-    trace : Dataset
-        Its trace, of which only sizes and the mask are read.
-    budget : int
-        Bytes that a task may take.
-    """
-
-    run: str
-    path: str
-    chain: str
-    trace: xr.Dataset
-    budget: int
+    run: str  # as of `Task`
+    path: str  # as of `Task`
+    chain: str  # as of `Task`
+    trace: xr.Dataset  # its trace, of which only sizes and the mask are read
+    budget: int  # bytes that a task may take
 
     @property
     def one_depth(self) -> int:

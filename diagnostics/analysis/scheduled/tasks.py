@@ -63,36 +63,20 @@ def needed_quantities(function: Callable[..., Any]) -> set[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """Some metrics of a part of one chain of a run.
+    """Some metrics of a part of one chain of a run."""
 
-    Parameters
-    ----------
-    run : str
-        Its name among those that are analysed.
-    path : str
-        Of the file.
-    chain : str
-        Empty where the run has one.
-    kind : str
-        As of `separable_by`; ``"depth"`` also for steps, which read the same depths and the one before.
-    metrics : tuple of str
-        By name.
-    positions : tuple of int
-        What is read: positions on the axis of depths, connections or sequences; of a pair both blocks. Empty for all.
-    keep : tuple of int
-        Positions whose values are kept; of a pair of blocks those of the first one.
-    cache_bytes : int
-        Most bytes of states that are kept from one metric to the next.
-    """
-
-    run: str
-    path: str
-    chain: str
+    run: str  # its name among those that are analysed
+    path: str  # of the file
+    chain: str  # empty where the run has one
+    # as of `separable_by`; ``"depth"`` also for steps, which read the same depths and the one before
     kind: str
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]  # by name
+    # what is read: positions on the axis of depths, connections or sequences; of a pair both blocks. Empty
+    # for all
     positions: tuple[int, ...] = ()
+    # positions whose values are kept; of a pair of blocks those of the first one
     keep: tuple[int, ...] = ()
-    cache_bytes: int = 0
+    cache_bytes: int = 0  # most bytes of states that are kept from one metric to the next
 
     def __str__(self) -> str:
         what = "depth" if self.kind == PAIR else self.kind
@@ -171,10 +155,12 @@ def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> d
 
 def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
     try:
-        # Values of each sequence are joined before their mean is taken.
-        found = (
-            {metric.name: source.call(metric.function)} if task.kind == SEQUENCE else metric.evaluate(source)
-        )
+        if task.kind != SEQUENCE:
+            found = metric.evaluate(source)
+        else:  # values of each sequence are joined before their mean is taken
+            of_each = metric.unfolded(source)
+            assert isinstance(of_each, xr.DataArray)
+            found = {metric.name: of_each}
     except Unavailable as reason:
         return {}, str(reason)
     return {name: value.load() for name, value in found.items()}, ""
@@ -182,18 +168,11 @@ def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
 
 @dataclass(frozen=True)
 class Facts:
-    """What each part of a run has to know of the whole.
+    """What each part of a run has to know of the whole."""
 
-    Parameters
-    ----------
-    massive : Massive or None
-        Which tokens are massive at any depth; None where that is not defined, or not asked for.
-    finite : ndarray of bool
-        Which streams of each depth are finite, (L, n).
-    """
-
+    # which tokens are massive at any depth; None where that is not defined, or not asked for
     massive: Massive | None
-    finite: np.ndarray
+    finite: np.ndarray  # which streams of each depth are finite, (L, n)
 
     @classmethod
     def joined(cls, parts: Sequence[Facts]) -> Facts:

@@ -5,7 +5,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
 
 from typing import Any
 
-from array_api_compat import device
+from array_api_compat import array_namespace, device
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
@@ -43,6 +43,12 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     >>> float(token_cosine(np.array([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]])).round(12)) == round(1 / 3, 12)
     True
     """
+    total, pairs = pair_cosines(x, center=center, mask=mask)
+    return ratio(array_namespace(total), total, pairs)
+
+
+def pair_cosines(x: Array, *, center: bool = False, mask: Array | None = None) -> tuple[Array, Array]:
+    """Σ_{i≠j} ⟨u_i, u_j⟩ over all ordered pairs of rows that have a direction, and the number m(m − 1) of pairs."""
     matrix = rows(x, mask=mask, center=center)
     xp, values = matrix.xp, matrix.values
     # Of float32 input squares cannot leave float64: its rows are weighted by 1/‖x‖ in the sum, and unit rows, another
@@ -57,7 +63,7 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     weight = xp.astype(directed, xp.float64) / xp.where(directed, size, xp.ones_like(size))
     total = (weight[..., None, :] @ values)[..., 0, :]
     m = xp.sum(xp.astype(directed, xp.float64), axis=-1)
-    return ratio(xp, xp.linalg.vecdot(total, total) - m, m * xp.clip(m - 1.0, min=0.0))
+    return xp.linalg.vecdot(total, total) - m, m * xp.clip(m - 1.0, min=0.0)
 
 
 def _paired_rows(x: Array, y: Array, mask: Array | None) -> tuple[Any, Array, Array, Array]:

@@ -2,97 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.quantities.registry import DIMS
 from depthscope.diagnostics.schema import CUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.probes.connections.family import ReconstructionError
-from depthscope.probes.connections.proof import Reading, gather_evidence
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.groups import chain_groups, depth_coords
-from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.session import Session
 
 
 @dataclass(frozen=True)
 class LiveGroup:
-    """One group of the run: a chain, or a stage of it.
+    """One group of the run: a chain, or a stage of it."""
 
-    Parameters
-    ----------
-    chain : str
-        Name of the group; empty for the only one.
-    number : int
-        Of the chain.
-    depths : list of int
-        Depths of the chain.
-    connections : list of int
-        Stream connections of the chain; empty where it has none.
-    num_streams : int
-        n.
-    depth_coords, connection_coords : mapping
-        Coordinates, as in the trace.
-    attrs : mapping
-        Of the run, and of the chain's own trace.
-    readings : tuple of Reading or None
-        How the matrix of each connection is read; None where it is not the one that the model applies.
-    dtype : torch.dtype
-        In which states are multiplied.
-    cut : list of int
-        Depths that had a graph in the first measured step, and got no gradient.
-    """
+    chain: str  # name of the group; empty for the only one
+    number: int  # of the chain
+    depths: list[int]  # depths of the chain
+    connections: list[int]  # stream connections of the chain; empty where it has none
+    num_streams: int  # n
+    depth_coords: Mapping[str, Any]  # coordinates, as in the trace
+    connection_coords: Mapping[str, Any]  # coordinates, as in the trace
+    attrs: Mapping[str, Any]  # of the run, and of the chain's own trace
+    dtype: torch.dtype  # in which states are multiplied
+    cut: list[int]  # depths that had a graph in the first measured step, and got no gradient
 
-    chain: str
-    number: int
-    depths: list[int]
-    connections: list[int]
-    num_streams: int
-    depth_coords: Mapping[str, Any]
-    connection_coords: Mapping[str, Any]
-    attrs: Mapping[str, Any]
-    readings: tuple[Reading, ...] | None
-    dtype: torch.dtype
-    cut: list[int]
+    @cached_property
+    def facts(self) -> xr.Dataset:
+        """What quantities depend on besides numbers: the attributes."""
+        return xr.Dataset(attrs=self.attrs)
 
     @property
     def streams(self) -> list[str]:
         """Labels of the views: ``mean`` and, for several streams, their numbers."""
         return ["mean", *map(str, range(self.num_streams))] if self.num_streams > 1 else ["mean"]
 
-    @property
-    def mixes_known(self) -> bool:
-        """Whether the matrices that the model applies are those that were read."""
-        return self.readings is not None
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the matrices are source by destination."""
-        # One orientation for all of a model.
-        return self.readings is not None and any(reading.transposed for reading in self.readings)
-
-    def applied(self, number: int, mix: torch.Tensor) -> torch.Tensor:
-        """H_res, destination by source, as the model applies it.
-
-        ``mix``: (K, N, N), as its module computes it.
-        """
-        assert self.readings is not None
-        rounded = mix.to(self.dtype).float() if self.readings[number].cast else mix
-        return rounded.mT if self.transposed else rounded
-
     def path(self, name: str) -> str:
         """Where a variable of this group is in a run."""
         return f"{group_path('metrics', self.chain)}/{name}"
 
-    def with_all_streams(self, value: xr.DataArray) -> xr.DataArray:
-        """A value whose stream axis, where it has one, has the labels of all views; NaN where it has no such view."""
-        if "stream" not in value.dims or value["stream"].values.tolist() == self.streams:
-            return value
-        return value.reindex(stream=self.streams)
+    def numbers(self, dims_of: Iterable[Any], values_of: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+        """Dims of an analysis in their order, and float64 values; NaN of a view of the streams that has none."""
+        # One group of tokens, all that were sampled.
+        dims = ["scope" if dim == "group" else dim for dim in dims_of]
+        values = np.asarray(values_of, dtype=np.float64)
+        if "stream" in dims and (lacks := len(self.streams) - values.shape[dims.index("stream")]):
+            # The mean, which comes first, has no share of what is read or written.
+            padding = [(lacks if dim == "stream" else 0, 0) for dim in dims]
+            values = np.pad(values, padding, constant_values=np.nan)
+        order = sorted(dims, key=DIMS.index)
+        return tuple(order), np.transpose(values, [dims.index(dim) for dim in order])
 
 
 def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
@@ -100,7 +66,6 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
 
     ``session``: with its chains found and at least one sequence sampled.
     """
-    readings = _readings(session)
     found = []
     for number, chain in enumerate(session.structure.chains):
         for stage, (name, depths) in enumerate(chain_groups(session, number)):
@@ -116,18 +81,8 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
                     depth_coords=depth_coords(chain, depths),
                     connection_coords=connection_coords(chain.connections) if has_streams else {},
                     attrs={str(name): value for name, value in (run.attrs | trace.attrs).items()},
-                    readings=readings,
                     dtype=session.observer.precision,
                     cut=list(trace["gradient"].attrs.get(CUT_GRADIENT, [])) if "gradient" in trace else [],
                 )
             )
     return found
-
-
-def _readings(session: Session) -> tuple[Reading, ...] | None:
-    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
-    try:
-        evidence = gather_evidence(sampled_joints(session, sequences))
-    except ReconstructionError:
-        return None  # the run was built: so other matrices than those that were read are applied
-    return tuple(evidence.reading(number) for number in range(len(evidence.proofs)))

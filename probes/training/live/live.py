@@ -27,7 +27,6 @@ from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.row_input import on_host
-from depthscope.probes.training.live.sampled_tokens import OF_SEQUENCES
 from depthscope.probes.training.live.scalars import scalars
 from depthscope.probes.training.sinks import Sink
 
@@ -98,7 +97,7 @@ class Live:
         ``first_run``: builds the run of the first measured step, which tells what the model is.
         Returns: None where `collect` returns it later, or never where it is dropped.
         """
-        if not self._metrics.groups or self._may_orient():
+        if not self._metrics.groups:
             run = first_run()
             self._metrics.groups = live_groups(self._session, run)
             self.attrs = {group.chain: _lasting(group.attrs) for group in self._metrics.groups}
@@ -115,13 +114,6 @@ class Live:
             # After the first row: what cannot be computed at all starts no process.
             self._beside = AnalysisProcess(self._metrics, self.attrs)
         return row
-
-    def _may_orient(self) -> bool:
-        """Whether to look again which way round the matrices are, as those near the identity do not show."""
-        # At the 1st, 2nd, 4th, … row: of matrices that stay symmetric nobody will ever know.
-        count = len(self.rows)
-        ambiguous = any(attrs.get("orientation") == "ambiguous" for attrs in self.attrs.values())
-        return ambiguous and self._beside is None and count & (count - 1) == 0
 
     @property
     def awaited(self) -> set[int]:
@@ -324,4 +316,4 @@ def _needs_more(name: str) -> bool:
     """Whether a metric needs whole sequences, sums over many steps, or the attention of a capture."""
     metric = CATALOGUE[name]
     beyond = {*OF_STREAMING, "query_entropy", "query_keys", "query_first_weight", "initial_logits"}
-    return name in OF_SEQUENCES or bool(beyond & set(metric.roots))
+    return metric.of_sequences or bool(beyond & set(metric.roots))

@@ -2,74 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
-from depthscope.diagnostics.metrics import weight_updates
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.registry import DIMS, LABELS
+from depthscope.diagnostics.metrics.declaration import Metric
+from depthscope.diagnostics.quantities.exact_sums import EXACT
+from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Quantities, Unavailable
 from depthscope.probes.run.initial_weights import YOUNG, start_facts
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
-from depthscope.probes.training.live import every_token
+from depthscope.probes.training.live.exact_quantities import EXACT_QUANTITIES, exact_quantities
 from depthscope.probes.training.live.group import LiveGroup
-from depthscope.probes.training.live.live_value import LiveValue, sampled
-from depthscope.probes.training.live.sampled_tokens import CHOSEN, OF_CONNECTIONS, OF_MEAN, SampledTokens
+from depthscope.probes.training.live.sampled_quantities import CHOSEN, SampledTokens, sampled
 
-OF_LOGITS = (
-    *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
-)
 LIVE = (
-    *(
-        "residual_norm",
-        "gradient_norm",
-        "backward_gain",
-        "relative_gradient",
-        "adjacent_cosine",
-        "token_cosine",
-    ),
-    *("massive_token_fraction", "massive_activation", "stream_cosine", "closest_stream_cosine"),
+    *("residual_norm", "gradient_norm", "backward_gain", "relative_gradient"),
+    *("adjacent_cosine", "token_cosine", "massive_token_fraction", "massive_activation"),
+    *("stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
-    *OF_LOGITS,
-    *OF_MEAN,
-    *OF_CONNECTIONS,
+    *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
+    *("effective_rank", "entropy_rank", "participation_ratio", "corrected_participation_ratio"),
+    *("stable_rank", "cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
+    *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),
+    *("doubly_stochastic_violation", "composite_attenuation", "composite_singular_value", "signal_share"),
 )
-"""Metrics of ``metrics="live"``, with ranks in the mean over streams alone."""
+"""Metrics of ``metrics="live"``, with ranks in the mean over streams alone; any other metric is live by its name."""
 
-Begun = tuple[dict[str, LiveValue], dict[str, Any]]
-"""Values of a group, and coordinates of theirs."""
+OF_COUNTS = {"noise_rows", "num_features", "token_masks", "token_counts", *CHOICES}
+"""Quantities that do not change from step to step as long as the numbers of sampled tokens do not."""
 
-Numbers = Mapping[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]]
+Number = tuple[tuple[Any, ...], np.ndarray, Mapping[str, Any]]
+Numbers = Mapping[str, Number]
+"""Dims, values and attributes by name."""
+
+Begun = tuple[dict[str, Number], dict[str, Any]]
+"""Values of a group with their estimator as an attribute, and coordinates of theirs."""
 
 
 @dataclass(frozen=True)
 class LiveRow:
-    """The metrics of one measured step.
+    """The metrics of one measured step."""
 
-    Parameters
-    ----------
-    step : int
-        Of the training.
-    numbers : mapping of str to (dims, ndarray, attributes)
-        By ``metrics/NAME`` or ``metrics/CHAIN/NAME``; float64, of the same shapes at every step, dims without ``step``.
-    coords : mapping of str to (dims, ndarray, attributes)
-        Coordinates by the same kind of path, and nulls, which have no step.
-    not_computed : mapping of str to mapping
-        Why metrics have no value, by chain and metric.
-    """
-
-    step: int
+    step: int  # of the training
+    # by ``metrics/NAME`` or ``metrics/CHAIN/NAME``; float64, of the same shapes at every step, dims without
+    # ``step``
     numbers: Numbers
-    coords: Numbers
+    coords: Numbers  # coordinates by the same kind of path, and nulls, which have no step
+    # why metrics have no value, by chain and metric
     not_computed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
@@ -91,7 +82,7 @@ class LiveMetrics:
         self._positions: list[np.ndarray] = []  # of the first step
         self._grown: set[int] = set()  # chains that have left their start
         self._small_starts: dict[str, str] = {}  # why branches are small, as it was said first
-        self._known_nulls: dict[tuple[int, int, int], dict[str, xr.DataArray]] = {}
+        self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def begin(
         self, sums: Sequence[TokenSums], measured: StepStatistics, learning_rate: float | None
@@ -118,59 +109,72 @@ class LiveMetrics:
         coords: dict[str, Any] = {}
         not_computed: dict[str, dict[str, str]] = {}
         for at, (group, (more, more_coords)) in enumerate(zip(self.groups, begun, strict=True)):
-            values, nulls, reasons = self._measure(at, group, sums[group.number])
-            values = values | more
-            numbers |= {group.path(name): _stamped(name, of) for name, of in values.items()}
-            for name, part in (group_coords(group, values) | more_coords).items():
+            tokens = SampledTokens(sums[group.number], group, each_stream=self.names != LIVE)
+            source = tokens.source(exact_quantities(sums[group.number], group))
+            values, reasons = self._measure(group, tokens, source)
+            stamped = {name: _stamped(name, of, group) for name, of in (values | more).items()}
+            nulls = self._nulls(at, group, tokens, source, values)
+            numbers |= {group.path(name): of for name, of in stamped.items()}
+            for name, part in (_coords(group, stamped) | more_coords | nulls).items():
                 coords[group.path(name)] = part
-            coords |= {group.path(name): (null.dims, null.values, null.attrs) for name, null in nulls.items()}
             not_computed[group.chain] = reasons
         return LiveRow(step, numbers, coords, not_computed)
 
     def _measure(
-        self, at: int, group: LiveGroup, sums: TokenSums
-    ) -> tuple[dict[str, LiveValue], dict[str, xr.DataArray], dict[str, str]]:
-        live = sums.live
-        assert live is not None
-        tokens = SampledTokens(live, group)
-        found = every_token.state_metrics(sums, group.depths, group.cut) | tokens.relative_gradient()
-        if set(OF_MEAN) & set(self.names):
-            found |= tokens.mean_states(each_stream=self.names != LIVE)
-        found |= every_token.stream_metrics(live, group.depths)
-        found |= every_token.massive_tokens(
-            live,
-            group.depths,
-            tokens.medians_LV,
-            np.array([float(sums.sums["token_count"][depth]) for depth in group.depths]),
-            sampled(tokens.count),
-        )
-        if group.connections:
-            found |= every_token.share_metrics(live, group.connections)
-            logits = every_token.logit_metrics(sums, group.connections, group.transposed)
-            found |= logits
-            if "logit_range" in logits and "logit_saturation" in self.names:
-                found |= tokens.saturation()
-            found |= tokens.connections() if set(OF_CONNECTIONS) & set(self.names) else {}
-            if group.mixes_known:
-                found |= every_token.gain_metrics(live, group.connections, group.transposed)
-        found = {name: value for name, value in found.items() if name in self.names}
-        others = [name for name in self.names if name not in LIVE and _applies(name, group)]
-        values, nulls, reasons = tokens.measure(others)
-        lost = [name for name in self.names if name in LIVE and name not in found and _applies(name, group)]
-        reasons |= dict.fromkeys(lost, NOT_SHOWN)
-        return found | values, nulls | self._nulls(at, tokens), reasons
+        self, group: LiveGroup, tokens: SampledTokens, source: Quantities
+    ) -> tuple[dict[str, Number], dict[str, str]]:
+        """Values by name with their estimator, and why other metrics have none."""
+        values: dict[str, Number] = {}
+        reasons: dict[str, str] = {}
+        for name, metric in _applicable(self.names, bool(group.connections)).items():
+            try:
+                measured = source.call(metric.function)
+            except Unavailable as reason:
+                reasons[name] = str(reason)
+                continue
+            # Its own error over sequences has no meaning for tokens that were drawn one by one.
+            value = measured[0] if isinstance(measured, tuple) else measured
+            is_exact = set(metric.needs) <= {*EXACT_QUANTITIES, *CHOICES}
+            attrs = dict(value.attrs) if is_exact else {}
+            attrs["estimator"] = value.attrs.get(
+                "estimator", EXACT if is_exact else sampled(tokens.count, metric.estimator)
+            )
+            values[name] = value.dims, value.values, attrs
+        return values, reasons
 
-    def _nulls(self, at: int, tokens: SampledTokens) -> dict[str, xr.DataArray]:
-        """Nulls of what was computed in the mean over streams; they depend on the numbers of tokens alone."""
-        wanted = [name for name in OF_MEAN if name in self.names]
-        numbers = at, tokens.count, int(tokens.massive_K.sum())
-        if wanted and numbers not in self._known_nulls:
-            self._known_nulls = {numbers: tokens.nulls(wanted)}
-        return self._known_nulls.get(numbers, {})
+    def _nulls(
+        self,
+        at: int,
+        group: LiveGroup,
+        tokens: SampledTokens,
+        source: Quantities,
+        names: Iterable[str],
+    ) -> dict[str, Any]:
+        """Nulls that are no constants, as ``NAME_null``."""
+        counts = at, tokens.count, int(tokens.massive_K.sum())
+        if counts not in self._known_nulls:
+            self._known_nulls = {counts: {}}
+        known, found = self._known_nulls[counts], {}
+        for name in names:
+            metric = CATALOGUE[name]
+            key = f"{name}_null"
+            if not callable(metric.null):
+                continue
+            if key not in known:
+                try:
+                    null = source.call(metric.null)
+                except Unavailable:  # such as that of shares, where the mixing matrix is not known
+                    continue
+                found[key] = *group.numbers(null.dims, null.values), metric.facts("expected of iid noise")
+                if set(inspect.signature(metric.null).parameters) <= OF_COUNTS:
+                    known[key] = found[key]
+            else:
+                found[key] = known[key]
+        return found
 
     def _weights(
         self, group: LiveGroup, weights: WeightNorms | None
-    ) -> tuple[dict[str, LiveValue], dict[str, Any]]:
+    ) -> tuple[dict[str, Number], dict[str, Any]]:
         """Norms and updates of the weights of a group, with the coordinates of its modules."""
         assert self._session is not None
         chains = self._session.structure.chains
@@ -180,16 +184,19 @@ class LiveMetrics:
         if not variables:
             return {}, {}
         dataset = xr.Dataset(variables, coords).isel(step=0)
-        found = {}
-        for metric in WEIGHTS:
-            value = cast(xr.DataArray, metric.function(*(dataset[name] for name in metric.needs)))
-            found[metric.name] = LiveValue(("weight",), value.values, metric.estimator, value.attrs)
+        source = Quantities(dataset)
+        found: dict[str, Number] = {}
+        for metric in CATALOGUE.values():
+            if metric.axis == "weight" and set(metric.roots) <= set(dataset):
+                value = source.call(metric.function)
+                attrs = {**value.attrs, "estimator": metric.estimator}
+                found[metric.name] = value.dims, value.values, attrs
         return found, {
             "weight": (("weight",), coords["weight"], {}),
             "weight_layer": (("weight",), coords["weight_layer"][1], {}),
         }
 
-    def _start(self, group: LiveGroup) -> dict[str, LiveValue]:
+    def _start(self, group: LiveGroup) -> dict[str, Number]:
         """Whether the blocks of a group are still near their start at this step; empty once they have left it."""
         assert self._session is not None
         if group.number in self._grown:
@@ -203,10 +210,10 @@ class LiveMetrics:
         }
         if "small_start" in facts:  # a sentence, whose numbers would differ from row to row
             sentence = self._small_starts.setdefault(group.chain, facts["small_start"])
-            found["small_start"] = LiveValue((), np.array(1.0), "of the weights", {"sentence": sentence})
+            found["small_start"] = _number(1.0, "of the weights", sentence=sentence)
         return found
 
-    def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> LiveValue:
+    def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> Number:
         """1 where the sampled positions are those of the first measured step, 0 where the batch has another shape or mask."""
         assert sums.live is not None
         positions = sums.live.places[group.depths[0]].position_K.cpu().numpy()
@@ -215,25 +222,19 @@ class LiveMetrics:
         return _number(float(np.array_equal(positions, self._positions[at])), "compared with the first row")
 
 
-# Such as gradients that were not asked for, or read weights that no tensor of the model shows.
-NOT_SHOWN = "what it needs was not seen in the step"
+@lru_cache
+def _applicable(names: tuple[str, ...], has_streams: bool) -> dict[str, Metric]:
+    """Those metrics that have a meaning for a group: none of connections where there are no streams, none of weights."""
+    found = {name: CATALOGUE[name] for name in names if CATALOGUE[name].axis != "weight"}
+    of_streams = ("stream_cosine", "closest_stream_cosine")
+    return {
+        name: metric
+        for name, metric in found.items()
+        if has_streams or not (metric.axis == "connection" or name in of_streams)
+    }
 
 
-def _applies(name: str, group: LiveGroup) -> bool:
-    """Whether a metric has a meaning for the group: none of connections where there are no streams, none of weights."""
-    of_streams = CATALOGUE[name].axis == "connection" or name in ("stream_cosine", "closest_stream_cosine")
-    return CATALOGUE[name].axis != "weight" and (bool(group.connections) or not of_streams)
-
-
-WEIGHTS = (
-    weight_updates.weight_norm,
-    weight_updates.weight_gradient_norm,
-    weight_updates.weight_gradient_ratio,
-    weight_updates.update_ratio,
-)
-
-
-def _of_loss(measured: StepStatistics) -> dict[str, LiveValue]:
+def _of_loss(measured: StepStatistics) -> dict[str, Number]:
     """The loss and what its verdicts judge; empty where no loss is known, of which NaN is no sign."""
     if measured.loss is None:
         return {}
@@ -245,22 +246,20 @@ def _of_loss(measured: StepStatistics) -> dict[str, LiveValue]:
     }
 
 
-def _number(value: float, estimator: str) -> LiveValue:
-    return LiveValue((), np.array(value), estimator)
+def _number(value: float, estimator: str, **attrs: Any) -> Number:
+    return (), np.array(value), {**attrs, "estimator": estimator}
 
 
-def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]:
+def _stamped(name: str, value: Number, group: LiveGroup) -> Number:
     """A value with the attributes of its metric, in the order of dims of an analysis."""
-    dims = tuple(sorted(of.dims, key=DIMS.index))
-    values = np.transpose(of.values, [of.dims.index(dim) for dim in dims])
-    if name not in CATALOGUE:
-        return dims, values, {"long_name": name.replace("_", " "), **of.attrs, "estimator": of.estimator}
-    return dims, values, {**CATALOGUE[name].facts(), **of.attrs, "estimator": of.estimator}
+    dims, values, attrs = value
+    facts = CATALOGUE[name].facts() if name in CATALOGUE else {"long_name": name.replace("_", " ")}
+    return *group.numbers(dims, values), {**facts, **attrs}
 
 
-def group_coords(group: LiveGroup, values: Mapping[str, LiveValue]) -> dict[str, Any]:
+def _coords(group: LiveGroup, values: Numbers) -> dict[str, Any]:
     """Coordinates of every dim that some values have."""
-    dims = {dim: size for of in values.values() for dim, size in zip(of.dims, of.values.shape, strict=True)}
+    dims = {dim: size for of in values.values() for dim, size in zip(of[0], of[1].shape, strict=True)}
     known: dict[str, Any] = {
         **group.depth_coords,
         **group.connection_coords,

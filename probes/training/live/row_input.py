@@ -23,21 +23,11 @@ NOT_READ = ("feature_sum",)  # no metric of a row is computed from it
 
 @dataclass(frozen=True)
 class RowInput:
-    """All that the rest of a row is computed from.
+    """All that the rest of a row is computed from."""
 
-    Parameters
-    ----------
-    step : int
-        Of the training.
-    sums : list of TokenSums
-        Of the step, by chain.
-    begun : list
-        See `LiveMetrics.begin`.
-    """
-
-    step: int
-    sums: list[TokenSums]
-    begun: list[Begun]
+    step: int  # of the training
+    sums: list[TokenSums]  # of the step, by chain
+    begun: list[Begun]  # see `LiveMetrics.begin`
 
     def pickled(self) -> tuple[bytes, list[memoryview]]:
         """A header, and the memory of the arrays."""

@@ -46,34 +46,18 @@ ASSUMED = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measured in a step, or what all did together.
+    """What one process measured in a step, or what all did together."""
 
-    Parameters
-    ----------
-    sums : sequence of TokenSums
-        By chain.
-    tokens, sequences : float
-        How many.
-    loss : float or None
-        Of the step.
-    loss_terms : float or None
-        Of how many terms the loss is a mean; None for the number of tokens.
-    facts : sequence of str
-        What has to be the same in all processes: the sites and their types.
-    share : float
-        Which part of the tokens of its sequences a process has; 1 but where these are spread over several.
-    parts : Tensor or None
-        See `parts_vector`.
-    """
-
-    sums: list[TokenSums]
-    tokens: float
-    sequences: float
-    loss: float | None
-    loss_terms: float | None = None
+    sums: list[TokenSums]  # by chain
+    tokens: float  # how many
+    sequences: float  # how many
+    loss: float | None  # of the step
+    loss_terms: float | None = None  # of how many terms the loss is a mean; None for the number of tokens
+    # what has to be the same in all processes: the sites and their types
     facts: Sequence[str] = field(default_factory=tuple)
+    # which part of the tokens of its sequences a process has; 1 but where these are spread over several
     share: float = 1.0
-    parts: torch.Tensor | None = None
+    parts: torch.Tensor | None = None  # see `parts_vector`
 
 
 class Ranks:

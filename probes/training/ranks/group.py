@@ -18,21 +18,11 @@ FULLY_SHARDED = "FullyShardedDataParallel"
 
 @dataclass(frozen=True)
 class DataGroup:
-    """The processes whose tokens are counted together.
+    """The processes whose tokens are counted together."""
 
-    Parameters
-    ----------
-    ranks : tuple of int
-        Their numbers in the world, in order; the first of them writes.
-    rank : int
-        Position of this process among them.
-    chosen : str
-        How they were chosen, in words.
-    """
-
-    ranks: tuple[int, ...]
-    rank: int
-    chosen: str
+    ranks: tuple[int, ...]  # their numbers in the world, in order; the first of them writes
+    rank: int  # position of this process among them
+    chosen: str  # how they were chosen, in words
 
     @property
     def size(self) -> int:

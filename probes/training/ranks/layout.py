@@ -37,30 +37,22 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which statistics a step has, in the order of the vectors.
+    """Which statistics a step has, in the order of the vectors."""
 
-    Parameters
-    ----------
-    sums, maxima, values : tuple of Entry
-        What is added, what combines by maximum, and values of every token, whose distribution is added; shapes of values are
-        without the token.
-    samples : tuple of Entry
-        Of the sampled tokens, without the token.
-    sets : mapping of Entry to int
-        In which set of tokens each sample is: tokens of stages of different lengths are drawn apart.
-    most : int
-        Number of sampled tokens of all processes together.
-    dtypes : tuple of str
-        Of the samples.
-    """
-
+    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
+    # of values are without the token
     sums: tuple[Entry, ...]
+    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
+    # of values are without the token
     maxima: tuple[Entry, ...]
+    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
+    # of values are without the token
     values: tuple[Entry, ...]
-    samples: tuple[Entry, ...]
+    samples: tuple[Entry, ...]  # of the sampled tokens, without the token
+    # in which set of tokens each sample is: tokens of stages of different lengths are drawn apart
     sets: Mapping[Entry, int]
-    most: int
-    dtypes: tuple[torch.dtype, ...]
+    most: int  # number of sampled tokens of all processes together
+    dtypes: tuple[torch.dtype, ...]  # of the samples
 
     @property
     def num_sets(self) -> int:

@@ -120,3 +120,42 @@ def test_what_does_not_go_together_is_one_line(text, capsys):
     with pytest.raises(SystemExit):
         call(*words, "--blocks", "5-3")
     assert "give such as 3 or 3,5-7" in capsys.readouterr().err
+
+
+def test_patch_puts_the_clean_text_into_the_corrupted_one(tmp_path, capsys):
+    out, figure = tmp_path / "patch.h5", tmp_path / "patch.svg"
+    words = ("patch", FACTORY, "--clean", "the quick fox", "--corrupted", "the thick fox")
+    assert call(*words, "--answer", "x", "--against", "y", "--out", out, "--figure", figure, "--json") == FINE
+    told = json.loads(capsys.readouterr().out)
+    assert told["measure"] == "logit_difference"
+    assert told["files"] == [str(out), str(figure)]
+    # The first state has each letter alone, and the last letter's last state everything.
+    cells = {(row["depth"], row["token"]): row for row in told["cells"]}
+    assert cells[0, 4]["token_text"] == "q → t"
+    assert cells[2, 12]["effect"] == pytest.approx(1)
+    assert cells[0, 0]["change"] == 0
+    saved = experiments.open_result(out)
+    assert saved.sizes["token"] == 13
+    assert "q → t" in figure.read_text()
+    assert call(*words, "--tokens", "12", "--depths", "1-2") == FINE
+    told = capsys.readouterr().out
+    assert "effect (95 %)" in told
+    assert "−log p(next clean token)" in told
+
+
+def test_pairs_of_a_file_are_grouped_by_their_length(tmp_path, capsys):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("a longer one\ta larger one\tx\ty\nshort\tshirt\tp\tq\nother\tot_er\tq\tp\n")
+    assert call("patch", FACTORY, "--pairs", pairs, "--depths", "1", "--json") == FINE
+    told = json.loads(capsys.readouterr().out)
+    assert told["sequences"] == 3
+    pairs.write_text("one\ttwo\nthree\tfour\n")
+    assert call("patch", FACTORY, "--pairs", pairs) == USAGE
+    assert "the texts of pair 2 have 5 and 4 tokens; expected as many" in capsys.readouterr().err
+    pairs.write_text("one\ttwo\nthree\n")
+    assert call("patch", FACTORY, "--pairs", pairs) == USAGE
+    assert "lines of 1, 2 fields" in capsys.readouterr().err
+    assert call("patch", FACTORY, "--pairs", pairs, "--clean", "a") == USAGE
+    assert "give one of the two" in capsys.readouterr().err
+    assert call("patch", FACTORY, "--clean", "ab", "--corrupted", "ac", "--answer", "xy") == USAGE
+    assert "the answer 'xy' is 2 tokens (x | y), expected one" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 import xarray as xr
@@ -13,12 +12,13 @@ from depthscope import probes
 from depthscope.app.cli.command import FINE, FOUND, USAGE
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
+from depthscope.probes.checkpoints.load import LoadedModel
 
 
 def _stand_in(monkeypatch, run: xr.DataTree):
     """A checkpoint that needs no weights: the capture gives a synthetic run."""
     seen = {}
-    loaded = SimpleNamespace(model="model", tokenizer=None, name="tiny", digest="sha256:0", source="tiny")
+    loaded = LoadedModel("model", None, "tiny", "sha256:0", "tiny")
     monkeypatch.setattr(
         "depthscope.probes.checkpoints.load.load_checkpoint",
         lambda spec, **more: seen.update(spec=spec, **more) or loaded,

@@ -63,7 +63,8 @@ def test_noise_has_the_energy_of_the_states_and_the_spectrum_of_noise():
     cell = {"tokens": "all", "scope": "data", "centering": "raw"}
     value, null = (found[name].isel(depth=0).sel(cell) for name in ("singular_value", "singular_value_null"))
     np.testing.assert_allclose(value, null, rtol=0.03)
-    ranks = Quantities(xr.Dataset({"residual": (schema.STATE, noise)})).call(effective_rank.null)
+    source = Quantities(xr.Dataset({"residual": (schema.STATE, noise)}))
+    ranks = source.labelled(source.call(effective_rank.null))
     expected = float(ranks.isel(group=-1).sel(tokens="all", centering="raw"))
     whole = null.interp(order=np.arange(1, 65)).values
     share = whole / whole.sum()

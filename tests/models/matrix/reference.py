@@ -33,8 +33,14 @@ class Seen:
     value: torch.Tensor
     gradient: torch.Tensor | None = None
 
-    def equals(self, other: Seen) -> bool:
-        return self.value.shape == other.value.shape and bool(torch.equal(self.value, other.value))
+    def has_elements_of(self, other: Seen) -> bool:
+        """Whether another tensor is this one, or has its elements elsewhere."""
+        one, two = self.value, other.value
+        if one.shape == two.shape and torch.equal(one, two):
+            return True
+        return one.numel() == two.numel() and torch.equal(
+            one.flatten().sort().values, two.flatten().sort().values
+        )
 
 
 @dataclass(eq=False)
@@ -160,13 +166,15 @@ class Group:
         return [call.path for call in self.calls]
 
     def states(self) -> list[tuple[str, bool, Seen]]:
-        """(path, taken, tensor): what goes into and comes out of the blocks; what is handed on unchanged counts once."""
+        """(path, taken, tensor): what goes into and comes out of the blocks; what has the same elements counts once."""
         found: list[tuple[str, bool, Seen]] = []
         for call in self.calls:
-            if call.taken and not (found and found[-1][2].equals(call.taken[0])):
-                found.append((call.path, True, call.taken[0]))
-            if call.given:
-                found.append((call.path, False, call.given[0]))
+            sides = [(call.path, True, of) for of in call.taken[:1]] + [
+                (call.path, False, of) for of in call.given[:1]
+            ]
+            for path, taken, seen in sides:
+                if not found or not found[-1][2].has_elements_of(seen):
+                    found.append((path, taken, seen))
         return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from depthscope.probes.interventions import InterventionError, ModelUnderTest, ablate, plan
 from depthscope.probes.interventions.changes import changes
-from depthscope.probes.interventions.model_under_test import same_values
+from depthscope.probes.interventions.repeats import same_values
 from tests.models import families
 from tests.models.families import built
 from tests.models.small_models import deepseek, llama, lucidrains

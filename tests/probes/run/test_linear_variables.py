@@ -10,7 +10,7 @@ import torch
 
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.proof import Evidence, Joint, Proof, Reading
+from depthscope.probes.connections.proof import Evidence, Joint, Proof
 from depthscope.probes.run.linear_variables import (
     chain_proof,
     depth_variables,
@@ -22,7 +22,7 @@ from depthscope.probes.structure.chain import Chain, Connection
 
 LINKS = tuple(Connection(f"blocks.{i}", 0, i, "block", None, 0, "add", i, i + 1) for i in range(3))
 CHAIN = Chain("", (), LINKS, (), "Block", ())
-NO_EVIDENCE = Evidence((), (), "not_applicable", False)
+NO_EVIDENCE = Evidence((), ())
 
 
 def test_factors_that_are_one_everywhere_are_left_out():
@@ -91,13 +91,11 @@ def test_coordinates_that_say_nothing_are_left_out():
 
 
 def evidence(*, known: bool) -> Evidence:
-    parts = Parts(None, None, torch.ones(1, 1, 2, 1), torch.ones(1, 1, 1, 4))
+    parts = Parts(None, None, torch.ones(1, 1, 2, 1), torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
     joint = Joint(
         "blocks.1", torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), parts, torch.ones(1, 1) > 0, torch.float32
     )
-    return Evidence(
-        (Proof(0.0, 0.0, Reading(False, False, False), known),), (joint,), "not_applicable", False
-    )
+    return Evidence((Proof(0.0, 0.0, known),), (joint,))
 
 
 def test_streams_are_proven_by_their_evidence():

@@ -58,7 +58,7 @@ def test_a_block_that_averages_tokens_leaves_the_chain_unproven_there(family):
     model = built(Plan(family=family, blocks=5))
     model.blocks[2].after = lambda x: torch.lerp(x.mean(1, keepdim=True).expand_as(x), x, 1e-3)
     run = captured(model)
-    assert run.attrs["proof"].startswith("unproven: blocks.2 gives something else than the state")
+    assert run.attrs["proof"].startswith("unproven: from depth 3 to 4 the state is not carried on")
     assert run["trace"].layer.values.tolist() == [-1, 0, 1, 2, 2, 3, 4]
     assert run["trace"].site.values.tolist() == ["embed", "post", "post", "mid", "post", "post", "post"]
 

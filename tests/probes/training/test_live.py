@@ -13,7 +13,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.probes.statistics import compiled_state, live_sums, token_sums
 from depthscope.probes.statistics.live_sums import LiveSums, draw_places, with_mean
 from depthscope.probes.training.live.live import live_names
-from depthscope.probes.training.live.row import LIVE, OF_LOGITS
+from depthscope.probes.training.live.row import LIVE
 
 # Vectors are added in float32 over the tokens of a block; all else is float64 on the same float32 states.
 EXACT = 1e-6
@@ -89,7 +89,7 @@ def test_a_row_is_what_an_analysis_gives_of_the_same_tokens(models, ids, name, a
     streams = history.sizes["stream"] > 1
     expected = {metric for metric in LIVE if streams or not live_of_streams(metric)}
     if (name, *arguments) not in (("deepseek",), ("lucidrains", "mhc")):  # others make H_res of no logits
-        expected -= set(OF_LOGITS)
+        expected -= {metric for metric in LIVE if CATALOGUE[metric].question == "logits"}
     assert expected <= set(history.data_vars)
     assert last["loss"] == 1.0
     assert last["learning_rate"] == 1e-2

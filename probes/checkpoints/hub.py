@@ -1,0 +1,269 @@
+"""What does the name of a repository on the Hugging Face hub stand for? Files in the local cache, or fetched into it.
+
+Only data is fetched: safetensors, GGUF, JSON, and the two kinds of text that tokenizers have. No code, no pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from depthscope.diagnostics.package_versions import install_command
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
+from depthscope.probes.checkpoints.own_files import exists, given_path
+from depthscope.probes.checkpoints.weight_files import INDEX_ENDING, read_index
+
+HUB_NAME = re.compile(
+    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w./-]+\.gguf))?(?:@([\w./-]+))?", re.ASCII
+)
+OF_FILES = (".safetensors", ".gguf", ".json", ".pt", ".pth", ".bin", ".ckpt", ".nc", ".zarr", ".zip", ".h5")
+MAIN = "main"
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+INDEX = f"model{INDEX_ENDING}"
+OTHER_INDEX = re.compile(r".*\.index\.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
+TOKENIZER_TEXTS = ("merges.txt", "vocab.txt")
+# Tokenizers that are neither JSON nor text.
+OTHER_TOKENIZER = re.compile(r"(.*\.(model|tiktoken|bpe|spm))|tokenization_.*\.py")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """A checkpoint of the hub in the local cache."""
+
+    path: Path
+    """The folder of its files, or the GGUF file."""
+    repository: str
+    """Its ``organisation/name``."""
+    commit: str
+    """The commit that the files are of."""
+
+
+def is_hub_name(spec: str) -> bool:
+    """Whether a text is ``organisation/name`` of the hub and nothing on this machine.
+
+    Examples
+    --------
+    >>> is_hub_name("openai-community/gpt2@main"), is_hub_name("../gpt2"), is_hub_name("model/weights.safetensors")
+    (True, False, False)
+    """
+    found = HUB_NAME.fullmatch(spec)
+    if found is None or (found[1].endswith(OF_FILES) and found[2] is None):
+        return False
+    # Within a folder that exists a folder is meant, whose name is not sent to anybody.
+    return not exists(given_path(spec)) and not exists(Path(spec.partition("/")[0]))
+
+
+def hub_files(spec: str, *, weights: bool = True) -> HubFiles:
+    """The files of a checkpoint of the hub: those in the cache where they are complete, else fetched.
+
+    ``spec``: ``organisation/name``, with ``/file.gguf`` for a GGUF file among several, with ``@revision`` for another one
+    than main: a branch, a tag or a commit.
+    ``weights``: without them only ``config.json`` is needed.
+    Raises CheckpointError: Where huggingface_hub is not installed, there is no such repository, it may not be read, it has no
+    weights that are data, or nothing is cached and the network may not be used or is not there.
+    """
+    parts = HUB_NAME.fullmatch(spec)
+    assert parts is not None
+    wanted = _Wanted(parts[1], parts[2], parts[3] or MAIN, weights)
+    with errors_of("huggingface_hub", f"'{spec}' cannot be fetched"):
+        try:
+            import huggingface_hub
+        except ImportError:
+            raise CheckpointError(
+                f"no checkpoint '{spec}' on this machine; to fetch it from the Hugging Face hub: {install_command('models')}"
+            ) from None
+        known = _cached(wanted)
+        if known is not None:
+            return known
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise CheckpointError(
+                f"'{spec}' is not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}), or without its tokenizer, and "
+                "HF_HUB_OFFLINE is set; unset it, or give a folder"
+            )
+        with bars_on_terminals_only(), _hub_errors(wanted):
+            return _fetched(wanted)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    repository: str
+    file: str | None
+    revision: str
+    weights: bool
+
+    @property
+    def spec(self) -> str:
+        at = "" if self.revision == MAIN else f"@{self.revision}"
+        return f"{self.repository}{'' if self.file is None else f'/{self.file}'}{at}"
+
+
+# --- the cache
+
+
+def _cached(wanted: _Wanted) -> HubFiles | None:
+    """What the cache has, where that is all that would be fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def known(name: str, revision: str) -> Path | None:
+        found = try_to_load_from_cache(wanted.repository, name, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    first = known(wanted.file or "config.json", wanted.revision)
+    if first is None:
+        return None
+    depth = 1 + (wanted.file or "").count("/")
+    folder = first.parents[depth - 1]
+    files = HubFiles(first if wanted.file else folder, wanted.repository, folder.name)
+    if wanted.file or not wanted.weights:
+        return files
+    index = folder / INDEX
+    names = set(read_index(index).values()) if exists(index) else {"model.safetensors"}
+    if not all(exists(folder / name) for name in names):
+        return None
+    # Another program may have cached the model alone: without its tokenizer bytes would be read as ids.
+    has_tokenizer = any(exists(folder / name) for name in TOKENIZER)
+    return files if has_tokenizer or _is_known_to_lack(wanted.repository, folder.name) else None
+
+
+def _is_known_to_lack(repository: str, commit: str) -> bool:
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    return try_to_load_from_cache(repository, TOKENIZER[0], revision=commit) is _CACHED_NO_EXIST
+
+
+# --- the network
+
+
+def _fetched(wanted: _Wanted) -> HubFiles:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    info = HfApi().model_info(wanted.repository, revision=wanted.revision)
+    commit, present = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
+    names = _chosen(wanted, present)
+
+    def fetch(name: str, revision: str) -> Path:
+        return Path(hf_hub_download(wanted.repository, name, revision=revision))
+
+    for name in names:
+        last = fetch(name, commit)
+    if not any(name in present for name in TOKENIZER):
+        with suppress(EntryNotFoundError):  # the cache notes that there is none
+            fetch(TOKENIZER[0], commit)
+    if wanted.revision != commit:
+        fetch(names[0], wanted.revision)  # the cache notes the commit of a branch
+    path = last if last.suffix == ".gguf" else last.parent
+    return HubFiles(path, wanted.repository, commit)
+
+
+def _chosen(wanted: _Wanted, present: Sequence[str]) -> list[str]:
+    """Which files of a repository are fetched, the weights last: where they are cached, everything is."""
+    top = [name for name in present if "/" not in name]
+    if wanted.file is not None:
+        if wanted.file not in present:
+            raise CheckpointError(f"no {wanted.file} in '{wanted.repository}'; it has {_listed(present)}")
+        return [wanted.file]
+    if "config.json" not in top:
+        return [_only_gguf(wanted, present)]
+    if not wanted.weights:
+        return ["config.json"]
+    if "adapter_config.json" in top:
+        raise CheckpointError(
+            f"'{wanted.repository}' is a PEFT adapter (adapter_config.json), which names another model; merge them with "
+            "merge_and_unload() and save the result"
+        )
+    weights = [name for name in top if WEIGHTS.fullmatch(name)]
+    if not weights:
+        return [_only_gguf(wanted, present)]
+    if not any(name in top for name in TOKENIZER) and any(OTHER_TOKENIZER.fullmatch(name) for name in top):
+        raise CheckpointError(
+            f"the tokenizer of '{wanted.repository}' is neither JSON nor text ({_listed(top, OTHER_TOKENIZER)}), and is not "
+            "fetched; save it with AutoTokenizer, whose tokenizer.json is read, next to the model, and give that folder"
+        )
+    # Of a file and shards the file: transformers opens that.
+    weights = ["model.safetensors"] if "model.safetensors" in weights else sorted(weights)
+    small = [
+        name
+        for name in top
+        if name in TOKENIZER_TEXTS
+        or (name.endswith(".json") and (name == INDEX or not OTHER_INDEX.fullmatch(name)))
+    ]
+    return ["config.json", *sorted({*small} - {"config.json"}), *weights]
+
+
+def _only_gguf(wanted: _Wanted, present: Sequence[str]) -> str:
+    found = [name for name in present if name.endswith(".gguf")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"'{wanted.repository}' has {len(found)} GGUF files; name one, such as {wanted.repository}/{found[0]}"
+        )
+    pickled = [name for name in present if name.endswith(PICKLES)]
+    if pickled:
+        raise CheckpointError(
+            f"'{wanted.repository}' has weights as {_listed(pickled)} alone, which can contain code and are not fetched; "
+            "convert them to safetensors, or download the folder yourself and give that"
+        )
+    raise CheckpointError(
+        f"'{wanted.repository}' has no model.safetensors or .gguf; it has {_listed(present)}. Expected a model of transformers"
+    )
+
+
+def _listed(names: Sequence[str], pattern: re.Pattern[str] | None = None) -> str:
+    shown = [name for name in names if pattern is None or pattern.fullmatch(name)]
+    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    return printable(", ".join(shown[:6]), 300) + more if shown else "no files"
+
+
+@contextmanager
+def _hub_errors(wanted: _Wanted) -> Iterator[None]:
+    """Errors of the hub as sentences that say what to do."""
+    from huggingface_hub import constants, errors
+
+    where = f"'{wanted.spec}' at {constants.ENDPOINT}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{where} is gated: ask for access on its page, then log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{where} has no revision '{wanted.revision}'; give a branch, a tag or a commit"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no folder '{wanted.repository}' here, and no such repository {where.partition(' ')[2]}; correct the name, or, "
+            "if it is private, log in with `hf auth login`"
+        ) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the hub, the network, or the disk
+        raise CheckpointError(
+            f"{where} could not be fetched ({_status(error) or first_line(error)}), and its files are not all in the cache; "
+            "try again with a network, or give a folder"
+        ) from error
+
+
+def _status(error: Any) -> str:
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return "" if code is None else f"HTTP {code}"
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Show the progress bars of other libraries on a terminal, and keep them out of log files."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):  # where tqdm writes
+        yield

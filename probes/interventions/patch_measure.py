@@ -1,0 +1,150 @@
+"""What is measured of an output, to see how much of the clean one came back? One number a sequence."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from depthscope.diagnostics.errors import InputError
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
+from depthscope.probes.interventions.predictions import (
+    Loss,
+    Pick,
+    divergence,
+    relative_change,
+    user_loss,
+)
+from depthscope.probes.interventions.targets import targets_of
+
+Answers: TypeAlias = Any
+"""A token id, or one for each sequence."""
+
+MEASURES = {
+    "logit_difference": ("logit(answer) − logit(against)", "1"),
+    "answer_loss": ("−log p(answer)", "nats"),
+    "given_loss": ("the loss that was given", ""),
+    "next_token_loss": ("−log p(next clean token)", "nats"),
+    "kl": ("KL(clean ‖ patched)", "nats"),
+    "output_change": ("‖patched − clean output‖ / ‖clean output‖", "1"),
+}
+"""Name → what it is, and its unit."""
+
+
+class Measure:
+    """The measure of outputs of one batch.
+
+    Parameters
+    ----------
+    clean : ModelUnderTest
+        The model on the clean batch.
+    answer, against : int or array of int, optional
+        Token ids.
+    loss : callable, optional
+        Of the user.
+    pick : callable, optional
+        The tensor to compare.
+    first : int
+        Number of the first sequence of the batch among all.
+    """
+
+    def __init__(
+        self,
+        clean: ModelUnderTest,
+        *,
+        answer: Answers,
+        against: Answers,
+        loss: Loss | None,
+        pick: Pick | None,
+        first: int,
+    ) -> None:
+        if against is not None and answer is None:
+            raise InputError("against= came without answer=; expected the right token too")
+        if answer is not None and loss is not None:
+            raise InputError("answer= and loss= both say what is measured; expected one of them")
+        self._clean, self._loss, self._pick = clean, loss, pick
+        self._values = clean.values(clean.base.output, pick)
+        rows, _, size = self._values.shape
+        self._answer, self._against = (
+            _ids(name, given, first, rows, size) for name, given in (("answer", answer), ("against", against))
+        )
+        self._given = {"answer": answer, "against": against}
+        self.why = ""  # there is no loss
+        self.name = self._choose()
+
+    def _choose(self) -> str:
+        if self._answer is not None:
+            return "answer_loss" if self._against is None else "logit_difference"
+        if self._loss is not None:
+            return "given_loss"
+        self._targets = targets_of(self._clean, self._values, self._pick)
+        self.why = self._targets.why
+        if self._targets.ids is not None:
+            return "next_token_loss"
+        return "kl" if self._targets.distribution else "output_change"
+
+    def of(self, passed: Passed) -> torch.Tensor:
+        """The measure of one forward, (B,) in float64; of a loss that is one number in all, (1,)."""
+        values = self._clean.values(passed.output, self._pick)
+        if values.shape != self._values.shape:
+            raise InterventionError(
+                f"the output has shape {tuple(values.shape)}, that of the clean input {tuple(self._values.shape)}; expected "
+                "the same"
+            )
+        if self._answer is not None:
+            return self._of_answers(values).double().cpu()
+        if self._loss is not None:
+            shape = values.shape[0], values.shape[1]
+            found = user_loss(self._loss, passed.output, self._clean.batch, shape)
+        elif self.name == "next_token_loss":
+            found = self._targets.next_token_loss(values)
+        else:
+            found = (divergence if self.name == "kl" else relative_change)(self._values, values)
+            if self._targets.mask is not None:
+                found = found.masked_fill(~self._targets.mask.to(found.device), torch.nan)
+        return found.double().nanmean(1).cpu()
+
+    def _of_answers(self, values: torch.Tensor) -> torch.Tensor:
+        rows, tokens, _ = values.shape
+        mask = self._clean.mask
+        last = torch.full((rows,), tokens - 1)
+        if mask is not None and mask.shape == values.shape[:2]:
+            last = torch.where(mask.cpu(), torch.arange(tokens), -1).amax(1)
+        of_last = values[torch.arange(rows), last.to(values.device)]
+
+        def at(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores.gather(1, ids.to(scores.device)[:, None]).squeeze(1)
+
+        assert self._answer is not None
+        if self._against is None:
+            return -at(self._answer, torch.log_softmax(of_last, -1))
+        return at(self._answer, of_last) - at(self._against, of_last)
+
+    def require_all_answers_used(self, num_sequences: int) -> None:
+        """Refuse more answers than sequences."""
+        for name, given in self._given.items():
+            count = 1 if given is None else torch.as_tensor(given).numel()
+            if count > max(num_sequences, 1):
+                raise InputError(
+                    f"{name}= has {count} token ids for {num_sequences} sequences; expected one, or one for each"
+                )
+
+
+def _ids(name: str, given: Answers, first: int, rows: int, size: int) -> torch.Tensor | None:
+    """The answers of some sequences among all."""
+    if given is None:
+        return None
+    ids = torch.as_tensor(given)
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 1:
+        raise InputError(f"{name}= is {given!r}; expected a token id, or one for each sequence")
+    ids = ids.expand(rows) if ids.ndim == 0 else ids[first : first + rows]
+    if len(ids) != rows:
+        raise InputError(
+            f"{name}= has too few token ids: sequences {first} … {first + rows - 1} need one each"
+        )
+    if not bool(((ids >= 0) & (ids < size)).all()):
+        raise InputError(
+            f"{name}= has ids {int(ids.min())} … {int(ids.max())}; the output has entries 0 … {size - 1}"
+        )
+    return ids.long().cpu()

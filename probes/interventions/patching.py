@@ -1,0 +1,405 @@
+"""Where does what one input has and another has not go through? States and connections of one forward, put into the other.
+
+Shapes: B sequence, T token, N stream, V input of a branch, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, TypeAlias, Unpack
+
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import InputError
+from depthscope.probes.interventions.changes import replaced_state
+from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
+from depthscope.probes.interventions.patch_measure import Answers, Measure
+from depthscope.probes.interventions.patch_result import Cell, Outcome, patch_result
+from depthscope.probes.interventions.predictions import Loss, Pick
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.session.model_call import batches
+from depthscope.probes.session.options import ModelOptions, Options, takes_options
+from depthscope.probes.structure.sites import STATES, SiteSelection, select
+
+Which: TypeAlias = int | Iterable[int] | str | None
+ALL = -1
+"""Of a token or stream: all of them at once."""
+MATRICES = ("h_res", "h_pre", "h_post")
+
+
+@takes_options(ModelOptions)
+def patch(
+    model: nn.Module,
+    clean: Any,
+    corrupted: Any,
+    *,
+    sites: str | Iterable[str] = "residual",
+    depths: int | Iterable[int] | None = None,
+    tokens: Which = None,
+    stream: Which = None,
+    answer: Answers = None,
+    against: Answers = None,
+    loss: Loss | None = None,
+    logits: Pick | None = None,
+    chain: str | None = None,
+    token_text: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Unpack[ModelOptions],
+) -> xr.Dataset:
+    r"""Put states and mixing of a clean forward into a corrupted one, place by place, and measure what comes back.
+
+    One cell is one forward of the corrupted input in which one state (at a depth, a token and a stream), or one connection's
+    :math:`H_\mathrm{res}`, :math:`H_\mathrm{pre}` or :math:`H_\mathrm{post}`, is that of the clean input. With the measure m
+    of an output, the effect of a cell is
+
+    .. math:: \frac{m(\text{patched}) - m(\text{corrupted})}{m(\text{clean}) - m(\text{corrupted})}
+
+    0 where nothing comes back, 1 where all does. Everything after the changed place runs on by itself. Nothing of the model is
+    touched: its weights, buffers, hooks, modes, gradients and all random states are as before, whatever happens.
+
+    Parameters
+    ----------
+    model : Module
+        The model, run as it is, without gradients.
+    clean, corrupted : mapping, tensor, tuple, or as many of these
+        Two inputs of the same shape, with the same tokens padded; the second differs from the first where it matters.
+    sites : str or iterable of str
+        What is patched: ``residual`` (states), ``h_res``, ``h_pre``, ``h_post``, or names of `capture`, such as
+        ``blocks.3.hook_resid_mid``, ``hidden_states[2]`` and ``blocks.1.attn_hc.hook_comb``.
+    depths : int or iterable of int, optional
+        Only these; a connection is at the depth where it ends.
+    tokens : int, iterable of int or ``"all"``, optional
+        Positions that are patched one at a time; each by default. ``"all"``: all at once, one cell.
+    stream : int, iterable of int or ``"all"``, optional
+        Streams that are patched one at a time, and all at once; each by default. Of H_res and H_post that is the stream
+        written (a row), of H_pre the one read. ``"all"``: all at once alone.
+    answer, against : int or array of int, optional
+        Token ids, one for all sequences or one for each. With both the measure is logit(answer) − logit(against), with the
+        first alone −log p(answer), at the last real token.
+    loss : callable, optional
+        ``loss(output, clean)``: a number for each sequence or token; the batch is the clean one, whose labels count.
+    logits : callable, optional
+        ``logits(output)``: the tensor to compare, where the output has several.
+    chain : str, optional
+        Which of several chains is patched.
+    token_text : sequence of sequences of str, optional
+        Text of the tokens.
+    progress : callable, optional
+        Called with (what, number done, number in all) at each place.
+    **options
+        Each option of `Options`.
+
+    Returns
+    -------
+    Dataset
+        ``effect`` and ``change`` (m(patched) − m(corrupted)) by site, depth, token and stream, each with ``_error`` (standard
+        error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``patched``, ``clean`` and ``corrupted`` are the
+        measures of each sequence. Without `answer` and `loss` the measure is the loss of the next clean token where the output
+        is proven to predict it, else KL(clean ‖ patched), else the relative change of the output. Token and stream −1 are
+        all at once. The attribute ``no_effect`` says why the effect is undefined (NaN) where the two inputs differ by no more
+        than chance, ``left_out`` which places could not be patched, ``other_paths`` whether something leads around a state.
+
+    Raises
+    ------
+    InterventionError
+        Where the inputs do not fit each other, the reading of the model is unproven, or no place can be patched.
+    InputError
+        For arguments that are not known. A site that the model does not have is a `SiteError`.
+
+    Examples
+    --------
+    >>> import depthscope as ds
+    >>> found = ds.interventions.patch(model, clean, corrupted, answer=3, against=7)  # doctest: +SKIP
+    >>> found.effect.sel(site="residual", stream=-1).plot()  # doctest: +SKIP
+    """
+    selection = _selected_sites(sites)
+    pairs = _paired(clean, corrupted)
+    wanted = _Wanted(selection, _numbers(depths), _numbers(tokens), _numbers(stream))
+    outcome = Outcome()
+    for clean_batch, corrupted_batch in pairs:
+        pair = _Pair(model, clean_batch, corrupted_batch, Options(**options), chain)
+        measure = Measure(
+            pair.clean, answer=answer, against=against, loss=loss, pick=logits, first=outcome.num_sequences
+        )
+        _run_pair(pair, measure, wanted, outcome, progress or (lambda what, done, total: None))
+    measure.require_all_answers_used(outcome.num_sequences)
+    return patch_result(outcome, type(model).__name__, token_text)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    sites: SiteSelection
+    depths: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None
+    streams: tuple[int, ...] | None
+
+
+def _selected_sites(names: str | Iterable[str]) -> SiteSelection:
+    found = select(names if isinstance(names, str) else list(names))
+    known = {*STATES, *MATRICES, "state", "resid_pre", "hc_in"}
+    for request in found.requests:
+        if not known >= set(request.kinds):
+            raise InputError(
+                f"the site {request.name!r} cannot be patched; expected states ({', '.join(('residual', *STATES))}, "
+                f"hidden_states[2], blocks.3.hook_resid_post) or {', '.join(MATRICES)}"
+            )
+    return found
+
+
+def _numbers(given: Which) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given != "all":
+            raise InputError(
+                f"got {given!r}, expected numbers, or 'all' for all at once; {did_you_mean(given, ['all'])}"
+            )
+        return ()
+    return (given,) if isinstance(given, int) else tuple(int(number) for number in given)
+
+
+def _paired(clean: Any, corrupted: Any) -> Iterator[tuple[Any, Any]]:
+    missing = object()
+    count = 0
+    for one, other in zip_longest(batches(clean), batches(corrupted), fillvalue=missing):
+        if one is missing or other is missing:
+            fewer = "clean" if one is missing else "corrupted"
+            raise InputError(f"{fewer} has {count} batches and the other input more; expected as many")
+        shapes = [[tuple(tensor.shape) for tensor in tensors_in(batch)] for batch in (one, other)]
+        if shapes[0] != shapes[1]:
+            raise InterventionError(
+                f"clean has tensors of the shapes {shapes[0]} and corrupted {shapes[1]}; expected the same, token by token: "
+                "choose words with as many tokens, or pad both alike"
+            )
+        count += 1
+        yield one, other
+    if not count:
+        raise InputError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+
+
+# --- two forwards
+
+
+class _Pair:
+    """A clean and a corrupted input of one model."""
+
+    def __init__(self, model: nn.Module, clean: Any, corrupted: Any, options: Options, chain: str | None):
+        self.corrupted = ModelUnderTest(model, corrupted, options, chain=chain)
+        if self.corrupted.proof != "proven":
+            raise InterventionError(
+                f"the states of {self.corrupted.chain.name or 'this model'} are {self.corrupted.proof}; what is patched there "
+                "would not be known to be all that the later blocks read. Patch with hooks of your own, or use ablate, which "
+                "says the same in its result"
+            )
+        self.clean = self.corrupted.sibling(clean)
+        shapes = [
+            {depth: tuple(s.shape) for depth, s in each.base.states.items()}
+            for each in (self.clean, self.corrupted)
+        ]
+        if shapes[0] != shapes[1]:
+            raise InterventionError(
+                f"the states have the shapes {_differing(*shapes)} (sequence, token, stream, feature) with the two inputs; "
+                "expected the same at every depth"
+            )
+        masks = [_mask(each) for each in (self.clean, self.corrupted)]
+        if not torch.equal(*masks):
+            real = [[int(n) for n in mask.sum(1)] for mask in masks]
+            raise InterventionError(
+                f"the sequences have {real[0]} real tokens in clean and {real[1]} in corrupted, or others are padded; "
+                "expected the same tokens to be real in both"
+            )
+        self.real = masks[0]
+
+    def places(self, wanted: SiteSelection, depths: tuple[int, ...] | None) -> Iterator[_Place]:
+        """What can be patched, in the order of depth, one site after another."""
+        model = self.corrupted
+        wanted.require([model.chain])
+        last = len(model.chain.points) - 1
+        if outside := [depth for depth in depths or () if not 0 <= depth <= last]:
+            raise InterventionError(
+                f"depth {outside[0]} is none of the model's; it has depths 0 (embedding) … {last}"
+            )
+        for depth in range(last + 1):
+            if any(request.takes_state(model.chain, depth) for request in wanted.requests):
+                yield _of_state(self, depth)
+        for name in MATRICES:
+            for number, link in enumerate(model.chain.connections):
+                if any(
+                    name in request.kinds and request.takes_connection(link) for request in wanted.requests
+                ):
+                    yield _of_matrix(self, name, number)
+
+
+def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
+    depth = next(d for d in sorted({*one, *other}) if one.get(d) != other.get(d))
+    return f"{one.get(depth)} and {other.get(depth)} at depth {depth}"
+
+
+def _mask(model: ModelUnderTest) -> torch.Tensor:
+    return (
+        torch.ones(model.base.states[0].shape[:2], dtype=torch.bool)
+        if model.mask is None
+        else model.mask.cpu()
+    )
+
+
+@dataclass
+class _Place:
+    """One state or matrix: where its two inputs differ, (B, T, N), and its forward with some tokens and streams patched."""
+
+    site: str
+    depth: int
+    connection: int = ALL
+    differs: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, dtype=torch.bool))
+    forward: Callable[[torch.Tensor, bool], Passed] = field(default=lambda chosen, checked: Passed(None))
+    why: str = ""
+    """Why it cannot be patched."""
+    checked: bool = False
+    """Whether a forward showed that a change arrives."""
+
+
+def _of_state(pair: _Pair, depth: int) -> _Place:
+    clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
+    if clean is None or before is None:
+        return _Place("residual", depth, why="no forward shows the state")
+
+    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
+        return pair.corrupted.forward({depth: replaced_state(clean, chosen)}, checked=checked)
+
+    return _Place("residual", depth, differs=_unequal(clean, before).any(-1).cpu(), forward=forward)
+
+
+def _of_matrix(pair: _Pair, name: str, number: int) -> _Place:
+    """A connection whose coefficients are those of the clean input; its states stay those of the corrupted one."""
+    model, link = pair.corrupted, pair.corrupted.chain.connections[number]
+    attribute = {"h_res": "mix", "h_pre": "read", "h_post": "write"}[name]
+    parts = [getattr(each.base.connections.get(number), attribute, None) for each in (pair.clean, model)]
+    if parts[0] is None or parts[1] is None:
+        return _Place(name, link.depth_out, number, why=_unknown(name, number, model))
+    difference = parts[0].double() - parts[1].double()
+    given = model.base.connections[number].branch_out
+    assert given is not None
+
+    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
+        selected = chosen.double()
+        if name == "h_pre":  # (B, T, V, N): the streams that are read are its columns
+            read = _plus(difference * selected[None, :, None, :], link.depth_in)
+            return model.forward({}, {number: read}, checked=checked)
+        rows = difference * selected[None, :, :, None]
+        moved = _plus(rows, link.depth_in) if name == "h_res" else _plus(rows @ given.double(), None)
+        return model.forward({link.depth_out: moved}, checked=checked)
+
+    unequal = _unequal(*parts)
+    return _Place(name, link.depth_out, number, unequal.any(2 if name == "h_pre" else -1), forward)
+
+
+def _unknown(name: str, number: int, model: ModelUnderTest) -> str:
+    link = model.chain.connections[number]
+    if number not in model.base.connections:
+        return f"the coefficients of connection {number} ({link.path!r}) are not known"
+    why = (
+        "it mixes no streams"
+        if name == "h_res"
+        else "its branch reads by gates of features, not by weights of streams"
+    )
+    return f"connection {number} ({link.path!r}) has no {name}: {why}"
+
+
+def _plus(
+    added: torch.Tensor, source: int | None
+) -> Callable[[torch.Tensor, Mapping[int, torch.Tensor]], torch.Tensor]:
+    """An edit that adds something, or that matrix times the state at an earlier depth; in float64, since it may be small."""
+
+    def edit(state: torch.Tensor, seen: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        moved = added.to(state.device)
+        if source is not None:
+            moved = moved @ seen[source].double()
+        return (state.double() + moved).to(state.dtype)
+
+    return edit
+
+
+def _unequal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (one != other) & ~(one.isnan() & other.isnan())
+
+
+# --- one cell after another
+
+
+def _run_pair(
+    pair: _Pair,
+    measure: Measure,
+    wanted: _Wanted,
+    outcome: Outcome,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    base = {
+        name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
+    }
+    values: dict[Cell, torch.Tensor] = {}
+    places = [
+        place
+        for place in pair.places(wanted.sites, wanted.depths)
+        if wanted.depths is None or place.depth in wanted.depths
+    ]
+    for number, place in enumerate(places):
+        progress(f"{place.site} at depth {place.depth}", number, len(places))
+        outcome.layers[place.depth] = pair.corrupted.chain.points[place.depth].layer
+        if place.connection >= 0:
+            outcome.connections[place.depth] = place.connection
+        try:
+            if place.why:
+                raise InterventionError(place.why)
+            for cell, chosen in _cells(place, wanted, pair):
+                values[cell] = _measured(place, chosen, pair, measure, base["corrupted"])
+        except InterventionError as error:
+            outcome.left_out[f"{place.site} at depth {place.depth}"] = str(error)
+    if not values:
+        raise InterventionError(
+            next(iter(outcome.left_out.values()), "no depth that was asked for has one of these sites")
+        )
+    outcome.add(base["clean"], base["corrupted"], values, measure, pair.corrupted)
+
+
+def _cells(place: _Place, wanted: _Wanted, pair: _Pair) -> Iterator[tuple[Cell, torch.Tensor]]:
+    """Each cell of a place with its tokens and streams, (T, N)."""
+    _, num_tokens, num_streams = place.differs.shape
+    tokens = _ones("token", wanted.tokens, num_tokens, each_too=False)
+    for token, at in tokens:
+        for stream, of in _ones("stream", wanted.streams, num_streams, each_too=num_streams > 1):
+            yield (place.site, place.depth, token, stream), at[:, None] & of
+
+
+def _ones(
+    what: str, wanted: tuple[int, ...] | None, count: int, *, each_too: bool
+) -> list[tuple[int, torch.Tensor]]:
+    """The tokens or streams of one cell after another; all at once where nothing else is wanted, and with streams always."""
+    numbers = range(count) if wanted is None else wanted
+    if outside := [number for number in numbers if not 0 <= number < count]:
+        raise InputError(f"no {what} {outside[0]}; the input has {what}s 0 … {count - 1}")
+    every = [(ALL, torch.ones(count, dtype=torch.bool))]
+    if what == "stream" and not each_too:
+        return every
+    ones = [(number, torch.arange(count) == number) for number in numbers]
+    return every + ones if what == "stream" else ones or every
+
+
+def _measured(
+    place: _Place, chosen: torch.Tensor, pair: _Pair, measure: Measure, corrupted: torch.Tensor
+) -> torch.Tensor:
+    """The measure of each sequence; NaN where the patched token is padding."""
+    changed = (place.differs & chosen).flatten(1).any(1)
+    # What is put in is what was there: the forward would be the corrupted one once more.
+    if bool(changed.any()):
+        found = measure.of(place.forward(chosen, not place.checked))
+        place.checked = True
+    else:
+        found = corrupted.clone()
+    is_real = (pair.real & chosen.any(1)).any(1)
+    return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found

@@ -1,0 +1,46 @@
+"""Does every block like those that are read take and give a state? Otherwise the chain is not complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph
+from depthscope.probes.reading.operations import only_moves
+from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.tape import value_at
+
+
+def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
+    """A block, next to those of plain chains and of their class, that takes or gives no state of them; empty where none is.
+
+    What lies inside of a branch is none, and nothing is missed of what is called for nothing.
+    """
+    known = {number for memory in memories for state in memory.states for number in state.values}
+    known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
+    waiting = list(known)
+    while waiting:  # what has the elements of a state in another order is one
+        value = graph.values[waiting.pop()]
+        same = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
+        same += [of for of in value.parents if only_moves(value) and of.numel == value.numel]
+        waiting += [of.number for of in same if of.number not in known]
+        known |= {of.number for of in same}
+    branches = [branch for m in memories for c in m.connections for branch in c.branches]
+    known |= {number for branch in branches for number in branch.way}
+    carried = set().union(*(memory.carried for memory in memories))
+    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
+    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
+    like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
+    shown: dict[tuple[int, str], list[int]] = {}
+    for number, places in graph.shown.items():
+        for of in places if graph.values[number].is_floating else ():
+            shown.setdefault((of.call, of.at), []).append(number)
+    for (call, at), numbers in sorted(shown.items()):
+        path = graph.calls[call].path
+        is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
+        counts = not any(inside[number] for number in numbers) and any(
+            graph.reaches_output(graph.values[number]) for number in numbers
+        )
+        if is_like and counts and not known.intersection(numbers):
+            return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
+    return ""

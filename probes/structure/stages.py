@@ -1,0 +1,164 @@
+"""How do the stages of one trunk become one chain? With what blocks take and give where the width or the tokens change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from depthscope.probes.model.layout import LayoutError
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
+from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.structure.named_blocks import shown_by_calls
+from depthscope.probes.structure.read_chains import ReadChain
+from depthscope.probes.structure.read_layout import shape_layout
+from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.tape import value_at
+
+
+def container_of(path: str) -> str | None:
+    """What holds a module with a number; None where it has none."""
+    container, _, name = path.rpartition(".")
+    return container if name.isdigit() else None
+
+
+def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chain:
+    """The chain with what its first blocks take, where these make the first state in another shape."""
+    chain = part.chain
+    containers = {container_of(path) for path in chain.blocks} - {None}
+    kinds = set(chain.block_class.split("/"))
+    state, limit = value_at(graph, chain.points[0]), len(graph.calls)
+    while state is not None:
+        call = _block_of(graph, state, containers, limit)
+        if call is None:
+            break
+        limit = call
+        block = graph.calls[call]
+        taken = graph.shown_at(block.path, block.number, "input", 0)
+        is_first = chain is part.chain
+        if taken is None or taken is state or not (is_first or block.kind in kinds):
+            break
+        if taken.shape == state.shape or not _has_layout(taken, part.layout, sequences):
+            break
+        given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
+        chain = _opened(chain, block, taken, given=given)
+        state = taken
+    return chain
+
+
+def _block_of(graph: Graph, state: TracedValue, containers: set[str | None], limit: int) -> int | None:
+    """The call of a block, before some other call, in which a state was made, or which gives it."""
+    given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
+    calls = [call for call in (*graph.stack(state), *given) if call < limit]
+    return next((call for call in calls if container_of(graph.calls[call].path) in containers), None)
+
+
+def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> bool:
+    try:
+        return sequences.graph.depends_on_input(taken) and shape_layout(taken, sequences) == layout
+    except LayoutError:
+        return False
+
+
+def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
+    """The chain with what a block takes before its first state, which that block makes.
+
+    ``given``: whether it gives that state; otherwise it lies inside of the block.
+    """
+    opening, begin = HookPoint(block.path, block.number, "input", -1, "embed", "(input)"), chain.points[0]
+    if not given:
+        if not chain.connections:
+            shapes = (taken.shape, *chain.shapes[1:])
+            return replace(chain, points=(opening, *chain.points[1:]), shapes=shapes)
+        begin = replace(begin, layer=chain.points[1].layer, site="mid", module=block.path)
+    elif begin.site == "embed":
+        begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=block.path)
+    return chain.preceded_by(opening, begin, taken.shape)
+
+
+def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis) -> Chain:
+    """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
+    kinds, sides = set(chain.block_class.split("/")), shown_by_calls(graph)
+    places = {_without_numbers(path) for path in chain.blocks}
+    last = value_at(graph, chain.points[-1])
+    for number, call in enumerate(graph.calls):
+        taken, given = (sides.get((number, at)) for at in ("input", "output"))
+        if call.kind not in kinds or _without_numbers(call.path) not in places:
+            continue
+        if last is None or taken != last.number or given is None:
+            continue
+        value = graph.values[given]
+        if value.shape == last.shape or shape_layout(value, sequences) != layout:
+            continue
+        point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
+        chain = replace(
+            chain,
+            points=(*chain.points, point),
+            shapes=(*chain.shapes, value.shape),
+            blocks=(*chain.blocks, call.path),
+        )
+        last = value
+    return chain
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\d+", "{i}", path)
+
+
+def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedValue], str]) -> Chain:
+    """The chain of a stage with what a block gave as its first state, where that was changed outside of blocks.
+
+    As where positions are added to what a block that makes fewer tokens gave.
+    """
+    chain, memory = part.chain, part.memory
+    first, begin = max(memory.states[0].values), chain.points[0]
+    if begin.site != "post" or begin.layer < 0:
+        return chain
+    for number in sorted(n for n in memory.carried if n < first):
+        value = graph.values[number]
+        calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
+        around = graph.values[first].call  # where the block was called, it was changed
+        blocks = [c for c in calls if container_of(c.path) is not None and c.parent == around]
+        if not blocks or value.shape != graph.values[first].shape or layout_of(value) != part.layout:
+            continue
+        block = min(blocks, key=lambda call: len(call.path))
+        made = HookPoint(block.path, block.number, "output", begin.layer, "post", block.path)
+        taker = begin.path if begin.at == "input" else begin.module
+        begin = replace(begin, layer=chain.points[1].layer, site="pre", module=taker)
+        return chain.preceded_by(made, begin, value.shape)
+    return chain
+
+
+def joined(chain: Chain, stage: Chain) -> Chain:
+    """A chain with the states of its next stage, whose blocks are numbered after those before."""
+    offset, last = len(chain.points), max(point.layer for point in chain.points)
+    first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
+    shift, before = last + 1 - first if first <= last else 0, chain.points
+    if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
+        shift, before = last - first, (*before[:-1], replace(before[-1], site="mid"))
+    proof = chain.proof if stage.proof == "proven" else stage.proof
+    if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
+        proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
+    moved = (
+        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset, layer=c.layer + shift)
+        for c in stage.connections
+    )
+    kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
+    return replace(
+        chain,
+        points=(*before, *(_of_stage(point, first, shift) for point in stage.points)),
+        connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
+        blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
+        block_class="/".join(kinds),
+        shapes=(*chain.shapes, *stage.shapes),
+        proof=proof,
+    )
+
+
+def _of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
+    """A state of a later stage, whose blocks begin with a number, in the whole chain."""
+    if point.site != "embed":
+        return replace(point, layer=point.layer + shift)
+    if point.at == "input":  # what the first block takes
+        return replace(point, layer=first + shift, site="pre", module=point.path)
+    return replace(point, layer=first + shift)

@@ -1,0 +1,198 @@
+"""Which quantities of a step are exact over every token? Those that its sums, maxima and gains give.
+
+Each function supplies the quantity of its name, see `Quantities`.
+Shapes: L depth, V view of the streams (their mean, then each of several), C connection, N stream, t every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from depthscope.diagnostics.quantities.mixing_matrices import over_last
+from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Unavailable
+from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
+from depthscope.probes.run.statistics_dataset import GRADIENT
+from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
+from depthscope.probes.statistics.histograms import OF_GAINS, Histogram
+from depthscope.probes.statistics.live_sums import PADDING
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.training.live.group import LiveGroup
+
+PROFILE = ("depth", "stream")
+GAINS = ("direction", "connection", "reduction")
+# Such as gradients that were not asked for, or read weights that no tensor of the model shows.
+NOT_SHOWN = "what it needs was not seen in the step"
+
+
+EXACT_QUANTITIES = (
+    *("mean_square_norm", "gradient_norms", "gradient_facts", "pair_cosines", "mean_adjacent_cosine"),
+    *("mean_stream_cosine", "stream_pair_cosines", "connection_gains", "product_gains"),
+    *("read_sizes", "write_sizes", "logit_ranges", "logit_gradient_norm", "mixing_gradient_norm"),
+)
+
+
+def exact_quantities(sums: TokenSums, group: LiveGroup) -> Mapping[str, Callable[[], Any]]:
+    """Functions by the quantity that they supply.
+
+    ``sums``: of all forwards of the step, of the chain of the group.
+    """
+    of = _ExactQuantities(sums, group)
+    return {name: getattr(of, name) for name in EXACT_QUANTITIES}
+
+
+class _ExactQuantities:
+    """The quantities of one group in one step."""
+
+    def __init__(self, sums: TokenSums, group: LiveGroup) -> None:
+        assert sums.live is not None
+        self._sums, self._live = sums, sums.live
+        self._depths, self._connections, self._group = group.depths, group.connections, group
+
+    # --- states and gradients ---
+
+    def mean_square_norm(self) -> xr.Variable:
+        return xr.Variable(PROFILE, self._views("square_norm_sum") / self._count)
+
+    def mean_adjacent_cosine(self) -> xr.Variable:
+        return xr.Variable(PROFILE, self._views("adjacent_cosine_sum") / self._count)
+
+    def pair_cosines(self) -> tuple[xr.Variable, xr.Variable]:
+        directed = self._views("unit_count")
+        total = self._views("unit_square") - directed
+        # One variant of several; the others, of ordinary or centred tokens, need every token twice.
+        shape = (1, *(len(CHOICES[dim]) for dim in ("tokens", "centering")), *directed.shape)
+        found = np.full((2, *shape), np.nan)
+        found[:, 0, 0, 0] = total, directed * (directed - 1.0)
+        dims = ("group", "tokens", "centering", *PROFILE)
+        return xr.Variable(dims, found[0]), xr.Variable(dims, found[1])
+
+    def gradient_norms(self) -> xr.Variable:
+        _require_any(self._sums, GRADIENT, self._depths)
+        return xr.Variable(PROFILE, np.sqrt(self._views(GRADIENT)))
+
+    def gradient_facts(self) -> dict[str, list[int]]:
+        # Without these a gradient that no backward gives, such as that of an input, would look like a broken one.
+        missing = [depth for depth in self._depths if depth not in self._sums.sums[GRADIENT]]
+        cut = [depth for depth in self._group.cut if depth in missing]
+        return {name: of for name, of in ((WITHOUT_GRADIENT, missing), (CUT_GRADIENT, cut)) if of}
+
+    @cached_property
+    def _count(self) -> np.ndarray:
+        return self._views("token_count")
+
+    def _views(self, name: str) -> np.ndarray:
+        """One statistic of every view, (L, V): of the mean over several streams, then of each; NaN where missing."""
+        mean = self._sums.mean_view
+        arrays = []
+        for part in [self._sums] if mean is None else [mean, self._sums]:
+            known = _squared_units(part) if name == "unit_square" else part.sums.get(name, {})
+            arrays.append(_stacked(known, self._depths))
+        widest = max((array.shape[1] for array in arrays), default=1)
+        return np.concatenate(arrays, axis=1) if name != "token_count" else arrays[0][:, :widest]
+
+    # --- streams ---
+
+    def mean_stream_cosine(self) -> xr.Variable:
+        total, count = (self._of_streams(f"stream_cosine_{part}")[:, 0] for part in ("sum", "count"))
+        return xr.Variable(("depth",), total / np.where(count > 0, count, np.nan))
+
+    def stream_pair_cosines(self) -> xr.Variable:
+        pairs, complete = (self._of_streams(f"pair_cosine_{part}") for part in ("sum", "count"))
+        num_streams = round(pairs.shape[1] ** 0.5)
+        upper = np.triu_indices(num_streams, 1)
+        total = pairs.reshape(-1, num_streams, num_streams)[:, *upper]
+        return xr.Variable(("depth", "pair"), total / np.where(complete > 0, complete, np.nan))
+
+    def _of_streams(self, name: str) -> np.ndarray:
+        if name not in self._live.sums:
+            raise Unavailable(NOT_SHOWN)
+        return _stacked(self._live.sums[name], self._depths)
+
+    # --- connections ---
+
+    def connection_gains(self) -> xr.Variable:
+        return self._gains("gain")
+
+    def product_gains(self) -> xr.Variable:
+        return self._gains("product_gain")
+
+    def _gains(self, name: str) -> xr.Variable:
+        """Gains of every connection, reduced over every token."""
+        of_processes = self._live.histograms.get(name, {})
+        if of_processes and all(number in of_processes for number in self._connections):
+            return self._gains_by_histogram([of_processes[number] for number in self._connections])
+        known = self._live.values.get(name, {})
+        if not all(number in known for number in self._connections):
+            raise Unavailable(NOT_SHOWN)
+        gains = torch.stack([known[number] for number in self._connections]).cpu().numpy()  # (C, t, 2)
+        gains = gains[:, gains[0, :, 0] != PADDING]
+        values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
+        return xr.Variable(GAINS, np.moveaxis(values, 1, 0))
+
+    def _gains_by_histogram(self, known: Sequence[Histogram]) -> xr.Variable:
+        """The same of several processes; mean and maximum are exact."""
+        values = np.stack([of.reductions() for of in known], axis=1)  # (2, C, reduction)
+        how = f"every token; quantiles from counts in {OF_GAINS.per_octave} bins per octave"
+        return xr.Variable(GAINS, values, {"estimator": how})
+
+    def read_sizes(self) -> xr.Variable:
+        return self._sizes("read_size_sum")
+
+    def write_sizes(self) -> xr.Variable:
+        return self._sizes("write_size_sum")
+
+    def _sizes(self, name: str) -> xr.Variable:
+        known = self._live.sums.get(name, {})
+        if not all(number in known for number in self._connections):
+            raise Unavailable(NOT_SHOWN)
+        return xr.Variable(("connection", "stream"), _stacked(known, self._connections))
+
+    # --- logits of H_res ---
+
+    def logit_ranges(self) -> xr.Variable:
+        # The mean alone: quantiles would need the logits of every token.
+        _require_any(self._sums, "logit_token_count", self._connections)
+        count = _stacked(self._sums.sums["logit_token_count"], self._connections)[:, 0]
+        total = _stacked(self._sums.sums["logit_range_sum"], self._connections)
+        ranges = np.full((len(self._connections), len(LABELS["reduction"])), np.nan)
+        mean = total[:, 0] / np.where(count > 0, count, np.nan)
+        ranges[:, LABELS["reduction"].index("mean")] = mean
+        return xr.Variable(("connection", "reduction"), ranges)
+
+    def logit_gradient_norm(self) -> xr.Variable:
+        return self._gradient(LOGIT_GRADIENT)
+
+    def mixing_gradient_norm(self) -> xr.Variable:
+        return self._gradient(MIXING_GRADIENT)
+
+    def _gradient(self, name: str) -> xr.Variable:
+        _require_any(self._sums, name, self._connections)
+        square = _stacked(self._sums.sums[name], self._connections)[:, 0]
+        return xr.Variable(("connection",), np.sqrt(square))
+
+
+def _squared_units(part: TokenSums) -> dict[int, torch.Tensor]:
+    return {depth: unit.square().sum(-1) for depth, unit in part.sums.get("unit_sum", {}).items()}
+
+
+def _stacked(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray:
+    """Vectors by key, (keys, …), read back from their device at once; NaN where one is missing."""
+    known = [key for key in keys if key in parts]
+    if not known:
+        return np.full((len(keys), 1), np.nan)
+    values = torch.stack([parts[key].double().reshape(-1) for key in known]).cpu().numpy()
+    found = np.full((len(keys), values.shape[1]), np.nan)
+    found[[list(keys).index(key) for key in known]] = values
+    return found
+
+
+def _require_any(sums: TokenSums, name: str, keys: Sequence[int]) -> None:
+    """Refuse a statistic that was not measured at all: its values do not say so, since NaN is one of them."""
+    if not any(key in sums.sums.get(name, {}) for key in keys):
+        raise Unavailable(NOT_SHOWN)

@@ -1,0 +1,466 @@
+"""Every patched place is compared with hooks that are written by hand; effects and intervals with their formulas."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import transformers
+from torch import nn
+
+from depthscope.probes import SiteError
+from depthscope.probes.interventions import InterventionError, patch
+from tests.models.families import FAMILIES, STREAMS, built
+from tests.models.small_models import llama
+from tests.probes.interventions.local_streams import LocalStreams, ids
+
+ANSWER, AGAINST = 3, 7
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        n_layer=3, n_embd=32, n_head=4, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+
+def pair(sequences=2, length=6, at=2, below=41):
+    """Two batches that differ at one token."""
+    clean = torch.randint(0, below, (sequences, length), generator=torch.Generator().manual_seed(1))
+    corrupted = clean.clone()
+    corrupted[:, at] = (corrupted[:, at] + torch.arange(1, sequences + 1)) % below
+    return clean, corrupted
+
+
+def logit_difference(output):
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return (logits[:, -1, ANSWER] - logits[:, -1, AGAINST]).double().numpy()
+
+
+@contextlib.contextmanager
+def hooked(hooks):
+    """Hooks, as (module, whether before it, function)."""
+    handles = [
+        module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
+        for module, before, hook in hooks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_states_of_gpt2_are_those_of_hooks_bit_for_bit():
+    model = gpt2()
+    clean, corrupted = pair()
+    places = [model.transformer.drop, *model.transformer.h]
+    states = []
+    with torch.no_grad(), hooked([(m, False, lambda m, a, out: states.append(first(out))) for m in places]):
+        model(clean)
+    found = patch(model, {"input_ids": clean}, {"input_ids": corrupted}, answer=ANSWER, against=AGAINST)
+    assert found.sizes == {"site": 1, "depth": 4, "token": 6, "stream": 1, "sample": 2}
+    for depth, place in enumerate(places):
+        for token in range(6):
+
+            def put_in(module, args, output, depth=depth, token=token):
+                state = first(output).clone()
+                state[:, token] = states[depth][:, token]
+                return (state, *output[1:]) if isinstance(output, tuple) else state
+
+            with torch.no_grad(), hooked([(place, False, put_in)]):
+                expected = logit_difference(model(corrupted))
+            np.testing.assert_array_equal(found.patched.values[0, depth, token, 0], expected)
+    with torch.no_grad():
+        np.testing.assert_array_equal(found.clean, logit_difference(model(clean)))
+        np.testing.assert_array_equal(found.corrupted, logit_difference(model(corrupted)))
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+# --- streams and matrices
+
+
+def constrained():
+    return built(next(family for family in STREAMS if family.name == "mHCv2"))
+
+
+class Coefficients:
+    """What the connections of a model on hyper-connections' mHCv2 compute in one forward, by hooks on their own functions."""
+
+    def __init__(self, model, batch):
+        self.read, self.mix, self.write, self.states = [], [], [], []
+        connections = [m for m in model.modules() if hasattr(m, "width_connection")]
+        with contextlib.ExitStack() as stack:
+            for module in connections:
+                stack.enter_context(self._watched(module))
+            with torch.no_grad():
+                model(batch)
+        self.modules = connections
+
+    @contextlib.contextmanager
+    def _watched(self, module):
+        constrain, add, width = (
+            module.residual_mix_constraint_fn,
+            module.depth_connection,
+            module.width_connection,
+        )
+
+        def mixed(logits):
+            self.mix.append(constrain(logits))
+            return self.mix[-1]
+
+        def written(output, residuals, *, beta):
+            self.write.append(beta)
+            return add(output, residuals, beta=beta)
+
+        def entered(residuals):
+            self.states.append(residuals)
+            self.read.append(reads(module, residuals))
+            return width(residuals)
+
+        module.residual_mix_constraint_fn = mixed
+        module.depth_connection, module.width_connection = written, entered
+        try:
+            yield
+        finally:
+            module.residual_mix_constraint_fn = constrain
+            del module.depth_connection, module.width_connection
+
+
+def reads(module, residuals):
+    """σ(norm(x) W s + b): H_pre (B, T, N) of a connection with one input and no fractions."""
+    dynamic = module.norm(residuals) @ module.dynamic_alpha_fn[0, :, :1] * module.pre_branch_scale
+    return torch.sigmoid(dynamic + module.static_alpha[:, :1]).squeeze(-1)
+
+
+@contextlib.contextmanager
+def by_hand(site, module, number, clean, token, stream):
+    """One coefficient of the clean forward in a connection, at a token, and at one stream or at all."""
+    of = slice(None) if stream < 0 else slice(stream, stream + 1)
+    if site == "h_res":
+        constrain = module.residual_mix_constraint_fn
+
+        def mixed(logits):
+            matrix = constrain(logits).clone()
+            # The package's matrix is source by destination: a stream that is written is one of its columns.
+            matrix[..., token, :, of] = clean.mix[number][..., token, :, of]
+            return matrix
+
+        module.residual_mix_constraint_fn = mixed
+        yield
+        module.residual_mix_constraint_fn = constrain
+    elif site == "h_post":
+        add = module.depth_connection
+
+        def written(output, residuals, *, beta):
+            beta = beta.clone()
+            beta[:, token, of] = clean.write[number][:, token, of]
+            return add(output, residuals, beta=beta)
+
+        module.depth_connection = written
+        yield
+        del module.depth_connection
+    else:
+        width = module.width_connection
+
+        def entered(residuals):
+            _, mixed, rest = width(residuals)
+            weights = reads(module, residuals).clone()
+            weights[:, token, of] = clean.read[number][:, token, of]
+            return torch.einsum("btn,btnd->btd", weights, residuals), mixed, rest
+
+        module.width_connection = entered
+        yield
+        del module.width_connection
+
+
+@pytest.mark.parametrize("site", ["h_pre", "h_res", "h_post"])
+@pytest.mark.slow(but=1)
+def test_matrices_of_mhc_are_those_that_are_put_in_by_hand(site):
+    model = constrained()
+    clean, corrupted = pair(length=5, at=4)  # its branches read one token
+    known = Coefficients(model, clean)
+    found = patch(model, clean, corrupted, sites=site, tokens=[2, 4], answer=ANSWER, against=AGAINST)
+    assert found.stream.values.tolist() == [-1, 0, 1, 2, 3]
+    assert found.connection.values.tolist() == list(range(len(known.modules)))
+    for number, module in enumerate(known.modules):
+        for at, token in enumerate([2, 4]):
+            for of, stream in enumerate(found.stream.values.tolist()):
+                with torch.no_grad(), by_hand(site, module, number, known, token, stream):
+                    expected = logit_difference(model(corrupted))
+                np.testing.assert_allclose(
+                    found.patched.values[0, number, at, of], expected, rtol=1e-5, atol=2e-6
+                )
+    assert float(abs(found.change).max()) > 1e-4
+
+
+def test_streams_of_mhc_are_those_of_hooks_bit_for_bit():
+    model = constrained()
+    clean, corrupted = pair(length=5, at=4)
+    states = Coefficients(model, clean).states
+    found = patch(model, clean, corrupted, depths=2, tokens=4, answer=ANSWER, against=AGAINST)
+    (module,) = [m for m in model.modules() if hasattr(m, "width_connection")][2:3]
+    for at, stream in enumerate(found.stream.values.tolist()):
+        of = slice(None) if stream < 0 else stream
+
+        def put_in(module, args, of=of):
+            state = args[0].clone()
+            state[:, 4, of] = states[2][:, 4, of]
+            return (state, *args[1:])
+
+        with torch.no_grad(), hooked([(module, True, put_in)]):
+            expected = logit_difference(model(corrupted))
+        np.testing.assert_array_equal(found.patched.values[0, 0, 0, at], expected)
+
+
+def test_all_tokens_and_streams_at_once():
+    """Every state of a depth, and every matrix of a connection, of a model whose connections are local variables."""
+    model, (clean, corrupted) = LocalStreams().eval(), pair(length=5)
+    found = patch(
+        model, clean, corrupted, sites=["residual", "h_res"], tokens="all", stream="all", answer=3, against=7
+    )
+    np.testing.assert_array_equal(
+        found.sel(site="residual").patched.values[:, 0, 0], [found.clean.values] * 4
+    )
+    assert found.sel(site="h_res").effect.sel(depth=0).isnull().all()  # no connection ends there
+    kept = {}
+
+    def keep(number, h):
+        kept[number] = h
+        return h
+
+    with torch.no_grad():
+        LocalStreams(replace=keep).eval()(clean)
+        for number in range(3):
+            replaced = LocalStreams(replace=lambda n, h, number=number: kept[n] if n == number else h).eval()
+            expected = logit_difference(replaced(corrupted))
+            cell = found.patched.sel(site="h_res", depth=number + 1).values[0, 0]
+            np.testing.assert_allclose(cell, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["HC", "mHC", "frac-connections", "deepseek_v4"])
+@pytest.mark.slow(but=1)
+def test_matrices_of_the_input_itself_change_nothing_and_the_reads_are_found(name):
+    family = next(family for family in FAMILIES if family.name == name)
+    model, clean = built(family), family.batch()
+    tensor = clean if isinstance(clean, torch.Tensor) else clean["input_ids"]
+    other = tensor.clone()
+    other[:, 2] = (other[:, 2] + 1) % 7
+    corrupted = other if isinstance(clean, torch.Tensor) else {**clean, "input_ids": other}
+    found = patch(model, clean, corrupted, sites=["h_res", "h_pre", "h_post"], tokens=[0, 2], stream="all")
+    assert not found.attrs["left_out"]
+    assert float(abs(found.change.sel(token=0)).max()) == 0  # the same there in both
+    for site in ("h_pre", "h_post"):
+        assert float(abs(found.change.sel(site=site, token=2)).max()) > 0
+
+
+# --- what is measured
+
+
+def test_effect_and_interval_are_those_of_a_ratio_of_means():
+    model = LocalStreams(layers=2).eval()
+    # The first direction of the answer's logit differs by the token that is exchanged.
+    clean, corrupted = ids(6), ids(6)
+    corrupted[:, 3] = 5
+    clean[:, 3] = 11
+    found = patch(model, clean, corrupted, tokens=3, stream="all", answer=np.full(6, ANSWER), against=AGAINST)
+    whole = found.clean.values - found.corrupted.values
+    reach = scipy.stats.t.ppf(0.975, 5)
+    spread = whole.std(ddof=1) / np.sqrt(6)
+    assert (abs(whole.mean()) > reach * spread) == (found.attrs["no_effect"] == "")
+    part = found.patched.values[0, 1, 0, 0] - found.corrupted.values
+    share = part.mean() / whole.mean()
+    error = (part - share * whole).std(ddof=1) / np.sqrt(6) / abs(whole.mean())
+    cell = found.isel(site=0, depth=1, token=0, stream=0)
+    assert float(cell.effect) == pytest.approx(share)
+    assert float(cell.effect_error) == pytest.approx(error)
+    assert float(cell.effect_high) == pytest.approx(share + reach * error)
+    assert float(cell.change_low) == pytest.approx(part.mean() - reach * part.std(ddof=1) / np.sqrt(6))
+    # What a causal model reads before the token is the same.
+    early = patch(model, clean, corrupted, tokens=[0, 2], stream="all", answer=ANSWER, against=AGAINST)
+    assert float(abs(early.change).max()) == 0
+
+
+def test_an_effect_without_a_clear_denominator_is_nan_with_a_reason():
+    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
+    same = patch(model, clean, clean, depths=1, tokens="all", stream="all")
+    assert bool(same.effect.isnull().all())
+    assert "the two inputs differ by 0" in same.attrs["no_effect"]
+    assert float(abs(same.change).max()) == 0
+    unsure = patch(
+        model, clean, corrupted, depths=1, tokens="all", stream="all", answer=ANSWER, against=AGAINST
+    )
+    low, high = unsure.attrs["difference"]["low"], unsure.attrs["difference"]["high"]
+    assert (
+        (low <= 0 <= high)
+        == bool(unsure.effect.isnull().all())
+        == ("no difference is possible" in unsure.attrs["no_effect"])
+    )
+    one = patch(
+        model, clean[:1], corrupted[:1], depths=0, tokens="all", stream="all", answer=ANSWER, against=AGAINST
+    )
+    assert float(one.effect.squeeze()) == pytest.approx(1)  # of one sequence, without an interval
+    assert bool(one.effect_error.isnull().all())
+
+
+def test_measures_without_and_with_labels():
+    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair(4)
+
+    def next_token(output, batch):
+        return nn.functional.cross_entropy(output[:, :-1].mT, batch[:, 1:], reduction="none").mean(1)
+
+    places = {"depths": 1, "tokens": [2, 4], "stream": "all"}
+    own = patch(model, clean, corrupted, **places)
+    given = patch(model, clean, corrupted, loss=next_token, **places)
+    assert (own.attrs["measure"], given.attrs["measure"]) == ("next_token_loss", "given_loss")
+    np.testing.assert_allclose(own.patched, given.patched, rtol=1e-6)
+    # Of the clean tokens, which the corrupted forward predicts worse or better.
+    with torch.no_grad():
+        np.testing.assert_allclose(own.corrupted, next_token(model(corrupted), clean), rtol=1e-5)
+        expected = -torch.log_softmax(model(corrupted)[:, -1], -1)[:, ANSWER]
+    named = patch(model, clean, corrupted, answer=ANSWER, **places)
+    assert named.attrs["measure"] == "answer_loss"
+    assert named.change.attrs["units"] == "nats"
+    np.testing.assert_allclose(named.corrupted, expected, rtol=1e-5)
+    model.head = nn.Identity()
+    hidden = patch(model, clean, corrupted, **places)
+    assert hidden.attrs["measure"] == "output_change"
+    assert hidden.attrs["no_loss"]
+    with torch.no_grad():
+        apart = (model(corrupted) - model(clean)).norm(dim=-1) / model(clean).norm(dim=-1)
+    np.testing.assert_allclose(hidden.corrupted, apart.mean(1), rtol=1e-5)
+    assert float(abs(hidden.clean).max()) == 0
+
+
+def test_several_batches_are_one_sample():
+    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair(4)
+    answers = [3, 4, 5, 6]
+    whole = patch(model, clean, corrupted, depths=[0, 1], answer=answers, against=7, stream="all")
+    parts = patch(
+        model,
+        [clean[:1], clean[1:]],
+        [corrupted[:1], corrupted[1:]],
+        depths=[0, 1],
+        answer=answers,
+        against=7,
+        stream="all",
+    )
+    np.testing.assert_allclose(parts.patched, whole.patched, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts.effect_high, whole.effect_high, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="corrupted has 1 batches and the other input more"):
+        patch(model, [clean, clean], [corrupted])
+
+
+def test_padding_is_not_patched_and_the_answer_is_at_the_last_real_token():
+    model = llama()
+    clean, corrupted = pair(3, 7, below=60)
+    mask = torch.ones_like(clean)
+    mask[1, 5:] = 0
+    found = patch(
+        model,
+        {"input_ids": clean, "attention_mask": mask},
+        {"input_ids": corrupted, "attention_mask": mask},
+        depths=1, tokens=[2, 6], answer=ANSWER,
+    )  # fmt: skip
+    assert np.isnan(found.patched.values[0, 0, 1, 0]).tolist() == [False, True, False]
+    with torch.no_grad():
+        expected = -torch.log_softmax(model(clean[1:2, :5]).logits[0, -1], -1)[ANSWER]
+    assert float(found.clean[1]) == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(InterventionError, match="the same tokens to be real in both"):
+        patch(
+            model,
+            {"input_ids": clean, "attention_mask": mask},
+            {"input_ids": corrupted, "attention_mask": mask.roll(1, 0)},
+        )
+
+
+# --- what is refused
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
+    with pytest.raises(
+        InterventionError, match=r"shapes \[\(2, 6\)\] and corrupted \[\(2, 5\)\]; expected the same"
+    ):
+        patch(model, clean, corrupted[:, :5])
+    with pytest.raises(ValueError, match="against= came without answer="):
+        patch(model, clean, corrupted, against=3)
+    with pytest.raises(ValueError, match="the output has entries 0 … 40"):
+        patch(model, clean, corrupted, answer=41)
+    with pytest.raises(ValueError, match="answer= has 3 token ids for 2 sequences"):
+        patch(model, clean, corrupted, answer=[1, 2, 3], depths=0, tokens=0)
+    with pytest.raises(ValueError, match="no stream 3; the input has streams 0 … 2"):
+        patch(model, clean, corrupted, stream=3)
+    with pytest.raises(ValueError, match="no token 6; the input has tokens 0 … 5"):
+        patch(model, clean, corrupted, tokens=6)
+    with pytest.raises(
+        InterventionError, match=r"depth 9 is none of the model's; it has depths 0 \(embedding\) … 2"
+    ):
+        patch(model, clean, corrupted, depths=9)
+
+
+def test_sites_that_do_not_exist_are_refused_with_the_closest_names():
+    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
+    with pytest.raises(SiteError, match="no site is called 'h_ress'; closest: 'h_res'"):
+        patch(model, clean, corrupted, sites="h_ress")
+    with pytest.raises(ValueError, match="the site 'branch_out' cannot be patched; expected states"):
+        patch(model, clean, corrupted, sites="branch_out")
+    with pytest.raises(SiteError, match="the model has the blocks 0 … 1"):
+        patch(model, clean, corrupted, sites="blocks.7.hook_resid_post")
+    with pytest.raises(SiteError, match="the model has no stream connections of that kind"):
+        patch(gpt2(), *({"input_ids": of} for of in (clean, corrupted)), sites="h_res")
+    seen = []
+    named = patch(
+        model, clean, corrupted, sites="hidden_states[1]", tokens="all", stream="all",
+        progress=lambda *what: seen.append(what),
+    )  # fmt: skip
+    assert named.depth.values.tolist() == [1]
+    assert seen == [("residual at depth 1", 0, 1)]
+
+
+def test_an_unproven_reading_is_refused():
+    class Deep(nn.Module):
+        """Layers without a residual, which are read where they are named."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(41, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.head = nn.Linear(8, 41)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return self.head(x)
+
+    clean, corrupted = pair()
+    with pytest.raises(
+        InterventionError, match=r"are unproven: .* Patch with hooks of your own, or use ablate"
+    ):
+        patch(Deep().eval(), clean, corrupted, layers="layers.{i}")
+
+
+def test_the_model_its_gradients_and_random_states_are_as_before():
+    model, (clean, corrupted) = gpt2().train(), pair()
+    model.requires_grad_(True)
+    model(clean).logits.sum().backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    random = torch.get_rng_state()
+    patch(model, {"input_ids": clean}, {"input_ids": corrupted}, depths=1, tokens=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value.grad, gradients[name]) for name, value in model.named_parameters())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
