@@ -39,7 +39,6 @@ _NAMES = {
     "loud_stream": "even streams",
     "passing_streams": "streams persist",
     "wasted_layer": "all layers read",
-    "ambiguous_orientation": "orientation known",
     "dimensional_collapse": "many directions",
     "one_direction": "variance spread",
     "idle_layer": "all layers work",

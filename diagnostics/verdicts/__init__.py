@@ -90,7 +90,6 @@ VERDICTS: dict[str, Verdict] = {
         streams.copied_streams,
         streams.passing_streams,
         streams.wasted_layer,
-        streams.ambiguous_orientation,
         representation.rank_collapse,
         representation.dimensional_collapse,
         representation.one_direction,

@@ -397,22 +397,3 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     words = "all later connections together read of a sublayer's output a weight of"
     told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
     yield Profile(mass, words, metric="read_mass", template=told)
-
-
-@verdict(metric="mixing_gain", limits=Limits(info=1.0), about="reading")
-def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
-    """Could not tell whether H_res is stored as target × source or transposed.
-
-    The streams were copies of one another, or the matrices symmetric, so H_res and its transpose fit alike:
-    forward and backward may be exchanged. Capture a network whose streams differ.
-    """
-    if attrs.get("orientation") != "ambiguous":
-        return None
-    return [
-        Profile(
-            xr.DataArray(2.0),  # H_res and its transpose
-            "",
-            ceiling=Severity.INFO,
-            sentence=f"Forward and backward gain may be swapped: both orientations of H_res fit the data ({DEFAULT}).",
-        )
-    ]

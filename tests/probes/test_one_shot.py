@@ -107,7 +107,7 @@ def test_a_fresh_deepseek_is_ambiguous_only_where_it_must_be(models, text_batch)
         if "_hc." in name:
             nn.init.zeros_(parameter)
     run = probes.capture(model, text_batch)
-    assert run.attrs["orientation"] == "ambiguous"
+    assert run.attrs["orientation"] == "destination_source"
     np.testing.assert_allclose(run.trace.h_res.values, 0.25, atol=1e-5)
 
 

@@ -386,7 +386,6 @@ CASES: dict[str, Case] = {
     "wasted_layer": case(
         lambda: streams(NEAR, writes=with_writes(7, torch.zeros(4))), WARN, "connection", 7, 7, says="mlp of block 3"
     ),
-    "ambiguous_orientation": case(lambda: streams(NEAR), INFO),
     "rank_collapse": case(
         lambda: plain(lambda i: Attention(causal=False), 8), FAIL, "depth", 2, 8, says="where noise has",
         beside=("vanishing_gradient",),

@@ -124,8 +124,7 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     }  # a replay, remarks, no token, losses, a task, a batch of equal tokens
     assert (
         set(VERDICTS) - set(found)
-        <= {"ambiguous_orientation", "passing_streams", "few_tokens_for_cka", "saturated_logits"}
-        | only_where_given
+        <= {"passing_streams", "few_tokens_for_cka", "saturated_logits"} | only_where_given
     )
     assert found["gain_explosion"][0].severity == Severity.PASS
     source = VERDICTS["gain_explosion"].limits.source
@@ -406,11 +405,6 @@ def test_a_wasted_layer(mixed):
     found = findings(mixed(writes=writes))["wasted_layer"][0]
     assert (found.severity, found.first, found.last) == (Severity.WARN, 7, 7)
     assert "mlp of block 3" in found.sentence
-
-
-def test_an_ambiguous_orientation_is_said(mixed):
-    found = findings(mixed(orientation="ambiguous"))["ambiguous_orientation"][0]
-    assert found.severity == Severity.INFO
 
 
 # --- representation --------------------------------------------------------------------------------------------
