@@ -45,7 +45,7 @@ from depthscope.probes.reading.tracks import tracks
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
 Taken = tuple[Memory, list[Branch]]
-NO_MEMORY = "nothing that is computed from a value is added to it: no residual network"
+NO_MEMORY = "no value was found that is carried on through sums to which something computed from it is added"
 
 
 @dataclass

@@ -149,17 +149,24 @@ class States:
 
 
 def feature_axis(memory: Memory) -> int:
-    """Which axis of the memory's first value are the features: that along which weights contract it or norms go."""
+    """Which axis of the memory's first value are the features: that along which weights contract it or norms go.
+
+    Raises ReadingError: Where these go along something else than an axis.
+    """
     strides = [math.prod(memory.shape[dim + 1 :]) for dim in range(len(memory.shape))]
-    votes = [0] * len(strides)
+    votes, others = [0] * len(strides), 0
     for value, taker in memory.leaves:
         axis = _axis_after_activations(memory.graph, value, taker)
         if axis is None or value.shape[axis] < 2:
             continue
         step = memory.carried[value.number].step(axis)
-        for dim, stride in enumerate(strides):
-            if memory.shape[dim] > 1 and stride == step:
-                votes[dim] += 1
+        fitting = [dim for dim, stride in enumerate(strides) if memory.shape[dim] > 1 and stride == step]
+        others += not fitting
+        for dim in fitting:
+            votes[dim] += 1
+    if others and not any(votes):
+        path = memory.graph.path(memory.root) or "the model"
+        raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
     return max(range(len(votes)), key=lambda dim: (votes[dim], dim))
 
 

@@ -40,7 +40,7 @@ from depthscope.probes.structure.named_blocks import (
     named_calls,
     states_around,
 )
-from depthscope.probes.structure.not_covered import FURTHER_SHARE, not_covered
+from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, not_covered
 from depthscope.probes.structure.read_chains import ReadChain, read_chain
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
@@ -83,6 +83,7 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+        self._unread: list[LeftOut] = []  # further states that cannot be read
         self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
 
@@ -136,12 +137,15 @@ class StructureFinder:
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
-            not_covered=not_covered(
-                self.graph,
-                self.model,
-                chains,
-                {name for memory in read for name in memory.parameters},
-                named=self.options.blocks is not None,
+            not_covered=(
+                *not_covered(
+                    self.graph,
+                    self.model,
+                    chains,
+                    {name for memory in read for name in memory.parameters},
+                    named=self.options.blocks is not None,
+                ),
+                *self._unread,
             ),
             shards=shards,
             read=self._read,
@@ -166,10 +170,22 @@ class StructureFinder:
         first = taken[0][0]
         if first.num_streams > 1 or first.over_depth:
             return [self._weighed(first)]
-        found = [of for stages in taken for of in self._plain(stages)]
+        return self._with_names(self._plain_chains(taken))
+
+    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[FoundChain]:
+        """The chains of some plain memories, in order; further ones that cannot be read are named."""
+        first = taken[0][0]
+        found = self._plain(taken[0])
+        if (why := self.rereading.reading.left_out.get(first.name)) is not None:
+            self._unread.append(LeftOut(first.name, 0, "", 0.0, f"a further state of these blocks: {why}"))
+        for stages in taken[1:]:
+            try:
+                found += self._plain(stages)
+            except LayoutError as error:
+                self._unread.append(self._left_out(stages, str(error)))
         for of in found:
             _require_all_blocks(self.graph, self.model, of.chain)
-        return self._with_names(sorted(found, key=lambda of: of.memories[0].root))
+        return sorted(found, key=lambda of: of.memories[0].root)
 
     def _are_more(self, calls: Sequence[int]) -> bool:
         """Whether calls of blocks show more than the model's memory, where that is not proven or there is none."""
@@ -195,7 +211,24 @@ class StructureFinder:
         trunks = self._with_stages(plain)
         least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
-        return [trunks[0], *(of for of in kept if sum(m.weights["branches"] for m in of) >= least)]
+        first = set().union(*map(self._units, trunks[0]))
+        return [
+            trunks[0],
+            *(
+                of
+                for of in kept
+                # A further state of the same blocks is one of the model's, however small.
+                if sum(m.weights["branches"] for m in of) >= least
+                or set().union(*map(self._units, of)) <= first
+            ),
+        ]
+
+    def _left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
+        """What is said of a further state that cannot be read."""
+        kinds = sorted(set().union(*map(self._kinds, stages)))
+        blocks = len(set().union(*map(self._units, stages)))
+        share = sum(memory.weights["branches"] for memory in stages)
+        return LeftOut(stages[0].name, blocks, "/".join(kinds), share, f"a further state: {why}")
 
     def _with_stages(self, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
         """Memories of blocks of one class, of which each is computed from those before alone, as one trunk."""
@@ -224,10 +257,14 @@ class StructureFinder:
             way[v.number] and self.graph.depends_on_input(v) for v in self.graph.values if not v.parents
         )
 
+    @staticmethod
+    def _units(memory: MemoryReading) -> set[int]:
+        """The calls of the blocks of a memory."""
+        return {branch.unit for connection in memory.connections for branch in connection.branches} - {-1}
+
     def _kinds(self, memory: MemoryReading) -> set[str]:
         """The classes of the blocks of a memory."""
-        units = {branch.unit for connection in memory.connections for branch in connection.branches}
-        return {self.graph.calls[unit].kind for unit in units if unit >= 0}
+        return {self.graph.calls[unit].kind for unit in self._units(memory)}
 
     # --- what the user names
 

@@ -60,7 +60,8 @@ class LeftOut:
         """The part, its size and the reason as a sentence."""
         blocks = f"{self.blocks} blocks of {self.block}, " if self.blocks else ""
         advice = f"; layers={self.layers!r} names its blocks" if self.layers else ""
-        return f"{self.module} ({blocks}{self.share:.0%} of the parameters): {self.why}{advice}"
+        size = f" ({blocks}{self.share:.0%} of the parameters)" if blocks or self.share else ""
+        return f"{self.module}{size}: {self.why}{advice}"
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, with the sentence."""

@@ -386,7 +386,8 @@ def _complete(
     """Every state between blocks is among the depths, in order, and every tower has a chain or is named as left out."""
     modules = {depth.module for depth in found}
     for group in record.groups:
-        if _read(group, modules, record.groups):
+        said = any(says(part, path) for part in left_out for path in group.paths)
+        if _read(group, modules, record.groups) and not said:
             yield from _group_complete(found, group, record, expected)
     for group in reference.outermost(record.groups):
         prefix = f"{group.container}."
