@@ -155,7 +155,12 @@ def _takes_apart(value: TracedValue, width: int) -> int:
     shape: Sequence[int] = value.shape
     if value.name in VIEWS and len(shape) > 2 and math.prod(shape[-2:]) == width:
         parts = shape[-2]
-    elif value.name in PARTS and value.parents[0].shape[:-1] == shape[:-1] and not width % shape[-1]:
+    elif (
+        value.name in PARTS
+        and value.parents[0].shape[:-1] == shape[:-1]
+        and shape[-1]
+        and not width % shape[-1]
+    ):
         parts = width // shape[-1]
     else:
         return 0

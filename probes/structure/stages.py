@@ -19,7 +19,7 @@ from depthscope.probes.structure.tape import value_at
 def container_of(path: str) -> str | None:
     """What holds a module with a number; None where it has none."""
     container, _, name = path.rpartition(".")
-    return container if name.isdigit() else None
+    return container if name[-1:].isdigit() else None
 
 
 def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chain:

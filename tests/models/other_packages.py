@@ -317,7 +317,7 @@ MODELS = (
         "Keras 3 on torch", ("keras",), keras,
         states={"": [">embed", *(f">{site}{n}" for n in range(3) for site in ("mid", "post"))]},
     ),
-    UserModel("torchvision, DenseNet", ("torchvision",), densenet, REFUSED, "no residual network"),
+    UserModel("torchvision, DenseNet", ("torchvision",), densenet, REFUSED, "no value was found"),
     UserModel(
         "timm, ViT", ("timm",), lambda: timm("vit_tiny_patch16_224", img_size=32, depth=3),
         states={"": blocks("blocks")},
