@@ -180,9 +180,14 @@ class StructureFinder:
             self._unread.append(LeftOut(first.name, 0, "", 0.0, f"a further state of these blocks: {why}"))
         for stages in taken[1:]:
             try:
-                found += self._plain(stages)
+                further = self._plain(stages)
             except LayoutError as error:
                 self._unread.append(self._left_out(stages, str(error)))
+                continue
+            if any(point.site == "post" for of in further for point in of.chain.points):
+                found += further
+            else:
+                self._unread.append(self._left_out(stages, "its states lie between no blocks"))
         for of in found:
             _require_all_blocks(self.graph, self.model, of.chain)
         return sorted(found, key=lambda of: of.memories[0].root)
