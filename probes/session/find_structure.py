@@ -216,7 +216,7 @@ class StructureFinder:
         trunks = self._with_stages(plain)
         least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
-        first = set().union(*map(self._units, trunks[0]))
+        blocks = set[int]().union(*map(self._units, trunks[0]))
         return [
             trunks[0],
             *(
@@ -224,7 +224,7 @@ class StructureFinder:
                 for of in kept
                 # A further state of the same blocks is one of the model's, however small.
                 if sum(m.weights["branches"] for m in of) >= least
-                or set().union(*map(self._units, of)) <= first
+                or set[int]().union(*map(self._units, of)) <= blocks
             ),
         ]
 
