@@ -25,6 +25,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         "batch": batch,
         "loader": [batch] * 3,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "clean": {"input_ids": ids},
+        "corrupted": {"input_ids": ids.flip(0)},
+        "answer": 5,
         "array": np.random.default_rng(0).normal(size=(20, 8)),
     }
     # One block: a second one would need names of its own here.
