@@ -77,6 +77,17 @@ class ModuleCall(NamedTuple):
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
 
+    @property
+    def container(self) -> str | None:
+        """What holds the module, where its name there is a number; None for others."""
+        return container_of(self.path)
+
+
+def container_of(path: str) -> str | None:
+    """What holds a module whose name there is a number, as the blocks of a list have; None for others."""
+    container, _, name = path.rpartition(".")
+    return container if name.isdigit() else None
+
 
 class TracedValue:
     """What one operation made: ``held`` is its tensor, or it can be made again from others where it is ``remade``."""
@@ -224,7 +235,7 @@ class Graph:
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
-        self._by_shown: dict[tuple[int, str, int], int] | None = None
+        self._by_side: dict[tuple[int, str], list[TracedValue]] | None = None
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -387,14 +398,23 @@ class Graph:
 
     def shown_at(self, path: str, number: int, at: str, item: int) -> TracedValue | None:
         """The value that a call took or gave; None where it did not."""
-        if self._by_shown is None:
-            self._by_shown = {
-                (shown.call, shown.at, shown.item): of
-                for of, places in self.shown.items()
-                for shown in places
-            }
-        of = self._by_shown.get((self.call_of(path, number), at, item))
-        return None if of is None else self.values[of]
+        values = self.sides.get((self.call_of(path, number), at), [])
+        return values[item] if item < len(values) else None
+
+    @property
+    def sides(self) -> dict[tuple[int, str], list[TracedValue]]:
+        """The floating values that each call took ("input") and gave ("output"), in order."""
+        if self._by_side is None:
+            shown = [(of, self.values[number]) for number, places in self.shown.items() for of in places]
+            self._by_side = {}
+            for of, value in sorted(shown, key=lambda pair: pair[0].order):
+                self._by_side.setdefault((of.call, of.at), []).append(value)
+        return self._by_side
+
+    def ends_of(self, call: int) -> tuple[TracedValue, TracedValue] | None:
+        """The first floating value that a call took, and the first that it gave; None where either is missing."""
+        taken, given = (self.sides.get((call, at)) for at in ("input", "output"))
+        return (taken[0], given[0]) if taken and given else None
 
     def let_go(self) -> None:
         """Hold no tensor any more."""

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise, takewhile
 from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.graph import TracedValue, container_of
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
 
@@ -58,7 +58,7 @@ class BranchNames:
         """The module calls that contain all branches, but for a few that lie in no block with a number."""
         stacks = [self.graph.stack(v) for inside in self._insides for v in inside[:1]]
         common = _shared_start(stacks)
-        numbered = [stack for stack in stacks if any(_container(self.graph.calls[c].path) for c in stack)]
+        numbered = [stack for stack in stacks if any(self.graph.calls[c].container for c in stack)]
         if 4 * len(numbered) >= 3 * len(stacks) > 3:
             common = max(common, _shared_start(numbered), key=len)
         if len(self.branches) == 1:  # the block is the call in which its output is added
@@ -73,10 +73,10 @@ class BranchNames:
         ends = [value for branch in self.branches for value in (branch.source, *branch.writes)]
         last = max((value.number for value in ends), default=0)
         busy = {call for value in ends for call in graph.stack(value)}
-        containers = {_container(graph.calls[call].path) for call in busy} - {None}
+        containers = {graph.calls[call].container for call in busy} - {None}
         for number in sorted(n for n in self.memory.trunk if self.memory.root.number < n < last):
             for call in graph.stack(graph.values[number]):
-                if call not in busy and _container(graph.calls[call].path) in containers:
+                if call not in busy and graph.calls[call].container in containers:
                     found.setdefault(call, []).append(number)
                     break
         return {
@@ -90,11 +90,11 @@ class BranchNames:
         """What changes the memory after one block has given it and before the next takes it, as added positions do."""
         graph, memory = self.graph, self.memory
         units = {self.unit(number) for number in range(len(self.branches))} - {None}
-        containers = {_container(graph.calls[unit].path) for unit in units if unit is not None} - {None}
+        containers = {graph.calls[unit].container for unit in units if unit is not None} - {None}
 
         def is_shown(value: TracedValue, at: str) -> bool:
             shown = graph.shown.get(value.number, ())
-            return any(of.at == at and _container(graph.calls[of.call].path) in containers for of in shown)
+            return any(of.at == at and graph.calls[of.call].container in containers for of in shown)
 
         found = []
         for number in sorted(memory.trunk if containers else ()):
@@ -194,9 +194,7 @@ class BranchNames:
         if len(set(members)) < max(len(members), 2) or not container[-1].isdigit():
             return False
         around = ".".join(container[:-1])
-        others = [
-            p for p in self.graph.modules if p.rpartition(".")[0] == around and p.rpartition(".")[2].isdigit()
-        ]
+        others = [p for p in self.graph.modules if container_of(p) == around]
         return len(others) > 1 and all(self._members(other) == members for other in others)
 
     def _members(self, container: str) -> list[tuple[str, ...]]:
@@ -226,12 +224,6 @@ def _shared_start(stacks: Sequence[list[int]]) -> list[int]:
     """The calls with which all stacks begin."""
     levels = zip(*stacks, strict=False)
     return [calls[0] for calls in takewhile(lambda calls: len(set(calls)) == 1, levels)]
-
-
-def _container(path: str) -> str | None:
-    """What holds a module with a number; None where it has none."""
-    container, _, name = path.rpartition(".")
-    return container if name.isdigit() else None
 
 
 def kind_of(path: str, modules: Mapping[str, str]) -> str:

@@ -227,7 +227,7 @@ class WeightCoverage:
 
     def _block_around(self, value: TracedValue) -> int | None:
         """The innermost call of a module with a number around a value."""
-        stack = [c for c in self.graph.stack(value) if self.graph.calls[c].path.rpartition(".")[2].isdigit()]
+        stack = [c for c in self.graph.stack(value) if self.graph.calls[c].container is not None]
         return stack[-1] if stack else None
 
     def _is_branch(self, a: TracedValue, b: TracedValue, *, few: bool) -> bool:

@@ -30,6 +30,7 @@ from depthscope.probes.reading.graph import (
     ModuleCall,
     Shown,
     TracedValue,
+    container_of,
     dropped,
     no_collection,
     tensors_of,
@@ -88,7 +89,7 @@ class GraphRecorder(TorchDispatchMode):
                 self._names[id(parameter)] = f"{path}.{name}" if path else name
                 if parameter is not None:
                     self._names[id(own_part(parameter))] = self._names[id(parameter)]
-        self._numbered = {path for path in self.graph.modules if path.rpartition(".")[2].isdigit()}
+        self._numbered = {path for path in self.graph.modules if container_of(path) is not None}
         self._stack = [-1]
         self._running: list[nn.Module | None] = []
         self._num_shown = 0

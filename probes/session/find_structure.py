@@ -21,7 +21,7 @@ from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import PROVEN, MemoryReading
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue, container_of
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
@@ -568,9 +568,9 @@ def _require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
         parts = call.path.split(".")
         ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
     lists = {
-        (path.rpartition(".")[0], type(modules[path]))
+        (container, type(modules[path]))
         for path in chain.blocks
-        if path in modules and path.rpartition(".")[2].isdigit()
+        if path in modules and (container := container_of(path)) is not None
     }
     for container, kind in lists:
         missing = [

@@ -31,16 +31,10 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
-    shown: dict[tuple[int, str], list[int]] = {}
-    for number, places in graph.shown.items():
-        for of in places if graph.values[number].is_floating else ():
-            shown.setdefault((of.call, of.at), []).append(number)
-    for (call, at), numbers in sorted(shown.items()):
+    for (call, at), values in sorted(graph.sides.items()):
         path = graph.calls[call].path
         is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
-        counts = not any(inside[number] for number in numbers) and any(
-            graph.reaches_output(graph.values[number]) for number in numbers
-        )
-        if is_like and counts and not known.intersection(numbers):
+        counts = not any(inside[v.number] for v in values) and any(map(graph.reaches_output, values))
+        if is_like and counts and not any(v.number in known for v in values):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""

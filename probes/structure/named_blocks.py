@@ -9,7 +9,7 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, ModuleCall
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
 from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, layer_numbers
 
 ASSERTED = "unproven: the states are asserted by layers=, and "
@@ -50,23 +50,12 @@ def named_calls(graph: Graph, model: nn.Module, layers: Sequence[str]) -> list[i
         if not calls[path]:
             raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
     found = sorted(call for path in wanted for call in calls[path])
-    sides = shown_by_calls(graph)
     for call in found:
-        if not {(call, "input"), (call, "output")} <= sides.keys():
+        if graph.ends_of(call) is None:
             raise ChainError(
                 f"{graph.calls[call].path} has no floating tensor as input and output; it cannot have a residual state"
             )
     return found
-
-
-def shown_by_calls(graph: Graph) -> dict[tuple[int, str], int]:
-    """The number of the first floating value that each call took and gave."""
-    return {
-        (shown.call, shown.at): number
-        for number, places in graph.shown.items()
-        for shown in places
-        if shown.item == 0
-    }
 
 
 def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> list[int] | None:
@@ -84,9 +73,8 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
 
 def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     """The chain of what some modules take, and of what the last one gives, which no memory has as its states."""
-    blocks, sides = [graph.calls[call] for call in calls], shown_by_calls(graph)
-    numbers = [sides[call, "input"] for call in calls] + [sides[calls[-1], "output"]]
-    values = [graph.values[number] for number in numbers]
+    blocks = [graph.calls[call] for call in calls]
+    values = [graph.sides[call, "input"][0] for call in calls] + [graph.sides[calls[-1], "output"][0]]
     labels = block_labels(blocks, constant=len({value.shape for value in values}) == 1)
     points = []
     for depth, (call, (layer, site)) in enumerate(zip([*blocks, blocks[-1]], labels, strict=True)):
@@ -118,18 +106,18 @@ def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[
 
 def linked_calls(graph: Graph) -> list[int]:
     """The longest run of calls, of one module or of a container's, of which each takes what the one before gave."""
-    sides, runs = shown_by_calls(graph), dict[str, list[list[int]]]()
+    runs: dict[str, list[list[int]]] = {}
+    given: dict[str, TracedValue] = {}  # by the last call of each container
     for number, call in enumerate(graph.calls):
-        container, _, last = call.path.rpartition(".")
-        container = container if last.isdigit() else call.path
-        if not {(number, "input"), (number, "output")} <= sides.keys():
+        ends = graph.ends_of(number)
+        if ends is None:
             continue
-        of_container = runs.setdefault(container, [[]])
-        before = of_container[-1][-1:]
-        if before and sides[before[0], "output"] == sides[number, "input"]:
-            of_container[-1].append(number)
-        else:
-            of_container.append([number])
+        container = call.path if call.container is None else call.container
+        of_container = runs.setdefault(container, [])
+        if given.get(container) is not ends[0]:
+            of_container.append([])
+        of_container[-1].append(number)
+        given[container] = ends[1]
     every = [run for of_container in runs.values() for run in of_container if len(run) > 1]
     return max(every, key=len, default=[])
 

@@ -7,7 +7,7 @@ that is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,7 +125,8 @@ class _LeftOutParts:
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
         self._order = {path: number for number, path in enumerate(self._calls)}
-        self._shapes = _shapes_of_calls(graph)
+        ends = ((call, graph.ends_of(number)) for number, call in enumerate(graph.calls))
+        self._same_shape = {call for call, of in ends if of is not None and of[0].shape == of[1].shape}
         paths = {path for chain in chains for path in chain.blocks}
         paths |= {c.path for chain in chains for c in chain.connections}
         paths |= {c.branch_path for chain in chains for c in chain.connections if c.branch_path}
@@ -200,10 +201,7 @@ class _LeftOutParts:
 
     def _is_block(self, path: str) -> bool:
         """Whether a module may be a block: it gives what it takes in shape, and has parts with matrices."""
-        shapes = [self._shapes.get(call) for call in self._calls.get(path, ())]
-        if path not in self._modules or not any(
-            shape is not None and shape[0] == shape[1] for shape in shapes
-        ):
+        if path not in self._modules or self._same_shape.isdisjoint(self._calls.get(path, ())):
             return False
         modules = all_modules(self._modules[path])
         matrices = [
@@ -246,17 +244,3 @@ class _LeftOutParts:
         if "{i}" not in pattern or set(block_paths(self._model, [pattern])) != set(blocks):
             return ""
         return pattern
-
-
-def _shapes_of_calls(graph: Graph) -> Mapping[ModuleCall, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of the first tensors that calls took and gave."""
-    sides: dict[tuple[int, str], tuple[int, ...]] = {}
-    for number, places in graph.shown.items():
-        for shown in places:
-            if shown.item == 0:
-                sides[shown.call, shown.at] = graph.values[number].shape
-    return {
-        graph.calls[call]: (sides[call, "input"], sides[call, "output"])
-        for call, at in sides
-        if at == "input" and (call, "output") in sides
-    }

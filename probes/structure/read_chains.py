@@ -185,7 +185,7 @@ class _ChainOf:
         inside = (
             around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
         )
-        numbered = [call for call in inside if self.graph.calls[call].path.rpartition(".")[2].isdigit()]
+        numbered = [call for call in inside if self.graph.calls[call].container is not None]
         return next((call for call in numbered if call in given), None)
 
     def _unit(self, branch: BranchReading) -> int:

@@ -9,15 +9,14 @@ from dataclasses import replace
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
 from depthscope.probes.structure.chain import Chain, HookPoint
-from depthscope.probes.structure.named_blocks import shown_by_calls
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import shape_layout
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.tape import value_at
 
 
-def container_of(path: str) -> str | None:
-    """What holds a module with a number; None where it has none."""
+def _stage_of(path: str) -> str | None:
+    """What holds a module whose name ends with a number, as of blocks that are no list's (`stage.block2`); None for others."""
     container, _, name = path.rpartition(".")
     return container if name[-1:].isdigit() else None
 
@@ -25,7 +24,7 @@ def container_of(path: str) -> str | None:
 def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chain:
     """The chain with what its first blocks take, where these make the first state in another shape."""
     chain = part.chain
-    containers = {container_of(path) for path in chain.blocks} - {None}
+    containers = {_stage_of(path) for path in chain.blocks} - {None}
     kinds = set(chain.block_class.split("/"))
     state, limit = value_at(graph, chain.points[0]), len(graph.calls)
     while state is not None:
@@ -50,7 +49,7 @@ def _block_of(graph: Graph, state: TracedValue, containers: set[str | None], lim
     """The call of a block, before some other call, in which a state was made, or which gives it."""
     given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
     calls = [call for call in (*graph.stack(state), *given) if call < limit]
-    return next((call for call in calls if container_of(graph.calls[call].path) in containers), None)
+    return next((call for call in calls if _stage_of(graph.calls[call].path) in containers), None)
 
 
 def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> bool:
@@ -78,16 +77,16 @@ def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool)
 
 def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis) -> Chain:
     """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
-    kinds, sides = set(chain.block_class.split("/")), shown_by_calls(graph)
+    kinds = set(chain.block_class.split("/"))
     places = {_without_numbers(path) for path in chain.blocks}
     last = value_at(graph, chain.points[-1])
     for number, call in enumerate(graph.calls):
-        taken, given = (sides.get((number, at)) for at in ("input", "output"))
+        ends = graph.ends_of(number)
         if call.kind not in kinds or _without_numbers(call.path) not in places:
             continue
-        if last is None or taken != last.number or given is None:
+        if ends is None or ends[0] is not last:
             continue
-        value = graph.values[given]
+        value = ends[1]
         if value.shape == last.shape or shape_layout(value, sequences) != layout:
             continue
         point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
@@ -118,7 +117,7 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
         value = graph.values[number]
         calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
         around = graph.values[first].call  # where the block was called, it was changed
-        blocks = [c for c in calls if container_of(c.path) is not None and c.parent == around]
+        blocks = [c for c in calls if _stage_of(c.path) is not None and c.parent == around]
         if not blocks or value.shape != graph.values[first].shape or layout_of(value) != part.layout:
             continue
         block = min(blocks, key=lambda call: len(call.path))
