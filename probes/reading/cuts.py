@@ -74,11 +74,9 @@ def size_of(memory: Memory, cut: Cut) -> int:
 def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
     """The last value of the memory that is not yet normed or merged for the head, nor cut to some of the tokens."""
     last = max(write.number for branch in branches for write in branch.writes)
-    value = memory.end
-    while value.number > last and len(memory.inside(value)) == 1:
-        if memory.mixes(value) and memory.is_whole(value):
+    for value in memory.line(memory.end):
+        if value.number <= last or (memory.mixes(value) and memory.is_whole(value)):
             break
-        value = memory.inside(value)[0]
     return value
 
 

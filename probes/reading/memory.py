@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,6 +86,19 @@ class Memory:
         if value.number in self.born or value is self.root:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
+
+    def line(self, value: TracedValue) -> Iterator[TracedValue]:
+        """A value and, the latest first, those that it is carried from, as far as each is carried from one alone."""
+        yield value
+        while len(inside := self.inside(value)) == 1:
+            (value,) = inside
+            yield value
+
+    def after(self, value: TracedValue) -> Iterator[TracedValue]:
+        """The values of the trunk that follow one, as long as one alone is made of each."""
+        while len(takers := [of for of in self.graph.takers(value) if of.number in self.trunk]) == 1:
+            (value,) = takers
+            yield value
 
     def back(self, ends: Collection[TracedValue], stop: Collection[int] = ()) -> set[int]:
         """The values of the memory that come into some of its values, after those with numbers in ``stop``."""

@@ -98,16 +98,13 @@ class BranchNames:
 
         found = []
         for number in sorted(memory.trunk if containers else ()):
-            value, steps = graph.values[number], list[int]()
-            if not is_shown(value, "input"):
+            steps: list[int] = []
+            if not is_shown(graph.values[number], "input"):
                 continue
-            while (
-                not is_shown(value, "output")
-                and value.number not in memory.writes
-                and not memory.mixes(value)
-            ):
+            for value in memory.line(graph.values[number]):
+                if is_shown(value, "output") or value.number in memory.writes or memory.mixes(value):
+                    break
                 steps.insert(0, value.number)
-                (value,) = memory.inside(value)
             if is_shown(value, "output") and any(not only_moves(graph.values[n]) for n in steps):
                 found.append(steps)
         return found

@@ -180,10 +180,10 @@ class _Reader:
         """The reader of the memory up to its last write, where only the head reads a mixture of the states before."""
         memory = self.memory
         value = self.graph.values[max(memory.writes.keys() & memory.trunk)]
-        while len(after := [v for v in self.graph.takers(value) if v.number in memory.trunk]) == 1:
-            if len(memory.inside(after[0])) > 1:
+        for after in memory.after(value):
+            if len(memory.inside(after)) > 1:
                 break
-            value = after[0]
+            value = after
         if value is memory.end:
             return None
         shorter = replace(memory, end=value, trunk=memory.back([value]), branches=None)
@@ -432,12 +432,7 @@ class _Reader:
 
 def _comes_from(memory: Memory, value: TracedValue, states: Collection[int]) -> bool:
     """Whether a value is carried from one state alone."""
-    while value.number not in states:
-        inside = memory.inside(value)
-        if len(inside) != 1:
-            return False
-        (value,) = inside
-    return True
+    return any(of.number in states for of in memory.line(value))
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

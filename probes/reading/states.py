@@ -129,19 +129,17 @@ class States:
 
     def before_functions(self, value: TracedValue) -> TracedValue:
         """Back over the norms and activations at the end of a step."""
-        memory, seen, at = self.memory, False, value
-        while at is not memory.root and at.number not in memory.writes and not memory.mixes(at):
-            seen = seen or memory.passes_function(at)
-            at = memory.inside(at)[0]
-        return at if seen else value
+        seen = False
+        for at in self.memory.line(value):
+            if at.number in self.memory.writes or self.memory.mixes(at):
+                return at if seen else value
+            seen = seen or self.memory.passes_function(at)
+        return value
 
     def after_functions(self, value: TracedValue) -> TracedValue:
         """Forward over the norms and activations with which a step begins, where all of the memory goes through these."""
-        memory, at, found = self.memory, value, value
-        if not memory.start.functions:
-            return value
-        while len(after := [v for v in self.graph.takers(at) if v.number in memory.trunk]) == 1:
-            (at,) = after
+        memory, found = self.memory, value
+        for at in memory.after(value) if memory.start.functions else ():
             if at.number in memory.writes or memory.mixes(at) or at.numel != value.numel:
                 break
             found = at if memory.passes_function(at) else found
