@@ -153,7 +153,9 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
     The first source is the first state.
     Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
     """
-    begin = memory.connections[0].parts["state"]
+    begin = memory.connections[0].parts.get("state")
+    if begin is None:
+        raise StreamConnectionError("the weights over depth differ between the features of the first state")
     if bool(begin[:, 1:].any()) or bool((begin[:, 0] != 1).any()):
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
