@@ -157,7 +157,8 @@ class ModelUnderTest:
 
         def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
             if depth != FINAL:
-                self._places[number, depth] = operations.birthplace(tensor)
+                is_one = not self.structure.chains[number].points[depth].streams
+                self._places[number, depth] = operations.birthplace(tensor) if is_one else None
 
         self._session.observer.on_state = shown
 
@@ -346,6 +347,11 @@ class ModelUnderTest:
                 f"depth {depth} is none of the model's; it has depths 0 (embedding) … {len(self.chain.points) - 1}"
             )
         point, place = self.chain.points[depth], self._places.get((self.number, depth))
+        if place is None and point.streams:
+            raise InterventionError(
+                f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, and only a single "
+                "tensor can be changed; stack the streams into one in the model, or skip blocks"
+            )
         if place is None:
             raise InterventionError(
                 f"the state at depth {depth} ({point.at} of {point.path or 'the model'}) is made by no operation of the "

@@ -282,6 +282,12 @@ def _valid_depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]
         raise JacobianError(
             f"start is {start} and stop is {stop}; expected start < stop, since a later state moves no earlier one"
         )
+    several = next((depth for depth in range(start, stop + 1) if chain.points[depth].streams), None)
+    if several is not None:
+        raise JacobianError(
+            f"the state at depth {several} is held by {len(chain.points[several].streams)} tensors, one for each stream; "
+            "expected one tensor. Stack the streams into one in the model"
+        )
     return start, stop
 
 

@@ -172,9 +172,10 @@ class _Life:
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
-            live, size = self._fewest(
-                time, until, usual=_repeated(sizes) if last else None, end=last, known=sizes
-            )
+            if last:
+                live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
+            else:
+                live, size = self._fewest(time, until)
             sizes.append(size)
             names = pattern if last else None
             moved = [self.advanced(value, last, names) for value in live]
@@ -187,29 +188,59 @@ class _Life:
         self._widen_first(found, wider)
         return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]
 
+    def _spread(self, until: float, following: Cut) -> Cut:
+        """The values before the first read of which each is the first one again or scaled, and a stream; empty for none.
+
+        ``following``: the next state, into which each of them comes, as into the first read.
+        """
+        memory, alive, found = self.memory, list[TracedValue](), list[TracedValue]()
+        reads = [branch.read for branch in self.branches if branch.before == until]
+        streams = memory.back(following) & memory.back(reads)
+        for number in self._born[: bisect_left(self._born, until)]:
+            alive = [other for other in alive if self.last[other.number] > number]
+            alive.append(memory.graph.values[number])
+            if size_of(memory, alive) == size_of(memory, following) and all(
+                value.number in streams and memory.root in memory.line(value) and memory.is_whole(value)
+                for value in alive
+            ):
+                found = alive  # the latest ones: before that the first value itself may wait to be scaled once more
+        return found
+
     def _widen_first(self, found: list[Cut], wider: Cut) -> None:
         """The first state is as wide as the others, where the first value is only spread over streams after it."""
         if len(found) < 2:
             return
+        first = size_of(self.memory, found[0])
         others = min(size_of(self.memory, cut) for cut in found[1:])
-        if size_of(self.memory, found[0]) < size_of(self.memory, wider) <= others:
+        if first < size_of(self.memory, wider) <= others:
             found[0] = wider
+        elif first < others:
+            found[0] = self._spread(min(branch.before for branch in self.branches), found[1]) or found[0]
 
-    def _fewest(
-        self, time: int, until: float, *, usual: int | None, end: bool, known: list[int]
-    ) -> tuple[Cut, int]:
+    def _moments(self, time: int, until: float) -> list[tuple[int, int]]:
+        """Moments of the trunk, and how many elements are alive after each."""
         trunk = self._trunk
-        moments = [time, *trunk[bisect_right(trunk, time) : bisect_left(trunk, until)]]
-        sizes = [int(self._sizes[moment]) for moment in moments]
-        if end:
-            usual = usual if usual is not None else (known[-1] if known else 0)
-            same = [n for n, size in enumerate(sizes) if size == usual] or [0]
-            at = min(same, key=lambda n: self._counts[moments[n]])
-            names = [self.memory.graph.values[moment].name for moment in moments]
-            at = max([at, *(n for n in same if n and names[n] in MATRICES)])  # mixed after the last write
-        else:
-            at = min(range(len(sizes)), key=lambda n: (sizes[n], self._counts[moments[n]]))
-        return self._live(moments[at]), sizes[at]
+        between = trunk[bisect_right(trunk, time) : bisect_left(trunk, until)]
+        return [(moment, int(self._sizes[moment])) for moment in (time, *between)]
+
+    def _fewest(self, time: int, until: float) -> tuple[Cut, int]:
+        """The values alive where they are fewest, and how many elements they have."""
+        moment, size = min(self._moments(time, until), key=lambda of: (of[1], self._counts[of[0]]))
+        return self._live(moment), size
+
+    def _at_end(self, time: int, until: float, known: list[int], count: int) -> tuple[Cut, int]:
+        """The values of the last state: as many elements as usual, in as many values as before, if there is such a moment.
+
+        ``known``: the sizes of the states before.
+        ``count``: how many values the one before has.
+        """
+        usual = _repeated(known) or (known[-1] if known else 0)
+        moments = self._moments(time, until)
+        same = [of for of in moments if of[1] == usual] or moments[:1]
+        first = min(same, key=lambda of: (self._counts[of[0]] != count, self._counts[of[0]]))
+        mixed = [of for of in same if of[0] > time and self.memory.graph.values[of[0]].name in MATRICES]
+        moment, size = max([first, *mixed])  # mixed after the last write
+        return self._live(moment), size
 
     def _live(self, moment: int) -> Cut:
         """What is needed after a moment; moments are asked for in order."""

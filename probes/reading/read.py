@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no_collection
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
+from depthscope.probes.reading.operations import MATRICES, REDUCES
 from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
 from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
@@ -204,9 +205,14 @@ class _Reader:
         if found.over_depth:
             return self._over_depth(found.cuts)
         parts = []
-        for before, after in zip(found.cuts, found.cuts[1:], strict=False):
+        for number, after in enumerate(found.cuts[1:], 1):
+            before = found.cuts[number - 1]
             of = self.linear.joined_by(before, after, self.branches)
             if self._before is None:
+                ordered = self._in_places(before, after, of.h_res)
+                if ordered != after:
+                    found.cuts[number] = ordered
+                    of = self.linear.joined_by(before, ordered, self.branches)
                 of.error = recomputed(self.states, before, of)
             parts.append(of)
         if any(not branch.reads for of in parts for branch in of.branches):
@@ -214,6 +220,18 @@ class _Reader:
         connections = [self._connection(number, of) for number, of in enumerate(parts)]
         errors = [of.error for of in parts]
         return self._described(found.cuts, connections, errors, over_depth=False)
+
+    def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
+        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place."""
+        if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
+            return after
+        order: dict[int, TracedValue] = {}
+        for value, weights_of in zip(after, h_res.any(-1).any(0), strict=True):
+            line = takewhile(lambda of: of.name not in {*MATRICES, *REDUCES}, self.memory.line(value))
+            if any(of in before for of in line) and int(weights_of.sum()) == 1:
+                order.setdefault(int(weights_of.nonzero()), value)
+        rest = iter([value for value in after if value not in order.values()])
+        return [order.get(place) or next(rest) for place in range(len(after))]
 
     def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
         """The states alone, where every step makes several streams of one and merges them again."""

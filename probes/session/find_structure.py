@@ -41,7 +41,7 @@ from depthscope.probes.structure.named_blocks import (
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, read_chain
+from depthscope.probes.structure.read_chains import ReadChain, read_chain, repeats_first
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
@@ -355,23 +355,15 @@ class StructureFinder:
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
                 "they are mixed and written; leave layout= out"
             )
-        counts = sorted(
-            {
-                sum(n.count for n in state.numbers) // max(math.prod(memory.shape), 1)
-                for state in memory.states
-            }
-        )
-        if len(counts) > 1:
+        counts = [
+            sum(n.count for n in state.numbers) // max(math.prod(memory.shape), 1) for state in memory.states
+        ]
+        if repeats_first(self.graph, memory):
+            counts = counts[1:]
+        if len(set(counts)) > 1:
             raise LayoutError(
-                f"the states of {memory.name} have {' or '.join(map(str, counts))} streams; expected the same number at every "
-                "depth. Name the modules whose states are wanted with layers="
-            )
-        several = next((state for state in memory.states if len(state.values) > 1), None)
-        if several is not None:
-            raise LayoutError(
-                f"the state of block {several.layer} consists of {len(several.values)} tensors of the shapes "
-                f"{[self.graph.values[n].shape for n in several.values]}; expected one tensor. Stack the streams into one, or "
-                "name the modules whose states are wanted with layers="
+                f"the states of {memory.name} have {' or '.join(map(str, sorted(set(counts))))} streams; expected the same "
+                "number at every depth. Name the modules whose states are wanted with layers="
             )
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
@@ -431,22 +423,34 @@ class StructureFinder:
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
-            weights = read.weights(memory, self.batch_size)
+            found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return FoundChain(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
-        read.leave_out_other_views(weights)
-        kept = [n for n in range(len(weights)) if n not in read.left_out]
-        weights = [weights[number] for number in kept]
-        outside = {chain.connections[number].depth_out for number in read.left_out}
+        of_first = chain.connections[0]
+        numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
+        weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
+        outside = {
+            chain.connections[number].depth_out
+            for number in read.left_out
+            if number or not read.is_first_shared
+        }
         points = tuple(
             replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
             for n, p in enumerate(chain.points)
         )  # what is added before the connections of a block
-        chain = replace(chain, points=points, connections=tuple(chain.connections[number] for number in kept))
+        chain = replace(
+            chain, points=points, connections=tuple(chain.connections[number] for number in weights)
+        )
         self._read = read
-        self._reads_features = any(of.read is None for of, _ in weights if isinstance(of, Parts))
+        if read.is_first_shared:
+            why = (
+                f"one tensor is each of the {memory.num_streams} streams before it, so that only sums over them are known of "
+                "its weights, and of their gradients"
+            )
+            self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
+        self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))
         if memory.over_depth:
-            rows = [of for of, _ in weights if isinstance(of, DepthWeights)]
+            rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
         elif self._reads_features and not read.mixes:
             chain = replace(chain, family="gated")

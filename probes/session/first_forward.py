@@ -7,6 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.structure.model_structure import CapturedState
+from depthscope.probes.structure.model_structure import ShownTensor
 from depthscope.probes.structure.tape import Tape, value_at
 
 
@@ -67,12 +68,11 @@ class RecordedForward:
         attention: int | None = None,
     ):
         self._observer, self._known, self._attention = observer, known, attention
-        captured = observer.structure.captured if observer is not None else ()
-        self._operations = {
-            ValuePlace(p.path, p.index, p.operation, p.item, p.result): state
-            for state in captured
-            if (p := state.point).at == "operation"
-        }
+        self._operations: dict[ValuePlace, list[ShownTensor]] = {}
+        for state in observer.structure.shown if observer is not None else ():
+            if (p := state.point).at == "operation":
+                place = ValuePlace(p.path, p.index, p.operation, p.item, p.result)
+                self._operations.setdefault(place, []).append(state)
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -139,9 +139,9 @@ class RecordedForward:
             tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
-            state = self._record_operation(forward, tape, value, tensor)
-            if state is not None and self._observer is not None:
-                self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
+            for state in self._record_operation(forward, tape, value, tensor):
+                if self._observer is not None:
+                    self._observer.hook_gradient(forward, state, tensor)
         if self._observer is not None:
             return  # it knows which values are states
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
@@ -151,16 +151,16 @@ class RecordedForward:
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
-    ) -> CapturedState | None:
-        """Record a state when the operation that makes it has run, or a part of it was written."""
-        if not self._operations or tape.recorder is None:
-            return None
-        state = self._operations.get(tape.recorder.graph.place(value))
-        if state is None or self._observer is None:
-            return None
-        if ("state", state.chain, state.depth) not in forward.fired:
-            self._observer.record_state(forward, state.chain, state.depth, tensor)
-        return state
+    ) -> Sequence[ShownTensor]:
+        """Record what is shown of states when the operation that makes it has run, or a part of it was written."""
+        if not self._operations or tape.recorder is None or self._observer is None:
+            return ()
+        states = self._operations.get(tape.recorder.graph.place(value), ())
+        for state in states:
+            known = state.stream in forward.streams.get((state.chain, state.depth), ())
+            if not known and ("state", state.chain, state.depth) not in forward.fired:
+                self._observer.record_shown(forward, state, tensor)
+        return states
 
 
 # --- what a recorded forward showed ---
@@ -172,14 +172,14 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     Raises RewrittenError: Where the tensor of a state was not held.
     """
     structure, graph = observer.structure, tape.graph
-    for number, depth, point in structure.captured:
-        value = tape.recorded(point)
-        tensor = _kept(graph, value, point.path)
+    for state in structure.shown:
+        value = tape.recorded(state.point)
+        tensor = _kept(graph, value, state.point.path)
         listener = forward.listeners.get(value.number) if value is not None else None
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            observer.expect_gradient(forward, (number, depth), listener)
-        observer.record_state(forward, number, depth, tensor)
+            observer.expect_gradient(forward, state, listener)
+        observer.record_shown(forward, state, tensor)
     if structure.read is not None:
         assert structure.read.first is not None
         _record_read(tape, forward, observer, structure.read.first)
@@ -230,7 +230,7 @@ def record_operations(
 def _needed(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
-    states = [value_at(graph, state.point) for state in structure.captured if state.point.at == "operation"]
+    states = [value_at(graph, of.point) for of in structure.shown if of.point.at == "operation"]
     found |= {value.number for value in states if value is not None}
     logits = (
         set()

@@ -21,6 +21,9 @@ from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.tape import Tape
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
+TensorKey: TypeAlias = tuple[
+    int, int, int
+]  # a chain, a depth, and a stream where each is a tensor of its own
 
 
 @dataclass(eq=False)
@@ -44,7 +47,9 @@ class Forward:
     whole_tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
-    expected_gradients: dict[Key, GradientListener] = field(default_factory=dict)
+    streams: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # of states that lack others
+    stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
+    expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     listeners: dict[int, GradientListener] = field(
         default_factory=dict
@@ -56,7 +61,7 @@ class Forward:
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
-    first_states: list[Key] = field(default_factory=list)
+    first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
@@ -85,6 +90,7 @@ class Forward:
                 listener.release()
         self.listeners.clear()
         self.arguments, self.lead = {}, None
+        self.streams.clear()
 
     def release(self) -> None:
         """Remove the gradient hooks, and let go of the graph."""
@@ -95,18 +101,18 @@ class Forward:
         for listener in self.expected_gradients.values():
             listener.release()
 
-    def backward_ends(self) -> list[Key]:
+    def backward_ends(self) -> list[TensorKey]:
         """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
 
         A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
         """
         ends = list(self.first_states)
         earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
-        for (number, depth), listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
-            known = earlier.setdefault(number, set())
+        for key, listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
+            known = earlier.setdefault(key[0], set())
             node = listener.node
-            if known and depth >= 0 and not _leads_to(node, known):
-                ends.append((number, depth))
+            if known and key[1] >= 0 and key not in ends and not _leads_to(node, known):
+                ends.append(key)
             known.add(node)
         return ends
 
@@ -129,7 +135,7 @@ class Forward:
                 mask={number: mask[row].cpu() for number, mask in self.masks.items() if mask is not None},
                 states=_cloned_row(self.states, position),
                 gradients=_cloned_row(self.gradients, position),
-                carried=frozenset(self.expected_gradients),
+                carried=frozenset((number, depth) for number, depth, _ in self.expected_gradients),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
                 branches=_cloned_row(self.branches, position),
                 attention={

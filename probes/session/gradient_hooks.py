@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.model.hooks import Hook, Report
 
 if TYPE_CHECKING:
-    from depthscope.probes.session.forward import Forward, Key
+    from depthscope.probes.session.forward import Forward, TensorKey
 
 Receive = Callable[[torch.Tensor | None], None]
 
@@ -27,6 +27,7 @@ class GradientListener:
     def __init__(self, tensor: torch.Tensor, report: Report):
         # Several where one value is a state of two chains; none until it is known to be a state.
         self.receivers: list[Receive] = []
+        self.num_received = 0
         self.end: torch.Tensor | GradientEdge | None  # where the graph of the tensor begins
         self.handle: RemovableHandle
         if tensor.grad_fn is None:
@@ -49,6 +50,7 @@ class GradientListener:
 
     def receive(self, gradient: torch.Tensor | None) -> None:
         """Hand a gradient to all receivers."""
+        self.num_received += 1
         for receive in self.receivers:
             receive(gradient)
 
@@ -57,17 +59,18 @@ class GradientListener:
 
 
 def backward_to(
-    forward: Forward, ends: Sequence[Key], outputs: Sequence[torch.Tensor], **options: Any
+    forward: Forward, ends: Sequence[TensorKey], outputs: Sequence[torch.Tensor], **options: Any
 ) -> None:
     """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs.
 
     ``forward``: one that was not released.
     ``options``: of `torch.autograd.grad`.
     """
-    before = dict(forward.arrivals)
+    listeners = [forward.expected_gradients[key] for key in ends]
+    before = [listener.num_received for listener in listeners]
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    edges = [edge for key in ends if (edge := forward.expected_gradients[key].end) is not None]
+    edges = [listener.end for listener in listeners if listener.end is not None]
     found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
-    for key, gradient in zip(ends, found, strict=True):
-        if forward.arrivals[key] == before.get(key, 0):  # nothing below its node was run
-            forward.expected_gradients[key].receive(gradient)
+    for listener, times, gradient in zip(listeners, before, found, strict=True):
+        if listener.num_received == times:  # nothing below its node was run
+            listener.receive(gradient)

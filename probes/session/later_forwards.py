@@ -15,7 +15,7 @@ from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.structure.model_structure import CapturedState
+from depthscope.probes.structure.model_structure import ShownTensor
 
 
 class LaterForwards:
@@ -66,10 +66,10 @@ class LaterForwards:
         for path, states in outputs.items():
             attachment.after(modules[path], partial(self._after_call, path, states))
 
-    def _states_seen_at(self, side: str) -> dict[str, list[CapturedState]]:
+    def _states_seen_at(self, side: str) -> dict[str, list[ShownTensor]]:
         """The states that the inputs or the outputs of calls show, by module path."""
-        found: dict[str, list[CapturedState]] = {}
-        for state in self._structure.captured:
+        found: dict[str, list[ShownTensor]] = {}
+        for state in self._structure.shown:
             if state.point.at == side:
                 found.setdefault(state.point.path, []).append(state)
         return found
@@ -77,14 +77,14 @@ class LaterForwards:
     # --- states ---
 
     def _before_call(
-        self, path: str, states: Sequence[CapturedState], module: nn.Module, args: Any, kwargs: Any
+        self, path: str, states: Sequence[ShownTensor], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         self._record_states("input", path, states, floats_in(args, kwargs))
 
     def _after_call(
         self,
         path: str,
-        states: Sequence[CapturedState],
+        states: Sequence[ShownTensor],
         module: nn.Module,
         args: Any,
         kwargs: Any,
@@ -96,7 +96,7 @@ class LaterForwards:
         self,
         side: str,
         path: str,
-        states: Sequence[CapturedState],
+        states: Sequence[ShownTensor],
         tensors: list[torch.Tensor],
     ) -> None:
         """Record the states that one call shows: those whose turn it is, where a module is called several times."""
@@ -110,12 +110,12 @@ class LaterForwards:
             return
         # Counted by side: a module may have a hook on one of them only.
         index = forward.next_index(side, path)
-        for number, depth, point in states:
-            if point.index == index and point.item < len(tensors):
-                self._observer.record_state(forward, number, depth, tensors[point.item])
-                self._observer.hook_gradient(forward, number, depth, tensors[point.item])
+        for state in states:
+            if state.point.index == index and state.point.item < len(tensors):
+                self._observer.record_shown(forward, state, tensors[state.point.item])
+                self._observer.hook_gradient(forward, state, tensors[state.point.item])
 
-    def _hook_recomputed(self, states: Sequence[CapturedState], tensors: list[torch.Tensor]) -> None:
+    def _hook_recomputed(self, states: Sequence[ShownTensor], tensors: list[torch.Tensor]) -> None:
         """Hook the gradients of states that a checkpoint recomputes.
 
         A reentrant checkpoint runs its forward without a graph: only the tensors of the recomputation have gradients. A
@@ -126,16 +126,17 @@ class LaterForwards:
         if len({state.point.item for state in states}) != len(states):
             return
         ended = self._ended()
-        for number, depth, point in states:
-            if point.item < len(tensors) and tensors[point.item].requires_grad:
-                waiting = [forward for forward in ended if (number, depth) not in forward.expected_gradients]
+        for state in states:
+            item = state.point.item
+            if item < len(tensors) and tensors[item].requires_grad:
+                waiting = [forward for forward in ended if state.key not in forward.expected_gradients]
                 if len(waiting) > 1:
                     raise CaptureError(
                         "a reentrant checkpoint was recomputed when several forwards waited for their gradients, which "
                         "cannot be told apart; run each backward before the next forward, or use use_reentrant=False"
                     )
                 for forward in waiting:
-                    self._observer.hook_gradient(forward, number, depth, tensors[point.item])
+                    self._observer.hook_gradient(forward, state, tensors[item])
 
     # --- attention ---
 

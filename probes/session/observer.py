@@ -23,7 +23,7 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums
-from depthscope.probes.structure.model_structure import FINAL, Structure
+from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
 
 
 class Observer:
@@ -88,6 +88,17 @@ class Observer:
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
         """For each connection the bias or gate that each stored value belongs to; empty where none are stored."""
         return {} if self.parameters is None else self.parameters.cells
+
+    def record_shown(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
+        """Record a state, or one stream of it: with the last of these the state is there, its streams along the first axis."""
+        if of.num_tensors > 1:
+            streams = forward.streams.setdefault((of.chain, of.depth), {})
+            streams[of.stream] = tensor.detach().clone()
+            if len(streams) < of.num_tensors:
+                return
+            tensor = torch.stack([stream for _, stream in sorted(streams.items())])
+            del forward.streams[of.chain, of.depth]
+        self.record_state(forward, of.chain, of.depth, tensor)
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -180,7 +191,7 @@ class Observer:
                     f"the states of {self.structure.chains[number].name or 'the model'} passed in another order ({order}) "
                     "than in the first measured step: the model's forward has changed"
                 )
-        for _, depth, point in self.structure.captured:
+        for _, depth, _, point, *_ in self.structure.shown:
             ran = forward.call_counts.get((point.at, point.path), 0)
             usual = self._calls.get(point.path, ran)
             if depth != FINAL and ran > usual:
@@ -191,20 +202,37 @@ class Observer:
 
     # --- gradients ---
 
-    def hook_gradient(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
-        """Put a hook on the gradient of a state, where gradients are wanted and it will have one."""
-        key = (number, depth)
-        if self.options.gradients and tensor.requires_grad and key not in forward.expected_gradients:
+    def hook_gradient(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
+        """Put a hook on the gradient of what is shown of a state, where gradients are wanted and it will have one."""
+        if self.options.gradients and tensor.requires_grad and of.key not in forward.expected_gradients:
             # Not a module's full backward hook: that one would put a function into the user's graph, and would see the
             # gradient of a module's call, not of a state that several calls read.
-            self.expect_gradient(forward, key, GradientListener(tensor, self._report))
+            self.expect_gradient(forward, of, GradientListener(tensor, self._report))
 
-    def expect_gradient(self, forward: Forward, key: tuple[int, int], listener: GradientListener) -> None:
-        """Record the gradient that a listener receives as that of a state."""
-        listener.receivers.append(partial(self.record_gradient, forward, *key))
-        if all(number != key[0] for number, _ in forward.expected_gradients):
-            forward.first_states.append(key)
-        forward.expected_gradients[key] = listener
+    def expect_gradient(self, forward: Forward, of: ShownTensor, listener: GradientListener) -> None:
+        """Record the gradient that a listener receives as that of a state, or of one stream of it."""
+        if of.is_shared:
+            return
+        listener.receivers.append(partial(self._record_shown_gradient, forward, of))
+        if all(
+            (chain, depth) == of.key[:2] or chain != of.chain
+            for chain, depth, _ in forward.expected_gradients
+        ):
+            forward.first_states.append(of.key)
+        forward.expected_gradients[of.key] = listener
+
+    def _record_shown_gradient(
+        self, forward: Forward, of: ShownTensor, gradient: torch.Tensor | None
+    ) -> None:
+        """Store the gradient of a state, of which each stream may have its own: then with the last of these."""
+        if of.num_tensors > 1 and gradient is not None and forward.ended:
+            streams = forward.stream_gradients.setdefault((of.chain, of.depth), {})
+            streams[of.stream] = gradient.detach()
+            if len(streams) < of.num_tensors:
+                return
+            gradient = torch.stack([stream for _, stream in sorted(streams.items())])
+            del forward.stream_gradients[of.chain, of.depth]
+        self.record_gradient(forward, of.chain, of.depth, gradient)
 
     def record_gradient(
         self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None

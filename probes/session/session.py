@@ -253,7 +253,7 @@ class Session:
                 self.attention if is_placed or not self._is_recorded else None,
             )
             later.attach(attachment)
-            states = {state.point.path for state in self._observer.structure.captured}
+            states = {of.point.path for of in self._observer.structure.shown}
             self._containers = _containers(self.model, states)
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.

@@ -37,6 +37,7 @@ class HookPoint:
     operation: str = ""  # its name
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's
+    streams: tuple[HookPoint, ...] = ()  # what shows each stream, where each is a tensor of its own
 
 
 @dataclass(frozen=True)

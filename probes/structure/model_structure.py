@@ -30,6 +30,24 @@ class CapturedState(NamedTuple):
     point: HookPoint
 
 
+class ShownTensor(NamedTuple):
+    """One tensor that a forward shows: a captured state, or one stream of it where each is a tensor of its own."""
+
+    chain: int
+    depth: int  # or `FINAL`
+    stream: int
+    point: HookPoint
+    num_tensors: int  # that make up the state
+    is_shared: (
+        bool  # whether it is every stream of the state: each has a gradient, and the tensor has their sum
+    )
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Its chain, depth and stream."""
+        return self.chain, self.depth, self.stream
+
+
 @dataclass(frozen=True)
 class Structure:
     """The residual chains of a model and how to read them; found once, in the first forward.
@@ -82,10 +100,20 @@ class Structure:
                 found.append(CapturedState(number, FINAL, chain.final))
         return tuple(found)
 
+    @cached_property
+    def shown(self) -> tuple[ShownTensor, ...]:
+        """What shows the captured states; a tensor that is every stream of a state comes once for each."""
+        found = []
+        for chain, depth, point in self.captured:
+            of = point.streams or (point,)
+            is_shared = len(set(of)) < len(of)
+            found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
+        return tuple(found)
+
     @property
     def is_recorded(self) -> bool:
         """Whether only the operations of a forward show its states, or the weights of its connections."""
-        return self.read is not None or any(state.point.at == "operation" for state in self.captured)
+        return self.read is not None or any(of.point.at == "operation" for of in self.shown)
 
     @property
     def connections(self) -> tuple[Connection, ...]:
@@ -143,14 +171,6 @@ class Structure:
                 f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
             )
         return shards.local(state, self.layouts[number].split().index("T"))
-
-    def require_one_layout(self, number: int) -> None:
-        """Refuse a chain whose states have their axes in several orders, where one is needed."""
-        others = sorted({point.layout for point in self.chains[number].points} - {""})
-        if others:
-            raise CaptureError(
-                f"the states have their axes in several orders ({self.layouts[number]}, {', '.join(others)}); expected one"
-            )
 
     def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""

@@ -52,6 +52,21 @@ def read_chain(
     return _ChainOf(graph, memory, layout_of, has_shards).chain(inside=inside, wanted=depths)
 
 
+def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
+    """Whether the first value is taken once for each stream of the next state: it is every stream of the first one."""
+    if len(memory.states) < 2 or len(memory.states[0].values) > 1:
+        return False
+    (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
+    ways: dict[
+        int, set[int]
+    ] = {}  # by value: the steps right after the first one through which it is carried there
+    for number in sorted(of for of in memory.carried if of > first):
+        parents = [parent.number for parent in graph.values[number].parents]
+        ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
+    steps = [ways.get(number, set()) for number in following]
+    return len(steps) == n and all(len(of) == n for of in steps) and len(set().union(*steps)) == n * n
+
+
 class _ChainOf:
     """The chain of one memory."""
 
@@ -59,6 +74,9 @@ class _ChainOf:
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
+        self._num_tensors = max(
+            len(state.values) for state in memory.states
+        )  # that hold the streams of a state
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
@@ -75,13 +93,17 @@ class _ChainOf:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
-        layout = self._usual_layout([value for _, value in points])
+        layout = self._usual_layout(
+            [value for point, value in points if point.streams or self._num_tensors == 1]
+        )
         points = [
             (point, value)
             if self.layout_of(value) == layout
             else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
+        if self._num_tensors > 1:
+            layout, points = self._with_streams_first(layout, points)
         self._require_one_order(points)
         if self._is_plain:  # what no call hands on that made it lies inside of that
             points = [
@@ -101,6 +123,18 @@ class _ChainOf:
             proof=self.memory.proof,
         )
         return ReadChain(chain, self.memory, layout)
+
+    def _with_streams_first(
+        self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]
+    ) -> tuple[str, list[tuple[HookPoint, TracedValue]]]:
+        """The layout and the points, where the streams of most states are tensors that are put next to each other."""
+        found = [
+            (replace(point, layout=f"N {point.layout}" if point.layout else ""), value)
+            if point.streams
+            else (replace(point, layout=point.layout or layout), value)
+            for point, value in points
+        ]
+        return f"N {layout}", found
 
     def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
@@ -132,10 +166,9 @@ class _ChainOf:
         self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
     ) -> tuple[tuple[int, ...], ...]:
         """The shapes of the states in the chain's layout: of one memory they are all the same."""
-        usual = next(
-            (value.shape for _, value in points if self.layout_of(value) == layout), points[0][1].shape
-        )
-        return tuple(usual if point.layout else value.shape for point, value in points)
+        shapes = [(*((len(p.streams),) if p.streams else ()), *value.shape) for p, value in points]
+        usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
+        return tuple(usual if p.layout else of for of, (p, _) in zip(shapes, points, strict=True))
 
     def _usual_layout(self, values: Sequence[TracedValue]) -> str:
         """The layout that most values have; the first one of equally many."""
@@ -228,11 +261,31 @@ class _ChainOf:
             raise split_error(split)
 
     def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:
-        """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for."""
-        state = self.memory.states[depth]
-        value = self._first() if depth == 0 else self.graph.values[state.values[-1]]
-        value = self._taken_in_another_order(depth, value)
-        same = self._same(value)
+        """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for.
+
+        Where several tensors hold the state, what shows each, and the last one.
+        """
+        numbers = self.memory.states[depth].values
+        counts = {of.count for of in self.memory.states[depth].numbers}
+        if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
+            value = self._first() if depth == 0 else self.graph.values[numbers[0]]
+            return self._point_of(depth, self._taken_in_another_order(depth, value), layout)
+        found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
+        if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
+            raise LayoutError(
+                f"the state of block {self.memory.states[depth].layer} consists of {len(found)} tensors of the shapes "
+                f"{[value.shape for _, value in found]}; expected one tensor, or one for each stream with the same axes. "
+                "Stack the streams into one, or name the modules whose states are wanted with layers="
+            )
+        streams = [point for point, _ in found] * (self.memory.num_streams if len(found) == 1 else 1)
+        point, value = max(found, key=lambda of: of[1].number)
+        return replace(point, streams=tuple(streams)), value
+
+    def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
+        """What shows a value that is a state, or a stream of one."""
+        state, same = self.memory.states[depth], self._same(value)
+        if self._num_tensors > 1:  # what other streams are copies of has not the gradient of this one
+            same = [other for other in same if other.number >= value.number]
         if layout:
             same = [other for other in self._moved(value) if self.layout_of(other) == layout]
             value = same[0] if same else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,22 @@ class ReadStructure:
             None  # of tokens, for a memory's numbers and a batch size
         )
         self.mixes = any(connection.weighs for connection in self.first.connections)
-        # Connections that read or write other numbers of streams at once than most: their step is one between connections.
-        self.left_out: frozenset[int] = frozenset()
+        h_res = None if memory.over_depth else memory.connections[0].parts.get("h_res")
+        # Whether one tensor is every stream of the first state: of the first matrix only the sums of its rows are known.
+        self.is_first_shared = h_res is not None and h_res.shape[-1] < h_res.shape[-2]
+        # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
+        self.left_out = frozenset({0} if self.is_first_shared else ())
 
-    def leave_out_other_views(self, weights: Sequence[Weighed]) -> None:
-        """Leave connections out whose branches read or write other numbers of streams at once than those of most."""
-        views = [(of.branch_in.shape[-2], of.write.shape[-1]) for of, _ in weights if isinstance(of, Parts)]
-        usual = Counter(views).most_common(1)[0][0] if views else None
-        self.left_out = frozenset(number for number, of in enumerate(views) if of != usual)
+    def without_other_views(self, weights: Mapping[int, Weighed]) -> dict[int, Weighed]:
+        """The connections but for those whose branches read or write other numbers of streams at once than those of most."""
+        views = {
+            number: (of.branch_in.shape[-2], of.write.shape[-1])
+            for number, (of, _) in weights.items()
+            if isinstance(of, Parts)
+        }
+        usual = Counter(views.values()).most_common(1)[0][0] if views else None
+        self.left_out |= {number for number, of in views.items() if of != usual}
+        return {number: of for number, of in weights.items() if number not in self.left_out}
 
     def keep(self) -> None:
         """Let go of the first forward."""

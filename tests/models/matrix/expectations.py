@@ -17,11 +17,14 @@ class Expected:
         Number of residual streams.
     layout : str
         Axes of a block's output, where it holds several streams.
+    apart : bool
+        Whether each stream is a tensor of its own.
     """
 
     families: tuple[str, ...] = ()
     streams: int = 1
     layout: str = ""
+    apart: bool = False
 
 
 PLAIN = Expected()
@@ -30,6 +33,7 @@ OVER_DEPTH = Expected(("depth_attention", "depth_history", "attention_residual",
 _MHC = Expected(("mhc",), 4, "B T N D")
 _INDEPENDENT = Expected(("independent_hc",), 4, "B T N D")
 _GATED = Expected(("gated",), 4, "B T (N D)")
+_REVERSIBLE = Expected(("streams",), 2, apart=True)
 _ALTUP = Expected(("altup",), 4, "N B T D")
 
 TRANSFORMERS: dict[str, Expected] = {
@@ -43,6 +47,7 @@ TRANSFORMERS: dict[str, Expected] = {
     "qwen4_exp_text": _GATED,
     "gemma3n": _ALTUP,
     "gemma3n_text": _ALTUP,
+    "reformer": _REVERSIBLE,
     "inkling2": OVER_DEPTH,
     "inkling2_text": OVER_DEPTH,
     "inkling2_loop": OVER_DEPTH,

@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -317,6 +317,11 @@ def _labels(found: list[Depth], record: Record, expected: Expected) -> Iterator[
 
 def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Expected) -> str:
     """Nothing where a depth's state is this tensor; otherwise what differs."""
+    if expected.apart and depth.state.sizes["stream"] > 1:
+        streams = [
+            replace(depth, state=depth.state.isel(stream=[n])) for n in range(depth.state.sizes["stream"])
+        ]
+        return min((_matches(of, seen, record, expected) for of in streams), key=len)
     tensor, axes = seen
     values = np.asarray(depth.state.residual.values)
     ours = [(canonical(tensor.value, a, expected), a) for a in orders(tensor.value, axes)]
@@ -423,7 +428,7 @@ def _group_complete(found: list[Depth], group: Group, record: Record, expected: 
         if at is None:
             missing.append(f"{'input' if taken else 'output'} of {path}")
         else:
-            rest = rest[at + 1 :]
+            rest = rest[at + 1 - expected.apart :]  # another stream of the same state may come next
     if missing:
         yield (
             f"missing: {len(missing)} of {len(group.states())} states of {group.container} are at no depth in order: "

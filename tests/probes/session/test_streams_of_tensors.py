@@ -1,0 +1,123 @@
+"""A state whose streams are tensors of their own, as in a list: states, gradients and matrices of each stream."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import depthscope as ds
+
+STREAMS, WIDTH, BLOCKS = 4, 16, 3
+
+
+class ListOfStreams(nn.Module):
+    """Streams in a Python list; every sum is written out."""
+
+    starts: ClassVar = {
+        "copies": lambda x, scale: [x.clone() for _ in range(STREAMS)],
+        "scaled": lambda x, scale: [x * scale[n] for n in range(STREAMS)],
+        "first and scaled": lambda x, scale: [x, *(x * scale[n] for n in range(1, STREAMS))],
+        "cut": lambda x, scale: list((x[:, :, None] * scale[:, None]).unbind(2)),
+        "one tensor": lambda x, scale: [x] * STREAMS,
+        "zeros": lambda x, scale: [x] + [torch.zeros_like(x)] * (STREAMS - 1),
+    }
+
+    def __init__(self, start: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = self.starts[start]
+        self.embed = nn.Embedding(30, WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+            for _ in range(BLOCKS)
+        )
+        self.scale = nn.Parameter(torch.rand(STREAMS))
+        self.res, self.pre, self.post = (
+            nn.Parameter(torch.rand(BLOCKS, *size)) for size in ((STREAMS, STREAMS), (STREAMS,), (STREAMS,))
+        )
+        self.head = nn.Linear(WIDTH, 30)
+        self.states: list[list[torch.Tensor]] = []
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        streams = self.start(self.embed(ids), self.scale)
+        self.states = [streams]
+        for block, res, pre, post in zip(self.blocks, self.res, self.pre, self.post, strict=True):
+            out = block(sum(weight * x for weight, x in zip(pre, streams, strict=True)))
+            streams = [
+                sum(weight * x for weight, x in zip(row, streams, strict=True)) + gain * out
+                for row, gain in zip(res, post, strict=True)
+            ]
+            self.states.append(streams)
+        return self.head(sum(streams))
+
+
+def loss(output: torch.Tensor, batch: object = None) -> torch.Tensor:
+    return output.logsumexp(-1).mean()
+
+
+def truth(model: ListOfStreams, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states and their gradients, (depth, sequence, token, stream, feature)."""
+    value = loss(model(ids))
+    flat = [stream for state in model.states for stream in state]
+    gradients = torch.autograd.grad(value, flat, allow_unused=True)
+    return tuple(
+        torch.stack([torch.stack(parts[at : at + STREAMS], 2) for at in range(0, len(parts), STREAMS)])
+        for parts in ([of.detach() for of in flat], list(gradients))
+    )
+
+
+def tensor(trace, name: str) -> torch.Tensor:
+    return torch.from_numpy(trace[name].transpose("depth", "sample", "token", "stream", "feature").to_numpy())
+
+
+IDS = torch.arange(7).repeat(3, 1)  # equal sequences: which of them a recording samples makes no difference
+
+
+def captured(model):
+    return ds.capture(model, IDS, loss=loss, gradients=True)
+
+
+def recorded(model):
+    """The last of three measured steps: the first is read whole, the next ones by places."""
+    options = {"gradients": True, "keep_traces": True, "max_sequences": 3}
+    with ds.record(model, every=1, **options) as recorder:
+        for _ in range(3):
+            model.zero_grad()
+            loss(model(IDS)).backward()
+            recorder.step()
+    return recorder.run
+
+
+@pytest.mark.parametrize("measured", [captured, recorded])
+@pytest.mark.parametrize("start", ["copies", "scaled", "first and scaled", "cut", "one tensor"])
+def test_each_stream_is_measured(start, measured):
+    model = ListOfStreams(start)
+    run = measured(model)
+    trace, (states, gradients) = run["trace"], truth(model, IDS)
+    assert trace.attrs["proof"] == "proven"
+    assert run.attrs["n_streams"] == STREAMS
+    assert torch.equal(tensor(trace, "residual"), states)
+    assert torch.equal(tensor(trace, "gradient")[1:], gradients[1:])
+    h_res = torch.from_numpy(trace["h_res"].isel(sample=0, token=0).to_numpy())
+    assert torch.equal(h_res, model.res.detach()[-len(h_res) :])
+    shared = start == "one tensor"  # every stream's gradient is a part of its own, and the tensor has the sum
+    assert tensor(trace, "gradient")[0].isnan().all() == shared
+    assert len(h_res) == BLOCKS - shared
+    said = [part["why"] for part in run.attrs.get("not_covered", ())]
+    assert any("one tensor is each of the 4 streams" in why for why in said) == shared
+
+
+def test_streams_that_begin_with_nothing_are_refused():
+    with pytest.raises(ds.LayoutError, match="1 or 4 streams"):
+        captured(ListOfStreams("zeros"))
+
+
+def test_what_needs_one_tensor_says_so():
+    model = ListOfStreams("copies")
+    with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
+        ds.jacobian(model, IDS)
+    with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
+        ds.interventions.patch(model, IDS, IDS.flip(1), loss=loss)
