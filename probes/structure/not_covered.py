@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from depthscope.probes.model.modules import all_modules, own_parameters
-from depthscope.probes.reading.graph import Graph, ModuleCall
+from depthscope.probes.reading.graph import Graph, ModuleCall, container_of
 from depthscope.probes.reading.operations import MATRICES, weights
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.named_blocks import block_paths
@@ -138,7 +138,25 @@ class _LeftOutParts:
     def found(self) -> list[LeftOut]:
         """Every part that is to be named."""
         parts = [part for part in self._parts("", self._model) if part is not None]
+        parts += () if self._named else self._inside_branches()
         return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
+
+    def _inside_branches(self) -> Iterator[LeftOut]:
+        """Blocks of the classes of those that are read, which give no state: one branch of the chain has all of them inside."""
+        blocks = {path for chain in self._chains for path in chain.blocks}
+        kinds = {type(self._modules[path]) for path in blocks if path in self._modules}
+        by_container: dict[str, list[str]] = {}
+        for path in self._calls:
+            module, container = self._modules.get(path), container_of(path)
+            if container is None or type(module) not in kinds or path in blocks | self._show_states:
+                continue
+            nested = any(f"{a}.".startswith(f"{b}.") for of in blocks for a, b in ((path, of), (of, path)))
+            if not nested and self._used.within(self._modules[path]) <= self._on_chains:
+                by_container.setdefault(container, []).append(path)
+        for container, paths in by_container.items():
+            kind, share = type(self._modules[paths[0]]).__name__, self._used.share(self._own_of(paths))
+            why = "they lie inside of one branch of the chain that is read"
+            yield LeftOut(container, self._num_calls(paths), kind, share, why, self._pattern(paths))
 
     def _first_call(self, path: str) -> int:
         inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))

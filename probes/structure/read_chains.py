@@ -110,6 +110,8 @@ class _ChainOf:
                 (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
                 for p, value in points
             ]
+        if self.memory.over_depth:
+            points = [(self._as_read(point, value), value) for point, value in points]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
@@ -135,6 +137,22 @@ class _ChainOf:
             for point, value in points
         ]
         return f"N {layout}", found
+
+    def _as_read(self, point: HookPoint, value: TracedValue) -> HookPoint:
+        """A state over depth, named after the block that reads it where the block before gives another value."""
+        following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
+        if point.site != "post" or following is None or self._hands_on(point, value) is not False:
+            return point
+        return replace(
+            point, layer=following.layer, site="pre", module=self.graph.calls[self._unit(following)].path
+        )
+
+    def _hands_on(self, point: HookPoint, value: TracedValue) -> bool | None:
+        """Whether the module after which a state is named gives it; None where it gives nothing."""
+        same = {other.number for other in self._same(value)}
+        calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
+        given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
+        return not same.isdisjoint(given) if given else None
 
     def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
