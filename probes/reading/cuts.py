@@ -168,7 +168,7 @@ class _Life:
         """The values alive where fewest are, between each write and the next read."""
         found: list[Cut] = []
         sizes: list[int] = []
-        pattern: list[str] | None = None
+        patterns: list[list[str]] = []  # what is done to states after the writes before them
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
@@ -177,14 +177,14 @@ class _Life:
             else:
                 live, size = self._fewest(time, until)
             sizes.append(size)
-            names = pattern if last else None
-            moved = [self.advanced(value, last, names) for value in live]
+            moved = [self.advanced(value, last, patterns) for value in live]
             if time == self.memory.root.number:
                 wider = list(
-                    dict.fromkeys(self.advanced(value, last, names, widen=True)[0] for value in live)
+                    dict.fromkeys(self.advanced(value, last, patterns, widen=True)[0] for value in live)
                 )
             found.append(list(dict.fromkeys(value for value, _ in moved)))
-            pattern = max((names for _, names in moved), key=len, default=[])
+            if time != self.memory.root.number:
+                patterns.append(max((names for _, names in moved), key=len, default=[]))
         self._widen_first(found, wider)
         return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]
 
@@ -251,7 +251,7 @@ class _Life:
         return [self.memory.graph.values[number] for number in self._alive]
 
     def advanced(
-        self, value: TracedValue, last: bool, pattern: list[str] | None, *, widen: bool = False
+        self, value: TracedValue, last: bool, patterns: Sequence[Sequence[str]], *, widen: bool = False
     ) -> tuple[TracedValue, list[str]]:
         """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before.
 
@@ -271,7 +271,8 @@ class _Life:
         if handed and not widen:
             way = way[: handed[0 if last else -1] + 1]
         elif last:
-            way = way[: 1 + _common_length([step.name for step in way[1:]], pattern or [])]
+            names = [step.name for step in way[1:]]
+            way = way[: 1 + max((_common_length(names, usual) for usual in patterns), default=0)]
         else:  # without what only puts it into another order, as the next block does
             while len(way) > 1 and self._only_moves(way[-2], way[-1]):
                 way.pop()
