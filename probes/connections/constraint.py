@@ -66,9 +66,9 @@ def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
 
 
 def measured_family(detected: str, constraint: Constraint | None) -> str:
-    """The family's name by what its matrices satisfy, not by what its code is called.
+    """The family's name by how its matrices are made or by what they satisfy, not by what its code is called.
 
-    ``detected``: ``"hc"`` for every connection with mixing matrices; other names are told by structure and stay.
+    ``detected``: ``"hc"`` for connections whose operations do not show how their matrices are constrained; other names stay.
     Returns: ``"mhc"`` where all matrices are doubly stochastic at weights that are not trivial, ``"hc"`` where they are
     not, and ``"streams"`` where they are those of an initialisation, at which every family is the same.
     """

@@ -90,7 +90,7 @@ def memories(graph: Graph) -> list[Memory]:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_taken_apart(best))
+    first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     _take(graph, taken, ranked[1:])
@@ -242,6 +242,24 @@ def _taken_apart(memory: Memory) -> Memory:
         branch.source.numel == folded.count for branch in branches_of(folded)
     )
     return folded if fine else memory
+
+
+def _with_empty_streams(memory: Memory) -> Memory:
+    """The memory from where its first value fills one of several streams, of which the others begin with constants."""
+    graph, writes = memory.graph, memory.writes.keys() & memory.trunk
+    for number in sorted(n for n in memory.trunk if n < min(writes, default=0)):
+        value, held = graph.values[number], memory.carried[number].count
+        axes = [
+            axis
+            for axis, size in enumerate(value.shape)
+            if 1 < size <= MOST_STREAMS and (*value.shape[:axis], *value.shape[axis + 1 :]) == memory.shape
+        ]
+        if held != memory.count or not axes or memory.root.number in memory.back([memory.end], {number}):
+            continue
+        wide = without_forks(graph, start_with_streams(value, axes[0]))
+        if wide.num_writes >= memory.num_writes:
+            return wide
+    return memory
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:

@@ -164,4 +164,6 @@ def _takes_apart(value: TracedValue, width: int) -> int:
         parts = width // shape[-1]
     else:
         return 0
-    return parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0  # of one feature each they are coefficients
+    return (
+        parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
+    )  # of one feature each they are coefficients

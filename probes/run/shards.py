@@ -429,7 +429,10 @@ def _constraint_attributes(attrs: Mapping[str, Any], trace: xr.Dataset) -> dict[
         return {}
     unsure = " (rows and columns may be exchanged)"
     ending = unsure if str(attrs["constraint"]).endswith(unsure) else ""
-    return {"family": measured_family("hc", found), "constraint": found.words + ending}
+    # Where the sample that named it had not these sums, the name comes from the operations that make the matrices.
+    is_made = attrs["family"] == "mhc" and not str(attrs["constraint"]).startswith("doubly stochastic")
+    detected = "mhc" if is_made else "hc"
+    return {"family": measured_family(detected, found), "constraint": found.words + ending}
 
 
 def _measured_again(change: Mapping[str, Any], trace: xr.Dataset) -> dict[str, Any]:

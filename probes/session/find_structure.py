@@ -457,7 +457,8 @@ class StructureFinder:
         elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
         else:
-            chain = replace(chain, family="hc" if read.mixes else "independent_hc")
+            mixing = "mhc" if part.is_sinkhorn else "hc"
+            chain = replace(chain, family=mixing if read.mixes else "independent_hc")
         return FoundChain(chain, (memory,), layout)
 
     def _sites(self, found: FoundChain) -> dict[int, Site]:

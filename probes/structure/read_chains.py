@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import (
@@ -31,6 +32,7 @@ class ReadChain:
     chain: Chain
     memory: MemoryReading
     layout: str  # empty where the axes of the states have no order that a layout can name
+    is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
 
 
 def read_chain(
@@ -77,6 +79,7 @@ class _ChainOf:
         self._num_tensors = max(
             len(state.values) for state in memory.states
         )  # that hold the streams of a state
+        self._is_sinkhorn = not self._is_plain
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
@@ -124,7 +127,7 @@ class _ChainOf:
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, self.memory, layout)
+        return ReadChain(chain, self.memory, layout, bool(joined) and self._is_sinkhorn)
 
     def _with_streams_first(
         self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]
@@ -446,6 +449,7 @@ class _ChainOf:
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
+        self._is_sinkhorn &= times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
         return Connection(

@@ -71,8 +71,19 @@ def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool)
             return replace(chain, points=(opening, *chain.points[1:]), shapes=shapes)
         begin = replace(begin, layer=chain.points[1].layer, site="mid", module=block.path)
     elif begin.site == "embed":
+        if chain.points[1].layer == 0:
+            chain = _numbered_from(chain, 1)
         begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=block.path)
     return chain.preceded_by(opening, begin, taken.shape)
+
+
+def _numbered_from(chain: Chain, number: int) -> Chain:
+    """The chain with its blocks numbered from another number than 0."""
+    return replace(
+        chain,
+        points=tuple(replace(p, layer=p.layer + number) if p.layer >= 0 else p for p in chain.points),
+        connections=tuple(replace(c, layer=c.layer + number) for c in chain.connections),
+    )
 
 
 def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis) -> Chain:
@@ -131,10 +142,10 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
 def joined(chain: Chain, stage: Chain) -> Chain:
     """A chain with the states of its next stage, whose blocks are numbered after those before."""
     offset, last = len(chain.points), max(point.layer for point in chain.points)
-    first = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    shift, before = last + 1 - first if first <= last else 0, chain.points
+    number = min((point.layer for point in stage.points if point.layer >= 0), default=0)
+    shift, before = last + 1 - number if number <= last else 0, chain.points
     if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
-        shift, before = last - first, (*before[:-1], replace(before[-1], site="mid"))
+        shift, before = last - number, (*before[:-1], replace(before[-1], site="mid"))
     proof = chain.proof if stage.proof == "proven" else stage.proof
     if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
         proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
@@ -143,11 +154,13 @@ def joined(chain: Chain, stage: Chain) -> Chain:
         for c in stage.connections
     )
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
+    first, places = stage.points[0].module, {_stage_of(path) for path in stage.blocks} - {None}
+    first_blocks = [first] if stage.points[0].site == "post" and _stage_of(first) in places else []
     return replace(
         chain,
-        points=(*before, *(_of_stage(point, first, shift) for point in stage.points)),
+        points=(*before, *(_of_stage(point, number, shift) for point in stage.points)),
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
-        blocks=(*chain.blocks, *(path for path in stage.blocks if path not in chain.blocks)),
+        blocks=tuple(dict.fromkeys([*chain.blocks, *first_blocks, *stage.blocks])),
         block_class="/".join(kinds),
         shapes=(*chain.shapes, *stage.shapes),
         proof=proof,

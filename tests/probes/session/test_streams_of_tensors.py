@@ -1,4 +1,4 @@
-"""A state whose streams are tensors of their own, as in a list: states, gradients and matrices of each stream."""
+"""How streams begin and are held: as tensors of their own, as in a list, or with one stream filled; each is measured."""
 
 from __future__ import annotations
 
@@ -121,3 +121,53 @@ def test_what_needs_one_tensor_says_so():
         ds.jacobian(model, IDS)
     with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
         ds.interventions.patch(model, IDS, IDS.flip(1), loss=loss)
+
+
+class OneFilled(ListOfStreams):
+    """Streams in one tensor, of which the embedding fills one."""
+
+    fillings: ClassVar = {
+        "written": lambda x, rest: _written(x, 0),
+        "written in the middle": lambda x, rest: _written(x, 2),
+        "joined": lambda x, rest: torch.cat(
+            [x[:, :, None], x.new_zeros(*x.shape[:2], STREAMS - 1, WIDTH)], 2
+        ),
+        "padded": lambda x, rest: nn.functional.pad(x[:, :, None], (0, 0, 0, STREAMS - 1)),
+        "next to learned vectors": lambda x, rest: torch.cat(
+            [x[:, :, None], rest.expand(*x.shape[:2], STREAMS - 1, WIDTH)], 2
+        ),
+        "masked": lambda x, rest: x[:, :, None] * torch.eye(STREAMS)[0][:, None],
+    }
+
+    def __init__(self, filling: str):
+        super().__init__("copies")
+        self.fill = self.fillings[filling]
+        self.rest = nn.Parameter(torch.randn(STREAMS - 1, WIDTH))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.fill(self.embed(ids), self.rest)
+        states = [x]
+        for block, res, pre, post in zip(self.blocks, self.res, self.pre, self.post, strict=True):
+            out = block(torch.einsum("n,btnd->btd", pre, x))
+            x = torch.einsum("mn,btnd->btmd", res, x) + post[:, None] * out[:, :, None]
+            states.append(x)
+        self.states = states
+        return self.head(x.sum(2))
+
+
+def _written(x: torch.Tensor, stream: int) -> torch.Tensor:
+    found = x.new_zeros(*x.shape[:2], STREAMS, WIDTH)
+    found[:, :, stream] = x
+    return found
+
+
+@pytest.mark.parametrize("filling", OneFilled.fillings)
+def test_streams_of_which_one_is_filled(filling):
+    model = OneFilled(filling)
+    trace = captured(model)["trace"]
+    assert trace.attrs["proof"] == "proven"
+    value = loss(model(IDS))
+    gradients = torch.autograd.grad(value, model.states)
+    assert torch.equal(tensor(trace, "residual"), torch.stack(model.states).detach())
+    assert torch.equal(tensor(trace, "gradient"), torch.stack(gradients))
+    assert torch.equal(torch.from_numpy(trace["h_res"].isel(sample=0, token=0).to_numpy()), model.res)
