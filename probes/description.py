@@ -50,6 +50,10 @@ PROOFS = {
         "proven",
         "residual",
     ): "each next state is the one before plus what was computed from it, as traced in a forward",
+    (
+        "proven",
+        "highway",
+    ): "each next state is the one before, scaled at each token, plus what was computed from it, as traced in a forward",
     ("proven", "depth_attention"): OVER_DEPTH,
     ("proven", "depth_history"): OVER_DEPTH,
 }

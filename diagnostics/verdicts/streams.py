@@ -20,7 +20,7 @@ from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Families whose streams never mix by construction: an identity is no finding.
-UNMIXED = ("residual", "independent_hc", "gated")
+UNMIXED = ("residual", "highway", "independent_hc", "gated")
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99

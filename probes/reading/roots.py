@@ -95,14 +95,19 @@ class _Sums:
             return operands[0], False
         mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
-            return max(operands, key=lambda p: (self._merges[p.number], p.numel)), False
+            # Of a gate and what it scales, that which comes from further back.
+            return max(
+                operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
+            ), False
         added = [p for p in addends(value) if p in operands]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
         if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
             return None, False
-        carrier = max(depending or added, key=lambda a: self._merges[a.number])
+        carrier = max(
+            depending or added, key=lambda a: (self._merges[a.number], -self._root[a.number].number)
+        )
         whole = self._root[carrier.number].numel >= value.numel or value.name == "cat"
         if not depending and not whole and all(self._graph.depends_on_input(a) for a in added):
             return (

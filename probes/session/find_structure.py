@@ -20,7 +20,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.reading.description import PROVEN, MemoryReading
+from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue, container_of
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -326,8 +326,13 @@ class StructureFinder:
                 chain = joined(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(part.memory for part in chains)
             chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
-            branches = (b for memory in memories for c in memory.connections for b in c.branches)
-            chain = replace(self._with_final(chain, memories[-1]), scales=branch_scales(self.graph, branches))
+            joints = [connection for memory in memories for connection in memory.connections]
+            branches = (branch for connection in joints for branch in connection.branches)
+            chain = replace(
+                self._with_final(chain, memories[-1]),
+                scales=branch_scales(self.graph, branches),
+                family="highway" if any(map(_gates_the_state, joints)) else "",
+            )
             found.append(FoundChain(chain, memories, layout))
         return found
 
@@ -563,6 +568,15 @@ def _require_plain_tokens(
                 f"the tokens of each sequence are spread over processes, and the states have the layout {layout!r}; expected "
                 "one axis of tokens. Record it without sequence parallelism"
             )
+
+
+def _gates_the_state(connection: ConnectionReading) -> bool:
+    """Whether the state before is scaled otherwise at each token, and not only dropped at some, as by a mask."""
+    parts = connection.parts
+    scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"].flatten(1)
+    largest = scale.amax(0)
+    smallest = torch.where(scale == 0, largest, scale).amin(0)
+    return bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any())
 
 
 def _require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:

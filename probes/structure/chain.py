@@ -70,7 +70,7 @@ class Chain:
     final: HookPoint | None = None  # after the last norm
     without_final: str = NO_FINAL_NORM  # why there is none
     history: bool = False  # connected to earlier depths, not to streams
-    family: str = ""  # of a chain with connections over depth
+    family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
     scales: tuple[Any, ...] = ()  # of each branch that a plain chain adds: the parameters that multiply it
 

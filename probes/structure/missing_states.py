@@ -31,8 +31,18 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
-    for (call, at), values in sorted(graph.sides.items()):
+    sides = sorted(graph.sides.items())
+    # Of several values that a block gives, those in whose place blocks that are read give a state or what is added to it.
+    items = {
+        n
+        for (call, _), of in sides
+        if graph.calls[call].path in blocks
+        for n, v in enumerate(of)
+        if v.number in known
+    }
+    for (call, at), values in sides:
         path = graph.calls[call].path
+        values = [value for n, value in enumerate(values) if n in items or len(values) == 1]
         is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
         counts = not any(inside[v.number] for v in values) and any(map(graph.reaches_output, values))
         if is_like and counts and not any(v.number in known for v in values):

@@ -132,7 +132,7 @@ class Structure:
 
     @property
     def family(self) -> str:
-        """The connection family: residual, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
+        """The connection family: residual, highway, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
         if self.sites:
             families = {site.family for site in self.sites.values()}
             return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
@@ -140,7 +140,7 @@ class Structure:
             return self.chains[0].family or "depth_history"
         if self.num_streams == 1 and not all(chain.proof == "proven" for chain in self.chains):
             return "unproven"
-        return "residual" if self.num_streams == 1 else "unknown"
+        return self.chains[0].family or "residual" if self.num_streams == 1 else "unknown"
 
     def canonical(
         self, number: int, state: torch.Tensor, batch_size: int, depth: int | None = None, own: str = ""

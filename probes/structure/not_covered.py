@@ -142,13 +142,15 @@ class _LeftOutParts:
         return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
 
     def _inside_branches(self) -> Iterator[LeftOut]:
-        """Blocks of the classes of those that are read, which give no state: one branch of the chain has all of them inside."""
+        """Blocks of the classes of those that are read, which give no state: a branch of the chain has them inside."""
         blocks = {path for chain in self._chains for path in chain.blocks}
         kinds = {type(self._modules[path]) for path in blocks if path in self._modules}
         by_container: dict[str, list[str]] = {}
         for path in self._calls:
-            module, container = self._modules.get(path), container_of(path)
-            if container is None or type(module) not in kinds or path in blocks | self._show_states:
+            container = container_of(path)
+            if container is None or path in blocks | self._show_states or not self._is_block(path):
+                continue
+            if type(self._modules[path]) not in kinds:
                 continue
             nested = any(f"{a}.".startswith(f"{b}.") for of in blocks for a, b in ((path, of), (of, path)))
             if not nested and self._used.within(self._modules[path]) <= self._on_chains:
