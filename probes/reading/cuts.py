@@ -268,11 +268,13 @@ class _Life:
             map(str.isdigit, self.memory.graph.path(way[-1]).split("."))
         ):
             handed = []  # what gave it is no block, where more is done to it before the first one
+        names = [step.name for step in way[1:]]
+        usual = max((_common_length(names, of) for of in patterns), default=0)
         if handed and not widen:
-            way = way[: handed[0 if last else -1] + 1]
+            within = [n for n in handed if n <= usual] or handed[:1]
+            way = way[: (within if last else handed)[-1] + 1]
         elif last:
-            names = [step.name for step in way[1:]]
-            way = way[: 1 + max((_common_length(names, usual) for usual in patterns), default=0)]
+            way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
             while len(way) > 1 and self._only_moves(way[-2], way[-1]):
                 way.pop()

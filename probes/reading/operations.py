@@ -100,7 +100,7 @@ def factors(value: TracedValue) -> list[Any]:
 
 
 def weights(graph: Graph) -> dict[int, list[TracedValue]]:
-    """By number, for all values that take some: parameters, also where they were cast, cut or transposed before."""
+    """By number, for all values that take some: parameters, also where they were cast, cut, transposed or normed before."""
     if graph.weights is None:
         made: dict[int, list[TracedValue]] = {}  # what is a parameter but for that
         found = graph.weights = {}
@@ -111,7 +111,10 @@ def weights(graph: Graph) -> dict[int, list[TracedValue]]:
             own = [weight for parent in value.parents for weight in made.get(parent.number, ())]
             if own:
                 found[value.number] = own
-                if len(value.parents) == 1 and only_moves(value):
+                scaled = value.name in PRODUCTS and value.numel == max(weight.numel for weight in own)
+                if (len(value.parents) == 1 and only_moves(value)) or (
+                    scaled and not graph.depends_on_input(value)
+                ):
                     made[value.number] = own
     return graph.weights
 

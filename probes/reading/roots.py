@@ -105,8 +105,11 @@ class _Sums:
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
         if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
             return None, False
+        # Where each depends on the other's root, as a gated output and a gated state do: what comes from further back.
+        both = len(depending) > 1
         carrier = max(
-            depending or added, key=lambda a: (self._merges[a.number], -self._root[a.number].number)
+            depending or added,
+            key=lambda a: (self._merges[a.number], -self._root[a.number].number if both else 0),
         )
         whole = self._root[carrier.number].numel >= value.numel or value.name == "cat"
         if not depending and not whole and all(self._graph.depends_on_input(a) for a in added):

@@ -13,7 +13,7 @@ from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import CHANNEL_NORMS, FUNCTIONS, NORMS
+from depthscope.probes.reading.operations import CHANNEL_NORMS, FUNCTIONS, NORMS, PRODUCTS
 
 RECURRENT = re.compile("rnn|lstm|gru")
 MOST_ARRAYS = 4  # that were asked for last
@@ -169,7 +169,7 @@ def feature_axis(memory: Memory) -> int:
 
 
 def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue) -> int | None:
-    """The same, where activations and padding come first."""
+    """The same, where activations, scales and padding come first."""
     waiting = [(value, taker)]
     for _ in range(8):
         if not waiting:
@@ -178,7 +178,8 @@ def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue
         axis = _voted_axis(of, by)
         if axis is not None:
             return axis
-        if len(by.shape) == len(value.shape) and (by.name in FUNCTIONS or "pad" in by.name):
+        passes = by.name in FUNCTIONS or by.name in PRODUCTS or "pad" in by.name
+        if len(by.shape) == len(value.shape) and passes:
             waiting += [(by, next_taker) for next_taker in graph.takers(by)]
     return None
 

@@ -86,7 +86,7 @@ class UsedParameters:
                 vocabularies.add(value.args[0].shape[0])
         for value, of in taken:
             if value.name in MATRICES or value.name == "linear":
-                heads = (w for w in of if w.shape[0] in vocabularies)
+                heads = (w for w in of if not vocabularies.isdisjoint(w.shape[:1]))
                 outside |= {graph.parameter_names.get(w.number, "") for w in heads}
         ends = {id(own[name]) for name in outside if name in own}
         self.sizes = {id(p): 0 if id(p) in ends else p.numel() for p in used}

@@ -229,7 +229,7 @@ class _ChainOf:
         return fine if self.is_fine else coarse
 
     def _sublayer(self, connection: ConnectionReading) -> int | None:
-        """The numbered call inside of a block in which a state was made that it hands on."""
+        """The numbered call inside of a block that has a branch inside and hands on the state to which that was added."""
         state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
         around = self.graph.stack(state)
         given = {
@@ -240,7 +240,10 @@ class _ChainOf:
             around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
         )
         numbered = [call for call in inside if self.graph.calls[call].container is not None]
-        return next((call for call in numbered if call in given), None)
+        working = {
+            call for b in connection.branches for call in self.graph.stack(self.graph.values[b.way[0]])
+        }
+        return next((call for call in numbered if call in given & working), None)
 
     def _unit(self, branch: BranchReading) -> int:
         return self.units[branch.way[0]]

@@ -98,7 +98,7 @@ def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis
         if ends is None or ends[0] is not last:
             continue
         value = ends[1]
-        if value.shape == last.shape or shape_layout(value, sequences) != layout:
+        if value.shape == last.shape or not _has_layout(value, layout, sequences):
             continue
         point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
         chain = replace(

@@ -330,9 +330,9 @@ class CappedHead(Decoder):
 SCALED_DESIGNS = (
     Design("ReZero", ReZero),
     Design("LayerScale", LayerScale),
-    Design("highway", Highway),
-    Design("highway by lerp", LerpHighway),
-    Design("one gate a token, by addcmul", ScalarGate),
+    Design("highway", Highway, family="highway"),
+    Design("highway by lerp", LerpHighway, family="highway"),
+    Design("one gate a token, by addcmul", ScalarGate, family="highway"),
     Design("DeepNorm", DeepNorm),
     Design("nGPT", Sphere, family="residual|unproven"),
     Design("constant factor of the branches", Granite),

@@ -32,7 +32,7 @@ def test_the_structure_is_unknown_before_the_first_forward_and_frozen_after_it(m
     with pytest.raises(probes.CaptureError, match="unknown before its first forward; call the model"):
         _ = Session(model, Options()).structure
     structure = found(model, ids).structure
-    assert structure.family == "hc", "whether the matrices are doubly stochastic is measured later"
+    assert structure.family == "mhc", "the operations of its forward are those of Sinkhorn's iteration"
     assert structure.num_streams == 4
     assert len(structure.connections) == len(structure.sites) == 6
     assert [(state.chain, state.depth) for state in structure.captured] == [
