@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures import Figure
-from depthscope.app.study.reproductions.claims import Claim
+from depthscope.app.study.reproductions.claims import Claim, tested
 
 __all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
 
@@ -209,8 +209,8 @@ class Study:
         Columns of the table and figures over depth.
     curves : tuple of Along
         Figures along the deepest networks.
-    claims : callable
-        From the rows to what was tested.
+    table : tuple of Claim
+        What is tested.
     limits : str
         What is not tested here, in sentences.
     figures : callable
@@ -228,10 +228,14 @@ class Study:
     measure: Callable[[Mapping[str, Any]], Measured]
     numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
-    claims: Callable[[Sequence[Row]], list[Claim]]
+    table: tuple[Claim, ...]
     limits: str
     figures: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
     trained: bool = True
+
+    def claims(self, rows: Sequence[Row]) -> list[Claim]:
+        """What was tested, with the numbers of some rows."""
+        return tested(self.table, rows)
 
     def cells(self, scale: Scale) -> Iterator[Cell]:
         """Every cell, seed by seed: a study that is stopped early has all families and depths of some seeds."""
