@@ -39,14 +39,9 @@ COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient
 class Extreme:
     """One summary number of a run: a metric at the place that matters.
 
-    Parameters
-    ----------
-    metric : str
-        Variable of the analysis.
-    place : {"last", "lowest", "highest", "span"}
-        The last position, an extreme, or largest over smallest magnitude along the depth.
-    fixed : mapping of str to str
-        Labels that override the selection.
+    ``metric``: variable of the analysis.
+    ``place``: the last position, an extreme, or largest over smallest magnitude along the depth.
+    ``fixed``: labels that override the selection.
     """
 
     metric: str

@@ -42,12 +42,8 @@ class Order:
 class DepthPaths(ABC):
     """The paths of one chain from each source to each reader.
 
-    Parameters
-    ----------
-    count : int
-        C.
-    num_tokens : int
-        N.
+    ``count``: C.
+    ``num_tokens``: N.
     """
 
     def __init__(self, count: int, num_tokens: int) -> None:
@@ -81,16 +77,11 @@ class DepthPaths(ABC):
 class StreamPaths(DepthPaths):
     """Paths through streams: M_kj = H_pre,k (∏ H_res) H_postᵀ_j.
 
-    Parameters
-    ----------
-    mixing : Mixing
-        The matrices.
-    reads, writes : ndarray
-        (C, N, V, n) and (C, N, n, V).
-    order : Order
-        Of the connections.
-    first : ndarray or None
-        The streams of the embedding, (N, n, D); ones (N, n, 1) where they are copies of one another; None for unknown.
+    ``mixing``: the matrices.
+    ``reads, writes``: (C, N, V, n) and (C, N, n, V).
+    ``order``: of the connections.
+    ``first``: the streams of the embedding, (N, n, D); ones (N, n, 1) where they are copies of one another; None for
+    unknown.
     """
 
     def __init__(
@@ -192,12 +183,8 @@ class StreamPaths(DepthPaths):
 class PlainPaths(DepthPaths):
     """Paths through one state: M_kj = a_{k−1} … a_{j+1} b_j, with factors of every token, or of every feature of it.
 
-    Parameters
-    ----------
-    keeps, writes : ndarray
-        a and b, (C, N) or (C, N, D).
-    order : Order
-        Of the connections.
+    ``keeps, writes``: a and b, (C, N) or (C, N, D).
+    ``order``: of the connections.
     """
 
     def __init__(self, keeps: np.ndarray, writes: np.ndarray, order: Order) -> None:
@@ -241,10 +228,7 @@ class PlainPaths(DepthPaths):
 class SourcePaths(DepthPaths):
     """Paths over depth, where every branch has its own weights on the sources: M is given.
 
-    Parameters
-    ----------
-    weights : ndarray
-        (C, N, C + 1), the first source is the embedding.
+    ``weights``: (C, N, C + 1), the first source is the embedding.
     """
 
     def __init__(self, weights: np.ndarray) -> None:

@@ -49,16 +49,10 @@ Progress = Callable[[str, int, int], None]
 class History:
     """A history of checkpoints, and those that are not in it.
 
-    Parameters
-    ----------
-    run : DataTree
-        The history.
-    path : Path
-        Where it was saved.
-    left_out : dict
-        Path of a checkpoint to why it could not be probed.
-    num_probed : int
-        How many were probed now; the others had been before.
+    ``run``: the history.
+    ``path``: where it was saved.
+    ``left_out``: path of a checkpoint to why it could not be probed.
+    ``num_probed``: how many were probed now; the others had been before.
     """
 
     run: xr.DataTree

@@ -50,14 +50,9 @@ Edit: TypeAlias = Callable[[torch.Tensor, Seen], torch.Tensor]
 class Passed:
     """What one forward showed.
 
-    Parameters
-    ----------
-    output : object
-        What the model returned.
-    states : dict of int to Tensor
-        (B, T, N, D) by depth, as they were passed on.
-    connections : dict of int to Parts
-        Of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
+    ``output``: what the model returned.
+    ``states``: (B, T, N, D) by depth, as they were passed on.
+    ``connections``: of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
     """
 
     output: Any

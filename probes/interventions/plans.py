@@ -107,20 +107,12 @@ def _numbers(given: Numbers) -> tuple[int, ...] | None:
 class Change:
     """One experiment: a name for people, where it is, and the edits of its forward.
 
-    Parameters
-    ----------
-    name : str
-        Such as ``"skip block 3"``.
-    kind : str
-        Its kind.
-    edits : callable
-        ``edits(model)`` returns the edits by depth; it may run the model to learn them.
-    block, depth, connection, stream : int
-        Where; −1 where it is none alone.
-    compared : str
-        Name of the change that this one undoes in part, for the share that is rescued.
-    measured : Tensor, optional
-        (B, T), true on the tokens that are measured; all by default.
+    ``name``: such as ``"skip block 3"``.
+    ``kind``: its kind.
+    ``edits``: ``edits(model)`` returns the edits by depth; it may run the model to learn them.
+    ``block, depth, connection, stream``: where; −1 where it is none alone.
+    ``compared``: name of the change that this one undoes in part, for the share that is rescued.
+    ``measured``: (B, T), true on the tokens that are measured; all by default.
     """
 
     name: str

@@ -71,12 +71,8 @@ def _not_frozen(
 class _DerivativeCheck:
     """The first two equations of `require_frozen` for one connection.
 
-    Attributes
-    ----------
-    error : float
-        The larger of both relative errors.
-    cotangent, carried : Tensor
-        u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
+    ``error``: the larger of both relative errors.
+    ``cotangent, carried``: u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
     """
 
     def __init__(

@@ -22,20 +22,14 @@ Verdict = Literal["reproduced", "not reproduced", "not decided"]
 class Claim:
     """A statement with the number that it stands or falls with.
 
-    Parameters
-    ----------
-    statement : str
-        What is claimed, as a sentence without its full stop; ``{depth}`` stands for the largest number of layers.
-    source : str
-        Who says so; «this project» where the test is ours.
-    measured : str
-        What the number is.
-    values : sequence of float, or callable
-        One for each seed; NaN is unknown and does not count. In the table of a study: what takes them from its networks.
-    above, below : float
-        Where the number lies if the claim holds: above the one and below the other.
-    exact : bool
-        The number does not depend on chance: one value decides.
+    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` stands for the largest number of
+    layers.
+    ``source``: who says so; «this project» where the test is ours.
+    ``measured``: what the number is.
+    ``values``: one for each seed; NaN is unknown and does not count. In the table of a study: what takes them from
+    its networks.
+    ``above, below``: where the number lies if the claim holds: above the one and below the other.
+    ``exact``: the number does not depend on chance: one value decides.
     """
 
     statement: str
