@@ -21,15 +21,8 @@ def _exponential_entropy(xp: Any, weights: Array) -> Array:
 def effective_rank_of(s: Array) -> Array:
     """Effective rank of singular values: exp H(σ/Σσ).
 
-    Parameters
-    ----------
-    s
-        Singular values (..., k), in any order, zeros allowed.
-
-    Returns
-    -------
-    Array
-        (...), between 1 and k; NaN where all are zero. Source: Roy & Vetterli 2007.
+    ``s``: singular values (..., k), in any order, zeros allowed.
+    Returns: (...), between 1 and k; NaN where all are zero. Source: Roy & Vetterli 2007.
 
     Examples
     --------
@@ -69,15 +62,8 @@ def effective_rank(x: Array, *, center: bool = False, mask: Array | None = None)
 def entropy_rank_of(s: Array) -> Array:
     """Entropy rank of singular values: exp H(σ²/Σσ²).
 
-    Parameters
-    ----------
-    s
-        Singular values (..., k), in any order, zeros allowed.
-
-    Returns
-    -------
-    Array
-        (...), between 1 and k; NaN where all are zero. Source: Skean et al. 2502.02013.
+    ``s``: singular values (..., k), in any order, zeros allowed.
+    Returns: (...), between 1 and k; NaN where all are zero. Source: Skean et al. 2502.02013.
 
     Examples
     --------
