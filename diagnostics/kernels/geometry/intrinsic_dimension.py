@@ -70,9 +70,17 @@ def _two_nn(xp: Any, points: Array, discard: float) -> Array:
 def two_nn_of(nearest: Array, second: Array, *, discard: float = 0.1) -> Array:
     """Intrinsic dimension from the distances of every point to its two nearest neighbours; see `two_nn`.
 
-    ``nearest, second``: distances (..., N), positive.
-    ``discard``: share of the largest ratios that is left out.
-    Returns: (...); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
+    Parameters
+    ----------
+    nearest, second
+        Distances (..., N), positive.
+    discard
+        Share of the largest ratios that is left out.
+
+    Returns
+    -------
+    Array
+        (...); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
 
     Examples
     --------

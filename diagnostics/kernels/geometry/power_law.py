@@ -31,11 +31,24 @@ def alpha_req_of(s: Array, *, first: int = 4, last: int | None = 100) -> PowerLa
 
     The range and the weights are those of the authors' code: equal steps of ln i count alike.
 
-    ``s``: singular values (..., k), descending.
-    ``first``: the first index that is fitted, counted from 1 (the leading ones are rarely on the law).
-    ``last``: the last index; reduced to the values above rounding, all of them for ``None``.
-    Returns: The exponent, its standard error, the misfit and the range. Source: Agrawal et al., NeurIPS 2022.
-    Raises InputError: If the range is empty.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), descending.
+    first
+        The first index that is fitted, counted from 1 (the leading ones are rarely on the law).
+    last
+        The last index; reduced to the values above rounding, all of them for ``None``.
+
+    Returns
+    -------
+    PowerLaw
+        The exponent, its standard error, the misfit and the range. Source: Agrawal et al., NeurIPS 2022.
+
+    Raises
+    ------
+    InputError
+        If the range is empty.
 
     Examples
     --------

@@ -13,9 +13,17 @@ from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum, singular_v
 def numerical_rank_of(s: Array, *, rtol: float | Array = 1e-6) -> Array:
     """Numerical rank of singular values: how many exceed rtol · max σ.
 
-    ``s``: singular values (..., k), in any order, zeros allowed.
-    ``rtol``: threshold as a share of the largest; an array (..., 1) gives each spectrum its own.
-    Returns: (...), integers as float64 between 0 and k; 0, not NaN, where all are zero.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order, zeros allowed.
+    rtol
+        Threshold as a share of the largest; an array (..., 1) gives each spectrum its own.
+
+    Returns
+    -------
+    Array
+        (...), integers as float64 between 0 and k; 0, not NaN, where all are zero.
 
     Examples
     --------
@@ -70,8 +78,15 @@ def _precision(x: Array) -> float:
 def condition_of(s: Array) -> Array:
     """Condition number of singular values: max σ / min σ.
 
-    ``s``: singular values (..., k), in any order.
-    Returns: (...), at least 1; infinite where the smallest is zero, NaN where all are.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order.
+
+    Returns
+    -------
+    Array
+        (...), at least 1; infinite where the smallest is zero, NaN where all are.
 
     Examples
     --------

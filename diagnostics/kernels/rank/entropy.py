@@ -21,8 +21,15 @@ def _exponential_entropy(xp: Any, weights: Array) -> Array:
 def effective_rank_of(s: Array) -> Array:
     """Effective rank of singular values: exp H(σ/Σσ).
 
-    ``s``: singular values (..., k), in any order, zeros allowed.
-    Returns: (...), between 1 and k; NaN where all are zero. Source: Roy & Vetterli 2007.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order, zeros allowed.
+
+    Returns
+    -------
+    Array
+        (...), between 1 and k; NaN where all are zero. Source: Roy & Vetterli 2007.
 
     Examples
     --------
@@ -62,8 +69,15 @@ def effective_rank(x: Array, *, center: bool = False, mask: Array | None = None)
 def entropy_rank_of(s: Array) -> Array:
     """Entropy rank of singular values: exp H(σ²/Σσ²).
 
-    ``s``: singular values (..., k), in any order, zeros allowed.
-    Returns: (...), between 1 and k; NaN where all are zero. Source: Skean et al. 2502.02013.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order, zeros allowed.
+
+    Returns
+    -------
+    Array
+        (...), between 1 and k; NaN where all are zero. Source: Skean et al. 2502.02013.
 
     Examples
     --------

@@ -11,8 +11,15 @@ from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum, energies
 def stable_rank_of(s: Array) -> Array:
     """Stable rank of singular values: Σσ² / max σ².
 
-    ``s``: singular values (..., k), in any order, zeros allowed.
-    Returns: (...), between 1 and k; NaN where all are zero.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order, zeros allowed.
+
+    Returns
+    -------
+    Array
+        (...), between 1 and k; NaN where all are zero.
 
     Examples
     --------
@@ -53,10 +60,22 @@ def stable_rank(x: Array, *, center: bool = False, mask: Array | None = None) ->
 def top_energy_of(s: Array, k: int) -> Array:
     """Share of the energy in the k largest singular values: Σ_{i≤k} σ_i² / Σ σ_i².
 
-    ``s``: singular values (..., K), in any order, zeros allowed.
-    ``k``: how many, at least 1; more than there are means all.
-    Returns: (...), between 0 and 1; NaN where all are zero.
-    Raises InputError: If ``k`` is below 1.
+    Parameters
+    ----------
+    s
+        Singular values (..., K), in any order, zeros allowed.
+    k
+        How many, at least 1; more than there are means all.
+
+    Returns
+    -------
+    Array
+        (...), between 0 and 1; NaN where all are zero.
+
+    Raises
+    ------
+    InputError
+        If ``k`` is below 1.
 
     Examples
     --------

@@ -15,8 +15,15 @@ from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum
 def participation_ratio_of(s: Array) -> Array:
     """Participation ratio of singular values: (Σσ²)² / Σσ⁴.
 
-    ``s``: singular values (..., k), in any order, zeros allowed.
-    Returns: (...), between 1 and k; NaN where all are zero.
+    Parameters
+    ----------
+    s
+        Singular values (..., k), in any order, zeros allowed.
+
+    Returns
+    -------
+    Array
+        (...), between 1 and k; NaN where all are zero.
 
     Examples
     --------
