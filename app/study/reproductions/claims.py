@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 
-if TYPE_CHECKING:
-    from depthscope.app.study.reproductions.plan import Row
-
 Verdict = Literal["reproduced", "not reproduced", "not decided"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a cell.
+
+    ``settings``: of the cell.
+    ``numbers``: NaN is undefined.
+    ``curves``: along the network.
+    """
+
+    settings: Mapping[str, Any]
+    numbers: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)

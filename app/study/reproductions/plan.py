@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures import Figure
-from depthscope.app.study.reproductions.claims import Claim, tested
+from depthscope.app.study.reproductions.claims import Claim, Row, tested
 
 __all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
 
@@ -135,20 +135,6 @@ class Cell:
         """For people and files, such as ``mhc-d16-s0``."""
         s = self.settings
         return f"{s['family']}-d{s['depth']}-s{s['seed']}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is kept of a cell.
-
-    ``settings``: of the cell.
-    ``numbers``: NaN is undefined.
-    ``curves``: along the network.
-    """
-
-    settings: Mapping[str, Any]
-    numbers: Mapping[str, float]
-    curves: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
