@@ -17,14 +17,6 @@ RUN_FILE = OutputFile("run", run_endings)
 """A run that is written."""
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """One run file as ``args.run``."""
-    parser.add_argument(
-        "run", metavar="RUN", type=InputRun(), help="run file (.nc, .zarr, .zarr.zip) or live store"
-    )
-    add_max_bytes(parser)
-
-
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """Run files and folders of runs as ``args.runs``; `open_runs` opens them."""
     parser.add_argument(

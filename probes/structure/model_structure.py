@@ -144,14 +144,6 @@ class Structure:
             )
         return shards.local(state, self.layouts[number].split().index("T"))
 
-    def require_one_layout(self, number: int) -> None:
-        """Refuse a chain whose states have their axes in several orders, where one is needed."""
-        others = sorted({point.layout for point in self.chains[number].points} - {""})
-        if others:
-            raise CaptureError(
-                f"the states have their axes in several orders ({self.layouts[number]}, {', '.join(others)}); expected one"
-            )
-
     def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
         if not self.sites and self.num_streams == 1:
