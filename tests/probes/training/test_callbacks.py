@@ -18,7 +18,9 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer(model, folder, steps: int, **options) -> tuple[transformers.Trainer, training.TransformersCallback]:
+def trainer(
+    model, folder, steps: int, **options
+) -> tuple[transformers.Trainer, training.TransformersCallback]:
     # Importing it imports the trainer, which takes a second: not while tests are collected.
     callback = training.TransformersCallback(store=folder / "run", resume=True, **options)
     arguments = transformers.TrainingArguments(
