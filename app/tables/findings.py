@@ -75,19 +75,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         columns=None if found else ["run", "verdict", "severity", "sentence"],
     )
     printed = pd.DataFrame(
-        [
-            {
-                "run": run,
-                "severity": finding.severity.name.lower(),
-                "verdict": spoken(finding.verdict),
-                "where": place_of(finding),
-                "value": number(float(finding.value)),
-                "threshold": number(float(finding.threshold)),
-                "source": finding.source,
-                "finding": finding.sentence,
-            }
-            for run, finding in found
-        ],
+        [_row(run, finding) for run, finding in found],
         columns=["run", "severity", "verdict", "where", "value", "threshold", "source", "finding"],
     )
     metrics = tuple(dict.fromkeys(finding.metric for _, finding in found))
@@ -113,3 +101,16 @@ def _named_number(finding: Finding) -> dict[str, Any]:
     named = {name: plain.pop(name) for name in ("quantity", "value", "threshold")}
     first = {name: plain.pop(name) for name in ("verdict", "severity", "sentence")}
     return first | named | plain
+
+
+def _row(run: str, finding: Finding) -> dict[str, str]:
+    return {
+        "run": run,
+        "severity": finding.severity.name.lower(),
+        "verdict": spoken(finding.verdict),
+        "where": place_of(finding),
+        "value": number(float(finding.value)),
+        "threshold": number(float(finding.threshold)),
+        "source": finding.source,
+        "finding": finding.sentence,
+    }
