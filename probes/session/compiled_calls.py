@@ -30,7 +30,8 @@ from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.forced_eager import eager
-from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
+from depthscope.probes.session.forward import Forward, own_call, own_calls
+from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -143,23 +143,6 @@ class Forward:
             )
             found.append((self.slots[row], sequence))
         return found
-
-
-def backward_to(
-    forward: Forward, ends: Iterable[Key], outputs: Iterable[torch.Tensor], **options: Any
-) -> None:
-    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs.
-
-    ``forward``: one that was not released.
-    ``options``: of `torch.autograd.grad`.
-    """
-    before = dict(forward.arrivals)
-    # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    edges = [edge for key in ends if (edge := forward.expected_gradients[key].end) is not None]
-    found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
-    for key, gradient in zip(ends, found, strict=True):
-        if forward.arrivals[key] == before.get(key, 0):  # nothing below its node was run
-            forward.expected_gradients[key].receive(gradient)
 
 
 def _leads_to(node: Any, wanted: set[Any]) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.hooks import Hook, Report
+
+if TYPE_CHECKING:
+    from depthscope.probes.session.forward import Forward, Key
 
 Receive = Callable[[torch.Tensor | None], None]
 
@@ -51,3 +54,20 @@ class GradientListener:
 
     def _at_node(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
         self.receive(gradients[self._number])
+
+
+def backward_to(
+    forward: Forward, ends: Sequence[Key], outputs: Sequence[torch.Tensor], **options: Any
+) -> None:
+    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs.
+
+    ``forward``: one that was not released.
+    ``options``: of `torch.autograd.grad`.
+    """
+    before = dict(forward.arrivals)
+    # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
+    edges = [edge for key in ends if (edge := forward.expected_gradients[key].end) is not None]
+    found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
+    for key, gradient in zip(ends, found, strict=True):
+        if forward.arrivals[key] == before.get(key, 0):  # nothing below its node was run
+            forward.expected_gradients[key].receive(gradient)
