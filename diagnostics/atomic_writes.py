@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -72,8 +73,7 @@ def require_replaceable_file(target: str | os.PathLike[str], check: Check | None
     """Refuse what `replaced_file` would refuse, before anything expensive is computed; writes nothing."""
     place = require_writable(target)
     if os.path.lexists(place):
-        mode = place.lstat().st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode := place.lstat().st_mode):
             raise TakenError(f"{place} is {kind_of(mode)}, but a file is written here; name another path")
         if check is not None:
             check(place)
@@ -113,8 +113,7 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
 
 
 def _no_others(place: Path) -> Iterable[Path]:
-    mode = place.lstat().st_mode
-    if not stat.S_ISDIR(mode):
+    if not stat.S_ISDIR(mode := place.lstat().st_mode):
         raise TakenError(f"{place} is {kind_of(mode)}, but a folder is written here; name another path")
     return ()
 
@@ -155,9 +154,8 @@ def _carry(old: Path, new: Path, name: Path) -> None:
     except (OSError, NotImplementedError):
         # Some file systems have no hard links, and Linux refuses them for files of another owner. Reading a pipe would hang.
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise InputError(
-                f"{source} is {kind_of(mode)}, which cannot be carried along; move it away"
-            ) from None
+            what = kind_of(mode)
+            raise InputError(f"{source} is {what}, which cannot be carried along; move it away") from None
         shutil.copy2(source, goal, follow_symlinks=False)
 
 
@@ -226,13 +224,8 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
         libc.renamex_np.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
         return lambda one, other: libc.renamex_np(one, other, 2)  # RENAME_SWAP
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        libc.renameat2.argtypes = (
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_uint,
-        )
+        name = (ctypes.c_int, ctypes.c_char_p)
+        libc.renameat2.argtypes = (*name, *name, ctypes.c_uint)
         here = -100  # AT_FDCWD: the names are whole paths
         return lambda one, other: libc.renameat2(here, one, here, other, 2)  # RENAME_EXCHANGE
     return None
@@ -284,10 +277,9 @@ def kind_of(mode: int) -> str:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFLNK: "a link",
-        stat.S_IFIFO: "a pipe",
+        stat.S_IFIFO: "a named pipe",
         stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
+        **dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device"),
     }
     return kinds.get(stat.S_IFMT(mode), "a file")
 
@@ -363,24 +355,18 @@ def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
     ``target``: what is worked on; its folder must exist.
     ``work``: what is done, such as ``"converting"``: one process at a time does it, while others may do other work.
     """
-    scratch = target.parent / f"{SCRATCH}{_short(f'{work} {target.name}')}"
+    # A name of its own for every name, of a length that every file system takes.
+    name = hashlib.sha256(os.fsencode(f"{work} {target.name}")).hexdigest()[:16]
+    scratch = target.parent / f"{SCRATCH}{name}"
     try:
         lock = _lock(scratch, seconds=seconds)
     except TimeoutError:
-        raise SlowError(
-            f"another process has been {work} {target} for {seconds:g} s; end it, or try again later"
-        ) from None
+        message = f"another process has been {work} {target} for {seconds:g} s; end it, or try again later"
+        raise SlowError(message) from None
     try:
         yield
     finally:
         _discard(scratch, lock)
-
-
-def _short(name: str) -> str:
-    """A name of its own for every name, of a length that every file system takes."""
-    import hashlib
-
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def remove_litter(folder: Path) -> None:
@@ -407,8 +393,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 
 def _restore(scratch: Path, folder: Path) -> None:
     """Where a writer was killed between its two renames, put back what it had moved aside."""
-    asides = (scratch / "old").iterdir() if (scratch / "old").is_dir() else ()
-    for aside in asides:
+    for aside in (scratch / "old").iterdir() if (scratch / "old").is_dir() else ():
         # Only where the new one was not yet put in place; after that the old one may be half removed.
         if (scratch / "new" / aside.name).exists() and not os.path.lexists(folder / aside.name):
             os.rename(aside, folder / aside.name)
@@ -439,10 +424,8 @@ def _discard(scratch: Path, lock: Any) -> None:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or a folder with all its files, to the disk; else a power cut leaves empty files."""
-    paths = [path]
-    if path.is_dir():
-        for folder, folders, files in os.walk(path):
-            paths += [Path(folder) / name for name in (*folders, *files)]
+    below = (Path(folder) / name for folder, *names in os.walk(path) for each in names for name in each)
+    paths = [path, *below]
     # Opening a pipe would wait for its writer; Windows opens no folder.
     known = (stat.S_ISREG,) if os.name == "nt" else (stat.S_ISREG, stat.S_ISDIR)
     paths = [each for each in paths if any(is_kind(each.lstat().st_mode) for is_kind in known)]

@@ -21,16 +21,12 @@ from depthscope.probes.session.options import Options, SiteOptions, takes_option
 class ConnectionFacts:
     """One connection and its proof.
 
-    Parameters
-    ----------
-    module, layer, branch
-        Where it is.
-    reconstruction_error, other_orientation_error : float
-        ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖ with H_res as reported, and with its transpose.
-    read_error : float
-        ‖F's input − H_pre X‖ / ‖F's input‖; NaN where no scalar H_pre exists.
-    row_sum_error, column_sum_error : float
-        max |Σ_j H_ij − 1| over destinations i, and max |Σ_i H_ij − 1| over sources j, over all tokens.
+    ``module, layer, branch``: where it is.
+    ``reconstruction_error, other_orientation_error``: ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖ with H_res as reported,
+    and with its transpose.
+    ``read_error``: ‖F's input − H_pre X‖ / ‖F's input‖; NaN where no scalar H_pre exists.
+    ``row_sum_error, column_sum_error``: max |Σ_j H_ij − 1| over destinations i, and max |Σ_i H_ij − 1| over sources
+    j, over all tokens.
     """
 
     module: str

@@ -20,9 +20,9 @@ from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
 from depthscope.diagnostics.verdicts.age import TASK
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
-from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
+from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import SEES_LATER
 from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.session.options import ModelOptions, Options, takes_options

@@ -25,17 +25,11 @@ WIDTH = 100
 class AnalysisTables:
     """The printed form of one reading.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain of one run.
-    by_depth : Table
-        One row for each depth.
-    by_connection : Table or None
-        One row for each connection, where there are any.
-    not_in_tables : tuple of str
-        Computed metrics without a column: those that were asked for by name, and every metric of pairs of depths or
-        connections.
+    ``reading``: one chain of one run.
+    ``by_depth``: one row for each depth.
+    ``by_connection``: one row for each connection, where there are any.
+    ``not_in_tables``: computed metrics without a column: those that were asked for by name, and every metric of pairs
+    of depths or connections.
     """
 
     reading: Reading

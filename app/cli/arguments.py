@@ -17,14 +17,6 @@ RUN_FILE = OutputFile("run", run_endings)
 """A run that is written."""
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """One run file as ``args.run``."""
-    parser.add_argument(
-        "run", metavar="RUN", type=InputRun(), help="run file (.nc, .zarr, .zarr.zip) or live store"
-    )
-    add_max_bytes(parser)
-
-
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """Run files and folders of runs as ``args.runs``; `open_runs` opens them."""
     parser.add_argument(
@@ -82,13 +74,13 @@ def add_seeds(parser: argparse.ArgumentParser, *, about: str, default: int | Non
 
 def add_metrics(parser: argparse.ArgumentParser, *, about: str) -> None:
     """``--metrics`` as ``args.metrics``: a list of names in the catalogue, or None."""
-    parser.add_argument("--metrics", type=Names("metric", _metrics), metavar="A,B", help=about)
 
+    def names() -> Iterable[str]:
+        from depthscope.diagnostics import CATALOGUE
 
-def _metrics() -> Iterable[str]:
-    from depthscope.diagnostics import CATALOGUE
+        return CATALOGUE
 
-    return CATALOGUE
+    parser.add_argument("--metrics", type=Names("metric", names), metavar="A,B", help=about)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +96,12 @@ def add_browser(parser: argparse.ArgumentParser) -> None:
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Which version of each number is shown; `selection_of` reads them."""
+
+    def labels_of(name: str) -> Sequence[str]:
+        from depthscope.app.figures import CHOICES
+
+        return CHOICES[name]
+
     group = parser.add_argument_group("which version of the numbers")
     # No `choices=`: the labels are declared with the figures, and that import costs xarray.
     for name, labels, words in (
@@ -112,13 +110,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         ("centering", "raw|centred", "centred takes the mean token away"),
         ("reduction", "mean|median|p1|p99|max", "over tokens, for mixing metrics"),
     ):
-        group.add_argument(f"--{name}", type=OneOf(partial(_labels, name)), metavar=labels, help=words)
-
-
-def _labels(name: str) -> Sequence[str]:
-    from depthscope.app.figures import CHOICES
-
-    return CHOICES[name]
+        group.add_argument(f"--{name}", type=OneOf(partial(labels_of, name)), metavar=labels, help=words)
 
 
 def selection_of(args: argparse.Namespace) -> Selection:

@@ -13,7 +13,12 @@ def sentence(error: BaseException) -> tuple[str, int]:
             "the input is nested too deeply to be read; look for a file or an attribute within itself",
             USAGE,
         )
-    if _out_of_memory(error):
+    # torch's own errors are RuntimeErrors: OutOfMemoryError on an accelerator, the allocator's sentence on a CPU.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    ):
         return (
             f"not enough memory ({one_line(error)}); give fewer --sequences or a shorter --length, a smaller run, or a "
             "larger machine"
@@ -34,12 +39,3 @@ def one_line(error: BaseException) -> str:
         name = "" if error.filename is None else f"{printable(error.filename, longest=200)}: "
         return f"{name}{reason}"
     return printable(" ".join(str(error).split()), longest=MAX_MESSAGE) or type(error).__name__
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch's own errors are RuntimeErrors: OutOfMemoryError on an accelerator, the allocator's sentence on a CPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )

@@ -40,18 +40,11 @@ RESULT_FILE = OutputFile("result", _endings, "result.h5")
 class Subject:
     """What an experiment runs on.
 
-    Parameters
-    ----------
-    loaded : LoadedModel
-        The model.
-    batch : dict
-        Of `encode_text`.
-    token_text : ndarray
-        Text of every token.
-    run : Path or None
-        The run that it belongs to.
-    data_digest : str or None
-        Of the run's text.
+    ``loaded``: the model.
+    ``batch``: of `encode_text`.
+    ``token_text``: text of every token.
+    ``run``: the run that it belongs to.
+    ``data_digest``: of the run's text.
     """
 
     loaded: LoadedModel

@@ -87,10 +87,8 @@ class Interrupts:
     Code of others may swallow the exception or turn it into another one; `happened` stays true. Where SIGINT is not Python's
     own (another handler, ignored in the background of a shell, another thread than the main one), nothing is changed.
 
-    Parameters
-    ----------
-    whole_process : bool
-        The process ends after the command: an interrupt during its last steps ends it without a traceback.
+    ``whole_process``: the process ends after the command: an interrupt during its last steps ends it without a
+    traceback.
     """
 
     def __init__(self, *, whole_process: bool) -> None:

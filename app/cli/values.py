@@ -247,7 +247,10 @@ class Names(Checked):
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Call the check of every argument that has one, before the command runs."""
-    for action in sorted(parser._actions, key=_costly_last):
+    # Where it goes first: it is the cheapest to know, and the dearest to learn after the work. Options before what is read.
+    for action in sorted(
+        parser._actions, key=lambda action: 0 if action.dest == "out" else 1 if action.option_strings else 2
+    ):
         value = getattr(args, action.dest, None)
         if value is None or not isinstance(action.type, Checked):
             continue
@@ -256,8 +259,3 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         values = value if action.nargs in ("+", "*") else [value]
         for each in values:
             action.type.check(each, option, args)
-
-
-def _costly_last(action: argparse.Action) -> int:
-    # Where it goes first: it is the cheapest to know, and the dearest to learn after the work. Options before what is read.
-    return 0 if action.dest == "out" else 1 if action.option_strings else 2

@@ -166,15 +166,8 @@ FIGURES: dict[str, FigureKind] = DEFINED | {
 def available(analyses: Analyses) -> dict[str, FigureKind]:
     """Figures that at least one of the runs can feed.
 
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-
-    Returns
-    -------
-    dict
-        Name → kind, in display order.
+    ``analyses``: run name → analysis.
+    Returns: Name → kind, in display order.
     """
     return {
         name: kind

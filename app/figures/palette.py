@@ -31,14 +31,9 @@ RUN_COLOUR = "run_colour"
 class Look:
     """How a measured line is drawn.
 
-    Parameters
-    ----------
-    colour, shape : str
-        Of the line, and of its marks.
-    hollow : bool
-        Whether its marks are.
-    variant : int
-        Which of the lines of its run, for the dashes.
+    ``colour, shape``: of the line, and of its marks.
+    ``hollow``: whether its marks are.
+    ``variant``: which of the lines of its run, for the dashes.
     """
 
     colour: str

@@ -26,18 +26,11 @@ CITES = {name: metric.cite for name, metric in CATALOGUE.items()}
 class Contents:
     """Everything that is shown of some runs.
 
-    Parameters
-    ----------
-    readings : tuple of Reading
-        Runs, analysed and judged.
-    view : Selection
-        Which slice of the numbers figures and tables show.
-    drawn : tuple of (str, Lines or Heatmap)
-        Each figure with the question that it answers, in display order.
-    summary, findings : Table
-        One row a run; one row a finding.
-    tables : tuple of Table
-        Each run by depth and by connection.
+    ``readings``: runs, analysed and judged.
+    ``view``: which slice of the numbers figures and tables show.
+    ``drawn``: each figure with the question that it answers, in display order.
+    ``summary, findings``: one row a run; one row a finding.
+    ``tables``: each run by depth and by connection.
     """
 
     readings: tuple[Reading, ...]

@@ -46,18 +46,11 @@ MOST_COMPARED = 8
 class Bundle:
     """Everything that is written.
 
-    Parameters
-    ----------
-    contents : Contents
-        Runs, single figures, and tables.
-    composed : tuple of Composed
-        The figures of the text, those without a panel included.
-    venue : Venue
-        Whose page it is for.
-    by : str
-        Attribute by which runs are grouped.
-    formats : tuple of str
-        Of the figures.
+    ``contents``: runs, single figures, and tables.
+    ``composed``: the figures of the text, those without a panel included.
+    ``venue``: whose page it is for.
+    ``by``: attribute by which runs are grouped.
+    ``formats``: of the figures.
     """
 
     contents: Contents

@@ -13,7 +13,7 @@ Each panel's axes have its key as their label (`Axes.get_label`); `ds.figures.pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
@@ -287,17 +287,6 @@ def _listed(runs: Sequence[str | PathLike[str] | Reading]) -> list[Reading]:
     return [*found, *read]
 
 
-def _drawn(name: str, runs: Runs, axes: Any, venue: str, by: str, selection: Mapping[str, Any]) -> Any:
-    page = venue_of(venue)
-    figure = _composed(name, runs, by, selection)
-    if axes is None:
-        with figure_style(Width(page.text, 8)) as size:
-            return draw_composed(figure, size)
-    given = _by_key(figure, axes)
-    draw_into(figure, given)
-    return given
-
-
 def _by_key(figure: Composed, axes: Any) -> dict[str, Axes]:
     """Axes by the keys of the panels that they are for."""
     keys = [panel.key for panel in figure.panels]
@@ -330,14 +319,7 @@ class Drawing(Protocol):
     ) -> dict[str, Axes]: ...
 
 
-def _drawing(function: Callable[..., Any]) -> Drawing:
-    """The same function; its types are told once for all figures."""
-    return cast(Drawing, function)
-
-
-@_drawing
-def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Collapse across depth: ranks of all and of ordinary tokens with their nulls, cosines of tokens and of streams.
+_PARAMETERS = """
 
     Parameters
     ----------
@@ -364,123 +346,55 @@ def collapse(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = ""
     InputError
         For runs that feed no panel, axes that do not fit the panels, or a name that is not known.
     """
-    return _drawn("collapse", runs, axes, venue, by, selection)
 
 
-@_drawing
-def similarity(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.
+def _figure(name: str, about: str) -> Drawing:
+    """The function that draws one of `QUESTIONS`."""
 
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
+    def draw(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+        page = venue_of(venue)
+        figure = _composed(name, runs, by, selection)
+        if axes is None:
+            with figure_style(Width(page.text, 8)) as size:
+                return draw_composed(figure, size)
+        given = _by_key(figure, axes)
+        draw_into(figure, given)
+        return given
 
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("similarity", runs, axes, venue, by, selection)
-
-
-@_drawing
-def gains(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("gains", runs, axes, venue, by, selection)
+    draw.__name__ = draw.__qualname__ = name
+    draw.__doc__ = about + _PARAMETERS
+    return cast(Drawing, draw)
 
 
-@_drawing
-def mixing(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Mixing matrices, single and multiplied, with the sums of their rows and columns (mHC, figure 8).
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("mixing", runs, axes, venue, by, selection)
-
-
-@_drawing
-def kernel(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Who reads whom: the depth kernel (the dense connection matrix of HC), with the shares of reads and writes.
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("kernel", runs, axes, venue, by, selection)
-
-
-@_drawing
-def spectra(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("spectra", runs, axes, venue, by, selection)
-
-
-@_drawing
-def gradients(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Gradients and sensitivity: norms, gains and ranks of the gradient, norms of states and branches along the depth.
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("gradients", runs, axes, venue, by, selection)
-
-
-@_drawing
-def training(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
-    """Training: the loss with the first warning of each verdict, and profiles along the depth, step by step.
-
-    Parameters
-    ----------
-    runs, axes, venue, by, **selection
-        See `collapse`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure, or dict of str to Axes
-        As `collapse`.
-    """
-    return _drawn("training", runs, axes, venue, by, selection)
+collapse = _figure(
+    "collapse",
+    "Collapse across depth: ranks of all and of ordinary tokens with their nulls, cosines of tokens and of streams.",
+)
+similarity = _figure(
+    "similarity",
+    "Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.",
+)
+gains = _figure(
+    "gains",
+    "Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).",
+)
+mixing = _figure(
+    "mixing",
+    "Mixing matrices, single and multiplied, with the sums of their rows and columns (mHC, figure 8).",
+)
+kernel = _figure(
+    "kernel",
+    "Who reads whom: the depth kernel (the dense connection matrix of HC), with the shares of reads and writes.",
+)
+spectra = _figure(
+    "spectra",
+    "Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.",
+)
+gradients = _figure(
+    "gradients",
+    "Gradients and sensitivity: norms, gains and ranks of the gradient, norms of states and branches along the depth.",
+)
+training = _figure(
+    "training",
+    "Training: the loss with the first warning of each verdict, and profiles along the depth, step by step.",
+)

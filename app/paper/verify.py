@@ -31,24 +31,15 @@ MOST_LISTED = 5
 class Verification:
     """What still follows from the runs, and what does not.
 
-    Parameters
-    ----------
-    same : tuple of str
-        Files that are the same, byte for byte.
-    redrawn : tuple of str
-        Drawings with other bytes, whose numbers are the same: another version of a library or other fonts draw them.
-    changed : mapping of str to str
-        Files whose numbers or words do not follow, with what was written and what follows now.
-    edited : tuple of str
-        Files that are not what the manifest says was written.
-    missing, new : tuple of str
-        Files that follow and are not there; files in the manifest that do not follow any more.
-    runs : mapping of str to str
-        Runs that are not those of the manifest, with what differs.
-    facts : mapping of str to str
-        Statements of the manifest that do not follow, such as a caption.
-    notes : tuple of str
-        What differs and decides nothing: versions, fonts, the commit, and files of others.
+    ``same``: files that are the same, byte for byte.
+    ``redrawn``: drawings with other bytes, whose numbers are the same: another version of a library or other fonts
+    draw them.
+    ``changed``: files whose numbers or words do not follow, with what was written and what follows now.
+    ``edited``: files that are not what the manifest says was written.
+    ``missing, new``: files that follow and are not there; files in the manifest that do not follow any more.
+    ``runs``: runs that are not those of the manifest, with what differs.
+    ``facts``: statements of the manifest that do not follow, such as a caption.
+    ``notes``: what differs and decides nothing: versions, fonts, the commit, and files of others.
     """
 
     same: tuple[str, ...]

@@ -115,12 +115,8 @@ class Matrix:
 class CloseUp:
     """The trace of one chain in memory.
 
-    Parameters
-    ----------
-    trace : Dataset
-        Loaded; sequences may have been left out.
-    sequences : int
-        How many sequences the run has.
+    ``trace``: loaded; sequences may have been left out.
+    ``sequences``: how many sequences the run has.
     """
 
     def __init__(self, trace: xr.Dataset, sequences: int):

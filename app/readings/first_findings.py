@@ -37,10 +37,7 @@ class FirstFindings:
     Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
     not seen: `num_judged` is shown with the result.
 
-    Parameters
-    ----------
-    history : TrainingHistory
-        May grow.
+    ``history``: may grow.
     """
 
     def __init__(self, history: TrainingHistory) -> None:

@@ -31,14 +31,10 @@ __all__ = ["FollowedHistory", "history_of"]
 class FollowedHistory(TrainingHistory):
     """The history of a live store with metrics by step, growing or not: `refresh` reads what is new.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain, for its names and what its rows do not have.
-    store : FollowedStore
-        Its rows.
-    metrics, sums : Dataset
-        What has no step in the /metrics and /statistics of the chain: nulls, and the labels of the rows.
+    ``reading``: one chain, for its names and what its rows do not have.
+    ``store``: its rows.
+    ``metrics, sums``: what has no step in the /metrics and /statistics of the chain: nulls, and the labels of the
+    rows.
     """
 
     def __init__(self, reading: Reading, store: FollowedStore, metrics: xr.Dataset, sums: xr.Dataset) -> None:

@@ -25,14 +25,9 @@ __all__ = ["SavedHistory", "cell_names", "cells_of"]
 class SavedHistory(TrainingHistory):
     """The history of a run that is not written any more, or of one without live metrics.
 
-    Parameters
-    ----------
-    reading : Reading
-        One chain; its analysis has the metrics by step.
-    curves : Dataset
-        What the sums of the run give by step, see `diagnostics.training_curves`; empty where it has none.
-    cells : DataArray or None
-        (step, connection, cell): of `_cells_of`.
+    ``reading``: one chain; its analysis has the metrics by step.
+    ``curves``: what the sums of the run give by step, see `diagnostics.training_curves`; empty where it has none.
+    ``cells``: (step, connection, cell): of `_cells_of`.
     """
 
     def __init__(self, reading: Reading, curves: xr.Dataset, cells: xr.DataArray | None) -> None:

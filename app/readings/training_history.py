@@ -124,12 +124,8 @@ class TrainingHistory(ABC):
 class UntilStep(TrainingHistory):
     """A history without what came after a step.
 
-    Parameters
-    ----------
-    history : TrainingHistory
-        Perhaps one that grows.
-    step : int
-        The last step that is seen.
+    ``history``: perhaps one that grows.
+    ``step``: the last step that is seen.
     """
 
     def __init__(self, history: TrainingHistory, step: int) -> None:

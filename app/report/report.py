@@ -97,18 +97,9 @@ def require_report(path: Path) -> None:
 def to_html(readings: Sequence[Reading], *, view: Selection | None = None, interactive: bool = False) -> str:
     """The report as one HTML document that asks nothing of any network.
 
-    Parameters
-    ----------
-    readings : sequence of Reading
-        Runs.
-    view : Selection, optional
-        Slice.
-    interactive : bool
-        As in `write_report`.
-
-    Returns
-    -------
-    str
+    ``readings``: runs.
+    ``view``: slice.
+    ``interactive``: as in `write_report`.
     """
     table = verdict_table([summary_of(reading) for reading in readings])
     order = [name for row in table.runs for name in row]

@@ -49,14 +49,10 @@ STEPS, SEEDS, LEARNING_RATE = 6, 2, 3e-3
 class Parametrisation:
     """How the rules of a network depend on its width D and depth L.
 
-    Parameters
-    ----------
-    title : str
-        For a table.
-    hidden_rate, head_scale : float
-        Powers of the base width over D: of the learning rate of hidden matrices, and of the multiplier of the logits.
-    branch_scale : float
-        Power of the base depth over L, of the multiplier of each branch.
+    ``title``: for a table.
+    ``hidden_rate, head_scale``: powers of the base width over D: of the learning rate of hidden matrices, and of the
+    multiplier of the logits.
+    ``branch_scale``: power of the base depth over L, of the multiplier of each branch.
     """
 
     title: str
@@ -80,12 +76,8 @@ STUDIES = {"width": (WIDTHS, ("standard", "mup")), "depth": (DEPTHS, ("standard"
 class Decoder(nn.Module):
     """A pre-norm byte-level decoder with a multiplier on its branches and one on its logits.
 
-    Parameters
-    ----------
-    rules : Parametrisation
-        How the multipliers depend on the size.
-    width, depth : int
-        Features, and layers.
+    ``rules``: how the multipliers depend on the size.
+    ``width, depth``: features, and layers.
     """
 
     def __init__(self, rules: Parametrisation, width: int, depth: int):

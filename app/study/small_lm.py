@@ -126,14 +126,9 @@ class SmallLM(nn.Module):
     the streams are copies; HC then computes the very function of the residual model, while mHC mixes strongly
     (the diagonal of H_res is 0.475, its second eigenvalue 0.3) and has to break the symmetry of its streams.
 
-    Parameters
-    ----------
-    kind : {"residual", "hc", "mhc"}
-        Which connection of the hyper-connections package.
-    size : Size
-        Depth, width, heads, streams.
-    connection : callable, optional
-        In place of the package's: takes the number of streams, ``dim``, ``branch`` and ``layer_index``.
+    ``kind``: which connection of the hyper-connections package.
+    ``size``: depth, width, heads, streams.
+    ``connection``: in place of the package's: takes the number of streams, ``dim``, ``branch`` and ``layer_index``.
     """
 
     def __init__(self, kind: str, size: Size = Size(), *, connection: Callable[..., nn.Module] | None = None):

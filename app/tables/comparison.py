@@ -39,14 +39,9 @@ COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient
 class Extreme:
     """One summary number of a run: a metric at the place that matters.
 
-    Parameters
-    ----------
-    metric : str
-        Variable of the analysis.
-    place : {"last", "lowest", "highest", "span"}
-        The last position, an extreme, or largest over smallest magnitude along the depth.
-    fixed : mapping of str to str
-        Labels that override the selection.
+    ``metric``: variable of the analysis.
+    ``place``: the last position, an extreme, or largest over smallest magnitude along the depth.
+    ``fixed``: labels that override the selection.
     """
 
     metric: str
@@ -294,34 +289,17 @@ def comparison_table(
         )
     # Only metrics that have a row are cited and named in the caption.
     used = tuple(dict.fromkeys(row["metric"] for row in rows))
+    what = "Runs side by side at the measured depth nearest to the relative depth."
+    caption = (what, sentence([versions_words(_dims(readings, used), view)]), _unproven(readings))
     return Table(
         name="comparison",
         title="Runs side by side",
-        caption=" ".join(
-            filter(
-                None,
-                (
-                    "Runs side by side at the measured depth nearest to the relative depth.",
-                    sentence([versions_words(_dims(readings, used), view)]),
-                    _unproven(readings),
-                ),
-            )
-        ),
+        caption=" ".join(filter(None, caption)),
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
         keys=2,
-        notes=tuple(
-            filter(
-                None,
-                (
-                    interval_note(errors),
-                    NULL_NOTE,
-                    *marked.notes,
-                    units_note(used),
-                ),
-            )
-        ),
+        notes=tuple(filter(None, (interval_note(errors), NULL_NOTE, *marked.notes, units_note(used)))),
         best=frozenset(marked.best),
     )
 
@@ -363,7 +341,10 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         ("data_digest", "different data"),
         ("dtype", "different precision"),
     ):
-        known = {run: row[key] for run, row in facts.items() if _is_known(row.get(key))}
+        # NaN, which is no fact, differs from itself.
+        known = {
+            run: value for run, row in facts.items() if (value := row.get(key)) is not None and value == value
+        }
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(
                 f"{run}: {number(value) if isinstance(value, float) else _in_short(key, str(value))}"
@@ -376,7 +357,3 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
 def _in_short(key: str, value: str) -> str:
     # The first letters of a digest tell as much as all 64 of them.
     return value[:8] if key == "data_digest" else shortened(value, LONGEST_NAME)
-
-
-def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and math.isnan(value))

@@ -35,32 +35,19 @@ _LABELS_WITHOUT_COLUMN = {"negativity"}
 class Table:
     """One table twice: as numbers for machines and as text for people.
 
-    Parameters
-    ----------
-    name : str
-        File name and LaTeX label.
-    title, caption : str
-        The caption names the slice, and how many of the rows are printed.
-    data : DataFrame
-        Every number has a column; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
-    printed : DataFrame
-        The same as text.
-    symbols : mapping of str to str
-        TeX symbol by metric, where it has one.
-    metrics : tuple of str
-        All metrics that the table rests on, for the bibliography.
-    cited : tuple of str
-        Printed columns whose cells are bibliography keys.
-    wrapped : tuple of str
-        Printed columns of running text.
-    stacked : bool
-        Whether LaTeX sets the null below the value, for tables of few rows and many columns.
-    keys : int
-        How many of the first printed columns name the row; each part of a table that is too wide begins with them.
-    notes : tuple of str
-        Sentences below the table: what its signs mean.
-    best : frozenset of (int, str)
-        Printed cells, by row and column, that are the best of their metric.
+    ``name``: file name and LaTeX label.
+    ``title, caption``: the caption names the slice, and how many of the rows are printed.
+    ``data``: every number has a column; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
+    ``printed``: the same as text.
+    ``symbols``: TeX symbol by metric, where it has one.
+    ``metrics``: all metrics that the table rests on, for the bibliography.
+    ``cited``: printed columns whose cells are bibliography keys.
+    ``wrapped``: printed columns of running text.
+    ``stacked``: whether LaTeX sets the null below the value, for tables of few rows and many columns.
+    ``keys``: how many of the first printed columns name the row; each part of a table that is too wide begins with
+    them.
+    ``notes``: sentences below the table: what its signs mean.
+    ``best``: printed cells, by row and column, that are the best of their metric.
     """
 
     name: str
@@ -82,14 +69,9 @@ class Table:
 class Column:
     """One measured column: values with their errors, their nulls and the names that people read.
 
-    Parameters
-    ----------
-    key, label, symbol, metric : str
-        Machine name, printed name, TeX symbol (or empty) and metric.
-    value : DataArray
-        One dimension.
-    stderr, null : DataArray or None
-        Same dimension.
+    ``key, label, symbol, metric``: machine name, printed name, TeX symbol (or empty) and metric.
+    ``value``: one dimension.
+    ``stderr, null``: same dimension.
     """
 
     key: str
@@ -221,18 +203,9 @@ def spoken(name: str) -> str:
 def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:
     """Rank, cosine, similarity and norms by depth.
 
-    Parameters
-    ----------
-    reading : Reading
-        One run.
-    view : Selection, optional
-        Slice; the figures' own by default.
-    rows : int
-        Most rows printed; the data have all.
-
-    Returns
-    -------
-    Table
+    ``reading``: one run.
+    ``view``: slice; the figures' own by default.
+    ``rows``: most rows printed; the data have all.
     """
     view = view or Selection()
     columns = columns_along("depth", reading.analysis, view)

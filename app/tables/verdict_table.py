@@ -57,20 +57,13 @@ MOST_NOTED = 2
 class VerdictTable:
     """A table of verdicts, ready to be drawn.
 
-    Parameters
-    ----------
-    cells : DataFrame
-        What is printed: run, group, worst, one column a verdict that is not met everywhere, and the others as a count.
-    states : DataFrame
-        The state behind each cell, of the same shape; empty where a cell is no verdict.
-    runs : list of list of str
-        The runs of each row.
-    depths : list of dict of str to int
-        Column → the depth at which to open it, for each row.
-    worst : list of Standing or None
-        The worst finding of each row, about the network where there is one.
-    verdicts : dict of str to str
-        Column → verdict.
+    ``cells``: what is printed: run, group, worst, one column a verdict that is not met everywhere, and the others as
+    a count.
+    ``states``: the state behind each cell, of the same shape; empty where a cell is no verdict.
+    ``runs``: the runs of each row.
+    ``depths``: column → the depth at which to open it, for each row.
+    ``worst``: the worst finding of each row, about the network where there is one.
+    ``verdicts``: column → verdict.
     """
 
     cells: pd.DataFrame

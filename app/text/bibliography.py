@@ -18,16 +18,10 @@ _KEY = re.compile(r"\b[a-z]+\d{4}[a-z]+\b")
 class Reference:
     """One entry of the bibliography, in Unicode.
 
-    Parameters
-    ----------
-    key : str
-        BibTeX key.
-    surnames : tuple of str
-        Of the authors, in order.
-    year, title : str
-        As printed.
-    eprint, doi : str
-        Identifiers; empty where the entry has none.
+    ``key``: BibTeX key.
+    ``surnames``: of the authors, in order.
+    ``year, title``: as printed.
+    ``eprint, doi``: identifiers; empty where the entry has none.
     """
 
     key: str

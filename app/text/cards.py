@@ -36,26 +36,15 @@ WIDTH, LABELS = 100, 15
 class Card:
     """A finding as every face shows it: terminal, report, dashboard, notebook and JSON.
 
-    Parameters
-    ----------
-    finding : Finding
-        What was judged.
-    title : str
-        The verdict as a statement about the network.
-    where : str
-        Such as ``depth 3–7, stream 2``, or ``whole run``.
-    why : str
-        The sentence with its numbers, sources by author and year.
-    limit : str
-        Where the limit comes from, where the sentence does not say it.
-    unproven : str
-        Why the reading of the network is not proven; empty where it is.
-    next : str
-        What to try.
-    experiment : str
-        The command of the experiment that would settle it; empty where there is none.
-    result : str
-        What that experiment gave, once it was run.
+    ``finding``: what was judged.
+    ``title``: the verdict as a statement about the network.
+    ``where``: such as ``depth 3–7, stream 2``, or ``whole run``.
+    ``why``: the sentence with its numbers, sources by author and year.
+    ``limit``: where the limit comes from, where the sentence does not say it.
+    ``unproven``: why the reading of the network is not proven; empty where it is.
+    ``next``: what to try.
+    ``experiment``: the command of the experiment that would settle it; empty where there is none.
+    ``result``: what that experiment gave, once it was run.
     """
 
     finding: Finding

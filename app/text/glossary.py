@@ -13,14 +13,9 @@ __all__ = ["GLOSSARY", "Term", "help_on"]
 class Term:
     """A word that is used in one sense.
 
-    Parameters
-    ----------
-    meaning : str
-        One or two sentences.
-    forms : tuple of str
-        Other forms of the same word, such as an adjective; a plural with s is known.
-    not_written : tuple of str
-        Other spellings and names of the same thing, which no label of ours has.
+    ``meaning``: one or two sentences.
+    ``forms``: other forms of the same word, such as an adjective; a plural with s is known.
+    ``not_written``: other spellings and names of the same thing, which no label of ours has.
     """
 
     meaning: str

@@ -71,10 +71,6 @@ def _findings_html(findings: Iterable[Any]) -> str:
     )
 
 
-def _finding_html(finding: Any) -> str:
-    return _findings_html([finding])
-
-
 def _text_html(text: str) -> str:
     return f"<pre>{escape(visible(text, lines=True))}</pre>"
 
@@ -185,10 +181,6 @@ def _sizes(tree: Any) -> str | None:
     return f"{sizes['sample']} × {sizes['token']}" if {"sample", "token"} <= set(sizes) else None
 
 
-def _printed_html(value: Any) -> str:
-    return _text_html(str(value))
-
-
 def _figure_png(figure: Any) -> bytes:
     import io
 
@@ -199,10 +191,10 @@ def _figure_png(figure: Any) -> bytes:
 
 # By name: a notebook that shows no finding imports none of these.
 _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
-    ("depthscope.diagnostics.verdicts.finding", "Finding"): _finding_html,
+    ("depthscope.diagnostics.verdicts.finding", "Finding"): lambda finding: _findings_html([finding]),
     ("depthscope.diagnostics.verdicts.finding", "Findings"): _findings_html,
     ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
-    ("depthscope.probes.description", "Description"): _printed_html,
+    ("depthscope.probes.description", "Description"): lambda value: _text_html(str(value)),
     ("xarray.core.datatree", "DataTree"): _tree_html,
     ("xarray.core.dataarray", "DataArray"): _array_html,
 }

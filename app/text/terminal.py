@@ -113,10 +113,7 @@ def say(text: str = "") -> None:
 def emit(data: Any) -> None:
     """Print one JSON document on stdout; undefined numbers are null.
 
-    Parameters
-    ----------
-    data : mapping, sequence or scalar
-        What to print; anything that JSON lacks becomes text.
+    ``data``: what to print; anything that JSON lacks becomes text.
     """
     # json.dumps writes NaN and Infinity as bare words, which are no JSON and which jq and JavaScript refuse.
     # On another encoding than UTF-8 every other character is an escape, which JSON reads as the same character.
@@ -191,12 +188,8 @@ def progress_bar(title: str, *, visible: bool | None = None) -> Iterator[Callabl
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: framed on a terminal, in aligned columns elsewhere.
 
-    Parameters
-    ----------
-    columns : sequence of str
-        Headings.
-    rows : sequence of sequence of str
-        Cells.
+    ``columns``: headings.
+    ``rows``: cells.
     """
     columns = [printable(column) for column in columns]
     rows = [[printable(cell) for cell in row] for row in rows]

@@ -15,18 +15,11 @@ _INCH = 72.27  # TeX points
 class Venue:
     """The page of a venue.
 
-    Parameters
-    ----------
-    name : str
-        Key of `VENUES`.
-    text, column : float
-        Inches across the text, and across one column; equal where there is one.
-    height : float
-        Inches of text on a page, at most.
-    body : int
-        Type size of the text in points.
-    author_year : bool
-        Whether its style loads natbib, which cites by authors and years.
+    ``name``: key of `VENUES`.
+    ``text, column``: inches across the text, and across one column; equal where there is one.
+    ``height``: inches of text on a page, at most.
+    ``body``: type size of the text in points.
+    ``author_year``: whether its style loads natbib, which cites by authors and years.
     """
 
     name: str
@@ -67,19 +60,8 @@ VENUES: dict[str, Venue] = {
 def venue_of(name: str) -> Venue:
     """A venue by its name.
 
-    Parameters
-    ----------
-    name : str
-        Key of `VENUES`.
-
-    Returns
-    -------
-    Venue
-
-    Raises
-    ------
-    InputError
-        For a name that is not known.
+    ``name``: key of `VENUES`.
+    Raises InputError: For a name that is not known.
     """
     if name not in VENUES:
         raise InputError(f"venue {name!r} is not known; expected {', '.join(VENUES)}")

@@ -27,21 +27,13 @@ MOST_EXCHANGES = 20_000
 class Difference:
     """One metric of one run less that of another, along the depths that both have.
 
-    Parameters
-    ----------
-    metric : str
-        Name in the catalogue.
-    first, second : str
-        The runs, or groups of runs: `value` is second − first.
-    value, half_width : DataArray
-        One dimension, ``depth`` or ``connection``; half of the 95 % interval of one number, by Student's t. NaN where there
-        is none.
-    p : DataArray
-        How often chance gives a difference as large at any of the depths: corrected for their number.
-    how : str
-        What was tested, in words: ``"paired over the same 8 sequences"``.
-    undecided : str
-        Why no difference can be told however large it is; empty where it can.
+    ``metric``: name in the catalogue.
+    ``first, second``: the runs, or groups of runs: `value` is second − first.
+    ``value, half_width``: one dimension, ``depth`` or ``connection``; half of the 95 % interval of one number, by
+    Student's t. NaN where there is none.
+    ``p``: how often chance gives a difference as large at any of the depths: corrected for their number.
+    ``how``: what was tested, in words: ``"paired over the same 8 sequences"``.
+    ``undecided``: why no difference can be told however large it is; empty where it can.
     """
 
     metric: str

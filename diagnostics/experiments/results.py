@@ -95,16 +95,8 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write a result to one file (netCDF-4), which takes an earlier one's place when it is complete.
 
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate` or `patch`, `depthscope.lens` or `jacobians_by_depth`.
-    path : path-like
-        Where to.
-
-    Returns
-    -------
-    Path
+    ``result``: of `depthscope.interventions.ablate` or `patch`, `depthscope.lens` or `jacobians_by_depth`.
+    ``path``: where to.
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
@@ -115,21 +107,9 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result into memory.
 
-    Parameters
-    ----------
-    path : path-like
-        A file of `save_result`.
-
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    InputError
-        For a file that is no such result, or not as it was saved.
-    AbsentError
-        Where there is none.
+    ``path``: a file of `save_result`.
+    Raises InputError: For a file that is no such result, or not as it was saved.
+    Raises AbsentError: Where there is none.
     """
     file = Path(path)
     if not file.exists():
@@ -198,16 +178,9 @@ def mean_later_change(row: dict[str, Any]) -> float | None:
 def table(result: xr.Dataset) -> pd.DataFrame:
     """The effects of experiments as a short table.
 
-    Parameters
-    ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
-
-    Returns
-    -------
-    DataFrame
-        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, ``later_blocks``
-        (mean change of what they add), and ``rescued`` where a stream was put back.
+    ``result``: of `depthscope.interventions.ablate`.
+    Returns: One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``,
+    ``later_blocks`` (mean change of what they add), and ``rescued`` where a stream was put back.
     """
     names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
     names |= {name: name for name in ("kl", "output_change", "rescued")}

@@ -44,10 +44,7 @@ def _most_tokens_of_cca(width: int) -> int:
 class Pairs:
     """Pairs of depths of one chain.
 
-    Parameters
-    ----------
-    mean_states : MeanStates
-        The mean over streams.
+    ``mean_states``: the mean over streams.
     """
 
     def __init__(self, mean_states: MeanStates) -> None:

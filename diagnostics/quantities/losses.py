@@ -19,10 +19,7 @@ MOST_CHANGES = 2000
 class LossCourse:
     """The losses of a training so far.
 
-    Parameters
-    ----------
-    losses : iterable of float
-        Those of an earlier attempt that goes on.
+    ``losses``: those of an earlier attempt that goes on.
 
     Examples
     --------

@@ -17,12 +17,8 @@ from depthscope.diagnostics.quantities.states import States, by_kind
 class MeanStates:
     """The mean over streams of every real token at every depth, loaded once.
 
-    Parameters
-    ----------
-    states : States
-        The states.
-    masks : Variable
-        Dims (tokens, sample, token): which tokens count, by kind.
+    ``states``: the states.
+    ``masks``: dims (tokens, sample, token): which tokens count, by kind.
     """
 
     def __init__(self, states: States, masks: xr.Variable) -> None:

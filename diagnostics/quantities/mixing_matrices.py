@@ -34,12 +34,8 @@ class Mixing:
 
     A connection that is not finite is replaced by the identity, and every value computed from it is NaN.
 
-    Parameters
-    ----------
-    h_res : DataArray
-        Dims (connection, sample, token, stream_out, stream_in).
-    mask : DataArray
-        Dims (sample, token).
+    ``h_res``: dims (connection, sample, token, stream_out, stream_in).
+    ``mask``: dims (sample, token).
     """
 
     def __init__(self, h_res: xr.DataArray, mask: xr.DataArray) -> None:

@@ -98,15 +98,10 @@ class Unavailable(InputError):
 class Quantities:
     """The quantities of one chain: variables of its trace and what is derived from them, on demand.
 
-    Parameters
-    ----------
-    trace : Dataset
-        The chain's trace.
-    choices : mapping of str to str, optional
-        One label for some of `CHOICES`, where not every variant is wanted.
-    supplied : mapping of str to function, optional
-        Quantities that are known otherwise than from raw states, such as from sums over every token: functions like those of
-        `QUANTITIES`, which take their place.
+    ``trace``: the chain's trace.
+    ``choices``: one label for some of `CHOICES`, where not every variant is wanted.
+    ``supplied``: quantities that are known otherwise than from raw states, such as from sums over every token:
+    functions like those of `QUANTITIES`, which take their place.
 
     Examples
     --------

@@ -25,16 +25,10 @@ BLOCK = 131_072
 class States:
     """States of one chain, one depth in memory at a time: the mean over streams and each of several.
 
-    Parameters
-    ----------
-    states : DataArray
-        Dims (depth, sample, token, stream, feature).
-    mask : DataArray
-        Dims (sample, token), true on real tokens.
-    cache_bytes : int
-        Most bytes of depths that are kept for the next metric.
-    finite : ndarray of bool, optional
-        Where these are some sequences of more: which streams of each depth (L, n) are finite in all of them.
+    ``states``: dims (depth, sample, token, stream, feature).
+    ``mask``: dims (sample, token), true on real tokens.
+    ``cache_bytes``: most bytes of depths that are kept for the next metric.
+    ``finite``: where these are some sequences of more: which streams of each depth (L, n) are finite in all of them.
     """
 
     def __init__(

@@ -59,10 +59,7 @@ _RUN = re.compile(r"[0-9a-f]{32}")
 class History:
     """What the frames of a log add up to.
 
-    Parameters
-    ----------
-    store : Path
-        The folder that the older rows are in.
+    ``store``: the folder that the older rows are in.
     """
 
     def __init__(self, store: Path) -> None:

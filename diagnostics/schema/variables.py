@@ -41,14 +41,9 @@ STREAM_SPECTRUM = ("centering", "depth", "stream", "component")
 class Variable:
     """One declared variable of a run.
 
-    Parameters
-    ----------
-    dims : tuple of str
-        Its dimensions, in order.
-    kind : str
-        Allowed numpy dtype kinds: ``"f"`` floating, ``"i"`` integer, ``"b"`` boolean, ``"O"`` text.
-    meaning : str
-        One line for people.
+    ``dims``: its dimensions, in order.
+    ``kind``: allowed numpy dtype kinds: ``"f"`` floating, ``"i"`` integer, ``"b"`` boolean, ``"O"`` text.
+    ``meaning``: one line for people.
     """
 
     dims: tuple[str, ...]

@@ -17,12 +17,8 @@ from depthscope.diagnostics.quantities.registry import Unavailable
 class Measured:
     """A curve of an analysis, and the analysis, in which a law finds the other numbers that it needs.
 
-    Parameters
-    ----------
-    curve : DataArray
-        One variable along ``depth`` or ``connection``; its scalar coordinates tell which slice it is.
-    analysis : Dataset
-        The analysis that it was taken from.
+    ``curve``: one variable along ``depth`` or ``connection``; its scalar coordinates tell which slice it is.
+    ``analysis``: the analysis that it was taken from.
     """
 
     curve: xr.DataArray

@@ -15,14 +15,9 @@ from depthscope.diagnostics.theory.laws import Law, Measured
 class Overlay:
     """A law for a curve: its values, or the reason why there are none.
 
-    Parameters
-    ----------
-    law : Law
-        The law.
-    values : DataArray or None
-        On the axis of the measured curve; NaN where the law is undefined.
-    reason : str
-        Why there are no values; empty where there are.
+    ``law``: the law.
+    ``values``: on the axis of the measured curve; NaN where the law is undefined.
+    ``reason``: why there are no values; empty where there are.
     """
 
     law: Law

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.probes.checkpoints.errors import CheckpointError, first_line, printable
 
 MiB = 1 << 20
@@ -15,13 +16,6 @@ MiB = 1 << 20
 JSON_LIMIT = 64 * MiB
 # Read by the tokenizers of transformers next to the files of the folder itself.
 TEMPLATES = "additional_chat_templates"
-KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 def given_path(spec: str | Path) -> Path:
@@ -49,9 +43,8 @@ def require_file(path: Path) -> Path:
         raise CheckpointError(
             f"'{path}' cannot be read: {_reason(error)}; complete the checkpoint"
         ) from error
-    kind = next((words for test, words in KINDS if test(mode)), None)
-    if kind is not None or not stat.S_ISREG(mode):
-        raise CheckpointError(f"'{path}' is {kind or 'no regular file'}; expected a regular file")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"'{path}' is {kind_of(mode)}; expected a regular file")
     return path
 
 

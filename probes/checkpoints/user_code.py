@@ -100,7 +100,9 @@ def is_model_error(error: BaseException) -> bool:
         files = [frame.f_code.co_filename for frame in frames]
         return sum(map(_is_users, files)) > REPEATED
     # An error in what they call is the model's.
-    files = [frame.f_code.co_filename for frame in frames if not _is_passed_through(frame)]
+    files = [
+        frame.f_code.co_filename for frame in frames if not frame.f_code.co_qualname.endswith(PASSED_THROUGH)
+    ]
     # A hook of ours runs within the call of a module too, and is then the last.
     last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
     return any(
@@ -108,7 +110,3 @@ def is_model_error(error: BaseException) -> bool:
         for file in files[last + 1 :]
         if not file.startswith("<")
     )
-
-
-def _is_passed_through(frame: FrameType) -> bool:
-    return frame.f_code.co_qualname.endswith(PASSED_THROUGH)

@@ -42,14 +42,10 @@ class Weights:
 class DepthWeights(Weights):
     """The weights of one connection over depth: h_v = Σ_j read_vj v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
 
-    Parameters
-    ----------
-    read : Tensor
-        (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
-    carry : Tensor
-        (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left out.
-    scale : Tensor
-        (B, T): of its own output in the next state.
+    ``read``: (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
+    ``carry``: (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left
+    out.
+    ``scale``: (B, T): of its own output in the next state.
     """
 
     read: torch.Tensor
@@ -61,20 +57,12 @@ class DepthWeights(Weights):
 class Parts(Weights):
     """The weights of one connection call, and what its branch took and returned.
 
-    Parameters
-    ----------
-    mix : Tensor or None
-        (B, T, N, N), destination by source; None where nothing mixes.
-    read : Tensor or None
-        H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
-    write : Tensor
-        H_post, (B, T, N, V).
-    branch_in : Tensor
-        (B, T, V, D).
-    branch_out : Tensor
-        (B, T, V, D).
-    constant : Tensor or None
-        (B, T, N, D): what else is added to the next state, which was not computed from the streams.
+    ``mix``: (B, T, N, N), destination by source; None where nothing mixes.
+    ``read``: H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
+    ``write``: H_post, (B, T, N, V).
+    ``branch_in``: (B, T, V, D).
+    ``branch_out``: (B, T, V, D).
+    ``constant``: (B, T, N, D): what else is added to the next state, which was not computed from the streams.
     """
 
     mix: torch.Tensor | None

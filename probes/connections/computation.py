@@ -33,16 +33,10 @@ CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which i
 class Reduction:
     """An operation that normalises a matrix along an axis, or reduces it.
 
-    Parameters
-    ----------
-    number : int
-        Of its result in the graph.
-    axis : int
-        Counted from the end (−1 is the last); 0 where it is not known.
-    size : int
-        Of that axis.
-    turned : bool
-        Whether axes were exchanged, and nothing else.
+    ``number``: of its result in the graph.
+    ``axis``: counted from the end (−1 is the last); 0 where it is not known.
+    ``size``: of that axis.
+    ``turned``: whether axes were exchanged, and nothing else.
     """
 
     number: int
@@ -73,37 +67,25 @@ def _reductions(value: TracedValue, squares: set[int], vectors: set[int]) -> Ite
 class Origin:
     """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
 
-    Parameters
-    ----------
-    learned : bool
-        Whether the matrix was computed from parameters.
-    gradients : tuple of (float or None, float), optional
-        The largest gradient of the matrix's logits, and of the write weights, for a random combination of the model's outputs;
-        None where autograd has no path to the logits. Known where the matrix is uniform, or some copy of it has no graph.
-    other_states : mapping of str to tuple of int
-        By weights (H_res, H_pre, H_post): at which connections the states are that they were computed from though they are
-        not this connection's own; −1 for the model's input.
-    other_tokens : float
-        The share of the gradient of one token's coefficients that falls on the states of other tokens.
-    later : bool
-        Whether some of these tokens come later in the sequence.
-    unused : Tensor or None
-        A matrix (K, T, n, n) that was computed from parameters for this connection, and that no output depends on.
-    sigmoids : mapping of str to float
-        By weights (H_pre, H_post): the factor c where they are c · σ(·).
-    axes : tuple of Reduction
-        Along which axes the matrix was normalised.
-    exact : Tensor or None
-        The matrix (K, T, n, n) as it is applied, where it was read in half precision only.
-    turned : bool, optional
-        Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
-    stored : Tensor or None
-        The matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
-    rounded_to : str
-        To which type it was cast.
-    reads_along : bool, optional
-        Where one matrix has the read weights in its first columns and the mixing in its others: whether both are applied along
-        the same axis; None where no matrix has both.
+    ``learned``: whether the matrix was computed from parameters.
+    ``gradients``: the largest gradient of the matrix's logits, and of the write weights, for a random combination of
+    the model's outputs; None where autograd has no path to the logits. Known where the matrix is uniform, or some
+    copy of it has no graph.
+    ``other_states``: by weights (H_res, H_pre, H_post): at which connections the states are that they were computed
+    from though they are not this connection's own; −1 for the model's input.
+    ``other_tokens``: the share of the gradient of one token's coefficients that falls on the states of other tokens.
+    ``later``: whether some of these tokens come later in the sequence.
+    ``unused``: a matrix (K, T, n, n) that was computed from parameters for this connection, and that no output
+    depends on.
+    ``sigmoids``: by weights (H_pre, H_post): the factor c where they are c · σ(·).
+    ``axes``: along which axes the matrix was normalised.
+    ``exact``: the matrix (K, T, n, n) as it is applied, where it was read in half precision only.
+    ``turned``: whether the matrix is applied as the transpose of what was computed first; None where that is
+    symmetric.
+    ``stored``: the matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
+    ``rounded_to``: to which type it was cast.
+    ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
+    both are applied along the same axis; None where no matrix has both.
     """
 
     learned: bool = False
@@ -162,17 +144,9 @@ def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
 class Search:
     """The search for the coefficients of all connections in what one forward computed.
 
-    Parameters
-    ----------
-    forward : ComputedForward
-        What it computed.
-    applied : sequence of Applied
-        One for each connection, in order.
-
-    Attributes
-    ----------
-    found : list of dict
-        For each connection the values that are its coefficients, by their names (H_res, H_pre, H_post).
+    ``forward``: what it computed.
+    ``applied``: one for each connection, in order.
+    ``found``: for each connection the values that are its coefficients, by their names (H_res, H_pre, H_post).
     """
 
     def __init__(self, forward: ComputedForward, applied: Sequence[Applied]):

@@ -50,30 +50,18 @@ def values_of_connections(recorder: GraphRecorder, num_streams: int, width: int,
 class ComputedForward:
     """What one forward computed.
 
-    Parameters
-    ----------
-    graph : Graph
-        Of its operations.
-    values : sequence of ComputedValue
-        In order.
-    parameters : mapping of int to Tensor
-        The model's parameters, by their numbers in the graph.
-    outputs : list of Tensor
-        What the model returned.
-    batch_size, tokens : int
-        B and T.
-    canonical : callable
-        A state of the model's own layout as (B, T, N, D).
-    shape : tuple of int
-        Of a state in the model's own layout.
-    rows : list of int
-        The sequences of this batch that were sampled.
-    precision : dtype
-        In which the model multiplies its states: weights that were read by running operations once more are rounded to it.
-    autocast : bool
-        Whether torch's autocast multiplied the states.
-    loss : Tensor or None
-        With its graph, where gradients are wanted.
+    ``graph``: of its operations.
+    ``values``: in order.
+    ``parameters``: the model's parameters, by their numbers in the graph.
+    ``outputs``: what the model returned.
+    ``batch_size, tokens``: B and T.
+    ``canonical``: a state of the model's own layout as (B, T, N, D).
+    ``shape``: of a state in the model's own layout.
+    ``rows``: the sequences of this batch that were sampled.
+    ``precision``: in which the model multiplies its states: weights that were read by running operations once more
+    are rounded to it.
+    ``autocast``: whether torch's autocast multiplied the states.
+    ``loss``: with its graph, where gradients are wanted.
     """
 
     graph: Graph

@@ -15,14 +15,9 @@ from depthscope.probes.reading.graph import Graph, TracedValue
 class ComputedValue:
     """A value of the graph with its tensor.
 
-    Parameters
-    ----------
-    value : TracedValue
-        The value.
-    tensor : Tensor
-        Its content may have been rewritten since, see ``rewritten``.
-    written : int or None
-        torch's count of writes at that time.
+    ``value``: the value.
+    ``tensor``: its content may have been rewritten since, see ``rewritten``.
+    ``written``: torch's count of writes at that time.
     """
 
     value: TracedValue
@@ -46,12 +41,8 @@ class ComputedValue:
 class ComputedValues:
     """The floating tensors of some shapes among the values of a forward that is recorded, by their numbers.
 
-    Parameters
-    ----------
-    graph : Graph
-        Of the forward.
-    accepts : callable
-        ``accepts(shape) -> bool``.
+    ``graph``: of the forward.
+    ``accepts``: ``accepts(shape) -> bool``.
     """
 
     def __init__(self, graph: Graph, accepts: Callable[[tuple[int, ...]], bool]):

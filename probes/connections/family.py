@@ -24,23 +24,14 @@ class ReconstructionError(StreamConnectionError):
 class Site:
     """A connection of streams.
 
-    Parameters
-    ----------
-    style : str
-        Of its `Connection`.
-    family : str
-        Name of the model's family; a run names an ``"hc"`` by what its matrices are measured to satisfy, see
-        `depthscope.probes.connections.constraint`.
-    num_streams : int
-        n, times the fractions.
-    layout : str
-        As in `depthscope.probes.model.layout`.
-    fractions : int
-        Parts of each stream's features that are connected separately.
-    mixes : bool
-        Whether an H_res exists; otherwise it is the identity.
-    reads_features : bool
-        Whether the branch input is read by gates per feature, so that no scalar H_pre exists.
+    ``style``: of its `Connection`.
+    ``family``: name of the model's family; a run names an ``"hc"`` by what its matrices are measured to satisfy, see
+    `depthscope.probes.connections.constraint`.
+    ``num_streams``: n, times the fractions.
+    ``layout``: as in `depthscope.probes.model.layout`.
+    ``fractions``: parts of each stream's features that are connected separately.
+    ``mixes``: whether an H_res exists; otherwise it is the identity.
+    ``reads_features``: whether the branch input is read by gates per feature, so that no scalar H_pre exists.
     """
 
     style: str

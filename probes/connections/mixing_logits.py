@@ -17,14 +17,10 @@ from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_log
 class MixingLogits:
     """The logits of one connection, or why they are not known.
 
-    Parameters
-    ----------
-    why : str
-        Empty where they are known.
-    logits : Tensor or None
-        (K, T, n, n) of the sampled sequences of the followed batch, rows are destinations.
-    logit_gradient, mixing_gradient : float
-        ‖∂L/∂H̃‖_F and ‖∂L/∂H_res‖_F over all tokens of that batch; NaN without a loss, 0 where none arrives.
+    ``why``: empty where they are known.
+    ``logits``: (K, T, n, n) of the sampled sequences of the followed batch, rows are destinations.
+    ``logit_gradient, mixing_gradient``: ‖∂L/∂H̃‖_F and ‖∂L/∂H_res‖_F over all tokens of that batch; NaN without a
+    loss, 0 where none arrives.
     """
 
     why: str = ""

@@ -24,14 +24,9 @@ PROOF_TOKENS = 512
 class Proof:
     """How well one connection's parts give its next state.
 
-    Parameters
-    ----------
-    error : float
-        Relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens.
-    other : float
-        The same with the transposed matrix.
-    known : bool
-        False where no state around the connection is finite; the errors are NaN then.
+    ``error``: relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens.
+    ``other``: the same with the transposed matrix.
+    ``known``: false where no state around the connection is finite; the errors are NaN then.
     """
 
     error: float

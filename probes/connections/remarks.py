@@ -32,18 +32,11 @@ FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
 class Remark:
     """One thing that is odd about the connections.
 
-    Parameters
-    ----------
-    kind : str
-        What it is, which is the name of the verdict that reports it.
-    sentence : str
-        In plain words, with the numbers.
-    value : float
-        The number that it rests on; that verdict states what it is compared with.
-    connections : tuple of int
-        Where.
-    sure : bool
-        Whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
+    ``kind``: what it is, which is the name of the verdict that reports it.
+    ``sentence``: in plain words, with the numbers.
+    ``value``: the number that it rests on; that verdict states what it is compared with.
+    ``connections``: where.
+    ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
     """
 
     kind: str
@@ -61,26 +54,15 @@ class Remark:
 class Facts:
     """What is known of one connection, of the sampled sequences.
 
-    Parameters
-    ----------
-    name : str
-        The module that it belongs to.
-    mix : Tensor
-        H_res as applied (K, T, n, n), and the identity where nothing mixes.
-    mixes : bool
-        Whether the model computes a matrix.
-    stored : Tensor
-        H_res before the model rounded it to another precision.
-    rounded_to : str
-        That precision; empty where it is applied as stored.
-    read, write : Tensor or None
-        H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
-    mask : Tensor
-        (K, T), True on tokens that are no padding.
-    origin : Origin or None
-        From what the weights were computed; None where no forward was followed.
-    spread_in, spread_out : float
-        ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
+    ``name``: the module that it belongs to.
+    ``mix``: H_res as applied (K, T, n, n), and the identity where nothing mixes.
+    ``mixes``: whether the model computes a matrix.
+    ``stored``: H_res before the model rounded it to another precision.
+    ``rounded_to``: that precision; empty where it is applied as stored.
+    ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
+    ``mask``: (K, T), True on tokens that are no padding.
+    ``origin``: from what the weights were computed; None where no forward was followed.
+    ``spread_in, spread_out``: ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
     """
 
     name: str

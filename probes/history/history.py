@@ -49,16 +49,10 @@ Progress = Callable[[str, int, int], None]
 class History:
     """A history of checkpoints, and those that are not in it.
 
-    Parameters
-    ----------
-    run : DataTree
-        The history.
-    path : Path
-        Where it was saved.
-    left_out : dict
-        Path of a checkpoint to why it could not be probed.
-    num_probed : int
-        How many were probed now; the others had been before.
+    ``run``: the history.
+    ``path``: where it was saved.
+    ``left_out``: path of a checkpoint to why it could not be probed.
+    ``num_probed``: how many were probed now; the others had been before.
     """
 
     run: xr.DataTree
@@ -149,10 +143,35 @@ def probe_checkpoints(
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
     prober = _Prober(text, settings, {"gradients": gradients, **options}, device, attrs)
+    progress = progress or (lambda name, done, total: None)
+    done = _measure_all(prober, ordered, folder, left_out, progress)
+    paths, last = dict(ordered), max(done)
+    states = prober.states_of(last, paths[last], place)
+    facts: dict[str, Any] = {
+        CHECKPOINTS: [
+            {"step": step, "name": Path(paths[step]).name, "weights_digest": part.attrs["weights_digest"]}
+            for step, part in done.items()
+        ]
+    }
+    if left_out:
+        facts["checkpoints_left_out"] = {Path(path).name: why for path, why in left_out.items()}
+    run = assembled(list(done.values()), states, facts)
+    schema.save_run(run, place, force=True)
+    progress("", len(ordered), len(ordered))
+    return History(run, place, left_out, prober.num_probed)
+
+
+def _measure_all(
+    prober: _Prober,
+    ordered: Sequence[tuple[int, str]],
+    folder: Path,
+    left_out: dict[str, str],
+    progress: Progress,
+) -> dict[int, xr.DataTree]:
+    """What was measured of each checkpoint, by its step; those that could not be probed are added to ``left_out``."""
     done: dict[int, xr.DataTree] = {}
     for number, (step, path) in enumerate(ordered):
-        if progress is not None:
-            progress(Path(path).name, number, len(ordered))
+        progress(Path(path).name, number, len(ordered))
         try:
             done[step] = prober.measure(step, path, folder)
         except (CaptureError, ValueError, OSError) as error:
@@ -165,28 +184,7 @@ def probe_checkpoints(
     if not done:
         reasons = "; ".join(f"{path}: {why}" for path, why in left_out.items())
         raise InputError(f"no checkpoint could be probed ({reasons})")
-    last = max(done)
-    states = prober.states_of(last, dict(ordered)[last], place)
-    facts = {
-        CHECKPOINTS: [
-            {
-                "step": step,
-                "name": Path(dict(ordered)[step]).name,
-                "weights_digest": part.attrs["weights_digest"],
-            }
-            for step, part in done.items()
-        ],
-        **(
-            {"checkpoints_left_out": {Path(path).name: why for path, why in left_out.items()}}
-            if left_out
-            else {}
-        ),
-    }
-    run = assembled(list(done.values()), states, facts)
-    schema.save_run(run, place, force=True)
-    if progress is not None:
-        progress("", len(ordered), len(ordered))
-    return History(run, place, left_out, prober.num_probed)
+    return done
 
 
 def _require_place(place: Path, *, force: bool) -> None:

@@ -11,10 +11,7 @@ from depthscope.probes.session.session import Session
 class AppliedConnections:
     """The parts of the connections of a model's first chain, forward by forward.
 
-    Parameters
-    ----------
-    session : Session
-        That stores every sequence of a forward.
+    ``session``: that stores every sequence of a forward.
     """
 
     def __init__(self, session: Session) -> None:

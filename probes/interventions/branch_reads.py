@@ -17,16 +17,10 @@ from depthscope.probes.structure.chain import Chain
 class BranchReads:
     """The inputs (B, T, V, D) of the branches of a chain of streams, as the model makes them.
 
-    Parameters
-    ----------
-    chain : Chain
-        Whose connections these are.
-    connections : mapping of int to Parts
-        Of the unchanged forward, with what each branch read.
-    places : mapping of Depth to Birthplace
-        Where the states are made.
-    tokens_first : bool
-        Whether the model has the axis of the tokens before that of the sequences.
+    ``chain``: whose connections these are.
+    ``connections``: of the unchanged forward, with what each branch read.
+    ``places``: where the states are made.
+    ``tokens_first``: whether the model has the axis of the tokens before that of the sequences.
     """
 
     def __init__(

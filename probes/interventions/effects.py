@@ -13,13 +13,14 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
-from depthscope.probes.interventions.changes import Change, Plan, changes, plan
+from depthscope.probes.interventions.changes import changes
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import (
     ModelUnderTest,
     Passed,
 )
 from depthscope.probes.interventions.other_paths import other_paths
+from depthscope.probes.interventions.plans import Change, Plan, plan
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,

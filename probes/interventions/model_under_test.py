@@ -50,14 +50,9 @@ Edit: TypeAlias = Callable[[torch.Tensor, Seen], torch.Tensor]
 class Passed:
     """What one forward showed.
 
-    Parameters
-    ----------
-    output : object
-        What the model returned.
-    states : dict of int to Tensor
-        (B, T, N, D) by depth, as they were passed on.
-    connections : dict of int to Parts
-        Of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
+    ``output``: what the model returned.
+    ``states``: (B, T, N, D) by depth, as they were passed on.
+    ``connections``: of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
     """
 
     output: Any
@@ -98,7 +93,19 @@ class ModelUnderTest:
         self.model = model
         self.batch = batch
         self._options, self._chain_name = options or Options(), chain
-        self._session = Session(model, _of_every_sequence(self._options), only_own=True, sums=False)
+        self._session = Session(
+            model,
+            Options(
+                layers=self._options.layers,
+                layout=self._options.layout,
+                streams=self._options.streams,
+                mask=self._options.mask,
+                sites=self._options.sites,
+                max_sequences=EVERY_SEQUENCE,
+            ),
+            only_own=True,
+            sums=False,
+        )
         self._find_structure()
         self.structure = self._session.structure
         self.number = _chain_number(self.structure.chains, chain)
@@ -290,7 +297,8 @@ class ModelUnderTest:
                 listen()
                 with mode, torch.no_grad(), own_call(session.owner):
                     output = call_model(self.model, copied(self.batch if batch is None else batch))
-                if self._connections.are_proven and _unread_connections(session.errors):
+                unread = [isinstance(error, StreamConnectionError) for error in session.errors]
+                if self._connections.are_proven and unread and all(unread):
                     # A state that is changed inside of its connection's own method no longer follows from the weights.
                     return Passed(output)
                 session.raise_first_error()
@@ -417,21 +425,6 @@ class ModelUnderTest:
         return {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-
-
-def _of_every_sequence(options: Options) -> Options:
-    return Options(
-        layers=options.layers,
-        layout=options.layout,
-        streams=options.streams,
-        mask=options.mask,
-        sites=options.sites,
-        max_sequences=EVERY_SEQUENCE,
-    )
-
-
-def _unread_connections(errors: list[Exception]) -> bool:
-    return bool(errors) and all(isinstance(error, StreamConnectionError) for error in errors)
 
 
 def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:

@@ -35,18 +35,11 @@ MEASURES = {
 class Measure:
     """The measure of outputs of one batch.
 
-    Parameters
-    ----------
-    clean : ModelUnderTest
-        The model on the clean batch.
-    answer, against : int or array of int, optional
-        Token ids.
-    loss : callable, optional
-        Of the user.
-    pick : callable, optional
-        The tensor to compare.
-    first : int
-        Number of the first sequence of the batch among all.
+    ``clean``: the model on the clean batch.
+    ``answer, against``: token ids.
+    ``loss``: of the user.
+    ``pick``: the tensor to compare.
+    ``first``: number of the first sequence of the batch among all.
     """
 
     def __init__(

@@ -16,12 +16,12 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.interventions.changes import replaced_state
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
 from depthscope.probes.interventions.patch_measure import Answers, Measure
 from depthscope.probes.interventions.patch_result import Cell, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Loss, Pick
+from depthscope.probes.interventions.state_changes import replaced_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options

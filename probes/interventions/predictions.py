@@ -61,16 +61,10 @@ def named_logits(output: Any) -> torch.Tensor | None:
 class Targets:
     """What the output is compared with.
 
-    Parameters
-    ----------
-    ids : Tensor or None
-        (B, T) token ids that the output is proven to predict one ahead; None where it does not.
-    mask : Tensor or None
-        (B, T), true on real tokens.
-    why : str
-        Why there is no next-token loss; empty where there is one.
-    distribution : bool
-        Whether the output is known to be logits, whose softmax means something.
+    ``ids``: (B, T) token ids that the output is proven to predict one ahead; None where it does not.
+    ``mask``: (B, T), true on real tokens.
+    ``why``: why there is no next-token loss; empty where there is one.
+    ``distribution``: whether the output is known to be logits, whose softmax means something.
     """
 
     ids: torch.Tensor | None

@@ -66,14 +66,10 @@ Change: TypeAlias = Callable[[Depth | Read, torch.Tensor], torch.Tensor]
 class StateOperations:
     """Follows which operation wrote which memory, and changes states where they are made, in forwards made inside of `on`.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-    places : mapping of Depth or Read to Birthplace, optional
-        The states and reads that are met; none where they are only looked for.
-    change : callable, optional
-        ``change((chain, depth), state)`` returns the state to go on with, in the model's layout, or the tensor that came.
+    ``model``: the model.
+    ``places``: the states and reads that are met; none where they are only looked for.
+    ``change``: ``change((chain, depth), state)`` returns the state to go on with, in the model's layout, or the
+    tensor that came.
     """
 
     def __init__(

@@ -71,12 +71,8 @@ def _not_frozen(
 class _DerivativeCheck:
     """The first two equations of `require_frozen` for one connection.
 
-    Attributes
-    ----------
-    error : float
-        The larger of both relative errors.
-    cotangent, carried : Tensor
-        u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
+    ``error``: the larger of both relative errors.
+    ``cotangent, carried``: u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
     """
 
     def __init__(
@@ -99,7 +95,10 @@ class _DerivativeCheck:
         if connection.reads:
             errors.append(_finite_error(by_x, self._through_streams(mix, any_u, by_branch)))
             # Relative to the derivative by any u; tiny, since a branch without a derivative leaks nothing.
-            leak, size = (sum(map(_finite_norm, by)) for by in (by_branch_orthogonal, by_branch))
+            leak, size = (
+                sum(float(torch.linalg.vector_norm(value[value.isfinite()].double())) for value in by)
+                for by in (by_branch_orthogonal, by_branch)
+            )
             errors.append(leak / max(size, torch.finfo(torch.float64).tiny))
         self.error = max(errors) if all(error == error for error in errors) else float("nan")
         self.cotangent = routing.like_state(connection.depth_out, orthogonal_u, self._x_next)
@@ -156,7 +155,3 @@ def _finite_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     if not finite.any():
         return float("nan")
     return relative_error(value[finite] - expected[finite], expected[finite])
-
-
-def _finite_norm(value: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(value[value.isfinite()].double()))

@@ -288,10 +288,7 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
 class DenseMap:
     """A known matrix as a `LinearMap`.
 
-    Parameters
-    ----------
-    matrix : array_like
-        (out, in), real.
+    ``matrix``: (out, in), real.
     """
 
     def __init__(self, matrix: Any):

@@ -33,15 +33,10 @@ INSTEAD = "take routing='full', or capture() the model, which reports whether it
 class FrozenConnection:
     """One connection whose coefficients are constant.
 
-    Parameters
-    ----------
-    depth_in, depth_out : int
-        The states that it joins.
-    parts : ConnectionParts
-        Its coefficients.
-    reads : list of (Tensor, TracedValue, Tensor)
-        What its branches take of the streams: with its graph, as a value of the memory, and by which weights; empty where
-        that is carried on as well.
+    ``depth_in, depth_out``: the states that it joins.
+    ``parts``: its coefficients.
+    ``reads``: what its branches take of the streams: with its graph, as a value of the memory, and by which weights;
+    empty where that is carried on as well.
     """
 
     depth_in: int
@@ -53,12 +48,8 @@ class FrozenConnection:
 class FrozenRouting:
     """The connections between the states of one recorded forward, whose coefficients no gradient passes.
 
-    Parameters
-    ----------
-    session : Session
-        One that has found the model's chains.
-    batch : object
-        What the model is about to be called with.
+    ``session``: one that has found the model's chains.
+    ``batch``: what the model is about to be called with.
     """
 
     def __init__(self, session: Session, batch: Any):

@@ -50,16 +50,10 @@ def identity(width: int, device: torch.device) -> Affine:
 class Example:
     """States of one batch at one depth, what they become, and what the model says.
 
-    Parameters
-    ----------
-    state, last : Tensor
-        (B, T, N, D), at the depth and at the last one.
-    logits : Tensor
-        (B, T, V), the output.
-    head : callable
-        Of this batch.
-    counted : Tensor
-        (B, T), true on real tokens.
+    ``state, last``: (B, T, N, D), at the depth and at the last one.
+    ``logits``: (B, T, V), the output.
+    ``head``: of this batch.
+    ``counted``: (B, T), true on real tokens.
     """
 
     state: torch.Tensor

@@ -100,14 +100,9 @@ def _from_signal_handler(error: BaseException) -> bool:
 class Hook:
     """A hook whose errors go to a reporter, and whose copies and pickles do nothing.
 
-    Parameters
-    ----------
-    function : callable
-        Called with the hook's arguments; its return value is dropped.
-    report : callable
-        Called with an exception that the function raised.
-    computes : bool
-        Whether the function computes with tensors. A hook on every module does not: it costs a third then.
+    ``function``: called with the hook's arguments; its return value is dropped.
+    ``report``: called with an exception that the function raised.
+    ``computes``: whether the function computes with tensors. A hook on every module does not: it costs a third then.
     """
 
     __slots__ = ("computes", "function", "report")
@@ -186,10 +181,7 @@ Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Meth
 class Attachment:
     """The hooks of one probe on one model, all removed together.
 
-    Parameters
-    ----------
-    report : callable
-        Called with every exception raised in a hook.
+    ``report``: called with every exception raised in a hook.
     """
 
     def __init__(self, report: Report):
@@ -272,16 +264,10 @@ class Attachment:
 class WatchedMethod:
     """A method of one module that is observed while it runs; copies and pickles of the module get the plain method.
 
-    Parameters
-    ----------
-    module : Module
-        The module that the method belongs to.
-    name : str
-        The method's name.
-    watcher : callable
-        As in `Attachment.around`.
-    report : callable
-        Called with every exception of the watcher.
+    ``module``: the module that the method belongs to.
+    ``name``: the method's name.
+    ``watcher``: as in `Attachment.around`.
+    ``report``: called with every exception of the watcher.
     """
 
     __slots__ = ("_instance_entry", "_method", "_module", "_name", "_report", "_watcher")

@@ -71,17 +71,6 @@ def canonical(
     return moved.reshape(sizes.get("B", 1), tokens, streams, sizes["D"])
 
 
-def from_canonical(
-    state: torch.Tensor, layout: str, shape: Sequence[int], *, batch_size: int, num_streams: int
-) -> torch.Tensor:
-    """A state (batch, token, stream, feature) in a model's own layout and shape; the inverse of `canonical`."""
-    positions = torch.arange(math.prod(shape), device=state.device).reshape(tuple(shape))
-    order = canonical(positions, layout, batch_size=batch_size, num_streams=num_streams).reshape(-1)
-    found = torch.empty_like(state.reshape(-1))
-    found[order] = state.reshape(-1)
-    return found.reshape(tuple(shape))
-
-
 def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
     """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one.
 

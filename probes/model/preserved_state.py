@@ -14,7 +14,6 @@ from torch import nn
 from depthscope.probes.model.modules import all_modules, own_parameters
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager

@@ -40,12 +40,8 @@ ADVICE = (
 class TokenShards:
     """How the tokens of every sequence are spread over processes: in equal parts, in the order of the processes.
 
-    Parameters
-    ----------
-    ranks : tuple of int
-        Numbers of the processes in the world, in the order of their tokens.
-    position : int
-        Of this process among them.
+    ``ranks``: numbers of the processes in the world, in the order of their tokens.
+    ``position``: of this process among them.
     """
 
     ranks: tuple[int, ...]

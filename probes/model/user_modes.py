@@ -25,7 +25,6 @@ class _UserModes(threading.local):
     autocast: Mapping[str, torch.dtype] = MappingProxyType({})  # by device
     gradients: bool | None = None  # None outside of a hook
     device: DeviceContext | None = None  # of `torch.set_default_device`
-    function_modes: bool = False  # whether a hook that only looks at tensors left some
 
 
 _user = _UserModes()
@@ -93,17 +92,10 @@ class outside_function_modes:
         self._functions: list[Any] = []
         while torch._C._len_torch_function_stack():
             self._functions.append(torch._C._pop_torch_function_stack())
-        _user.function_modes = bool(self._functions)
 
     def __exit__(self, *error: Any) -> None:
-        _user.function_modes = False
         for mode in reversed(self._functions):
             torch._C._push_on_torch_function_stack(mode)
-
-
-def under_function_modes() -> bool:
-    """Whether the user's code around the running hook, which only looks at tensors, has a function mode on."""
-    return _user.function_modes
 
 
 @contextmanager

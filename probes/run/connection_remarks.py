@@ -30,7 +30,20 @@ def connection_remarks(
     Returns: One for each connection; empty where no forward was followed.
     """
     logits: list[MixingLogits] = []
-    facts = [_facts(joint) for joint in evidence.joints]
+    facts = [
+        Facts(
+            name=joint.path,
+            mix=joint.matrix,
+            mixes=joint.parts.mix is not None,
+            stored=joint.matrix,
+            read=_vector(joint.parts.read),
+            write=_vector(joint.parts.write),
+            mask=joint.mask,
+            spread_in=_spread(joint.x_in, joint.mask),
+            spread_out=_spread(joint.x_out, joint.mask),
+        )
+        for joint in evidence.joints
+    ]
     if followed is not None and facts:
         facts, logits = _with_origins(facts, evidence.joints, followed)
     inner = (
@@ -39,20 +52,6 @@ def connection_remarks(
         else ()
     )
     return [remark.as_dict() for remark in (*inner, *remarks(facts))], logits
-
-
-def _facts(joint: Joint) -> Facts:
-    return Facts(
-        name=joint.path,
-        mix=joint.matrix,
-        mixes=joint.parts.mix is not None,
-        stored=joint.matrix,
-        read=_vector(joint.parts.read),
-        write=_vector(joint.parts.write),
-        mask=joint.mask,
-        spread_in=_spread(joint.x_in, joint.mask),
-        spread_out=_spread(joint.x_out, joint.mask),
-    )
 
 
 def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:

@@ -30,16 +30,10 @@ ONE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 class PlainFactors:
     """The factors of one state and its branches.
 
-    Parameters
-    ----------
-    keep : Tensor or None
-        a, (N, 1) or (1, D); None where it is 1.
-    write : tuple of Tensor or None
-        b of each branch, likewise.
-    error : float
-        ‖X' − (a X + Σ b F)‖ / ‖X'‖.
-    known : bool
-        Whether the error is that of rounding, so that the factors are those of the model.
+    ``keep``: a, (N, 1) or (1, D); None where it is 1.
+    ``write``: b of each branch, likewise.
+    ``error``: ‖X' − (a X + Σ b F)‖ / ‖X'‖.
+    ``known``: whether the error is that of rounding, so that the factors are those of the model.
     """
 
     keep: torch.Tensor | None

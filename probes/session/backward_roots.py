@@ -68,12 +68,8 @@ class StepLoss:
 
     Of micro-batches each loss is that share of the step's which the loop calls the backward on.
 
-    Parameters
-    ----------
-    loss_scale : callable or None
-        Gives the factor by which losses are multiplied at present; None where no scaler is known.
-    report : callable
-        Called with every exception of ours.
+    ``loss_scale``: gives the factor by which losses are multiplied at present; None where no scaler is known.
+    ``report``: called with every exception of ours.
     """
 
     def __init__(self, loss_scale: Callable[[], torch.Tensor | None] | None, report: Report) -> None:

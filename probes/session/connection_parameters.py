@@ -15,17 +15,9 @@ class ConnectionParameters:
     These are the parameters that the coefficients are computed from, with no more elements than the n² + 2n coefficients and
     no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the token.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model; its parameters are only read.
-    structure : Structure
-        What it was found to be.
-
-    Attributes
-    ----------
-    cells : mapping of int to tuple of str
-        For each connection that has some, the parameter that each element of `values` belongs to.
+    ``model``: the user's model; its parameters are only read.
+    ``structure``: what it was found to be.
+    ``cells``: for each connection that has some, the parameter that each element of `values` belongs to.
     """
 
     def __init__(self, model: nn.Module, structure: Structure):

@@ -66,21 +66,11 @@ class _Place:
 class LogitStatistics:
     """The logits of the connections of one model, forward by forward.
 
-    Parameters
-    ----------
-    gradients : bool
-        Whether gradients are wanted.
-    report : callable
-        Called with every exception that a gradient hook raises.
-    loss_scale : callable, optional
-        Gives the factor by which the loss is multiplied at present; None for 1.
-
-    Attributes
-    ----------
-    reasons : dict of int to str
-        Why the logits of a connection are not known.
-    seen : dict of int to int
-        In how many calls they were seen.
+    ``gradients``: whether gradients are wanted.
+    ``report``: called with every exception that a gradient hook raises.
+    ``loss_scale``: gives the factor by which the loss is multiplied at present; None for 1.
+    ``reasons``: why the logits of a connection are not known.
+    ``seen``: in how many calls they were seen.
     """
 
     def __init__(

@@ -44,14 +44,9 @@ class Reservoir:
     Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
     it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
 
-    Parameters
-    ----------
-    size : int
-        Number of stored sequences at most.
-    seed : int
-        Seed of the ranks; torch's and Python's global random states are not touched.
-    first : int
-        Number of the first sequence.
+    ``size``: number of stored sequences at most.
+    ``seed``: seed of the ranks; torch's and Python's global random states are not touched.
+    ``first``: number of the first sequence.
     """
 
     size: int

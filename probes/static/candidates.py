@@ -66,22 +66,13 @@ class Names:
 class Candidate:
     """Tensors that have the names of one connection of a dialect.
 
-    Parameters
-    ----------
-    dialect : Dialect
-        The row.
-    module : str
-        Path of the connection.
-    prefix : str
-        What the full names of its tensors begin with.
-    roles : Mapping of str to StoredTensor
-        Its tensors, as formulas call them.
-    unused : tuple of StoredTensor
-        Tensors that belong to it and that its code never applies.
-    sizes : tuple of dict
-        Streams, widths, …: one where the shapes decide.
-    misfit : str
-        Why it is no connection of the row; empty where it is.
+    ``dialect``: the row.
+    ``module``: path of the connection.
+    ``prefix``: what the full names of its tensors begin with.
+    ``roles``: its tensors, as formulas call them.
+    ``unused``: tensors that belong to it and that its code never applies.
+    ``sizes``: streams, widths, …: one where the shapes decide.
+    ``misfit``: why it is no connection of the row; empty where it is.
     """
 
     dialect: Dialect

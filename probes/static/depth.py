@@ -36,7 +36,7 @@ def applied_reads(
     shifted: dict[int, StaticConnection] = {}
     for chain in lagged:
         members = chains[chain]
-        first = _first_read(members) if chain == main else None
+        first = (np.eye(members[0].streams)[0] if members[0].layer <= 0 else None) if chain == main else None
         reads = [first, *(one.h_pre for one in members[:-1])]
         # With a gap, the sub-block before is not the one that is listed before.
         whole = chain not in lacking and not missing_places(members)
@@ -52,11 +52,6 @@ def applied_reads(
     return [shifted.get(id(one), one) for one in connections], [
         head
     ] if last.h_pre is not None and main not in lacking else []
-
-
-def _first_read(members: Sequence[StaticConnection]) -> np.ndarray | None:
-    """One-hot on stream 0, at the first layer of the model."""
-    return np.eye(members[0].streams)[0] if members[0].layer <= 0 else None
 
 
 def missing_places(members: Sequence[StaticConnection]) -> list[str]:

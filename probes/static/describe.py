@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,13 @@ from depthscope.probes.static.depth import applied_reads, depth_read
 from depthscope.probes.static.dialect import known_dialects, read_dialects
 from depthscope.probes.static.facts import (
     Parameter,
-    StaticComposite,
     StaticConnection,
-    Unrecognised,
     composites,
     constraint_of,
     matrix_facts,
     spread_of,
 )
-from depthscope.probes.static.page import page
+from depthscope.probes.static.page import StaticDescription
 from depthscope.probes.static.recognition import (
     STREAM_SETTINGS,
     Context,
@@ -42,33 +39,6 @@ from depthscope.probes.static.recognition import (
 )
 from depthscope.probes.static.remarks import remarks
 from depthscope.probes.static.weights import Settings, settings_of, weigh
-
-
-@dataclass(frozen=True, eq=False)
-class StaticDescription:
-    """What the weight files show of a checkpoint's stream connections; prints as a page."""
-
-    checkpoint: str
-    model_type: str
-    num_tensors: int
-    num_read: int
-    num_files: int
-    absent_files: tuple[str, ...]
-    settings: dict[str, float]
-    assumed: tuple[str, ...]
-    connections: tuple[StaticConnection, ...]
-    heads: tuple[StaticConnection, ...]
-    composites: tuple[StaticComposite, ...]
-    warnings: tuple[str, ...]
-    looked_for: tuple[str, ...]
-    unrecognised: tuple[Unrecognised, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The description as plain values."""
-        return _plain_values(self)
-
-    def __str__(self) -> str:
-        return page(self)
 
 
 def describe_weights(
@@ -278,14 +248,3 @@ def _parameters(found: Found) -> list[Parameter]:
         Parameter(tensor.name, tensor.shape, tensor.dtype, tensor.name in read)
         for tensor in sorted(owned, key=lambda tensor: tensor.name)
     ]
-
-
-def _plain_values(value: Any) -> Any:
-    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
-    if is_dataclass(value):
-        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain_values(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain_values(each) for each in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value

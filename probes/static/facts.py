@@ -42,17 +42,11 @@ class Unrecognised:
 class DepthRead:
     """What weights alone tell of an attention over depth: softmax over sources of q · norm(source).
 
-    Parameters
-    ----------
-    sources : int
-        How many it reads: the embedding, the sums of finished blocks, and the unfinished one. 0 for a query that is not
-        applied.
-    block : int
-        Layers that are summed to one source.
-    resets : bool
-        Whether a block ends here: the state that goes on begins anew with this layer's attention.
-    query_norms : tuple of float
-        ‖q‖ of each query; 0 weighs all sources alike.
+    ``sources``: how many it reads: the embedding, the sums of finished blocks, and the unfinished one. 0 for a query
+    that is not applied.
+    ``block``: layers that are summed to one source.
+    ``resets``: whether a block ends here: the state that goes on begins anew with this layer's attention.
+    ``query_norms``: ‖q‖ of each query; 0 weighs all sources alike.
     """
 
     sources: int

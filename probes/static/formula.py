@@ -142,15 +142,8 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 class Formula:
     """A formula such as ``2 * sigmoid(base[n:2*n])``, read once and computed for many connections.
 
-    Parameters
-    ----------
-    text : str
-        Numbers, names, ``+ - * / // %``, comparisons, slices, and calls of `FUNCTIONS`.
-
-    Raises
-    ------
-    FormulaError
-        If it contains anything else.
+    ``text``: numbers, names, ``+ - * / // %``, comparisons, slices, and calls of `FUNCTIONS`.
+    Raises FormulaError: If it contains anything else.
     """
 
     def __init__(self, text: str):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 
-from depthscope.probes.static.facts import StaticComposite, StaticConnection, by_stem, constraint_of
-
-if TYPE_CHECKING:  # describe imports this file
-    from depthscope.probes.static.describe import StaticDescription
+from depthscope.probes.static.facts import (
+    StaticComposite,
+    StaticConnection,
+    Unrecognised,
+    by_stem,
+    constraint_of,
+)
 
 COLUMNS = (
     "connection", "gates pre/post/res", "logits", "H_pre", "H_post", "row sums", "column sums", "σ₂", "gap", "off-diag",
@@ -26,6 +30,33 @@ WIDTH = 120  # characters of a line of words
 MOST_NAMED = 12  # groups of tensors that fit no dialect; JSON has all of them
 
 Table = tuple[tuple[str, ...], list[list[str]]]
+
+
+@dataclass(frozen=True, eq=False)
+class StaticDescription:
+    """What the weight files show of a checkpoint's stream connections; prints as a page."""
+
+    checkpoint: str
+    model_type: str
+    num_tensors: int
+    num_read: int
+    num_files: int
+    absent_files: tuple[str, ...]
+    settings: dict[str, float]
+    assumed: tuple[str, ...]
+    connections: tuple[StaticConnection, ...]
+    heads: tuple[StaticConnection, ...]
+    composites: tuple[StaticComposite, ...]
+    warnings: tuple[str, ...]
+    looked_for: tuple[str, ...]
+    unrecognised: tuple[Unrecognised, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The description as plain values."""
+        return _plain_values(self)
+
+    def __str__(self) -> str:
+        return page(self)
 
 
 def page(found: StaticDescription) -> str:
@@ -245,3 +276,14 @@ def _composite_line(one: StaticComposite) -> str:
         f"  composite    {one.chain or 'one chain'}: {one.connections} matrices, gain forward {one.forward_gain:.3g} "
         f"backward {one.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank {one.effective_rank:.3g} of {one.streams}{streams}"
     )
+
+
+def _plain_values(value: Any) -> Any:
+    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
+    if is_dataclass(value):
+        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain_values(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain_values(each) for each in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value

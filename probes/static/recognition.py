@@ -32,20 +32,12 @@ BRANCHES = (
 class Found:
     """One connection of a checkpoint: its row, its tensors, and what its shapes leave open.
 
-    Parameters
-    ----------
-    candidate : Candidate
-        The tensors.
-    sizes : dict or None
-        Streams, widths, …; None where the shapes do not decide.
-    read_lag : int or None
-        How many sub-blocks later the read is applied; None where the names do not tell.
-    withheld : str
-        Why no weights are given; empty where they are.
-    notes : tuple of str
-        What was assumed.
-    rivals : tuple of Dialect
-        Other rows that fit as well and compute something else.
+    ``candidate``: the tensors.
+    ``sizes``: streams, widths, …; None where the shapes do not decide.
+    ``read_lag``: how many sub-blocks later the read is applied; None where the names do not tell.
+    ``withheld``: why no weights are given; empty where they are.
+    ``notes``: what was assumed.
+    ``rivals``: other rows that fit as well and compute something else.
     """
 
     candidate: Candidate

@@ -78,14 +78,9 @@ def place_tokens(index_t: torch.Tensor, real_t: torch.Tensor, score_t: torch.Ten
 class SketchUpdate:
     """Adds the tokens of some forwards to a sketch, depth by depth.
 
-    Parameters
-    ----------
-    earlier : Sketch or None
-        Of earlier tokens; its numbers of every depth are overwritten and returned in `sketch`.
-    placements : sequence of TokenPlacement
-        Of the tokens of each forward.
-    num_depths, width : int
-        Number of depths and of features.
+    ``earlier``: of earlier tokens; its numbers of every depth are overwritten and returned in `sketch`.
+    ``placements``: of the tokens of each forward.
+    ``num_depths, width``: number of depths and of features.
     """
 
     def __init__(

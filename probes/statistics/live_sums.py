@@ -53,12 +53,8 @@ class LiveSums:
 
     The sample is of the first forward of the step; sums and values of every token are of all forwards.
 
-    Parameters
-    ----------
-    most : int
-        Number K of sampled tokens.
-    seed : int
-        Of the sample.
+    ``most``: number K of sampled tokens.
+    ``seed``: of the sample.
     """
 
     def __init__(self, most: int, seed: int) -> None:

@@ -10,15 +10,8 @@ from depthscope.diagnostics.errors import InputError
 class LossScale:
     """The scale of a gradient scaler, read as a tensor inside the backward, before the scaler changes it.
 
-    Parameters
-    ----------
-    scaler : GradScaler or None
-        The scaler that multiplies the user's loss.
-
-    Raises
-    ------
-    InputError
-        For something that is not a ``torch.amp.GradScaler``.
+    ``scaler``: the scaler that multiplies the user's loss.
+    Raises InputError: For something that is not a ``torch.amp.GradScaler``.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None):

@@ -77,12 +77,8 @@ class _Buffered(NamedTuple):
 class StreamedSums:
     """The moments of every depth and the sketches over depths of one chain.
 
-    Parameters
-    ----------
-    first_index : int
-        Index of the first sequence of the forward to come.
-    every : int
-        One sequence in so many is streamed: see `is_drawn`.
+    ``first_index``: index of the first sequence of the forward to come.
+    ``every``: one sequence in so many is streamed: see `is_drawn`.
     """
 
     def __init__(self, first_index: int = 0, every: int = 1) -> None:

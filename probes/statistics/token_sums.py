@@ -56,12 +56,8 @@ class TokenSums:
 
     TokenSums add over batches and processes; maxima (``norm_max``, ``abs_max``, ``gain_max``) combine by maximum.
 
-    Parameters
-    ----------
-    streaming : StreamedSums, optional
-        Also adds up the states' second moments and their sketch.
-    live : LiveSums, optional
-        Also takes what a live row needs; the sums of the mean over several streams are then in `mean_view`.
+    ``streaming``: also adds up the states' second moments and their sketch.
+    ``live``: also takes what a live row needs; the sums of the mean over several streams are then in `mean_view`.
     """
 
     def __init__(self, streaming: StreamedSums | None = None, live: LiveSums | None = None) -> None:

@@ -58,15 +58,11 @@ class WeightUpdates:
 
     Between the two every trainable weight is in memory twice. A parameter that two modules share counts for the first of them.
 
-    Parameters
-    ----------
-    model : Module
-        The model; its parameters are only read.
-    scale : callable
-        Returns the factor that the loss of the running backward was multiplied by, a tensor, or None for 1.
-    share : callable, optional
-        Where several processes measure: by which factor the numbers of a parameter, or of the shard that is here, are
-        multiplied, so that their sum over the processes is that of the model; None where such a factor does not exist.
+    ``model``: the model; its parameters are only read.
+    ``scale``: returns the factor that the loss of the running backward was multiplied by, a tensor, or None for 1.
+    ``share``: where several processes measure: by which factor the numbers of a parameter, or of the shard that is
+    here, are multiplied, so that their sum over the processes is that of the model; None where such a factor does not
+    exist.
     """
 
     def __init__(

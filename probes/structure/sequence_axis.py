@@ -23,14 +23,9 @@ SOFTMAX = names("_softmax softmax _safe_softmax _log_softmax log_softmax cumsum"
 class SequenceAxis:
     """Where the sequences are in every value of a forward.
 
-    Parameters
-    ----------
-    graph : Graph
-        The forward.
-    batch_size : int
-        How many sequences there are.
-    axis : int
-        Along which axis of what the model was called with they are.
+    ``graph``: the forward.
+    ``batch_size``: how many sequences there are.
+    ``axis``: along which axis of what the model was called with they are.
     """
 
     def __init__(self, graph: Graph, batch_size: int, axis: int):

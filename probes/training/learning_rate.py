@@ -15,12 +15,8 @@ from depthscope.probes.model.hooks import Hook, Report
 class LearningRate:
     """The rate of the first group of parameters.
 
-    Parameters
-    ----------
-    optimizer : Optimizer or None
-        One of torch's, perhaps wrapped by a framework.
-    report : callable
-        Called with every exception of ours.
+    ``optimizer``: one of torch's, perhaps wrapped by a framework.
+    ``report``: called with every exception of ours.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, report: Report) -> None:

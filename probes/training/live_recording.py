@@ -33,19 +33,11 @@ LiveRowOf = Callable[[int], LiveRow | None]
 class LiveRecording:
     """The live store of one recorder, and the file that is written when its block ends.
 
-    Parameters
-    ----------
-    path : Path
-        A folder, or a file with an ending of `schema.SUFFIXES`, next to which the live store is until it is written.
-    resume, force : bool
-        As in `LiveStore`.
-    keep_states : int
-        As in `LiveStore`.
-
-    Raises
-    ------
-    StorageError
-        Where nothing can be written at the path; FileExistsError where what is there must stay.
+    ``path``: a folder, or a file with an ending of `schema.SUFFIXES`, next to which the live store is until it is
+    written.
+    ``resume, force``: as in `LiveStore`.
+    ``keep_states``: as in `LiveStore`.
+    Raises StorageError: Where nothing can be written at the path; FileExistsError where what is there must stay.
     """
 
     def __init__(self, path: Path, *, resume: bool, force: bool, keep_states: int) -> None:

@@ -14,39 +14,22 @@ import depthscope as ds
 from depthscope.app.cli.command import USAGE
 from depthscope.app.cli.main import main
 from depthscope.probes.history.history import probe_checkpoints
+from tests.models.plain_stack import Block, Stack
 from tests.models.small_models import lucidrains
 
 IDS = torch.arange(24).reshape(4, 6) % 16
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.mlp(x)
-
-
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(16, 12)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
+def plain() -> Stack:
+    return Stack([Block(12), Block(12)], nn.Embedding(16, 12))
 
 
 def test_streams_that_only_the_user_knows_are_asserted_and_not_proven():
-    assert ds.capture(Plain(), IDS).attrs["proof"] == "proven"
-    run = ds.capture(Plain(), IDS, streams=4, layout="B T (N D)")
+    assert ds.capture(plain(), IDS).attrs["proof"] == "proven"
+    run = ds.capture(plain(), IDS, streams=4, layout="B T (N D)")
     assert run.attrs["n_streams"] == 4
     assert run.attrs["proof"].startswith("unproven: 4 streams are asserted")
-    assert "asserted" in str(ds.describe(Plain(), IDS, streams=4, layout="B T (N D)"))
+    assert "asserted" in str(ds.describe(plain(), IDS, streams=4, layout="B T (N D)"))
     assert all("4 streams are asserted" in each.sentence for each in ds.judge(ds.analyze(run)))
 
 
@@ -54,7 +37,7 @@ def test_streams_that_only_the_user_knows_are_asserted_and_not_proven():
 def test_streams_that_the_states_do_not_have_are_refused(layout):
     for verb in (ds.capture, ds.describe):
         with pytest.raises(ds.LayoutError, match="streams=3 came, but a state of shape"):
-            verb(Plain(), IDS, streams=3, layout=layout)
+            verb(plain(), IDS, streams=3, layout=layout)
 
 
 def test_streams_that_the_connections_do_not_have_are_refused():
@@ -71,11 +54,11 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
     attrs = {"model": "mine", "config": value}
     expected = pytest.raises(ds.DepthscopeError, match="attrs came with 'config', which no file takes")
     with expected:
-        ds.record(Plain(), attrs=attrs)
+        ds.record(plain(), attrs=attrs)
     with expected:
-        ds.record(Plain(), attrs=attrs, store=tmp_path / "a")
+        ds.record(plain(), attrs=attrs, store=tmp_path / "a")
     with expected:
-        ds.capture(Plain(), IDS, attrs=attrs)
+        ds.capture(plain(), IDS, attrs=attrs)
     with expected:
         probe_checkpoints([tmp_path / "none"], "text", tmp_path / "h.nc", attrs=attrs)
     assert not list(tmp_path.iterdir())
@@ -85,7 +68,7 @@ def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for ending in (".nc", ".zarr", ".zarr.zip"):
         with pytest.raises(ds.SchemaError, match="is an ending without a name"):
-            ds.record(Plain(), store=ending)
+            ds.record(plain(), store=ending)
         # Before a checkpoint is looked for.
         assert main(["probe", "none", "--out", ending]) == USAGE
         assert f"--out '{ending}' is an ending without a name" in capsys.readouterr().err

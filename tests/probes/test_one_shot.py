@@ -9,6 +9,7 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
+from tests.models.plain_stack import Stack
 
 
 def square(output, batch):
@@ -303,21 +304,8 @@ class GatedBlock(nn.Module):
         return streams + (write.unsqueeze(-1) * self.ffn(read).unsqueeze(-2)).flatten(-2)
 
 
-class GatedModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(64, 64)
-        self.blocks = nn.ModuleList(GatedBlock() for _ in range(3))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 def test_gated_streams_are_read_without_a_scalar_h_pre(ids):
-    model = GatedModel()
+    model = Stack([GatedBlock() for _ in range(3)], nn.Embedding(64, 64))
     run = probes.capture(model, ids)
     trace = run["trace"].to_dataset()
     assert run.attrs["family"] == "gated"

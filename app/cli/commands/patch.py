@@ -27,10 +27,6 @@ MOST_ROWS = 15
 """Cells that a terminal shows; all are in the file, in ``--json`` and in the figure."""
 
 
-def _formats() -> Sequence[str]:
-    return (".pdf", ".svg", ".png")
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
@@ -62,7 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5)")
     parser.add_argument(
         "--figure",
-        type=OutputFile("figure", _formats, "patch.svg"),
+        type=OutputFile("figure", lambda: (".pdf", ".svg", ".png"), "patch.svg"),
         metavar="FILE",
         help="draw the first site by depth and token",
     )

@@ -53,37 +53,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="builds the model of several checkpoints that are files of weights (imports and runs that code)",
     )
-    parser.add_argument(
-        "--text",
-        type=InputText(),
-        metavar="FILE",
-        help="UTF-8 text to run, at most 100 MB; - for stdin (default: English that comes with Python)",
-    )
+    _add_text(parser)
     add_out(
         parser,
         PROBED_RUN,
         metavar="RUN",
         about="where to save (.nc, .zarr or .zarr.zip; default the checkpoint's name and .nc, in this folder)",
         required=False,
-    )
-    parser.add_argument(
-        "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences run (default 8)"
-    )
-    # The longest context that models of today are trained for, with room.
-    parser.add_argument(
-        "--length", type=Number(2, 2**20), default=256, metavar="T", help="tokens a sequence (default 256)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=Number(1, 100_000),
-        metavar="B",
-        help=f"sequences a forward (default all in one; with --shard {SHARD_BATCH})",
-    )
-    parser.add_argument(
-        "--keep",
-        type=Number(1, 100_000),
-        metavar="K",
-        help="sequences whose states are kept, drawn by --seed (default all); sums are over every token",
     )
     parser.add_argument(
         "--streaming",
@@ -116,6 +92,39 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="analyse the run at once and print its findings, as `depthscope check` does",
     )
     add_json(parser)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text",
+        type=InputText(),
+        metavar="FILE",
+        help="UTF-8 text to run, at most 100 MB; - for stdin (default: English that comes with Python)",
+    )
+    for name, least, highest, default, metavar, about in (
+        ("sequences", 1, 100_000, 8, "N", "sequences run (default 8)"),
+        # The longest context that models of today are trained for, with room.
+        ("length", 2, 2**20, 256, "T", "tokens a sequence (default 256)"),
+        (
+            "batch",
+            1,
+            100_000,
+            None,
+            "B",
+            f"sequences a forward (default all in one; with --shard {SHARD_BATCH})",
+        ),
+        (
+            "keep",
+            1,
+            100_000,
+            None,
+            "K",
+            "sequences whose states are kept, drawn by --seed (default all); sums are over every token",
+        ),
+    ):
+        parser.add_argument(
+            f"--{name}", type=Number(least, highest), default=default, metavar=metavar, help=about
+        )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -20,15 +20,8 @@ _ICON = ":material/"  # is replaced even inside code, but not with a backslash b
 def escaped(text: object) -> str:
     r"""Text that Markdown shows as it is; a word that Streamlit would make a link or a picture of is shown as code.
 
-    Parameters
-    ----------
-    text : object
-        Anything, such as the name of a run.
-
-    Returns
-    -------
-    str
-        In one line, and at most about a page of it.
+    ``text``: anything, such as the name of a run.
+    Returns: In one line, and at most about a page of it.
 
     Examples
     --------

@@ -18,12 +18,8 @@ from depthscope.app.readings.readings import Reading
 class ChosenRuns:
     """The runs that a visitor has chosen.
 
-    Parameters
-    ----------
-    readings : mapping
-        Run (or run/chain) name → reading.
-    unreadable : tuple of UnreadableRun
-        Runs that could not be read, with the reason.
+    ``readings``: run (or run/chain) name → reading.
+    ``unreadable``: runs that could not be read, with the reason.
     """
 
     readings: Mapping[str, Reading]
@@ -37,29 +33,15 @@ class ChosenRuns:
     def figures(self, question: str) -> dict[str, FigureKind]:
         """Figures of one question that the chosen runs can feed.
 
-        Parameters
-        ----------
-        question : str
-            A question of the register of figures.
-
-        Returns
-        -------
-        dict
-            Name → kind.
+        ``question``: a question of the register of figures.
+        Returns: Name → kind.
         """
         return {name: kind for name, kind in available(self.analyses).items() if kind.question == question}
 
     def feeding(self, *needs: Iterable[str]) -> list[str]:
         """Names of the runs that can feed one of several figures.
 
-        Parameters
-        ----------
-        *needs : iterable of str
-            For each figure the variables without which it has nothing to draw.
-
-        Returns
-        -------
-        list of str
+        ``*needs``: for each figure the variables without which it has nothing to draw.
         """
         return [
             name for name, data in self.analyses.items() if any(feeds(data, tuple(each)) for each in needs)

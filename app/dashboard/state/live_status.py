@@ -24,14 +24,9 @@ LEAST_SECONDS = 5.0
 class LiveState:
     """What a page says of a run that is or was written step by step.
 
-    Parameters
-    ----------
-    words : str
-        Such as ``step 4 200, 3 s ago``.
-    colour : str
-        Of Streamlit's badges.
-    is_growing : bool
-        Whether further steps may come.
+    ``words``: such as ``step 4 200, 3 s ago``.
+    ``colour``: of Streamlit's badges.
+    ``is_growing``: whether further steps may come.
     """
 
     words: str

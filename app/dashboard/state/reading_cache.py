@@ -19,13 +19,9 @@ class ReadingCache:
     Values are shared by all visitors and never changed. One value is made at a time, whoever asks: visitors who open the
     same run wait for one analysis, and the memory that analyses need is that of one.
 
-    Parameters
-    ----------
-    most_bytes : int
-        Bytes of all values together. The value used last stays also where it is larger alone, since the next click of a
-        visitor needs it again.
-    size_of : callable
-        Bytes of a value.
+    ``most_bytes``: bytes of all values together. The value used last stays also where it is larger alone, since the
+    next click of a visitor needs it again.
+    ``size_of``: bytes of a value.
     """
 
     def __init__(self, most_bytes: int, size_of: Callable[[Any], int]):

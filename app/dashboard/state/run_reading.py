@@ -23,14 +23,9 @@ LIMIT: dict[str, int | None] = {"max_bytes": None}
 class UnreadableRun:
     """One run that could not be read, and why.
 
-    Parameters
-    ----------
-    name : str
-        Name in the list of runs.
-    path : Path
-        Its file.
-    reason : str
-        What came, what was expected, what to do.
+    ``name``: name in the list of runs.
+    ``path``: its file.
+    ``reason``: what came, what was expected, what to do.
     """
 
     name: str

@@ -45,22 +45,10 @@ FORMATS = ("pdf", "svg", "pgf", "png")
 def to_matplotlib(figure: Figure, *, width: str | Width = "icml") -> Canvas:
     """Draw a figure for paper.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw; the title goes to the caption.
-    width : str
-        A key of `WIDTHS`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Independent of pyplot's state.
-
-    Raises
-    ------
-    InputError
-        For a width that is not known.
+    ``figure``: what to draw; the title goes to the caption.
+    ``width``: a key of `WIDTHS`.
+    Returns: Independent of pyplot's state.
+    Raises InputError: For a width that is not known.
     """
     with figure_style(width) as size:
         return _drawn(figure, size)

@@ -24,14 +24,9 @@ class PaperFigure(Figure):
     Matplotlib reads the kind of embedded fonts, the font of mathematics and others when a figure is saved: a figure that was
     made for a venue and saved later would have Type 3 fonts, which venues reject.
 
-    Parameters
-    ----------
-    size : Width
-        Whose settings.
-    figsize : tuple of float
-        Inches.
-    layout : str
-        Engine of the layout.
+    ``size``: whose settings.
+    ``figsize``: inches.
+    ``layout``: engine of the layout.
     """
 
     def __init__(

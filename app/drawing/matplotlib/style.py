@@ -51,19 +51,8 @@ WIDTHS: dict[str, Width] = {
 def figure_style(width: str | Width = "icml") -> Iterator[Width]:
     """Matplotlib's settings for one width, undone on leaving.
 
-    Parameters
-    ----------
-    width : str or Width
-        A key of `WIDTHS`, or any other width.
-
-    Yields
-    ------
-    Width
-
-    Raises
-    ------
-    InputError
-        For a width that is not known.
+    ``width``: a key of `WIDTHS`, or any other width.
+    Raises InputError: For a width that is not known.
     """
     if isinstance(width, str) and width not in WIDTHS:
         raise InputError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")

@@ -15,12 +15,8 @@ __all__ = ["Bins", "edges", "reduce_blocks"]
 class Bins:
     """Positions along an axis, as many to a bin as leave at most a number of bins.
 
-    Parameters
-    ----------
-    positions : ndarray
-        (position,), increasing: steps, depths, tokens.
-    starts : ndarray
-        (bin,): where in `positions` each bin begins.
+    ``positions``: (position,), increasing: steps, depths, tokens.
+    ``starts``: (bin,): where in `positions` each bin begins.
     """
 
     positions: np.ndarray

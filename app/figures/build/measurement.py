@@ -36,16 +36,10 @@ _BASES = {
 class Curve:
     """One measured curve with everything that is drawn for it.
 
-    Parameters
-    ----------
-    line : Line
-        The measured values with their band and whiskers.
-    null : Line or None
-        The value expected without structure.
-    laws : tuple of Overlay
-        What theory gives, or why it gives nothing.
-    remarks : tuple of str
-        Sentences of the caption about it.
+    ``line``: the measured values with their band and whiskers.
+    ``null``: the value expected without structure.
+    ``laws``: what theory gives, or why it gives nothing.
+    ``remarks``: sentences of the caption about it.
     """
 
     line: Line
@@ -64,14 +58,9 @@ class Curve:
 class Measurement:
     """One metric of some runs under one selection: every fact that a figure of it shows.
 
-    Parameters
-    ----------
-    metric : str
-        Variable of the analyses.
-    analyses : mapping
-        Run name → analysis, those without the metric included.
-    choice : Selection
-        Which version of the numbers.
+    ``metric``: variable of the analyses.
+    ``analyses``: run name → analysis, those without the metric included.
+    ``choice``: which version of the numbers.
     """
 
     metric: str

@@ -37,25 +37,14 @@ def compose(
 ) -> Composed:
     """A composed figure of some runs, with the panels that they can feed.
 
-    Parameters
-    ----------
-    name : str
-        A key of `QUESTIONS`.
-    readings : sequence of Reading
-        Runs, in the order of their colours.
-    view : Selection, optional
-        Which version of the numbers, as far as a panel does not fix it.
-    runs : mapping of str to DataTree, optional
-        The runs in memory, by the names that `read_runs` was given; those of a path are opened where a panel needs more than
-        the analysis.
-    by : str
-        Attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are then means over the runs
-        of a group with their 95 % interval, and marked where two groups differ.
-
-    Returns
-    -------
-    Composed
-        Without any panel where the runs feed none; ``left_out`` has the reasons.
+    ``name``: a key of `QUESTIONS`.
+    ``readings``: runs, in the order of their colours.
+    ``view``: which version of the numbers, as far as a panel does not fix it.
+    ``runs``: the runs in memory, by the names that `read_runs` was given; those of a path are opened where a panel
+    needs more than the analysis.
+    ``by``: attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are then means
+    over the runs of a group with their 95 % interval, and marked where two groups differ.
+    Returns: Without any panel where the runs feed none; ``left_out`` has the reasons.
     """
     subjects = Subjects(tuple(readings), runs or {}, groups_of(readings, by))
     return composed_of(QUESTIONS[name], subjects, view or Selection())

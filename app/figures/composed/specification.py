@@ -15,22 +15,13 @@ __all__ = ["Composed", "LetteredPanel", "Points"]
 class Points:
     """Points of some runs in the complex plane, with the unit circle.
 
-    Parameters
-    ----------
-    name, title : str
-        As of any figure.
-    x_label, y_label : str
-        Axes.
-    points : mapping of str to numpy.ndarray
-        Run name → complex numbers of any shape.
-    caption, alt, metric : str
-        As of any figure.
-    sources : tuple of str
-        Bibliography keys.
-    runs : mapping of str to int
-        All runs that are shown together, with the numbers of their colours; see `Lines`.
-    radial_log : bool
-        Whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
+    ``name, title``: as of any figure.
+    ``x_label, y_label``: axes.
+    ``points``: run name → complex numbers of any shape.
+    ``caption, alt, metric``: as of any figure.
+    ``sources``: bibliography keys.
+    ``runs``: all runs that are shown together, with the numbers of their colours; see `Lines`.
+    ``radial_log``: whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
     """
 
     name: str
@@ -50,16 +41,10 @@ class Points:
 class LetteredPanel:
     """One panel of a composed figure.
 
-    Parameters
-    ----------
-    key : str
-        Its name, the same whichever letter it has: the key of ``axes=``, and part of the name of its data.
-    title : str
-        What is printed after its letter.
-    content : Lines, Heatmap or Points
-        What is drawn.
-    differs : tuple of (float, float)
-        Ranges of the horizontal axis in which groups of runs differ significantly.
+    ``key``: its name, the same whichever letter it has: the key of ``axes=``, and part of the name of its data.
+    ``title``: what is printed after its letter.
+    ``content``: what is drawn.
+    ``differs``: ranges of the horizontal axis in which groups of runs differ significantly.
     """
 
     key: str
@@ -72,18 +57,11 @@ class LetteredPanel:
 class Composed:
     """A figure of panels that answers one question of a paper.
 
-    Parameters
-    ----------
-    name, title : str
-        Key of the register, and what stands first in the caption.
-    panels : tuple of LetteredPanel
-        In the order of their letters.
-    runs : mapping of str to int
-        All runs that are shown, with the numbers of their colours.
-    caption, alt : str
-        Words below the figure, and for those who do not see it.
-    left_out : mapping of str to str
-        Panels that no run can feed, with the reason.
+    ``name, title``: key of the register, and what stands first in the caption.
+    ``panels``: in the order of their letters.
+    ``runs``: all runs that are shown, with the numbers of their colours.
+    ``caption, alt``: words below the figure, and for those who do not see it.
+    ``left_out``: panels that no run can feed, with the reason.
     """
 
     name: str

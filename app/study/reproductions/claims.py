@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 
-if TYPE_CHECKING:
-    from depthscope.app.study.reproductions.plan import Row
-
 Verdict = Literal["reproduced", "not reproduced", "not decided"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a cell.
+
+    ``settings``: of the cell.
+    ``numbers``: NaN is undefined.
+    ``curves``: along the network.
+    """
+
+    settings: Mapping[str, Any]
+    numbers: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Claim:
     """A statement with the number that it stands or falls with.
 
-    Parameters
-    ----------
-    statement : str
-        What is claimed, as a sentence without its full stop.
-    source : str
-        Who says so; «this project» where the test is ours.
-    measured : str
-        What the number is.
-    values : sequence of float
-        One for each seed; NaN is unknown and does not count.
-    above, below : float
-        Where the number lies if the claim holds: above the one and below the other.
-    exact : bool
-        The number does not depend on chance: one value decides.
+    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` stands for the largest number of
+    layers.
+    ``source``: who says so; «this project» where the test is ours.
+    ``measured``: what the number is.
+    ``values``: one for each seed; NaN is unknown and does not count. In the table of a study: what takes them from
+    its networks.
+    ``above, below``: where the number lies if the claim holds: above the one and below the other.
+    ``exact``: the number does not depend on chance: one value decides.
     """
 
     statement: str
     source: str
     measured: str
-    values: Sequence[float] = field(default_factory=tuple)
+    values: Any = ()
     above: float = -math.inf
     below: float = math.inf
     exact: bool = False
@@ -104,6 +110,19 @@ class Claim:
         return f"expected {' and '.join(parts)}"
 
 
+def tested(table: Sequence[Claim], rows: Sequence[Row]) -> list[Claim]:
+    """The claims of a table, with the numbers of some networks."""
+    networks = Networks(rows)
+    return [
+        replace(
+            claim,
+            statement=claim.statement.format(depth=networks.depth),
+            values=tuple(claim.values(networks)),
+        )
+        for claim in table
+    ]
+
+
 def deepest(rows: Sequence[Row]) -> int:
     """The largest depth of some rows; 0 of none."""
     return max((int(row.settings["depth"]) for row in rows), default=0)
@@ -118,11 +137,42 @@ def by_seed(rows: Sequence[Row], name: str, family: str, depth: int) -> dict[int
     }
 
 
-def paired(
-    one: Mapping[int, float], other: Mapping[int, float], combine: Callable[[float, float], float]
-) -> list[float]:
-    """Two numbers of each seed combined: seeds share their data and, where families allow it, their weights."""
-    return [combine(one[seed], other[seed]) for seed in one if seed in other]
+@dataclass(frozen=True)
+class Networks:
+    """What claims are tested on: the rows of a study, at its largest depth and over depth."""
+
+    rows: Sequence[Row]
+
+    @property
+    def depth(self) -> int:
+        """The largest number of layers."""
+        return deepest(self.rows)
+
+    def at_depth(self, family: str) -> list[Row]:
+        """The deepest networks of a family."""
+        settings = {"family": family, "depth": self.depth}
+        return [row for row in self.rows if settings.items() <= row.settings.items()]
+
+    def numbers(self, name: str, family: str) -> list[float]:
+        """A number of the deepest networks, for each seed."""
+        return list(by_seed(self.rows, name, family, self.depth).values())
+
+    def paired(
+        self,
+        one: tuple[str, str],
+        other: tuple[str, str],
+        combine: Callable[[float, float], float] = operator.sub,
+    ) -> list[float]:
+        """Two numbers of each seed combined: seeds share their data and, where families allow it, their weights.
+
+        ``one, other``: name and family.
+        """
+        first, second = (by_seed(self.rows, *each, self.depth) for each in (one, other))
+        return [combine(first[seed], second[seed]) for seed in first if seed in second]
+
+    def between(self, name: str, one: str, other: str) -> list[float]:
+        """The number of one family less that of another, for each seed."""
+        return self.paired((name, one), (name, other))
 
 
 def exponents(rows: Sequence[Row], name: str, family: str) -> list[float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, exponents, paired
+from depthscope.app.study.reproductions.claims import Claim, Networks, exponents
 from depthscope.app.study.reproductions.measuring import train
 from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
 
@@ -62,118 +63,6 @@ def measure(settings: Mapping[str, Any]) -> Measured:
     return train(settings, NUMBERS, CURVES)[1]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks and over depth."""
-    depth = deepest(rows)
-
-    def at_depth(name: str, family: str) -> dict[int, float]:
-        return by_seed(rows, name, family, depth)
-
-    def furthest(family: str) -> list[float]:
-        return [
-            _furthest(row)
-            for row in rows
-            if row.settings["family"] == family and row.settings["depth"] == depth
-        ]
-
-    found = [
-        Claim(
-            f"HC's composite gain leaves 1 at {depth} layers, upwards or downwards",
-            MHC_PAPER,
-            "orders of magnitude between 1 and the composite Amax gain that is furthest from it",
-            furthest("hc"),
-            above=math.log10(GAIN_GROWS),
-        ),
-        Claim(
-            f"HC's composite gain grows above 1 at {depth} layers",
-            MHC_PAPER,
-            "largest composite Amax gain, forward or backward,",
-            paired(at_depth("gain_forward", "hc"), at_depth("gain_backward", "hc"), max),
-            above=GAIN_GROWS,
-        ),
-    ]
-    for family in CONSTRAINED:
-        title = FAMILIES[family]
-        found.append(
-            Claim(
-                f"{title}'s composite gain stays near 1 at {depth} layers",
-                MHC_PAPER if family == "mhc" else LITE_PAPERS,
-                "orders of magnitude between 1 and the composite Amax gain that is furthest from it",
-                furthest(family),
-                below=math.log10(GAIN_STAYS),
-            )
-        )
-    for family in ("mhc-lite", "kromhc"):
-        found.append(
-            Claim(
-                f"{FAMILIES[family]} is doubly stochastic to rounding, without Sinkhorn's steps",
-                LITE_PAPERS,
-                "largest error of a column sum",
-                list(at_depth("violation", family).values()),
-                below=1e-5,
-            )
-        )
-    for family in CONSTRAINED:
-        found.append(
-            Claim(
-                f"A gain of 1 hides that {FAMILIES[family]}'s mixing makes all streams alike",
-                "this project",
-                "share of the differences left",
-                list(at_depth("stream_differences", family).values()),
-                below=ALIKE,
-            )
-        )
-    for family in (*CONSTRAINED, "hc", "attnres"):
-        found.append(
-            Claim(
-                f"{FAMILIES[family]}: the loss is below that of a plain residual network at {depth} layers",
-                {"hc": HC_PAPER, "mhc": MHC_PAPER, "attnres": ATTNRES_PAPER}.get(family, LITE_PAPERS),
-                "held-out loss below the residual one's, in nats a byte,",
-                paired(
-                    at_depth("loss", "residual"), at_depth("loss", family), lambda one, other: one - other
-                ),
-                above=LOWER_LOSS,
-            )
-        )
-    return [
-        *found,
-        Claim(
-            f"A plain residual network holds nearly one representation at {depth} layers",
-            HC_PAPER,
-            "mean unbiased CKA between depths",
-            list(at_depth("similarity", "residual").values()),
-            above=DEGENERATE,
-        ),
-        Claim(
-            "HC's layers differ more from each other than those of a plain residual network",
-            HC_PAPER,
-            "mean unbiased CKA of the residual network less HC's",
-            paired(
-                at_depth("similarity", "residual"),
-                at_depth("similarity", "hc"),
-                lambda one, other: one - other,
-            ),
-            above=0.02,
-        ),
-        Claim(
-            "Attention residuals keep the size of what is read at any depth",
-            ATTNRES_PAPER,
-            "power of the depth with which the last state's rms grows",
-            exponents(rows, "norm", "attnres"),
-            below=BOUNDED,
-            above=-math.inf,
-        ),
-        Claim(
-            "Four streams move more than five times the elements of a plain residual connection",
-            f"{MHC_PAPER}, Table 2",
-            "elements moved by HC over 3 d a connection",
-            [_moved(row) for row in rows if row.settings["family"] == "hc"],
-            above=5.0,
-            exact=True,
-        ),
-    ]
-
-
 def _furthest(row: Row) -> float:
     """How far the composite gain gets from 1 along a network, in orders of magnitude: 0.1 and 10 are equally far.
 
@@ -188,6 +77,98 @@ def _moved(row: Row) -> float:
     return float(row.numbers.get("elements_moved", math.nan)) / plain
 
 
+def _source(family: str) -> str:
+    return {"hc": HC_PAPER, "mhc": MHC_PAPER, "attnres": ATTNRES_PAPER}.get(family, LITE_PAPERS)
+
+
+FURTHEST = "orders of magnitude between 1 and the composite Amax gain that is furthest from it"
+CLAIMS = (
+    Claim(
+        "HC's composite gain leaves 1 at {depth} layers, upwards or downwards",
+        MHC_PAPER,
+        FURTHEST,
+        lambda networks: [_furthest(row) for row in networks.at_depth("hc")],
+        above=math.log10(GAIN_GROWS),
+    ),
+    Claim(
+        "HC's composite gain grows above 1 at {depth} layers",
+        MHC_PAPER,
+        "largest composite Amax gain, forward or backward,",
+        lambda networks: networks.paired(("gain_forward", "hc"), ("gain_backward", "hc"), max),
+        above=GAIN_GROWS,
+    ),
+    *(
+        Claim(
+            f"{FAMILIES[family]}'s composite gain stays near 1 at {{depth}} layers",
+            _source(family),
+            FURTHEST,
+            lambda networks, family=family: [_furthest(row) for row in networks.at_depth(family)],
+            below=math.log10(GAIN_STAYS),
+        )
+        for family in CONSTRAINED
+    ),
+    *(
+        Claim(
+            f"{FAMILIES[family]} is doubly stochastic to rounding, without Sinkhorn's steps",
+            LITE_PAPERS,
+            "largest error of a column sum",
+            partial(Networks.numbers, name="violation", family=family),
+            below=1e-5,
+        )
+        for family in ("mhc-lite", "kromhc")
+    ),
+    *(
+        Claim(
+            f"A gain of 1 hides that {FAMILIES[family]}'s mixing makes all streams alike",
+            "this project",
+            "share of the differences left",
+            partial(Networks.numbers, name="stream_differences", family=family),
+            below=ALIKE,
+        )
+        for family in CONSTRAINED
+    ),
+    *(
+        Claim(
+            f"{FAMILIES[family]}: the loss is below that of a plain residual network at {{depth}} layers",
+            _source(family),
+            "held-out loss below the residual one's, in nats a byte,",
+            partial(Networks.between, name="loss", one="residual", other=family),
+            above=LOWER_LOSS,
+        )
+        for family in (*CONSTRAINED, "hc", "attnres")
+    ),
+    Claim(
+        "A plain residual network holds nearly one representation at {depth} layers",
+        HC_PAPER,
+        "mean unbiased CKA between depths",
+        lambda networks: networks.numbers("similarity", "residual"),
+        above=DEGENERATE,
+    ),
+    Claim(
+        "HC's layers differ more from each other than those of a plain residual network",
+        HC_PAPER,
+        "mean unbiased CKA of the residual network less HC's",
+        lambda networks: networks.between("similarity", "residual", "hc"),
+        above=0.02,
+    ),
+    Claim(
+        "Attention residuals keep the size of what is read at any depth",
+        ATTNRES_PAPER,
+        "power of the depth with which the last state's rms grows",
+        lambda networks: exponents(networks.rows, "norm", "attnres"),
+        below=BOUNDED,
+    ),
+    Claim(
+        "Four streams move more than five times the elements of a plain residual connection",
+        f"{MHC_PAPER}, Table 2",
+        "elements moved by HC over 3 d a connection",
+        lambda networks: [_moved(row) for row in networks.rows if row.settings["family"] == "hc"],
+        above=5.0,
+        exact=True,
+    ),
+)
+
+
 STUDY = Study(
     name="connections",
     question="What does the connection change as networks get deeper?",
@@ -198,7 +179,7 @@ STUDY = Study(
     measure=measure,
     numbers=NUMBERS,
     curves=CURVES,
-    claims=claims,
+    table=CLAIMS,
     limits=(
         "HC and mHC are the hyper-connections package's, whose HC starts at the identity and whose mHC starts at a "
         "diagonal of 0.475; mHC-lite, KromHC and attention residuals are written here after their equations, the two "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from depthscope.app.figures import Figure, Heatmap, Line, Lines
-from depthscope.app.study.reproductions.claims import Claim, by_seed
+from depthscope.app.study.reproductions.claims import Claim, Networks
 from depthscope.app.study.reproductions.plan import Measured, Row, RunNumber, Scale, Study
 from depthscope.diagnostics.kernels import mixing
 
@@ -75,51 +75,52 @@ def measure(settings: Mapping[str, Any]) -> Measured:
     return Measured(numbers, curves, None)
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What the paper says of these matrices, and what follows from them."""
+def _exact(statement: str, measured: str, name: str, family: str = "mHC", **limits: float) -> Claim:
+    """A claim about a number of the printed matrices."""
+    numbers = partial(Networks.numbers, name=name, family=family)
+    return Claim(statement, PAPER, measured, numbers, exact=True, **limits)
 
-    def only(name: str, family: str) -> list[float]:
-        return list(by_seed(rows, name, family, LAYERS).values())
 
-    found = []
-    for family in FAMILIES:
-        misses = [
-            b / a if a > 0 else math.inf
-            for a, b in zip(only("order", family), only("reversed", family), strict=True)
-        ]
-        found += [
+CLAIMS = (
+    *(
+        claim
+        for family in FAMILIES
+        for claim in (
             _exact(
                 f"{family}: the later half on the left gives the printed whole",
                 "worst entry of P31-60 P1-30 against P1-60, share of the largest,",
-                only("order", family),
+                "order",
+                family,
                 below=PRODUCT_ERROR,
             ),
-            _exact(
+            Claim(
                 f"{family}: the reversed order does not",
+                PAPER,
                 "its error over that of the right order",
-                misses,
+                partial(
+                    Networks.paired,
+                    one=("order", family),
+                    other=("reversed", family),
+                    combine=lambda right, reversed_: reversed_ / right if right > 0 else math.inf,
+                ),
                 above=3.0,
+                exact=True,
             ),
-        ]
-    return [
-        *found,
-        _exact("mHC: every row sums to 1, up to the printed digits", "largest error of a row sum",
-               only("row_error", "mHC"), below=SUM_ERROR + 0.005),
-        _exact("mHC: the backward sums of P31-60 begin at the printed 0.41", "smallest column sum",
-               only("least_sum", "mHC"), above=0.41 - SUM_ERROR, below=0.41 + SUM_ERROR),
-        _exact("mHC: the backward sums of P31-60 end at the printed 1.50", "largest column sum",
-               only("largest_sum", "mHC"), above=1.50 - SUM_ERROR, below=1.50 + SUM_ERROR),
-        _exact("mHC: truncated Sinkhorn steps make P31-60 expansive", "its spectral norm",
-               only("spectral_norm", "mHC"), above=1.0 + SUM_ERROR),
-        _exact("HC: gains of the printed products are above 10", "largest Amax gain of the three, forward,",
-               only("gain_forward", "HC"), above=10.0),
-        _exact("mHC: gains of the printed products stay within the 1.6 of the whole model", "largest Amax gain, backward,",
-               only("gain_backward", "mHC"), below=1.6 + SUM_ERROR),
-    ]  # fmt: skip
-
-
-def _exact(statement: str, measured: str, values: Sequence[float], **limits: float) -> Claim:
-    return Claim(statement, PAPER, measured, tuple(values), exact=True, **limits)
+        )
+    ),
+    _exact("mHC: every row sums to 1, up to the printed digits", "largest error of a row sum", "row_error",
+           below=SUM_ERROR + 0.005),
+    _exact("mHC: the backward sums of P31-60 begin at the printed 0.41", "smallest column sum", "least_sum",
+           above=0.41 - SUM_ERROR, below=0.41 + SUM_ERROR),
+    _exact("mHC: the backward sums of P31-60 end at the printed 1.50", "largest column sum", "largest_sum",
+           above=1.50 - SUM_ERROR, below=1.50 + SUM_ERROR),
+    _exact("mHC: truncated Sinkhorn steps make P31-60 expansive", "its spectral norm", "spectral_norm",
+           above=1.0 + SUM_ERROR),
+    _exact("HC: gains of the printed products are above 10", "largest Amax gain of the three, forward,",
+           "gain_forward", "HC", above=10.0),
+    _exact("mHC: gains of the printed products stay within the 1.6 of the whole model",
+           "largest Amax gain, backward,", "gain_backward", below=1.6 + SUM_ERROR),
+)  # fmt: skip
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -193,7 +194,7 @@ STUDY = Study(
         RunNumber("spectral_norm", "spectral norm of P31-60"),
     ),
     curves=(),
-    claims=claims,
+    table=CLAIMS,
     limits=(
         "The matrices are means over tokens, printed to two decimals, of three of sixty connections: nothing is said "
         "here of single tokens, of the other connections, or of what they do to a loss. Nothing is trained."

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, exponents, paired
+from depthscope.app.study.reproductions.claims import Claim, Networks, exponents
 from depthscope.app.study.reproductions.measuring import measured_batch, train
-from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
 from depthscope.probes.interventions import ablate
 
 FAMILIES = {"no-skip": "no skip", "post-ln": "Post-LN", "pre-ln": "Pre-LN", "ln-scaling": "LayerNorm scaling"}
@@ -81,11 +82,6 @@ def _skipped(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _added(norms: Sequence[float]) -> float:
-    """What the blocks of a network add to the squared norm of the embedding."""
-    return norms[-1] ** 2 - norms[0] ** 2 if norms else math.nan
-
-
 def orders_apart(one: float, other: float) -> float:
     """How many powers of ten lie between two positive numbers; NaN where one is not positive.
 
@@ -94,93 +90,102 @@ def orders_apart(one: float, other: float) -> float:
     return math.log10(one / other) if one > 0 and other > 0 else math.nan
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks and over depth."""
-    depth = deepest(rows)
+def _growth(networks: Networks, family: str) -> list[float]:
+    """The power of the depth with which grows what the blocks add to the squared norm of the embedding."""
+    rows = []
+    for row in networks.rows:
+        norms = row.curves.get("norm_start", ())
+        rows.append(replace(row, numbers={"added": norms[-1] ** 2 - norms[0] ** 2 if norms else math.nan}))
+    return exponents(rows, "added", family)
 
-    def compared(name: str, one: str, other: str, *, orders: bool = False) -> list[float]:
-        pairs = by_seed(rows, name, one, depth), by_seed(rows, name, other, depth)
-        return paired(*pairs, orders_apart if orders else (lambda a, b: a - b))
 
-    def later_share(family: str) -> dict[int, float]:
-        later, earlier = (by_seed(rows, name, family, depth) for name in ("skip_later", "skip_earlier"))
-        return {seed: orders_apart(max(later[seed], LEAST), max(earlier[seed], LEAST)) for seed in later}
+def _later_share(networks: Networks, family: str) -> list[float]:
+    """Powers of ten between what skipping a later and an earlier block costs, for each seed."""
+    return networks.paired(
+        ("skip_later", family),
+        ("skip_earlier", family),
+        lambda later, earlier: orders_apart(max(later, LEAST), max(earlier, LEAST)),
+    )
 
-    added = [replace(row, numbers={"added": _added(row.curves.get("norm_start", ()))}) for row in rows]
-    return [
-        Claim(
-            f"Without skips the tokens of a fresh network become equal over {depth} layers",
-            DONG,
-            "Dong residual of the last state",
-            list(by_seed(rows, "start_dong", "no-skip", depth).values()),
-            below=0.1,
+
+CLAIMS = (
+    Claim(
+        "Without skips the tokens of a fresh network become equal over {depth} layers",
+        DONG,
+        "Dong residual of the last state",
+        lambda networks: networks.numbers("start_dong", "no-skip"),
+        below=0.1,
+    ),
+    Claim(
+        "Skips prevent it",
+        DONG,
+        "orders of magnitude between the Dong residuals of fresh Pre-LN and without skips",
+        lambda networks: networks.paired(("start_dong", "pre-ln"), ("start_dong", "no-skip"), orders_apart),
+        above=1.0,
+    ),
+    Claim(
+        "The squared norm of the state of fresh Pre-LN networks grows linearly with the depth",
+        XIONG,
+        "power of the depth with which what is added to the embedding's grows",
+        lambda networks: _growth(networks, "pre-ln"),
+        above=0.8,
+        below=1.2,
+    ),
+    Claim(
+        "LayerNorm scaling slows this growth",
+        SUN,
+        "the same power",
+        lambda networks: _growth(networks, "ln-scaling"),
+        below=0.8,
+    ),
+    Claim(
+        "The state of Post-LN networks does not grow",
+        XIONG,
+        "power of the depth with which its norm at the end grows",
+        lambda networks: exponents(networks.rows, "start_norm", "post-ln"),
+        above=-0.05,
+        below=0.05,
+    ),
+    Claim(
+        "Fresh Post-LN spreads its gradients less evenly over {depth} layers than Pre-LN",
+        XIONG,
+        "orders of magnitude between Pre-LN's and Post-LN's gradient at the embedding, each against its last state's,",
+        lambda networks: networks.paired(
+            ("start_gradient_first", "pre-ln"), ("start_gradient_first", "post-ln"), orders_apart
         ),
-        Claim(
-            "Skips prevent it",
-            DONG,
-            "orders of magnitude between the Dong residuals of fresh Pre-LN and without skips",
-            compared("start_dong", "pre-ln", "no-skip", orders=True),
-            above=1.0,
+        above=1.0,
+    ),
+    Claim(
+        "The curse of depth: some block of trained Pre-LN hardly turns the state at {depth} layers",
+        SUN,
+        "smallest turn against independent branches",
+        lambda networks: networks.numbers("turn", "pre-ln"),
+        below=0.2,
+    ),
+    Claim(
+        "The later half of the blocks of trained Pre-LN matters less than the earlier one",
+        SUN,
+        "orders of magnitude between what skipping a later and an earlier block costs",
+        lambda networks: _later_share(networks, "pre-ln"),
+        below=-0.3,
+    ),
+    Claim(
+        "LayerNorm scaling makes the later half matter more",
+        SUN,
+        "the same with scaling less that of Pre-LN",
+        lambda networks: list(
+            map(operator.sub, _later_share(networks, "ln-scaling"), _later_share(networks, "pre-ln"))
         ),
-        Claim(
-            "The squared norm of the state of fresh Pre-LN networks grows linearly with the depth",
-            XIONG,
-            "power of the depth with which what is added to the embedding's grows",
-            exponents(added, "added", "pre-ln"),
-            above=0.8,
-            below=1.2,
-        ),
-        Claim(
-            "LayerNorm scaling slows this growth",
-            SUN,
-            "the same power",
-            exponents(added, "added", "ln-scaling"),
-            below=0.8,
-        ),
-        Claim(
-            "The state of Post-LN networks does not grow",
-            XIONG,
-            "power of the depth with which its norm at the end grows",
-            exponents(rows, "start_norm", "post-ln"),
-            above=-0.05,
-            below=0.05,
-        ),
-        Claim(
-            f"Fresh Post-LN spreads its gradients less evenly over {depth} layers than Pre-LN",
-            XIONG,
-            "orders of magnitude between Pre-LN's and Post-LN's gradient at the embedding, each against its last state's,",
-            compared("start_gradient_first", "pre-ln", "post-ln", orders=True),
-            above=1.0,
-        ),
-        Claim(
-            f"The curse of depth: some block of trained Pre-LN hardly turns the state at {depth} layers",
-            SUN,
-            "smallest turn against independent branches",
-            list(by_seed(rows, "turn", "pre-ln", depth).values()),
-            below=0.2,
-        ),
-        Claim(
-            "The later half of the blocks of trained Pre-LN matters less than the earlier one",
-            SUN,
-            "orders of magnitude between what skipping a later and an earlier block costs",
-            list(later_share("pre-ln").values()),
-            below=-0.3,
-        ),
-        Claim(
-            "LayerNorm scaling makes the later half matter more",
-            SUN,
-            "the same with scaling less that of Pre-LN",
-            paired(later_share("ln-scaling"), later_share("pre-ln"), lambda one, other: one - other),
-            above=0.1,
-        ),
-        Claim(
-            f"LayerNorm scaling learns better than Pre-LN at {depth} layers",
-            SUN,
-            "held-out loss of Pre-LN less that with scaling, in nats a byte,",
-            compared("loss", "pre-ln", "ln-scaling"),
-            above=0.02,
-        ),
-    ]
+        above=0.1,
+    ),
+    Claim(
+        "LayerNorm scaling learns better than Pre-LN at {depth} layers",
+        SUN,
+        "held-out loss of Pre-LN less that with scaling, in nats a byte,",
+        lambda networks: networks.between("loss", "pre-ln", "ln-scaling"),
+        above=0.02,
+    ),
+)
 
 
 STUDY = Study(
@@ -193,7 +198,7 @@ STUDY = Study(
     measure=measure,
     numbers=NUMBERS,
     curves=CURVES,
-    claims=claims,
+    table=CLAIMS,
     limits=(
         "All weights have variance 1/fan-in: GPT-2's division of the written weights by the root of the depth would be "
         "a cure of its own. The curse of depth was described in trained models of billions of parameters; some dozens "

@@ -23,10 +23,7 @@ HEAD_SCALE = 0.1
 class ByteDecoder(nn.Module):
     """Embedding, a trunk that subclasses define, norm and head; bytes in, logits and a loss out.
 
-    Parameters
-    ----------
-    size : Size
-        Depth, width, heads.
+    ``size``: depth, width, heads.
     """
 
     def __init__(self, size: Size):
@@ -103,12 +100,8 @@ class NormLayer(nn.Module):
 class NormDecoder(ByteDecoder):
     """A plain decoder that differs in the place of its norms alone; all weights have variance 1/fan-in.
 
-    Parameters
-    ----------
-    norm : str
-        One of `NORMS`.
-    size : Size
-        Depth, width, heads.
+    ``norm``: one of `NORMS`.
+    ``size``: depth, width, heads.
     """
 
     def __init__(self, norm: str, size: Size):
@@ -145,10 +138,7 @@ class DepthQuery(nn.Module):
 class DepthAttentionLM(ByteDecoder):
     """Every sublayer, and the head, reads a softmax mixture of the embedding and all earlier outputs.
 
-    Parameters
-    ----------
-    size : Size
-        Depth, width, heads.
+    ``size``: depth, width, heads.
     """
 
     def __init__(self, size: Size):

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures import Figure
-from depthscope.app.study.reproductions.claims import Claim
+from depthscope.app.study.reproductions.claims import Claim, Row, tested
 
 __all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
 
@@ -24,16 +24,10 @@ VERSION = 1
 class Scale:
     """How large a study is: the networks, and how long they are trained.
 
-    Parameters
-    ----------
-    depths : tuple of int
-        Layers, of an attention and an MLP each.
-    seeds : int
-        Seeds 0 … seeds − 1.
-    width, heads, streams : int
-        Of the network.
-    steps, batch, length : int
-        Of the training, and bytes of a sequence.
+    ``depths``: layers, of an attention and an MLP each.
+    ``seeds``: seeds 0 … seeds − 1.
+    ``width, heads, streams``: of the network.
+    ``steps, batch, length``: of the training, and bytes of a sequence.
     """
 
     depths: tuple[int, ...]
@@ -50,16 +44,10 @@ class Scale:
 class RunNumber:
     """A number of a run: a metric at some of its labels, reduced along the depth.
 
-    Parameters
-    ----------
-    name, title, metric : str
-        Key in a row, words for people, and the metric; none where the study measures it itself.
-    at : mapping of str to str
-        Labels of its other dims; of those that are not named, the first one.
-    over : {"first", "last", "max", "min", "mean", "sum"}
-        Along depth or connections; NaN does not count.
-    log : bool
-        Whether an axis of it is logarithmic.
+    ``name, title, metric``: key in a row, words for people, and the metric; none where the study measures it itself.
+    ``at``: labels of its other dims; of those that are not named, the first one.
+    ``over``: along depth or connections; NaN does not count.
+    ``log``: whether an axis of it is logarithmic.
     """
 
     name: str
@@ -84,18 +72,11 @@ class RunNumber:
 class Along:
     """A curve along one network: a metric at some labels, over depth or connections, drawn for the deepest networks.
 
-    Parameters
-    ----------
-    name, title, metric : str
-        Key in a row, words for people, and the metric; none where the study measures it itself.
-    at : mapping of str to str
-        Labels of its other dims.
-    start : bool
-        Of the fresh network, and not of the trained one.
-    law : str
-        Name of the law of theory that is drawn over it, or empty.
-    log : bool
-        Whether its axis is logarithmic.
+    ``name, title, metric``: key in a row, words for people, and the metric; none where the study measures it itself.
+    ``at``: labels of its other dims.
+    ``start``: of the fresh network, and not of the trained one.
+    ``law``: name of the law of theory that is drawn over it, or empty.
+    ``log``: whether its axis is logarithmic.
     """
 
     name: str
@@ -134,14 +115,9 @@ def slice_of(values: xr.DataArray, at: Mapping[str, str]) -> xr.DataArray:
 class Cell:
     """One network of a study.
 
-    Parameters
-    ----------
-    study : str
-        Its study.
-    settings : mapping
-        Everything that its numbers depend on; plain values.
-    keeps_run : bool
-        Whether its run is kept beside its row.
+    ``study``: its study.
+    ``settings``: everything that its numbers depend on; plain values.
+    ``keeps_run``: whether its run is kept beside its row.
     """
 
     study: str
@@ -162,25 +138,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is kept of a cell.
-
-    Parameters
-    ----------
-    settings : mapping
-        Of the cell.
-    numbers : mapping of str to float
-        NaN is undefined.
-    curves : mapping of str to sequence of float
-        Along the network.
-    """
-
-    settings: Mapping[str, Any]
-    numbers: Mapping[str, float]
-    curves: Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What measuring a cell gave: its row's numbers and curves, and the run, with metrics, where there is a network."""
 
@@ -193,30 +150,17 @@ class Measured:
 class Study:
     """A declared study.
 
-    Parameters
-    ----------
-    name, question : str
-        The word on the command line, and what it asks.
-    sources : tuple of str
-        Papers, as people cite them.
-    families : mapping of str to str
-        Title by family.
-    scale, quick : Scale
-        Its size, and that of its tests.
-    measure : callable
-        From a cell's settings to what was measured.
-    numbers : tuple of RunNumber
-        Columns of the table and figures over depth.
-    curves : tuple of Along
-        Figures along the deepest networks.
-    claims : callable
-        From the rows to what was tested.
-    limits : str
-        What is not tested here, in sentences.
-    figures : callable
-        Further figures, from the rows.
-    trained : bool
-        Whether networks are trained: else it has no depths, seeds and runs.
+    ``name, question``: the word on the command line, and what it asks.
+    ``sources``: papers, as people cite them.
+    ``families``: title by family.
+    ``scale, quick``: its size, and that of its tests.
+    ``measure``: from a cell's settings to what was measured.
+    ``numbers``: columns of the table and figures over depth.
+    ``curves``: figures along the deepest networks.
+    ``table``: what is tested.
+    ``limits``: what is not tested here, in sentences.
+    ``figures``: further figures, from the rows.
+    ``trained``: whether networks are trained: else it has no depths, seeds and runs.
     """
 
     name: str
@@ -228,10 +172,14 @@ class Study:
     measure: Callable[[Mapping[str, Any]], Measured]
     numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
-    claims: Callable[[Sequence[Row]], list[Claim]]
+    table: tuple[Claim, ...]
     limits: str
     figures: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
     trained: bool = True
+
+    def claims(self, rows: Sequence[Row]) -> list[Claim]:
+        """What was tested, with the numbers of some rows."""
+        return tested(self.table, rows)
 
     def cells(self, scale: Scale) -> Iterator[Cell]:
         """Every cell, seed by seed: a study that is stopped early has all families and depths of some seeds."""

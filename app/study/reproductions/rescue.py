@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, paired
+from depthscope.app.study.reproductions.claims import Claim, Networks
 from depthscope.app.study.reproductions.measuring import measured_batch, train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.probes.interventions import ablate, plan
@@ -93,51 +94,42 @@ def _restored(model: nn.Module, settings: Mapping[str, Any], early: int, later: 
     return shares
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks."""
-    depth = deepest(rows)
-    found: list[Claim] = []
-    for family, title in SHORT.items():
-        at = {
-            name: by_seed(rows, name, family, depth) for name in ("removed", "restored_next", "restored_last")
-        }
-        found += [
+CLAIMS = (
+    *(
+        claim
+        for family, title in SHORT.items()
+        for claim in (
             Claim(
-                f"{title}: a network of {depth} layers misses a stream that is removed at a quarter of the way",
+                f"{title}: a network of {{depth}} layers misses a stream that is removed at a quarter of the way",
                 PAPER,
                 "rise of the loss in nats a byte, mean of the streams,",
-                list(at["removed"].values()),
+                partial(Networks.numbers, name="removed", family=family),
                 above=MISSED,
             ),
             Claim(
                 f"{title}: the other streams keep enough that it is restored when the stream comes back at the end",
                 PAPER,
                 "share of the loss that is restored",
-                list(at["restored_last"].values()),
+                partial(Networks.numbers, name="restored_last", family=family),
                 above=0.5,
             ),
             Claim(
                 f"{title}: the later it comes back, the less is restored",
                 PAPER,
                 "share restored at the next state less that at the last one",
-                paired(at["restored_next"], at["restored_last"], lambda one, other: one - other),
+                partial(Networks.paired, one=("restored_next", family), other=("restored_last", family)),
                 above=0.1,
             ),
-        ]
-    return [
-        *found,
-        Claim(
-            "mHC, which mixes its streams, misses one of them less than HC does",
-            "this project",
-            "rise of the loss in HC less that in mHC, in nats a byte,",
-            paired(
-                by_seed(rows, "removed", "hc", depth),
-                by_seed(rows, "removed", "mhc", depth),
-                lambda one, other: one - other,
-            ),
-            above=0.01,
-        ),
-    ]
+        )
+    ),
+    Claim(
+        "mHC, which mixes its streams, misses one of them less than HC does",
+        "this project",
+        "rise of the loss in HC less that in mHC, in nats a byte,",
+        lambda networks: networks.between("removed", "hc", "mhc"),
+        above=0.01,
+    ),
+)
 
 
 STUDY = Study(
@@ -150,7 +142,7 @@ STUDY = Study(
     measure=measure,
     numbers=(*TRAINED, *RESCUES),
     curves=CURVES,
-    claims=claims,
+    table=CLAIMS,
     limits=(
         "Streams that are copies of one another, as HC's and mHC's are at the start, cannot be missed: a removed one "
         "leaves the direction of what is read as it was. The third family starts with streams that differ. A stream is "

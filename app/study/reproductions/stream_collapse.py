@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,17 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, paired
+from depthscope.app.study.reproductions.claims import Claim
 from depthscope.app.study.reproductions.measuring import train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics.schema import chain_dataset
 
 FAMILIES = {"alike": "all alike", "broken": "symmetry broken", "hc": "HC of the package"}
 STARTS = {"alike": 0.0, "broken": BROKEN}
+STREAMS = Scale.streams
 
 NUMBERS = (
     RunNumber(
@@ -80,72 +82,59 @@ def stream_mass(analysis: xr.Dataset, read: str) -> np.ndarray:
     return np.nan_to_num(shares[0] * shares[1])
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What is tested, at the deepest networks."""
-    depth = deepest(rows)
-    streams = next((row.settings["streams"] for row in rows), 4)
-
-    def at_depth(name: str, family: str = "alike") -> dict[int, float]:
-        return by_seed(rows, name, family, depth)
-
-    def fall(name: str) -> list[float]:
-        return paired(at_depth(name), at_depth(name, "broken"), lambda one, other: one - other)
-
-    return [
-        Claim(
-            "Mixing stays near the identity",
-            PAPER,
-            "mean distance of H_res from it after training, over that at the start,",
-            paired(
-                at_depth("identity_distance"),
-                at_depth("start_identity_distance"),
-                lambda end, start: end / start,
-            ),
-            below=1.5,
+CLAIMS = (
+    Claim(
+        "Mixing stays near the identity",
+        PAPER,
+        "mean distance of H_res from it after training, over that at the start,",
+        lambda networks: networks.paired(
+            ("identity_distance", "alike"), ("start_identity_distance", "alike"), operator.truediv
         ),
-        Claim(
-            f"One of {streams} streams that start alike comes to dominate reads and writes at {depth} layers",
-            PAPER,
-            f"largest share of read times write over depth, {1 / streams:.2f} where all are equal,",
-            list(at_depth("dominance").values()),
-            above=2 / streams,
-        ),
-        Claim(
-            "It dominates the signal that is read",
-            PAPER,
-            "the same with the share of the signal",
-            list(at_depth("signal_dominance").values()),
-            above=2 / streams,
-        ),
-        Claim(
-            "Streams that start alike stay copies of one another",
-            "this project",
-            "cosine between streams at the last state",
-            list(at_depth("stream_cosine").values()),
-            above=0.99,
-        ),
-        Claim(
-            "Breaking the symmetry at the start makes the streams differ",
-            PAPER,
-            "fall of the cosine between streams",
-            fall("stream_cosine"),
-            above=0.01,
-        ),
-        Claim(
-            "Breaking the symmetry at the start lowers the dominance of one stream",
-            PAPER,
-            "fall of the largest share",
-            fall("dominance"),
-            above=0.05,
-        ),
-        Claim(
-            "Breaking the symmetry at the start lowers the loss",
-            PAPER,
-            "fall of the held-out loss in nats a byte",
-            fall("loss"),
-            above=0.02,
-        ),
-    ]
+        below=1.5,
+    ),
+    Claim(
+        f"One of {STREAMS} streams that start alike comes to dominate reads and writes at {{depth}} layers",
+        PAPER,
+        f"largest share of read times write over depth, {1 / STREAMS:.2f} where all are equal,",
+        lambda networks: networks.numbers("dominance", "alike"),
+        above=2 / STREAMS,
+    ),
+    Claim(
+        "It dominates the signal that is read",
+        PAPER,
+        "the same with the share of the signal",
+        lambda networks: networks.numbers("signal_dominance", "alike"),
+        above=2 / STREAMS,
+    ),
+    Claim(
+        "Streams that start alike stay copies of one another",
+        "this project",
+        "cosine between streams at the last state",
+        lambda networks: networks.numbers("stream_cosine", "alike"),
+        above=0.99,
+    ),
+    Claim(
+        "Breaking the symmetry at the start makes the streams differ",
+        PAPER,
+        "fall of the cosine between streams",
+        lambda networks: networks.between("stream_cosine", "alike", "broken"),
+        above=0.01,
+    ),
+    Claim(
+        "Breaking the symmetry at the start lowers the dominance of one stream",
+        PAPER,
+        "fall of the largest share",
+        lambda networks: networks.between("dominance", "alike", "broken"),
+        above=0.05,
+    ),
+    Claim(
+        "Breaking the symmetry at the start lowers the loss",
+        PAPER,
+        "fall of the held-out loss in nats a byte",
+        lambda networks: networks.between("loss", "alike", "broken"),
+        above=0.02,
+    ),
+)
 
 
 STUDY = Study(
@@ -166,7 +155,7 @@ STUDY = Study(
         RunNumber("signal_dominance", "largest share of signal read times write"),
     ),
     curves=(*CURVES, Along("dominance_along", "largest share of read times write")),
-    claims=claims,
+    table=CLAIMS,
     limits=(
         f"The networks mix by mixtures of permutations whose diagonal starts at {NEAR_IDENTITY:g}. «All alike» starts "
         "every stream as a copy that is read and written with equal weights; «symmetry broken» draws the logits of "

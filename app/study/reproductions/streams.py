@@ -25,12 +25,8 @@ BROKEN = 1.0
 class Permutations(nn.Module):
     """mHC-lite (2601.05732): H_res is a mixture of all N! permutation matrices, weights by a softmax.
 
-    Parameters
-    ----------
-    streams : int
-        N; 24 matrices for four.
-    diagonal : float
-        Of H_res where the logits are those of the start.
+    ``streams``: N; 24 matrices for four.
+    ``diagonal``: of H_res where the logits are those of the start.
     """
 
     matrices: torch.Tensor
@@ -54,12 +50,8 @@ class Permutations(nn.Module):
 class Kronecker(nn.Module):
     """KromHC (2601.21579): H_res is a Kronecker product of 2 × 2 doubly stochastic matrices.
 
-    Parameters
-    ----------
-    streams : int
-        N, a power of 2.
-    diagonal : float
-        Of H_res where the logits are those of the start.
+    ``streams``: N, a power of 2.
+    ``diagonal``: of H_res where the logits are those of the start.
     """
 
     start: torch.Tensor
@@ -94,22 +86,13 @@ MAPS: dict[str, type[Permutations | Kronecker]] = {"mhc-lite": Permutations, "kr
 class StreamConnection(nn.Module):
     """x ← H_res x + H_postᵀ F(H_pre x) with H_pre = σ(·), H_post = 2σ(·), and logits that depend on the token.
 
-    Parameters
-    ----------
-    streams : int
-        N.
-    dim : int
-        Features of a stream.
-    branch : Module
-        F, with its own norm.
-    layer_index : int
-        Taken as the package's connections take it; nothing depends on it.
-    mixing : str
-        A key of `MAPS`.
-    diagonal : float
-        Of H_res at the start.
-    broken : float
-        Spread of the read and write logits at the start over the streams: 0 treats all alike.
+    ``streams``: N.
+    ``dim``: features of a stream.
+    ``branch``: F, with its own norm.
+    ``layer_index``: taken as the package's connections take it; nothing depends on it.
+    ``mixing``: a key of `MAPS`.
+    ``diagonal``: of H_res at the start.
+    ``broken``: spread of the read and write logits at the start over the streams: 0 treats all alike.
     """
 
     def __init__(

@@ -100,13 +100,17 @@ def rbf_cka(
     if not fraction > 0:
         raise InputError(f"fraction is {fraction}; expected a positive multiple of the median distance")
 
-    hsic = hsic1 if unbiased else _product
+    # ⟨K, L⟩ of kernels is the biased HSIC of centred ones.
+    hsic = hsic1 if unbiased else lambda k, q: array_namespace(k).sum(k * q)
 
     def prepare(xp: Any, side: Array) -> tuple[Array, Array]:
         if side.shape[0] < 2:  # no distance, no median
             return side, xp.asarray(xp.nan, dtype=xp.float64, device=device(side))
         kernel = _rbf(xp, side, fraction)
-        kernel = kernel if unbiased else _centred(xp, kernel)
+        if not unbiased:  # less the means of its rows and columns
+            kernel = (
+                kernel - xp.mean(kernel, axis=-1, keepdims=True) - xp.mean(kernel, axis=-2) + xp.mean(kernel)
+            )
         return kernel, hsic(kernel, kernel)
 
     def combine(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
@@ -122,16 +126,6 @@ def _rbf(xp: Any, x: Array, fraction: float) -> Array:
     width = fraction * _median(xp, xp.sqrt(_upper(xp, square)))
     safe = xp.where(width > 0, width, xp.ones_like(width))
     return xp.where(width > 0, xp.exp(-square / (2.0 * safe**2)), xp.ones_like(square))
-
-
-def _centred(xp: Any, kernel: Array) -> Array:
-    """A kernel less the means of its rows and columns."""
-    return kernel - xp.mean(kernel, axis=-1, keepdims=True) - xp.mean(kernel, axis=-2) + xp.mean(kernel)
-
-
-def _product(k: Array, q: Array) -> Array:
-    """⟨K, L⟩ of kernels, which is the biased HSIC of centred ones."""
-    return array_namespace(k).sum(k * q)
 
 
 def rsa(

@@ -119,19 +119,10 @@ class _OnItsWay(NamedTuple):
 class AnalysisProcess:
     """A process that completes rows, from the start of one training to its end.
 
-    Parameters
-    ----------
-    metrics : LiveMetrics
-        What a row has; its groups are known.
-    attrs : mapping of str to mapping
-        Of its groups.
-
-    Attributes
-    ----------
-    dropped : list of int
-        Steps whose rows were not completed, since two earlier ones were not yet.
-    ended : str
-        Why the process ended before its time; empty while it runs.
+    ``metrics``: what a row has; its groups are known.
+    ``attrs``: of its groups.
+    ``dropped``: steps whose rows were not completed, since two earlier ones were not yet.
+    ``ended``: why the process ended before its time; empty while it runs.
     """
 
     def __init__(self, metrics: LiveMetrics, attrs: dict[str, dict[str, Any]]) -> None:

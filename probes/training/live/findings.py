@@ -30,14 +30,9 @@ def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Fi
 class TrainingStopped(DepthscopeError, RuntimeError):
     """A finding as severe as ``stop_on`` was met; raised at the end of the step, after everything of it was saved.
 
-    Parameters
-    ----------
-    step : int
-        Of the training.
-    findings : tuple of Finding
-        Those that are as severe, the worst first; of several processes only the one that writes has them.
-    came_at : int, optional
-        The step of the training at whose end they came; by default this one.
+    ``step``: of the training.
+    ``findings``: those that are as severe, the worst first; of several processes only the one that writes has them.
+    ``came_at``: the step of the training at whose end they came; by default this one.
     """
 
     def __init__(self, step: int, findings: tuple[Finding, ...], came_at: int | None = None) -> None:
@@ -54,14 +49,9 @@ class TrainingStopped(DepthscopeError, RuntimeError):
 class Watched:
     """Judges rows, and tells what is new in them.
 
-    Parameters
-    ----------
-    on_finding : callable or None
-        ``on_finding(step, finding)``.
-    stop_on : str or None
-        ``"warn"`` or ``"fail"``.
-    name : str
-        Of the run, printed before its steps; empty for none.
+    ``on_finding``: ``on_finding(step, finding)``.
+    ``stop_on``: ``"warn"`` or ``"fail"``.
+    ``name``: of the run, printed before its steps; empty for none.
     """
 
     def __init__(

@@ -38,24 +38,14 @@ DROPPED = "live_rows_dropped"
 class Live:
     """The live metrics of one recorder.
 
-    Parameters
-    ----------
-    session : Session
-        Of the recorder, with ``live_tokens``.
-    names : sequence of str
-        Metrics of the catalogue, see `live_names`.
-    name : str
-        Of the run, for what is printed: several may be recorded at a time.
-    optimizer : Optimizer, optional
-        Whose learning rate is recorded.
-    sinks : iterable of callable
-        Each is called with a step and named numbers.
-    on_finding : callable, optional
-        Called with a step and each new finding.
-    stop_on : str, optional
-        ``"warn"`` or ``"fail"``: the severity that ends the training.
-    analysis : str, optional
-        ``"process"`` where rows are completed by a second process.
+    ``session``: of the recorder, with ``live_tokens``.
+    ``names``: metrics of the catalogue, see `live_names`.
+    ``name``: of the run, for what is printed: several may be recorded at a time.
+    ``optimizer``: whose learning rate is recorded.
+    ``sinks``: each is called with a step and named numbers.
+    ``on_finding``: called with a step and each new finding.
+    ``stop_on``: ``"warn"`` or ``"fail"``: the severity that ends the training.
+    ``analysis``: ``"process"`` where rows are completed by a second process.
     """
 
     def __init__(

@@ -67,12 +67,8 @@ class LiveRow:
 class LiveMetrics:
     """Computes the row of each measured step.
 
-    Parameters
-    ----------
-    session : Session or None
-        Whose forwards are measured; None where rows are completed that another process began.
-    names : sequence of str
-        Metrics of the catalogue.
+    ``session``: whose forwards are measured; None where rows are completed that another process began.
+    ``names``: metrics of the catalogue.
     """
 
     def __init__(self, session: Session | None, names: Sequence[str]) -> None:

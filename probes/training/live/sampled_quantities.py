@@ -58,14 +58,10 @@ def sampled(count: int, how: str = "") -> str:
 class SampledTokens:
     """The sampled tokens of one group in one step.
 
-    Parameters
-    ----------
-    sums : TokenSums
-        Of the step, of the chain of the group.
-    group : LiveGroup
-        Which depths and connections.
-    each_stream : bool
-        Whether spectra are of each of several streams too, which costs as much again for each; NaN otherwise.
+    ``sums``: of the step, of the chain of the group.
+    ``group``: which depths and connections.
+    ``each_stream``: whether spectra are of each of several streams too, which costs as much again for each; NaN
+    otherwise.
     """
 
     def __init__(self, sums: TokenSums, group: LiveGroup, *, each_stream: bool) -> None:
@@ -331,10 +327,7 @@ class SampledTokens:
 class Cloud:
     """Some of the sampled tokens in one view: their products, from which spectra and similarities follow.
 
-    Parameters
-    ----------
-    states_LKD : ndarray
-        A depth that is not finite leaves NaN.
+    ``states_LKD``: a depth that is not finite leaves NaN.
     """
 
     def __init__(self, states_LKD: np.ndarray) -> None:

@@ -30,17 +30,9 @@ class LostError(CaptureError):
 class Channel:
     """The connections between the processes of a data group. Every method is collective.
 
-    Parameters
-    ----------
-    group : DataGroup
-        Who.
-    timeout : float
-        Seconds that a process waits for the others.
-
-    Raises
-    ------
-    LostError
-        Where not all of them come.
+    ``group``: who.
+    ``timeout``: seconds that a process waits for the others.
+    Raises LostError: Where not all of them come.
     """
 
     def __init__(self, group: DataGroup, timeout: float) -> None:

@@ -63,20 +63,12 @@ class Measurement:
 class Ranks:
     """One recorder's part in the measurement of several processes.
 
-    Parameters
-    ----------
-    group : DataGroup
-        Who measures together.
-    loss_reduction : str or None
-        One of `ASSUMED`; where None, `MEAN` is assumed.
-    live_tokens, seed : int
-        Of the samples.
-    timeout : float
-        Seconds that a process waits for the others.
-    settings : mapping
-        Of the recorder, which have to be the same in all processes.
-    shards : TokenShards, optional
-        How the tokens of a sequence are spread over some of the processes.
+    ``group``: who measures together.
+    ``loss_reduction``: one of `ASSUMED`; where None, `MEAN` is assumed.
+    ``live_tokens, seed``: of the samples.
+    ``timeout``: seconds that a process waits for the others.
+    ``settings``: of the recorder, which have to be the same in all processes.
+    ``shards``: how the tokens of a sequence are spread over some of the processes.
     """
 
     def __init__(

@@ -388,7 +388,7 @@ def test_no_pipe_and_no_device_is_opened(tmp_path):
     for suffix in schema.SUFFIXES:
         os.mkfifo(tmp_path / f"pipe{suffix}")
         (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
-        for name, kind in (("pipe", "a pipe"), ("zero", "a device")):
+        for name, kind in (("pipe", "a named pipe"), ("zero", "a device")):
             with pytest.raises(schema.SchemaError, match=f"it is {kind}"):
                 schema.open_run(tmp_path / f"{name}{suffix}")
     (tmp_path / "folder.nc").mkdir()

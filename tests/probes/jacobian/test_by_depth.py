@@ -10,6 +10,7 @@ from torch.autograd.functional import jacobian as dense_jacobian
 
 from depthscope.diagnostics.experiments import beside, jacobian_rows, open_result, results_beside, save_result
 from depthscope.probes.jacobian import jacobians_by_depth
+from tests.models.plain_stack import Stack
 
 
 class Block(nn.Module):
@@ -21,21 +22,10 @@ class Block(nn.Module):
         return x + torch.tanh(self.out(x.cumsum(1)))
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(4) for _ in range(3))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 @pytest.fixture(scope="module")
 def measured():
     torch.manual_seed(0)
-    model, x = Model().double().eval(), torch.randn(1, 3, 4, dtype=torch.float64)
+    model, x = Stack(Block(4) for _ in range(3)).double().eval(), torch.randn(1, 3, 4, dtype=torch.float64)
     return model, x, jacobians_by_depth(model, x, values=20)
 
 

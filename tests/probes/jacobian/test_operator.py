@@ -16,7 +16,8 @@ from torch.autograd.functional import jacobian as dense_jacobian
 
 from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.jacobian.differentiable_forward import JacobianError
-from depthscope.probes.jacobian.operator import JacobianOperator, block_jacobians, jacobian
+from depthscope.probes.jacobian.operator import block_jacobians, jacobian
+from tests.probes.jacobian.dense import dense, own_blocks
 
 
 class Block(nn.Module):
@@ -57,20 +58,6 @@ class Stack(nn.Module):
 def stack(**options) -> Stack:
     torch.manual_seed(0)
     return Stack(**options).double().eval()
-
-
-def dense(op: JacobianOperator) -> torch.Tensor:
-    """The matrix of an operator from its rows, checked against its columns."""
-    rows = torch.stack([op.rmatvec(u) for u in torch.eye(op.shape[0], dtype=torch.float64)])
-    columns = torch.stack([op.matvec(v) for v in torch.eye(op.shape[1], dtype=torch.float64)], dim=1)
-    torch.testing.assert_close(rows, columns, atol=1e-5, rtol=1e-4)
-    return rows
-
-
-def own_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """A dense Jacobian without the blocks between different tokens."""
-    tokens = len(matrix) // width
-    return matrix * torch.kron(torch.eye(tokens), torch.ones(width, width)).to(matrix.dtype)
 
 
 @pytest.fixture

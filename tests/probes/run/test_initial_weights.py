@@ -12,6 +12,7 @@ from torch import nn
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
+from tests.models.plain_stack import Stack
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 48, "num_attention_heads": 4}
 VISION = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -178,18 +179,8 @@ class Gated(nn.Module):
         return x
 
 
-class Stack(nn.Module):
-    def __init__(self, alphas, function):
-        super().__init__()
-        self.embed = nn.Embedding(100, 32)
-        self.blocks = nn.ModuleList(Gated(alphas, function) for _ in range(4))
-        self.head = nn.Linear(32, 100)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+def gated(alphas, function) -> Stack:
+    return Stack([Gated(alphas, function) for _ in range(4)], nn.Embedding(100, 32), nn.Linear(32, 100))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +199,7 @@ class Stack(nn.Module):
     ],
 )
 def test_a_scale_is_any_function_of_a_parameter_that_multiplies_every_branch(alphas, function, largest):
-    (start,) = starts(capture(lambda: Stack(alphas, function), tokens()))
+    (start,) = starts(capture(lambda: gated(alphas, function), tokens()))
     if largest is None:
         assert start is None or "scale" not in start
     else:
@@ -217,7 +208,7 @@ def test_a_scale_is_any_function_of_a_parameter_that_multiplies_every_branch(alp
 
 def test_the_scale_is_that_of_the_present_weights():
     torch.manual_seed(0)
-    model = Stack((0.01, 0.01), lambda a, y: a * y)
+    model = gated((0.01, 0.01), lambda a, y: a * y)
     with probes.record(model, gradients=False) as recorder:
         model(tokens())
         recorder.step()

@@ -8,17 +8,9 @@ import torch
 from torch import nn
 
 from depthscope import diagnostics, probes
+from tests.models.plain_stack import Block
 
 WIDTH = 8
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.net(x)
 
 
 class Stage(nn.Module):
@@ -66,7 +58,7 @@ def captured(stages, x, layers="layers.{i}"):
 
 def plain_blocks(number=5):
     torch.manual_seed(0)
-    return [Block() for _ in range(number)]
+    return [Block(WIDTH) for _ in range(number)]
 
 
 @pytest.mark.slow(but=2, more=1)

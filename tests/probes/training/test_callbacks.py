@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from depthscope.diagnostics import schema
-from depthscope.probes.training import TransformersCallback, lightning_callback
+from depthscope.probes import training
+from depthscope.probes.training import lightning_callback
 
 
 def examples(count: int) -> list[dict[str, torch.Tensor]]:
@@ -17,8 +18,11 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer(model, folder, steps: int, **options) -> tuple[transformers.Trainer, TransformersCallback]:
-    callback = TransformersCallback(store=folder / "run", resume=True, **options)
+def trainer(
+    model, folder, steps: int, **options
+) -> tuple[transformers.Trainer, training.TransformersCallback]:
+    # Importing it imports the trainer, which takes a second: not while tests are collected.
+    callback = training.TransformersCallback(store=folder / "run", resume=True, **options)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
