@@ -32,6 +32,7 @@ from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.row_sums import RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.findings import TrainingStopped
@@ -426,7 +427,8 @@ class Recorder:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        row = StepStatistics(self.position, sums, sequences, value, weights, scale, self._course.add(value))
+        rows = [RowSums(chain) for chain in sums]
+        row = StepStatistics(self.position, rows, sequences, value, weights, scale, self._course.add(value))
         self._rows.append(row)
         if self._live is not None:
             self._measure_live(self._live, complete, row, overflowed)
