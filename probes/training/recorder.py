@@ -320,7 +320,10 @@ class Recorder:
         if self._overflowed:
             attrs["overflowed_steps"] = list(self._overflowed)
         if missing := self._without_connections:
-            attrs["without_connections"] = {"steps": list(missing), "why": list(dict.fromkeys(missing.values()))}
+            attrs["without_connections"] = {
+                "steps": list(missing),
+                "why": list(dict.fromkeys(missing.values())),
+            }
         last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
         if last is not None and last.skipped:
             attrs["weights_skipped"] = dict(last.skipped)
