@@ -31,7 +31,6 @@ from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import CapturedState
 from depthscope.probes.structure.tape import Tape, value_at
 
-
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
 NOT_READ = (ReadingError, StreamConnectionError, LayoutError)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
+from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import (

@@ -1,4 +1,4 @@
-"""What does the row of a measured step take while a training lasts? One vector: what its numbers are is said once for all rows."""
+"""What does the row of a measured step take? One vector: what its numbers are is said once for all rows."""
 
 from __future__ import annotations
 

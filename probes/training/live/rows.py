@@ -1,4 +1,4 @@
-"""What does a row of a training take while it lasts? Its numbers alone: all else is that of the row before, where it is equal."""
+"""What does the live row of a step take? Its numbers alone: all else is that of the row before, where it is equal."""
 
 from __future__ import annotations
 

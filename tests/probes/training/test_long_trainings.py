@@ -1,4 +1,4 @@
-"""Do trainings of thousands of steps, of several parts and with several optimisers stay what they are, and their recorders small?"""
+"""Do long trainings, and those with several optimisers or recorders, stay what they are, and their recorders small?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import gc
 import tracemalloc
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -171,23 +172,23 @@ def test_two_networks_with_an_optimiser_each():
         assert np.isfinite(found["gradient_square_norm_sum"].values).all()
 
 
-def test_recorders_on_parts_of_one_model_are_as_if_alone():
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = tower(6, 6, seed=4), tower(6, 2, seed=5, layers=2)
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = tower(6, 6, seed=4), tower(6, 2, seed=5, layers=2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(torch.tanh(self.first(x)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
 
-    begin = Pair()
 
-    def trained(*parts: str) -> list[ds.Recorder]:
-        model = copy.deepcopy(begin)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        recorders = [ds.record(model.get_submodule(part), gradients=True, metrics="live") for part in parts]
-        for recorder in recorders:
-            recorder.__enter__()
+def trained_parts(model: nn.Module, *parts: str) -> list[ds.Recorder]:
+    """Recorders of some parts of a model that is trained as a whole."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(ds.record(model.get_submodule(part), gradients=True, metrics="live"))
+            for part in parts
+        ]
         for step in range(3):
             loss = model(noise(2, 5, 6, seed=step)).square().mean()
             loss.backward()
@@ -195,13 +196,14 @@ def test_recorders_on_parts_of_one_model_are_as_if_alone():
                 recorder.step(loss)
             optimizer.step()
             optimizer.zero_grad()
-        for recorder in recorders:
-            recorder.close()
-        return recorders
+    return recorders
 
-    together = trained("first", "second")
+
+def test_recorders_on_parts_of_one_model_are_as_if_alone():
+    model = Pair()
+    together = trained_parts(copy.deepcopy(model), "first", "second")
     for part, recorder in zip(("first", "second"), together, strict=True):
-        (alone,) = trained(part)
+        (alone,) = trained_parts(copy.deepcopy(model), part)
         one, other = statistics_of(recorder), statistics_of(alone)
         assert set(one.data_vars) == set(other.data_vars)
         for name in one.data_vars:
