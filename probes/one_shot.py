@@ -120,7 +120,8 @@ def measure(
     sequences, first = 0, None
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
-            measured, value, task = _measure_batch(session, item, loss)
+            with no_collection():
+                measured, value, task = _measure_batch(session, item, loss)
             assert session.last is not None
             began = session.last.first_index
             if first is None:
@@ -144,7 +145,7 @@ def measure(
         followed = follow(session, *first, _loss_of(loss) if gradients else None)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
-            return build_run(session, [], [], digests=False, followed=followed)
+            return build_run(session, [], [], described=True, digests=False, followed=followed)
         task = {"task": found} if (found := mean_task(tasks, row.loss)) else {}
         run = build_run(
             session,
@@ -171,11 +172,9 @@ def _measure_batch(
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
-    with no_collection():
-        session.attach()
+    session.attach()
     try:
-        with no_collection():
-            output = call_observed(session, batch)
+        output = call_observed(session, batch)
         session.raise_first_error()
         value = loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.capture import measure, page
 from benchmarks.capture.cases import CASES, Sizes
 from benchmarks.capture.tools import PEERS, TOOLS, groups
-from benchmarks.shared import process
+from benchmarks.shared import process, tables
 
 BATCHES = {"forward": (1, 2, 8, 24), "forward + backward": (1, 2, 8)}
 
@@ -40,7 +40,7 @@ def main() -> None:
     else:
         print(page.text(results))
     if arguments.markdown:
-        arguments.markdown.write_text(page.markdown(results), encoding="utf-8")
+        tables.put_section(arguments.markdown, "benchmarks.capture", page.markdown(results))
 
 
 def parsed() -> argparse.Namespace:

@@ -2,7 +2,8 @@
 
 Steps of all ways to record are taken in turn with plain ones, on one model in one process with one thread, and the medians of
 their CPU times are given as ratios to that of the plain step. Attaching the hooks of the next step is counted; building the
-run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way.
+run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way; ``--once`` what a model
+costs that is met for the first time, with the parts of it; ``--growth`` the memory over so many measured steps.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.live import page
 from benchmarks.live.cases import CASES, QUICK, Training
+from benchmarks.live.once import first_costs, growth
 from benchmarks.shared import memory, process, tables
 from benchmarks.shared.rounds import ratio
 
@@ -58,10 +62,17 @@ def main() -> None:
             results["memory"].setdefault(name, {})[way] = process.ask(
                 "benchmarks.live", {**task, "memory": way}
             )
+        for what in ("once", "growth"):
+            if getattr(arguments, what):
+                answer = process.ask("benchmarks.live", {**task, what: getattr(arguments, what)})
+                results.setdefault(what, {})[name] = answer
     results |= tables.circumstances(
         "benchmarks.live", ("torch", "transformers", "hyper-connections", "numba")
     )
     print(json.dumps(results, indent=1) if arguments.json else text(results, cases))
+    if arguments.markdown:
+        names = {name: title for name, (title, _) in cases.items()}
+        tables.put_section(arguments.markdown, "benchmarks.live", page.markdown(results, names))
 
 
 def parsed() -> argparse.Namespace:
@@ -73,6 +84,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--quick", action="store_true", help="tiny models: only to see it run")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
+    parser.add_argument(
+        "--once", action="store_true", help="descriptions, captures, first measured steps too"
+    )
+    parser.add_argument("--growth", type=int, metavar="STEPS", help="memory over so many measured steps too")
+    parser.add_argument("--markdown", type=Path, help="write its part of the page, docs/benchmarks.md")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -90,6 +106,10 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     training = (QUICK if task["quick"] else CASES)[task["case"]][1]()
     with redirect_stderr(StringIO()):  # findings about untrained networks
+        if "once" in task:
+            return first_costs(training, min(task["rounds"], 5))
+        if "growth" in task:
+            return growth(training, task["growth"])
         return (
             peak(training, task["memory"])
             if "memory" in task
@@ -193,6 +213,9 @@ def text(results: dict[str, Any], cases: dict[str, Any]) -> str:
             lines.append(
                 f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}"
             )
+        lines += page.lines_once(results.get("once", {}).get(name, {}))
+        if name in results.get("growth", {}):
+            lines.append(f"  {page.growth_sentence(results['growth'][name])}")
         lines.append("")
     return "\n".join(lines)
 

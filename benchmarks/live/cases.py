@@ -1,9 +1,9 @@
-"""Which trainings are measured? Two GPT-2, one of them with long batches, an mHC decoder, and transformers' DeepSeek V4."""
+"""Which trainings are measured? Three GPT-2, an mHC decoder, transformers' DeepSeek V4, and 200 thin blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -79,7 +79,31 @@ def deepseek_v4(layers: int, width: int, batch: int, tokens: int) -> Training:
     return _training(model, {"input_ids": ids, "labels": ids})
 
 
+def deep(layers: int, width: int) -> Training:
+    """As many blocks as cost next to nothing: what is done for each block or operation costs most here."""
+    from benchmarks.capture.description import SIZES, model
+
+    torch.manual_seed(0)
+    sizes = replace(SIZES, layers=layers, width=width)
+    network = WithLoss(model(sizes))
+    ids = torch.randint(0, 100, (sizes.batch, sizes.tokens), generator=torch.Generator().manual_seed(0))
+    return _training(network, {"input_ids": ids})
+
+
+class WithLoss(nn.Module):
+    """A network with the mean square of its output as its loss."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.network(input_ids).square().mean()}
+
+
 CASES: dict[str, tuple[str, Callable[[], Training]]] = {
+    "deep": ("200 blocks of width 64, 2 × 32 tokens", lambda: deep(200, 64)),
+    "tokens": ("GPT-2, 8 × 512, 4 × 1024 tokens", lambda: of_capture("residual", Sizes(8, 512, 4, 1024))),
     "gpt2": (
         "GPT-2, 12 × 768, 4 × 128 tokens",
         lambda: of_capture("residual", Sizes(12, 768, 4, 128, heads=12)),
@@ -92,6 +116,7 @@ CASES: dict[str, tuple[str, Callable[[], Training]]] = {
     "deepseek": ("DeepSeek V4, 8 × 256, n = 4, 4 × 128 tokens", lambda: deepseek_v4(8, 256, 4, 128)),
 }
 QUICK: dict[str, tuple[str, Callable[[], Training]]] = {
+    "deep": ("6 blocks of width 32", lambda: deep(6, 32)),
     "gpt2": ("GPT-2, 2 × 32", lambda: of_capture("residual", Sizes(2, 32, 2, 16, heads=4))),
     "mhc": ("mHC, 1 × 32", lambda: of_capture("mhc", Sizes(1, 32, 2, 16))),
 }

@@ -10,7 +10,7 @@ from depthscope.diagnostics.kernels.geometry.directions import pair_cosines as k
 from depthscope.diagnostics.kernels.rank.participation import corrected_ratio
 from depthscope.diagnostics.metrics.declaration import OURS, Null, Range, metric
 from depthscope.diagnostics.quantities.registry import quantity, ratio, with_attrs
-from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
+from depthscope.diagnostics.quantities.states import States, by_kind, mask_or_none, select_rows
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
 
@@ -94,13 +94,13 @@ def row_fourth_powers(
     """Σ ‖x‖⁴ over the tokens of each sequence and of all pooled, about zero or about their mean."""
 
     def measure(views: np.ndarray) -> np.ndarray:
-        found = [
-            [_fourth_powers(views, keep, scope, center=label == "centred") for label in centering]
-            for keep in token_masks.values
-        ]
-        return np.stack(found).transpose(3, 0, 1, 2)  # (tokens, centering, group, V), see `token_cosine`
+        def of_kind(keep: np.ndarray) -> np.ndarray:
+            found = [_fourth_powers(views, keep, scope, center=label == "centred") for label in centering]
+            return np.stack(found)  # (centering, group, V)
 
-    return residual_states.over_depth(measure, ("tokens", "centering", "group"))
+        return np.stack(by_kind(token_masks.values, of_kind)).transpose(3, 0, 1, 2)
+
+    return residual_states.over_depth(measure, ("tokens", "centering", "group"), by_view=True)
 
 
 def _fourth_powers(
@@ -226,13 +226,14 @@ def pair_cosines(
     """The sum of the cosines of all ordered pairs of tokens, and their number, by kind and group of tokens."""
 
     def measure(views: np.ndarray) -> np.ndarray:
-        found = [
-            [_pair_cosines(views, keep, scope, center=label == "centred") for label in centering]
-            for keep in token_masks.values
-        ]
-        return np.stack(found).transpose(2, 0, 1, 3, 4)  # `over_depth` expects the views first
+        def of_kind(keep: np.ndarray) -> np.ndarray:
+            found = [_pair_cosines(views, keep, scope, center=label == "centred") for label in centering]
+            return np.stack(found, axis=1)
 
-    found = residual_states.over_depth(measure, ("tokens", "centering", "group", "part"))
+        return np.stack(by_kind(token_masks.values, of_kind), axis=1)  # `over_depth` expects the views first
+
+    dims = ("tokens", "centering", "group", "part")
+    found = residual_states.over_depth(measure, dims, by_view=True)
     return found.isel(part=0), found.isel(part=1)
 
 
@@ -313,7 +314,7 @@ def sequence_share(residual_states: States) -> xr.Variable:
         variance = (total**2).sum((1, 2, 3))
         return (between**2).sum((1, 2, 3)) / np.where(variance > 0, variance, np.nan)
 
-    return residual_states.over_depth(measure)
+    return residual_states.over_depth(measure, by_view=True)
 
 
 @metric(

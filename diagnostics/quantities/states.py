@@ -18,7 +18,8 @@ from depthscope.diagnostics.schema import NOT_FINITE, STATE
 # Bytes of states that are cached between metrics: 20 depths of 4096 tokens with 768 features in float32. Deeper ones are
 # read again by each metric. Heuristic.
 CACHE_BYTES = 256_000_000
-# Numbers of one block of tokens: its arrays of float64 stay in the cache of a core, and need no new memory. Heuristic.
+# Numbers of one block of tokens, or of small states: its arrays of float64 stay in the cache of a core, and need no new
+# memory. Heuristic.
 BLOCK = 131_072
 
 
@@ -112,19 +113,26 @@ class States:
         return select_rows(views, self.mask)
 
     def over_depth(
-        self, measure: Callable[[np.ndarray], np.ndarray], dims: tuple[str, ...] = ()
+        self,
+        measure: Callable[[np.ndarray], np.ndarray],
+        dims: tuple[str, ...] = (),
+        *,
+        by_view: bool = False,
     ) -> xr.Variable:
         """Measure every depth and every view; NaN where a state is not finite.
 
         ``measure``: views (V, S, T, D) in, values (V, ...) out.
         ``dims``: names of the further dims of a value.
+        ``by_view``: whether each view is measured for itself, so that those of several small states may come at once.
         """
-        found = []
-        for depth in range(len(self)):
-            views, finite = self.load(depth)
+        found: list[np.ndarray] = []
+        at_once = max(1, BLOCK // max(1, self.load(0)[0].size)) if by_view else 1
+        for first in range(0, len(self), at_once):
+            loaded = [self.load(depth) for depth in range(first, min(first + at_once, len(self)))]
+            views = loaded[0][0] if len(loaded) == 1 else np.concatenate([views for views, _ in loaded])
             values = np.asarray(measure(views), dtype=float)  # counts are integers, which have no NaN
-            values[~finite] = np.nan
-            found.append(values)
+            values[~np.concatenate([finite for _, finite in loaded])] = np.nan
+            found += np.split(values, len(loaded))
         return xr.Variable(("depth", "stream", *dims), np.stack(found))
 
     def over_steps(
@@ -205,7 +213,7 @@ class States:
             found = by_kind(kinds, lambda counted: _by_sequences(measure, views, counted))
             return np.stack(found, axis=1)
 
-        found = self.over_depth(measure_kinds, ("tokens", "sequence"))
+        found = self.over_depth(measure_kinds, ("tokens", "sequence"), by_view=True)
         return found.transpose("tokens", "depth", "stream", "sequence")
 
     def at(self, depths: Sequence[int]) -> States:

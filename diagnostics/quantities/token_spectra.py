@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import States, by_kind, mask_or_none, select_rows
+from depthscope.diagnostics.quantities.states import BLOCK, States, by_kind, mask_or_none, select_rows
 
 RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 
@@ -29,7 +29,8 @@ def singular_values(
     def decompose(views: np.ndarray) -> np.ndarray:
         return np.stack(by_kind(kinds, lambda counted: _spectra(views, counted, scope, centering)), axis=1)
 
-    return residual_states.over_depth(decompose, ("tokens", "centering", "group", "component"))
+    dims = ("tokens", "centering", "group", "component")
+    return residual_states.over_depth(decompose, dims, by_view=True)
 
 
 def _spectra(
@@ -40,25 +41,26 @@ def _spectra(
     width = min(counted.size, views.shape[-1])
     # Groups of fewer tokens have fewer values: the rest stays zero, which counts for no rank.
     spectra = np.zeros((len(views), len(centering), num_groups, width))
-    # View by view: a batched decomposition of all would take as many copies of the states in float64.
-    for v, view in enumerate(views):
+    # A few views at a time: a decomposition of all would take as many copies of large states in float64.
+    at_once = max(1, BLOCK // max(1, views[0].size))
+    for first in range(0, len(views), at_once):
+        some = views[first : first + at_once]
         for c, label in enumerate(centering):
-            found: list[np.ndarray] = []
+            center, group = label == "centred", 0
             if "sequence" in scopes:
-                found += list(
-                    rank.singular_values(view, center=label == "centred", mask=mask_or_none(counted))
-                )
+                values = rank.singular_values(some, center=center, mask=mask_or_none(counted))
+                group = values.shape[1]
+                spectra[first : first + at_once, c, :group, : values.shape[-1]] = values
             if "data" in scopes:
-                found.append(_pooled_spectrum(view, counted, center=label == "centred"))
-            for group, values in enumerate(found):
-                spectra[v, c, group, : len(values)] = values
+                values = _pooled_spectra(some, counted, center=center)
+                spectra[first : first + at_once, c, group, : values.shape[-1]] = values
     return spectra
 
 
-def _pooled_spectrum(view: np.ndarray, counted: np.ndarray, *, center: bool) -> np.ndarray:
-    rows = select_rows(view[None], counted)
+def _pooled_spectra(views: np.ndarray, counted: np.ndarray, *, center: bool) -> np.ndarray:
+    rows = select_rows(views, counted)
     # Kernels refuse a matrix without rows, as where every token is massive.
-    return rank.singular_values(rows, center=center)[0] if rows.shape[1] else np.zeros(0)
+    return rank.singular_values(rows, center=center) if rows.shape[1] else np.zeros((len(views), 0))
 
 
 def over_spectra(measure: Callable[[Any], Any], spectra: xr.Variable) -> xr.Variable:

@@ -83,7 +83,7 @@ def massive(residual_states: States) -> Massive:
         fraction = found.any(axis=3).sum(axis=(1, 2)) / real.sum()
         return np.stack([fraction, _largest_over_median(views, real)], axis=1)
 
-    both = residual_states.over_depth(measure, ("measure",))
+    both = residual_states.over_depth(measure, ("measure",), by_view=True)
     return Massive(
         token=xr.Variable(("sample", "token"), has_token),
         fraction=both.isel(measure=0),

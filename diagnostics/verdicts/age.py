@@ -38,7 +38,8 @@ def age_of(analysis: xr.Dataset) -> Age:
     step = _number(analysis["step"].values) if "step" in analysis.coords else None
     if step is not None and step >= MANY_STEPS:
         return Age(True, f"it has trained for {step:.0f} steps")
-    distance = analysis.get("first_weight_distance")
+    # Not `analysis.get`, which looks for names that are like one that is missing.
+    distance = analysis.variables.get("first_weight_distance")
     if distance is not None and float(distance.max()) > MOVED:
         return Age(True, f"its weights have moved by up to {100 * float(distance.max()):.0f} %")
     if attrs.get("untouched"):

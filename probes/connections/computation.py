@@ -299,8 +299,7 @@ class Search:
     def squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
         """The values of a part of the forward that have the size of a connection's matrix."""
         n = self.applied[number].mix.shape[-1]
-        sizes = (n * n, self.forward.batch_size * self.forward.tokens * n * n)
-        return [value for value in self.forward.within(window) if value.tensor.numel() in sizes]
+        return list(self.forward.sized((n * n,), window))
 
     def _others(self, number: int, values: Sequence[ComputedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""

@@ -79,6 +79,7 @@ class ComputedForward:
     _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
     # By identity, with the weights themselves, so that no others get it.
     _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
+    _sized: dict[tuple[int, ...], list[ComputedValue]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         current = [value for value in self.values if value.value.shape == self.shape]
@@ -128,16 +129,26 @@ class ComputedForward:
         ``between``: the values of which part of the forward are looked at, by their numbers.
         """
         limit = SAME * max(1.0, float(wanted.abs().max()))
+        tail = tuple(wanted.shape[2:])
+        more = [tail[0] * (tail[0] + views) for views in range(1, MOST_VIEWS + 1)] if len(tail) == 2 else []
         return [
             value
-            for value in self.within(between)
-            if any(self.equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
+            for value in self.sized((math.prod(tail), *more), between)
+            if any(self.equal(each, wanted, limit) for each in self._readings(value, tail))
         ]
+
+    def sized(self, sizes: Sequence[int], between: tuple[int, int]) -> Sequence[ComputedValue]:
+        """The values of a part of the forward that have so many numbers a token, or for all tokens together."""
+        key = tuple(sizes)
+        if key not in self._sized:
+            lead = self.batch_size * self.tokens
+            known = {count for size in sizes for count in (size, lead * size)}
+            self._sized[key] = [value for value in self.values if value.tensor.numel() in known]
+        return _part(self._sized[key], between)
 
     def within(self, between: tuple[int, int]) -> Sequence[ComputedValue]:
         """The values of a part of the forward that are what they were."""
-        first, last = (bisect_left(self.values, number, key=lambda value: value.number) for number in between)
-        return self.values[first:last]
+        return _part(self.values, between)
 
     def _readings(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         tensor, matrix = value.tensor.detach(), len(tail) == 2
@@ -191,3 +202,9 @@ class ComputedForward:
         for position, gradient in zip(wanted, gradients, strict=True):
             found[position] = None if gradient is None else float(gradient.abs().max())
         return found
+
+
+def _part(values: Sequence[ComputedValue], between: tuple[int, int]) -> Sequence[ComputedValue]:
+    """Those of some values in order that have numbers in a range."""
+    first, last = (bisect_left(values, number, key=lambda value: value.number) for number in between)
+    return values[first:last]

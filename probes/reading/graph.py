@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,19 +118,7 @@ class TracedValue:
         self.number, self.call, self.name, self.func = number, call, name, func
         self.args, self.kwargs, self.parents = args, kwargs, parents
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-
-    @property
-    def numel(self) -> int:
-        """How many elements it has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether its elements are real numbers."""
-        return self.dtype.is_floating_point
+        self.numel, self.is_floating = math.prod(self.shape), tensor.dtype.is_floating_point
 
     def is_like(self, other: TracedValue) -> bool:
         """Whether the same operation made another value, of operands with the same numbers."""
@@ -236,6 +225,7 @@ class Graph:
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
         self._by_side: dict[tuple[int, str], list[TracedValue]] | None = None
+        self._by_call: dict[tuple[str, int], int] = {}
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -391,10 +381,12 @@ class Graph:
 
         Raises ReadingError: Where it was not called so often.
         """
-        found = [n for n, call in enumerate(self.calls) if (call.path, call.number) == (path, number)]
-        if not found:
+        if len(self._by_call) != len(self.calls):
+            self._by_call = {(call.path, call.number): n for n, call in enumerate(self.calls)}
+        found = self._by_call.get((path, number))
+        if found is None:
             raise ReadingError(f"{path or 'the model'} was not called {number + 1} times")
-        return found[0]
+        return found
 
     def shown_at(self, path: str, number: int, at: str, item: int) -> TracedValue | None:
         """The value that a call took or gave; None where it did not."""

@@ -101,15 +101,18 @@ LINEAR = operation_of(torch.ops.aten.linear.default)
 
 
 def only_operation(
-    module: nn.Module | None, tensors: Sequence[torch.Tensor]
+    module: nn.Module | None, tensors: Sequence[torch.Tensor], hooks: int
 ) -> tuple[KnownOperation, list[Any]] | None:
-    """The one operation that a call of a layer is, and what it takes; None where others run in it, or may be looked at."""
+    """The one operation that a call of a layer is, and what it takes; None where others run in it, or may be looked at.
+
+    ``hooks``: how many hooks before, and after, a call are of whoever records it.
+    """
     is_plain = len(tensors) == 1 and type(tensors[0]) is torch.Tensor
     if module is None or type(module) not in (nn.Linear, nn.LayerNorm) or not is_plain:
         return None
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     is_plain = all(parameter is None or type(parameter) is nn.Parameter for parameter in (weight, bias))
-    if module._forward_hooks or module._forward_pre_hooks or not is_plain:
+    if not len(module._forward_hooks) == len(module._forward_pre_hooks) == hooks or not is_plain:
         return None
     # A mode of the user's would not see the operations inside.
     if torch._C._len_torch_dispatch_stack() != 1 or torch.is_autocast_enabled(tensors[0].device.type):

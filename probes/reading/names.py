@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby, pairwise, takewhile
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class BranchNames:
         self._around = self._common_call()
         self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
         self._shared = Counter(call for stack in self._stacks for call in stack)
+        self._units = [self._unit(inside) for inside in self._insides]
         self._calls = [self._own_calls(number) for number in range(len(branches))]
         self.paths = [self._path(number) for number in range(len(branches))]
         self.layers: list[int] = []
@@ -111,9 +113,12 @@ class BranchNames:
 
     def unit(self, number: int) -> int | None:
         """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
+        return self._units[number]
+
+    def _unit(self, inside: Sequence[TracedValue]) -> int | None:
         depth = len(self._around)
         # The latest operations come first: before them may lie those of other branches, as of another track.
-        stacks = (self.graph.stack(v) for v in self._insides[number])
+        stacks = map(self.graph.stack, inside)
         units = (stack[depth] for stack in stacks if len(stack) > depth and stack[:depth] == self._around)
         return next(units, None)
 
@@ -157,6 +162,7 @@ class BranchNames:
         last = [part for part in paths[0].split(".") if not part.isdigit()]
         return next((kind for kind in inner if kind != "block"), last[-1] if last else "branch")
 
+    @cached_property
     def keys(self) -> list[Key]:
         """What branches of one block have in common: the numbers of its containers, or its call."""
         found = []
@@ -196,12 +202,18 @@ class BranchNames:
 
     def _members(self, container: str) -> list[tuple[str, ...]]:
         """The classes of all parts of each numbered member of a container."""
-        found: dict[str, list[str]] = {}
+        return [tuple(kinds) for kinds in self._numbered_members.get(container, {}).values()]
+
+    @cached_property
+    def _numbered_members(self) -> dict[str, dict[str, list[str]]]:
+        found: dict[str, dict[str, list[str]]] = {}
         for path, kind in self.graph.modules.items():
-            name = path[len(container) + 1 :].partition(".")[0] if path.startswith(f"{container}.") else ""
-            if name.isdigit():
-                found.setdefault(name, []).append(kind)
-        return [tuple(kinds) for kinds in found.values()]
+            parts = path.split(".")
+            for at, name in enumerate(parts):
+                if name.isdigit():
+                    members = found.setdefault(".".join(parts[:at]), {})
+                    members.setdefault(name, []).append(kind)
+        return found
 
     def _is_repeated(self, unit: int | None) -> bool:
         return unit is not None and self.graph.calls[unit].path in self._repeated
@@ -213,7 +225,7 @@ class BranchNames:
             return None
         unit = stack[len(self._around)]
         key = self._key(self.graph.calls[unit].path, unit)
-        like = self.keys()[0]
+        like = self.keys[0]
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
@@ -280,12 +292,12 @@ def _follows(a: Key, b: Key, modules: Mapping[str, str], scaling: Collection[str
 def number_blocks(all_names: Sequence[BranchNames]) -> None:
     """Number the blocks of memories; the blocks of a later stage follow those of the stage before."""
     for names in all_names:
-        keys = names.keys()
+        keys = names.keys
         if any(key.digits for key in keys):
             outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.digits)
             names.between = {branch.source.number for branch in outside}
         scaling = {names.graph.calls[call].path for call in names.scaling}
-        names.layers = numbered(names.keys(), names.graph.modules, scaling)
+        names.layers = numbered(names.keys, names.graph.modules, scaling)
     for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
@@ -295,7 +307,7 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
             units.intersection(names.graph.stack(names.memory.root))
         )  # the block in which that ended
         names.first_layer = max(before.layers) + (not is_known)
-        own = numbered(names.keys(), {})
+        own = numbered(names.keys, {})
         names.layers = [names.first_layer + 1 + number - own[0] for number in own]
 
 
@@ -328,10 +340,8 @@ def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tu
 
 def _scaled_by(names: BranchNames, moment: int) -> int | None:
     """The number of the block that only scaled a state, where blocks have their containers' numbers."""
-    keys = names.keys()
-    digits = [key.digits[-1] if key.digits else -1 for key in keys]
     for call, numbers in names.scaling.items():
-        if moment in numbers and digits == names.layers:
+        if moment in numbers and [key.digits[-1] if key.digits else -1 for key in names.keys] == names.layers:
             return int(names.graph.calls[call].path.rpartition(".")[2])
     return None
 

@@ -25,7 +25,7 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, no_collection
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace, no_collection
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES
@@ -63,6 +63,7 @@ class Rereading:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
+        self._roots: list[ValuePlace] = []  # of the memories that later forwards are read for
         with torch.no_grad(), no_collection():
             self.reading = self._read()
 
@@ -88,6 +89,7 @@ class Rereading:
         """Read these memories alone from now on, and let go of the first forward's tensors."""
         roots = {memory.root for memory in memories}
         self._readers = [reader for reader in self._readers if reader.memory.root.number in roots]
+        self._roots = [self.graph.place(reader.memory.root) for reader in self._readers]
         self.reading = NetworkReading((), {})
         self.graph.let_go()
 
@@ -100,15 +102,15 @@ class Rereading:
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if graph is not self.graph and not self.graph.takes_over(graph):
-            roots = [self.graph.place(reader.memory.root) for reader in self._readers]
             other = Rereading(graph)
-            self.graph, self._readers = graph, other._readers
-            found = [reader for reader in self._readers if graph.place(reader.memory.root) in roots]
-            if len(found) != len(roots):
+            found = [of for of in other._readers if graph.place(of.memory.root) in self._roots]
+            if len(found) != len(self._roots):
+                why = f": {other.reading.refused}" if other.reading.refused else ""
                 raise ReadingError(
-                    f"{len(found)} of {len(roots)} memories were found again in a later forward, whose operations are others"
+                    f"{len(found)} of {len(self._roots)} memories were found again in a later forward, whose operations are "
+                    f"others{why}"
                 )
-            self._readers = found
+            self.graph, self._readers = graph, found
         with no_collection():
             return [reader.again() for reader in self._readers]
 

@@ -72,11 +72,14 @@ class GraphRecorder(TorchDispatchMode):
     """The values of a forward, as long as it is on.
 
     ``holds``: whether tensors are held, so that what is carried can be run again.
+    ``hooks``: how many hooks before, and after, each call note it, by `enter` and `leave`.
     """
 
-    def __init__(self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True):
+    def __init__(
+        self, model: nn.Module, batch: Sequence[torch.Tensor], *, holds: bool = True, hooks: int = 0
+    ):
         super().__init__()
-        self._holds = holds
+        self._holds, self._hooks = holds, hooks
         self.graph = Graph()
         self._given = {id(tensor): position for position, tensor in enumerate(batch)}
         self.graph.circumstances = circumstances(model, batch)
@@ -134,7 +137,7 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
-        only = only_operation(module, tensors)
+        only = only_operation(module, tensors, self._hooks)
         if only is not None:
             operation, args = only
             values: list[TracedValue] = []

@@ -50,6 +50,7 @@ def build_run(
     *,
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
+    described: bool = False,
     digests: bool = True,
     followed: ComputedForward | None = None,
     kept: dict[str, Any] | None = None,
@@ -62,6 +63,7 @@ def build_run(
     ``rows``: one per measured step; without any the run has no statistics.
     ``pooled``: statistics of all steps since the weights last changed, one per chain.
     ``token_text``: text of every token, by the sequence's index.
+    ``described``: as in `trace_dataset`.
     ``digests``: whether the weights and the data get a digest, by which runs are compared.
     ``followed``: what one forward on the first sequences computed, for remarks on where the coefficients come from.
     ``kept``: what a forward keeps for its backward, see `kept_bytes`.
@@ -81,7 +83,9 @@ def build_run(
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
-            trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text, logits)
+            trace[name] = trace_dataset(
+                session, number, depths, sequences, evidence, token_text, logits, described=described
+            )
             if not rows:
                 continue
             measured = statistics_dataset(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.probes.model.modules import all_modules, all_parameters, module_paths
 from depthscope.probes.structure.branch_scales import BranchScale
 from depthscope.probes.structure.chain import Chain
 
@@ -43,7 +44,7 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
         # A block may have been taken out since it was measured, such as by layer drop of the user's own.
         known = dict(model.named_modules())
         modules = [known[path] for path in chain.blocks if path in known]
-        by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
+        by_block = [[p for p in all_parameters(module) if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
             return {}
         # A block that was drawn many times as large as the others is no start by construction, whatever else is.
@@ -89,13 +90,15 @@ def _is_readable(parameter: nn.Parameter) -> bool:
 
 def _out_of_line(modules: Sequence[nn.Module]) -> bool:
     """Whether a matrix of some block is far larger than those of the same name in the other blocks."""
-    sizes: dict[str, list[float]] = defaultdict(list)
+    samples: dict[str, list[torch.Tensor]] = defaultdict(list)
     for module in modules:
-        for name, parameter in module.named_parameters():
-            if _is_readable(parameter) and parameter.ndim > 1:
-                some = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)]
-                sizes[name].append(_root_mean_square(some))
-    return any(max(of) > OUT_OF_LINE * statistics.median(of) > 0 for of in sizes.values() if len(of) > 2)
+        for path, part in module_paths(module):
+            for name, parameter in part._parameters.items():
+                if parameter is not None and _is_readable(parameter) and parameter.ndim > 1:
+                    some = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)]
+                    samples[f"{path}.{name}"].append(some)
+    several = [_of_each(of, _root_mean_squares) for of in samples.values() if len(of) > 2]
+    return any(max(of) > OUT_OF_LINE * statistics.median(of) > 0 for of in several)
 
 
 # Vectors of fewer numbers may be weights of streams, which begin at anything.
@@ -108,22 +111,26 @@ def _is_untouched(modules: list[nn.Module]) -> bool:
     Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
     """
     owned = [
-        [p for p in part.parameters(recurse=False) if _is_readable(p)]
+        [p for p in part._parameters.values() if p is not None and _is_readable(p)]
         for module in modules
-        for part in module.modules()
+        for part in all_modules(module)
     ]
-    found = [
-        _is_constant(vector) or _is_drawn_by_torch(vector, own)
-        for own in owned
-        for vector in own
-        if vector.ndim == 1 and vector.numel() >= FEWEST
-    ]
-    return bool(found) and all(found)
+    vectors = [(p, own) for own in owned for p in own if p.ndim == 1 and p.numel() >= FEWEST]
+    constant = _of_each([p for p, _ in vectors], lambda rows: rows.amin(1) == rows.amax(1))
+    moved = (pair for pair, same in zip(vectors, constant, strict=True) if not same)
+    return bool(vectors) and all(_is_drawn_by_torch(vector, own) for vector, own in moved)
 
 
-def _is_constant(parameter: nn.Parameter) -> bool:
-    low, high = parameter.aminmax()
-    return bool(low == high)
+def _of_each(vectors: Sequence[torch.Tensor], measure: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+    """What is measured of each of some vectors: of those of one size at once, as the rows of a matrix."""
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for number, vector in enumerate(vectors):
+        alike[len(vector), vector.dtype, vector.device].append(number)
+    found: dict[int, Any] = {}
+    for numbers in alike.values():
+        rows = torch.stack([vectors[number] for number in numbers])
+        found |= zip(numbers, measure(rows).tolist(), strict=True)
+    return [found[number] for number in range(len(vectors))]
 
 
 def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
@@ -132,14 +139,20 @@ def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
     if len(matrices) != 1:
         return False
     bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
-    largest = float(matrices[0].abs().max())
-    return 0.9 * bound < largest <= bound and float(bias.abs().max()) <= bound
+    largest = _largest(matrices[0])
+    return 0.9 * bound < largest <= bound and _largest(bias) <= bound
+
+
+def _largest(parameter: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(parameter, math.inf))
 
 
 def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
-    vectors = [p.float() for p in parameters if p.ndim == 1 and p.numel() > 1]
-    distances = sorted(float((p - 1.0).abs().max()) for p in vectors if abs(float(p.mean()) - 1.0) < 0.5)
+    vectors = [p for p in parameters if p.ndim == 1 and p.numel() > 1]
+    means = _of_each(vectors, lambda rows: rows.float().mean(1))
+    near = [p for p, mean in zip(vectors, means, strict=True) if abs(mean - 1.0) < 0.5]
+    distances = sorted(_of_each(near, lambda rows: (rows.float() - 1.0).abs().amax(1)))
     # The median: weights that write streams begin near 1 too.
     return distances[len(distances) // 2] if distances else None
 
@@ -157,16 +170,18 @@ def _largest_scale(model: nn.Module, scales: Iterable[Sequence[BranchScale]]) ->
 
 def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
     """Whether all matrices have about the same size, and those of the blocks one that makes any output small."""
-    sizes = [_root_mean_square(p) for p in model.parameters() if _is_readable(p) and p.ndim > 1]
-    gains = [
-        # Linear stores its outputs first, and Conv1D of transformers its inputs: the larger count is the safe one.
-        _root_mean_square(p) * max(p.numel() / p.shape[0], p.shape[0]) ** 0.5
-        for block in by_block
-        for p in block
-        if p.ndim > 1
-    ]
-    return bool(gains) and max(gains) < SMALL_GAIN and max(sizes) < SAME_SCALE * min(sizes)
+    matrices = [p for block in by_block for p in block if p.ndim > 1]
+    # Linear stores its outputs first, and Conv1D of transformers its inputs: the larger count is the safe one.
+    gains = (_root_mean_square(p) * max(p.numel() / p.shape[0], p.shape[0]) ** 0.5 for p in matrices)
+    if not matrices or any(not gain < SMALL_GAIN for gain in gains):
+        return False
+    sizes = [_root_mean_square(p) for p in all_parameters(model) if _is_readable(p) and p.ndim > 1]
+    return max(sizes) < SAME_SCALE * min(sizes)
 
 
 def _root_mean_square(parameter: torch.Tensor) -> float:
-    return float(parameter.float().square().mean().sqrt())
+    return float(_root_mean_squares(parameter.reshape(1, -1)))
+
+
+def _root_mean_squares(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) / math.sqrt(rows.shape[1])

@@ -9,13 +9,13 @@ import numpy as np
 
 from depthscope.diagnostics import schema
 from depthscope.probes.session.logit_statistics import LOGIT_SUMS
-from depthscope.probes.statistics.token_sums import TokenSums, stacked
+from depthscope.probes.statistics.token_sums import Sums, stacked
 
 PARAMETER = "connection_parameter"
 
 
 def mixing_statistics(
-    sums: Sequence[TokenSums], num_connections: int, cells: Mapping[int, Sequence[str]]
+    sums: Sequence[Sums], num_connections: int, cells: Mapping[int, Sequence[str]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables and coordinates of ``/statistics`` of the connections with streams.
 
@@ -33,7 +33,7 @@ def mixing_statistics(
 
 
 def _parameters(
-    sums: Sequence[TokenSums], cells: Mapping[int, Sequence[str]]
+    sums: Sequence[Sums], cells: Mapping[int, Sequence[str]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The biases and gates of all connections."""
     numbers = [number for number in cells if any(of.array(PARAMETER, [number]) is not None for of in sums)]

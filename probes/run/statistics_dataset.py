@@ -16,7 +16,7 @@ from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.groups import depth_coords, without_gradient
 from depthscope.probes.run.mixing_statistics import mixing_statistics
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
-from depthscope.probes.statistics.token_sums import TokenSums, stacked
+from depthscope.probes.statistics.token_sums import Sums, TokenSums, stacked
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
 
@@ -28,10 +28,10 @@ PROFILES = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosi
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """The statistics of one measured step, one `TokenSums` per chain; `TokenSums.compact` ones stay small."""
+    """The statistics of one measured step, one entry per chain; `RowSums` stay small."""
 
     step: int
-    sums: list[TokenSums]
+    sums: Sequence[Sums]
     sequences: int
     loss: float | None
     weights: WeightNorms | None = None
@@ -115,19 +115,19 @@ def step_variables(
     return variables, coords
 
 
-def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:
+def _profile_variables(sums: Sequence[Sums], depths: list[int]) -> dict[str, Any]:
     """What was added up at every depth in every step."""
     found: dict[str, Any] = {}
     for name in PROFILES:
         if any(of.array(name, depths) is not None for of in sums):
             found[name] = (schema.PROFILE, stacked(sums, name, depths))
     if GRADIENT in found:
-        reached = {depth for of in sums for depth in of.sums.get(GRADIENT, ())}
+        reached = {depth for of in sums for depth in of.keys(GRADIENT)}
         found[GRADIENT] = (*found[GRADIENT], without_gradient(depths, reached))
     return found
 
 
-def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
+def _gain_variables(sums: Sequence[Sums], evidence: Evidence) -> dict[str, Any]:
     """The gains along both axes of the mixing matrices, forward and backward."""
     keys = list(range(len(evidence.proofs)))
     if all(of.array("gain_sum", keys) is None for of in sums):

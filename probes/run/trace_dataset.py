@@ -29,8 +29,13 @@ def trace_dataset(
     evidence: Evidence,
     token_text: Any,
     logits: list[MixingLogits],
+    *,
+    described: bool = False,
 ) -> xr.Dataset:
-    """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
+    """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index.
+
+    ``described``: leave out what the weights say of the start of the training.
+    """
     chain, selection = session.structure.chains[number], session.options.selection
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
@@ -72,7 +77,7 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = ({"proof": proof} if proof else {}) | start_facts(session.model, chain)
+    facts = ({"proof": proof} if proof else {}) | ({} if described else start_facts(session.model, chain))
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace

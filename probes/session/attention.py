@@ -197,9 +197,10 @@ def _place(
     """Chain, depth and value of the first state that was computed from an attention's output, after another one."""
     attention = graph.values[seen.value]
     for number, of_chain in enumerate(depths):
-        after = [(depth, value) for depth, value in of_chain if value.number > attention.number]
-        if after and after[0][0] > 0 and graph.depends(after[0][1], attention):
-            return number, *after[0]
+        later = ((depth, value) for depth, value in of_chain if value.number > attention.number)
+        depth, value = next(later, (0, attention))
+        if depth > 0 and graph.depends(value, attention):
+            return number, depth, value
     return None
 
 

@@ -203,6 +203,9 @@ class AttentionWatch:
             shape = tuple(query.shape)
             self._refuse(f"queries of shape {shape} do not have the {self._batch_size} sequences first")
             return
+        if not len(self._chosen):  # only where it lies
+            self._add(result, query.new_zeros((3, 0, *query.shape[1:3]), dtype=torch.float32))
+            return
         q, k = query[self._chosen].float(), key[self._chosen].float()
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
         scale = given.get("scale")

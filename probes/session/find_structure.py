@@ -83,6 +83,7 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.reading.memories
         self._read: ReadStructure | None = None
+        self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
         self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
@@ -92,6 +93,7 @@ class StructureFinder:
         other = copy(self)
         other.batch_axis, other.batch_size = axis, batch_size
         other.__dict__.pop("sequences", None)
+        other._layouts = {}
         return other
 
     @cached_property
@@ -396,7 +398,14 @@ class StructureFinder:
         numbers = memory.carried.get(value.number) if numbers is None else numbers
         if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
             numbers = memory.carried[root.number]
-        return "" if numbers is None else read_layout(memory, numbers, self.sequences)
+        return "" if numbers is None else self._read_layout(memory, numbers)
+
+    def _read_layout(self, memory: MemoryReading, numbers: Numbers) -> str:
+        known = self._layouts.get((id(memory), id(numbers)))
+        if known is None:
+            known = numbers, read_layout(memory, numbers, self.sequences)
+            self._layouts[id(memory), id(numbers)] = known
+        return known[1]
 
     def _end(self, memory: MemoryReading) -> TracedValue:
         return self.graph.values[memory.states[-1].values[-1]]
@@ -486,7 +495,7 @@ class StructureFinder:
     def _layouts_of(self, memory: MemoryReading) -> Iterator[tuple[Numbers, str]]:
         """Where elements of the first value are in the states of a memory, and their layouts."""
         for numbers in (numbers for state in memory.states for numbers in state.numbers):
-            yield numbers, read_layout(memory, numbers, self.sequences)
+            yield numbers, self._read_layout(memory, numbers)
 
     def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
         asserted = self.options.streams

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights
+from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.tensors import floats_in, tensors_in
 from depthscope.probes.reading.description import MemoryReading
@@ -29,6 +31,9 @@ from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import ShownTensor
 from depthscope.probes.structure.tape import Tape, value_at
+
+# Why the connections of a later forward are not read; its states and gradients do not depend on them.
+NOT_READ = (ReadingError, StreamConnectionError, LayoutError)
 
 
 class RewrittenError(CaptureError):
@@ -109,7 +114,7 @@ class RecordedForward:
         """What records the values of a forward that begins."""
         batch = list(tensors_in((args, kwargs)))
         placed = None if self._known is None else self._known.recorder(self._model, batch)
-        recorder = placed or GraphRecorder(self._model, batch)
+        recorder = placed or GraphRecorder(self._model, batch, hooks=1)
         forward = self._current.recorded
         assert forward is not None
         recorder.on_taken = partial(self._meet, forward, tape)
@@ -207,6 +212,7 @@ def record_operations(
     """Read the connections whose weights only the operations of a forward show, and where these are in the next one.
 
     ``tape``: of a later forward.
+    Raises ReadingError, StreamConnectionError, LayoutError: Where they cannot be read; none of them is recorded then.
     """
     read, graph = observer.structure.read, tape.graph
     try:
@@ -219,7 +225,8 @@ def record_operations(
             needed = _needed(graph, observer)
             if needed is not None:
                 known.learn(model, graph, needed)
-    except ReadingError:
+    except NOT_READ:
+        tape.logits = None
         if known is not None:
             known.forget()
         raise

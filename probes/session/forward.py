@@ -70,6 +70,7 @@ class Forward:
     transformed: bool = False  # modules ran inside of a transformation of torch.func
     gradients_undefined: bool = False  # several backwards went through it
     cancelled: bool = False  # its step ended, or its hooks left, before it did
+    without_connections: str = ""  # why the connections were not read; empty where they were
 
     @property
     def sequence_length(self) -> int:
@@ -177,10 +178,12 @@ class Measured:
     stamp: int
     batch_size: int
     sums: list[TokenSums]
+    without_connections: str = ""  # as that of a forward
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
         self.batch_size += forward.batch_size
+        self.without_connections = self.without_connections or forward.without_connections
         self.sums = merge_sums(self.sums, forward.sums)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.garbage import no_collection
@@ -38,6 +39,7 @@ from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_cal
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import (
+    NOT_READ,
     RecordedForward,
     RewrittenError,
     record_operations,
@@ -45,10 +47,11 @@ from depthscope.probes.session.first_forward import (
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
-from depthscope.probes.session.logit_statistics import LogitStatistics
+from depthscope.probes.session.logit_statistics import LOGIT_SUMS, LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
+from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
 from depthscope.probes.structure.tape import Tape
@@ -136,6 +139,8 @@ class Session:
         self._num_measured = 0  # of the forwards that `_measured` adds up
         self.num_left_out = 0  # evaluations within steps of training
         self.gradients_undefined = False  # of forwards since the last fold but one
+        # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
+        self.keeps_rest, self.without_connections = not only_own, ""
 
     def _new_reservoir(self) -> Reservoir:
         return Reservoir(self.options.max_sequences, self.options.seed, self.options.first_sequence)
@@ -507,8 +512,14 @@ class Session:
 
     def _end_traced(self, tape: Tape, forward: Forward) -> None:
         """Record what the trace of a later forward shows."""
-        with own_call(self.observer):
-            record_operations(tape, forward, self.observer, self.model, self._places)
+        try:
+            with own_call(self.observer):
+                record_operations(tape, forward, self.observer, self.model, self._places)
+        except NOT_READ as error:
+            # The sample of a run has connections, which an earlier forward has to give then.
+            if not self.keeps_rest or not (self.reservoir.stored or self.forwards or self._measured):
+                raise
+            forward.without_connections = str(error)
         if tape.attention is not None:
             self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -610,6 +621,11 @@ class Session:
             self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
             self._absorb()
             done, self._measured, self._num_measured = self._measured, [], 0
+            self.without_connections = next(filter(None, (each.without_connections for each in done)), "")
+            for each in done if self.without_connections else ():
+                _forget_connections(each.sums)
+            if self.without_connections and not self.reservoir.stored:
+                raise CaptureError(self.without_connections)
             self.step_loss.clear()
         if not done:
             raise CaptureError(self._why_nothing())
@@ -675,7 +691,8 @@ class Session:
         for forward in counted:
             self.num_forwards += 1
             self._num_measured += 1
-            self.reservoir.store(forward.sequences(), forward.stamp)
+            if not forward.without_connections:
+                self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
                 self._measured.append(Measured(forward.stamp, 0, []))
             self._measured[-1].add(forward)
@@ -701,7 +718,7 @@ class Session:
         missing += [
             f"connection {number}: {connection.path}"
             for number, connection in enumerate(self.structure.connections)
-            if ("connection", 0, number) not in forward.fired
+            if ("connection", 0, number) not in forward.fired and not forward.without_connections
         ]
         if missing:
             raise CaptureError(
@@ -721,6 +738,14 @@ class Session:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _forget_connections(sums: Iterable[TokenSums]) -> None:
+    """Drop what forwards of a step show of connections, where others of it do not: no mean over the step's tokens is known."""
+    for chain in sums:
+        chain.forget("gain_sum", "gain_max", *LOGIT_SUMS, "logit_range_max", *SUMS_OF_COEFFICIENTS)
+        if chain.live is not None:
+            chain.live.forget_connections()
 
 
 def _out_of_sight(model: nn.Module, forward: Forward) -> str:

@@ -174,6 +174,15 @@ class LiveSums:
         for name, of_name in zip(("gain", "product_gain"), gains, strict=True):
             self.add_values(name, number, of_name)
 
+    def forget_connections(self) -> None:
+        """Drop all that is of connections."""
+        for parts in (self.mixes, self.reads, self.writes):
+            parts.clear()
+        for name in ("write_size_sum", "read_size_sum"):
+            self.sums.pop(name, None)
+        for name in ("gain", "product_gain"):
+            self.values.pop(name, None)
+
     def end_forward(self) -> None:
         """Drop the product: the next connection belongs to another forward."""
         self._product = None

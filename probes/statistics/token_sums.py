@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -341,12 +341,11 @@ class TokenSums:
 
         Returns: First axis as long as ``keys``; None where nothing was added at any of them.
         """
-        parts = self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}
-        known = [parts[key] for key in keys if key in parts]
-        if not known:
-            return None
-        missing = np.full(known[0].shape, np.nan)
-        return np.stack([parts[key].cpu().numpy() if key in parts else missing for key in keys])
+        return array_of(self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}, keys)
+
+    def keys(self, name: str) -> Sequence[int]:
+        """The depths or connections at which something was added to a sum."""
+        return tuple(self.sums.get(name, ()))
 
     def _add(self, name: str, key: int, value: torch.Tensor) -> None:
         parts = self.sums.setdefault(name, {})
@@ -442,7 +441,26 @@ def merge_sums(parts: list[TokenSums], more: list[TokenSums]) -> list[TokenSums]
     return parts
 
 
-def stacked(sums: Sequence[TokenSums], name: str, keys: Sequence[int]) -> np.ndarray:
+def array_of(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray | None:
+    """Numbers at some depths or connections as one array, NaN where there are none; None where there are none at all."""
+    known = [parts[key] for key in keys if key in parts]
+    if not known:
+        return None
+    missing = np.full(known[0].shape, np.nan)
+    return np.stack([parts[key].cpu().numpy() if key in parts else missing for key in keys])
+
+
+class Sums(Protocol):
+    """The statistics of one chain in one step."""
+
+    def array(self, name: str, keys: Sequence[int]) -> np.ndarray | None:
+        """As `TokenSums.array`."""
+
+    def keys(self, name: str) -> Sequence[int]:
+        """As `TokenSums.keys`."""
+
+
+def stacked(sums: Sequence[Sums], name: str, keys: Sequence[int]) -> np.ndarray:
     """One statistic of several steps.
 
     ``sums``: one for each step, of which one at least has the statistic.

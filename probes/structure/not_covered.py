@@ -90,10 +90,14 @@ class UsedParameters:
                 outside |= {graph.parameter_names.get(w.number, "") for w in heads}
         ends = {id(own[name]) for name in outside if name in own}
         self.sizes = {id(p): 0 if id(p) in ends else p.numel() for p in used}
+        self._within: dict[nn.Module, set[int]] = {}
 
     def within(self, module: nn.Module) -> set[int]:
         """Those of a module and its parts."""
-        return {id(p) for p in own_parameters(all_modules(module)) if id(p) in self.sizes}
+        if module not in self._within:
+            found = {id(p) for p in own_parameters(all_modules(module)) if id(p) in self.sizes}
+            self._within[module] = found
+        return self._within[module]
 
     def share(self, parameters: Iterable[int]) -> float:
         """What some parameters are of all that were used, between 0 and 1."""

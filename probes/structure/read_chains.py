@@ -80,6 +80,9 @@ class _ChainOf:
             len(state.values) for state in memory.states
         )  # that hold the streams of a state
         self._is_sinkhorn = not self._is_plain
+        self._of_layer: dict[int, list[BranchReading]] = {}
+        for branch in self.branches:
+            self._of_layer.setdefault(branch.layer, []).append(branch)
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
@@ -250,12 +253,13 @@ class _ChainOf:
 
     def _block(self, branch: BranchReading) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
-        calls = {self._unit(other) for other in self.branches if other.layer == branch.layer}
+        own = self._of_layer[branch.layer]
+        calls = {self._unit(other) for other in own}
         if len(calls) == 1 and self._unit(branch) >= 0:
             return self.graph.calls[self._unit(branch)].path
         if self.is_fine:
             return self.graph.calls[self._unit(branch)].path
-        paths = [other.path.split(".") for other in self.branches if other.layer == branch.layer]
+        paths = [other.path.split(".") for other in own]
         common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
         while common and not common[-1].isdigit():
             common.pop()
@@ -266,14 +270,15 @@ class _ChainOf:
     def _is_inside(self, depth: int) -> bool:
         """Whether a state is made and read inside of one call of a block."""
         before, after = self._around(depth)
-        if self.memory.states[depth].site != "mid" or not before or not after:
+        if self.memory.states[depth].site != "mid" or before is None or after is None:
             return False
-        return self._unit(before[-1]) == self._unit(after[0]) >= 0
+        return self._unit(before) == self._unit(after) >= 0
 
-    def _around(self, depth: int) -> tuple[list[BranchReading], list[BranchReading]]:
-        """The branches that were added before a state, and those that come after it."""
-        before = [b for c in self.connections if c.depth_out <= depth for b in c.branches]
-        return before, [b for c in self.connections if c.depth_in >= depth for b in c.branches]
+    def _around(self, depth: int) -> tuple[BranchReading | None, BranchReading | None]:
+        """The last branch that was added before a state, and the first one that comes after it."""
+        before = (of.branches[-1] for of in reversed(self.connections[:depth]) if of.branches)
+        after = (of.branches[0] for of in self.connections[depth:] if of.branches)
+        return next(before, None), next(after, None)
 
     def _require_whole(self, value: TracedValue) -> None:
         """Refuse a state that is split over processes otherwise than by its tokens among those that measure together."""
@@ -342,9 +347,9 @@ class _ChainOf:
     def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
         """What the first block takes, where that is the first state with its tokens in another order; else the state."""
         _, after = self._around(depth)
-        if depth or not after:
+        if depth or after is None:
             return value
-        around = self.graph.stack(self.graph.values[after[0].way[0]])[1:]  # the block, and what holds it
+        around = self.graph.stack(self.graph.values[after.way[0]])[1:]  # the block, and what holds it
         layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
         for other in self._moved(value):
             taken = any(
@@ -380,8 +385,8 @@ class _ChainOf:
         What a block takes is what is really handed on, in autograd too.
         """
         before, after = self._around(depth)
-        takes = bool(after) and shown.at == "input" and shown.call == self._unit(after[0])
-        gives = bool(before) and shown.at == "output" and shown.call == self._unit(before[-1])
+        takes = after is not None and shown.at == "input" and shown.call == self._unit(after)
+        gives = before is not None and shown.at == "output" and shown.call == self._unit(before)
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
     def _same(self, value: TracedValue) -> list[TracedValue]:
@@ -432,14 +437,14 @@ class _ChainOf:
         before, _ = self._around(depth)
         given = [shown for shown in places if shown.at == "output" and shown.call]
         giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
-        if not before or self.memory.states[depth].site == "embed":
+        if before is None or self.memory.states[depth].site == "embed":
             return giver or "(input)"
-        block = self._block(before[-1])
-        if giver and self.memory.states[depth].layer > before[-1].layer and not self._is_inside(depth):
+        block = self._block(before)
+        if giver and self.memory.states[depth].layer > before.layer and not self._is_inside(depth):
             return giver  # a block that only scales
-        if self._unit(before[-1]) >= 0 and not self._is_inside(depth) and block in self._called:
+        if self._unit(before) >= 0 and not self._is_inside(depth) and block in self._called:
             return block
-        return giver or before[-1].path
+        return giver or before.path
 
     # --- connections
 

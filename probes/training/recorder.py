@@ -32,6 +32,7 @@ from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.row_sums import RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.findings import TrainingStopped
@@ -138,8 +139,11 @@ class Recorder:
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale, self._live = weights, scale or LossScale(None), live
         self._ranks = ranks
+        session.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
+        self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
+        self._sampled_step = 0  # the step of the raw sequences
         self._told_undefined = False  # that several backwards through one forward leave no gradients
         # Why the last measured steps in a row are missing, and which.
         self._not_measured = ""
@@ -297,7 +301,7 @@ class Recorder:
 
     def _build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
         # The step of the raw sequences: an analysis of them is labelled with it.
-        attrs = {"step": rows[-1].step, **self._noted(), **(self._attrs or {})}
+        attrs = {"step": self._sampled_step, **self._noted(), **(self._attrs or {})}
         return build_run(
             self._session,
             rows,
@@ -315,6 +319,11 @@ class Recorder:
             attrs |= self._live.noted()
         if self._overflowed:
             attrs["overflowed_steps"] = list(self._overflowed)
+        if missing := self._without_connections:
+            attrs["without_connections"] = {
+                "steps": list(missing),
+                "why": list(dict.fromkeys(missing.values())),
+            }
         last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
         if last is not None and last.skipped:
             attrs["weights_skipped"] = dict(last.skipped)
@@ -404,6 +413,7 @@ class Recorder:
                 raise CaptureError("no batch of it had a real token; nothing to measure")
         self._trained = self._session.trains
         self._tell_undefined_gradients()
+        self._tell_missing_connections()
         complete = _added_up(parts)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
@@ -420,7 +430,8 @@ class Recorder:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        row = StepStatistics(self.position, sums, sequences, value, weights, scale, self._course.add(value))
+        rows = [RowSums(chain) for chain in sums]
+        row = StepStatistics(self.position, rows, sequences, value, weights, scale, self._course.add(value))
         self._rows.append(row)
         if self._live is not None:
             self._measure_live(self._live, complete, row, overflowed)
@@ -437,6 +448,19 @@ class Recorder:
             "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
             "record with max_sequences of at least the batch"
         )
+
+    def _tell_missing_connections(self) -> None:
+        """Say where the connections of the present step were not read: the rest of it is in its row."""
+        why = self._session.without_connections
+        if not why:
+            self._sampled_step = self.position
+            return
+        if why not in self._without_connections.values():
+            self._say(
+                f"step {self.position} was measured without its connections, and so is every further step for which this "
+                f"holds (the attribute without_connections names them): {why}"
+            )
+        self._without_connections[self.position] = why
 
     def _of_all_processes(
         self, ranks: Ranks, loss: float | None, loss_terms: float | None, weights: WeightNorms | None
@@ -516,6 +540,8 @@ class Recorder:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
+        if self._session.without_connections and parts[-1].stamp != self._pooled_stamp:
+            return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
         # An error from here on leaves half of a sum: what is pooled begins anew then.
         (pooled, self._pooled), (stamp, self._pooled_stamp) = (self._pooled, []), (self._pooled_stamp, None)
         for part in parts:

@@ -27,6 +27,7 @@ from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.row_input import on_host
+from depthscope.probes.training.live.rows import packed
 from depthscope.probes.training.live.scalars import scalars
 from depthscope.probes.training.sinks import Sink
 
@@ -99,11 +100,14 @@ class Live:
             self._beside.hand_over(step, sums, begun)
             return None
         row = self._metrics.complete(step, on_host(sums), begun)
-        self.rows.append(row)
+        self._keep(row)
         if self._analysis == "process" and self._beside is None:
             # After the first row: what cannot be computed at all starts no process.
             self._beside = AnalysisProcess(self._metrics, self.attrs)
         return row
+
+    def _keep(self, row: LiveRow) -> None:
+        self.rows.append(packed(row, self.rows[-1] if self.rows else None))
 
     @property
     def awaited(self) -> set[int]:
@@ -142,7 +146,7 @@ class Live:
             if row is None:
                 say(f"the live metrics of step {step} were not computed: {error}", error)
                 continue
-            self.rows.append(row)
+            self._keep(row)
             self._send(row, say)
             if findings is None:
                 say(f"step {step} was not judged: {error}", error)

@@ -1,0 +1,94 @@
+"""How are the results of benchmarks.live written? For a terminal, and as a part of docs/benchmarks.md with the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.shared import tables
+
+# Goals by row: what a step or call may take, relative to the plain one; `streams` where it is another one there.
+GOALS = {
+    "statistics": 1.02,
+    'metrics="live"': 1.05,
+    'metrics="all"': 1.3,
+    "between measured steps": 1.0,
+    "first measured step": 3.0,
+    "describe": 3.0,
+    "capture": 4.0,
+}
+GOALS_OF = {
+    ("mhc", 'metrics="live"'): 1.08,
+    ("deepseek", 'metrics="live"'): 1.08,
+    ("deep", 'metrics="live"'): 1.3,
+}
+PEAK, FLAT = 1.3, 0.02
+HEAD = """## What a training costs, and a model that is met for the first time
+
+Written by `{command}` on {date}; {machine}. Not edited by hand.
+
+**How.** Measured and plain steps are taken in turn, in one process with one thread; a ratio is the median of their processor
+times over that of the plain step, with the quartiles in brackets. A first measured step reads the model; it and the next two
+are of a recorder of its own. Descriptions and captures are relative to a forward without a graph of the same batch. *Peak* is
+the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. *Where it goes*
+are samples of the stack: *operations seen* has the model's own arithmetic where a mode sees it. A goal that is missed is in
+bold, with the goal."""
+
+
+def markdown(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The part of the page."""
+    parts = [HEAD.format(**results), ""]
+    for name, rows in results["times"].items():
+        if "reason" in rows:
+            parts.append(f"{names[name]}: {rows['reason']}")
+            continue
+        cells = [[way, _ratio(name, way, row), "", ""] for way, row in rows.items() if way != "plain"]
+        for what, row in results.get("once", {}).get(name, {}).items():
+            cells.append([what, _ratio(name, what, row), _peak(row), parts_sentence(row)])
+        title = f"{names[name]}, plain step {1000 * rows['plain']['seconds']:.0f} ms"
+        header = ["", "× plain", "peak, × plain", "where it goes"]
+        parts.append(tables.as_markdown((title, header, cells)))
+        if name in results.get("growth", {}):
+            parts.append(f"{growth_sentence(results['growth'][name])}\n")
+    return "\n".join([*parts, tables.named(results["versions"])])
+
+
+def lines_once(rows: Mapping[str, Any]) -> Iterator[str]:
+    """What a model costs that is met for the first time, for a terminal."""
+    for what, row in rows.items():
+        low, high = row["quartiles"]
+        peak = f"  peak {row['peak']:.2f} ×  {parts_sentence(row)}" if "peak" in row else ""
+        yield f"  {what:28s} {row['ratio']:.2f}  ({low:.2f} … {high:.2f})  {row['seconds']:.3f} s{peak}"
+
+
+def growth_sentence(growth: Mapping[str, Any]) -> str:
+    """How the memory grew over many measured steps."""
+    (first, early), (last, late) = growth["mib"].items()
+    missed = late / early - 1 > FLAT
+    change = f"{late / early - 1:+.1%}"
+    return (
+        f"From measured step {first} to {last} resident memory goes from {early:.0f} to {late:.0f} MiB "
+        f"({f'**{change}**, goal {FLAT:.0%}' if missed else change}); the live numbers of a row are "
+        f"{growth['bytes_of_a_row'] / 1024:.1f} KiB."
+    )
+
+
+def parts_sentence(row: Mapping[str, Any]) -> str:
+    """The largest parts of what something costs."""
+    shares = [f"{part} {share:.0%}" for part, share in row.get("parts", {}).items() if share >= 0.04]
+    return ", ".join(shares)
+
+
+def _ratio(case: str, what: str, row: Mapping[str, Any]) -> str:
+    low, high = row["quartiles"]
+    text, goal = f"{row['ratio']:.2f}", GOALS_OF.get((case, what), GOALS.get(what))
+    if goal is not None:
+        # 1.00 between measured steps is met within what a second plain step differs by.
+        text = f"**{text}**, goal {goal:.2f}" if row["ratio"] > goal + 0.005 and low > goal else text
+    return f"{text} ({low:.2f}–{high:.2f})"
+
+
+def _peak(row: Mapping[str, Any]) -> str:
+    if "peak" not in row:
+        return ""
+    return f"**{row['peak']:.2f}**, goal {PEAK}" if row["peak"] > PEAK else f"{row['peak']:.2f}"

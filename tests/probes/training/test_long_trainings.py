@@ -1,0 +1,210 @@
+"""Do long trainings, and those with several optimisers or recorders, stay what they are, and their recorders small?"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tracemalloc
+import warnings
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import depthscope as ds
+from depthscope.probes.statistics.row_sums import RowSums
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.training.recorder import ProbeWarning
+
+KIB = 1024
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+class Tower(nn.Module):
+    """Blocks over tokens (B, T, width), from and to other widths."""
+
+    def __init__(self, width_in: int, width_out: int, layers: int = 3, width: int = 16):
+        super().__init__()
+        self.begin = nn.Linear(width_in, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm, self.end = nn.LayerNorm(width), nn.Linear(width, width_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.begin(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.end(self.norm(x))
+
+
+def tower(*sizes: int, seed: int = 0, **more: int) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(*sizes, **more)
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("metrics", [None, "live"])
+def test_a_further_step_takes_little_more_than_its_numbers(metrics):
+    model, x = tower(8, 4), noise(2, 8, 8, seed=1)
+    optimizer, taken, steps = torch.optim.SGD(model.parameters(), lr=1e-3), [], (30, 130)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        return tracemalloc.get_traced_memory()[0], len(tensors)
+
+    tracemalloc.start()
+    try:
+        with ds.record(model, gradients=True, metrics=metrics) as recorder:
+            for step in range(steps[1] + 1):
+                loss = model(x).square().mean()
+                loss.backward()
+                recorder.step(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                if step in steps:
+                    taken.append(held())
+    finally:
+        tracemalloc.stop()
+    count = steps[1] - steps[0]
+    numbers = 0
+    if metrics:
+        rows = recorder.run["metrics"].to_dataset()
+        numbers = sum(of.nbytes for of in rows.data_vars.values() if "step" in of.dims) / rows.sizes["step"]
+    assert (taken[1][0] - taken[0][0]) / count < 1.5 * numbers + 2 * KIB
+    assert (taken[1][1] - taken[0][1]) / count < 2
+    assert statistics_of(recorder)["norm_sum"].shape[0] == steps[1] + 1
+
+
+def statistics_of(recorder):
+    return recorder.run["statistics"].to_dataset()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_row_has_what_the_sums_have(apart):
+    sums = TokenSums()
+    for depth in (0, 2, 3):
+        sums.add_state(depth, noise(2, 5, 2, 6, seed=depth), None)
+        sums.add_gradient(depth, noise(2, 5, 2, 6, seed=9 + depth), None)
+    sums.latest["connection_parameter"] = {0: torch.tensor([0.1, -3.0]), 1: torch.tensor([2.5, 7.0])}
+    if apart:  # as of a stage with another number of streams
+        sums.add_state(4, noise(2, 5, 1, 6, seed=4), None)
+    compact = sums.compact()
+    row = RowSums(compact)
+    for table in (compact.sums, compact.maxima, compact.latest):
+        for name, parts in table.items():
+            assert list(row.keys(name)) == list(parts)
+            own = [key for key in parts if parts[key].shape == parts[next(iter(parts))].shape]
+            for keys in (own, own[1:], own[::-1]):
+                one, other = compact.array(name, keys), row.array(name, keys)
+                assert (one is None) == (other is None) == (not keys)
+                if one is not None and other is not None:
+                    np.testing.assert_array_equal(one, other)
+                    assert one.dtype == other.dtype
+    missing = row.array("norm_sum", [0, 1])
+    assert np.isnan(missing[1]).all()
+    assert not np.isnan(missing[0]).any()
+    assert row.array("norm_sum", [7]) is None is row.array("nothing", [0])
+
+
+def trained_gan(recorded: bool) -> tuple[list[torch.Tensor], list[ds.Recorder]]:
+    """Two networks, an optimiser each: the weights afterwards, and the recorders."""
+    generator, critic = tower(4, 6, seed=2), tower(6, 1, seed=3)
+    of_generator = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    of_critic = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    recorders = (
+        [ds.record(net, gradients=True, metrics="live") for net in (generator, critic)] if recorded else []
+    )
+    for recorder in recorders:
+        recorder.__enter__()
+    for step in range(4):
+        real, z = noise(3, 5, 6, seed=step), noise(3, 5, 4, seed=100 + step)
+        with torch.no_grad():
+            fake = generator(z)
+        loss = nn.functional.softplus(critic(fake)).mean() + nn.functional.softplus(-critic(real)).mean()
+        loss.backward()
+        of_critic.step()
+        for recorder in recorders[1:]:
+            recorder.step(loss)
+        loss = nn.functional.softplus(-critic(generator(z))).mean()
+        loss.backward()
+        of_generator.step()
+        of_generator.zero_grad()
+        of_critic.zero_grad()  # gradients that the generator's loss left there
+        for recorder in recorders[:1]:
+            recorder.step(loss)
+        with torch.no_grad():  # an evaluation in between
+            generator.eval()
+            generator(noise(7, 5, 4, seed=5))
+            generator.train()
+    for recorder in recorders:
+        recorder.close()
+    return [p.detach().clone() for net in (generator, critic) for p in net.parameters()], recorders
+
+
+def test_two_networks_with_an_optimiser_each():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProbeWarning)
+        weights, recorders = trained_gan(recorded=True)
+    plain, _ = trained_gan(recorded=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    of_generator, of_critic = map(statistics_of, recorders)
+    # Neither the forward without a graph nor the evaluation counts.
+    assert of_generator["token_count"].values.tolist() == [15] * 4
+    # The critic's steps have the forwards since the last one: of its own loss, and before that of the generator's; the last
+    # of these is a step that the end of the block ends.
+    assert of_critic["token_count"].values.tolist() == [30, 45, 45, 45, 15]
+    for found in (of_generator, of_critic):
+        assert np.isfinite(found["gradient_square_norm_sum"].values).all()
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = tower(6, 6, seed=4), tower(6, 2, seed=5, layers=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def trained_parts(model: nn.Module, *parts: str) -> list[ds.Recorder]:
+    """Recorders of some parts of a model that is trained as a whole."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(ds.record(model.get_submodule(part), gradients=True, metrics="live"))
+            for part in parts
+        ]
+        for step in range(3):
+            loss = model(noise(2, 5, 6, seed=step)).square().mean()
+            loss.backward()
+            for recorder in recorders:
+                recorder.step(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return recorders
+
+
+def test_recorders_on_parts_of_one_model_are_as_if_alone():
+    model = Pair()
+    together = trained_parts(copy.deepcopy(model), "first", "second")
+    for part, recorder in zip(("first", "second"), together, strict=True):
+        (alone,) = trained_parts(copy.deepcopy(model), part)
+        one, other = statistics_of(recorder), statistics_of(alone)
+        assert set(one.data_vars) == set(other.data_vars)
+        for name in one.data_vars:
+            np.testing.assert_array_equal(one[name].values, other[name].values, err_msg=name)

@@ -1,0 +1,161 @@
+"""Does a step whose connections cannot be read have all that does not depend on them?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import depthscope as ds
+from depthscope.probes.training.recorder import ProbeWarning
+
+ODD = "H_res differs between the features"
+OF_STATES = (
+    "loss",
+    "norm_sum",
+    "square_norm_sum",
+    "gradient_square_norm_sum",
+    "unit_pair_sum",
+    "token_count",
+)
+OF_CONNECTIONS = ("gain_sum", "gain_max", "h_res_sum", "h_pre_sum", "h_post_sum")
+
+
+class Connection(nn.Module):
+    """A block with three streams; where it is odd, the streams go through a function that is no matrix over them."""
+
+    def __init__(self, width: int, streams: int):
+        super().__init__()
+        self.streams, self.odd = streams, False
+        self.weights = nn.Linear(width, streams * streams + 2 * streams)
+        self.branch = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.streams
+        logits, read, write = self.weights(x.mean(2)).split((n * n, n, n), -1)
+        mixed = torch.einsum("btij,btjd->btid", torch.softmax(logits.unflatten(-1, (n, n)), -1), x)
+        if self.odd:
+            mixed = torch.tanh(mixed) * mixed.abs().sort(-1).values
+        y = self.branch((torch.sigmoid(read).unsqueeze(-1) * x).sum(2))
+        return mixed + 2 * torch.sigmoid(write).unsqueeze(-1) * y.unsqueeze(2)
+
+
+class Streams(nn.Module):
+    def __init__(self, layers: int = 3, width: int = 16, streams: int = 3):
+        super().__init__()
+        self.streams = streams
+        self.embed = nn.Embedding(20, width)
+        self.blocks = nn.ModuleList(Connection(width, streams) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 20)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.streams, -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.sum(2)))
+
+
+def trained(odd: dict[int, tuple[bool, ...]], steps: int = 6, **options):
+    """A recorder after a training; ``odd``: in which forwards of which steps a connection cannot be read."""
+    torch.manual_seed(0)
+    model, ids = Streams(), torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ds.record(model, gradients=True, **options) as recorder:
+        for step in range(steps):
+            for is_odd in odd.get(step, (False,)):
+                model.blocks[1].odd = is_odd
+                loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+                loss.backward()
+            recorder.step(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return recorder
+
+
+def statistics(run):
+    return run["statistics"].to_dataset()
+
+
+@pytest.mark.parametrize("metrics", [None, "live"])
+def test_states_gradients_and_loss_are_stored_and_the_connections_are_nan(metrics):
+    with pytest.warns(ProbeWarning, match=f"step 2 was measured without its connections.*{ODD}") as said:
+        run = trained({2: (True,), 3: (True,)}, metrics=metrics).run
+    assert len([each for each in said if issubclass(each.category, ProbeWarning)]) == 1
+    found = statistics(run)
+    assert found["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    for name in OF_STATES:
+        assert np.isfinite(found[name].values).all(), name
+    for name in OF_CONNECTIONS:
+        of_step = np.isnan(found[name].values.reshape(6, -1)).all(1)
+        assert of_step.tolist() == [False, False, True, True, False, False], name
+    missing = run.attrs["without_connections"]
+    assert missing["steps"] == [2, 3]
+    assert all(ODD in why for why in missing["why"])
+    if metrics:
+        live = run["metrics"].to_dataset()
+        assert (
+            np.isfinite(live["effective_rank"].values)
+            .any(axis=tuple(range(1, live["effective_rank"].ndim)))
+            .all()
+        )
+        assert np.isnan(live["mixing_gain"].values[2:4]).all()
+        assert np.isfinite(live["mixing_gain"].values[[0, 1, 4, 5]]).any()
+
+
+def test_the_states_of_such_a_step_are_those_of_the_same_training_read_by_plain_hooks():
+    with pytest.warns(ProbeWarning, match="without its connections"):
+        found = statistics(trained({2: (True,)}, steps=3).run)
+    torch.manual_seed(0)
+    model, ids = Streams(), torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(1))
+    optimizer, norms = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(3):
+        model.blocks[1].odd, seen = step == 2, []
+        handles = [
+            b.register_forward_hook(lambda m, a, out, s=seen: s.append(out.detach())) for b in model.blocks
+        ]
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        norms.append([state.norm(dim=-1).sum((0, 1)).numpy() for state in seen])
+        [handle.remove() for handle in handles]
+        optimizer.step()
+        optimizer.zero_grad()
+    np.testing.assert_allclose(found["norm_sum"].values[:, 1:], np.array(norms), rtol=1e-5)
+
+
+def test_the_sample_is_of_the_last_step_that_was_read_in_full():
+    with pytest.warns(ProbeWarning, match="without its connections"):
+        run = trained({4: (True,), 5: (True,)}).run
+    assert run.attrs["step"] == 3
+    earlier = trained({}, steps=4).run
+    for name in ("residual", "gradient", "h_res"):
+        np.testing.assert_array_equal(run["trace"][name].values, earlier["trace"][name].values)
+    assert statistics(run)["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert "gain_sum" in statistics(run)
+
+
+def test_a_step_of_which_one_forward_is_not_read_has_no_mean_over_the_others():
+    with pytest.warns(ProbeWarning, match="step 1 was measured without its connections"):
+        found = statistics(trained({1: (False, True)}, steps=3).run)
+    assert np.isnan(found["gain_sum"].values[1]).all()
+    np.testing.assert_array_equal(found["token_count"].values, [16, 32, 16])
+    assert np.isfinite(found["norm_sum"].values).all()
+
+
+def test_the_store_has_the_same_rows(tmp_path):
+    with pytest.warns(ProbeWarning, match="without its connections"):
+        recorder = trained({2: (True,)}, store=tmp_path / "store", metrics="live")
+    stored, held = ds.open_run(tmp_path / "store"), recorder.run
+    assert stored.attrs["without_connections"]["steps"] == [2]
+    for name in (*OF_STATES, *OF_CONNECTIONS):
+        np.testing.assert_array_equal(statistics(stored)[name].values, statistics(held)[name].values)
+
+
+def test_a_capture_refuses_all_the_same():
+    model, ids = Streams(), torch.randint(0, 20, (2, 8))
+    run = ds.capture(model, ids)
+    assert run.attrs["n_streams"] == 3
+    model.blocks[1].odd = True
+    assert ds.capture(model, ids).attrs["proof"].startswith("unproven")
