@@ -93,7 +93,7 @@ def write_bundle(
     force: bool = False,
     second_process: bool = False,
 ) -> Path:
-    """Write a folder for a paper: eight composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
+    """Write a folder for a paper: composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
 
     Parameters
     ----------

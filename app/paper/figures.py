@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "cells",
     "collapse",
     "gains",
     "gradients",
@@ -484,3 +485,20 @@ def training(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = ""
         As `collapse`.
     """
     return _drawn("training", runs, axes, venue, by, selection)
+
+
+@_drawing
+def cells(runs: Runs, *, axes: Any = None, venue: str = "plain", by: str = "", **selection: Any) -> Any:
+    """Elements of H_res, H_pre and H_post over the steps of a training, a panel each: n² + 2n for n streams.
+
+    Parameters
+    ----------
+    runs, axes, venue, by, **selection
+        See `collapse`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure, or dict of str to Axes
+        As `collapse`.
+    """
+    return _drawn("cells", runs, axes, venue, by, selection)

@@ -16,7 +16,7 @@ from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, history_of, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, history_of, matrices_of
 
 __all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
 
@@ -73,6 +73,12 @@ class Subjects:
         """What was measured by step, of the runs that have several steps."""
         found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
         return {run: history for run, history in found.items() if history is not None}
+
+    @cached_property
+    def cells(self) -> dict[str, xr.DataArray]:
+        """Elements of the mixing matrices by step, of the runs that have them at several steps."""
+        found = {reading.name: cells_by_step(reading, self.runs) for reading in self.readings}
+        return {run: cells for run, cells in found.items() if cells is not None}
 
     def why_not(self, metric: str) -> str:
         """Why no run has a metric."""
