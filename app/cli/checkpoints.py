@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Types in which a model can run: a capture measures real numbers, and torch has no matrix products of 8-bit floats."""
 
+OUTSIDE_OF_BRACKETS = re.compile(r",(?![^{(]*[})])")
 _DEVICE = re.compile(r"(cpu|cuda|xpu|mps)(?::(\d{1,3}))?", re.ASCII)
 
 
@@ -74,11 +75,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
     parser.add_argument(
         "--streams", type=Number(1, 65536), metavar="N", help="streams, where the layout merges them"
     )
-    parser.add_argument(
-        "--sites",
-        metavar="NAMES",
-        help="what to keep, such as mid,final or 'blocks.3.hook_resid_post' (else all states)",
-    )
+    add_sites(parser)
     parser.add_argument(
         "--seed", type=Number(0, 2**63 - 1), default=0, metavar="N", help="chooses the sequences (default 0)"
     )
@@ -105,10 +102,19 @@ def load(args: argparse.Namespace) -> LoadedModel:
         return load_checkpoint(args.checkpoint, weights=args.weights, dtype=args.dtype, device=args.device)
 
 
+def add_sites(parser: argparse.ArgumentParser) -> None:
+    """``--sites``, for `site_names`."""
+    parser.add_argument(
+        "--sites",
+        metavar="NAMES",
+        help="what to keep, such as mid,final or 'blocks.{0,4,8}.hook_resid_post' (else all states)",
+    )
+
+
 def site_names(args: argparse.Namespace) -> list[str] | None:
     """Names given with ``--sites``; None asks for every state."""
     # Not `comma_separated`: an empty name is refused by the capture, which lists the sites that there are.
-    return None if args.sites is None else [name.strip() for name in args.sites.split(",")]
+    return None if args.sites is None else [name.strip() for name in OUTSIDE_OF_BRACKETS.split(args.sites)]
 
 
 @contextmanager

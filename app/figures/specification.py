@@ -76,6 +76,7 @@ class Lines:
 
     ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not. ``runs`` are all
     runs that are shown together, those that this figure lacks included, with the numbers of their colours in `palette`.
+    ``limits`` are the ends of the vertical axis where panels share them.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Lines:
     metric: str = ""
     sources: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    limits: tuple[float, float] | None = None
     runs: Mapping[str, int] = field(default_factory=dict)
 
 

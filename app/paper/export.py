@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
 from depthscope.app.readings.provenance import file_digest, numbers_digest, software, source_commit
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
+from depthscope.app.tables.findings import sentences_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
@@ -40,6 +42,9 @@ from depthscope.app.text.venues import Venue, venue_of
 VECTOR = ("pdf", "svg")
 MOST_COMPARED = 8
 """Runs up to which a table has them side by side; the table of runs has all. A heuristic of ours: a column each."""
+
+MOST_IN_TEXT = 3
+"""Runs up to which that table is in the text: the columns of more take a page each, and are in the supplement."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,24 @@ class Bundle:
     @property
     def tables(self) -> tuple[Table, ...]:
         """The tables of the text."""
-        contents, found = self.contents, []
-        if 1 < len(contents.readings) <= MOST_COMPARED:
+        compared = self._compared if len(self.contents.readings) <= MOST_IN_TEXT else ()
+        return (self.contents.summary, self.contents.findings, *compared)
+
+    @property
+    def further_tables(self) -> tuple[Table, ...]:
+        """The tables of the supplement."""
+        said = sentences_table(self.contents.readings)
+        compared = self._compared if len(self.contents.readings) > MOST_IN_TEXT else ()
+        return (*([said] if said else []), *compared, *self.contents.tables)
+
+    @cached_property
+    def _compared(self) -> tuple[Table, ...]:
+        """The runs side by side, where there are several."""
+        if 1 < len(self.contents.readings) <= MOST_COMPARED:
             # Runs of weights alone have none of the compared metrics.
             with contextlib.suppress(ValueError):
-                found.append(comparison_table(contents.readings, view=contents.view))
-        return (contents.summary, contents.findings, *found)
+                return (comparison_table(self.contents.readings, view=self.contents.view),)
+        return ()
 
 
 def write_bundle(
@@ -86,7 +103,7 @@ def write_bundle(
     force: bool = False,
     second_process: bool = False,
 ) -> Path:
-    """Write a folder for a paper: eight composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
+    """Write a folder for a paper: composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
 
     Parameters
     ----------
@@ -180,7 +197,7 @@ def _paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
 def _placed_tables(bundle: Bundle) -> list[tuple[str, Table]]:
     return [
         *(("tables", table) for table in bundle.tables),
-        *(("supplement", table) for table in bundle.contents.tables),
+        *(("supplement", table) for table in bundle.further_tables),
     ]
 
 
@@ -198,7 +215,7 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         "tables.tex": tables_tex(bundle.tables),
         "methods.tex": methods_tex(methods_latex(*told)),
         "methods.txt": methods_text(*told),
-        "supplement.tex": supplement_tex(contents.figures, contents.tables, CITES),
+        "supplement.tex": supplement_tex(contents.figures, bundle.further_tables, CITES),
         "preamble.tex": preamble_tex(),
     }
     for figure in bundle.shown:

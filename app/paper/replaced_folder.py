@@ -68,6 +68,12 @@ def _is_as_written(path: Path, digest: str | None) -> bool:
     return stat.S_ISREG(path.lstat().st_mode) and digest in (None, sha256(path))
 
 
+def is_own_file(folder: Path, name: str) -> bool:
+    """Whether a name of a manifest is a file below its folder: no link leads elsewhere, no pipe would wait for ever."""
+    path = folder / name
+    return path.is_file() and not path.is_symlink() and path.resolve().is_relative_to(folder.resolve())
+
+
 def manifest_of(target: Path) -> dict[str, Any]:
     """The manifest of a bundle."""
     _written(target)  # refuses what is no bundle

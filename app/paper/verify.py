@@ -14,7 +14,7 @@ from typing import Any
 
 from depthscope.app.figures import Selection
 from depthscope.app.paper.export import make_bundle, write_files
-from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, manifest_of, sha256
+from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, is_own_file, manifest_of, sha256
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics.errors import InputError
@@ -80,19 +80,22 @@ class Verification:
 def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> Verification:
     """Make a bundle again from its runs, with the settings of its manifest, and compare.
 
-    ``runs``: the runs that it is said to be of.
+    ``runs``: the runs that it is said to be of; those that it does not name are left out, and a note names them.
     Raises InputError: For a folder that is no bundle, or a manifest whose settings are not known.
     """
     manifest = manifest_of(folder)
     settings = _settings(manifest)
+    runs, others_given = _named_runs(manifest, runs)
     with TemporaryDirectory() as scratch:
         fresh = Path(scratch)
         write_files(make_bundle(runs, **settings), fresh)
         made = json.loads((fresh / MANIFEST).read_text(encoding="utf-8"))
         written, now = manifest["files"], made["files"]
         names = sorted(set(written) & set(now))
-        edited = tuple(name for name in written if not _is_as_written(folder / name, written[name]))
-        there = [name for name in names if (folder / name).is_file()]
+        edited = tuple(
+            name for name in written if is_own_file(folder, name) and sha256(folder / name) != written[name]
+        )
+        there = [name for name in names if is_own_file(folder, name)]
         others = {name: now[name] for name in there if sha256(folder / name) != now[name]}
         changed = {name: _difference(folder / name, fresh / name) for name in others if not _is_drawing(name)}
         changed = {name: words for name, words in changed.items() if words}
@@ -107,12 +110,36 @@ def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> 
             redrawn=tuple(name for name in redrawn if name not in changed),
             changed=changed,
             edited=edited,
-            missing=tuple(name for name in now if not (folder / name).is_file()),
+            missing=tuple(name for name in now if not is_own_file(folder, name)),
             new=tuple(name for name in written if name not in now),
             runs=dict(_runs(manifest["runs"], made["runs"])),
             facts=dict(_facts(manifest, made)),
-            notes=(*_other_software(manifest, made), *_others(folder)),
+            notes=(*others_given, *_other_software(manifest, made), *_others(folder)),
         )
+
+
+def _named_runs(
+    manifest: Mapping[str, Any], runs: Sequence[Reading] | Mapping[str, Any]
+) -> tuple[Sequence[Reading] | Mapping[str, Any], list[str]]:
+    """The runs that a bundle names, and a note about the others."""
+    named = manifest.get("runs") or {}
+    if isinstance(runs, Mapping):
+        # A run of several chains is a reading of each, named after it.
+        chosen: Any = {name: run for name, run in runs.items() if any(_is_of(name, one) for one in named)}
+        others = [name for name in runs if name not in chosen]
+    else:
+        chosen = [reading for reading in runs if reading.name in named]
+        others = [reading.name for reading in runs if reading.name not in named]
+    if not chosen:
+        raise InputError(
+            f"the bundle is of {', '.join(map(str, named)) or 'no run'}, and none of them was given; got "
+            f"{', '.join(map(str, others)) or 'none'}"
+        )
+    return chosen, [f"given, and not of this bundle: {', '.join(map(str, others))}"] if others else []
+
+
+def _is_of(run: str, reading: str) -> bool:
+    return reading == run or reading.startswith(f"{run}/")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,10 +163,6 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "export the bundle again"
         ) from error
     return {"venue": venue, "view": view, "by": by, "formats": formats}
-
-
-def _is_as_written(path: Path, digest: Any) -> bool:
-    return not path.is_file() or sha256(path) == digest
 
 
 def _is_drawing(name: str) -> bool:

@@ -11,11 +11,12 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.saved_history import cells_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema, training_curves
 from depthscope.diagnostics.kernels.mixing.products import composite
 
-__all__ = ["MixingMatrices", "history_of", "matrices_of"]
+__all__ = ["MixingMatrices", "cells_by_step", "history_of", "matrices_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +100,32 @@ def history_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset 
     """
     if reading.analysis.sizes.get("step", 1) > 1:
         return reading.analysis
+    with _run_with_statistics(reading, runs) as run:
+        curves = None if run is None else training_curves(run, chain=reading.chain).load()
+    return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
+
+
+def cells_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataArray | None:
+    """The elements of H_res, H_pre and H_post at the steps of a training, see `cells_of`.
+
+    Returns: None where fewer than two steps were recorded, or no connection of streams was.
+    """
+    with _run_with_statistics(reading, runs) as run:
+        statistics = None if run is None else schema.chain_dataset(run, "statistics", reading.chain)
+        if statistics is None or statistics.sizes.get("step", 1) < 2:
+            return None
+        return cells_of(statistics)
+
+
+@contextmanager
+def _run_with_statistics(reading: Reading, runs: Mapping[str, xr.DataTree]) -> Iterator[xr.DataTree | None]:
+    """The run of a reading, from memory or its file; None without statistics."""
     run = _run_of(reading, runs)
     opened = schema.open_run(Path(reading.path)) if run is None and reading.path else None
     try:
         source = run if run is not None else opened
-        if source is None or schema.chain_dataset(source, "statistics", reading.chain) is None:
-            return None
-        curves = training_curves(source, chain=reading.chain).load()
+        has = source is not None and schema.chain_dataset(source, "statistics", reading.chain) is not None
+        yield source if has else None
     finally:
         if opened is not None:
             opened.close()
-    return curves if curves.sizes.get("step", 1) > 1 else None

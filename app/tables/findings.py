@@ -65,10 +65,8 @@ def count_words(findings: Sequence[Finding]) -> str:
 
 
 def findings_table(readings: Sequence[Reading]) -> Table:
-    """Every finding of every run with its number, threshold and source."""
-    found = [(reading.name, finding) for reading in readings for finding in reading.findings]
-    # `sorted` is stable: within a severity, run by run as each was judged.
-    found = sorted(found, key=lambda each: -each[1].severity)
+    """Every finding of every run with its number, threshold and source, a printed line each."""
+    found = _worst_first(readings)
     data = pd.DataFrame(
         [{"run": run} | _named_number(finding) for run, finding in found],
         # Without findings pandas has no columns, and the CSV would be an empty file.
@@ -76,7 +74,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     )
     printed = pd.DataFrame(
         [_row(run, finding) for run, finding in found],
-        columns=["run", "severity", "verdict", "where", "value", "threshold", "source", "finding"],
+        columns=["run", "severity", "verdict", "where", "value", "threshold", "source"],
     )
     metrics = tuple(dict.fromkeys(finding.metric for _, finding in found))
     caption = (
@@ -91,8 +89,32 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         printed,
         metrics=metrics,
         cited=("source",),
+    )
+
+
+def sentences_table(readings: Sequence[Reading]) -> Table | None:
+    """What each finding of `findings_table` says; None without one."""
+    rows = [
+        {"run": run, "verdict": spoken(finding.verdict), "finding": finding.sentence}
+        for run, finding in _worst_first(readings)
+    ]
+    if not rows:
+        return None
+    data = pd.DataFrame(rows)
+    return Table(
+        "finding_sentences",
+        "Findings in words",
+        "In the order of the findings.",
+        data,
+        data,
         wrapped=("finding",),
     )
+
+
+def _worst_first(readings: Sequence[Reading]) -> list[tuple[str, Finding]]:
+    found = [(reading.name, finding) for reading in readings for finding in reading.findings]
+    # `sorted` is stable: within a severity, run by run as each was judged.
+    return sorted(found, key=lambda each: -each[1].severity)
 
 
 def _named_number(finding: Finding) -> dict[str, Any]:
@@ -112,5 +134,4 @@ def _row(run: str, finding: Finding) -> dict[str, str]:
         "value": number(float(finding.value)),
         "threshold": number(float(finding.threshold)),
         "source": finding.source,
-        "finding": finding.sentence,
     }

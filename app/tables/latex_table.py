@@ -99,7 +99,7 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
             kind, width = "number", max(_number_width([*values, null]) + inside * _LETTER, widest * _LETTER)
         elif name in table.wrapped or longest > LONGEST_TEXT:
             # Sentences and long names wrap; "l" would make the table as wide as the longest one.
-            share = 0.36 if name in table.wrapped else 0.24
+            share = 0.6 if name in table.wrapped else 0.24
             kind, width = "words", share * across
         else:
             kind, width = "text", max(longest, widest) * _LETTER

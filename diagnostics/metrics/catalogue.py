@@ -46,6 +46,8 @@ DECLARED: tuple[Metric, ...] = (
     shape.curvature,
     shape.intrinsic_dimension,
     shape.intrinsic_dimension_bias,
+    shape.feature_kurtosis,
+    shape.zero_fraction,
     spectrum.singular_value,
     attention.attention_entropy,
     attention.sink_mass,

@@ -276,3 +276,45 @@ def intrinsic_dimension_bias(
     measured, _, count = neighbour_dimensions
     matched = xr.apply_ufunc(np.vectorize(_matched_dimension, otypes=[float]), measured, count)
     return measured - matched
+
+
+@metric(
+    symbol=r"\overline{\mathrm{kurt}}(x)",
+    dims="depth stream",
+    scale="log",
+    cite="sun2024massive",
+    basis="feature",
+    null=3.0,
+    null_error=0.1,  # 3 (d − 1)/(d + 1) of d features
+    estimator="mean over real tokens",
+)
+def feature_kurtosis(residual_states: States) -> xr.Variable:
+    r"""Kurtosis of the features of a token: how much of its energy is in few of them.
+
+    .. math:: \frac{1}{d} \textstyle\sum_j z_j^4, \quad z = (x - \bar{x}) / \mathrm{std}(x)
+
+    3 for many normal features, up to about their number where one is massive. NaN for a token of equal features.
+    """
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        tokens = residual_states.rows(views).astype(np.float64)
+        deviations = tokens - tokens.mean(axis=-1, keepdims=True)
+        variance = (deviations**2).mean(axis=-1)
+        # 0/0 of equal features is NaN, and no warning.
+        fourth = (deviations**4).mean(axis=-1) / np.where(variance > 0, variance, np.nan) ** 2
+        return fourth.mean(axis=-1)
+
+    return residual_states.over_depth(measure)
+
+
+@metric(
+    symbol=r"\#\{x = 0\} / N d",
+    dims="depth stream",
+    cite=OURS,
+    basis="feature",
+    null=0.0,
+    estimator="over all real tokens and features",
+)
+def zero_fraction(residual_states: States) -> xr.Variable:
+    """Share of the entries of the states that are exactly 0: of sparse activations, dead features and lost branches."""
+    return residual_states.over_depth(lambda views: (residual_states.rows(views) == 0).mean(axis=(-2, -1)))

@@ -1,8 +1,12 @@
-"""Which names are public? Each name of `depthscope.__all__` gets its docstring on the page of the API, also a new one."""
+"""Which names are public? Each has its docstring on the page of the API, and a link to a page that was run with it."""
 
 from __future__ import annotations
 
 import inspect
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -10,6 +14,10 @@ from sphinx.application import Sphinx
 import depthscope
 
 MARK = "<!-- public names -->"
+DOCS = Path(__file__).parents[1]
+LISTED = ("figures", "interventions")
+"""Modules whose names are public too."""
+MOST_PAGES = 3
 GROUPS = {
     "Probe a model": (
         "load",
@@ -44,6 +52,33 @@ def public_names() -> str:
     return "\n".join(lines)
 
 
+@cache
+def executed_pages() -> dict[str, str]:
+    """The code that is run when the site is built, by page."""
+    found = {}
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if "kernelspec:" in text:
+            cells = re.findall(r"^```\{code-cell\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+            found[page.relative_to(DOCS).with_suffix("").as_posix()] = "\n".join(cells)
+    return found
+
+
+def shown_in(name: str) -> list[str]:
+    """The pages that are run with a public name, such as ``figures.gains``, those of the gallery first."""
+    used = re.compile(rf"\bds\.{re.escape(name)}\b")
+    return sorted((page for page, code in executed_pages().items() if used.search(code)), key=_order)
+
+
+def _order(page: str) -> tuple[bool, str]:
+    return page.startswith("api/"), page
+
+
+def names_of(module: ModuleType) -> list[str]:
+    """The public names of a module of `LISTED`."""
+    return [str(name) for name in module.__all__]
+
+
 def _is_error(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, Exception)
 
@@ -51,18 +86,26 @@ def _is_error(value: Any) -> bool:
 def _directive(name: str) -> list[str]:
     value = getattr(depthscope, name)
     if inspect.ismodule(value):
-        return [
-            f".. automodule:: {value.__name__}",
-            "   :members:",
-            "   :imported-members:",
-            "   :no-index:",
-            "",
+        within = [
+            line
+            for each in names_of(value)
+            for line in _entry(f"{name}.{each}", value.__name__, getattr(value, each))
         ]
-    if inspect.isclass(value):
-        return [f".. autoclass:: depthscope.{name}", *(["   :members:"] if not _is_error(value) else []), ""]
-    if inspect.isroutine(value):
-        return [f".. autofunction:: depthscope.{name}", ""]
-    return [f".. autodata:: depthscope.{name}", ""]
+        return [f".. automodule:: {value.__name__}", "   :no-index:", "", *within]
+    return _entry(name, "depthscope", value)
+
+
+def _entry(name: str, module: str, value: Any) -> list[str]:
+    """The docstring of one name, and where it is shown."""
+    path = f"{module}.{name.rpartition('.')[2]}"
+    pages = ", ".join(f":doc:`/{page}`" for page in shown_in(name)[:MOST_PAGES])
+    shown = ["", f"   Shown with what it gives: {pages}."] if pages else []
+    options = ["   :no-index:"] if "." in name else []
+    if inspect.isclass(value) and not _is_error(value):
+        options.append("   :members:")
+    # The docstring of a constant is that of its class.
+    kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "py:data"
+    return [f".. {kind}:: {path}", *options, *shown, ""]
 
 
 def plain_bars(lines: list[str]) -> None:

@@ -268,7 +268,11 @@ def _scaled(
             return None, None
         coefficient = gating[0]
         back = b if coefficient is a else a
-    fine = back in depending and not (value.name == "div" and back is not a)
+    # What a dropout leaves, which draws each element by itself, is the branch's own output.
+    drawn = (
+        coefficient.numel == value.numel and len(value.shape) > 1 and not memory.graph.has_origin(coefficient)
+    )
+    fine = back in depending and not drawn and not (value.name == "div" and back is not a)
     return (back, coefficient) if fine else (None, None)
 
 

@@ -6,7 +6,8 @@ what the queries attend to before a state (also ``blocks.{i}.attn.hook_pattern``
 ``blocks.{i}.hook_resid_pre|mid|post``, ``blocks.{i}.hook_attn_out|hook_mlp_out``,
 ``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out`` and ``ln_final.hook_normalized``; transformers' ``hidden_states``
 and ``hidden_states[i]`` (the state before block i; the last one is before the final norm). A number, ``{i}`` or ``*`` stands
-for the block; without ``blocks.`` a hook name means every block.
+for the block, ``{0,4,8-11}`` or ``(0|4|8)`` for some of them; without ``blocks.`` a hook name means every block. ``*`` in the
+name of a hook stands for any letters, ``(attn|mlp)`` for one of several words. Points may be escaped.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ HOOKS: dict[str, tuple[str, str | None]] = {
         )
     },
 }
-BLOCK = re.compile(r"blocks\.(\d+|\*|\{i\}|\{\w+\})\.(.+)")
+BLOCK = re.compile(r"blocks\.([^.]+|\.\*)\.(.+)")
+EVERY_BLOCK = re.compile(r"\*|\.\*|\\d\+|\(\\d\+\)|\{[a-z_]\w*\}", re.IGNORECASE)
+SOME_BLOCKS = re.compile(r"(\d+)(?:-(\d+))?")
+MOST_BLOCKS = 100_000
+HOOK_PATTERN = re.compile(r"[\w.*()|]+")
 STATE_INDEX = re.compile(r"hidden_states(?:\[(\d+)\]|\.(\d+))")
 
 
@@ -68,11 +73,11 @@ class SiteError(InputError):
 
 @dataclass(frozen=True)
 class Request:
-    """One requested name: kinds of sites, of one block or of all, of one branch or of all."""
+    """One requested name: kinds of sites, of some blocks or of all (None), of one branch or of all."""
 
     name: str
     kinds: tuple[str, ...]
-    block: int | None = None
+    blocks: frozenset[int] | None = None
     branch: str | None = None
     state: int | None = None
 
@@ -83,13 +88,17 @@ class Request:
             return self.state == _block_boundary(chain, depth)
         if "resid_pre" in self.kinds:
             block = _block_boundary(chain, depth)
-            if block is None or self.block not in (None, block):
+            if block is None or not self.takes_block(block):
                 return False
             # The state before block i is the one after block i − 1; after the last block there is no block.
             return block < _num_blocks(chain)
         if "hc_in" in self.kinds:  # the state that a connection reads, whatever its site is called
             return any(c.depth_in == depth and self.takes_connection(c) for c in chain.connections)
-        return point.site in self.kinds and (self.block is None or point.layer == self.block)
+        return point.site in self.kinds and self.takes_block(point.layer)
+
+    def takes_block(self, block: int) -> bool:
+        """Whether a block is among those that are requested."""
+        return self.blocks is None or block in self.blocks
 
     def takes_variable(self, chain: Chain, name: str) -> bool:
         """Whether a variable of a chain's connections is requested."""
@@ -97,8 +106,9 @@ class Request:
 
     def takes_connection(self, connection: Connection) -> bool:
         """Whether a connection's block and branch are requested; one that is neither attention nor MLP counts as both."""
-        in_block = self.block in (None, connection.layer)
-        return in_block and (self.branch is None or connection.branch in (self.branch, "block"))
+        return self.takes_block(connection.layer) and (
+            self.branch is None or connection.branch in (self.branch, "block")
+        )
 
     def fits(self, chain: Chain) -> bool:
         """Whether a chain has any of the requested states or variables."""
@@ -174,7 +184,7 @@ class SiteSelection:
     def stores_attention(self, chain: Chain, depth: int) -> bool:
         """Whether the attention that leads to a state is stored in the run."""
         return not self.requests or any(
-            ATTENTION in request.kinds and request.block in (None, chain.points[depth].layer)
+            ATTENTION in request.kinds and request.takes_block(chain.points[depth].layer)
             for request in self.requests
         )
 
@@ -185,7 +195,7 @@ class SiteSelection:
         layers = {chains[number].points[depth].layer for number, depth in found}
         for request in self.requests:
             if ATTENTION not in request.kinds or (
-                layers if request.block is None else request.block in layers
+                layers if request.blocks is None else request.blocks & set(layers)
             ):
                 continue
             why = (
@@ -201,8 +211,10 @@ class SiteSelection:
 
         Raises SiteError: With the name, why no state or variable has it, and what the model has.
         """
+        # A pattern stands for several requests of one name, some of which a model may lack.
+        fitting = {request.name for request in self.requests if any(request.fits(chain) for chain in chains)}
         for request in self.requests:
-            if not any(request.fits(chain) for chain in chains):
+            if request.name not in fitting:
                 raise SiteError(f"the site {request.name!r} did not fire: {_why_missing(chains, request)}")
 
 
@@ -214,7 +226,7 @@ def _has_variable(chain: Chain, variable: str) -> bool:
 def _why_missing(chains: Sequence[Chain], request: Request) -> str:
     # The narrowest reason first: a block that does not exist explains more than a kind that the model lacks.
     blocks = max(_num_blocks(chain) for chain in chains)
-    if request.block is not None and request.block >= blocks:
+    if request.blocks is not None and min(request.blocks) >= blocks:
         return f"the model has the blocks 0 … {blocks - 1}"
     if request.state is not None:
         return f"the model has the hidden states 0 … {blocks}"
@@ -242,30 +254,65 @@ def select(names: str | Sequence[str] | None) -> SiteSelection:
     Examples
     --------
     >>> select("blocks.3.hook_resid_mid").requests[0]
-    Request(name='blocks.3.hook_resid_mid', kinds=('mid',), block=3, branch=None, state=None)
+    Request(name='blocks.3.hook_resid_mid', kinds=('mid',), blocks=frozenset({3}), branch=None, state=None)
+    >>> [sorted(request.blocks) for request in select("blocks.(0|4-6).hook_(attn|mlp)_out").requests]
+    [[0, 4, 5, 6], [0, 4, 5, 6]]
     """
     if names is None:
         return SiteSelection()
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted or not all(isinstance(name, str) for name in wanted):
         raise SiteError(f"sites is {names!r}; expected one name or several, such as {', '.join(EXAMPLES)}")
-    return SiteSelection(tuple(_parse_name(name.strip()) for name in wanted))
+    return SiteSelection(tuple(request for name in wanted for request in _parse_name(name.strip())))
 
 
 EXAMPLES = ("'mid'", "'final'", "'h_res'", "'blocks.3.hook_resid_post'", "'hidden_states[2]'")
 
 
-def _parse_name(name: str) -> Request:
+def _parse_name(name: str) -> list[Request]:
     if name in WORDS:
-        return Request(name, WORDS[name])
+        return [Request(name, WORDS[name])]
     index = STATE_INDEX.fullmatch(name)
     if index:
-        return Request(name, ("state",), state=int(index[1] or index[2]))
-    block = BLOCK.fullmatch(name)
-    hook = block[2] if block else name  # a bare hook name means that hook of every block
-    if hook in HOOKS:
-        kind, branch = HOOKS[hook]
-        number = int(block[1]) if block and block[1].isdigit() else None
-        return Request(name, (kind,), number, branch)
+        return [Request(name, ("state",), state=int(index[1] or index[2]))]
+    block = BLOCK.fullmatch(name.replace(r"\.", "."))
+    hook = block[2] if block else name.replace(r"\.", ".")  # a bare hook name means that hook of every block
+    hooks = _hooks_named(hook)
+    if hooks:
+        blocks = _blocks_named(name, block[1]) if block else None
+        return [Request(name, (kind,), blocks, branch) for kind, branch in map(HOOKS.__getitem__, hooks)]
     advice = did_you_mean(hook, [*WORDS, *HOOKS], otherwise=f"known are such as {', '.join(EXAMPLES)}")
     raise SiteError(f"no site is called {name!r}; {advice}")
+
+
+def _hooks_named(pattern: str) -> list[str]:
+    if pattern in HOOKS:
+        return [pattern]
+    if not HOOK_PATTERN.fullmatch(pattern) or not set("*(|") & set(pattern):
+        return []
+    # In a regular expression a point before a star is any letter; elsewhere it is a point.
+    code = re.escape(pattern.replace(".*", "*"))
+    for escaped, meant in ((r"\*", ".*"), (r"\(", "("), (r"\)", ")"), (r"\|", "|")):
+        code = code.replace(escaped, meant)
+    try:
+        named = re.compile(code)
+    except re.error:
+        return []
+    return [hook for hook in HOOKS if named.fullmatch(hook)]
+
+
+def _blocks_named(name: str, text: str) -> frozenset[int] | None:
+    """The numbers that some text stands for; None for every block."""
+    if EVERY_BLOCK.fullmatch(text):
+        return None
+    inner = text[1:-1] if text[:1] + text[-1:] in ("{}", "()") or re.fullmatch(r"\[\d-\d\]", text) else text
+    found: set[int] = set()
+    for part in re.split(r"[,|]", inner):
+        numbers = SOME_BLOCKS.fullmatch(part.strip())
+        first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, -1)
+        if not first <= last < MOST_BLOCKS:
+            raise SiteError(
+                f"{text!r} in the site {name!r} is no number of a block; expected such as 3, *, {{0,4,8-11}} or (0|4|8)"
+            )
+        found |= set(range(first, last + 1))
+    return frozenset(found)

@@ -1,8 +1,7 @@
 """Every family is built, captured forward and backward, and checked against hooks of the test's own; the table says what came.
 
-``python -m tests.probes.test_compatibility`` writes the first part of `docs/compatibility.md`, and the short table between the
-markers ``<!-- compatibility: start -->`` and ``<!-- compatibility: end -->`` of the README, where it has them. The second
-part of the page, every class that can be built tiny, is written by ``python -m tests.models.matrix --write``.
+``python -m tests.probes.test_compatibility`` writes the first part of `docs/compatibility.md`. The second part of the
+page, every class that can be built tiny, is written by ``python -m tests.models.matrix --write``.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ from tests.models.matrix.page import markdown, section_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
-README = ROOT / "README.md"
-START, END = "<!-- compatibility: start -->", "<!-- compatibility: end -->"
 COMMAND = "python -m tests.probes.test_compatibility"
 NAMES = [f"{family.package}: {family.name}" for family in FAMILIES]
 
@@ -207,7 +204,6 @@ HEAD = (
     "gradients",
     "notes",
 )
-SHORT = ("families", "from", "streams", "connection", "error", "gradients")
 
 
 def row(result: Outcome) -> dict[str, str]:
@@ -293,42 +289,13 @@ rows are models that declare no streams and have some.
 """
 
 
-def short_table() -> str:
-    """The families that a probe takes as they are; those that showed the same share a row."""
-    rows = [row(outcome(family)) for family in FAMILIES]
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for cells in rows:
-        alike.setdefault(tuple(cells[name] for name in SHORT[1:]), []).append(cells["family"])
-    joined = [dict(zip(SHORT, (", ".join(names), *shown), strict=True)) for shown, names in alike.items()]
-    return markdown(SHORT, [[cells[column] for column in SHORT] for cells in joined])
-
-
-def between_markers(text: str, table: str) -> str:
-    head, found, rest = text.partition(START)
-    _, _, tail = rest.partition(END)
-    return f"{head}{START}\n{table}\n{END}{tail}" if found else text
-
-
 @pytest.mark.slow(one_in=2)
 def test_the_page_says_what_was_captured():
     assert TABLE.read_text(encoding="utf-8") == page(), f"run {COMMAND}"
 
 
-def test_the_readme_shows_the_short_table():
-    text = README.read_text(encoding="utf-8")
-    assert between_markers(text, short_table()) == text, f"run {COMMAND}"
-
-
-def test_markers_hold_the_table():
-    text = between_markers(f"a\n{START}\nold\n{END}\nb\n", "new")
-    assert text == f"a\n{START}\nnew\n{END}\nb\n"
-    assert between_markers("no markers", "new") == "no markers"
-
-
 def write() -> None:
     TABLE.write_text(page(), encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
-    README.write_text(between_markers(text, short_table()), encoding="utf-8")
 
 
 if __name__ == "__main__":

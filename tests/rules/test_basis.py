@@ -21,7 +21,7 @@ SAME, MOVED = 1e-9, 1e-5
 
 
 def double(run):
-    """The trace in float64, with one flat stream and one massive activation, so that their numbers can move."""
+    """The trace in float64, with a flat stream, a massive activation and zeros, so that their numbers can move."""
     trace = run["trace"].to_dataset().load()
     # In float32 the rounding of a rotation would look like a dependence on the basis.
     wide = {name: value.astype(float) for name, value in trace.data_vars.items() if value.dtype.kind == "f"}
@@ -31,6 +31,7 @@ def double(run):
         (2, states.shape[-1])
     )
     # Above 1000 medians; after a rotation, which spreads it over all features, no longer.
+    states[1, :, 0, 0, :2] = 0.0
     states[3, 0, 5, 0, 3] = 1300 * np.median(abs(states[3]))
     return trace
 

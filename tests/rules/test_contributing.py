@@ -91,7 +91,7 @@ if not hasattr(contents, "every"):
     contents.every = contents.draw_all
     contents.draw_all = lambda readings, view: [
         (key, figure) for key, figure in contents.every(readings, view)
-        if figure.name in ("streamed_cka_uncertainty", "curvature", "feature_kurtosis")
+        if figure.name in ("streamed_cka_uncertainty", "curvature", "feature_skewness")
     ]
 
 """
@@ -121,7 +121,7 @@ def test_each_example_is_one_definition_and_one_line(tmp_path):
     for line in lines.values():
         apply(*line, folder)
     # A fresh process: nothing of it was imported before the examples were there. pytest runs a file to look for tests in it.
-    of_all = "not (shows_the_numbers or matplotlib_draws) or feature_kurtosis"
+    of_all = "not (shows_the_numbers or matplotlib_draws) or feature_skewness"
     run(folder, *pytest_rules, "-k", of_all, "-W", "ignore", *(f"check_{kind}.py" for kind in KINDS))
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")
 

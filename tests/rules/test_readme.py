@@ -25,13 +25,12 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         "batch": batch,
         "loader": [batch] * 3,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "clean": {"input_ids": ids},
-        "corrupted": {"input_ids": ids.flip(0)},
-        "answer": 5,
         "array": np.random.default_rng(0).normal(size=(20, 8)),
     }
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
     # One block: a second one would need names of its own here.
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     # Compiled under its name, so that a traceback points to README.md.
     exec(compile(block, str(README), "exec"), names)
     assert "residual" in capsys.readouterr().out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
+import depthscope
 from depthscope.app.cli.parser import build_parser
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,6 +52,17 @@ def test_every_picture_of_a_notebook_has_words():
             drawn = re.search(r"plt\.subplots|to_matplotlib\(|^ds\.figures\.(?!panels)", cell, re.MULTILINE)
             if drawn:
                 assert re.search(r"^    alt: \S.{30}", cell, re.MULTILINE), cell
+
+
+def test_every_public_name_is_shown_with_what_it_gives():
+    """The API page links each name to a page that is run when the site is built, with its picture or output."""
+    spec = importlib.util.spec_from_file_location("public_names", DOCS / "_site" / "public_names.py")
+    public_names = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(public_names)
+    names = [*depthscope.__all__]
+    for module in public_names.LISTED:
+        names += [f"{module}.{name}" for name in public_names.names_of(getattr(depthscope, module))]
+    assert [name for name in names if not public_names.shown_in(name)] == []
 
 
 def _commands(text: str) -> list[list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_layers, add_out_folder
+from depthscope.app.cli.checkpoints import add_sites, site_names
 from depthscope.app.cli.command import FINE, FOUND, INTERRUPTED, Command
 from depthscope.app.cli.paths import InputPath
 from depthscope.app.cli.process import interrupts_as_python_has_them
@@ -56,6 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SCRIPT is the name of a module, such as package.train, that is run as python -m does",
     )
     add_layers(parser)
+    add_sites(parser)
     parser.add_argument(
         "--stop-on",
         choices=("warn", "fail"),
@@ -89,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         "metrics": "live",
         "stop_on": args.stop_on,
         "layers": args.layers,
+        "sites": site_names(args),
     }
     # Under torchrun every rank runs the script, and one of them writes.
     if os.environ.get("RANK", "0") == "0":

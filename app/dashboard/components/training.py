@@ -56,8 +56,9 @@ MOST_MARKS = 6
 
 CURVE = 80
 CURVE_OF_SEVERAL = 120
+CURVES_OF_CELLS = 220
 LINE = 13
-"""Pixels of a curve, of those of several runs, and of a line of text."""
+"""Pixels of a curve, of those of several runs and of all elements of matrices, and of a line of text."""
 
 _panels = component("panels", "plotly_page")
 
@@ -189,7 +190,7 @@ def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) ->
     (history,) = histories.values()
     figure = history_figure(history, name, shown.choice, shown.zoom)
     if not isinstance(figure, Heatmap):
-        return Panel(figure, height=CURVE)
+        return Panel(figure, height=CURVE if len(figure.lines) == 1 else CURVES_OF_CELLS)
     rows = len(figure.y)
     height = int(np.clip(9 * rows, 90, 300))
     # The first row, the last one, and as many between as have room.

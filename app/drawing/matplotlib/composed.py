@@ -277,8 +277,23 @@ def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
     axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")
     if content.radial_log:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        ticks = _radial_ticks(2**reach - 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([float(np.sign(tick) * np.log2(1 + abs(tick))) for tick in ticks])
+            axis.set_ticklabels([f"{tick:g}".replace("-", "−") for tick in ticks])
+
+
+def _radial_ticks(reach: float) -> list[float]:
+    """Numbers at an axis of log₂(1 + |λ|): 0, 1 and the largest power of ten below its end, on both sides.
+
+    Examples
+    --------
+    >>> _radial_ticks(1.2), _radial_ticks(250.0)
+    ([-1.0, 0.0, 1.0], [-100.0, -1.0, 0.0, 1.0, 100.0])
+    """
+    largest = 10.0 ** np.floor(np.log10(reach))
+    positive = sorted({1.0, float(max(largest, 1.0))})
+    return [*(-tick for tick in reversed(positive)), 0.0, *positive]
 
 
 def _placed(values: np.ndarray, radial_log: bool) -> np.ndarray:

@@ -152,6 +152,8 @@ def _limit(axes: Axes, figure: Lines) -> None:
     for line in figure.lines:
         if line.role == "threshold" and _is_near(line.y[0], low, high, axes):
             axes.set_ylim(*_limits_including(line.y[0], axes))
+    if figure.limits is not None:
+        axes.set_ylim(*figure.limits)
     if axes.get_yscale() == "log":
         plain_ticks(axes.yaxis, *axes.get_ylim())
 

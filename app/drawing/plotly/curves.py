@@ -231,6 +231,8 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
     """Ends of the vertical axis: the curves, their bands, laws as far as `limits_with_theory`, and the next thresholds."""
+    if figure.limits is not None:
+        return figure.limits
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None

@@ -69,7 +69,7 @@ def row_names(measure: Measure) -> list[str]:
 def history_figure(
     history: TrainingHistory, name: str, choice: Mapping[str, str], span: tuple[float, float] | None = None
 ) -> Figure:
-    """A measure over steps: a curve, or a map with a row for each depth, connection or module.
+    """A measure over steps: a curve, one for each element of matrices, or a map with a row a depth, connection or module.
 
     ``span``: the steps from and to which it is shown; None for all.
     Returns: Where there are more steps than columns, each column has the extremes of its steps, and the caption says
@@ -80,14 +80,17 @@ def history_figure(
     values = history.values(name, choice)[shown]
     bins = Bins.of(history.steps[shown], MOST_COLUMNS)
     title = _title_in_full(measure, choice)
-    if not measure.rows:
-        x, y = bins.curve(values)
+    if not measure.rows or measure.rows == "cell":
+        labels = row_names(measure) if measure.rows else [title]
+        curves = [bins.curve(column) for column in values.reshape(len(values), -1).T]
         return Lines(
             name,
             title,
             "step",
             "",
-            (Line(x, y, title, group=history.name),),
+            tuple(
+                Line(x, y, label, group=history.name) for label, (x, y) in zip(labels, curves, strict=True)
+            ),
             log_y=_is_log(name, values),
             caption=_reduction(bins, EXTREMES_DRAWN),
         )

@@ -16,7 +16,8 @@ from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, history_of, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, history_of, matrices_of
+from depthscope.app.text.numbers import number
 
 __all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
 
@@ -73,6 +74,12 @@ class Subjects:
         """What was measured by step, of the runs that have several steps."""
         found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
         return {run: history for run, history in found.items() if history is not None}
+
+    @cached_property
+    def cells(self) -> dict[str, xr.DataArray]:
+        """Elements of the mixing matrices by step, of the runs that have them at several steps."""
+        found = {reading.name: cells_by_step(reading, self.runs) for reading in self.readings}
+        return {run: cells for run, cells in found.items() if cells is not None}
 
     def why_not(self, metric: str) -> str:
         """Why no run has a metric."""
@@ -270,7 +277,12 @@ class Matrices:
             return NO_MATRICES
         panels = []
         part = first_of("Matrices", MOST_MATRICES, len(subjects.matrices))
-        for place, (run, found) in enumerate(list(subjects.matrices.items())[:MOST_MATRICES]):
+        drawn = dict(list(subjects.matrices.items())[:MOST_MATRICES])
+        limits = {
+            "h": _shared_limits(matrix for found in drawn.values() for matrix in found.single),
+            "p": _shared_limits(matrix for found in drawn.values() for matrix in found.products.values()),
+        }
+        for place, (run, found) in enumerate(drawn.items()):
             of_run = "" if len(subjects.readings) == 1 else f": {run}"
             last = len(found.single) - 1
             shown = [
@@ -285,17 +297,25 @@ class Matrices:
                 ),
             ]
             panels += [
-                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix, part))
+                LetteredPanel(_numbered(key, place), title, _printed(key, run, matrix, limits[key[0]], part))
                 for key, title, matrix in shown
             ]
         return panels
 
 
-def _printed(key: str, run: str, matrix: np.ndarray, part: str) -> Heatmap:
+def _shared_limits(matrices: Iterable[np.ndarray]) -> tuple[float, float] | None:
+    """The ends of one colour scale; 0 is among them."""
+    values = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices])
+    return (min(0.0, float(values.min())), float(values.max())) if values.size else None
+
+
+def _printed(
+    key: str, run: str, matrix: np.ndarray, limits: tuple[float, float] | None, part: str
+) -> Heatmap:
     streams = np.arange(len(matrix), dtype=np.float64)
-    known = matrix[np.isfinite(matrix)]
-    # Each by its own scale: a product that has grown would leave single matrices one colour.
-    limits = (min(0.0, float(known.min())), float(known.max())) if known.size else None
+    # A product that has grown would leave single matrices one colour.
+    kind = "products" if key.startswith("p") else "single matrices"
+    scale = f"Colours of {kind}: {number(limits[0])} to {number(limits[1])}." if limits else ""
     rows, columns = matrix.sum(axis=1), matrix.sum(axis=0)
     return Heatmap(
         name=key,
@@ -308,8 +328,7 @@ def _printed(key: str, run: str, matrix: np.ndarray, part: str) -> Heatmap:
         z_label="",
         limits=limits,
         caption="Means over tokens, of products the mean of each token's product; rows are destinations. At the right the "
-        "signed sum of each row (gain forward), below that of each column (gain backward). "
-        f"Colours: each matrix by its own range. {part}".rstrip(),
+        f"signed sum of each row (gain forward), below that of each column (gain backward). {scale} {part}".rstrip(),
         alt=f"{key} of {run}: row sums {', '.join(f'{v:.2f}' for v in rows)}; "
         f"column sums {', '.join(f'{v:.2f}' for v in columns)}.",
         metric="mixing_gain",

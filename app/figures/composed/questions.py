@@ -1,4 +1,4 @@
-"""Which questions does a paper ask of some runs? Eight figures of several panels, one definition of each."""
+"""Which questions does a paper ask of some runs? Figures of several panels, one definition of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from depthscope.app.figures.composed.panels import (
     streams_as_rows,
     whole_products,
 )
-from depthscope.app.figures.composed.training import History, Loss
+from depthscope.app.figures.composed.training import Cells, History, Loss
 
 __all__ = ["QUESTIONS", "Question"]
 
@@ -188,6 +188,7 @@ QUESTIONS: dict[str, Question] = {
                 History("composite_gain", "composite gain, forward"),
             ),
         ),
+        Question("cells", "Elements of the mixing matrices over the training", (Cells(),)),
     )
 }
 """Every composed figure by name, in display order."""

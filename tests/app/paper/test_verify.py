@@ -117,6 +117,25 @@ def test_other_runs_are_named(bundle, runs, make_run):
     assert verify_bundle(bundle, runs[:1]).runs["m"].endswith("was not given")
 
 
+def test_only_what_the_bundle_names_is_read(bundle, runs, make_run, tmp_path):
+    further = read_runs({"another": make_run("hc", layers=2)})
+    checked = verify_bundle(bundle, [*further, *runs])
+    assert checked.follows, checked.in_words()
+    assert "given, and not of this bundle: another" in checked.notes
+    with pytest.raises(ValueError, match="none of them was given; got another"):
+        verify_bundle(bundle, further)
+    elsewhere = tmp_path / "elsewhere.csv"
+    (bundle / "tables" / "summary.csv").rename(elsewhere)
+    (bundle / "tables" / "summary.csv").symlink_to(elsewhere)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["../elsewhere.csv"] = "0" * 64
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    checked = verify_bundle(bundle, runs)
+    assert checked.missing == ("tables/summary.csv",)
+    assert checked.new == ("../elsewhere.csv",)
+    assert not checked.edited
+
+
 def test_a_changed_caption_in_the_manifest_is_named(bundle, runs):
     _change(bundle / "manifest.json", "Largest signed row sum", "Smallest signed row sum")
     checked = verify_bundle(bundle, runs)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import skdim
 import xarray as xr
+from scipy.stats import kurtosis
 
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
@@ -177,3 +178,24 @@ def test_measured_and_bias_give_the_dimension_of_a_normal_cloud(dimension):
 def test_the_bias_is_undefined_where_no_cloud_measures_as_much():
     few = np.random.default_rng(0).standard_normal((1, 8, 4))
     assert np.isnan(dimension_of(few)["intrinsic_dimension_bias"])
+
+
+def test_kurtosis_and_zeros_are_those_of_scipy_and_of_a_count(make_run):
+    run = make_run("mhc", layers=2)
+    trace = run["trace"].to_dataset().load()
+    states = trace["residual"].copy(deep=True)
+    states.values[1, 0, 2, 1, :5] = 0.0
+    found = diagnostics.analyze(
+        schema.create_run(trace.assign(residual=states), attrs=run.attrs),
+        metrics=["feature_kurtosis", "zero_fraction"],
+    )
+    real = trace["mask"].values
+    for depth, tokens in enumerate(states.values[:, real].astype(float)):
+        for stream in range(tokens.shape[1]):
+            here = {"step": 0, "depth": depth, "stream": stream + (found.sizes["stream"] > tokens.shape[1])}
+            expected = kurtosis(tokens[:, stream], axis=-1, fisher=False).mean()
+            np.testing.assert_allclose(found["feature_kurtosis"].isel(here), expected, rtol=1e-9)
+            assert found["zero_fraction"].isel(here).item() == pytest.approx((tokens[:, stream] == 0).mean())
+    assert float(found["zero_fraction"].isel(depth=1).max()) == pytest.approx(
+        5 / (real.sum() * states.shape[-1])
+    )

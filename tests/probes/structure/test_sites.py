@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.structure.sites import select
+from depthscope.probes.structure.sites import SiteError, select
 
 
 def seen(model: nn.Module, batch, **paths: str) -> dict[str, np.ndarray]:
@@ -237,5 +237,57 @@ def test_a_run_of_some_sites_is_analysed(models, ids):
 
 def test_names_say_what_they_mean():
     (request,) = select("blocks.{i}.hook_attn_out").requests
-    assert (request.kinds, request.block, request.branch) == (("branch_out",), None, "attn")
+    assert (request.kinds, request.blocks, request.branch) == (("branch_out",), None, "attn")
     assert select(None).requests == ()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.{0,2}.hook_resid_post", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]),
+        (r"blocks\.(0|2)\.hook_resid_post", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]),
+        (
+            r"blocks\.[0-1]\.hook_resid_(mid|post)",
+            [f"blocks.{i}.hook_resid_{at}" for i in (0, 1) for at in ("mid", "post")],
+        ),
+        (r"blocks\.\d+\.hook_.*_out", ["hook_attn_out", "hook_mlp_out"]),
+        ("hook_resid_*", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"]),
+    ],
+)
+def test_a_pattern_is_the_names_that_it_stands_for(models, ids, pattern, names):
+    one, several = (
+        probes.capture(models["llama"](), {"input_ids": ids}, sites=sites) for sites in (pattern, names)
+    )
+    for name, values in several["trace"].to_dataset().data_vars.items():
+        np.testing.assert_array_equal(one["trace"][name].values, values.values)
+    assert table(one)["expected"].sum() == table(several)["expected"].sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.[048].hook_resid_post",
+        "blocks.{3-1}.hook_resid_mid",
+        "blocks.x.hook_resid_mid",
+        "hook_(attn_out",
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(name):
+    with pytest.raises(SiteError, match=r"no number of a block|no site is called"):
+        select(name)
+
+
+def test_a_pattern_of_blocks_that_are_not_there_is_refused(models, ids):
+    with pytest.raises(SiteError, match="the model has the blocks 0 … 2"):
+        probes.capture(models["llama"](), {"input_ids": ids}, sites="blocks.{7,9}.hook_resid_post")
+
+
+def test_a_loop_measures_the_blocks_of_a_pattern(models, ids):
+    model = models["llama"]()
+    with probes.record(model, metrics="live", sites="blocks.(0|2).hook_resid_post") as recorder:
+        model(input_ids=ids, labels=ids).loss.backward()
+        recorder.step()
+    model.zero_grad()
+    assert not recorder.errors
+    assert recorder.run["trace"].sizes["depth"] == 2
+    assert recorder.run["metrics"]["residual_norm"].sizes["depth"] == 2
