@@ -104,13 +104,17 @@ def settle(
 def _looks_ahead(
     run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """A remark where the outputs of a network that is trained on the next token depend on later ones.
+    """A remark where the outputs of a network that is trained on the next token depend on later ones, or are given it.
 
     Two forwards of one sequence tell: with another last token no earlier output may move. They are made of every such network,
-    since no gradient shows a leak before the first state, nor any where the last token has a target.
+    since no gradient shows a leak before the first state, nor any where the last token has a target. Where the targets are
+    the inputs themselves, a network whose outputs see nothing later was meant to predict, and is given the answer.
     """
     task = run.attrs.get(TASK)
-    if not (isinstance(task, Mapping) and task.get("predicts_next")):
+    ahead, repeats = (
+        isinstance(task, Mapping) and task.get(name) for name in ("predicts_next", "repeats_input")
+    )
+    if not (ahead or repeats):
         return []
     batch_axis = 1 if str(options.get("layout") or "").replace(" ", "").startswith("TB") else 0
     part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
@@ -118,9 +122,11 @@ def _looks_ahead(
         sees = sees_later_tokens(part, lambda item: _output_again(model, item, batch_axis))
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return []
-    if not sees:
+    if sees is None or sees == (not ahead):
         return []
     sentence = "The loss is that of the next token, and the outputs depend on later tokens: with another last one they move"
+    if not ahead:
+        sentence = "The loss asks every output for the very token that it is given: the targets are not shifted by one"
     return [{"kind": "looks_ahead", "sentence": sentence, "value": 1.0, "connections": [], "sure": True}]
 
 

@@ -13,7 +13,7 @@ DEFAULT = "depthscope's default"
 
 # The declared source of limits that lie beyond what 99 % of these networks have; `source_of` says how many there were.
 CALIBRATED = "calibrated on healthy networks"
-FEWEST = 50  # networks: of fewer, 99 % says nothing
+FEWEST = 20  # networks: the worst of fewer says nothing
 SHARE = 0.99
 # By which factor a limit lies beyond what 99 % of the networks have.
 MARGIN = 1.25
@@ -72,4 +72,4 @@ def as_far(verdict: str, value: float, *, above: bool) -> str:
     if len(values) < FEWEST or math.isnan(value):
         return ""
     count = sum(each >= value if above else each <= value for each in values)
-    return f" {count or 'None'} of {len(values)} healthy networks look{'s' * (count <= 1)} like this."
+    return f" {count or 'None'} of {len(values)} healthy networks look{'s' * (count == 1)} like this."

@@ -89,7 +89,9 @@ def sinkhorn_not_converged(
             f"the worst error of a {kind} sum is",
             metric="doubly_stochastic_violation",
             ceiling=Severity.INFO if harmless else Severity.FAIL,
-            note="" if np.isnan(low) else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
+            note=""
+            if np.isnan(low)
+            else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
         )
         for kind in ("row", "column")
     ]

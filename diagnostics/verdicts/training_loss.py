@@ -93,7 +93,10 @@ def untrained_weights(
         at_end = xr.DataArray(np.append(np.diff(layers.values) != 0, True), dims="depth")  # noqa: FBT003
         named = ", ".join(map(str, blocks))
         yield Profile(
-            (layers.isin(blocks) & at_end).astype(float).drop_vars(layers.coords, errors="ignore").assign_coords(layers.coords),
+            (layers.isin(blocks) & at_end)
+            .astype(float)
+            .drop_vars(layers.coords, errors="ignore")
+            .assign_coords(layers.coords),
             "the blocks that look untrained are",
             sentence=f"Every bias and gain of block {named} is as initialisers leave it, and those of the other blocks are not; "
             f"expected all or none ({DEFAULT}).",

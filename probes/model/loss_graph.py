@@ -33,7 +33,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
 
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
-    tokens of the batch, whatever that of the last token of a sequence is.
+    tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens.
     """
     for node in _nodes(None if loss is None else loss.grad_fn):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
@@ -47,7 +47,8 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
             "softmax_twice": _is_softmax_twice(node),
-            "predicts_next": _are_next_tokens(_target_of(node), batch),
+            "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
+            "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
         }
     return {}
 
@@ -64,17 +65,19 @@ def _target_of(node: Any) -> torch.Tensor | None:
 IGNORED = -100  # torch's own label of what does not count
 
 
-def _are_next_tokens(target: torch.Tensor | None, batch: Any) -> bool:
-    """Whether the targets are the next tokens of some ids of the batch; that of the last token may be in no input."""
+def _are_tokens(target: torch.Tensor | None, batch: Any, *, ahead: int) -> bool:
+    """Whether the targets are some ids of the batch, or the next ones; that of the last token may be in no input."""
     for ids in () if target is None else tensors_in(batch):
         if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2:
             continue
-        for columns in (ids.shape[1] - 1, ids.shape[1]):
+        for columns in {ids.shape[1] - ahead, ids.shape[1]}:
             if target.numel() != len(ids) * columns:
                 continue
-            inner = target.reshape(len(ids), columns)[:, : ids.shape[1] - 1]
+            inner = target.reshape(len(ids), columns)[:, : ids.shape[1] - ahead]
             counted = inner != IGNORED
-            if bool(counted.any()) and torch.equal(inner[counted].to(ids), ids[:, 1:][counted.to(ids.device)]):
+            if bool(counted.any()) and torch.equal(
+                inner[counted].to(ids), ids[:, ahead:][counted.to(ids.device)]
+            ):
                 return True
     return False
 

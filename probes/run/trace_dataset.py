@@ -72,7 +72,11 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = ({"proof": proof} if proof else {}) | start_facts(session.model, chain) | untouched_blocks(session.model, chain)
+    facts = (
+        ({"proof": proof} if proof else {})
+        | start_facts(session.model, chain)
+        | untouched_blocks(session.model, chain)
+    )
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace

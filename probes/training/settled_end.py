@@ -60,4 +60,6 @@ class SettledEnd:
             return
         read = {name: getattr(self._options, name) for name in ("layers", "layout", "streams", "mask")}
         settled = settle(run, self._model, batch, forwards=self._forwards, **read)
-        self.found = {name: settled.attrs[name] for name in RESULTS if settled.attrs.get(name) != run.attrs.get(name)}
+        self.found = {
+            name: settled.attrs[name] for name in RESULTS if settled.attrs.get(name) != run.attrs.get(name)
+        }

@@ -59,7 +59,9 @@ class Fault:
     hosts: tuple[str, ...] = ("plain", "RMSNorm")
 
 
-def _after(change: Callable[[torch.Tensor, float], torch.Tensor], number: int | None = 2) -> Callable[[Any, float], None]:
+def _after(
+    change: Callable[[torch.Tensor, float], torch.Tensor], number: int | None = 2
+) -> Callable[[Any, float], None]:
     def plant(model: Any, dose: float) -> None:
         for place, block in enumerate(model.blocks):
             if number is None or place == number:
@@ -214,7 +216,9 @@ def told(fault: Fault, host: str, seed: int, dose: float | None) -> Told:
     named = [each for each in found if each.verdict in fault.verdicts]
     first = [each for each in named if each.verdict == fault.verdicts[0]]
     number = min((_badness(each) for each in first), default=math.nan, key=lambda x: -x)
-    return Told(float(run.statistics["loss"][-1]), max((f.severity for f in named), default=Severity.PASS), number)
+    return Told(
+        float(run.statistics["loss"][-1]), max((f.severity for f in named), default=Severity.PASS), number
+    )
 
 
 def _badness(finding: Finding) -> float:
@@ -224,7 +228,9 @@ def _badness(finding: Finding) -> float:
 
 def area(faulty: Sequence[float], healthy: Sequence[float]) -> float:
     """The area under the ROC: how often a faulty network has a worse number than a healthy one."""
-    pairs = [(f > h) + 0.5 * (f == h) for f in faulty for h in healthy if math.isfinite(f) and math.isfinite(h)]
+    pairs = [
+        (f > h) + 0.5 * (f == h) for f in faulty for h in healthy if math.isfinite(f) and math.isfinite(h)
+    ]
     return float(np.mean(pairs)) if pairs else math.nan
 
 
@@ -240,15 +246,28 @@ def row(fault: Fault, seeds: int, only: Sequence[str]) -> tuple[str, ...]:
         cells.append(f"{dose:g}: {cost:+.2g} {''.join(sorted(worst))}")
         areas.append(area([f.number for f in found], [h.number for h in healthy]))
     quiet = "".join(sorted(h.severity.name[0] if h.severity else "·" for h in healthy))
-    return (fault.title, fault.unit, f"`{fault.verdicts[0]}`", quiet, *cells, " ".join(f"{a:.2f}" for a in areas))
+    return (
+        fault.title,
+        fault.unit,
+        f"`{fault.verdicts[0]}`",
+        quiet,
+        *cells,
+        " ".join(f"{a:.2f}" for a in areas),
+    )
 
 
 def main() -> int:
     """Measure all faults, or those with one of the words, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.doses", description=__doc__)
-    parser.add_argument("words", nargs="*", help="only faults with one of these words in their title; nothing is written")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"networks of each host (default {SEEDS})")
-    parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS), help="kinds of networks (default all)")
+    parser.add_argument(
+        "words", nargs="*", help="only faults with one of these words in their title; nothing is written"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help=f"networks of each host (default {SEEDS})"
+    )
+    parser.add_argument(
+        "--hosts", nargs="+", choices=HOSTS, default=list(HOSTS), help="kinds of networks (default all)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -259,7 +278,14 @@ def main() -> int:
             sys.stdout.flush()
     if args.words:
         return 0
-    head = ("fault", "dose", "verdict", "none", *(f"dose {n}" for n in range(1, 7)), "area under the ROC, by dose")
+    head = (
+        "fault",
+        "dose",
+        "verdict",
+        "none",
+        *(f"dose {n}" for n in range(1, 7)),
+        "area under the ROC, by dose",
+    )
     page.write_section("Doses", f"""
 `python -m tests.verdicts.doses --seeds {args.seeds} --hosts {" ".join(args.hosts)}`: each fault at six doses in trained networks
 ({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. A cell has the dose, what it costs in nats, and the severity for every network: F, W, I

@@ -105,7 +105,10 @@ capture does not read, with a reason. `python -m tests.verdicts WORDS --case SEE
 def write_section(title: str, body: str) -> None:
     """Write one section of the page in the place of the one of that title, or as the last; the others stay."""
     sections = re.split(r"(?m)^(?=## )", PAGE.read_text(encoding="utf-8"))
-    section = f"## {title}\n{body.rstrip()}\n\n"
+    section = f"## {title}\n{body}"
     places = [n for n, each in enumerate(sections) if each.startswith(f"## {title}\n")]
-    sections[places[0] if places else len(sections) :] = [section, *sections[places[0] + 1 if places else len(sections) :]]
-    PAGE.write_text("".join(sections).rstrip() + "\n", encoding="utf-8")
+    sections[places[0] if places else len(sections) :] = [
+        section,
+        *sections[places[0] + 1 if places else len(sections) :],
+    ]
+    PAGE.write_text("\n\n".join(each.rstrip() for each in sections) + "\n", encoding="utf-8")

@@ -35,7 +35,20 @@ from tests.verdicts.tasks import TASKS, Task, loss_of
 FILE = Path(calibration.__file__).with_name("healthy_networks.csv")
 EACH = 4
 TEXTS = ("documentation", "code", "licences", "words")
-FACTS = ("kind", "number", "task", "optimizer", "steps", "blocks", "width", "streams", "loss", "guessing", "seconds", "loud")
+FACTS = (
+    "kind",
+    "number",
+    "task",
+    "optimizer",
+    "steps",
+    "blocks",
+    "width",
+    "streams",
+    "loss",
+    "guessing",
+    "seconds",
+    "loud",
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,11 @@ def _rate_at(step: int, steps: int) -> float:
 def _dropping(model: nn.Module, share: float) -> list[Any]:
     """Dropout behind every branch, which is gone when the hooks are removed."""
     kinds = {"branches", "branch"}
-    branches = [m for name, m in model.named_modules() if kinds & set(name.split(".")[-2:]) and not isinstance(m, nn.ModuleList)]
+    branches = [
+        m
+        for name, m in model.named_modules()
+        if kinds & set(name.split(".")[-2:]) and not isinstance(m, nn.ModuleList)
+    ]
     return [
         each.register_forward_hook(lambda module, args, out: functional.dropout(out, share, module.training))
         for each in branches
@@ -163,7 +180,11 @@ def trained(model: nn.Module, kind: Kind, plan: Plan, task: Task, *, record: boo
     """Train a network, and record its last steps where that is asked."""
     rng = torch.Generator().manual_seed(plan.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
-    inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and not {"embed", "head"} & set(name.split("."))}
+    inner = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not {"embed", "head"} & set(name.split("."))
+    }
     matrices = [p for p in weights if id(p) in inner]
     optimizers = OPTIMIZERS[kind.optimizer](matrices, [p for p in weights if id(p) not in inner])
     rates = [[group["lr"] for group in each.param_groups] for each in optimizers]
@@ -171,7 +192,9 @@ def trained(model: nn.Module, kind: Kind, plan: Plan, task: Task, *, record: boo
     recorder = None
     for step in range(kind.steps):
         if record and step == kind.steps - 10:
-            recorder = probes.record(model, every=5, gradients=True, weights=True, start_step=step, first_step=step)
+            recorder = probes.record(
+                model, every=5, gradients=True, weights=True, start_step=step, first_step=step
+            )
             recorder.__enter__()
         for each, started in zip(optimizers, rates, strict=True):
             for group, rate in zip(each.param_groups, started, strict=True):
@@ -194,7 +217,9 @@ def trained(model: nn.Module, kind: Kind, plan: Plan, task: Task, *, record: boo
 
 def captured(model: nn.Module, task: Task, seed: int) -> xr.DataTree:
     inputs, targets = task.draw(16 if task.vocabulary else 48, 32, torch.Generator().manual_seed(seed + 1))
-    return probes.capture(model.eval(), inputs, gradients=True, loss=lambda output, batch: loss_of(output, targets))
+    return probes.capture(
+        model.eval(), inputs, gradients=True, loss=lambda output, batch: loss_of(output, targets)
+    )
 
 
 def numbers_of(run: xr.DataTree) -> Iterator[tuple[str, float, bool]]:
@@ -225,7 +250,10 @@ def measured(kind: Kind, number: int) -> dict[str, Any]:
     facts = (kind.title, number, next(n for n, each in TASKS.items() if each is task), kind.optimizer, kind.steps, plan.blocks,
              plan.width, plan.streams, f"{found.get('loss', math.nan):.3g}", f"{math.log(task.guessing):.3g}",
              f"{time.process_time() - start:.0f}", " ".join(sorted(loud)))  # fmt: skip
-    return dict(zip(FACTS, facts, strict=True)) | {name: f"{value:.{12 if VERDICTS[name].limits.scale == 'cosine' else 4}g}" for name, value in worst.items()}
+    return dict(zip(FACTS, facts, strict=True)) | {
+        name: f"{value:.{12 if VERDICTS[name].limits.scale == 'cosine' else 4}g}"
+        for name, value in worst.items()
+    }
 
 
 def kept_rows() -> list[dict[str, str]]:
@@ -301,9 +329,15 @@ Loud about {len(loud)} of {len(rows)} networks: {told}.
 def main() -> int:
     """Train and measure what is missing, one network of every kind before the second of any."""
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.references", description=__doc__)
-    parser.add_argument("--each", type=int, default=EACH, metavar="N", help=f"networks of each kind (default {EACH})")
-    parser.add_argument("--backwards", action="store_true", help="the last kind first, next to another process")
-    parser.add_argument("words", nargs="*", help="only kinds with one of these words in their title, made again")
+    parser.add_argument(
+        "--each", type=int, default=EACH, metavar="N", help=f"networks of each kind (default {EACH})"
+    )
+    parser.add_argument(
+        "--backwards", action="store_true", help="the last kind first, next to another process"
+    )
+    parser.add_argument(
+        "words", nargs="*", help="only kinds with one of these words in their title, made again"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     for number in range(args.each):
@@ -319,7 +353,9 @@ def main() -> int:
             write([*(each for each in kept_rows() if not _is_of(each, kind, number)), row])
             calibration.healthy_networks.cache_clear()
             calibration.healthy_values.cache_clear()
-            sys.stdout.write(f"{kind.title} {number}: loss {row['loss']}, {row['seconds']} s, loud: {row['loud'] or 'none'}\n")
+            sys.stdout.write(
+                f"{kind.title} {number}: loss {row['loss']}, {row['seconds']} s, loud: {row['loud'] or 'none'}\n"
+            )
             sys.stdout.flush()
     page.write_section("Healthy networks", page_of_the_table())
     return 0

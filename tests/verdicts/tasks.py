@@ -54,7 +54,9 @@ def corpus(name: str) -> str:
     if name == "code":
         return _source(("argparse", "textwrap", "random", "statistics", "tarfile", "heapq"))
     packages = Path(sysconfig.get_paths()["purelib"])
-    texts = {path.read_text("utf-8", "ignore") for path in sorted(packages.glob("*.dist-info/**/LICENSE*"))[:60]}
+    texts = {
+        path.read_text("utf-8", "ignore") for path in sorted(packages.glob("*.dist-info/**/LICENSE*"))[:60]
+    }
     return "\n".join(sorted(texts)) or _source(("this", "difflib"))
 
 
