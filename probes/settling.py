@@ -13,7 +13,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import analyze
-from depthscope.diagnostics.errors import DepthscopeError, InputError
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
@@ -21,11 +21,15 @@ from depthscope.diagnostics.verdicts.age import TASK
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
 from depthscope.probes.interventions.effects import ablate
-from depthscope.probes.interventions.model_under_test import ModelUnderTest
+from depthscope.probes.interventions.model_under_test import copied
 from depthscope.probes.interventions.plans import Plan, plan
-from depthscope.probes.interventions.predictions import SEES_LATER
-from depthscope.probes.interventions.targets import targets_of
-from depthscope.probes.session.options import ModelOptions, Options, takes_options
+from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.model_call import call_model
+from depthscope.probes.session.options import ModelOptions, takes_options
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -33,6 +37,7 @@ MOST_FORWARDS = 10
 # Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
 # whether its output predicts the next token, and whether anything leads around a changed state.
 FIRST_FORWARDS = 5
+OF_CAUSALITY = 2  # forwards of one sequence that show whether the outputs depend on later tokens
 # Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
 SEQUENCES, TOKENS = 4, 128
 
@@ -64,7 +69,8 @@ def settle(
     loss : callable, optional
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
-        At most so many forwards; where nothing is suspected none is made.
+        At most so many forwards; where nothing is suspected none is made but two of one sequence, where the loss is that of
+        the next token: whether outputs depend on later ones.
     **options
         Each option of `Options`.
 
@@ -85,7 +91,7 @@ def settle(
     for chain in dict.fromkeys(chain for chain, _, _ in places):
         of_chain = [(finding, analysis) for name, finding, analysis in places if name == chain]
         results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
-    ahead = _looks_ahead(run, model, batch, options) if forwards >= FIRST_FORWARDS else []
+    ahead = _looks_ahead(run, model, batch, options) if forwards >= OF_CAUSALITY else []
     if not results and not ahead:
         return run
     found: xr.DataTree = run.copy(deep=False)
@@ -95,41 +101,49 @@ def settle(
     return found
 
 
-# Share of the largest gradient at the first state that reaches the token which nothing predicts from: none may.
-LEAKED = 1e-3
-
-
 def _looks_ahead(
     run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """A remark where the outputs of a network that is trained on the next token depend on later ones.
+    """A remark where the outputs of a network that is trained on the next token depend on later ones, or are given it.
 
-    The last token of a sequence predicts nothing that is judged, so that no gradient reaches it unless an earlier output looks
-    at it. What else couples the tokens, such as a balance of experts, is told from it by another last token: no output moves.
+    Two forwards of one sequence tell: with another last token no earlier output may move. They are made of every such network,
+    since no gradient shows a leak before the first state, nor any where the last token has a target. Where the targets are
+    the inputs themselves, a network whose outputs see nothing later was meant to predict, and is given the answer.
     """
-    trace = run["trace"].to_dataset() if "trace" in run.children else xr.Dataset()
     task = run.attrs.get(TASK)
-    if not (isinstance(task, Mapping) and task.get("predicts_next") and "gradient" in trace):
-        return []
-    first = trace["gradient"].isel(depth=0).transpose("sample", "token", "stream", "feature").values
-    real = trace["mask"].transpose("sample", "token").values
-    size = np.where(real, np.abs(np.nan_to_num(first)).max((2, 3)), 0.0)
-    last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
-    leaked = float(size[np.arange(len(last)), last].max())
-    if not leaked > LEAKED * float(size.max()):
-        return []
-    try:
-        under_test = ModelUnderTest(model, batch, Options(**options))
-        why = targets_of(under_test, under_test.values(under_test.base.output)).why
-    except DepthscopeError:
-        return []
-    if not why.startswith(SEES_LATER):
-        return []
-    sentence = (
-        "The loss is that of the next token, and the outputs depend on later tokens: "
-        f"{leaked / float(size.max()):.2g} of the largest gradient reaches a token that nothing may look at"
+    ahead, repeats = (
+        isinstance(task, Mapping) and task.get(name) for name in ("predicts_next", "repeats_input")
     )
+    if not (ahead or repeats):
+        return []
+    batch_axis = 1 if str(options.get("layout") or "").replace(" ", "").startswith("TB") else 0
+    part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
+    try:
+        sees = sees_later_tokens(part, lambda item: _output_again(model, item, batch_axis))
+    except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
+        return []
+    if sees is None or sees == (not ahead):
+        return []
+    sentence = "The loss is that of the next token, and the outputs depend on later tokens: with another last one they move"
+    if not ahead:
+        sentence = "The loss asks every output for the very token that it is given: the targets are not shifted by one"
     return [{"kind": "looks_ahead", "sentence": sentence, "value": 1.0, "connections": [], "sure": True}]
+
+
+def _first_size(batch: Any) -> int:
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 0)
+
+
+def _longest(batch: Any) -> int:
+    """The sequence with the most real tokens: of padding nothing depends on the last one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return int(mask.sum(-1).argmax()) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0
+
+
+def _output_again(model: nn.Module, batch: Any, batch_axis: int) -> torch.Tensor:
+    """The main output of the unchanged model, which a recorder that is on does not count."""
+    with preserved_state(model), eager(), torch.no_grad(), own_call(object()):
+        return output_values(call_model(model, copied(batch)), batch_axis=batch_axis)
 
 
 @cache

@@ -44,6 +44,10 @@ def age_of(analysis: xr.Dataset) -> Age:
         return Age(True, f"its weights have moved by up to {100 * float(distance.max()):.0f} %")
     if attrs.get("untouched"):
         return Age(False, "the weights are as they were drawn")
+    one = streams_are_one(analysis.get("stream_cosine"), analysis.get("read_share"))
+    for shown, words in ((one, ONE_STREAM), (_nothing_is_added(analysis), NOTHING_ADDED)):
+        if shown:
+            return Age(False, words)
     if attrs.get("small_start"):
         return Age(False, str(attrs["small_start"]))
     if near and share is not None:
@@ -51,6 +55,32 @@ def age_of(analysis: xr.Dataset) -> Age:
     if near and step:
         return Age(False, f"it has trained for {step:.0f} steps, and {gains}")
     return Age(None, gains if near else "how long it has trained is not known")
+
+
+# What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and
+# so are states with an angle, as a share of π, below the other.
+SAME_STREAMS, SAME_STATES = 1e-12, 1e-7
+ONE_STREAM = "all streams are equal to the last digit, although the connections read them unequally"
+NOTHING_ADDED = "no block changes any number of the states"
+
+
+def streams_are_one(cosine: xr.DataArray | None, shares: xr.DataArray | None) -> bool:
+    """Whether the streams are still the same numbers although read unequally, so that a step of training would part them."""
+    if cosine is None or shares is None:
+        return False
+    shares = shares.sel(stream=[s for s in shares["stream"].values.tolist() if s != "mean"])
+    # A tenth of an equal share: larger than rounding, smaller than any random start of H_pre. Heuristic.
+    unequal = shares.max("stream") - shares.min("stream") > 0.1 / shares.sizes["stream"]
+    return bool((1.0 - cosine).max() < SAME_STREAMS and unequal.any())
+
+
+def _nothing_is_added(analysis: xr.Dataset) -> bool:
+    """Whether every block gives exactly nothing, as branches that begin at zero do."""
+    table = analysis.get("angular_distance")
+    if table is None:
+        return False
+    angles = table.sel(tokens="ordinary", drop=True) if "tokens" in table.dims else table
+    return angles.sizes["depth"] > 1 and bool((angles.fillna(0.0) < SAME_STATES).all())
 
 
 def share_of_guessing(attrs: Mapping[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import Age, age_of
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, source_of
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -91,8 +91,6 @@ class Profile:
     start : str
         Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
         is asked of the facts in `age`.
-    at_start : bool
-        Whether the numbers themselves show that no step of training was taken.
     template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
@@ -111,7 +109,6 @@ class Profile:
     ceiling: Severity = Severity.FAIL
     note: str = ""
     start: str = ""
-    at_start: bool = False
     template: str = ""
     sentence: str = ""
     limits: Limits | None = None
@@ -185,7 +182,15 @@ class Verdict:
         """
         age = age_of(analysis)
         found = [self._judge(profile, age) for profile in self.profiles(analysis)]
-        return _merged_by_stream([finding for finding in found if finding is not None])
+        merged = _merged_by_stream([finding for finding in found if finding is not None])
+        return [self._with_reference(finding) for finding in merged]
+
+    def _with_reference(self, finding: Finding) -> Finding:
+        """A finding about the network that says how many healthy ones have such a number."""
+        if not finding.severity or self.about != "network":
+            return finding
+        told = as_far(self.name, finding.value, above=finding.above)
+        return replace(finding, sentence=f"{finding.sentence}{told}")
 
     def profiles(self, analysis: xr.Dataset) -> list[Profile]:
         """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
@@ -232,7 +237,7 @@ class Verdict:
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
         of_start = _words_of_start(profile, age) if severity > Severity.INFO else ""
-        if of_start and (profile.at_start or age.trained is False):
+        if of_start and age.trained is False:
             severity = Severity.INFO
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
@@ -340,10 +345,8 @@ def verdict(
 
 def _words_of_start(profile: Profile, age: Age) -> str:
     """How a number that is normal before training reads at this age; empty where the network is past its start."""
-    if not profile.start or (age.trained and not profile.at_start):
+    if not profile.start or age.trained:
         return ""
-    if profile.at_start:
-        return f" Expected before training: {profile.start}."
     if age.trained is False:
         return f" Expected near the start of training: {profile.start}, and {age.words}."
     return (

@@ -18,6 +18,7 @@ from depthscope.diagnostics.verdicts.wiring import told
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
 SHARED_INPUT = 0.01
+WORDS = "of the variance of the states, the share between sequences is"
 
 
 @verdict(
@@ -49,18 +50,19 @@ def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iter
     limits=Limits(warn=1e-4, fail=1e-8, above=False),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on, "common_vector": overlapping},
 )
-def equal_sequences(sequence_share: xr.DataArray) -> Iterator[Profile]:
+def equal_sequences(sequence_share: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """All sequences have the same states: the network no longer sees its input.
 
     Look in that block for a mean over the batch, a row that is taken for all, or a mask that leaves only the position.
     """
     share = sequence_share.sel(stream="mean", drop=True)
+    each, of_all = distinct(attrs, "per_sequence"), distinct(attrs, "in_all")
+    if each is not None and of_all is not None and of_all > each:  # the sequences have different tokens
+        yield Profile(share, WORDS, begins=True)
     # Of equal sequences nothing else can be expected.
-    if float(share.isel(depth=0)) > SHARED_INPUT:
+    elif float(share.isel(depth=0)) > SHARED_INPUT:
         later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
-        yield Profile(
-            share.where(later), "of the variance of the states, the share between sequences is", begins=True
-        )
+        yield Profile(share.where(later), WORDS, begins=True)
 
 
 @verdict(metric="gradient_norm", limits=Limits(fail=1e-3))

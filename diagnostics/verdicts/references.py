@@ -57,14 +57,21 @@ def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> x
 
 @verdict(metric="dong_residual", limits=Limits(info=EQUAL, above=False), about="reading")
 def batch_without_differences(
-    dong_residual: xr.DataArray, attrs: Mapping[str, Any]
+    dong_residual: xr.DataArray, attrs: Mapping[str, Any], sequence_share: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
-    """The tokens of this batch do not differ.
+    """The tokens of this batch do not differ, or its sequences do not.
 
-    Capture the network on text or data with different tokens in every sequence.
+    Capture the network on text or data with different tokens in every sequence, and different sequences.
     """
     tokens = distinct(attrs, "per_sequence")
     first = dong_residual.sel(tokens="ordinary", stream="mean", drop=True).isel(depth=0, drop=True)
+    if tokens is not None and tokens == distinct(attrs, "in_all") and _are_equal(sequence_share):
+        sentence = (
+            "All sequences of this batch are the same: it cannot show whether the network tells them apart (at least two are "
+            f"needed, {VERDICT_SOURCE})."
+        )
+        words = "the differences between the sequences are"
+        return [Profile(first.copy(data=0.0), words, sentence=sentence, ceiling=Severity.INFO)]
     if tokens is None and not float(first) < EQUAL:
         return None
     if tokens is not None and tokens >= FEWEST:
@@ -83,6 +90,10 @@ def batch_without_differences(
             ceiling=Severity.INFO,
         )
     ]
+
+
+def _are_equal(sequence_share: xr.DataArray | None) -> bool:
+    return sequence_share is not None and float(sequence_share.sel(stream="mean").isel(depth=0)) < EQUAL
 
 
 VERDICT_SOURCE = batch_without_differences.limits.source

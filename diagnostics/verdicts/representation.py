@@ -234,13 +234,7 @@ def idle_layer(
         "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
         start=_start_of_small_steps(turned, attrs),
-        # Branches that give exactly nothing begin at zero, or are cut off: if one did anything, training has begun.
-        at_start=bool((turned.fillna(0.0) < ROUNDING).all()),
     )
-
-
-# The angle between equal states as float64 gives it: arccos of 1 less a rounding error.
-ROUNDING = 1e-7
 
 
 def _start_of_small_steps(turned: xr.DataArray, attrs: Mapping[str, Any]) -> str:

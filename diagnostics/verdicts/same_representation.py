@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.age import SAME_STATES
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
@@ -19,8 +20,6 @@ from depthscope.diagnostics.verdicts.finding import Severity
 SAME, ALIKE = 0.99, 0.95
 # Share of π that no state of a collapsed range is turned against another one: 9 degrees.
 TURNED = 0.05
-# The angle between equal states as float64 gives it: arccos of 1 less a rounding error.
-ROUNDING = 1e-7
 # The same of half of the depth, which healthy networks may well turn by less than 9 degrees.
 FIXED = 0.02
 # One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
@@ -145,17 +144,15 @@ def _one_representation(
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
         ceiling=Severity.FAIL if failing and not moving else Severity.WARN,
-        # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell.
-        at_start=bool((turned < ROUNDING).all()),
         start=_start(turned, attrs),
     )
 
 
 def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
     """Why the states may be as similar before training; empty where no design begins so."""
-    if bool((turned < ROUNDING).all()):
-        return "no block changes any number of the states"
-    # Small branches are a start that many designs have; ones that do nothing at all are not.
+    if bool((turned < SAME_STATES).all()):
+        return "its branches begin at zero"
+    # Small branches are a start that many designs have; ones that do hardly anything are not.
     return "its branches begin small" if attrs.get("small_start") or turned.max() >= FIXED else ""
 
 

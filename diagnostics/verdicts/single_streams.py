@@ -6,7 +6,6 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -14,7 +13,6 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.streams import UNTRAINED, are_untrained
 
 
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
@@ -22,12 +20,12 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
 
 
-def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[Profile]:
+def _unused_streams(share: xr.DataArray, verb: str) -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
-        yield Profile(relative, words, stream=str(stream), **options)
+        yield Profile(relative, words, stream=str(stream))
 
 
 @verdict(
@@ -36,13 +34,12 @@ def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[
     not_for=ALTUP,
     follows_from={"dominant_stream": anywhere},
 )
-def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None = None) -> Iterator[Profile]:
+def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
     """A stream is hardly read by any connection.
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    untrained = are_untrained(stream_cosine, read_share)
-    yield from _unused_streams(read_share, "read", start=UNTRAINED if untrained else "", at_start=untrained)
+    yield from _unused_streams(read_share, "read")
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
@@ -78,12 +79,28 @@ GUESSING = 0.97
 
 
 @verdict(metric="loss", limits=Limits(warn=GUESSING))
-def untrained_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def untrained_weights(
+    attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """These weights look untrained.
 
-    Normal for a network that was just built. Of a checkpoint: see which names of the file were not found in the model, and
-    load it with strict=True.
+    Normal for a network that was just built, or for blocks that were just added. Of a checkpoint: see which names of the file
+    were not found in the model, and load it with strict=True.
     """
+    blocks = attrs.get("untouched_blocks")
+    if blocks and residual_norm is not None and "layer" in residual_norm.coords:
+        layers = residual_norm["layer"]
+        at_end = xr.DataArray(np.append(np.diff(layers.values) != 0, True), dims="depth")
+        named = ", ".join(map(str, blocks))
+        yield Profile(
+            (layers.isin(blocks) & at_end)
+            .astype(float)
+            .drop_vars(layers.coords, errors="ignore")
+            .assign_coords(layers.coords),
+            "the blocks that look untrained are",
+            sentence=f"Every bias and gain of block {named} is as initialisers leave it, and those of the other blocks are not; "
+            f"expected all or none ({DEFAULT}).",
+        )
     share = share_of_guessing(attrs)
     if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
         return

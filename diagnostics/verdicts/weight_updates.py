@@ -95,12 +95,19 @@ def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     )
 
 
+# Of the squares of all weights: what a silent module loses the network where it has less is nothing, as of the first query of
+# attention over depth, which chooses among one. Heuristic.
+SMALL_SHARE = 1e-3
+
+
 @verdict(
     metric="weight_gradient_norm",
     limits=Limits(warn=0.0),
     follows_from={"cut_gradient": anywhere},
 )
-def silent_module(weight_gradient_norm: xr.DataArray) -> Iterator[Profile]:
+def silent_module(
+    weight_gradient_norm: xr.DataArray, weight_norm: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """The gradient of a module is exactly zero while others get one.
 
     Look for a module whose output is not used, multiplied by zero or cut off, an expert that no token chooses, or a
@@ -113,9 +120,11 @@ def silent_module(weight_gradient_norm: xr.DataArray) -> Iterator[Profile]:
     zero = (weight_gradient_norm == 0) & ~frozen
     names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    share = 1.0 if weight_norm is None else float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum())
     sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
     yield Profile(
         zero.astype(float).where(known),
         "the number of modules without a gradient is",
         sentence=sentence if names else "",
+        ceiling=Severity.INFO if share < SMALL_SHARE else Severity.FAIL,
     )

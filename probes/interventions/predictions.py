@@ -146,6 +146,21 @@ def _candidate_ids(batch: Any, logits: torch.Tensor) -> list[torch.Tensor]:
 SEES_LATER = "the model sees later tokens"
 
 
+def sees_later_tokens(batch: Any, again: Callable[[Any], torch.Tensor]) -> bool | None:
+    """Whether earlier outputs move when the last ids of a batch are others; None where no tensor can be the ids.
+
+    ``again``: ``again(batch)`` runs the model and returns (B, T, V).
+    """
+    logits = again(batch)
+    ids = _candidate_ids(batch, logits)
+    # Of inputs and targets that were cut from one text, the inputs are those that the others are one ahead of.
+    ahead = [a for a in ids if any(torch.equal(b[:, :-1], a[:, 1:]) for b in ids)]
+    known = ahead or ids
+    if len(known) != 1:
+        return None
+    return _looks_ahead(batch, known[0], logits, again).startswith(SEES_LATER)
+
+
 def _looks_ahead(
     batch: Any, ids: torch.Tensor, logits: torch.Tensor, again: Callable[[Any], torch.Tensor]
 ) -> str:

@@ -33,39 +33,51 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
 
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
-    tokens of the batch, and the last token of a sequence has none.
+    tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens.
     """
     for node in _nodes(None if loss is None else loss.grad_fn):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
             continue
-        log_p = getattr(node, "_saved_self", None)
-        if not isinstance(log_p, torch.Tensor) or log_p.ndim < 1:
+        before, number = node.next_functions[0]
+        shape = before._input_metadata[number].shape if before is not None else ()
+        if not len(shape):
             return {}
-        classes = int(log_p.shape[1 if log_p.ndim > 1 else 0])
-        target = getattr(node, "_saved_target", None)
+        classes = int(shape[1 if len(shape) > 1 else 0])
         return {
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
             "softmax_twice": _is_softmax_twice(node),
-            "predicts_next": isinstance(target, torch.Tensor) and _are_next_tokens(target.flatten(), batch),
+            "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
+            "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
         }
     return {}
+
+
+def _target_of(node: Any) -> torch.Tensor | None:
+    """The targets of a cross entropy; None where its backward has run already, which frees them."""
+    try:
+        found = getattr(node, "_saved_target", None)
+    except RuntimeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
 
 
 IGNORED = -100  # torch's own label of what does not count
 
 
-def _are_next_tokens(target: torch.Tensor, batch: Any) -> bool:
-    for ids in tensors_in(batch):
+def _are_tokens(target: torch.Tensor | None, batch: Any, *, ahead: int) -> bool:
+    """Whether the targets are some ids of the batch, or the next ones; that of the last token may be in no input."""
+    for ids in () if target is None else tensors_in(batch):
         if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2:
             continue
-        following = torch.full_like(ids, IGNORED, dtype=target.dtype)
-        following[:, :-1] = ids[:, 1:]
-        for expected in (following[:, :-1].flatten(), following.flatten()):
-            if expected.shape != target.shape:
+        for columns in {ids.shape[1] - ahead, ids.shape[1]}:
+            if target.numel() != len(ids) * columns:
                 continue
-            counted = target != IGNORED
-            if bool(counted.any()) and torch.equal(target[counted].to(ids.device), expected[counted]):
+            inner = target.reshape(len(ids), columns)[:, : ids.shape[1] - ahead]
+            counted = inner != IGNORED
+            if bool(counted.any()) and torch.equal(
+                inner[counted].to(ids), ids[:, ahead:][counted.to(ids.device)]
+            ):
                 return True
     return False
 

@@ -232,7 +232,8 @@ def _taken_apart(memory: Memory) -> Memory:
     graph, width = memory.graph, memory.shape[-1]
     sources = [branch.source for branch in branches_of(memory)]
     spread = {
-        of.shape[-2] if math.prod(of.shape[-2:]) == width else memory.count / of.numel for of in sources
+        of.shape[-2] if len(of.shape) > 1 and math.prod(of.shape[-2:]) == width else memory.count / of.numel
+        for of in sources
     }
     streams = spread.pop() if len(spread) == 1 else 1
     if not 1 < streams <= MOST_STREAMS or streams % 1 or width % streams:

@@ -13,7 +13,7 @@ from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import start_facts
+from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
@@ -77,7 +77,10 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = ({"proof": proof} if proof else {}) | ({} if described else start_facts(session.model, chain))
+    of_weights = (
+        {} if described else start_facts(session.model, chain) | untouched_blocks(session.model, chain)
+    )
+    facts = ({"proof": proof} if proof else {}) | of_weights
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace

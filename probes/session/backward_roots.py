@@ -12,6 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.hooks import Hook, Report
+from depthscope.probes.model.loss_graph import read_task
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.forward import own_calls
 
@@ -80,6 +81,7 @@ class StepLoss:
         self._is_scalar = True  # whether every backward began at one number
         self._is_product = False  # whether one began at a product, as of a loss and its scale
         self._is_scaled: bool | None = None  # by a scaler that nobody named
+        self.task: dict[str, Any] = {}  # what the loss is of, as its graph says
 
     def listen(self, output: Any) -> None:
         """Put hooks on what a call of the model returned; they leave at the end of the step."""
@@ -106,6 +108,7 @@ class StepLoss:
                 )
                 return
             self._is_product |= root.grad_fn is not None and root.grad_fn.name() == "MulBackward0"
+            self.task = self.task or read_task(root, None)
             value = root.detach().float().reshape(())
             self._roots.append(value.clone() if scale is None else value / scale.to(value.device))
 
@@ -128,4 +131,5 @@ class StepLoss:
             handle.remove()
         self._handles, self._roots = [], []
         self._is_scalar, self._is_product = True, False
+        self.task = {}
         self._backwards.clear()

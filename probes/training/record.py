@@ -31,6 +31,7 @@ from depthscope.probes.training.ranks.group import (
     weight_share,
 )
 from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.settled_end import SettledEnd
 from depthscope.probes.training.sinks import Sink
 
 REDUCTIONS = ("mean", "sum", "global_mean")
@@ -63,6 +64,7 @@ def record(
     group: Any = None,
     group_timeout: float = 120.0,
     stage: tuple[int, int] | None = None,
+    settle: int = 0,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -161,6 +163,11 @@ def record(
     stage : (int, int), optional
         As in `probes.capture`: where the model is one stage of a pipeline. Each stage has a recorder and a store of its own;
         `group` is then the copies of this stage, or ``"none"``.
+    settle : int
+        At most so many forwards when the block ends, for the experiments that tell whether what the last measured step
+        suspects does harm, see `depthscope.settle`; 10 is enough, and none are made where nothing is suspected. They run the
+        model as it then is, on a copy of the last measured batch, and judge by the next token where the model predicts it,
+        else by the output. Not for compiled models, nor where several processes measure together: settle those afterwards.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -183,6 +190,11 @@ def record(
     require_module(model)
     together = data_group(model, group)
     model = inner_model(model)
+    if settle < 0 or (settle and together is not None):
+        raise InputError(
+            f"settle={settle} came{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
+            "process: settle a run of several afterwards, depthscope.settle(run, model, batch)"
+        )
     if weights and together is not None and has_flat_weights(model):
         raise InputError(
             "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
@@ -254,6 +266,7 @@ def record(
         if names and writes
         else None,
         ranks=ranks,
+        settled=SettledEnd(model, session.options, settle) if settle else None,
     )
 
 

@@ -25,6 +25,7 @@ from depthscope.diagnostics.errors import DepthscopeError, InputError
 from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
+from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
@@ -42,6 +43,7 @@ from depthscope.probes.training.ranks.channel import LostError
 from depthscope.probes.training.ranks.exchange import Ranks
 from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
 from depthscope.probes.training.ranks.sequence_parts import put_together
+from depthscope.probes.training.settled_end import SettledEnd
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
@@ -112,6 +114,8 @@ class Recorder:
         Computes metrics at every measured step.
     ranks : Ranks or None
         The processes that measure together.
+    settled : SettledEnd or None
+        Tries what is suspected when the block ends.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Recorder:
         scale: LossScale | None = None,
         live: Live | None = None,
         ranks: Ranks | None = None,
+        settled: SettledEnd | None = None,
     ):
         if every < 1:
             raise InputError(f"every is {every}; expected 1 or more")
@@ -138,7 +143,7 @@ class Recorder:
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale, self._live = weights, scale or LossScale(None), live
-        self._ranks = ranks
+        self._ranks, self._settled = ranks, settled
         session.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
@@ -148,6 +153,7 @@ class Recorder:
         # Why the last measured steps in a row are missing, and which.
         self._not_measured = ""
         self._missing: list[int] = []
+        self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
         self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
@@ -297,7 +303,9 @@ class Recorder:
             if self._ranks is not None and not self._ranks.writes:
                 reason += f"; of several processes the run is in process {self._ranks.group.ranks[0]}"
             raise CaptureError(f"no step was measured completely{reason}")
-        return self._build(self._rows)
+        run = self._build(self._rows)
+        run.attrs.update({} if self._settled is None else self._settled.found)
+        return run
 
     def _build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
         # The step of the raw sequences: an analysis of them is labelled with it.
@@ -317,6 +325,8 @@ class Recorder:
         attrs: dict[str, Any] = {} if self._ranks is None else dict(self._ranks.attrs)
         if self._live is not None:
             attrs |= self._live.noted()
+        if task := mean_task([self._task], self._rows[-1].loss if self._rows else None):
+            attrs["task"] = task
         if self._overflowed:
             attrs["overflowed_steps"] = list(self._overflowed)
         if missing := self._without_connections:
@@ -352,9 +362,17 @@ class Recorder:
                 if self._ranks is not None:
                     self._ranks.close()
                 remove_inert_hooks(self._session.model)
+            if self._settled is not None and self._rows:
+                self._settle(self._settled)
             if self._store is not None:
                 self._finish_store(self._store)
         self._warn()
+
+    def _settle(self, settled: SettledEnd) -> None:
+        try:
+            settled.settle(self.run)
+        except Exception as error:  # what follows the block must still be reached
+            self._say(f"what is suspected was not settled: {error}", error)
 
     def _abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
@@ -522,6 +540,7 @@ class Recorder:
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
+        self._task = self._session.step_loss.task
         if loss is None:
             return self._session.step_loss.value()
         try:
@@ -610,6 +629,8 @@ class Recorder:
             return
         # Each is undone even where it fails halfway, hence the callbacks first.
         try:
+            if self._settled is not None:
+                self._stack.enter_context(self._settled.watching())
             self._stack.callback(self._session.detach)
             self._session.attach()
             if self._weights is not None:

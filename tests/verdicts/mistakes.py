@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from depthscope import diagnostics, probes
-from depthscope.diagnostics import Finding
+from depthscope.diagnostics import Finding, Severity
 from tests.models import stream_bugs
-from tests.verdicts import held_out, held_out_cases
+from tests.verdicts import held_out, held_out_cases, page
 from tests.verdicts.held_out import Recipe, Shape
 
 
@@ -268,18 +268,40 @@ def told(mistake: Mistake, wrong: bool) -> list[Finding]:
     return [each for each in found if each.verdict in mistake.found_by]
 
 
+def row(mistake: Mistake) -> tuple[str, ...]:
+    """What the page says of one mistake."""
+    if mistake.run is None:
+        return str(mistake.number), mistake.name, f"cannot be seen: {mistake.unseen}", "", ""
+    wrong, right = (told(mistake, each) for each in (True, False))
+    found = ", ".join(f"{f.severity.name} `{f.verdict}`" for f in wrong) or "**missed**"
+    where = "; ".join(dict.fromkeys(_where(f) for f in wrong))
+    loud = ", ".join(f"{f.severity.name} `{f.verdict}`" for f in right if f.severity > Severity.INFO)
+    return str(mistake.number), mistake.name, found, where, loud or "silent"
+
+
+def _where(finding: Finding) -> str:
+    if finding.axis == "run":
+        return "the whole network"
+    span = f"{finding.first}" if finding.first == finding.last else f"{finding.first} to {finding.last}"
+    return f"{finding.axis} {span}" + (f", stream {finding.stream}" if finding.stream else "")
+
+
 def main() -> int:
-    """Print the table."""
+    """Print the table, and write it to the page."""
     torch.set_num_threads(1)
+    rows = []
     for each in MISTAKES:
-        if each.run is None:
-            sys.stdout.write(f"{each.number} {each.name}: not seen, {each.unseen}\n")
-            continue
-        wrong, right = (
-            ", ".join(f"{f.severity.name} {f.verdict}" for f in told(each, w)) for w in (True, False)
-        )
-        sys.stdout.write(f"{each.number} {each.name}: {wrong or 'MISSED'}; right twin: {right or 'silent'}\n")
+        rows.append(row(each))
+        sys.stdout.write(f"{' | '.join(rows[-1])}\n")
         sys.stdout.flush()
+    head = ("", "mistake", "told by", "where", "its right twin")
+    missed, seen = (sum(word in each[2] for each in rows) for word in ("missed", "`"))
+    page.write_section("Mistakes that people made", f"""
+`python -m tests.verdicts.mistakes`: 49 mistakes from public threads, each planted in a tiny network with its right twin. {seen}
+are told, {missed} missed, {len(rows) - seen - missed} cannot be seen in a run.
+
+{page.table(head, rows)}
+""")  # fmt: skip
     return 0
 
 

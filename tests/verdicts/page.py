@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.verdicts.drawing import Case
 from tests.verdicts.faults import FAULTS
@@ -23,7 +22,6 @@ from tests.verdicts.scoring import (
     Outcome,
 )
 
-CALIBRATION = "\n## Calibration\n"
 PAGE = Path(__file__).parents[2] / "docs" / "verdicts.md"
 Outcomes = Sequence[tuple[Case, Outcome]]
 FAULTY, HEALTHY = (FOUND, MILD, ELSEWHERE, MISSED, REFUSED, CRASHED), (QUIET, ALARM, REFUSED, CRASHED)
@@ -40,8 +38,8 @@ def tables(outcomes: Outcomes) -> str:
     kinds = _counted(healthy, [kind.title for kind in KINDS], HEALTHY)
     return "\n\n".join((
         summary(faulty, healthy),
-        _table(("planted fault", "at least", *FAULTY), rows),
-        _table(("healthy network", *HEALTHY), [(title, *counts) for title, counts in kinds]),
+        table(("planted fault", "at least", *FAULTY), rows),
+        table(("healthy network", *HEALTHY), [(title, *counts) for title, counts in kinds]),
     ))  # fmt: skip
 
 
@@ -75,21 +73,20 @@ def _counted(
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(outcomes: Outcomes, draw: int) -> None:
-    """Write the scores; what the page says of the calibration stays."""
+    """Write the scores of the zoo."""
     wrong = [
         outcome.line.replace("|", "¦")[:300]
         for _, outcome in outcomes
         if outcome.outcome not in (FOUND, QUIET)
     ]
     listed = "\n".join(f"* {line}" for line in wrong) or "None."
-    scores = f"""# How often the verdicts are right
-
+    write_section("Planted faults", f"""
 Written by `python -m tests.verdicts --draw {draw} --cases {len(outcomes)} --write`; another draw is another zoo. Every
 network is small and built from one seed: family, width, depth, streams, weights, task, training and batch. A planted fault is
 one change of a healthy network. It is *found* where a verdict that names the mechanism reports it at its place (within one
@@ -99,27 +96,19 @@ capture does not read, with a reason. `python -m tests.verdicts WORDS --case SEE
 
 {tables(outcomes)}
 
-## What went wrong
+### What went wrong
 
 {listed}
-"""
-    _, border, calibration = _read().partition(CALIBRATION)
-    PAGE.write_text(f"{scores}{border}{calibration}", encoding="utf-8")
+""")  # fmt: skip
 
 
-def write_calibration(calibration: Mapping[str, Any], table: str) -> None:
-    """Write the section on the calibration; the scores stay."""
-    scores = _read().partition(CALIBRATION)[0]
-    section = f"""{CALIBRATION}
-`{calibration["command"]}` measured the worst value of every judged number in {calibration["networks"]} healthy networks,
-{calibration["each"]} of each kind above, of a draw that is not scored (`diagnostics/verdicts/calibration.json`). Half, 90 %
-and 99 % of them are no worse than the columns say. A value beyond a limit is a note where the verdict knows that it is so by
-construction.
-
-{table}
-"""
-    PAGE.write_text(f"{scores}{section}", encoding="utf-8")
-
-
-def _read() -> str:
-    return PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+def write_section(title: str, body: str) -> None:
+    """Write one section of the page in the place of the one of that title, or as the last; the others stay."""
+    sections = re.split(r"(?m)^(?=## )", PAGE.read_text(encoding="utf-8"))
+    section = f"## {title}\n{body}"
+    places = [n for n, each in enumerate(sections) if each.startswith(f"## {title}\n")]
+    sections[places[0] if places else len(sections) :] = [
+        section,
+        *sections[places[0] + 1 if places else len(sections) :],
+    ]
+    PAGE.write_text("\n\n".join(each.rstrip() for each in sections) + "\n", encoding="utf-8")

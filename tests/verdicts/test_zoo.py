@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import replace
@@ -16,7 +15,7 @@ from scipy.stats import binom
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
 from tests.thoroughness import number_of_draw
-from tests.verdicts import calibrate, measuring, page, scoring
+from tests.verdicts import doses, measuring, page, references, scoring
 from tests.verdicts.drawing import Case, cases, faulty_run, run_case
 from tests.verdicts.faults import FAULTS, Fault, Network
 from tests.verdicts.healthy import KINDS
@@ -221,23 +220,49 @@ def test_the_page_counts_at_least_sixty_of_each():
         assert f"| {each.title} |" in text
 
 
-def test_quantiles_are_those_of_actual_networks():
-    found = calibrate.quantiles(range(1, 101), above=True)
-    assert found == {"0.5": 50.0, "0.9": 90.0, "0.95": 95.0, "0.99": 99.0, "1": 100.0}
-    assert calibrate.quantiles([3.0, 1.0, 2.0], above=False) == {
-        "0.5": 2.0,
-        "0.9": 1.0,
-        "0.95": 1.0,
-        "0.99": 1.0,
-        "1": 1.0,
-    }
+def test_a_section_is_written_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.PAGE.write_text("# Title\n\n## One\n\nold\n\n## Two\n\nkept\n", encoding="utf-8")
+    page.write_section("One", "\nnew\n\n### Inner\n")
+    page.write_section("Three", "\nlast\n")
+    found = page.PAGE.read_text(encoding="utf-8")
+    assert found == "# Title\n\n## One\n\nnew\n\n### Inner\n\n## Two\n\nkept\n\n## Three\n\nlast\n"
 
 
-def test_the_calibration_set_is_of_today():
-    calibration = json.loads(calibrate.FILE.read_text(encoding="utf-8"))
-    assert calibration["kinds"] == [kind.title for kind in KINDS]
-    assert calibration["networks"] == len(KINDS) * calibration["each"] >= 60
-    for name, row in calibration["verdicts"].items():
-        assert row["bad"] == ("above" if VERDICTS[name].limits.above else "below")
-        # What more than one of twenty healthy networks is blamed for is no limit.
-        assert row["loud"] <= 0.05 * calibration["networks"], name
+def test_the_reference_networks_are_of_today():
+    rows = references.kept_rows()
+    titles = [kind.title for kind in references.KINDS]
+    assert len(set(titles)) == len(titles)
+    assert sum(kind.steps > 0 for kind in references.KINDS) >= 60
+    assert {row["kind"] for row in rows} <= set(titles)
+    assert len({(row["kind"], row["number"]) for row in rows}) == len(rows)
+    grown = [row for row in rows if int(row["steps"])]
+    assert len(grown) >= 30
+    for row in grown:  # it has learned what it was trained on
+        assert float(row["loss"]) < 0.95 * float(row["guessing"]), row["kind"]
+    # What more than one of twenty healthy networks is blamed for is no limit.
+    for name in VERDICTS:
+        assert sum(name in row["loud"].split() for row in rows) <= 0.05 * len(rows), name
+
+
+@pytest.mark.slow
+def test_a_reference_network_is_the_same_for_the_same_number():
+    kind = replace(references.KINDS[7], steps=20)
+    one, other = references.measured(kind, 1), references.measured(kind, 1)
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert one["residual_not_finite"] == "0"
+
+
+def test_every_dose_names_verdicts_that_exist():
+    for fault in doses.FAULTS:
+        assert set(fault.verdicts) <= set(VERDICTS)
+        assert set(fault.hosts) <= set(doses.HOSTS)
+        assert len(set(fault.doses)) == 6
+        steps = np.sign(np.diff(fault.doses))
+        assert abs(steps.sum()) == 5  # from harmless to fatal
+
+
+def test_the_area_under_the_roc():
+    assert doses.area([2.0, 3.0], [1.0, 0.0]) == 1.0
+    assert doses.area([1.0], [1.0]) == 0.5
+    assert np.isnan(doses.area([np.nan], [1.0]))

@@ -49,9 +49,11 @@ def test_targets_that_are_the_next_tokens():
     assert read_task(functional.cross_entropy(out.flatten(0, 1), labels.flatten()), IDS)["predicts_next"]
     same = functional.cross_entropy(out.flatten(0, 1), IDS.flatten())
     assert not read_task(same, IDS)["predicts_next"]
-    # The last token has a target too: a gradient that reaches it shows nothing.
+    assert read_task(same, IDS)["repeats_input"]
+    assert not read_task(shifted, IDS)["repeats_input"]
+    # The last token has a target too, as where inputs and targets are cut from one text.
     every = functional.cross_entropy(out.flatten(0, 1), IDS.roll(-1, 1).flatten())
-    assert not read_task(every, IDS)["predicts_next"]
+    assert read_task(every, (IDS, IDS.roll(-1, 1)))["predicts_next"]
 
 
 def test_what_is_no_cross_entropy_says_nothing():
