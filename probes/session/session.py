@@ -35,6 +35,7 @@ from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
+from depthscope.probes.session.compiled_regions import regions_of
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import (
@@ -44,9 +45,11 @@ from depthscope.probes.session.first_forward import (
     replay,
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
+from depthscope.probes.session.in_graph import InGraph
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
+from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.structure.chain import ChainError
@@ -127,6 +130,8 @@ class Session:
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
         self._compiled: CompiledCalls | None = None
+        self._in_graph: InGraph | None = None
+        self._known_callers: list[int] = []
         # Compiled modules that contain the model.
         self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unseen = True  # whether no call of the model was seen yet, or none in the step before
@@ -175,6 +180,11 @@ class Session:
             if not callers:
                 self._attach()
                 return
+            in_graph = self._in_graph_of(callers)
+            if in_graph is not None and (in_graph.plan is not None or self._exchanges(callers)):
+                in_graph.open()
+                self._attach()
+                return
             self._compiled = CompiledCalls(
                 callers,
                 self.owner,
@@ -193,6 +203,31 @@ class Session:
         self._wrappers.update(module for module in found if module is not self.model)
         self._unseen = True  # until a call is seen
         return found
+
+    def _in_graph_of(self, callers: list[nn.Module]) -> InGraph | None:
+        """How the model is measured inside of its compiled code; None where it cannot be."""
+        if self._in_graph is None or [id(c) for c in callers] != self._known_callers:
+            self._known_callers = [id(caller) for caller in callers]
+            regions, reason = [], ""
+            try:
+                regions = regions_of(self.model, callers)
+            except CaptureError as error:
+                reason = str(error)
+            self._in_graph = InGraph(self.model, regions, self._current, self.owner, self.report)
+            self._in_graph.failed = reason
+            self._in_graph.observer = self._observer
+        if any("attention" in request.kinds for request in self.options.selection.requests):
+            self._in_graph.failed = "what queries attend to is asked for by name"
+        return None if self._in_graph.failed else self._in_graph
+
+    def _exchanges(self, callers: list[nn.Module]) -> bool:
+        """Whether one more forward of the model would exchange something with other processes."""
+        try:
+            for caller in callers:
+                require_no_exchange(caller)
+        except CaptureError:
+            return True
+        return False
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
         """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
@@ -233,7 +268,9 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
-            is_placed = self._places is not None and self._places.places is not None
+            places = self._present_places
+            is_placed = places is not None and places.places is not None
+            hides = self._in_graph.hides if self._in_graph is not None and self._in_graph.is_open else None
             if self._is_recorded:
                 # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
@@ -242,8 +279,9 @@ class Session:
                     gradients=False,
                     report=self.report,
                     observer=self._observer,
-                    known=self._places,
+                    known=places,
                     attention=None if is_placed else self._later_attention,
+                    hides=hides,
                 ).attach(attachment)
             later = LaterForwards(
                 self.model,
@@ -251,6 +289,8 @@ class Session:
                 self._current,
                 lambda: self.forwards,
                 self.attention if is_placed or not self._is_recorded else None,
+                hides=hides,
+                points=None if hides is None or self._in_graph.plan is None else self._in_graph.plan.points,
             )
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
@@ -258,6 +298,10 @@ class Session:
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
         attachment.after(self.model, self._leave, always=True)
+
+    @property
+    def _present_places(self) -> KnownPlaces | None:
+        return self._places if self._in_graph is None or self._in_graph.failed else self._in_graph
 
     @property
     def _first_attention(self) -> int | None:
@@ -314,6 +358,8 @@ class Session:
                 self._compiled.remove()
                 self._compiled = None
             self._remove_hooks()
+            if self._in_graph is not None:
+                self._in_graph.close()
             self._first_thread = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
@@ -508,7 +554,7 @@ class Session:
     def _end_traced(self, tape: Tape, forward: Forward) -> None:
         """Record what the trace of a later forward shows."""
         with own_call(self.observer):
-            record_operations(tape, forward, self.observer, self.model, self._places)
+            record_operations(tape, forward, self.observer, self.model, self._present_places)
         if tape.attention is not None:
             self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -559,6 +605,8 @@ class Session:
                     self.reservoir = self._new_reservoir()
                 raise
             self._adopt(observer)
+            if self._in_graph is not None and not structure.is_recorded:
+                self._in_graph.learn(self.model, tape.graph, ())
         except ChainError as error:
             reason = _out_of_sight(self.model, forward)
             raise ChainError(f"{reason}; {error}") if reason else error from None
@@ -590,6 +638,8 @@ class Session:
         if self._places is not None:
             self._places.forget()
         self._observer, self._modules = observer, _module_types(self.model)
+        if self._in_graph is not None:
+            self._in_graph.observer = observer
 
     # --- the end of a step ---
 

@@ -1,0 +1,231 @@
+"""Where in a compiler's graph are the values that a reading found? Its operations are those of the reading, call by call.
+
+The compiler's graph has the functions of torch as the user's code calls them, each of which runs one operation or several. They
+are run once more on tensors without data, and what they run is compared with what ran in the forward that was read: where a
+call of a module ran the same operations, the n-th one of it is at a known node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.reading.graph import OUTPUT
+from depthscope.probes.reading.known_operations import decomposed, operation_of
+from depthscope.probes.session import graph_ops
+
+
+class CallInRegion(NamedTuple):
+    """A call inside of compiled code: the path from the compiled module on, and which of its calls there."""
+
+    path: str
+    number: int
+
+
+class PlaceInRegion(NamedTuple):
+    """Where a value is made: by which operation of which call (`OUTPUT`: what the call gives), and which result of it."""
+
+    call: CallInRegion
+    operation: int
+    item: int
+
+
+class _Operation(NamedTuple):
+    """One operation that ran, on tensors without data."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    result: Any
+
+
+@dataclass
+class _Ran:
+    """A node of the graph, and the operations that it ran.
+
+    ``start``: how many ran before in its call; ``given``: nodes by the identity of the tensors that they give to it.
+    """
+
+    node: Any
+    start: int
+    operations: list[_Operation]
+    given: dict[int, Any]
+    result: Any
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[_Operation] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `GraphRecorder`
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # a question for the device of a tensor without data
+            return func(*args, **(kwargs or {}))
+        if operation_of(func).is_composite:
+            return decomposed(self, func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        self.ran.append(_Operation(func, args, kwargs or {}, result))
+        return result
+
+
+def insert(
+    graph_module: Any,
+    wanted: Sequence[PlaceInRegion],
+    operations: Mapping[CallInRegion, Sequence[Any]],
+    paths: Mapping[int, str],
+) -> None:
+    """Let a graph hand out some values and their gradients, each under its number among those that are wanted.
+
+    ``operations``: what ran in the calls of the forward that was read.
+    ``paths``: of the modules inside of the compiled one, by identity.
+    Raises CaptureError: Where the graph runs other operations.
+    """
+    graph = graph_module.graph
+    (begin,) = (node for node in graph.nodes if _is_begin(node))
+    ticket = begin.args[1]
+    calls = _calls(graph_module, begin, paths) if wanted else {}
+    found = [_operation_at(place, calls, operations) for place in wanted]
+    graph.erase_node(begin)
+    expanded: dict[Any, list[Any]] = {}
+    for number, ((ran, position), place) in enumerate(zip(found, wanted, strict=True)):
+        if position == len(ran.operations) - 1 and ran.node not in expanded:
+            shown, result = ran.node, ran.result
+        else:
+            if ran.node not in expanded:
+                expanded[ran.node] = _expand(graph, ran)
+            shown, result = expanded[ran.node][position], ran.operations[position].result
+        if isinstance(result, (tuple, list)):
+            shown = _after(graph, shown, getitem, (shown, place.item))
+        last = _after(graph, shown, graph_ops.listen, (shown, ticket, number))
+        _after(graph, last, torch.ops.depthscope.take.default, (shown, ticket, number))
+    for node in expanded:
+        graph.erase_node(node)
+    graph.lint()
+    graph_module.recompile()
+
+
+def _after(graph: Any, node: Any, function: Any, args: Any, kwargs: Any = None) -> Any:
+    with graph.inserting_after(node):
+        return graph.call_function(function, args, kwargs or {})
+
+
+def _expand(graph: Any, ran: _Ran) -> list[Any]:
+    """Put the operations that a function of torch is made of in its place; autograd derives each of them either way."""
+    known, last = dict(ran.given), ran.node
+    name = getattr(ran.node.target, "__name__", ran.node.target)
+
+    def node_of(value: Any) -> Any:
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise CaptureError(f"a value is made inside of {name}, whose sizes are symbols; compile with dynamic=False")
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in known:
+            raise CaptureError(f"a value is made inside of {name}, one function of the compiled graph")
+        return known[id(value)]
+
+    made = []
+    for operation in ran.operations:
+        args, kwargs = tree_map(node_of, (tuple(operation.args), dict(operation.kwargs)))
+        last = _after(graph, last, operation.func, args, kwargs)
+        made.append(last)
+        if isinstance(operation.result, torch.Tensor):
+            known[id(operation.result)] = last
+        for item, part in enumerate(operation.result if isinstance(operation.result, (tuple, list)) else ()):
+            if isinstance(part, torch.Tensor):
+                known[id(part)] = last = _after(graph, last, getitem, (made[-1], item))
+    ran.node.replace_all_uses_with(node_of(ran.result))
+    return made
+
+
+def without_ticket(graph_module: Any) -> None:
+    """Leave a graph as the user's code makes it."""
+    for node in [node for node in graph_module.graph.nodes if _is_begin(node)]:
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _is_begin(node: Any) -> bool:
+    is_take = node.target in (torch.ops.depthscope.take, torch.ops.depthscope.take.default)
+    return is_take and node.args[2] == graph_ops.BEGIN
+
+
+def _calls(graph_module: Any, begin: Any, paths: Mapping[int, str]) -> dict[CallInRegion, list[_Ran]]:
+    """The nodes of each call with the operations that they run."""
+    given = [node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    fake_modes = [value.fake_mode for value in given if isinstance(value, FakeTensor)]
+    if not fake_modes:
+        raise CaptureError("torch's compiler gave a graph without tensors")
+    found: dict[CallInRegion, list[_Ran]] = {}
+    noted = _Operations()
+
+    class Interpreter(torch.fx.Interpreter):
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            found = super().get_attr(target, args, kwargs)
+            is_real = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor)
+            return fake_modes[0].from_tensor(found) if is_real else found
+
+        def run_node(self, node: Any) -> Any:
+            noted.ran = []
+            given = {id(self.env[of]): of for of in node.all_input_nodes}
+            result = super().run_node(node)
+            if node.op in ("call_function", "call_method") and node is not begin:
+                of_call = found.setdefault(_call_of(node, paths), [])
+                start = of_call[-1].start + len(of_call[-1].operations) if of_call else 0
+                of_call.append(_Ran(node, start, noted.ran, given, result))
+            return result
+
+    with fake_modes[0], noted:
+        Interpreter(graph_module, garbage_collect_values=False).run(*given)
+    return found
+
+
+def _call_of(node: Any, paths: Mapping[int, str]) -> CallInRegion:
+    """The innermost call in which a node of the compiler's graph is."""
+    stack = node.meta.get("nn_module_stack") or {}
+    inside = [key for key in stack if paths.get(int(str(key).partition("@")[0])) is not None]
+    if not inside:
+        return CallInRegion("", 0)
+    identity, _, number = str(inside[-1]).partition("@")
+    return CallInRegion(paths[int(identity)], int(number or 0))
+
+
+def _operation_at(
+    place: PlaceInRegion,
+    calls: Mapping[CallInRegion, list[_Ran]],
+    operations: Mapping[CallInRegion, Sequence[Any]],
+) -> tuple[_Ran, int]:
+    """The node that makes a value, and which of the operations that it runs does."""
+    ran = calls.get(place.call, [])
+    where = place.call.path or "the compiled module"
+    if not ran:
+        raise CaptureError(
+            f"no operation of {where} is in the compiled graph itself; it may run in a part that is checkpointed inside of it"
+        )
+    if place.operation == OUTPUT:
+        return ran[-1], len(ran[-1].operations) - 1
+    known = [operation.func for of in ran for operation in of.operations]
+    if known != list(operations[place.call]):
+        raise CaptureError(
+            f"{where} runs other operations compiled ({_named(known)}) than uncompiled ({_named(operations[place.call])})"
+        )
+    (of,) = (r for r in ran if r.start <= place.operation < r.start + len(r.operations))
+    return of, place.operation - of.start
+
+
+def _named(operations: Sequence[Any], most: int = 8) -> str:
+    names = [operation_of(func).name for func in operations]
+    return f"{len(names)}: " + ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
