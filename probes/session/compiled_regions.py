@@ -86,7 +86,7 @@ def regions_of(model: nn.Module, callers: list[nn.Module]) -> list[Region]:
     around = [caller for caller in callers if caller is not model and is_compiled(caller)]
     if around:
         (outer,) = around if len(around) == 1 else (None,)
-        if outer is None or _unwrapped(outer) is not model or is_compiled(model):
+        if outer is None or _unwrapped(outer)[0] is not model or is_compiled(model):
             raise CaptureError("the model is a part of what was compiled")
         return [_region("", model, outer)]
     found: list[Region] = []
@@ -96,27 +96,22 @@ def regions_of(model: nn.Module, callers: list[nn.Module]) -> list[Region]:
     return found
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of wrappers of torch's compiler and of data parallelism."""
+def _unwrapped(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
+    """The module inside of wrappers of torch's compiler and of data parallelism, and its path."""
     while True:
-        inner = module._modules.get("_orig_mod")
-        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
+        is_parallel = isinstance(module, nn.parallel.DistributedDataParallel)
+        name = "module" if is_parallel else "_orig_mod"
+        if name not in module._modules:
+            return module, path
+        module, path = module._modules[name], f"{path}.{name}".lstrip(".")  # type: ignore[assignment]
 
 
 def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
     """The region that a compiled module leads to; ``path``: of the module in the model."""
     is_wrapper = "_orig_mod" in compiled._modules
     name = COMPILED_CALL if vars(compiled).get(COMPILED_CALL) is not None else "forward"
-    if compiled is module and is_wrapper:
-        inner = _unwrapped(module)
-        steps = "_orig_mod"
-        path, module = f"{path}.{steps}".lstrip("."), inner
-        if compiled._modules["_orig_mod"] is not inner:
-            raise CaptureError("a wrapper lies between what was compiled and the model")
+    if compiled is module:
+        module, path = _unwrapped(module, path)
     if is_compiled(module) and module is not compiled:
         raise CaptureError("a module was compiled twice")
     context = vars(compiled).get("dynamo_ctx") if is_wrapper else _context_of(vars(compiled).get(name))
@@ -124,6 +119,11 @@ def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
         raise CaptureError(
             f"{path or 'the model'} has a forward of its own, or was compiled by its class; compile the module: "
             "torch.compile(module) or module.compile()"
+        )
+    if any(hasattr(inner, "_get_fsdp_state") for inner in module.modules() if inner is not module):
+        raise CaptureError(
+            f"{path or 'the model'} is compiled as a whole, with modules inside of it that gather their weights (fully_shard); "
+            "compile these, such as each block"
         )
     return Region(path, module, [(compiled, name)], context)
 

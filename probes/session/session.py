@@ -49,14 +49,17 @@ from depthscope.probes.session.in_graph import InGraph
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.options import Options
+from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
 from depthscope.probes.structure.tape import Tape
 
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
+ONE_MORE_FORWARD = (
+    "(it could only be measured by one more forward, which would exchange something with other processes; docs/many_processes.md)"
+)
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
 
@@ -181,7 +184,11 @@ class Session:
                 self._attach()
                 return
             in_graph = self._in_graph_of(callers)
-            if in_graph is not None and (in_graph.plan is not None or self._exchanges(callers)):
+            exchanges = _exchanges(callers)
+            if exchanges and in_graph.failed:
+                self.report(CaptureError(f"{in_graph.failed} {ONE_MORE_FORWARD}"))
+                return
+            if not in_graph.failed and (in_graph.plan is not None or exchanges):
                 in_graph.open()
                 self._attach()
                 return
@@ -204,8 +211,8 @@ class Session:
         self._unseen = True  # until a call is seen
         return found
 
-    def _in_graph_of(self, callers: list[nn.Module]) -> InGraph | None:
-        """How the model is measured inside of its compiled code; None where it cannot be."""
+    def _in_graph_of(self, callers: list[nn.Module]) -> InGraph:
+        """What measures the model inside of its compiled code."""
         if self._in_graph is None or [id(c) for c in callers] != self._known_callers:
             self._known_callers = [id(caller) for caller in callers]
             regions, reason = [], ""
@@ -218,16 +225,7 @@ class Session:
             self._in_graph.observer = self._observer
         if any("attention" in request.kinds for request in self.options.selection.requests):
             self._in_graph.failed = "what queries attend to is asked for by name"
-        return None if self._in_graph.failed else self._in_graph
-
-    def _exchanges(self, callers: list[nn.Module]) -> bool:
-        """Whether one more forward of the model would exchange something with other processes."""
-        try:
-            for caller in callers:
-                require_no_exchange(caller)
-        except CaptureError:
-            return True
-        return False
+        return self._in_graph
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
         """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
@@ -771,6 +769,16 @@ class Session:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _exchanges(callers: list[nn.Module]) -> bool:
+    """Whether one more forward of a model would exchange something with other processes."""
+    try:
+        for caller in callers:
+            require_no_exchange(caller)
+    except CaptureError:
+        return True
+    return False
 
 
 def _out_of_sight(model: nn.Module, forward: Forward) -> str:
