@@ -219,13 +219,17 @@ def _operation_at(
         return ran[-1], len(ran[-1].operations) - 1
     known = [operation.func for of in ran for operation in of.operations]
     if known != list(operations[place.call]):
-        raise CaptureError(
-            f"{where} runs other operations compiled ({_named(known)}) than uncompiled ({_named(operations[place.call])})"
-        )
+        raise CaptureError(f"{where} runs other operations: {_difference(known, operations[place.call])}")
     (of,) = (r for r in ran if r.start <= place.operation < r.start + len(r.operations))
     return of, place.operation - of.start
 
 
-def _named(operations: Sequence[Any], most: int = 8) -> str:
-    names = [operation_of(func).name for func in operations]
-    return f"{len(names)}: " + ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
+def _difference(compiled: Sequence[Any], uncompiled: Sequence[Any]) -> str:
+    """Where two sequences of operations part."""
+    at = next((n for n, (one, other) in enumerate(zip(compiled, uncompiled, strict=False)) if one != other), None)
+    at = min(len(compiled), len(uncompiled)) if at is None else at
+    told = [operation_of(of[at]).name if at < len(of) else "none" for of in (compiled, uncompiled)]
+    return (
+        f"{len(compiled)} compiled and {len(uncompiled)} uncompiled, of which number {at} is {told[0]} compiled and {told[1]} "
+        "uncompiled"
+    )

@@ -23,7 +23,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report, call_safely, in_recomputation, in_reentrant_checkpoint, without_frames
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.reading.graph import FILLS, PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.graph import FILLS, OUTPUT, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.places import (
     OTHER,
     KnownPlaces,
@@ -92,10 +92,28 @@ class Plan:
 
 
 class Planner:
-    """Divides the values of a forward that was read among compiled parts and what is around them."""
+    """Divides the values of a forward that was read among compiled parts and what is around them.
 
-    def __init__(self, model: nn.Module, graph: Graph, structure: Structure, regions: Sequence[Region]):
-        self._model, self._graph, self._structure = model, graph, structure
+    Parameters
+    ----------
+    graph : Graph
+        Of the forward.
+    structure : Structure
+        What it showed.
+    regions : sequence of Region
+        The compiled parts.
+    own : mapping
+        By region and the number of its call which of the call's operations its forward ran, where hooks around it ran others.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        structure: Structure,
+        regions: Sequence[Region],
+        own: Mapping[tuple[str, int], tuple[int, int]],
+    ):
+        self._graph, self._structure, self._own = graph, structure, own
         self._region_of = [self._around(number, regions) for number in range(len(graph.calls))]
         self._calls = self._calls_in_regions()
 
@@ -223,8 +241,14 @@ class Planner:
             for target in of:
                 call = self._calls[target.value.call]
                 assert call is not None and target.value.made_at is not None
-                places.append(PlaceInRegion(call, target.value.made_at, target.value.item))
-                operations[call] = tuple(self._graph.operations.get(target.value.call, ()))
+                ran = self._graph.operations.get(target.value.call, [])
+                is_forward = not call.path and call.number == 0
+                start, end = self._own.get(key, (0, len(ran))) if is_forward else (0, len(ran))
+                made_at = target.value.made_at
+                places.append(
+                    PlaceInRegion(call, made_at if made_at == OUTPUT else made_at - start, target.value.item)
+                )
+                operations[call] = tuple(ran[start:end])
             wanted = Wanted(tuple(places), tuple(operations.items()))
             parts[key] = Part(wanted, of, parameters.get(key, []))
         return parts
@@ -283,6 +307,8 @@ class InGraph(KnownPlaces):
         self.failed = ""  # why compiled code cannot be measured
         self.observer: Observer | None = None
         self.is_open = False
+        self.reads = False  # whether a forward of the step was read part by part
+        self._own: dict[tuple[str, int], tuple[int, int]] = {}  # as `Planner` takes it
         # Of the forward that is read part by part: what a part gave uncompiled, by what it gave compiled.
         self._uncompiled: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -301,7 +327,7 @@ class InGraph(KnownPlaces):
         """Find the places of what was needed of a forward that was recorded in full."""
         assert self.observer is not None
         try:
-            self.plan = Planner(model, graph, self.observer.structure, self.regions).plan(needed)
+            self.plan = Planner(graph, self.observer.structure, self.regions, self._own).plan(needed)
         except CaptureError as error:
             self.failed = str(error)
 
@@ -318,7 +344,7 @@ class InGraph(KnownPlaces):
     def open(self) -> None:
         """Lead calls of compiled parts here."""
         self._passages.open()
-        self.is_open = True
+        self.is_open, self.reads = True, False
         self.places = None if self.plan is None else self.plan.outside
 
     def close(self) -> None:
@@ -420,7 +446,7 @@ class InGraph(KnownPlaces):
     def _read(self, region: Region, tape: Tape | None, args: Any, kwargs: Any) -> Any:
         """Run a part uncompiled where it is recorded, and compiled for the user."""
         recorder = None if tape is None else tape.recorder
-        own = None
+        own, self.reads = None, True
         if recorder is not None:
             try:
                 own = self._once(region, recorder, args, kwargs)
@@ -452,13 +478,20 @@ class InGraph(KnownPlaces):
             return {n: own(v) for n, v in value.items()} if type(value) is dict else value
 
         own_args, own_kwargs = own(tuple(args)), own(dict(kwargs))
+        call = next(
+            n for n in range(len(recorder.graph.calls) - 1, -1, -1) if recorder.graph.calls[n].path == region.path
+        )
+        ran = recorder.graph.operations.setdefault(call, [])
         random = _random_states()
-        with ExitStack() as stack:
+        with _outside_of(recorder), ExitStack() as stack:
             for mode in (preserved_state(region.module), preserved_attributes(region.module), eager()):
                 stack.enter_context(mode)
             stack.enter_context(own_call(self._owner))
             stack.enter_context(without_exchange())
-            output = type(region.module).forward(region.module, *own_args, **own_kwargs)
+            start = len(ran)
+            with _under(recorder):
+                output = type(region.module).forward(region.module, *own_args, **own_kwargs)
+            self._own[region.path, recorder.graph.calls[call].number] = start, len(ran)
             if not all(map(torch.equal, random, _random_states())):
                 raise CaptureError(RANDOM)
         return list(tensors_in(output))
@@ -479,6 +512,15 @@ class InGraph(KnownPlaces):
 def _random_states() -> list[torch.Tensor]:
     states = [torch.get_rng_state()]
     return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+
+@contextmanager
+def _under(recorder: Any) -> Iterator[None]:
+    _push_mode(recorder)
+    try:
+        yield
+    finally:
+        _pop_mode()
 
 
 @contextmanager

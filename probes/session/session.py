@@ -759,6 +759,11 @@ class Session:
         self.observer.require_usual_calls(forward)
 
     def _require_gradients(self, forward: Forward) -> None:
+        if self.options.gradients and self._in_graph is not None and self._in_graph.reads:
+            if forward.expected_gradients.keys() - forward.arrivals.keys():
+                raise CaptureError(
+                    "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
+                )
         if self.options.gradients and not forward.arrivals:
             if self._only_own:
                 raise CaptureError(
