@@ -9,7 +9,7 @@ share the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -199,10 +199,15 @@ class CompiledGraph:
         return own._dynamic == context._dynamic and bool(_backend_of(own) == _backend_of(context))
 
     def run(self, region: Region, args: Any, kwargs: Any, ticket: torch.Tensor) -> Any:
-        """Run the forward of a region."""
+        """Run the forward of a region; None with an `error` where the compiler refused what is handed out."""
         self._region, self._graphs = region, 0
         try:
             return self._function(region.module, args, kwargs, ticket)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.wanted is None:
+                raise  # as without us
+            self.error = f"it could not be compiled: {str(error).partition(chr(10))[0]}"
+            return None
         finally:
             self._region = None
 
@@ -218,6 +223,8 @@ class Passages:
         Whether a call that begins is to be measured; others run as the user compiled them.
     run : callable
         ``run(region, args, kwargs)`` in place of the compiled module's forward.
+    unseen : callable
+        Makes a context without the modes of ours, in which the user's compiled code runs.
     """
 
     def __init__(
@@ -225,8 +232,9 @@ class Passages:
         regions: list[Region],
         is_measured: Callable[[], bool],
         run: Callable[[Region, Any, Any], Any],
+        unseen: Callable[[], AbstractContextManager[Any]],
     ):
-        self._regions, self._is_measured, self._run = regions, is_measured, run
+        self._regions, self._is_measured, self._run, self._unseen = regions, is_measured, run, unseen
         self._entries: list[tuple[nn.Module, str, Any]] = []
         self._functions: dict[tuple[int, str], Any] = {}  # of ours, by holder and attribute
 
@@ -264,7 +272,7 @@ class Passages:
 
     def _enter(self, holder: nn.Module, own: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if not self._is_measured():
-            with self._as_it_was():
+            with self._as_it_was(), self._unseen():
                 return own(*args, **kwargs)
         if name == COMPILED_CALL:
             return holder._call_impl(*args, **kwargs)
@@ -274,4 +282,7 @@ class Passages:
         return self._run(region, args, kwargs)
 
     def _forward(self, region: Region, own: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run(region, args, kwargs) if self._is_measured() else own(*args, **kwargs)
+        if self._is_measured():
+            return self._run(region, args, kwargs)
+        with self._as_it_was(), self._unseen():
+            return own(*args, **kwargs)

@@ -10,7 +10,7 @@ hooks that gather its weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from depthscope.probes.reading.places import (
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import CurrentForward, Forward, own_call, own_calls
+from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.graph_ops import RunningCall
 from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion
 from depthscope.probes.session.observer import Observer
@@ -302,7 +303,7 @@ class InGraph(KnownPlaces):
         self.model, self.regions = model, regions
         self._current, self._owner, self._report = current, owner, report
         self._graphs: list[tuple[type[nn.Module], CompiledGraph]] = []
-        self._passages = Passages(regions, self._is_measured, self._run)
+        self._passages = Passages(regions, self._is_measured, self._run, self._unseen)
         self.plan: Plan | None = None
         self.failed = ""  # why compiled code cannot be measured
         self.observer: Observer | None = None
@@ -362,6 +363,10 @@ class InGraph(KnownPlaces):
             return False
         return not self.failed
 
+    def _unseen(self) -> AbstractContextManager[Any]:
+        tape = self._current.tape
+        return _outside_of(None if tape is None else tape.recorder)
+
     def _fail(self, reason: str) -> None:
         self.failed = reason
         self._report(CaptureError(reason))
@@ -376,6 +381,22 @@ class InGraph(KnownPlaces):
         part = self.plan.parts.get((region.path, forward.next_index("compiled", region.path)))
         if part is None:
             return self._plain(region, args, kwargs)
+        ready = call_safely(self._report, self._prepared, region, part, forward, tape)
+        if ready is None:
+            return self._plain(region, args, kwargs)
+        graph, call = ready
+        with self._unseen():
+            output = graph.run(region, args, kwargs, call.open())
+        if graph.error:
+            self._fail(
+                f"what is measured of {region.path or 'the model'} was not found in its compiled code: {graph.error}"
+            )
+        return self._plain(region, args, kwargs) if output is None and graph.error else output
+
+    def _prepared(
+        self, region: Region, part: Part, forward: Forward, tape: Tape | None
+    ) -> tuple[CompiledGraph, RunningCall]:
+        """The graph of a call that is measured, and what is done with what it hands out."""
         self._take_parameters(region, part, tape)
         graph = self._graph_of(region, part.wanted)
         receivers = [
@@ -384,13 +405,7 @@ class InGraph(KnownPlaces):
         ]
         call = RunningCall(receivers, self._report)
         forward.handles.append(call)  # type: ignore[arg-type]  # it has `remove`
-        with _outside_of(None if tape is None else tape.recorder):
-            output = graph.run(region, args, kwargs, call.open())
-        if graph.error:
-            self._fail(
-                f"what is measured of {region.path or 'the model'} was not found in its compiled code: {graph.error}"
-            )
-        return output
+        return graph, call
 
     def _graph_of(self, region: Region, wanted: Wanted | None) -> CompiledGraph:
         for kind, graph in self._graphs:
@@ -400,7 +415,8 @@ class InGraph(KnownPlaces):
         return self._graphs[-1][1]
 
     def _plain(self, region: Region, args: Any, kwargs: Any) -> Any:
-        return self._graph_of(region, None).run(region, args, kwargs, torch.tensor([-1]))
+        with self._unseen():
+            return self._graph_of(region, None).run(region, args, kwargs, torch.tensor([-1]))
 
     def _take_parameters(self, region: Region, part: Part, tape: Tape | None) -> None:
         """Copy the weights of connections now, where sharded ones are gathered."""
@@ -450,10 +466,11 @@ class InGraph(KnownPlaces):
         if recorder is not None:
             try:
                 own = self._once(region, recorder, args, kwargs)
+            except CaptureError as error:
+                self._fail(str(error))
             except Exception as error:
                 self._report(without_frames(error))
-        with _outside_of(recorder):
-            output = self._plain(region, args, kwargs)
+        output = self._plain(region, args, kwargs)
         if own is not None:
             call_safely(self._report, self._join, recorder, own, output)
         return output
@@ -469,7 +486,7 @@ class InGraph(KnownPlaces):
                     return known[1]
                 if id(value) not in given:
                     with _outside_of(recorder):
-                        copy = value.detach().clone().requires_grad_(value.requires_grad)
+                        copy = _copy(value).requires_grad_(value.requires_grad)
                     given[id(value)] = copy
                     recorder.enter_value(copy, recorder.value_of(value))
                 return given[id(value)]
@@ -498,15 +515,29 @@ class InGraph(KnownPlaces):
 
     def _join(self, recorder: Any, own: list[torch.Tensor], output: Any) -> None:
         """Let what a part gave the user be the values that it gave uncompiled."""
-        theirs = list(tensors_in(output))
+        theirs, forward = list(tensors_in(output)), self._current.recorded
         if [t.shape for t in theirs] != [t.shape for t in own]:
             raise CaptureError("a compiled part gave other tensors than its forward as it is written")
         for tensor, uncompiled in zip(theirs, own, strict=True):
             value = recorder.known(uncompiled)
             recorder.enter_value(tensor, value)
+            listener = None if forward is None else forward.listeners.get(value.number)
+            if forward is not None and listener is not None and tensor.grad_fn is not None:
+                listener.release()  # of what no backward goes through
+                forward.listeners[value.number] = GradientListener(tensor, self._report)
             detached = uncompiled.detach().requires_grad_(tensor.requires_grad)
             recorder.enter_value(detached, value)
             self._uncompiled[id(tensor)] = tensor, detached
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory in the same way, which decides which operations run on it."""
+    once = tensor.detach()
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            once = once.narrow(axis, 0, 1)
+    own = torch.empty_strided(once.shape, once.stride(), dtype=once.dtype, device=once.device)
+    return own.copy_(once).expand(tensor.shape)
 
 
 def _random_states() -> list[torch.Tensor]:
