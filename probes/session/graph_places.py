@@ -213,7 +213,8 @@ def _operation_at(
     where = place.call.path or "the compiled module"
     if not ran:
         raise CaptureError(
-            f"no operation of {where} is in the compiled graph itself; it may run in a part that is checkpointed inside of it"
+            f"no operation of {where} is in the first graph of its compiled code: a graph break comes before it, or it is in a "
+            "checkpoint that is compiled with it"
         )
     if place.operation == OUTPUT:
         return ran[-1], len(ran[-1].operations) - 1
