@@ -1,9 +1,9 @@
 """Is what is measured on a GPU equal to the CPU's, and what does it cost? ``python -m benchmarks.gpu``, at most 8 minutes.
 
-States, gradients and matrices of one batch on the card are compared with those on the CPU, in float32, in bfloat16 and compiled;
-training steps are timed with and without a recorder, plain, compiled and with CUDA graphs; synchronisations within a measured step
-are counted by torch, and the peak of its memory. The page docs/gpu.md is written from that. ``--device cpu`` runs the same code
-without a card, and writes no page unless ``--page`` names one.
+States, gradients and matrices of one batch on the card are compared with those on the CPU, in float32, in bfloat16 and
+compiled; training steps are timed with and without a recorder, plain, compiled and with CUDA graphs; synchronisations within a
+measured step are counted by torch, and the peak of its memory. The page docs/gpu.md is written from that. ``--device cpu``
+runs the same code without a card, and writes no page unless ``--page`` names one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def measured(device: str, quick: bool, rounds: int, seconds: float = SECONDS) ->
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()):  # findings about untrained networks
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", probes.ProbeWarning)  # a step that was not measured must not look cheap
+            warnings.simplefilter(
+                "error", probes.ProbeWarning
+            )  # a step that was not measured must not look cheap
             for title, action, into in parts(device, quick, rounds):
                 if time.monotonic() > ends:
                     results["left_out"].append(title)
@@ -106,12 +109,12 @@ def parts(
     sizes = QUICK if quick else SIZES
     for case, of in sizes.items():
         for precision in ("float32", "bfloat16"):
-            yield f"{case} in {precision}", lambda c=case, o=of, p=precision: equality(c, o, device, p), "equality"
-        yield f"{case} compiled", lambda c=case, o=of: compiled_equality(c, o, device), "equality"
+            yield f"{case} in {precision}", partial(equality, case, of, device, precision), "equality"
+        yield f"{case} compiled", partial(compiled_equality, case, of, device), "equality"
     for case, of in sizes.items():
         for mode in ("uncompiled", "compiled", "CUDA graphs"):
             if mode != "CUDA graphs" or device == "cuda":
-                yield f"cost of {case}, {mode}", lambda c=case, o=of, m=mode: cost(c, o, device, m, rounds), "cost"
+                yield f"cost of {case}, {mode}", partial(cost, case, of, device, mode, rounds), "cost"
 
 
 def name_of(device: str) -> str:
@@ -194,38 +197,21 @@ def cost(case: str, sizes: Sizes, device: str, mode: str, rounds: int) -> list[d
     if mode != "uncompiled":
         of = compiled(of, device, "reduce-overhead" if mode == "CUDA graphs" else None)
     ways: dict[str, Any] = {"plain": None}
-    ways |= {
-        way: probes.record(of.model, gradients=True, **options).__enter__() for way, options in RECORDED.items()
-    }
+    ways |= {way: probes.record(of.model, gradients=True, **options) for way, options in RECORDED.items()}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     rows: dict[str, dict[str, Any]] = {way: {} for way in ways}
-    try:
-        for number in range(READ + WARM_UPS + rounds):
-            for way, recorder in ways.items():
-                others = [each for each in ways.values() if each not in (None, recorder)]
-                with paused(others), counted(device) as syncs:
-                    took, peak = step(of, recorder, device, syncs)
-                if number >= READ + WARM_UPS:
-                    seconds[way].append(took)
-                    rows[way] = {"mib": peak, "syncs": [syncs["in_step"], syncs["at_end"]]}
-    finally:
-        for recorder in ways.values():
-            if recorder is not None:
-                recorder.__exit__(None, None, None)
+    for number in range(READ + WARM_UPS + rounds):
+        for way, recorder in ways.items():
+            # One recorder at a time: its hooks are on from here to the end of its step.
+            with recorder or nullcontext(), counted(device) as syncs:
+                took, peak = step(of, recorder, device, syncs)
+            if number >= READ + WARM_UPS:
+                seconds[way].append(took)
+                rows[way] = {"mib": peak, "syncs": [syncs["in_step"], syncs["at_end"]]}
     return [
         {"case": case, "mode": mode, "way": way, **ratio(seconds[way], seconds["plain"]), **rows[way]}
         for way in ways
     ]
-
-
-@contextmanager
-def paused(recorders: list[Any]) -> Iterator[None]:
-    """Take the hooks of other recorders off, which are on the same model."""
-    for recorder in recorders:
-        recorder._detach()
-    yield
-    for recorder in recorders:
-        recorder._attach_if_measuring()
 
 
 def step(of: Training, recorder: Any, device: str, syncs: dict[str, Any]) -> tuple[float, float | None]:

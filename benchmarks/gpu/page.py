@@ -11,9 +11,10 @@ HEAD = """# On a GPU
 
 Written by `{command}` on {date}: {device}; {machine}. Not edited by hand.
 
-Equality: ‖device − CPU‖ / ‖CPU‖ of raw states, gradients and matrices; for compiled models of the sums over every token that the
-compiled code hands out. Cost: medians of wall time, each with the device waited for, relative to plain steps that were taken in turn
-with them. Synchronisations are those that torch notes (`torch.cuda.set_sync_debug_mode`), before the end of a measured step and at it.
+Equality: ‖device − CPU‖ / ‖CPU‖ of raw states, gradients and matrices; for compiled models of the sums over every token that
+the compiled code hands out. Cost: medians of wall time, each with the device waited for, relative to plain steps that were
+taken in turn with them. Synchronisations are those that torch notes (`torch.cuda.set_sync_debug_mode`), before the end of a
+measured step and at it.
 """
 
 
@@ -47,7 +48,9 @@ def tables(results: dict[str, Any]) -> list[Table]:
         ]
         for row in results["equality"]
     ]
-    found: list[Table] = [("Equality with the CPU", ["model", "how", "relative errors", "limit", "within"], rows)]
+    found: list[Table] = [
+        ("Equality with the CPU", ["model", "how", "relative errors", "limit", "within"], rows)
+    ]
     for case in dict.fromkeys(row["case"] for row in results["cost"]):
         header = ["", "× plain", "quartiles", "s", "peak MiB", "synchronisations in the step", "at its end"]
         of = [

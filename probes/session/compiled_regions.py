@@ -1,9 +1,9 @@
-"""Which parts of a model run compiled, and how is a measured call of one run? By a graph of ours, with the user's own compiler.
+"""Which parts of a model run compiled, and how is a measured call of one run? By a graph of ours, of the user's compiler.
 
-In a measured step what `torch.compile` made is passed by: the hooks around a compiled module run as they are, and its forward runs
-in a graph of ours that the same compiler makes from the same code, in which two operations more hand out what is measured
-(`graph_ops`). Between measured steps the user's own graphs run. Blocks of one class with the same places share one graph, as they
-share the user's.
+In a measured step what `torch.compile` made is passed by: the hooks around a compiled module run as they are, and its forward
+runs in a graph of ours that the same compiler makes from the same code, in which two operations more hand out what is
+measured (`graph_ops`). Between measured steps the user's own graphs run. Blocks of one class with the same places share one
+graph, as they share the user's.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _unwrapped(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
         name = "module" if is_parallel else "_orig_mod"
         if name not in module._modules:
             return module, path
-        module, path = module._modules[name], f"{path}.{name}".lstrip(".")  # type: ignore[assignment]
+        module, path = module._modules[name], f"{path}.{name}".lstrip(".")
 
 
 def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
@@ -115,15 +115,15 @@ def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
     if is_compiled(module) and module is not compiled:
         raise CaptureError("a module was compiled twice")
     context = vars(compiled).get("dynamo_ctx") if is_wrapper else _context_of(vars(compiled).get(name))
-    if context is None or "forward" in vars(module) and not (module is compiled and name == "forward"):
+    if context is None or ("forward" in vars(module) and not (module is compiled and name == "forward")):
         raise CaptureError(
             f"{path or 'the model'} has a forward of its own, or was compiled by its class; compile the module: "
             "torch.compile(module) or module.compile()"
         )
     if any(hasattr(inner, "_get_fsdp_state") for inner in module.modules() if inner is not module):
         raise CaptureError(
-            f"{path or 'the model'} is compiled as a whole, with modules inside of it that gather their weights (fully_shard); "
-            "compile these, such as each block"
+            f"{path or 'the model'} is compiled as a whole, with modules inside of it that gather their weights "
+            "(fully_shard); compile these, such as each block"
         )
     return Region(path, module, [(compiled, name)], context)
 
@@ -163,6 +163,7 @@ class CompiledGraph:
     wanted: Wanted | None
     error: str = ""  # why nothing is handed out
     listened: set[int] = field(default_factory=set)  # places whose values have a gradient
+    num_compiled: int = 0  # how often a graph was
     _region: Region | None = None
     _graphs: int = 0  # in which the forward that is compiled came
     _function: Callable[..., Any] = field(init=False)
@@ -176,11 +177,14 @@ class CompiledGraph:
         """The user's compiler, on a graph that hands out what is wanted."""
         backend = _backend_of(self.context)
         self._graphs += 1
+        self.num_compiled += 1
         try:
             if self.wanted is None or self._region is None or self.error:
                 without_ticket(graph_module)
             elif self._graphs > 1:
-                raise CaptureError("its forward is compiled in several parts, between which Python runs (graph breaks)")
+                raise CaptureError(
+                    "its forward is compiled in several parts, between which Python runs (graph breaks)"
+                )
             else:
                 insert(graph_module, self.wanted.places, dict(self.wanted.operations), self._region.paths)
         except Exception as error:
@@ -188,10 +192,6 @@ class CompiledGraph:
             without_ticket(graph_module)
         with graph_ops.noting(self.listened):
             return backend(graph_module, inputs)
-
-    def listens_at(self, place: int) -> bool:
-        """Whether the value at a place has a gradient."""
-        return place in self.listened
 
     def is_for(self, context: Any) -> bool:
         """Whether the user compiles a module in the same way."""
@@ -239,7 +239,15 @@ class Passages:
         self._functions: dict[tuple[int, str], Any] = {}  # of ours, by holder and attribute
 
     def open(self) -> None:
-        """Pass by the compiled functions."""
+        """Pass by the compiled functions.
+
+        Raises CaptureError: Where another probe does so already: the one that leaves first would restore what it found.
+        """
+        holders = [(holder, name) for region in self._regions for holder, name in region.entries]
+        if any(isinstance(vars(holder)[name], partial) for holder, name in holders):
+            raise CaptureError(
+                "another recorder measures the same compiled model in this step; let them measure different ones"
+            )
         for region in self._regions:
             for holder, name in region.entries:
                 own = vars(holder)[name]

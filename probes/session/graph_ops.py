@@ -1,14 +1,14 @@
 """What is in a compiled graph of ours that is not the user's? Two operations, which hand out a value and its gradient.
 
-``take`` reads a value when it is computed, and ``gradient`` its gradient in the backward. Both are opaque to the compiler, write
-into nothing of the user's, and know by a ticket, a tensor of one number that is given to the graph, which call of which model
-runs: one graph serves all calls and all blocks that share it.
+``take`` reads a value when it is computed, and ``gradient`` its gradient in the backward. Both are opaque to the compiler,
+write into nothing of the user's, and know by a ticket, a tensor of one number that is given to the graph, which call of which
+model runs: one graph serves all calls and all blocks that share it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from depthscope.probes.model.hooks import Report, call_safely, in_recomputation
 from depthscope.probes.model.user_modes import AUTOCAST_DEVICES
 
+Receiver = Callable[[torch.Tensor, Callable[..., torch.Tensor]], None]
 BEGIN = -1  # the place by which a graph tells which of its inputs is the ticket
 
 
@@ -42,15 +43,15 @@ class RunningCall:
         tensor in its place, from numbers of its shape.
     report : callable
         Called with what a receiver raises.
+    listened : set of int
+        The places whose values have a gradient.
     """
 
-    def __init__(
-        self, receivers: list[Callable[[torch.Tensor, Callable[..., torch.Tensor]], None]], report: Report
-    ):
+    def __init__(self, receivers: Sequence[Receiver], report: Report, listened: set[int]):
         self.ticket = next(_tickets)
         # Compiled code runs outside of the user's autocast, which tells in which type states are multiplied.
         self._autocast = [name for name in AUTOCAST_DEVICES if torch.is_autocast_enabled(name)]
-        self._receivers, self._report = receivers, report
+        self._receivers, self._report, self.listened = receivers, report, listened
         self._stand_ins: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def open(self) -> torch.Tensor:
@@ -145,6 +146,10 @@ def listen(value: torch.Tensor, ticket: torch.Tensor, place: int) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         if _listened:
             _listened[-1].add(place)
+        else:  # a backend that runs the functions of the graph as they are
+            call = _calls.get(int(ticket))
+            if call is not None:
+                call.listened.add(place)
         value.register_hook(lambda given: torch.ops.depthscope.gradient(given, ticket, place))
 
 

@@ -1,8 +1,8 @@
 """Where in a compiler's graph are the values that a reading found? Its operations are those of the reading, call by call.
 
-The compiler's graph has the functions of torch as the user's code calls them, each of which runs one operation or several. They
-are run once more on tensors without data, and what they run is compared with what ran in the forward that was read: where a
-call of a module ran the same operations, the n-th one of it is at a known node.
+The compiler's graph has the functions of torch as the user's code calls them, each of which runs one operation or several.
+They are run once more on tensors without data, and what they run is compared with what ran in the forward that was read: where
+a call of a module ran the same operations, the n-th one of it is at a known node.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class _Operation(NamedTuple):
 class _Ran:
     """A node of the graph, and the operations that it ran.
 
-    ``start``: how many ran before in its call; ``given``: nodes by the identity of the tensors that they give to it.
+    ``start``: how many ran before in its call; ``given``: what it takes, with the nodes that give it.
     """
 
     node: Any
     start: int
     operations: list[_Operation]
-    given: dict[int, Any]
+    given: list[tuple[Any, Any]]
     result: Any
 
 
@@ -106,7 +106,7 @@ def insert(
             shown, result = ran.node, ran.result
         else:
             if ran.node not in expanded:
-                expanded[ran.node] = _expand(graph, ran)
+                expanded[ran.node] = _Expansion(graph, ran).made
             shown, result = expanded[ran.node][position], ran.operations[position].result
         if isinstance(result, (tuple, list)):
             shown = _after(graph, shown, getitem, (shown, place.item))
@@ -123,32 +123,51 @@ def _after(graph: Any, node: Any, function: Any, args: Any, kwargs: Any = None) 
         return graph.call_function(function, args, kwargs or {})
 
 
-def _expand(graph: Any, ran: _Ran) -> list[Any]:
-    """Put the operations that a function of torch is made of in its place; autograd derives each of them either way."""
-    known, last = dict(ran.given), ran.node
-    name = getattr(ran.node.target, "__name__", ran.node.target)
+class _Expansion:
+    """The operations that a function of torch is made of, in its place; autograd derives each of them either way."""
 
-    def node_of(value: Any) -> Any:
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            raise CaptureError(f"a value is made inside of {name}, whose sizes are symbols; compile with dynamic=False")
+    def __init__(self, graph: Any, ran: _Ran):
+        self._graph, self._last = graph, ran.node
+        self._known = [(value, node) for value, node in ran.given]
+        self._name = getattr(ran.node.target, "__name__", ran.node.target)
+        self.made = [self._add(operation) for operation in ran.operations]
+        ran.node.replace_all_uses_with(self._node_of(ran.result))
+
+    def _add(self, operation: _Operation) -> Any:
+        args, kwargs = tree_map(self._node_of, (tuple(operation.args), dict(operation.kwargs)))
+        made = self._last = _after(self._graph, self._last, operation.func, args, kwargs)
+        self._known.append((operation.result, made))
+        if isinstance(operation.result, (tuple, list)):
+            for item, part in enumerate(operation.result):
+                self._last = _after(self._graph, self._last, getitem, (made, item))
+                self._known.append((part, self._last))
+        return made
+
+    def _node_of(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
         if not isinstance(value, torch.Tensor):
             return value
-        if id(value) not in known:
-            raise CaptureError(f"a value is made inside of {name}, one function of the compiled graph")
-        return known[id(value)]
+        for known, node in self._known:
+            if known is value:
+                return node
+        raise CaptureError(f"a value is made inside of {self._name}, one function of the compiled graph")
 
-    made = []
-    for operation in ran.operations:
-        args, kwargs = tree_map(node_of, (tuple(operation.args), dict(operation.kwargs)))
-        last = _after(graph, last, operation.func, args, kwargs)
-        made.append(last)
-        if isinstance(operation.result, torch.Tensor):
-            known[id(operation.result)] = last
-        for item, part in enumerate(operation.result if isinstance(operation.result, (tuple, list)) else ()):
-            if isinstance(part, torch.Tensor):
-                known[id(part)] = last = _after(graph, last, getitem, (made[-1], item))
-    ran.node.replace_all_uses_with(node_of(ran.result))
-    return made
+    def _size(self, size: torch.SymInt) -> Any:
+        """A size that the compiler leaves open: a number all the same, or that of an axis of what is known."""
+        number = size.node.maybe_as_int()
+        if number is not None:
+            return number
+        tensors = [(value, node) for value, node in self._known if isinstance(value, torch.Tensor)]
+        for tensor, node in tensors:
+            for axis, own in enumerate(tensor.shape):
+                if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
+                    found = _after(self._graph, node, torch.ops.aten.sym_size.int, (node, axis))
+                    self._last = found if node is self._last else self._last
+                    return found
+        raise CaptureError(
+            f"a value is made inside of {self._name}, whose sizes are symbols; compile with dynamic=False"
+        )
 
 
 def without_ticket(graph_module: Any) -> None:
@@ -180,7 +199,7 @@ def _calls(graph_module: Any, begin: Any, paths: Mapping[int, str]) -> dict[Call
 
         def run_node(self, node: Any) -> Any:
             noted.ran = []
-            given = {id(self.env[of]): of for of in node.all_input_nodes}
+            given = [(self.env[of], of) for of in node.all_input_nodes]
             result = super().run_node(node)
             if node.op in ("call_function", "call_method") and node is not begin:
                 of_call = found.setdefault(_call_of(node, paths), [])
@@ -213,8 +232,8 @@ def _operation_at(
     where = place.call.path or "the compiled module"
     if not ran:
         raise CaptureError(
-            f"no operation of {where} is in the first graph of its compiled code: a graph break comes before it, or it is in a "
-            "checkpoint that is compiled with it"
+            f"no operation of {where} is in the first graph of its compiled code: a graph break comes before it, or it is "
+            "in a checkpoint that is compiled with it"
         )
     if place.operation == OUTPUT:
         return ran[-1], len(ran[-1].operations) - 1
@@ -227,7 +246,9 @@ def _operation_at(
 
 def _difference(compiled: Sequence[Any], uncompiled: Sequence[Any]) -> str:
     """Where two sequences of operations part."""
-    at = next((n for n, (one, other) in enumerate(zip(compiled, uncompiled, strict=False)) if one != other), None)
+    at = next(
+        (n for n, (one, other) in enumerate(zip(compiled, uncompiled, strict=False)) if one != other), None
+    )
     at = min(len(compiled), len(uncompiled)) if at is None else at
     told = [operation_of(of[at]).name if at < len(of) else "none" for of in (compiled, uncompiled)]
     return (

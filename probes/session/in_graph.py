@@ -9,9 +9,8 @@ hooks that gather its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,239 +19,41 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Report, call_safely, in_recomputation, in_reentrant_checkpoint, without_frames
+from depthscope.probes.model.hooks import (
+    Report,
+    call_safely,
+    in_recomputation,
+    in_reentrant_checkpoint,
+    without_frames,
+)
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.reading.graph import FILLS, OUTPUT, PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.places import (
     OTHER,
     KnownPlaces,
-    OperationPlaces,
     PlacedRecorder,
     circumstances,
 )
+from depthscope.probes.session.compiled_plan import Part, Plan, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import CurrentForward, Forward, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.graph_ops import RunningCall
-from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.own_forwards import without_exchange
-from depthscope.probes.structure.model_structure import CapturedState, Structure
-from depthscope.probes.structure.tape import Tape, value_at
+from depthscope.probes.structure.tape import Tape
 
+MOST_COMPILED = 4  # how often one graph is; from some number on torch runs the code uncompiled
 RANDOM = (
     "a compiled part draws random numbers, as for dropout, and its weights are sharded over processes: its places cannot be "
     "proven from one uncompiled part at a time; record it with dropout 0, or uncompiled"
 )
 CHECKPOINTED = (
-    "a compiled part runs inside of an activation checkpoint that is not compiled with it; put the checkpoint inside of what is "
-    "compiled, or record it uncompiled"
+    "a compiled part runs inside of an activation checkpoint that is not compiled with it; record it without the checkpoint, "
+    "or uncompiled"
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A value that is handed out, and what it is."""
-
-    value: TracedValue
-    state: CapturedState | None = None
-    branch: tuple[int, int] | None = None  # chain, and position of its connection
-    is_read: bool = False  # whether weights of connections are computed from it
-
-
-@dataclass
-class Part:
-    """One call of a region in each forward."""
-
-    wanted: Wanted
-    targets: list[Target]
-    parameters: list[tuple[TracedValue, str]] = field(default_factory=list)  # that are read, by their names
-
-
-@dataclass
-class Plan:
-    """Where everything that is measured is made.
-
-    ``outside``: what is made in no compiled part; None where no operation has to be looked at.
-    ``parts``: by region and the number of its call.
-    ``points``: of states that hooks outside of compiled parts show.
-    """
-
-    graph: Graph
-    outside: OperationPlaces | None
-    parts: Mapping[tuple[str, int], Part]
-    points: tuple[CapturedState, ...]
-
-    @property
-    def num_read(self) -> set[int]:
-        """Numbers of the values that compiled parts have to hand out for the connections."""
-        targets = {t.value.number for part in self.parts.values() for t in part.targets if t.is_read}
-        return targets | {value.number for part in self.parts.values() for value, _ in part.parameters}
-
-
-class Planner:
-    """Divides the values of a forward that was read among compiled parts and what is around them.
-
-    Parameters
-    ----------
-    graph : Graph
-        Of the forward.
-    structure : Structure
-        What it showed.
-    regions : sequence of Region
-        The compiled parts.
-    own : mapping
-        By region and the number of its call which of the call's operations its forward ran, where hooks around it ran others.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        structure: Structure,
-        regions: Sequence[Region],
-        own: Mapping[tuple[str, int], tuple[int, int]],
-    ):
-        self._graph, self._structure, self._own = graph, structure, own
-        self._region_of = [self._around(number, regions) for number in range(len(graph.calls))]
-        self._calls = self._calls_in_regions()
-
-    def _around(self, number: int, regions: Sequence[Region]) -> tuple[Region, int] | None:
-        """The region around a call, and the number of the region's own call."""
-        path = self._graph.calls[number].path
-        region = next((region for region in regions if region.contains(path)), None)
-        if region is None:
-            return None
-        while self._graph.calls[number].path != region.path:
-            number = self._graph.calls[number].parent
-            if number < 0:
-                return None
-        return region, number
-
-    def _calls_in_regions(self) -> list[CallInRegion | None]:
-        """Each call as the compiler's graph names it: by the path from the region on, and its number there."""
-        counts: dict[tuple[int, str], int] = {}
-        found: list[CallInRegion | None] = []
-        for number, around in enumerate(self._region_of):
-            if around is None:
-                found.append(None)
-                continue
-            region, root = around
-            path = region.inner(self._graph.calls[number].path)
-            count = counts.get((root, path), 0)
-            counts[root, path] = count + 1
-            found.append(CallInRegion(path, count))
-        return found
-
-    def plan(self, needed: Collection[int]) -> Plan:
-        """The plan of a forward.
-
-        ``needed``: numbers of the values by which the connections are read.
-        Raises CaptureError: Where one of them is made in a way that compiled code does not show.
-        """
-        targets: dict[int, Target] = {}
-        points: list[CapturedState] = []
-        for state in self._structure.captured:
-            value = value_at(self._graph, state.point)
-            if value is None:
-                raise CaptureError(f"{state.point.path or 'the model'} did not show its state")
-            point = self._seen_outside(state, value)
-            if point is not None:
-                points.append(point)
-            else:
-                targets[value.number] = Target(value, state)
-        for target in self._branches():
-            known = targets.get(target.value.number, target)
-            targets[target.value.number] = replace(known, branch=target.branch)
-        outside = OperationPlaces(self._graph, self._graph.circumstances) if needed else None
-        parameters: dict[tuple[str, int], list[tuple[TracedValue, str]]] = {}
-        for number in sorted(needed):
-            value = self._graph.values[number]
-            around = self._region_of[value.call] if value.call >= 0 else None
-            if around is not None and value.made_at is not None:
-                targets[number] = replace(targets.get(number, Target(value)), is_read=True)
-            elif around is not None and value.kind == PARAMETER:
-                name = self._graph.parameter_names.get(number, "")
-                region, root = around
-                if not name or not region.contains(name.rpartition(".")[0]):
-                    raise CaptureError(f"a weight of the connections, {name or 'without a name'}, lies outside")
-                parameters.setdefault(self._key(region, root), []).append((value, region.inner(name)))
-            elif outside is not None:
-                self._add_outside(outside, value)
-        return Plan(self._graph, outside, self._parts(targets, parameters), tuple(points))
-
-    def _key(self, region: Region, root: int) -> tuple[str, int]:
-        return region.path, self._graph.calls[root].number
-
-    def _seen_outside(self, state: CapturedState, value: TracedValue) -> CapturedState | None:
-        """A state with a point by which a hook sees it; None where compiled code makes and shows it."""
-        point = state.point
-        if point.at == "operation":
-            return state if value.call < 0 or self._region_of[value.call] is None else None
-        for shown in self._graph.shown.get(value.number, ()):
-            around, call = self._region_of[shown.call], self._graph.calls[shown.call]
-            if around is None or around[1] == shown.call:
-                new = replace(point, at=shown.at, path=call.path, index=call.number, item=shown.item)
-                same = (point.at, point.path, point.index, point.item)
-                is_same = (new.at, new.path, new.index, new.item) == same
-                inside = self._region_of[self._graph.call_of(point.path, point.index)]
-                if is_same or (inside is not None and inside[0].path != point.path):
-                    return state._replace(point=new)
-        return None
-
-    def _branches(self) -> Iterator[Target]:
-        """What branches give inside of compiled parts."""
-        for number, chain in enumerate(self._structure.chains):
-            for position, connection in enumerate(chain.connections):
-                if connection.branch_path is None or self._structure.read is not None:
-                    continue
-                given = self._graph.shown_at(
-                    connection.branch_path, connection.branch_index, "output", 0
-                )
-                call = self._graph.call_of(connection.branch_path, connection.branch_index)
-                if given is not None and self._region_of[call] is not None and given.made_at is not None:
-                    yield Target(given, branch=(number, position))
-
-    def _add_outside(self, places: OperationPlaces, value: TracedValue) -> None:
-        if value.made_at is not None:
-            places.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
-        elif value.given_at is not None:
-            places.given[value.given_at] = value
-        elif value.held is not None and (value.kind == PARAMETER or value.name in FILLS):
-            places.constant.append((value, value.held))
-        else:
-            raise CaptureError(f"a value of {self._graph.path(value) or 'the model'} is made by no operation")
-
-    def _parts(
-        self,
-        targets: Mapping[int, Target],
-        parameters: Mapping[tuple[str, int], list[tuple[TracedValue, str]]],
-    ) -> dict[tuple[str, int], Part]:
-        grouped: dict[tuple[str, int], list[Target]] = {key: [] for key in parameters}
-        for number in sorted(targets):
-            around = self._region_of[targets[number].value.call]
-            if around is None or targets[number].value.made_at is None:
-                where = self._graph.path(targets[number].value) or "the model"
-                raise CaptureError(f"a state in {where} is made by no operation that compiled code shows")
-            grouped.setdefault(self._key(*around), []).append(targets[number])
-        parts = {}
-        for key, of in grouped.items():
-            places, operations = [], {}
-            for target in of:
-                call = self._calls[target.value.call]
-                assert call is not None and target.value.made_at is not None
-                ran = self._graph.operations.get(target.value.call, [])
-                is_forward = not call.path and call.number == 0
-                start, end = self._own.get(key, (0, len(ran))) if is_forward else (0, len(ran))
-                made_at = target.value.made_at
-                places.append(
-                    PlaceInRegion(call, made_at if made_at == OUTPUT else made_at - start, target.value.item)
-                )
-                operations[call] = tuple(ran[start:end])
-            wanted = Wanted(tuple(places), tuple(operations.items()))
-            parts[key] = Part(wanted, of, parameters.get(key, []))
-        return parts
 
 
 class PartsRecorder(PlacedRecorder):
@@ -387,6 +188,8 @@ class InGraph(KnownPlaces):
         graph, call = ready
         with self._unseen():
             output = graph.run(region, args, kwargs, call.open())
+        if graph.num_compiled > MOST_COMPILED:
+            self.failed = f"{region.path or 'the model'} is compiled anew again and again"
         if graph.error:
             self._fail(
                 f"what is measured of {region.path or 'the model'} was not found in its compiled code: {graph.error}"
@@ -400,11 +203,11 @@ class InGraph(KnownPlaces):
         self._take_parameters(region, part, tape)
         graph = self._graph_of(region, part.wanted)
         receivers = [
-            partial(self._receive, target, forward, tape, partial(graph.listens_at, place))
+            partial(self._receive, target, forward, tape, partial(graph.listened.__contains__, place))
             for place, target in enumerate(part.targets)
         ]
-        call = RunningCall(receivers, self._report)
-        forward.handles.append(call)  # type: ignore[arg-type]  # it has `remove`
+        call = RunningCall(receivers, self._report, graph.listened)
+        forward.calls.append(call)
         return graph, call
 
     def _graph_of(self, region: Region, wanted: Wanted | None) -> CompiledGraph:
@@ -442,20 +245,25 @@ class InGraph(KnownPlaces):
         shown: torch.Tensor | None = None
         if target.is_read:
             copy = value.clone()
-            if has_gradient():
-                shown = stand_in(copy)
-            if tape is not None and isinstance(tape.recorder, PartsRecorder):
-                tape.recorder.take(target.value, copy)
-                if tape.logits is not None:
-                    tape.logits.take(target.value, copy if shown is None else shown)
+            shown = stand_in(copy) if has_gradient() else None
+            self._hand_on(target.value, copy, shown, tape)
         if target.state is not None:
-            _, depth, _ = target.state
-            observer.record_state(forward, target.state.chain, depth, value)
+            chain, depth, _ = target.state
+            observer.record_state(forward, chain, depth, value)
             if observer.options.gradients and has_gradient():
-                listened = stand_in() if shown is None else shown
-                observer.hook_gradient(forward, target.state.chain, depth, listened)
+                observer.hook_gradient(forward, chain, depth, stand_in() if shown is None else shown)
         if target.branch is not None:
             observer.record_branch(forward, *target.branch, value)
+
+    @staticmethod
+    def _hand_on(
+        value: TracedValue, copy: torch.Tensor, shown: torch.Tensor | None, tape: Tape | None
+    ) -> None:
+        """Let the reading have a value; ``shown``: what stands for it in autograd's graph."""
+        if tape is not None and isinstance(tape.recorder, PartsRecorder):
+            tape.recorder.take(value, copy)
+            if tape.logits is not None:
+                tape.logits.take(value, copy if shown is None else shown)
 
     # --- one part at a time, uncompiled ---
 
@@ -496,7 +304,9 @@ class InGraph(KnownPlaces):
 
         own_args, own_kwargs = own(tuple(args)), own(dict(kwargs))
         call = next(
-            n for n in range(len(recorder.graph.calls) - 1, -1, -1) if recorder.graph.calls[n].path == region.path
+            n
+            for n in range(len(recorder.graph.calls) - 1, -1, -1)
+            if recorder.graph.calls[n].path == region.path
         )
         ran = recorder.graph.operations.setdefault(call, [])
         random = _random_states()

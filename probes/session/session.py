@@ -53,12 +53,12 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.structure.chain import ChainError
-from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
+from depthscope.probes.structure.model_structure import FINAL, CapturedState, Structure, require_same
 from depthscope.probes.structure.tape import Tape
 
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 ONE_MORE_FORWARD = (
-    "(it could only be measured by one more forward, which would exchange something with other processes; docs/many_processes.md)"
+    "(one more forward would exchange something with other processes; see docs/many_processes.md)"
 )
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
@@ -288,7 +288,7 @@ class Session:
                 lambda: self.forwards,
                 self.attention if is_placed or not self._is_recorded else None,
                 hides=hides,
-                points=None if hides is None or self._in_graph.plan is None else self._in_graph.plan.points,
+                points=None if hides is None else self._points_outside,
             )
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
@@ -296,6 +296,11 @@ class Session:
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
         attachment.after(self.model, self._leave, always=True)
+
+    @property
+    def _points_outside(self) -> tuple[CapturedState, ...] | None:
+        plan = None if self._in_graph is None else self._in_graph.plan
+        return None if plan is None else plan.points
 
     @property
     def _present_places(self) -> KnownPlaces | None:
@@ -602,9 +607,7 @@ class Session:
                     # Nothing of this forward counts, and its sequences come again.
                     self.reservoir = self._new_reservoir()
                 raise
-            self._adopt(observer)
-            if self._in_graph is not None and not structure.is_recorded:
-                self._in_graph.learn(self.model, tape.graph, ())
+            self._adopt(observer, tape)
         except ChainError as error:
             reason = _out_of_sight(self.model, forward)
             raise ChainError(f"{reason}; {error}") if reason else error from None
@@ -632,12 +635,14 @@ class Session:
             self._count_along_other_axis(tape, forward)
             return finder.along(1, forward.batch_size).structure(self.shards)
 
-    def _adopt(self, observer: Observer) -> None:
+    def _adopt(self, observer: Observer, tape: Tape | None = None) -> None:
         if self._places is not None:
             self._places.forget()
         self._observer, self._modules = observer, _module_types(self.model)
         if self._in_graph is not None:
             self._in_graph.observer = observer
+            if tape is not None and not observer.structure.is_recorded:  # its module calls tell all
+                self._in_graph.learn(self.model, tape.graph, ())
 
     # --- the end of a step ---
 
@@ -759,11 +764,11 @@ class Session:
         self.observer.require_usual_calls(forward)
 
     def _require_gradients(self, forward: Forward) -> None:
-        if self.options.gradients and self._in_graph is not None and self._in_graph.reads:
-            if forward.expected_gradients.keys() - forward.arrivals.keys():
-                raise CaptureError(
-                    "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
-                )
+        missing = forward.expected_gradients.keys() - forward.arrivals.keys()
+        if self._in_graph is not None and self._in_graph.reads and self.options.gradients and missing:
+            raise CaptureError(
+                "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
+            )
         if self.options.gradients and not forward.arrivals:
             if self._only_own:
                 raise CaptureError(

@@ -312,7 +312,10 @@ def compiled_pairs(kind, ways, steps, counts, *, lost=(), **options):
 
         told = warned(run)
         # The steps that only show the places have a sentence each.
-        assert ["showed where compiled code" in sentence for sentence in told] == [True] * len(lost), (way, told)
+        assert ["showed where compiled code" in sentence for sentence in told] == [True] * len(lost), (
+            way,
+            told,
+        )
         assert together._session._in_graph.plan is not None, (way, together._session._in_graph.failed)
         if dist.get_rank() == 0:
             one = trained(make(), steps, group="none", **options)
@@ -364,7 +367,9 @@ def compiled_refused(world, folder):
     }
     for words, make in refused.items():
         torch._dynamo.reset()
-        sentences = warned(lambda make=make: trained(make(), 2, counts=[[1] * world] * 2, group="world", data=0))
+        sentences = warned(
+            lambda make=make: trained(make(), 2, counts=[[1] * world] * 2, group="world", data=0)
+        )
         assert [words in sentence for sentence in sentences] == [True] * 2, (words, sentences)
 
 
