@@ -29,13 +29,12 @@ from depthscope.probes.model.preserved_state import preserved_attributes, preser
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
+from depthscope.probes.session.compiled_regions import COMPILED_CALL, is_compiled
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
 
-COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
-COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
 IMMUTABLE = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 STEPPED = (
@@ -72,16 +71,6 @@ def living_modules() -> list[nn.Module]:
     # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's. One whose
     # __init__ has not run yet is none.
     return [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether the call of a module runs compiled."""
-    if vars(module).get(COMPILED_CALL) is not None or COMPILED_FROM in vars(module):
-        return True
-    # From the dictionaries: to ask a class of TorchScript's, or a property of the user's, would run code of theirs.
-    places = (vars(module), *(vars(kind) for kind in type(module).__mro__))
-    forward = next((place["forward"] for place in places if "forward" in place), None)
-    return COMPILED_FROM in getattr(getattr(forward, "__func__", forward), "__dict__", ())
 
 
 def _contains(outer: nn.Module, model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,8 @@ class RecordedForward:
         Where a later forward shows what is measured: then no other operation of it is looked at.
     attention : int, optional
         Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
+    hides : callable, optional
+        Whether the module of a path runs inside of compiled code.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RecordedForward:
         observer: Observer | None = None,
         known: KnownPlaces | None = None,
         attention: int | None = None,
+        hides: Callable[[str], bool] | None = None,
     ):
         self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
@@ -78,6 +81,7 @@ class RecordedForward:
             if (p := state.point).at == "operation":
                 place = ValuePlace(p.path, p.index, p.operation, p.item, p.result)
                 self._operations.setdefault(place, []).append(state)
+        self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -88,6 +92,8 @@ class RecordedForward:
         """Put hooks on every module."""
         for path, module in module_paths(self._model):
             self._paths[id(module)] = path
+            if self._hides is not None and self._hides(path):
+                continue
             attachment.before(module, self._before_call, computes=False)
             attachment.after(module, self._after_call, computes=False)
             if module is self._model:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +19,9 @@ from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.tape import Tape
+
+if TYPE_CHECKING:
+    from depthscope.probes.session.graph_ops import RunningCall
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
 TensorKey: TypeAlias = tuple[
@@ -64,6 +67,7 @@ class Forward:
     first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
+    calls: list[RunningCall] = field(default_factory=list)  # of compiled parts
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
@@ -96,9 +100,10 @@ class Forward:
     def release(self) -> None:
         """Remove the gradient hooks, and let go of the graph."""
         self.end()
-        for handle in self.handles:
+        for handle in (*self.handles, *self.calls):
             handle.remove()
         self.handles.clear()
+        self.calls.clear()
         for listener in self.expected_gradients.values():
             listener.release()
 

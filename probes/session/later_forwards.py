@@ -33,6 +33,10 @@ class LaterForwards:
         Gives the forwards that ended, whose checkpoints a backward recomputes.
     attention : AttentionPlaces, optional
         Which calls attend, where that is looked at.
+    hides : callable, optional
+        Whether the module of a path runs inside of compiled code.
+    points : sequence of ShownTensor, optional
+        The states that hooks show, where these are not all.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class LaterForwards:
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
         attention: AttentionPlaces | None = None,
+        hides: Callable[[str], bool] | None = None,
+        points: Sequence[ShownTensor] | None = None,
     ):
         self._model = model
         self._observer = observer
@@ -49,6 +55,8 @@ class LaterForwards:
         self._current = current
         self._ended = ended
         self._attention = attention
+        self._hides = hides or (lambda path: False)
+        self._points = self._structure.shown if points is None else points
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -57,11 +65,13 @@ class LaterForwards:
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._before_call, path, states))
         for path in () if self._attention is None else sorted(self._attention.paths):
+            if self._hides(path):
+                continue
             attachment.around(modules[path], "forward", partial(self._around_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
-        for path in branches:
+        for path in filter(lambda path: not self._hides(path), branches):
             attachment.after(modules[path], partial(self._after_branch, path))
         for path, states in outputs.items():
             attachment.after(modules[path], partial(self._after_call, path, states))
@@ -69,7 +79,7 @@ class LaterForwards:
     def _states_seen_at(self, side: str) -> dict[str, list[ShownTensor]]:
         """The states that the inputs or the outputs of calls show, by module path."""
         found: dict[str, list[ShownTensor]] = {}
-        for state in self._structure.shown:
+        for state in self._points:
             if state.point.at == side:
                 found.setdefault(state.point.path, []).append(state)
         return found

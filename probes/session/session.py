@@ -36,6 +36,7 @@ from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
+from depthscope.probes.session.compiled_regions import regions_of
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import (
@@ -46,17 +47,22 @@ from depthscope.probes.session.first_forward import (
     replay,
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
+from depthscope.probes.session.in_graph import InGraph
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.logit_statistics import LOGIT_SUMS, LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
+from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.chain import ChainError
-from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
+from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure, require_same
 from depthscope.probes.structure.tape import Tape
 
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
+ONE_MORE_FORWARD = (
+    "(one more forward would exchange something with other processes; see docs/many_processes.md)"
+)
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
 
@@ -130,6 +136,8 @@ class Session:
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
         self._compiled: CompiledCalls | None = None
+        self._in_graph: InGraph | None = None
+        self._known_callers: list[int] = []
         # Compiled modules that contain the model.
         self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unseen = True  # whether no call of the model was seen yet, or none in the step before
@@ -180,6 +188,15 @@ class Session:
             if not callers:
                 self._attach()
                 return
+            in_graph = self._in_graph_of(callers)
+            exchanges = _exchanges(callers)
+            if exchanges and in_graph.failed:
+                self.report(CaptureError(f"{in_graph.failed} {ONE_MORE_FORWARD}"))
+                return
+            if not in_graph.failed and (in_graph.plan is not None or exchanges):
+                in_graph.open()
+                self._attach()
+                return
             self._compiled = CompiledCalls(
                 callers,
                 self.owner,
@@ -198,6 +215,22 @@ class Session:
         self._wrappers.update(module for module in found if module is not self.model)
         self._unseen = True  # until a call is seen
         return found
+
+    def _in_graph_of(self, callers: list[nn.Module]) -> InGraph:
+        """What measures the model inside of its compiled code."""
+        if self._in_graph is None or [id(c) for c in callers] != self._known_callers:
+            self._known_callers = [id(caller) for caller in callers]
+            regions, reason = [], ""
+            try:
+                regions = regions_of(self.model, callers)
+            except CaptureError as error:
+                reason = str(error)
+            self._in_graph = InGraph(self.model, regions, self._current, self.owner, self.report)
+            self._in_graph.failed = reason
+            self._in_graph.observer = self._observer
+        if any("attention" in request.kinds for request in self.options.selection.requests):
+            self._in_graph.failed = "what queries attend to is asked for by name"
+        return self._in_graph
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
         """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
@@ -238,7 +271,9 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
-            is_placed = self._places is not None and self._places.places is not None
+            places = self._present_places
+            is_placed = places is not None and places.places is not None
+            hides = self._in_graph.hides if self._in_graph is not None and self._in_graph.is_open else None
             if self._is_recorded:
                 # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
@@ -247,8 +282,9 @@ class Session:
                     gradients=False,
                     report=self.report,
                     observer=self._observer,
-                    known=self._places,
+                    known=places,
                     attention=None if is_placed else self._later_attention,
+                    hides=hides,
                 ).attach(attachment)
             later = LaterForwards(
                 self.model,
@@ -256,6 +292,8 @@ class Session:
                 self._current,
                 lambda: self.forwards,
                 self.attention if is_placed or not self._is_recorded else None,
+                hides=hides,
+                points=None if hides is None else self._points_outside,
             )
             later.attach(attachment)
             states = {of.point.path for of in self._observer.structure.shown}
@@ -263,6 +301,15 @@ class Session:
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
         attachment.after(self.model, self._leave, always=True)
+
+    @property
+    def _points_outside(self) -> tuple[ShownTensor, ...] | None:
+        plan = None if self._in_graph is None else self._in_graph.plan
+        return None if plan is None else plan.points
+
+    @property
+    def _present_places(self) -> KnownPlaces | None:
+        return self._places if self._in_graph is None or self._in_graph.failed else self._in_graph
 
     @property
     def _first_attention(self) -> int | None:
@@ -319,6 +366,8 @@ class Session:
                 self._compiled.remove()
                 self._compiled = None
             self._remove_hooks()
+            if self._in_graph is not None:
+                self._in_graph.close()
             self._first_thread = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
@@ -514,7 +563,7 @@ class Session:
         """Record what the trace of a later forward shows."""
         try:
             with own_call(self.observer):
-                record_operations(tape, forward, self.observer, self.model, self._places)
+                record_operations(tape, forward, self.observer, self.model, self._present_places)
         except NOT_READ as error:
             # The sample of a run has connections, which an earlier forward has to give then.
             if not self.keeps_rest or not (self.reservoir.stored or self.forwards or self._measured):
@@ -569,7 +618,7 @@ class Session:
                     # Nothing of this forward counts, and its sequences come again.
                     self.reservoir = self._new_reservoir()
                 raise
-            self._adopt(observer)
+            self._adopt(observer, tape)
         except ChainError as error:
             reason = _out_of_sight(self.model, forward)
             raise ChainError(f"{reason}; {error}") if reason else error from None
@@ -597,10 +646,14 @@ class Session:
             self._count_along_other_axis(tape, forward)
             return finder.along(1, forward.batch_size).structure(self.shards)
 
-    def _adopt(self, observer: Observer) -> None:
+    def _adopt(self, observer: Observer, tape: Tape | None = None) -> None:
         if self._places is not None:
             self._places.forget()
         self._observer, self._modules = observer, _module_types(self.model)
+        if self._in_graph is not None:
+            self._in_graph.observer = observer
+            if tape is not None and not observer.structure.is_recorded:  # its module calls tell all
+                self._in_graph.learn(self.model, tape.graph, ())
 
     # --- the end of a step ---
 
@@ -728,6 +781,11 @@ class Session:
         self.observer.require_usual_calls(forward)
 
     def _require_gradients(self, forward: Forward) -> None:
+        missing = forward.expected_gradients.keys() - forward.arrivals.keys()
+        if self._in_graph is not None and self._in_graph.reads and self.options.gradients and missing:
+            raise CaptureError(
+                "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
+            )
         if self.options.gradients and not forward.arrivals:
             if self._only_own:
                 raise CaptureError(
@@ -746,6 +804,16 @@ def _forget_connections(sums: Iterable[TokenSums]) -> None:
         chain.forget("gain_sum", "gain_max", *LOGIT_SUMS, "logit_range_max", *SUMS_OF_COEFFICIENTS)
         if chain.live is not None:
             chain.live.forget_connections()
+
+
+def _exchanges(callers: list[nn.Module]) -> bool:
+    """Whether one more forward of a model would exchange something with other processes."""
+    try:
+        for caller in callers:
+            require_no_exchange(caller)
+    except CaptureError:
+        return True
+    return False
 
 
 def _out_of_sight(model: nn.Module, forward: Forward) -> str:

@@ -130,13 +130,16 @@ def trained(model, steps, *, counts=None, rate=0.0, reduction="mean", store=None
     return recorder
 
 
-def require_equal(together, one, *, near=()):
-    """Every statistic and metric of the run of several processes is that of one process with all the data."""
+def require_equal(together, one, *, near=(), rows=slice(None)):
+    """Every statistic and metric of the run of several processes is that of one process with all the data.
+
+    ``rows``: the steps of the one that the others have.
+    """
     compared = 0
     for group, limit in (("statistics", EQUAL), ("metrics", EQUAL)):
-        here, there = together[group].to_dataset(), one[group].to_dataset()
+        here, there = together[group].to_dataset(), one[group].to_dataset().isel(step=rows)
         for name in there.data_vars:
-            if name in ROW_FACTS and name not in here:
+            if name in (*ROW_FACTS, "connection_parameter") and name not in here:
                 continue  # of weights of which a process has a part
             assert name in here, f"{group}/{name} is missing"
             if here[name].dtype.kind not in "fi" or name in near or name == "same_sampled_tokens":
@@ -252,24 +255,122 @@ class Exchanging(Plain):
         return super().forward(ids) * total.item()
 
 
+def one_dimensional(model):
+    """A model whose scalar parameters have an axis: `fully_shard` refuses scalars."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 0:
+                module._parameters[name] = nn.Parameter(parameter.detach()[None].clone())
+    return model
+
+
+def with_compiled_blocks(model, *, wrapper=False):
+    for number, block in enumerate(model.blocks):
+        if wrapper:
+            model.blocks[number] = torch.compile(block, backend="aot_eager", fullgraph=True)
+        else:
+            block.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def in_shards(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+WAYS_TO_COMPILE = {
+    "DDP(compile)": lambda model: DistributedDataParallel(compiled_whole(model)),
+    "compile(DDP)": lambda model: compiled_whole(DistributedDataParallel(model)),
+    "blocks, DDP": lambda model: DistributedDataParallel(with_compiled_blocks(model)),
+    "blocks, shards": lambda model: in_shards(with_compiled_blocks(model)),
+    "wrapped blocks, shards": lambda model: in_shards(with_compiled_blocks(model, wrapper=True)),
+    "shards, wrapped blocks": lambda model: with_compiled_blocks(in_shards(model), wrapper=True),
+}
+
+
+def compiled_pairs(kind, ways, steps, counts, *, lost=(), **options):
+    """Compiled models of several processes are measured, in their compiled code, as one uncompiled process with all data."""
+    options = {"rate": 0.1, "reduction": "global_mean", "counts": counts, **options}
+
+    def make():
+        return one_dimensional(built(kind))
+
+    for way in ways:
+        torch._dynamo.reset()
+        together = None
+
+        def run(way=way):
+            nonlocal together
+            together = trained(WAYS_TO_COMPILE[way](make()), steps, **options)
+
+        told = warned(run)
+        # The steps that only show the places have a sentence each.
+        assert ["showed where compiled code" in sentence for sentence in told] == [True] * len(lost), (
+            way,
+            told,
+        )
+        assert together._session._in_graph.plan is not None, (way, together._session._in_graph.failed)
+        if dist.get_rank() == 0:
+            one = trained(make(), steps, group="none", **options)
+            rows = [step for step in range(steps) if step not in lost]
+            assert together.run["statistics"].step.values.tolist() == rows, way
+            require_equal(together.run, one.run, near=(*OF_GRADIENTS, *QUANTILES, *AFTER_LOST), rows=rows)
+        dist.barrier()
+
+
+AFTER_LOST = ("loss_rise", "h_pre_token_count")  # of the steps before
+
+
 def compiled(world, folder):
-    """A compiled model inside of the wrapper; refused where its forward exchanges something, which nobody waits for."""
-    counts = [[3, 1][:world], [2, 0][:world]]
+    """Compiled blocks and models under DistributedDataParallel and `fully_shard`."""
+    counts = [[3, 1, 2, 2][:world]] * 3
+    compiled_pairs(Plain, ("DDP(compile)", "blocks, DDP", *SHARDED), 3, counts)
+    compiled_pairs(Plain, ("compile(DDP)",), 3, counts, lost=(0,))
 
-    def wrap(model):
-        if dist.get_world_size() > 1:
-            return DistributedDataParallel(torch.compile(model, backend="eager"))
-        return model
 
-    recorder = compared(built, 2, counts, wrap=wrap, near=OF_GRADIENTS)
-    if dist.get_rank() == 0:
-        assert "DistributedDataParallel" in recorder.run.attrs["processes_chosen"]
-    for kind, words in ((Exchanging, "exchange something"), (Plain, "can be recorded")):
-        model = torch.compile(built(kind) if kind is Exchanging else wrap(built()), backend="eager")
-        sentences = warned(lambda model=model: trained(model, 1, counts=[[1] * world], group="world"))
-        assert len(sentences) == 1, sentences
-        assert words in sentences[0], sentences
-    torch._dynamo.reset()
+SHARDED = ("blocks, shards", "wrapped blocks, shards", "shards, wrapped blocks")
+
+
+def compiled_streams(world, folder):
+    compiled_pairs(Streams, ("blocks, DDP", "blocks, shards"), 4, [[2, 1, 1, 2][:world]] * 4)
+
+
+def compiled_in_shards(world, folder):
+    counts = [[2, 1, 1, 3][:world]] * 4
+    compiled_pairs(Plain, ("blocks, shards",), 4, counts)
+    compiled_pairs(Streams, ("blocks, shards",), 4, counts)
+
+
+def compiled_refused(world, folder):
+    """What cannot be measured in compiled code, and exchanges something in a forward, is refused; nothing waits."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    class Dropping(Plain):
+        def __init__(self):
+            super().__init__(layers=1)
+            self.blocks[0].down = nn.Sequential(self.blocks[0].down, nn.Dropout(0.1))
+
+    refused = {
+        "exchange something": lambda: compiled_whole(built(Exchanging)),
+        "compiled as a whole": lambda: compiled_whole(in_shards(built())),
+        "draws random numbers": lambda: in_shards(with_compiled_blocks(built(Dropping))),
+        "could wait for them": lambda: with_compiled_blocks(in_token_shards(built(), mesh, local=False)),
+    }
+    for words, make in refused.items():
+        torch._dynamo.reset()
+        sentences = warned(
+            lambda make=make: trained(make(), 2, counts=[[1] * world] * 2, group="world", data=0)
+        )
+        assert [words in sentence for sentence in sentences] == [True] * 2, (words, sentences)
 
 
 def warned(action):
@@ -608,9 +709,11 @@ SCENARIOS = {
         token_shards,
         parts_of_sequences,
         compiled,
+        compiled_streams,
+        compiled_refused,
         pipeline,
     ),
-    4: (uneven, learning, empty_first, parts_and_shards),  # what more than two can show
+    4: (uneven, learning, empty_first, parts_and_shards, compiled_in_shards),  # what more than two can show
 }
 
 

@@ -1,0 +1,1 @@
+"""Does it measure the same on a GPU, and what does it cost there?"""
