@@ -122,6 +122,7 @@ def _write_readings(place: Path, readings: Sequence[Reading]) -> None:
                 "attrs": reading.attrs,
                 "integrity": reading.integrity,
                 "chain": reading.chain,
+                "num_steps": reading.num_steps,
                 "analysis": reading.analysis.to_dict(data=False),
             }
         )
@@ -157,6 +158,7 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                     path, *(document["attrs"].get(of) for of in ("weights_digest", "data_digest"))
                 ),
                 is_alone=len(documents) == 1,
+                num_steps=int(document["num_steps"]),
             )
 
 

@@ -78,7 +78,9 @@ def _show(chosen: ChosenRuns) -> None:
     if name == TOGETHER:
         shown = {run: colours[run] for run in histories}
         show_legend(folded_colours(shown, group_of))
-    follows = not paused and any(_goes_on(histories[reading.name], 0.0) for reading in readings)
+    # A short history is judged here: a page that follows nothing is drawn once.
+    seconds = JUDGING_SECONDS / len(readings)
+    follows = not paused and any([_goes_on(histories[reading.name], seconds) for reading in readings])
     st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, paused, follows)
 
 
