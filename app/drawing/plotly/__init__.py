@@ -11,6 +11,7 @@ from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, redu
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
@@ -39,7 +40,7 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     [4.0, 2.0, 1.0]
     """
     drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
-    drawn.update_layout(**_layout(figure))
+    set_layout(drawn, **_layout(figure))
     return drawn
 
 

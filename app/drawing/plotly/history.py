@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import FONT, GREY
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
 from depthscope.app.drawing.plotly.stack import (
     BOTTOM,
     GAP,
@@ -79,7 +80,8 @@ def draw_history(
     # A letter of the marks' names takes some six pixels.
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
     left = max([92, *(8 + 6 * len(mark.label) for mark in marks)])
-    drawn.update_layout(
+    set_layout(
+        drawn,
         **axes,
         shapes=[_line(step) for step in resumed],
         xaxis={

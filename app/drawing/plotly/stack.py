@@ -13,6 +13,7 @@ from depthscope.app.drawing.plotly.cells import draw_heatmap
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
 from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
@@ -104,7 +105,8 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
-    drawn.update_layout(
+    set_layout(
+        drawn,
         **axes,
         xaxis={
             "range": [-0.5, len(names) - 0.5],

@@ -6,6 +6,7 @@ import pytest
 from depthscope.app.readings import close_up as reading
 from depthscope.app.readings.close_up import QUANTILES, read_close_up
 from depthscope.diagnostics import save_run, schema
+from depthscope.diagnostics.errors import AbsentError
 
 
 @pytest.fixture(scope="module")
@@ -116,5 +117,5 @@ def test_a_run_without_states_has_none(mhc_run, tmp_path):
         schema.open_group(tmp_path / "missing.nc", "trace")
     run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
     save_run(run, tmp_path / "m.nc")
-    with pytest.raises(schema.SchemaError):
+    with pytest.raises(AbsentError, match="no group trace"):
         read_close_up(tmp_path / "m.nc")
