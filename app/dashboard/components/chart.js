@@ -30,8 +30,8 @@ export default function (component) {
       if (event[`${axis}.autorange`]) return [null, null];
       if (event[`${axis}.range[0]`] === undefined && !event[`${axis}.range`]) return before.slice(2 * i, 2 * i + 2);
       const range = box._fullLayout[axis].range.map(Number);
-      const whole = figure.layout[axis]?.range;
-      return whole && Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? [null, null] : range;
+      const full = figure.layout[axis]?.range;
+      return full && Math.abs(range[0] - full[0]) + Math.abs(range[1] - full[1]) < 1e-9 ? [null, null] : range;
     });
     box.zoom = ends.some((end) => end !== null) ? ends : null;
     keepZoom(data.key, box);

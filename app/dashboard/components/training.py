@@ -52,7 +52,7 @@ DEFAULT_MEASURES = (
 """Shown where the run has them, from top to bottom."""
 
 MOST_MARKS = 6
-"""Findings above the panels; the others are in the list beside them."""
+"""Findings above the panels; the others are in the list on the right."""
 
 CURVE = 80
 CURVE_OF_SEVERAL = 120
@@ -132,7 +132,7 @@ def show_history(
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
     places = _places(histories, panels)
-    told = pinned_by_page(
+    pins = pinned_by_page(
         "training", *(None if step is None else float(step) for step in (shown.step, shown.other))
     )
     known = measures_of(histories)
@@ -145,11 +145,11 @@ def show_history(
             "places": places,
             "names": None,
             "follows": True,
-            **told,
+            **pins,
             "alt": visible(
                 f"Panels over {len(steps_of(histories))} steps of the training of {', '.join(histories)}: "
                 f"{', '.join(measure_title(known[name]) for name in shown.measures)}. Left and right arrow pin a "
-                "step, with shift the one to compare with, escape goes back to the last one, enter opens the numbers beside."
+                "step, with shift the one to compare with, escape returns to the last one, enter opens the numbers at the side."
             ),
             "plotly": PLOTLY_SOURCE,
         },
@@ -207,7 +207,7 @@ def _places(histories: Mapping[str, TrainingHistory], panels: Sequence[Panel]) -
 
 
 def show_step_heading(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
-    """Which step is shown beside the panels."""
+    """Which step the right column shows."""
     words = f"Step {_spaced(steps_of(histories)[-1] if shown.step is None else shown.step)}"
     if shown.other is not None:
         words += f" against step {_spaced(shown.other)}"

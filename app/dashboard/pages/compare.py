@@ -43,6 +43,10 @@ FIRST = "effective_rank"
 """The figure that is compared at first, where the runs feed it."""
 
 
+FEW_RUNS = 3
+"""Runs whose table has room in half of the page."""
+
+
 def comparable(chosen: ChosenRuns) -> list[str]:
     """Figures of one number along depth or connections that a chosen run feeds."""
     return [
@@ -74,14 +78,17 @@ def _show(chosen: ChosenRuns) -> None:
     assert isinstance(curves, Lines)
     colours = folded_colours(colour_numbers(chosen.analyses), group_of)
     show_legend(colours)
+    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     left, right = st.columns(2, gap="medium")
     with left:
         card(folded(curves, group_of), key="compare_curves", height=340)
+        if len(readings) <= FEW_RUNS:  # next to the tests, which are as long
+            _show_table(readings, kind, view)
     for warning in differences(readings):
         st.caption(f"⚠ {escaped(warning)}")
-    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     _show_map(readings, names, CATALOGUE[kind.metric].axis, view, group_of)
-    _show_table(readings, kind, view)
+    if len(readings) > FEW_RUNS:
+        _show_table(readings, kind, view)
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
     with right:
         if len(readings) < 2:

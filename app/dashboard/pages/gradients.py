@@ -29,7 +29,7 @@ def _show_jacobians(chosen: ChosenRuns) -> None:
     if not results:
         st.info(
             "No Jacobian is kept for the chosen runs. A run has states and gradients, not the derivative of one state by "
-            "another: that takes the model. Measured once, it is kept beside the run and shown here.",
+            "another: that takes the model. Measured once, it is saved next to the run and shown here.",
             icon="ℹ️",
         )
         st.code(COMMAND, "bash")

@@ -1,4 +1,4 @@
-"""Which tokens are large, alike or lost? The text coloured by a number, its map over depth, and a table of all tokens."""
+"""Which tokens are large, similar or lost? The text coloured by a number, its map over depth, and a table of all tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_ROWS = 500
 """Of tokens in the table: more than anybody scrolls through; the file has all. A heuristic of ours."""
 
 ROW = 15
-"""Pixels of a token in the map where its text is beside it."""
+"""Pixels of a token in the map where its text is at its side."""
 
 _text = component("token_text", "matrices")
 
@@ -33,19 +33,35 @@ _ORDER = (
     *("cosine with last state", "largest feature", "its value"),
 )
 
-_COLUMNS = {
-    name: st.column_config.NumberColumn(format="%.4g", width="small")
-    for name in ("norm", "times median", "distance to mean", "cosine with last state", "its value")
-}
+_COLUMNS = (
+    {name: st.column_config.NumberColumn(format="%.4g", width="small") for name in ("norm", "its value")}
+    | {
+        name: st.column_config.NumberColumn(label, format="%.4g", width="small", help=name)
+        for name, label in (
+            ("times median", "× median"),
+            ("distance to mean", "distance"),
+            ("cosine with last state", "cos last"),
+        )
+    }
+    | {
+        "largest feature": st.column_config.NumberColumn("feature", width="small", help="largest feature"),
+        "its value": st.column_config.NumberColumn(
+            "value", format="%.4g", width="small", help="value of the largest feature"
+        ),
+        **{name: st.column_config.Column(width="small") for name in ("position", "text", "massive")},
+    }
+)
 
 
 def _show(chosen: ChosenRuns) -> None:
-    reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run")]
+    controls = st.container(horizontal=True, vertical_alignment="bottom")
+    with controls:
+        reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run", width=200)]
     close_up = run_library.close_up_of(reading)
     if close_up is None:
         _explain_no_states(reading)
         return
-    with st.container(horizontal=True, vertical_alignment="bottom"):
+    with controls:
         sequences = [str(i) for i in range(close_up.num_sequences)]
         sequence = int(choose_one("Sequence", sequences, "tokens_sequence", width=110))
         streams = ["mean", *map(str, range(close_up.num_streams))] if close_up.num_streams > 1 else ["mean"]
@@ -232,6 +248,6 @@ def _table_words(
 PAGE = Page(
     title="Tokens",
     url_path="tokens",
-    help="Which tokens are large, alike or lost, and at which depth?",
+    help="Which tokens are large, similar or lost, and at which depth?",
     show=_show,
 )

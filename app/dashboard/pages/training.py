@@ -279,9 +279,9 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
     """Where each finding began: a click pins the step, or opens the microscope."""
     if not begun:
         return
-    told = "one finding" if len(begun) == 1 else f"{len(begun)} findings"
+    count = "one finding" if len(begun) == 1 else f"{len(begun)} findings"
     of = f"{escaped(reading.name)}: " if several else ""
-    with st.expander(f"{of}{told}, from step {begun[0].step} on"):
+    with st.expander(f"{of}{count}, from step {begun[0].step} on"):
         for number, each in enumerate(begun):
             finding = each.finding
             sign = BADGES[finding.severity.name][2]

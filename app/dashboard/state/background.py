@@ -34,7 +34,7 @@ class _Job:
 
     request: Mapping[str, Any]  # as JSON
     version: Hashable  # of the files that it is about
-    progress: tuple[str, int, int] = ("starts", 0, 1)
+    progress: tuple[str, int, int] = ("starting", 0, 1)
     is_taken: bool = False
     is_done: bool = False
     reason: str = ""
@@ -87,7 +87,7 @@ class Analyses:
         if job is None or not job.is_taken:
             return None
         metric, done, total = job.progress
-        return f"{done} of {total}, {metric}"
+        return f"{metric} ({done} of {total})" if done else metric
 
     def result_of(self, path: Path, version: FileVersion) -> str | None:
         """Why a run cannot be analysed, empty where it was; None where that is not known yet."""

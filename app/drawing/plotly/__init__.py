@@ -76,7 +76,7 @@ NAMED_ROWS = 40
 def _row_names(figure: Heatmap) -> dict[str, Any]:
     if figure.y_text is None or not 0 < len(figure.y_text) <= NAMED_ROWS:
         return {}
-    names = [words(name, 20) for name in figure.y_text]
+    names = [words(name, 32) for name in figure.y_text]
     return {"tickvals": list(figure.y), "ticktext": names, "tickfont": {"size": 10.5}}
 
 
@@ -93,13 +93,7 @@ def _frame(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "font": {"family": FONT, "size": 12.5},
-        # Room on the right for the note about missing laws, which a matrix never has.
-        "margin": {
-            "l": 56,
-            "r": 32 if isinstance(figure, Lines) and figure.missing else 16,
-            "t": 12,
-            "b": 44,
-        },
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
         "legend": {
             "orientation": "h",
             "yanchor": "bottom",

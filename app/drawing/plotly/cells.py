@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DIVERGING
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
 
@@ -119,16 +120,8 @@ def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
     known = shown[np.isfinite(shown)]
     if known.size == 0:
         return {}
-    low, high = float(known.min()), float(known.max())
-    # One tick a decade over three decades, 1-2-5 over one, else nearly every digit. Heuristics of ours.
-    steps = (
-        (1.0,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    )
-    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
-    values = np.array([step * 10.0**decade for decade in decades for step in steps])
-    # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
-    inside = values[(np.log10(values) >= low - 1e-6) & (np.log10(values) <= high + 1e-6)]
-    return {"tickvals": np.log10(inside).tolist(), "ticktext": [f"{value:g}" for value in inside]}
+    ticks = log_ticks(float(known.min()), float(known.max()), most=9)
+    return {**ticks, "tickvals": np.log10(ticks["tickvals"]).tolist()} if ticks else {}
 
 
 def _cell_names(figure: Heatmap) -> list[list[str]] | None:

@@ -14,6 +14,7 @@ from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.drawing.plotly.layout import set_layout
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
@@ -28,6 +29,10 @@ MARKED = "#EE6677"
 
 STRIP, LANE, GAP, TOP, BOTTOM = 92, 19, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
+
+
+LEAST_ROOM = 0.25
+"""Of the axis, for the name of a finding on a side of its bar."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
+    # A letter of a finding's name takes some six pixels.
+    left = max([92, *(8 + 6 * len(bar.label) for bar in bars if not _has_room(bar, len(names)))])
     set_layout(
         drawn,
         **axes,
@@ -119,7 +126,7 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         },
         template="none",
         height=total,
-        margin={"l": 92, "r": 64, "t": TOP, "b": BOTTOM},
+        margin={"l": left, "r": 64, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},
@@ -151,13 +158,22 @@ def _bar(bar: Bar, lane: int, names: Sequence[str]) -> go.Scatter:
     )
 
 
+def _has_room(bar: Bar, depths: int) -> bool:
+    return max(bar.first, depths - 1 - bar.last) >= LEAST_ROOM * depths
+
+
 def _bar_label(bar: Bar, lane: int, depths: int) -> dict[str, Any]:
-    """On that side of the bar where there is more room."""
+    """On that side of the bar where there is more room; in the margin where there is none."""
     on_the_left = bar.first > depths - 1 - bar.last
-    return {
-        "text": words(bar.label),
+    place: dict[str, Any] = {
         "x": bar.first - 0.55 if on_the_left else bar.last + 0.55,
         "xanchor": "right" if on_the_left else "left",
+    }
+    if not _has_room(bar, depths):
+        place = {"xref": "paper", "x": 0, "xanchor": "right", "xshift": -4}
+    return {
+        "text": words(bar.label),
+        **place,
         "y": lane,
         "yref": "y",
         "showarrow": False,
@@ -238,11 +254,10 @@ def add_panel(
         axis |= {key: scale[key] for key in ("type", "range") if key in scale}
         if axis.get("type") == "log":
             low, high = axis.get("range", (0, 2))
-            # Only round numbers: the subdivisions of a decade run into each other.
-            axis |= {
-                "dtick": max(1, round((high - low) / 3)) if high - low > 1 else "D2",
-                "exponentformat": "power",
-            }
+            few = high - low <= 2
+            axis |= {"exponentformat": "power"} | (
+                log_ticks(low, high, most=3) if few else {"dtick": max(1, round((high - low) / 3))}
+            )
     else:
         axis |= {"autorange": "reversed", "showgrid": False}
         if panel.ticks:
