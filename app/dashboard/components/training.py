@@ -149,7 +149,7 @@ def show_history(
             "alt": visible(
                 f"Panels over {len(steps_of(histories))} steps of the training of {', '.join(histories)}: "
                 f"{', '.join(measure_title(known[name]) for name in shown.measures)}. Left and right arrow pin a "
-                "step, with shift the one to compare with, escape returns to the last one, enter opens the numbers at the side."
+                "step, with shift the one to compare with, escape returns to the last one, enter opens its numbers."
             ),
             "plotly": PLOTLY_SOURCE,
         },

@@ -33,24 +33,24 @@ _ORDER = (
     *("cosine with last state", "largest feature", "its value"),
 )
 
-_COLUMNS = (
-    {name: st.column_config.NumberColumn(format="%.4g", width="small") for name in ("norm", "its value")}
-    | {
-        name: st.column_config.NumberColumn(label, format="%.4g", width="small", help=name)
-        for name, label in (
-            ("times median", "× median"),
-            ("distance to mean", "distance"),
-            ("cosine with last state", "cos last"),
-        )
-    }
-    | {
-        "largest feature": st.column_config.NumberColumn("feature", width="small", help="largest feature"),
-        "its value": st.column_config.NumberColumn(
-            "value", format="%.4g", width="small", help="value of the largest feature"
-        ),
-        **{name: st.column_config.Column(width="small") for name in ("position", "text", "massive")},
-    }
-)
+_COLUMNS = {
+    "position": st.column_config.NumberColumn(width=60),
+    "text": st.column_config.TextColumn(width=70),
+    "norm": st.column_config.NumberColumn(format="%.4g", width=62),
+    "times median": st.column_config.NumberColumn("× median", format="%.4g", width=76, help="times median"),
+    "massive": st.column_config.CheckboxColumn(width=64),
+    "distance to mean": st.column_config.NumberColumn(
+        "distance", format="%.3g", width=66, help="distance to the mean token"
+    ),
+    "cosine with last state": st.column_config.NumberColumn(
+        "cos last", format="%.3g", width=66, help="cosine with the last state"
+    ),
+    "largest feature": st.column_config.NumberColumn("feature", width=62, help="largest feature"),
+    "its value": st.column_config.NumberColumn(
+        "value", format="%.3g", width=62, help="value of the largest feature"
+    ),
+}
+"""Names and widths in pixels such that all columns are seen at once on a laptop."""
 
 
 def _show(chosen: ChosenRuns) -> None:

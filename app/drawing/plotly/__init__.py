@@ -12,6 +12,7 @@ from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.drawing.plotly.layout import set_layout
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
@@ -54,7 +55,11 @@ def _layout(figure: Figure) -> dict[str, Any]:
     y_axis = {**axis, "title": {"text": words(figure.y_label), "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
         return _frame(figure) | {
-            "xaxis": {**x_axis, "showgrid": False, **(_LOG if figure.log_x else _whole_ticks(figure))},
+            "xaxis": {
+                **x_axis,
+                "showgrid": False,
+                **(_log_axis(figure) if figure.log_x else _whole_ticks(figure)),
+            },
             "yaxis": y_axis,
             "hovermode": "x unified",
         }
@@ -78,6 +83,13 @@ def _row_names(figure: Heatmap) -> dict[str, Any]:
         return {}
     names = [words(name, 32) for name in figure.y_text]
     return {"tickvals": list(figure.y), "ticktext": names, "tickfont": {"size": 10.5}}
+
+
+def _log_axis(figure: Lines) -> dict[str, Any]:
+    x = np.concatenate([line.x for line in figure.lines] or [np.zeros(0)])
+    ends = np.log10(x[x > 0]).min(initial=np.inf), np.log10(x[x > 0]).max(initial=-np.inf)
+    few = 0 < ends[1] - ends[0] <= 2
+    return _LOG | (log_ticks(float(ends[0]), float(ends[1]), most=7) if few else {"dtick": 1})
 
 
 def _whole_ticks(figure: Lines) -> dict[str, Any]:

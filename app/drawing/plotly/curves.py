@@ -16,7 +16,6 @@ from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, Look
-from depthscope.app.figures.specification import NOISE_BASELINE
 
 __all__ = ["draw_lines"]
 
@@ -50,7 +49,9 @@ def draw_lines(figure: Lines) -> go.Figure:
         (line for line in figure.lines if line.role == "null" and np.isfinite(line.y).any()), None
     )
     if baseline is not None:
-        _name_level(drawn, float(baseline.y[np.isfinite(baseline.y)][-1]), NOISE_BASELINE, figure)
+        _name_level(
+            drawn, float(baseline.y[np.isfinite(baseline.y)][-1]), baseline.label.rpartition(" · ")[2], figure
+        )
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
     drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])

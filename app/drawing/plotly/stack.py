@@ -31,6 +31,12 @@ STRIP, LANE, GAP, TOP, BOTTOM = 92, 19, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
 
 
+LEFT = 92
+"""Pixels on the left of the panels, for the names of their axes."""
+
+ABOVE = 9
+"""Pixels from the middle of a bar to that of its name above it."""
+
 LEAST_ROOM = 0.25
 """Of the axis, for the name of a finding on a side of its bar."""
 
@@ -110,8 +116,6 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
-    # A letter of a finding's name takes some six pixels.
-    left = max([92, *(8 + 6 * len(bar.label) for bar in bars if not _has_room(bar, len(names)))])
     set_layout(
         drawn,
         **axes,
@@ -126,7 +130,7 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         },
         template="none",
         height=total,
-        margin={"l": left, "r": 64, "t": TOP, "b": BOTTOM},
+        margin={"l": LEFT, "r": 64, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},
@@ -158,19 +162,16 @@ def _bar(bar: Bar, lane: int, names: Sequence[str]) -> go.Scatter:
     )
 
 
-def _has_room(bar: Bar, depths: int) -> bool:
-    return max(bar.first, depths - 1 - bar.last) >= LEAST_ROOM * depths
-
-
 def _bar_label(bar: Bar, lane: int, depths: int) -> dict[str, Any]:
-    """On that side of the bar where there is more room; in the margin where there is none."""
-    on_the_left = bar.first > depths - 1 - bar.last
+    """On that side of the bar where there is more room; above the bar where there is none."""
+    before, after = bar.first, depths - 1 - bar.last
+    on_the_left = before > after
     place: dict[str, Any] = {
         "x": bar.first - 0.55 if on_the_left else bar.last + 0.55,
         "xanchor": "right" if on_the_left else "left",
     }
-    if not _has_room(bar, depths):
-        place = {"xref": "paper", "x": 0, "xanchor": "right", "xshift": -4}
+    if max(before, after) < LEAST_ROOM * depths:
+        place = {"xref": "paper", "x": 0, "xanchor": "left", "yshift": ABOVE}
     return {
         "text": words(bar.label),
         **place,
@@ -206,6 +207,8 @@ def panel_title(high: float) -> dict[str, Any]:
         "xref": "paper",
         "x": 0,
         "xanchor": "left",
+        # From the left edge of the drawing on: on a phone a title needs the room above the names of the axis too.
+        "xshift": 4 - LEFT,
         "yref": "paper",
         "y": high,
         "yanchor": "bottom",

@@ -43,7 +43,9 @@ def round_numbers(low: float, high: float, most: int = 6) -> list[float]:
     if few and high - low > 1:
         return few[-1]
     first, last = 10.0**low, 10.0**high
-    size = 10.0 ** np.floor(np.log10(max(last - first, np.finfo(float).tiny)))
+    if last <= first * (1 + 1e-6):
+        return [float(f"{first:.6g}")]
+    size = 10.0 ** np.floor(np.log10(last - first))
     for step in (size * each for each in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)):
         ticks = np.arange(np.ceil(first / step - 1e-6), np.floor(last / step + 1e-6) + 1) * step
         if len(ticks) <= most:
