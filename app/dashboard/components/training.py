@@ -246,10 +246,10 @@ def _show_numbers(
         for name in names:
             values = history.values(name, shown.choice)
             first = float(values[positions[0]])
-            change = f"{first - float(values[positions[1]]):.3g}" if len(positions) > 1 else None
+            change = number(first - float(values[positions[1]])) if len(positions) > 1 else None
             st.metric(
                 escaped(measure_title(history.measures[name])),
-                f"{first:.4g}",
+                number(first, digits=4),
                 change,
                 delta_color="off",
                 width="content",

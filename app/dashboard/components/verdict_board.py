@@ -61,7 +61,9 @@ def show_verdict_board() -> None:
     if listed:  # else the page says that there is none
         runs = _Runs.of(listed)
         # A fragment runs again by itself only if it was asked to when it was drawn.
-        st.fragment(_board, run_every=1.0 if runs.changes else None)([runs])
+        # Hundreds of rows take tenths of a second to look at and to send.
+        seconds = max(1.0, len(listed) / 100)
+        st.fragment(_board, run_every=seconds if runs.changes else None)([runs])
 
 
 @dataclass

@@ -73,7 +73,7 @@ def _show(chosen: ChosenRuns) -> None:
         depth = choose_index("Depth", last, "tokens_depth", default=_telling_depth(close_up))
     if not close_up.has_texts:
         st.info(
-            "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` keeps it.",
+            "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` saves it.",
             icon="ℹ️",
         )
     if close_up.num_sequences < close_up.sequences:

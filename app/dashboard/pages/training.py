@@ -163,7 +163,7 @@ def _follow(
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
             "Click or ←/→ pins a step, shift-click compares it with another, dragging zooms in, a double click shows all. "
-            f"Verdicts judged {judged} of {steps} steps{', and go on' if judged < steps else ''}."
+            f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
         show_step_heading(seen, shown)

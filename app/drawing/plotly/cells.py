@@ -72,8 +72,13 @@ def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
     ]
 
 
-def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go.Figure:
-    """Heat map, its numbers as float32, with one cell ringed where asked."""
+def draw_heatmap(
+    figure: Heatmap, mark: tuple[float, float] | None = None, *, most_ticks: int = 9
+) -> go.Figure:
+    """Heat map, its numbers as float32, with one cell ringed where asked.
+
+    ``most_ticks``: of a logarithmic colour bar.
+    """
     # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
@@ -99,7 +104,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=DIVERGING if figure.diverging else "Viridis",
             meta="diverging" if figure.diverging else None,  # a dark page has other colours around zero
-            colorbar=bar | (_log_ticks(shown) if figure.log_z else {}),
+            colorbar=bar | (_log_ticks(shown, most_ticks) if figure.log_z else {}),
             hoverongaps=False,
             hovertemplate=_hover(figure),
         )
@@ -115,12 +120,12 @@ def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | Non
     return float(np.log10(limits[0])), float(np.log10(limits[1]))
 
 
-def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
+def _log_ticks(shown: np.ndarray, most: int) -> dict[str, Any]:
     """Round numbers on a colour bar of logarithms."""
     known = shown[np.isfinite(shown)]
     if known.size == 0:
         return {}
-    ticks = log_ticks(float(known.min()), float(known.max()), most=9)
+    ticks = log_ticks(float(known.min()), float(known.max()), most)
     return {**ticks, "tickvals": np.log10(ticks["tickvals"]).tolist()} if ticks else {}
 
 

@@ -76,7 +76,9 @@ def _name_level(drawn: go.Figure, value: float, label: str, figure: Lines) -> No
         yanchor="bottom",
         showarrow=False,
         text=words(label),
-        font={"size": 11, "color": GREY},
+        # The page's own colour, a little fainter: one grey has little contrast on white or on black.
+        font={"size": 11},
+        opacity=0.8,
     )
 
 

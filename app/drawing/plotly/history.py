@@ -79,7 +79,9 @@ def draw_history(
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_note(panel)}", **panel_title(high))
+        drawn.add_annotation(
+            text=f"<b>{words(panel.figure.title, 90)}</b>{_note(panel)}", **panel_title(high)
+        )
         top -= panel.height
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
     set_layout(

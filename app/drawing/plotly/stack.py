@@ -27,7 +27,7 @@ SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 MARKED = "#EE6677"
 """Of what the visitor has marked."""
 
-STRIP, LANE, GAP, TOP, BOTTOM = 92, 19, 30, 10, 42
+STRIP, LANE, GAP, TOP, BOTTOM = 92, 21, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
 
 
@@ -110,7 +110,7 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_key(panel)}", **panel_title(high))
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{_key(panel)}", **panel_title(high))
         for bar in bars if isinstance(panel.figure, Lines) else ():
             drawn.add_shape(_shade(bar, low, high))
         if panel.marked is not None:
@@ -242,7 +242,12 @@ def add_panel(
     ``domain``: share of the drawing, from and to.
     """
     name = f"y{number}"
-    own = draw_lines(panel.figure) if isinstance(panel.figure, Lines) else draw_heatmap(panel.figure)
+    own = (
+        draw_lines(panel.figure)
+        if isinstance(panel.figure, Lines)
+        # A tick takes some sixteen pixels.
+        else draw_heatmap(panel.figure, most_ticks=max(3, panel.height // 16))
+    )
     axis: dict[str, Any] = {
         "domain": list(domain),
         "gridcolor": FAINT,
