@@ -19,6 +19,7 @@ from typing import Any
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
 from depthscope.app.figures import Selection
 from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_first_findings import keep_first_findings
 from depthscope.app.readings.kept_readings import keep
 from depthscope.app.readings.readings import Reading
 
@@ -230,6 +231,8 @@ def _analyse(request: Mapping[str, Any], progress: Callable[[str, int, int], Non
     if isinstance(found, UnreadableRun):
         return found.reason
     keep(path, version, found)
+    with suppress(OSError, ValueError):  # the page of the training then judges its steps itself
+        keep_first_findings(path, version, found)
     return ""
 
 
