@@ -16,14 +16,10 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
-from depthscope.app.figures import Selection
+from depthscope.app.dashboard.state.run_reading import LIMIT, version_of
 from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.kept_first_findings import keep_first_findings
-from depthscope.app.readings.kept_readings import keep
-from depthscope.app.readings.readings import Reading
 
-__all__ = ["Analyses", "work"]
+__all__ = ["Analyses"]
 
 IDLE_SECONDS = 20.0
 """A process without work ends after these: its imports are a hundred megabytes."""
@@ -164,7 +160,7 @@ def num_cores() -> int:
 
 
 def _process() -> subprocess.Popen[str]:
-    code = "from depthscope.app.dashboard.state.background import work; work()"
+    code = "from depthscope.app.dashboard.state.worker import work; work()"
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(LIMIT["max_bytes"])],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -198,55 +194,3 @@ def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, An
     yield {
         "reason": "The process that analysed it was ended, perhaps for its memory. Analyse it by itself: depthscope analyze"
     }
-
-
-def work() -> None:
-    """Do what is asked on stdin, one request a line, and say on stdout how far each is."""
-    with suppress(OSError):
-        os.nice(5)  # pages before analyses
-    LIMIT["max_bytes"] = json.loads(sys.argv[1])
-    # Libraries may print; what is read at the other end is answers alone.
-    answers, sys.stdout = sys.stdout, sys.stderr
-
-    def say(**answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-    def progress(*done: Any) -> None:
-        say(progress=done)
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            say(reason=_test(request) if "metric" in request else _analyse(request, progress))
-        except (OSError, ValueError) as error:  # it has gone, or cannot be tested
-            say(reason=sentence(error))
-
-
-def _analyse(request: Mapping[str, Any], progress: Callable[[str, int, int], None]) -> str:
-    """Why a run cannot be analysed; empty where its analysis is kept."""
-    path = Path(request["path"])
-    version = version_of(path)
-    found = read(request["name"], path, progress)
-    if isinstance(found, UnreadableRun):
-        return found.reason
-    keep(path, version, found)
-    with suppress(OSError, ValueError):  # the page of the training then judges its steps itself
-        keep_first_findings(path, version, found)
-    return ""
-
-
-def _test(request: Mapping[str, Any]) -> str:
-    """Why runs cannot be tested; empty where the tests are kept."""
-    # Here, since they ask the server's list of runs for other processes, which are this one.
-    from depthscope.app.dashboard.state.run_differences import differences_between
-    from depthscope.app.dashboard.state.run_library import read_run
-
-    readings: list[Reading] = []
-    for name, path in request["runs"].items():
-        found = read_run(name, {name: Path(path)})
-        if isinstance(found, UnreadableRun):
-            return found.reason
-        readings += found
-    differences_between(readings, request["metric"], Selection(**request["view"]))
-    return ""
