@@ -11,7 +11,7 @@ import numpy as np
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.diagnostics import Finding, Severity, judge
 
-__all__ = ["Begun", "FirstFindings"]
+__all__ = ["Begun", "FirstFindings", "KnownFindings"]
 
 SPREAD = 32
 """Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
@@ -29,6 +29,22 @@ class Begun:
     step: int  # of the training
     before: int | None  # the judged step before it, which does not have it; None where there is none
     lasts: bool  # whether the last judged step has it too
+
+
+@dataclass(frozen=True)
+class KnownFindings:
+    """Findings of a history whose steps were judged before; in place of `FirstFindings`."""
+
+    num_judged: int
+    found: tuple[Begun, ...]
+
+    def look(self, seconds: float) -> bool:
+        """Nothing is left to judge."""
+        return False
+
+    def begun(self) -> list[Begun]:
+        """Findings by the step at which they begin."""
+        return list(self.found)
 
 
 class FirstFindings:

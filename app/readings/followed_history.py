@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from depthscope.app.readings.training_history import (
 )
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
+from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
@@ -41,8 +43,7 @@ class FollowedHistory(TrainingHistory):
         super().__init__(reading.name)
         self._reading, self._store, self._known, self._sums = reading, store, metrics, sums
         self._metrics, self._statistics = (
-            f"{group}/{reading.chain}/" if reading.chain else f"{group}/"
-            for group in ("metrics", "statistics")
+            _prefix(group, reading.chain) for group in ("metrics", "statistics")
         )
 
     def refresh(self) -> bool:
@@ -168,23 +169,44 @@ class FollowedHistory(TrainingHistory):
 
 
 def history_of(reading: Reading) -> TrainingHistory:
-    """The history of a reading, from its file.
+    """The history of a reading, from its file, which was verified when it was read.
 
     Returns: One that can be refreshed, of a live store.
     """
     path = Path(reading.path)
-    run = schema.open_run(path)
-    try:
-        if not schema.is_live_store(path):
-            return SavedHistory.of(reading, run)
-        metrics, sums = (_without_step(run, group, reading.chain) for group in ("metrics", "statistics"))
+    if schema.is_live_store(path):
+        return _followed(reading, FollowedStore(path))
+    if reading.num_steps < 2:  # the statistics of one step are no history
+        return SavedHistory(reading, xr.Dataset(), None)
+    with schema.open_group(path, "statistics", reading.chain) as statistics:
+        return SavedHistory.of(reading, statistics)
+
+
+def _followed(reading: Reading, store: FollowedStore) -> FollowedHistory:
+    # All of the metrics is in the rows, which are read in any case: what has no step is with their labels.
+    metrics = xr.Dataset(coords=_labels(store, "metrics", reading.chain))
+    nulls = [name for name in metrics.coords if str(name).endswith("_null")]
+    sums = xr.Dataset()
+    with suppress(AbsentError), schema.open_group(store.path, "statistics", reading.chain) as state:
+        sums = state.drop_dims("step", errors="ignore")
         # Sums over features, which no history needs, are the largest part of it.
         kept = [name for name, array in sums.data_vars.items() if array.dims in (("weight",), ("cell",))]
-        return FollowedHistory(reading, FollowedStore(path), metrics, sums[kept].assign_coords(sums.coords))
-    finally:
-        run.close()
+        sums = sums[kept].assign_coords(sums.coords).load()
+    labels = _labels(store, "statistics", reading.chain)
+    sums = sums.assign_coords({name: label for name, label in labels.items() if name not in sums.variables})
+    return FollowedHistory(reading, store, metrics.reset_coords(nulls), sums)
 
 
-def _without_step(run: xr.DataTree, group: str, chain: str) -> xr.Dataset:
-    found = schema.chain_dataset(run, group, chain)
-    return xr.Dataset() if found is None else found.drop_dims("step", errors="ignore").load()
+def _labels(store: FollowedStore, group: str, chain: str) -> dict[str, xr.Variable]:
+    """What has no step in the rows of a group."""
+    prefix = _prefix(group, chain)
+    return {
+        label: xr.Variable(fields["dims"], fields["values"], dict(fields["attrs"]))
+        for name, fields in store.coords.items()
+        if name.startswith(prefix) and "/" not in (label := name.removeprefix(prefix))
+    }
+
+
+def _prefix(group: str, chain: str) -> str:
+    """What the names of a group's variables begin with in a live store."""
+    return f"{group}/{chain}/" if chain else f"{group}/"

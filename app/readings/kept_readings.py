@@ -30,7 +30,10 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 
 __all__ = [
+    "UNUSABLE",
     "Summary",
+    "finding_document",
+    "finding_of",
     "folders_of",
     "keep",
     "kept_readings",
@@ -42,7 +45,7 @@ __all__ = [
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
 
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
 
 MOST_POSITIONS = 256
@@ -92,7 +95,7 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}.npz"
         # It may be damaged, or of somebody else: never a reason not to show the run.
-        with suppress(*_UNUSABLE):
+        with suppress(*UNUSABLE):
             return tuple(_read_readings(place, path))
     return None
 
@@ -101,7 +104,7 @@ def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
     """What the verdicts of a run were, without opening its analysis."""
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}.json"
-        with suppress(*_UNUSABLE):
+        with suppress(*UNUSABLE):
             return [_summary(document) for document in json.loads(place.read_text(encoding="utf-8"))]
     return None
 
@@ -122,6 +125,7 @@ def _write_readings(place: Path, readings: Sequence[Reading]) -> None:
                 "attrs": reading.attrs,
                 "integrity": reading.integrity,
                 "chain": reading.chain,
+                "num_steps": reading.num_steps,
                 "analysis": reading.analysis.to_dict(data=False),
             }
         )
@@ -157,6 +161,7 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                     path, *(document["attrs"].get(of) for of in ("weights_digest", "data_digest"))
                 ),
                 is_alone=len(documents) == 1,
+                num_steps=int(document["num_steps"]),
             )
 
 
@@ -176,14 +181,14 @@ def _summary_document(summary: Summary) -> dict[str, Any]:
                 "state": standing.state,
                 "reason": standing.reason,
                 "depth_out": standing.depth_out,
-                "finding": _finding_document(standing.finding),
+                "finding": finding_document(standing.finding),
             }
             for verdict, standing in summary.standings.items()
         },
     }
 
 
-def _finding_document(finding: Finding | None) -> dict[str, Any] | None:
+def finding_document(finding: Finding | None) -> dict[str, Any] | None:
     """With the curve of what was found, which a table of runs shows."""
     if finding is None:
         return None
@@ -197,14 +202,15 @@ def _summary(document: Mapping[str, Any]) -> Summary:
         document["name"],
         document["attrs"],
         {
-            verdict: Standing(each["state"], _finding(each["finding"]), each["reason"], each["depth_out"])
+            verdict: Standing(each["state"], finding_of(each["finding"]), each["reason"], each["depth_out"])
             for verdict, each in document["standings"].items()
         },
         int(document["depths"]),
     )
 
 
-def _finding(document: Mapping[str, Any] | None) -> Finding | None:
+def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
+    """The finding of `finding_document`."""
     if document is None:
         return None
     # JSON has no NaN: what is not finite was written as None.

@@ -51,6 +51,8 @@ class Reading:
         The chain's name in the run, empty where it has one.
     results : mapping of str to Dataset
         What ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are beside it.
+    num_steps : int
+        Steps of a training that the run has statistics of; of a live store those that it had when it was analysed.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Reading:
     passed: tuple[Finding, ...] = ()
     chain: str = ""
     results: Mapping[str, xr.Dataset] = field(default_factory=dict)
+    num_steps: int = 1
 
     @property
     def run(self) -> str:
@@ -128,6 +131,7 @@ def read_runs(
             results=results.get(name, {}),
             # A lens reads one chain of several, and does not say which.
             is_alone=len(analyses[name]) == 1,
+            num_steps=_num_steps(run, chain),
         )
         for name, run in runs.items()
         for chain, analysis in analyses[name]
@@ -144,12 +148,13 @@ def judged(
     path: str,
     results: Mapping[str, xr.Dataset],
     is_alone: bool,
+    num_steps: int = 1,
 ) -> Reading:
     """A reading of an analysis: the verdicts are asked here.
 
     Parameters
     ----------
-    name, attrs, analysis, integrity, chain, path, results
+    name, attrs, analysis, integrity, chain, path, results, num_steps
         See `Reading`.
     is_alone : bool
         Whether the run has no other chain: the result of a lens is evidence then.
@@ -169,7 +174,13 @@ def judged(
         passed=tuple(finding for finding in found if not finding.severity),
         chain=chain,
         results=results,
+        num_steps=num_steps,
     )
+
+
+def _num_steps(run: xr.DataTree, chain: str) -> int:
+    statistics = schema.chain_dataset(run, "statistics", chain)
+    return 1 if statistics is None else statistics.sizes.get("step", 1)
 
 
 def _with_evidence(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:

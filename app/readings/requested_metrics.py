@@ -40,6 +40,7 @@ def with_requested(
                 path=reading.path,
                 results=reading.results,
                 is_alone=len(readings) == 1,
+                num_steps=reading.num_steps,
             )
             for reading in readings
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.saved_history import cells_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.kernels.mixing.products import composite
 
 __all__ = ["MixingMatrices", "cells_by_step", "history_of", "matrices_of"]
@@ -37,15 +38,11 @@ def _trace_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> Iterator[xr.
         yield schema.chain_dataset(run, "trace", reading.chain)
     elif reading.path:
         # The run was verified when it was read; only the group that is needed is opened again.
-        try:
-            trace = schema.open_group(Path(reading.path), "trace", reading.chain)
-        except schema.SchemaError:
-            trace = None  # a run of statistics or metrics alone
-        try:
+        with ExitStack() as stack:
+            trace = None
+            with suppress(AbsentError):  # a run of statistics or metrics alone
+                trace = stack.enter_context(schema.open_group(reading.path, "trace", reading.chain))
             yield trace
-        finally:
-            if trace is not None:
-                trace.close()
     else:
         yield None
 

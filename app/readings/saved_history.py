@@ -64,12 +64,9 @@ class SavedHistory(TrainingHistory):
         self._measured = measures_of({name: array.isel(step=-1) for name, array in self._by_step.items()})
 
     @classmethod
-    def of(cls, reading: Reading, run: xr.DataTree) -> SavedHistory:
-        """Of a reading and its opened run."""
-        statistics = schema.chain_dataset(run, "statistics", reading.chain)
-        if statistics is None or "step" not in statistics.dims:
-            return cls(reading, xr.Dataset(), None)
-        curves = training_curves(run, chain=reading.chain)
+    def of(cls, reading: Reading, statistics: xr.Dataset) -> SavedHistory:
+        """Of a reading and the statistics of several steps of its chain."""
+        curves = training_curves(xr.DataTree.from_dict({"statistics": statistics}))
         kept = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]].load()
         return cls(reading, kept, cells_of(statistics))
 

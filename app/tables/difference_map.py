@@ -10,7 +10,7 @@ import xarray as xr
 from depthscope.app.figures.build.values import names_of
 from depthscope.app.figures.specification import Heatmap, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.differences import at_shared_depths, profiles_of
+from depthscope.app.tables.differences import profiles_of, shared_positions
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
@@ -35,28 +35,28 @@ def difference_map(
     Raises InputError: Where no measure is known of both.
     """
     (first, _), (second, _) = groups.items()
-    rows: dict[str, xr.DataArray] = {}
+    rows: dict[str, np.ndarray] = {}
+    labelled: dict[str, xr.DataArray] = {}
     for metric in dict.fromkeys(name for name in metrics if CATALOGUE[name].axis == axis):
         pair = {name: profiles_of(readings, metric, view) for name, readings in groups.items()}
-        means = {name: _mean(each) for name, each in pair.items() if len({one.shape for one in each}) == 1}
-        if len(means) == 2:
-            a, b = at_shared_depths(means).values()
-            size = (abs(a) + abs(b)) / 2
+        if all(len({one.shape for one in each}) == 1 for each in pair.values()):
+            shared = shared_positions({name: each[0] for name, each in pair.items()})
+            # Arrays, since their depths are the same now: labels take xarray longer than all of the arithmetic.
+            a, b = (
+                np.mean([one.values for one in pair[name]], axis=0)[places] for name, places in shared.items()
+            )
+            size = (np.abs(a) + np.abs(b)) / 2
             # Where both are 0 there is no difference; 0/0 would be undefined.
-            rows[metric] = ((b - a) / size.where(size > 0, 1.0)).rename(metric)
-    sizes = {row.sizes[axis] for row in rows.values()}
+            rows[metric] = (b - a) / np.where(size > 0, size, 1.0)
+            labelled[metric] = min((each[0] for each in pair.values()), key=len)
     if not rows:
         raise InputError(f"{first} and {second} have no measure along their {axis}s in common")
     # Measures of a part of the depths, such as of blocks, have no column in this map.
-    columns = max(sizes)
-    shown = {name: row for name, row in rows.items() if row.sizes[axis] == columns and row.notnull().any()}
-    ordered = sorted(shown, key=lambda name: -float(np.abs(shown[name]).max()))[:MOST_ROWS]
-    z = np.stack([shown[name].values.astype(float) for name in ordered])
-    return _drawn(z, shown[ordered[0]], ordered, (first, second), axis), ordered
-
-
-def _mean(profiles: Sequence[xr.DataArray]) -> xr.DataArray:
-    return profiles[0].copy(data=np.mean([each.values for each in profiles], axis=0))
+    columns = max(map(len, rows.values()))
+    shown = {name: row for name, row in rows.items() if len(row) == columns and np.isfinite(row).any()}
+    ordered = sorted(shown, key=lambda name: -float(np.nanmax(np.abs(shown[name]))))[:MOST_ROWS]
+    z = np.stack([shown[name] for name in ordered]).astype(float)
+    return _drawn(z, labelled[ordered[0]], ordered, (first, second), axis), ordered
 
 
 def _drawn(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Line, Lines, Selection
-from depthscope.app.readings.readings import Reading, find_runs
+from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
-from depthscope.app.tables.tables import column_of, spoken
+from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
@@ -25,7 +25,7 @@ from depthscope.diagnostics.analysis.differences import (
     of_two,
     same_sequences,
 )
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import AbsentError, InputError
 
 __all__ = [
     "as_dict",
@@ -37,6 +37,7 @@ __all__ = [
     "differences_at",
     "in_words",
     "profiles_of",
+    "shared_positions",
 ]
 
 ALONG = ("depth", "connection")
@@ -45,60 +46,61 @@ ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seed
 
 
 def between_runs(
-    paths: Sequence[str],
-    metrics: Sequence[str],
-    view: Selection,
-    *,
-    without: Collection[str] = (),
-    max_bytes: int | None = None,
+    readings: Sequence[Reading], metrics: Sequence[str], view: Selection, *, max_bytes: int | None = None
 ) -> list[Difference]:
     """Every run against the first, sequence by sequence where they have seen the same ones.
 
-    ``paths``: run files, or folders with some in them.
-    ``without``: names of runs that cannot be read.
     ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
     """
-    found = {name: path for name, path in find_runs(paths).items() if name not in without}
-    runs = {name: schema.open_run(path, max_bytes=max_bytes) for name, path in found.items()}
-    try:
-        first, *others = runs
-
-        @cache  # the first run is compared with every other one, and measured once
-        def profiles(name: str, chain: str, metric: str) -> xr.DataArray | None:
-            trace = schema.chain_dataset(runs[name], "trace", chain)
-            return None if trace is None else _profiles(trace, metric, view)
-
-        return [
-            difference
-            for other in others
-            # A chain is compared with the same chain of the other run: an encoder is no decoder.
-            for chain in schema.chains(runs[first])
-            if chain in schema.chains(runs[other])
-            for difference in _of_pair(
-                {name: runs[name] for name in (first, other)}, chain, metrics, profiles
-            )
-        ]
-    finally:
-        for run in runs.values():
-            run.close()
+    # A chain is compared with the same chain of the other run: an encoder is no decoder.
+    chains: dict[str, list[Reading]] = {}
+    for reading in readings:
+        chains.setdefault(reading.chain, []).append(reading)
+    found = []
+    with ExitStack() as stack:
+        for of_chain in chains.values():
+            if of_chain[0].run != readings[0].run:
+                continue
+            first, *others = [_Measured.of(reading, view, max_bytes, stack) for reading in of_chain]
+            found += [difference for other in others for difference in _of_pair(first, other, metrics)]
+    return found
 
 
-def _of_pair(
-    runs: Mapping[str, xr.DataTree],
-    chain: str,
-    metrics: Sequence[str],
-    profiles: Callable[[str, str, str], xr.DataArray | None],
-) -> list[Difference]:
-    """The differences of two runs in one chain; ``profiles(run, chain, metric)`` is a number for each sequence and depth."""
-    one, other = (schema.chain_dataset(run, "trace", chain) for run in runs.values())
-    if one is None or other is None:
+@dataclass
+class _Measured:
+    """A run whose sequences are measured one by one, each metric once."""
+
+    reading: Reading
+    view: Selection
+    trace: xr.Dataset | None
+    profiles: dict[str, xr.DataArray | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reading: Reading, view: Selection, max_bytes: int | None, stack: ExitStack) -> _Measured:
+        trace = None
+        with suppress(AbsentError):  # a run of statistics or metrics alone
+            # The run was verified when it was read; the metadata of its other groups take seconds to read.
+            opened = schema.open_group(reading.path, "trace", reading.chain, max_bytes=max_bytes)
+            trace = stack.enter_context(opened)
+        return cls(reading, view, trace)
+
+    def profile(self, metric: str) -> xr.DataArray | None:
+        """A metric along depth or connections for each sequence."""
+        if metric not in self.profiles and self.trace is not None:
+            self.profiles[metric] = _profiles(self.trace, metric, self.view)
+        return self.profiles.get(metric)
+
+
+def _of_pair(one: _Measured, other: _Measured, metrics: Sequence[str]) -> list[Difference]:
+    """The differences of two runs in one chain."""
+    if one.trace is None or other.trace is None:
         return []
-    first, second = (run.attrs.get("data_digest") for run in runs.values())
-    paired = same_sequences(one, other, (first, second))
+    first, second = (run.reading.attrs.get("data_digest") for run in (one, other))
+    paired = same_sequences(one.trace, other.trace, (first, second))
     found = []
     for metric in metrics:
-        values = {f"{name}/{chain}" if chain else name: profiles(name, chain, metric) for name in runs}
+        values = {run.reading.name: run.profile(metric) for run in (one, other)}
         aligned = at_shared_depths({name: value for name, value in values.items() if value is not None})
         if len(aligned) == 2:
             difference = of_two(metric, aligned, paired=paired)
@@ -128,18 +130,23 @@ def at_shared_depths(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArr
     if len(values) < 2 or len(axes) != 1:
         return {}
     (axis,) = axes
-    where = {name: positions(value, axis, "relative") for name, value in values.items()}
-    shallow = min(where.values(), key=len)
-    # No interpolation: between two measured depths there is no state.
-    nearest = {
-        name: [int(np.argmin(np.abs(along - fraction))) for fraction in shallow]
-        for name, along in where.items()
-    }
+    nearest = shared_positions(values)
     labels = min(values.values(), key=lambda value: value.sizes[axis])[axis].values
     return {
         name: value.isel({axis: nearest[name]}).reset_coords(drop=True).assign_coords({axis: labels})
         for name, value in values.items()
     }
+
+
+def shared_positions(values: Mapping[str, xr.DataArray]) -> dict[str, np.ndarray]:
+    """The positions of runs, along the same axis, that are at the same relative depth: as many as the shallowest has."""
+    where = {
+        name: positions(value, next(str(dim) for dim in value.dims if dim in ALONG), "relative")
+        for name, value in values.items()
+    }
+    shallow = min(where.values(), key=len)
+    # No interpolation: between two measured depths there is no state.
+    return {name: np.abs(along[None, :] - shallow[:, None]).argmin(axis=1) for name, along in where.items()}
 
 
 def between_groups(
@@ -171,11 +178,15 @@ def between_groups(
 
 def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> list[xr.DataArray]:
     """The metric of every run of a group; empty where one of them lacks it."""
-    columns = []
+    found = []
     for reading in readings:
         dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-        columns.append(column_of(reading.analysis, metric, view, **one_direction(dims, view)))
-    return [column.value for column in columns if column is not None] if None not in columns else []
+        value = pick(reading.analysis, metric, view, **one_direction(dims, view))
+        # A matrix is no profile, and one of NaN alone has nothing to compare.
+        if value is None or value.ndim != 1 or not value.notnull().any():
+            return []
+        found.append(value)
+    return found
 
 
 def in_words(difference: Difference) -> str:

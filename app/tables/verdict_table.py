@@ -202,8 +202,8 @@ def _told_verdicts(summaries: Sequence[Summary]) -> list[str]:
         )
         for name in VERDICTS
     }
-    told = [name for name, severity in worst.items() if severity >= Severity.WARN and name != FOUNDING]
-    return [FOUNDING, *sorted(told, key=lambda name: -worst[name])]
+    faults = [name for name, severity in worst.items() if severity >= Severity.WARN and name != FOUNDING]
+    return [FOUNDING, *sorted(faults, key=lambda name: -worst[name])]
 
 
 def _severity(standing: Standing) -> int:

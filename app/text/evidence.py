@@ -54,7 +54,7 @@ def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
 
 
 def _sentences(attrs: Mapping[str, Attributes], known: Mapping[str, str], *, alone: str, among: str) -> str:
-    """One sentence a run of which something is known; a run that is alone is not named, and of many one stands for all."""
+    """Summarise each run in one sentence; name it only if there are several, and one of many only."""
     if len(known) > MOST_NAMED:
         run, words = next(iter(known.items()))
         others = f"{len(known)} of the {len(attrs)} runs, such as {run}"

@@ -18,7 +18,13 @@ from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.live_store_files import COLUMNS, files_of, is_live_store, live_log_of
+from depthscope.diagnostics.schema.live_store_files import (
+    COLUMNS,
+    files_of,
+    is_live_store,
+    live_log_of,
+    newest_state,
+)
 from depthscope.diagnostics.schema.live_store_reading import open_live
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
@@ -106,9 +112,13 @@ def open_group(
     group. Nothing is compared with digests and nothing is validated.
 
     ``chain``: the chain's name, empty where the run has one.
-    Raises SchemaError: For what `open_run` refuses, and where there is no such group.
+    Returns: Of a live store what its newest state has; where that has steps, they are of the state alone.
+    Raises AbsentError: Where there is no such group.
+    Raises SchemaError: For what `open_run` refuses.
     """
     source = Path(path)
+    if is_live_store(source):
+        return _open_group_of_state(source, group, chain, max_bytes)
     suffix = suffix_of(source)
     if not source.exists():
         raise AbsentError(f"no run at {source}")
@@ -122,7 +132,24 @@ def open_group(
     except SchemaError as error:
         raise SchemaError(f"{source}: {error}") from None
     except Exception as error:
+        # xarray has no error of its own for it: that of h5netcdf is an OSError, that of zarr a FileNotFoundError.
+        if isinstance(error, FileNotFoundError) or "group not found" in str(error):
+            raise AbsentError(f"{source}: it has no group {group_path(group, chain)}") from None
         raise SchemaError(f"{source}: {unreadable(source, error)}") from error
+
+
+def _open_group_of_state(store: Path, group: str, chain: str, max_bytes: int | None) -> xr.Dataset:
+    for _ in range(5):
+        state = newest_state(store)
+        if state is None:
+            raise SchemaError(f"{store}: no step was finished in it yet")
+        try:
+            return open_group(state, group, chain, max_bytes=max_bytes)
+        except (AbsentError, SchemaError):
+            if os.path.lexists(state):
+                raise
+        # Its writer has just removed it for a newer one.
+    raise SchemaError(f"{store}: its files change faster than they can be opened; try again")
 
 
 def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree:

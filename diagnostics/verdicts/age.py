@@ -38,13 +38,13 @@ def age_of(analysis: xr.Dataset) -> Age:
     step = _number(analysis["step"].values) if "step" in analysis.coords else None
     if step is not None and step >= MANY_STEPS:
         return Age(True, f"it has trained for {step:.0f} steps")
-    # Not `analysis.get`, which looks for names that are like one that is missing.
-    distance = analysis.variables.get("first_weight_distance")
-    if distance is not None and float(distance.max()) > MOVED:
-        return Age(True, f"its weights have moved by up to {100 * float(distance.max()):.0f} %")
+    # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
+    distance = float(analysis["first_weight_distance"].max()) if "first_weight_distance" in analysis else 0.0
+    if distance > MOVED:
+        return Age(True, f"its weights have moved by up to {100 * distance:.0f} %")
     if attrs.get("untouched"):
         return Age(False, "the weights are as they were drawn")
-    one = streams_are_one(analysis.get("stream_cosine"), analysis.get("read_share"))
+    one = streams_are_one(*(analysis[name] if name in analysis else None for name in ("stream_cosine", "read_share")))
     for shown, words in ((one, ONE_STREAM), (_nothing_is_added(analysis), NOTHING_ADDED)):
         if shown:
             return Age(False, words)

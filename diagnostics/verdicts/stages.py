@@ -35,8 +35,8 @@ def with_joined_stages(analyses: Mapping[str, xr.Dataset]) -> dict[str, xr.Datas
 
 def _size_of_a_feature(analysis: xr.Dataset) -> float | None:
     """Root mean square of a feature of the first state, which does not change with the width; None where unknown."""
-    norm = analysis.get("residual_norm")
-    if norm is None or NUM_FEATURES not in norm.attrs:
+    if "residual_norm" not in analysis or NUM_FEATURES not in analysis["residual_norm"].attrs:
         return None
+    norm = analysis["residual_norm"]
     first = norm.isel(step=-1) if "step" in norm.dims else norm
     return float(one_view(first.isel(depth=0))) / float(norm.attrs[NUM_FEATURES]) ** 0.5

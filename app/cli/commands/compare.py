@@ -51,8 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.by:
         tested = between_groups(readings, metrics, selection, by=args.by)
     else:
-        left = {run["run"] for run in left_out}
-        tested = between_runs(args.runs, metrics, selection, without=left, max_bytes=args.max_bytes)
+        tested = between_runs(readings, metrics, selection, max_bytes=args.max_bytes)
     # On stderr, also with --json: a comparison of unlike runs is still printed, and stdout stays one document.
     for text in warnings:
         remark(text)

@@ -1,7 +1,7 @@
 // The table of all runs: rows are walked by keys, several are marked for a comparison, a verdict opens the microscope there.
 // Text from a run arrives as data only, never as part of this script.
 
-const WAIT = 250;  // milliseconds without another key before a row is told: held arrow keys move the mark only
+const WAIT = 250;  // milliseconds without another key before the page hears of a row: held arrow keys move the mark only
 
 export default function ({ parentElement, data, setStateValue, setTriggerValue }) {
   let box = parentElement.querySelector(".depthscope-board");
@@ -27,10 +27,10 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
   box.chosen = new Set(data.chosen);
   const kept = box.contains(document.activeElement) ? document.activeElement.closest("tr")?.dataset.run : null;
   const scrolled = box.querySelector(".rows")?.scrollTop ?? 0;
-  if (box.at === undefined || box.toldAt !== data.at) box.at = box.toldAt = data.at;
+  if (box.at === undefined || box.sentAt !== data.at) box.at = box.sentAt = data.at;
   const tell = (name, wait) => {
     clearTimeout(box.waiting);
-    box.waiting = setTimeout(() => { box.toldAt = name; setStateValue("at", name); }, wait);
+    box.waiting = setTimeout(() => { box.sentAt = name; setStateValue("at", name); }, wait);
   };
   const open = (run, depth) => setTriggerValue("open", { run, depth: depth ?? null });
 

@@ -13,12 +13,15 @@ export default function (component) {
   box.setAttribute("role", "figure");  // not an image, whose parts nobody could reach: plotly has buttons in it
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
-  box.style.height = `${data.height}px`;
+  const figure = JSON.parse(data.figure);
+  // Equal units on both axes: on a narrow page a square map leaves the rest of its height empty.
+  const isSquare = Boolean(figure.layout.yaxis?.scaleanchor) && parentElement.clientWidth > 0;
+  const height = isSquare ? Math.min(data.height, Math.max(260, parentElement.clientWidth)) : data.height;
+  box.style.height = `${height}px`;
   box.onpointerdown = (event) => {
     if (!event.target.closest(".modebar")) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from it
   };
   offerSkip();
-  const figure = JSON.parse(data.figure);
   // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
   const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
                    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
@@ -30,8 +33,8 @@ export default function (component) {
       if (event[`${axis}.autorange`]) return [null, null];
       if (event[`${axis}.range[0]`] === undefined && !event[`${axis}.range`]) return before.slice(2 * i, 2 * i + 2);
       const range = box._fullLayout[axis].range.map(Number);
-      const whole = figure.layout[axis]?.range;
-      return whole && Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? [null, null] : range;
+      const full = figure.layout[axis]?.range;
+      return full && Math.abs(range[0] - full[0]) + Math.abs(range[1] - full[1]) < 1e-9 ? [null, null] : range;
     });
     box.zoom = ends.some((end) => end !== null) ? ends : null;
     keepZoom(data.key, box);
@@ -54,7 +57,7 @@ export default function (component) {
       return from === null ? [] : [[axis, [from, to]]];
     });
     const layout = () => {
-      const dressed = dress({ ...figure.layout, height: data.height, autosize: true }, box);
+      const dressed = dress({ ...figure.layout, height, autosize: true }, box);
       // Another revision each time: plotly would bring back a zoom that was given up.
       for (const axis of ["xaxis", "yaxis"]) dressed[axis] = { ...dressed[axis], uirevision: Math.random() };
       for (const [axis, range] of isFirst ? [] : zooms()) Object.assign(dressed[axis], { range, autorange: false });

@@ -37,7 +37,7 @@ def choose_one(
 
 
 def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
-    """A whole number from 0 to the last one, in the URL under its key.
+    """An integer from 0 to the last one, in the URL under its key.
 
     ``key``: of the control and in the URL.
     """

@@ -14,7 +14,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.visible import LONGEST_NAME, visible
 
 CHOSEN_AT_FIRST = 3
-"""A folder of so many runs is shown whole. A heuristic of ours."""
+"""All runs of a folder with so few are shown. A heuristic of ours."""
 
 MOST_RUNS = 30
 """Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""

@@ -57,7 +57,7 @@ CONTROLS = {
     "reduction": Control("Over tokens", "reduction"),
     "axis": Control("Axis", "relative depth", {"depth": "index"}),
 }
-"""Controls by field of `Selection`, in the order in which they stand on a page."""
+"""Controls by field of `Selection`, in their order on a page."""
 
 
 def choose(

@@ -151,15 +151,17 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
 
 
 def pinned_by_page(key: str, pin: float | None, other: float | None) -> dict[str, float | None]:
-    """What the panels are told to pin: nothing new where they pinned it themselves, so that the same data are not sent again.
+    """The pins that the page sends to the panels: its former ones where the panels set the present ones themselves.
+
+    The same data are then not sent again.
 
     ``pin, other``: what is pinned, and what it is compared with.
     """
-    told = st.session_state.get(f"{key}_told")
-    own = st.session_state.get(key, {}).get("pin") or {}
-    if told is None or (own.get("depth", -1), own.get("other", -1)) != (pin, other):
-        told = st.session_state[f"{key}_told"] = {"pin": pin, "other": other}
-    return dict(told)
+    sent = st.session_state.get(f"{key}_sent_pins")
+    set_by_panels = st.session_state.get(key, {}).get("pin") or {}
+    if sent is None or (set_by_panels.get("depth", -1), set_by_panels.get("other", -1)) != (pin, other):
+        sent = st.session_state[f"{key}_sent_pins"] = {"pin": pin, "other": other}
+    return dict(sent)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
 
 
 def _panel_title(figure: Figure) -> str:
-    """Title and unit in one line: beside so low a panel there is no room for the words of an axis."""
+    """Title and unit in one line: a panel is too low for the words of an axis at its side."""
     title = figure.title.removesuffix(" across depth")
     return title if figure.y_label.casefold() == title.casefold() else f"{title}: {figure.y_label}"
 

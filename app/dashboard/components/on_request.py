@@ -42,7 +42,7 @@ def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: s
                 f"Slow metric (click to compute): {escaped(inside_sentence(CATALOGUE[names[0]].title))}."
             )
         asked = st.button("Compute", key=f"{key}_compute", disabled=not chosen)
-    st.caption("Kept beside the run, until its file changes. To have them in the file itself:")
+    st.caption("Saved next to the run until its file changes. To have them in the file itself:")
     st.code(f"depthscope analyze RUN.nc --metrics {','.join(names)}", "bash")
     if asked:
         _compute(readings, {run: [name for name in each if name in chosen] for run, each in lacking.items()})

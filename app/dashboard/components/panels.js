@@ -25,9 +25,9 @@ export default function (component) {
   box.places = data.places;
   box.names = data.names;
   // What Python pinned last: it does not repeat what was pinned here, so that the figure is not sent again for it.
-  const told = JSON.stringify([data.pin, data.other]);
-  if (box.told !== told && !box.waiting) {
-    box.told = told;
+  const sent = JSON.stringify([data.pin, data.other]);
+  if (box.sentByPage !== sent && !box.waiting) {
+    box.sentByPage = sent;
     box.pinned = { depth: data.pin, other: data.other };
   }
 
@@ -49,7 +49,7 @@ export default function (component) {
     if (share < -0.02 || share > 1.02) return null;
     return box.places[nearest(x.range[0] + share * (x.range[1] - x.range[0]))] ?? null;
   };
-  // The row of the map of tokens that the mouse is on; null beside it.
+  // The row of the map of tokens that the mouse is on; null elsewhere.
   const rowAt = (event) => {
     const y = data.rows && plot._fullLayout?.[data.rows];
     const row = y ? Math.round(y.p2d(event.clientY - plot.getBoundingClientRect().top - y._offset)) : null;
@@ -70,7 +70,7 @@ export default function (component) {
       return part;
     }));
   };
-  // Whoever shows what is at a place listens: the pane beside the panels.
+  // Whoever shows what is at a place listens: the pane on the right of the panels.
   const tell = (at) => document.dispatchEvent(new CustomEvent("depthscope-place", {
     detail: { name: data.name, at, pin: box.pinned.depth ?? null, other: box.pinned.other ?? null } }));
   const show = () => {
@@ -144,8 +144,8 @@ export default function (component) {
     if (event["xaxis.autorange"]) box.zoom = null;
     else if (event["xaxis.range[0]"] !== undefined || event["xaxis.range"]) {
       const range = axis().range.map(Number);
-      const whole = box.whole ?? [NaN, NaN];
-      box.zoom = Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? null : range;
+      const full = box.fullRange ?? [NaN, NaN];
+      box.zoom = Math.abs(range[0] - full[0]) + Math.abs(range[1] - full[1]) < 1e-9 ? null : range;
     } else return show();  // such as a change of size
     keepZoom(data.name, box);
     if (data.follows) setStateValue("zoom", box.zoom);  // fewer steps have room for more of their numbers
@@ -161,7 +161,7 @@ export default function (component) {
     box.drawn = data.figure;
     box.theme = theme;
     const figure = JSON.parse(data.figure);
-    box.whole = figure.layout.xaxis.range;
+    box.fullRange = figure.layout.xaxis.range;
     const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
     // Another revision each time: plotly would bring back a zoom that was given up.
     layout.xaxis = { ...layout.xaxis, uirevision: Math.random() };

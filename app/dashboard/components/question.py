@@ -18,7 +18,14 @@ from depthscope.app.figures.build.answers import answer_to
 from depthscope.app.tables.findings import cards_of
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["show_answers", "show_figures", "show_findings", "show_in_rows", "show_on_request"]
+__all__ = [
+    "cards_in_rows",
+    "show_answers",
+    "show_figures",
+    "show_findings",
+    "show_in_rows",
+    "show_on_request",
+]
 
 
 def show_answers(chosen: ChosenRuns, question: str) -> None:
@@ -41,10 +48,10 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
     # Also of figures that the runs do not feed: a finding is worth reading without its curve.
     metrics = {name for kind in kinds for name in (*kind.needs, *kind.also)}
     for name, reading in chosen.readings.items():
-        told = [each for each in cards_of(reading) if each.finding.metric in metrics]
-        if told:
-            with st.expander(f"{escaped(name)}: {escaped(told[0].why)}"):
-                for each in told:
+        cards = [each for each in cards_of(reading) if each.finding.metric in metrics]
+        if cards:
+            with st.expander(f"{escaped(name)}: {escaped(cards[0].why)}"):
+                for each in cards:
                     show_card(each, of=reading)
 
 
@@ -103,15 +110,22 @@ def show_in_rows(
     *,
     change: Callable[[Figure], Figure] | None = None,
 ) -> None:
-    """Figures in rows of two.
+    """Figures of some kinds in rows of two.
 
     ``change``: applied to every figure before it is drawn.
     """
-    for first in range(0, len(kinds), 2):
+    figures = {f"chart_{kind.name}": build(kind, chosen.analyses, selection) for kind in kinds}
+    cards_in_rows({key: figure if change is None else change(figure) for key, figure in figures.items()})
+
+
+def cards_in_rows(figures: Mapping[str, Figure]) -> None:
+    """Figures in rows of two.
+
+    ``figures``: key of its card → figure.
+    """
+    cards = list(figures.items())
+    for first in range(0, len(cards), 2):
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
-        for column, kind in zip(st.columns(2), kinds[first : first + 2], strict=False):
-            figure = build(kind, chosen.analyses, selection)
-            figure = figure if change is None else change(figure)
-            height = 430 if isinstance(figure, Heatmap) else 300
+        for column, (key, figure) in zip(st.columns(2), cards[first : first + 2], strict=False):
             with column:
-                card(figure, key=f"chart_{kind.name}", height=height)
+                card(figure, key=key, height=430 if isinstance(figure, Heatmap) else 300)

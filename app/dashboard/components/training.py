@@ -52,7 +52,7 @@ DEFAULT_MEASURES = (
 """Shown where the run has them, from top to bottom."""
 
 MOST_MARKS = 6
-"""Findings above the panels; the others are in the list beside them."""
+"""Findings above the panels; the others are in the list on the right."""
 
 CURVE = 80
 CURVE_OF_SEVERAL = 120
@@ -133,7 +133,7 @@ def show_history(
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
     places = _places(histories, panels)
-    told = pinned_by_page(
+    pins = pinned_by_page(
         "training", *(None if step is None else float(step) for step in (shown.step, shown.other))
     )
     known = measures_of(histories)
@@ -146,11 +146,11 @@ def show_history(
             "places": places,
             "names": None,
             "follows": True,
-            **told,
+            **pins,
             "alt": visible(
                 f"Panels over {len(steps_of(histories))} steps of the training of {', '.join(histories)}: "
                 f"{', '.join(measure_title(known[name]) for name in shown.measures)}. Left and right arrow pin a "
-                "step, with shift the one to compare with, escape goes back to the last one, enter opens the numbers beside."
+                "step, with shift the one to compare with, escape returns to the last one, enter opens its numbers."
             ),
             "plotly": PLOTLY_SOURCE,
         },
@@ -208,7 +208,7 @@ def _places(histories: Mapping[str, TrainingHistory], panels: Sequence[Panel]) -
 
 
 def show_step_heading(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
-    """Which step is shown beside the panels."""
+    """Which step the right column shows."""
     words = f"Step {_spaced(steps_of(histories)[-1] if shown.step is None else shown.step)}"
     if shown.other is not None:
         words += f" against step {_spaced(shown.other)}"
@@ -247,10 +247,10 @@ def _show_numbers(
         for name in names:
             values = history.values(name, shown.choice)
             first = float(values[positions[0]])
-            change = f"{first - float(values[positions[1]]):.3g}" if len(positions) > 1 else None
+            change = number(first - float(values[positions[1]])) if len(positions) > 1 else None
             st.metric(
                 escaped(measure_title(history.measures[name])),
-                f"{first:.4g}",
+                number(first, digits=4),
                 change,
                 delta_color="off",
                 width="content",

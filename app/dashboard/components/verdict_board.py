@@ -38,7 +38,7 @@ from depthscope.app.text.visible import visible
 
 __all__ = ["show_verdict_board"]
 
-MOST_HEIGHT = 460
+MOST_HEIGHT = 560
 """Pixels of the table, which scrolls."""
 
 STATES = {
@@ -60,8 +60,10 @@ def show_verdict_board() -> None:
     listed = run_library.list_runs()
     if listed:  # else the page says that there is none
         runs = _Runs.of(listed)
-        # A fragment runs again by itself only if it was told so when it was drawn.
-        st.fragment(_board, run_every=1.0 if runs.changes else None)([runs])
+        # A fragment runs again by itself only if it was asked to when it was drawn.
+        # Hundreds of rows take tenths of a second to look at and to send.
+        seconds = max(1.0, len(listed) / 100)
+        st.fragment(_board, run_every=seconds if runs.changes else None)([runs])
 
 
 @dataclass
@@ -124,9 +126,10 @@ def _show_table(runs: _Runs) -> None:
         *((each.name, f"⚠ cannot be read: {each.reason}") for each in runs.unreadable),
         *((name, _waiting_words(runs.listed[name])) for name in runs.waiting),
     ]
+    columns = [name for name in table.cells.columns if name in table.verdicts or name == OTHERS]
     rows = [_row(table, number) for number in range(len(table.runs))]
     rows += [
-        _plain_row(name, words, len(rows[0]["cells"]) if rows else 0)
+        _plain_row(name, words, len(columns))
         for name, words in others
         if _is_found(wanted, f"{name} {words}")
     ]
@@ -141,7 +144,7 @@ def _show_table(runs: _Runs) -> None:
         data={
             "name": _KEY,
             "what": "board",
-            "columns": [name for name in table.cells.columns if name in table.verdicts or name == OTHERS],
+            "columns": columns,
             "groups": [grouping["group_by"]] if grouping.get("group_by") else [],
             "rows": rows,
             "runs": list(listed_as),
@@ -167,7 +170,7 @@ def _show_table(runs: _Runs) -> None:
 
 def _waiting_words(path: Path) -> str:
     progress = run_library.progress_of(path)
-    return "waits for its analysis" if progress is None else f"is analysed: {progress}"
+    return "waiting for its analysis" if progress is None else f"being analysed: {progress}"
 
 
 def _row(table: VerdictTable, number: int) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card
+from depthscope.app.dashboard.components.chart import build
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose, choose_section, chosen_run
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.components.question import show_in_rows, show_on_request
+from depthscope.app.dashboard.components.question import cards_in_rows, show_in_rows, show_on_request
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import Figure, FigureKind, Lines
 from depthscope.app.figures.build.share import share_of_null
@@ -31,7 +31,7 @@ def _show(chosen: ChosenRuns) -> None:
     figures = chosen.figures("collapse")
     section = choose_section(list(dict.fromkeys(kind.section for kind in figures.values())))
     kinds = [kind for kind in figures.values() if kind.section == section]
-    # In three versions beside one another there is no switch for them.
+    # In three versions side by side there is no switch for them.
     selection = choose(kinds, chosen.analyses, without=("tokens", "centering"))
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         scale = st.segmented_control(
@@ -47,13 +47,11 @@ def _show(chosen: ChosenRuns) -> None:
         shown = _choose_measure([kind for kind in kinds if "run" not in kind.uses])
     curves = [kind for kind in kinds if "run" not in kind.uses]
     heat_maps = [kind for kind in kinds if "run" in kind.uses]
-    if shown is not None:
-        _show_versions(shown, chosen, selection, scale)
-
-    def scaled(figure: Figure) -> Figure:
-        return _scaled(figure, scale)
-
-    show_in_rows([kind for kind in curves if kind is not shown], chosen, selection, change=scaled)
+    drawn: dict[str, Figure] = {} if shown is None else _versions(shown, chosen, selection)
+    for kind in curves:
+        if kind is not shown:
+            drawn[f"chart_{kind.name}"] = build(kind, chosen.analyses, selection)
+    cards_in_rows({key: _scaled(figure, scale) for key, figure in drawn.items()})
     if heat_maps:
         selection["run"] = chosen_run(chosen.feeding(*(kind.needs for kind in heat_maps)))
         show_in_rows(heat_maps, chosen, selection)
@@ -80,18 +78,15 @@ def _choose_measure(curves: list[FigureKind]) -> FigureKind | None:
     ]
 
 
-def _show_versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, Any], scale: str) -> None:
-    """One measure raw, centred and without massive tokens, side by side."""
-    versions = {
-        title: choices for title, choices in VERSIONS.items() if title == "raw" or _changes(kind, choices)
-    }
-    for column, (title, choices) in zip(st.columns(len(versions)), versions.items(), strict=True):
-        with column:
-            figure = _scaled(build(kind, chosen.analyses, {**selection, **choices}), scale)
-            # Shorter than the label: a title of two lines would move its plot out of line.
-            short = title.removesuffix(" tokens")
-            figure = replace(figure, title=f"{figure.title.removesuffix(' across depth')}, {short}")
-            card(figure, key=f"version_{title}", height=260)
+def _versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, Any]) -> dict[str, Figure]:
+    """One measure raw, centred and without massive tokens, by the keys of their cards."""
+    found = {}
+    for title, choices in VERSIONS.items():
+        if title == "raw" or _changes(kind, choices):
+            figure = build(kind, chosen.analyses, {**selection, **choices})
+            short = f"{figure.title.removesuffix(' across depth')}, {title}"
+            found[f"version_{title}"] = replace(figure, title=short)
+    return found
 
 
 def _changes(kind: FigureKind, choices: dict[str, str]) -> bool:

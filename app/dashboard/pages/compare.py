@@ -17,20 +17,17 @@ from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_groups import choose_group
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.reading_cache import ReadingCache
+from depthscope.app.dashboard.state.run_differences import differences_between
 from depthscope.app.figures import FIGURES, FigureKind, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.folded_runs import folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.kept_differences import keep_differences, kept_differences
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
 from depthscope.app.tables.difference_map import difference_map
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
-    between_runs,
     clearest,
     difference_figure,
     differences_at,
@@ -38,18 +35,16 @@ from depthscope.app.tables.differences import (
 )
 from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
-from depthscope.diagnostics import CATALOGUE, SchemaError
+from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.analysis.differences import Difference
 from depthscope.diagnostics.errors import InputError
 
 FIRST = "effective_rank"
 """The figure that is compared at first, where the runs feed it."""
 
-QUICK_BYTES = 20 * 2**20
-"""Of the files of the runs: they are tested in about a second, larger ones when it is asked for. A heuristic of ours."""
 
-_tested = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
-"""A test measures every sequence of two runs, which takes seconds; it is kept until a file changes."""
+FEW_RUNS = 3
+"""Runs whose table has room in half of the page."""
 
 
 def comparable(chosen: ChosenRuns) -> list[str]:
@@ -83,14 +78,17 @@ def _show(chosen: ChosenRuns) -> None:
     assert isinstance(curves, Lines)
     colours = folded_colours(colour_numbers(chosen.analyses), group_of)
     show_legend(colours)
+    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     left, right = st.columns(2, gap="medium")
     with left:
         card(folded(curves, group_of), key="compare_curves", height=340)
+        if len(readings) <= FEW_RUNS:  # next to the tests, which are as long
+            _show_table(readings, kind, view)
     for warning in differences(readings):
         st.caption(f"⚠ {escaped(warning)}")
-    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
     _show_map(readings, names, CATALOGUE[kind.metric].axis, view, group_of)
-    _show_table(readings, kind, view)
+    if len(readings) > FEW_RUNS:
+        _show_table(readings, kind, view)
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
     with right:
         if len(readings) < 2:
@@ -144,21 +142,21 @@ def _open_clicked() -> None:
 def _differences(
     readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None
 ) -> list[Difference] | None:
-    """The tested differences; None where the visitor has not asked for the test yet, or it is not possible."""
-    is_known = by is not None or _is_quick(readings, kind.metric, view)
-    if not is_known:
-        st.info("Not tested yet; the test measures every sequence (about 5 s)", icon="ℹ️")
-        if not st.button("Test the differences", key=f"test_{kind.name}"):
-            return None
+    """The tested differences; None where they cannot be tested."""
+    place = st.empty()
+
+    def progress(*done: Any) -> None:
+        place.info(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …", icon="⏳")
+
     try:
-        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
-            found = _test(readings, kind.metric, view, by)
-    except (ValueError, OSError, SchemaError) as error:
-        st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
+        if by is not None:
+            return between_groups(readings, [kind.metric], view, by=by)
+        found = differences_between(readings, kind.metric, view, progress=progress)
+        place.empty()
+        return found
+    except (ValueError, OSError) as error:
+        place.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
         return None
-    if not is_known:
-        st.rerun()  # now they are known, and the question goes
-    return found
 
 
 def _show_differences(
@@ -191,43 +189,6 @@ def _show_differences(
     extra = ["--by", by] if by else []
     command = command_line("compare", *paths, "--metrics", kind.metric, *extra)
     st.code(visible(command), "bash", wrap_lines=True)
-
-
-def _is_quick(readings: Sequence[Reading], metric: str, view: Selection) -> bool:
-    """Whether a test is known already, or takes no longer than a visitor waits."""
-    try:
-        if _tested.peek(_key(readings, metric, view)) is not None:
-            return True
-        if kept_differences(_versions(readings), f"{metric} {view}") is not None:
-            return True
-        paths = [Path(reading.path) for reading in readings]
-        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-        return sum(file.stat().st_size for file in files) < QUICK_BYTES
-    except OSError:
-        return False
-
-
-def _key(readings: Sequence[Reading], metric: str, view: Selection) -> tuple[Any, ...]:
-    return (tuple(_versions(readings).items()), metric, view)
-
-
-def _versions(readings: Sequence[Reading]) -> dict[Path, FileVersion]:
-    return {path: FileVersion.of(path) for path in dict.fromkeys(Path(each.path) for each in readings)}
-
-
-def _test(readings: Sequence[Reading], metric: str, view: Selection, by: str | None) -> list[Difference]:
-    if by is not None:
-        return between_groups(readings, [metric], view, by=by)
-    versions, question = _versions(readings), f"{metric} {view}"
-
-    def kept_or_tested() -> list[Difference]:
-        found = kept_differences(versions, question)
-        if found is None:
-            found = between_runs([str(path) for path in versions], [metric], view)
-            keep_differences(versions, question, found)
-        return found
-
-    return _tested.get(_key(readings, metric, view), kept_or_tested)
 
 
 def _show_table(readings: Sequence[Reading], kind: FigureKind, view: Selection) -> None:

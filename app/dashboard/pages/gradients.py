@@ -28,8 +28,8 @@ def _show_jacobians(chosen: ChosenRuns) -> None:
     }
     if not results:
         st.info(
-            "No Jacobian is kept for the chosen runs. A run has states and gradients, not the derivative of one state by "
-            "another: that takes the model. Measured once, it is kept beside the run and shown here.",
+            "The chosen runs have no Jacobians. A run has states and gradients, not the derivative of one state by "
+            "another: that takes the model. Measured once, it is saved next to the run and shown here.",
             icon="ℹ️",
         )
         st.code(COMMAND, "bash")
@@ -45,7 +45,7 @@ def _show_jacobians(chosen: ChosenRuns) -> None:
         run = chosen_run(list(maps))
         card(maps[run], key="chart_jacobian_map", height=300)
     if len(results) < len(chosen.readings):
-        st.caption("Of the other runs none are kept; this measures them:")
+        st.caption("The other runs have none yet; this measures them:")
         st.code(COMMAND, "bash")
 
 

@@ -75,7 +75,7 @@ def _say_state(reading: Reading) -> Reading:
     assert found is not None  # `rerun` does not return
     step = found.attrs.get(schema.LIVE, {}).get("last_step")
     st.caption(
-        f"Numbers of step {step}, analysed anew when there is time; curves of every step are on the page Training."
+        f"Numbers of step {step}, analysed again when there is time; curves of every step are on the page Training."
     )
     return found
 

@@ -38,7 +38,7 @@ def _show_bench(chosen: ChosenRuns) -> None:
     if not mixing:
         st.info(
             "None of the chosen runs has the matrices of single tokens: their connections were recorded as sums alone, or "
-            "their files have changed. The other parts of this page show what the sums tell.",
+            "their files have changed. The other parts of this page show what the sums give.",
             icon="ℹ️",
         )
         return

@@ -1,4 +1,4 @@
-"""How alike are the states of two depths? A heat map of every two; a click opens the pair."""
+"""How similar are the states of two depths? A heat map of every two; a click opens the pair."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 import xarray as xr
+from streamlit.delta_generator import DeltaGenerator
 
 from depthscope.app.dashboard.components.chart import card, clicked_cell
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
@@ -58,9 +59,15 @@ def _show(chosen: ChosenRuns) -> None:
             pair = _choose_pair(data, selection)
             st.caption("Click a cell of a heat map, or type two depths, to open the pair.", width="content")
         # Drawn after the fields: the ring around the open pair has to be where they are now.
-        _show_maps(chosen, selection, maps, pair)
+        difference = _show_maps(chosen, selection, maps, pair)
         selection["run"] = maps[0][0]
-        _show_pair(chosen, selection, pair)
+        if difference is None:
+            _show_pair(chosen, selection, pair, *st.columns([2, 3]))
+        else:
+            left, right = st.columns(2)
+            with left:
+                card(difference, key="chart_difference", height=430)
+            _show_pair(chosen, selection, pair, right, right)
 
 
 def _choose_maps(runs: Sequence[str]) -> list[tuple[str, str]]:
@@ -106,7 +113,8 @@ def _choose_pair(data: xr.Dataset, selection: dict[str, Any]) -> tuple[int, int]
 
 def _show_maps(
     chosen: ChosenRuns, selection: dict[str, Any], maps: Sequence[tuple[str, str]], pair: tuple[int, int]
-) -> None:
+) -> Heatmap | None:
+    """The two maps; where they are of two runs by one measure, returns their difference."""
     drawn: list[Heatmap] = []
     for column, side, (run, measure) in zip(st.columns(2), SIDES, maps, strict=True):
         with column:
@@ -127,8 +135,8 @@ def _show_maps(
                 mark=(pair[1] / scale, pair[0] / scale),
             )
     if len(drawn) == 2 and maps[0][1] == maps[1][1] and maps[0][0] != maps[1][0]:
-        with st.columns(2)[0]:
-            card(map_difference(*drawn), key="chart_difference", height=430)
+        return map_difference(*drawn)
+    return None
 
 
 def _map_of(analyses: Analyses, run: str, measure: str, selection: dict[str, Any]) -> Heatmap | None:
@@ -197,13 +205,18 @@ def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
     )
 
 
-def _show_pair(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, int]) -> None:
-    """The numbers of the open pair, and how similarity falls off around its depths."""
+def _show_pair(
+    chosen: ChosenRuns,
+    selection: dict[str, Any],
+    pair: tuple[int, int],
+    left: DeltaGenerator,
+    right: DeltaGenerator,
+) -> None:
+    """The numbers of the open pair on the left, and on the right how similarity falls off around its depths."""
     a, b = pair
     data = chosen.analyses[selection["run"]]
     numbered = [f"depth {depth}" for depth in range(data.sizes["depth"])]
     names = names_of(data["cka"], "depth") if "cka" in data else numbered
-    left, right = st.columns([2, 3])
     with left, st.container(border=True):
         st.markdown(f"## Depth {a} against depth {b}")
         st.caption(escaped(f"{names[a]} against {names[b]}, run {selection['run']}"))
@@ -243,7 +256,7 @@ def _pair_table(data: xr.Dataset, pair: tuple[int, int], tokens: str) -> pd.Data
 PAGE = Page(
     title="Similarity",
     url_path="similarity",
-    help="How alike are the states of every two depths, and does each block change its input?",
+    help="How similar are the states of every two depths, and does each block change its input?",
     question="similarity",
     missing="None of the chosen runs has states to compare.",
     show=_show,

@@ -1,4 +1,4 @@
-"""Which tokens are large, alike or lost? The text coloured by a number, its map over depth, and a table of all tokens."""
+"""Which tokens are large, similar or lost? The text coloured by a number, its map over depth, and a table of all tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_ROWS = 500
 """Of tokens in the table: more than anybody scrolls through; the file has all. A heuristic of ours."""
 
 ROW = 15
-"""Pixels of a token in the map where its text is beside it."""
+"""Pixels of a token in the map where its text is at its side."""
 
 _text = component("token_text", "matrices")
 
@@ -34,18 +34,34 @@ _ORDER = (
 )
 
 _COLUMNS = {
-    name: st.column_config.NumberColumn(format="%.4g", width="small")
-    for name in ("norm", "times median", "distance to mean", "cosine with last state", "its value")
+    "position": st.column_config.NumberColumn(width=60),
+    "text": st.column_config.TextColumn(width=70),
+    "norm": st.column_config.NumberColumn(format="%.4g", width=62),
+    "times median": st.column_config.NumberColumn("× median", format="%.4g", width=76, help="times median"),
+    "massive": st.column_config.CheckboxColumn(width=64),
+    "distance to mean": st.column_config.NumberColumn(
+        "distance", format="%.3g", width=66, help="distance to the mean token"
+    ),
+    "cosine with last state": st.column_config.NumberColumn(
+        "cos last", format="%.3g", width=66, help="cosine with the last state"
+    ),
+    "largest feature": st.column_config.NumberColumn("feature", width=62, help="largest feature"),
+    "its value": st.column_config.NumberColumn(
+        "value", format="%.3g", width=62, help="value of the largest feature"
+    ),
 }
+"""Names and widths in pixels such that all columns are seen at once on a laptop."""
 
 
 def _show(chosen: ChosenRuns) -> None:
-    reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run")]
+    controls = st.container(horizontal=True, vertical_alignment="bottom")
+    with controls:
+        reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run", width=200)]
     close_up = run_library.close_up_of(reading)
     if close_up is None:
         _explain_no_states(reading)
         return
-    with st.container(horizontal=True, vertical_alignment="bottom"):
+    with controls:
         sequences = [str(i) for i in range(close_up.num_sequences)]
         sequence = int(choose_one("Sequence", sequences, "tokens_sequence", width=110))
         streams = ["mean", *map(str, range(close_up.num_streams))] if close_up.num_streams > 1 else ["mean"]
@@ -57,7 +73,7 @@ def _show(chosen: ChosenRuns) -> None:
         depth = choose_index("Depth", last, "tokens_depth", default=_telling_depth(close_up))
     if not close_up.has_texts:
         st.info(
-            "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` keeps it.",
+            "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` saves it.",
             icon="ℹ️",
         )
     if close_up.num_sequences < close_up.sequences:
@@ -232,6 +248,6 @@ def _table_words(
 PAGE = Page(
     title="Tokens",
     url_path="tokens",
-    help="Which tokens are large, alike or lost, and at which depth?",
+    help="Which tokens are large, similar or lost, and at which depth?",
     show=_show,
 )

@@ -25,12 +25,12 @@ from depthscope.app.dashboard.components.training import (
     show_step_heading,
     steps_of,
 )
-from depthscope.app.dashboard.state import growing_runs
+from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
+from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
 from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
 from depthscope.app.figures.palette import colour_numbers
@@ -38,6 +38,7 @@ from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory, UntilStep
 from depthscope.app.tables.tables import spoken
+from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
 MOST_MEASURES = 10
@@ -45,6 +46,9 @@ MOST_MEASURES = 10
 
 JUDGING_SECONDS = 0.25
 """Of each second, while steps are left to judge."""
+
+MOST_OFFERED = 12
+"""Trainings of a folder that are named where none is chosen."""
 
 LARGEST_STEP = 10**15
 
@@ -66,11 +70,16 @@ def _show(chosen: ChosenRuns) -> None:
         readings = [chosen.readings[each] for each in (histories if name == TOGETHER else [name])]
         if name == TOGETHER:
             _, group_of = choose_group(readings, "Seeds", "training_by")
-        paused = st.toggle("Pause", key="paused", help="The page stays as it is while the run goes on.")
+        # Only of what goes on: a training that has ended has nothing to pause.
+        paused = any(_is_growing(history) for history in histories.values()) and st.toggle(
+            "Pause", key="paused", help="The page stays as it is while the run goes on."
+        )
         if not paused:
             st.session_state.pop("paused_at", None)
     if name != TOGETHER and name not in histories:
         _explain_none(found[name])
+        if not histories:
+            _offer_trainings(chosen)
         return
     if name == TOGETHER and without:
         st.caption(f"Without a history, and not shown: {escaped(', '.join(without))}.")
@@ -78,7 +87,9 @@ def _show(chosen: ChosenRuns) -> None:
     if name == TOGETHER:
         shown = {run: colours[run] for run in histories}
         show_legend(folded_colours(shown, group_of))
-    follows = not paused and any(_goes_on(histories[reading.name], 0.0) for reading in readings)
+    # A short history is judged here: a page that follows nothing is drawn once.
+    seconds = JUDGING_SECONDS / len(readings)
+    follows = not paused and any([_goes_on(histories[reading.name], seconds) for reading in readings])
     st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, paused, follows)
 
 
@@ -88,8 +99,11 @@ def _has_steps(found: TrainingHistory | UnreadableRun) -> TypeGuard[TrainingHist
 
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
-    is_growing = history.status is not None and live_state(history.status, history.times).is_growing
-    return growing_runs.first_findings_of(history).look(seconds) or is_growing
+    return growing_runs.first_findings_of(history).look(seconds) or _is_growing(history)
+
+
+def _is_growing(history: TrainingHistory) -> bool:
+    return history.status is not None and live_state(history.status, history.times).is_growing
 
 
 def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
@@ -107,6 +121,17 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
         "    ...\n    recorder.step(loss)",
         "python",
     )
+
+
+def _offer_trainings(chosen: ChosenRuns) -> None:
+    """A way to the trainings of the folder, where none is chosen."""
+    recorded = [name for name, path in run_library.list_runs().items() if schema.is_live_store(path)]
+    recorded = [name for name in recorded if name not in chosen.readings][:MOST_OFFERED]
+    if recorded:
+        st.markdown("Recorded trainings of this folder:")
+        with st.container(horizontal=True):
+            for name in recorded:
+                st.button(escaped(name), key=f"open_{name}", on_click=open_page, args=("training", [name]))
 
 
 def _follow(
@@ -138,7 +163,7 @@ def _follow(
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
             "Click or ←/→ pins a step, shift-click compares it with another, dragging zooms in, a double click shows all. "
-            f"Verdicts judged {judged} of {steps} steps{', and go on' if judged < steps else ''}."
+            f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
         show_step_heading(seen, shown)
@@ -277,9 +302,9 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
     """Where each finding began: a click pins the step, or opens the microscope."""
     if not begun:
         return
-    told = "one finding" if len(begun) == 1 else f"{len(begun)} findings"
+    count = "one finding" if len(begun) == 1 else f"{len(begun)} findings"
     of = f"{escaped(reading.name)}: " if several else ""
-    with st.expander(f"{of}{told}, from step {begun[0].step} on"):
+    with st.expander(f"{of}{count}, from step {begun[0].step} on"):
         for number, each in enumerate(begun):
             finding = each.finding
             sign = BADGES[finding.severity.name][2]

@@ -1,4 +1,4 @@
-"""How do runs get analysed while a visitor looks at something else? By processes beside the server, one a core."""
+"""How do runs get analysed and tested while a visitor looks at something else? By processes beside the server, one a core."""
 
 # What they find is kept beside the runs (`kept_readings`): the server reads it from there, and never analyses itself.
 
@@ -9,18 +9,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, version_of
+from depthscope.app.dashboard.state.run_reading import LIMIT, version_of
 from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.kept_readings import keep
 
-__all__ = ["Analyses", "work"]
+__all__ = ["Analyses"]
 
 IDLE_SECONDS = 20.0
 """A process without work ends after these: its imports are a hundred megabytes."""
@@ -28,19 +27,18 @@ IDLE_SECONDS = 20.0
 
 @dataclass
 class _Job:
-    """An analysis that is wanted, is made, or was made."""
+    """What is asked of another process: waiting, under way or done."""
 
-    name: str
-    path: Path
-    version: FileVersion
-    progress: tuple[str, int, int] = ("starts", 0, 1)
+    request: Mapping[str, Any]  # as JSON
+    version: Hashable  # of the files that it is about
+    progress: tuple[str, int, int] = ("starting", 0, 1)
     is_taken: bool = False
     is_done: bool = False
     reason: str = ""
 
 
 class Analyses:
-    """Analyses of runs by other processes; one for the server.
+    """Analyses and tests of runs by other processes; one for the server.
 
     Parameters
     ----------
@@ -50,7 +48,7 @@ class Analyses:
 
     def __init__(self, most: int | None = None):
         self._most = most or num_cores()
-        self._jobs: dict[Path, _Job] = {}
+        self._jobs: dict[Hashable, _Job] = {}
         self._changed = Condition()
         self._num_threads = 0
 
@@ -59,15 +57,20 @@ class Analyses:
 
         ``first``: before all others, since somebody waits for them.
         """
+        wanted: dict[Hashable, _Job] = {}
+        for name, path in runs.items():
+            with suppress(OSError):  # it has gone
+                wanted[path] = _Job({"name": name, "path": str(path)}, version_of(path))
+        self._add(wanted, first=first)
+
+    def _add(self, wanted: Mapping[Hashable, _Job], *, first: bool) -> None:
         with self._changed:
-            for name, path in runs.items():
-                with suppress(OSError):  # it has gone
-                    version = version_of(path)
-                    known = self._jobs.get(path)
-                    if known is None or known.version != version:
-                        self._jobs[path] = _Job(name, path, version)
-                if first and path in self._jobs:
-                    self._jobs = {path: self._jobs.pop(path), **self._jobs}
+            for key, job in wanted.items():
+                known = self._jobs.get(key)
+                if known is None or known.version != job.version:
+                    self._jobs[key] = job
+                if first:
+                    self._jobs = {key: self._jobs.pop(key), **self._jobs}
             left = sum(not job.is_taken for job in self._jobs.values())
             for _ in range(min(self._most, left) - self._num_threads):
                 self._num_threads += 1
@@ -81,7 +84,7 @@ class Analyses:
         if job is None or not job.is_taken:
             return None
         metric, done, total = job.progress
-        return f"{done} of {total}, {metric}"
+        return f"{metric} ({done} of {total})" if done else metric
 
     def result_of(self, path: Path, version: FileVersion) -> str | None:
         """Why a run cannot be analysed, empty where it was; None where that is not known yet."""
@@ -91,8 +94,28 @@ class Analyses:
     def wait_for(self, name: str, path: Path, progress: Callable[[str, int, int], None] | None) -> None:
         """Have one run analysed before all others, and wait for it."""
         self.ask({name: path}, first=True)
+        self._wait_for(path, progress)
+
+    def wait_for_test(
+        self,
+        request: Mapping[str, Any],
+        version: Hashable,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> str:
+        """Have the differences of runs tested before all others, and wait for it.
+
+        ``request``: ``runs``, ``metric`` and ``view``.
+        ``version``: of the files of the runs: with another one they are tested again.
+        Returns: Why they cannot be tested; empty where they were.
+        """
+        key = json.dumps(request)
+        self._add({key: _Job(request, version)}, first=True)
+        self._wait_for(key, progress)
+        return self._jobs[key].reason
+
+    def _wait_for(self, key: Hashable, progress: Callable[[str, int, int], None] | None) -> None:
         with self._changed:
-            while (job := self._jobs.get(path)) is not None and not job.is_done:
+            while (job := self._jobs.get(key)) is not None and not job.is_done:
                 if progress is not None:
                     progress(*job.progress)
                 self._changed.wait(0.3)
@@ -137,7 +160,7 @@ def num_cores() -> int:
 
 
 def _process() -> subprocess.Popen[str]:
-    code = "from depthscope.app.dashboard.state.background import work; work()"
+    code = "from depthscope.app.dashboard.state.worker import work; work()"
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(LIMIT["max_bytes"])],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -155,11 +178,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, Any]]:
-    """What the process says of one run, until it is done or has died."""
+    """What the process says of one request, until it is done or has died."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(json.dumps([job.name, str(job.path)]) + "\n")
+        process.stdin.write(json.dumps(job.request) + "\n")
         process.stdin.flush()
         for line in process.stdout:
             answer = json.loads(line)
@@ -171,33 +194,3 @@ def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, An
     yield {
         "reason": "The process that analysed it was ended, perhaps for its memory. Analyse it by itself: depthscope analyze"
     }
-
-
-def work() -> None:
-    """Analyse the runs that are named on stdin, one a line, and say on stdout how far each is."""
-    with suppress(OSError):
-        os.nice(5)  # pages before analyses
-    LIMIT["max_bytes"] = json.loads(sys.argv[1])
-    # Libraries may print; what is read at the other end is answers alone.
-    answers, sys.stdout = sys.stdout, sys.stderr
-
-    def say(**answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-    def progress(*done: Any) -> None:
-        say(progress=done)
-
-    for line in sys.stdin:
-        name, place = json.loads(line)
-        path = Path(place)
-        try:
-            version = version_of(path)
-            found = read(name, path, progress)
-            if isinstance(found, UnreadableRun):
-                say(reason=found.reason)
-                continue
-            keep(path, version, found)
-            say(reason="")
-        except OSError as error:  # it has gone
-            say(reason=str(error))

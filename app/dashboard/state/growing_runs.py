@@ -15,9 +15,10 @@ from depthscope.app.dashboard.state.live_status import LiveState, live_state
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import UnreadableRun, read, sentence, version_of
 from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.first_findings import FirstFindings
+from depthscope.app.readings.first_findings import FirstFindings, KnownFindings
 from depthscope.app.readings.followed_history import FollowedHistory
 from depthscope.app.readings.followed_history import history_of as read_history
+from depthscope.app.readings.kept_first_findings import kept_first_findings
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.diagnostics import schema
@@ -63,7 +64,7 @@ _followed: dict[tuple[Path, str], TrainingHistory] = {}
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 """Of runs that have ended."""
 
-_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
+_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings | KnownFindings] = WeakKeyDictionary()
 
 
 def is_growing(path: Path) -> bool:
@@ -136,12 +137,12 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
             if not schema.is_live_store(path):
                 version = FileVersion.of(path)
                 history: TrainingHistory = _histories.get(
-                    (path, version, reading.chain), partial(read_history, reading)
+                    (path, version, reading.chain), partial(_opened_history, reading)
                 )
                 return history
             followed = _followed.get((path, reading.chain))
             if followed is None:
-                followed = _followed[path, reading.chain] = read_history(reading)
+                followed = _followed[path, reading.chain] = _opened_history(reading)
                 while len(_followed) > MOST_FOLLOWED:
                     _followed.pop(next(iter(_followed)))
             elif isinstance(followed, FollowedHistory):
@@ -152,7 +153,17 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
             return UnreadableRun(reading.name, path, sentence(error))
 
 
-def first_findings_of(history: TrainingHistory) -> FirstFindings:
+def _opened_history(reading: Reading) -> TrainingHistory:
+    """A history, with its first findings where they were kept of a training that has ended."""
+    history = read_history(reading)
+    path = Path(reading.path)
+    known = None if is_growing(path) else kept_first_findings(path, version_of(path), reading.chain)
+    if known is not None:
+        _first_findings[history] = known
+    return history
+
+
+def first_findings_of(history: TrainingHistory) -> FirstFindings | KnownFindings:
     """Where findings began: one for a history, which remembers the steps that were judged."""
     with _lock:
         return _first_findings.setdefault(history, FirstFindings(history))

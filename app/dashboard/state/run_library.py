@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
@@ -32,6 +33,7 @@ __all__ = [
     "analyse_beside",
     "ask_for",
     "close_up_of",
+    "compare_beside",
     "list_runs",
     "measure",
     "mixing_history_of",
@@ -64,6 +66,18 @@ def ask_for(runs: Mapping[str, Path]) -> None:
     for name, path in runs.items():
         if not _beside or growing_runs.is_growing(path):
             read_run(name, {name: path})
+
+
+def compare_beside(
+    request: Mapping[str, Any], version: Hashable, progress: Callable[[str, int, int], None] | None
+) -> None:
+    """Have the differences of runs tested by another process, where there is one; see `Analyses.wait_for_test`.
+
+    Raises InputError: Where they cannot be tested.
+    """
+    reason = _beside[0].wait_for_test(request, version, progress) if _beside else ""
+    if reason:
+        raise InputError(reason)
 
 
 def progress_of(path: Path) -> str | None:
@@ -236,6 +250,8 @@ def mixing_history_of(reading: Reading) -> xr.DataArray | None:
     Returns: None where none were recorded, or the file has gone.
     """
     path = Path(reading.path)
+    if reading.num_steps < 2 and not schema.is_live_store(path):
+        return None
     try:
         version = FileVersion.of(path)
         found = _mixing_histories.get(

@@ -11,6 +11,8 @@ from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, redu
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
@@ -39,7 +41,7 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     [4.0, 2.0, 1.0]
     """
     drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
-    drawn.update_layout(**_layout(figure))
+    set_layout(drawn, **_layout(figure))
     return drawn
 
 
@@ -53,7 +55,11 @@ def _layout(figure: Figure) -> dict[str, Any]:
     y_axis = {**axis, "title": {"text": words(figure.y_label), "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
         return _frame(figure) | {
-            "xaxis": {**x_axis, "showgrid": False, **(_LOG if figure.log_x else _whole_ticks(figure))},
+            "xaxis": {
+                **x_axis,
+                "showgrid": False,
+                **(_log_axis(figure) if figure.log_x else _whole_ticks(figure)),
+            },
             "yaxis": y_axis,
             "hovermode": "x unified",
         }
@@ -75,8 +81,15 @@ NAMED_ROWS = 40
 def _row_names(figure: Heatmap) -> dict[str, Any]:
     if figure.y_text is None or not 0 < len(figure.y_text) <= NAMED_ROWS:
         return {}
-    names = [words(name, 20) for name in figure.y_text]
+    names = [words(name, 32) for name in figure.y_text]
     return {"tickvals": list(figure.y), "ticktext": names, "tickfont": {"size": 10.5}}
+
+
+def _log_axis(figure: Lines) -> dict[str, Any]:
+    x = np.concatenate([line.x for line in figure.lines] or [np.zeros(0)])
+    ends = np.log10(x[x > 0]).min(initial=np.inf), np.log10(x[x > 0]).max(initial=-np.inf)
+    few = 0 < ends[1] - ends[0] <= 2
+    return _LOG | (log_ticks(float(ends[0]), float(ends[1]), most=7) if few else {"dtick": 1})
 
 
 def _whole_ticks(figure: Lines) -> dict[str, Any]:
@@ -92,13 +105,7 @@ def _frame(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "font": {"family": FONT, "size": 12.5},
-        # Room on the right for the note about missing laws, which a matrix never has.
-        "margin": {
-            "l": 56,
-            "r": 32 if isinstance(figure, Lines) and figure.missing else 16,
-            "t": 12,
-            "b": 44,
-        },
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
         "legend": {
             "orientation": "h",
             "yanchor": "bottom",

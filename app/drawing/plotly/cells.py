@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DIVERGING
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
 
@@ -71,8 +72,13 @@ def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
     ]
 
 
-def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go.Figure:
-    """Heat map, its numbers as float32, with one cell ringed where asked."""
+def draw_heatmap(
+    figure: Heatmap, mark: tuple[float, float] | None = None, *, most_ticks: int = 9
+) -> go.Figure:
+    """Heat map, its numbers as float32, with one cell ringed where asked.
+
+    ``most_ticks``: of a logarithmic colour bar.
+    """
     # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
@@ -98,7 +104,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=DIVERGING if figure.diverging else "Viridis",
             meta="diverging" if figure.diverging else None,  # a dark page has other colours around zero
-            colorbar=bar | (_log_ticks(shown) if figure.log_z else {}),
+            colorbar=bar | (_log_ticks(shown, most_ticks) if figure.log_z else {}),
             hoverongaps=False,
             hovertemplate=_hover(figure),
         )
@@ -114,21 +120,13 @@ def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | Non
     return float(np.log10(limits[0])), float(np.log10(limits[1]))
 
 
-def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
+def _log_ticks(shown: np.ndarray, most: int) -> dict[str, Any]:
     """Round numbers on a colour bar of logarithms."""
     known = shown[np.isfinite(shown)]
     if known.size == 0:
         return {}
-    low, high = float(known.min()), float(known.max())
-    # One tick a decade over three decades, 1-2-5 over one, else nearly every digit. Heuristics of ours.
-    steps = (
-        (1.0,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    )
-    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
-    values = np.array([step * 10.0**decade for decade in decades for step in steps])
-    # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
-    inside = values[(np.log10(values) >= low - 1e-6) & (np.log10(values) <= high + 1e-6)]
-    return {"tickvals": np.log10(inside).tolist(), "ticktext": [f"{value:g}" for value in inside]}
+    ticks = log_ticks(float(known.min()), float(known.max()), most)
+    return {**ticks, "tickvals": np.log10(ticks["tickvals"]).tolist()} if ticks else {}
 
 
 def _cell_names(figure: Heatmap) -> list[list[str]] | None:

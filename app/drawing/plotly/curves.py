@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, Look
-from depthscope.app.text.visible import LONGEST_TEXT, shortened
 
 __all__ = ["draw_lines"]
 
@@ -45,12 +44,17 @@ def draw_lines(figure: Lines) -> go.Figure:
             )
         )
         if line.role == "threshold":
-            _name_threshold(drawn, line, figure)
+            _name_level(drawn, float(line.y[0]), line.label, figure)
+    baseline = next(
+        (line for line in figure.lines if line.role == "null" and np.isfinite(line.y).any()), None
+    )
+    if baseline is not None:
+        _name_level(
+            drawn, float(baseline.y[np.isfinite(baseline.y)][-1]), baseline.label.rpartition(" · ")[2], figure
+        )
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
     drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
-    if figure.missing:
-        _note_missing_laws(drawn, figure.missing)
     span = _y_range(figure)
     if figure.healthy is not None and span is not None:
         _shade(drawn, figure.healthy, span)
@@ -58,9 +62,11 @@ def draw_lines(figure: Lines) -> go.Figure:
     return drawn
 
 
-def _name_threshold(drawn: go.Figure, line: Line, figure: Lines) -> None:
-    """Label at that end of a threshold where the curves are farther away, instead of an entry in the legend."""
-    level = _on_axis(np.asarray(line.y[:1]), figure.log_y)[0]
+def _name_level(drawn: go.Figure, value: float, label: str, figure: Lines) -> None:
+    """Label of a level line at that end where the curves are farther away, instead of an entry in the legend."""
+    level = _on_axis(np.array([value]), figure.log_y)[0]
+    if not np.isfinite(level):
+        return
     side = "right" if _clearance(figure, level, -1) >= _clearance(figure, level, 0) else "left"
     drawn.add_annotation(
         x=1 if side == "right" else 0,
@@ -69,8 +75,10 @@ def _name_threshold(drawn: go.Figure, line: Line, figure: Lines) -> None:
         y=level,
         yanchor="bottom",
         showarrow=False,
-        text=words(line.label),
-        font={"size": 11, "color": GREY},
+        text=words(label),
+        # The page's own colour, a little fainter: one grey has little contrast on white or on black.
+        font={"size": 11},
+        opacity=0.8,
     )
 
 
@@ -178,26 +186,6 @@ def _legend_entry(name: str, style: dict[str, Any], mark: dict[str, Any] | None 
     )
 
 
-def _note_missing_laws(drawn: go.Figure, reasons: Sequence[str]) -> None:
-    """A note along the right side whose hover gives the reason why a law is not drawn."""
-    wrapped = [textwrap.wrap(shortened(reason, LONGEST_TEXT), 70) for reason in reasons]
-    lines = ["<br>".join(words(line, longest=LONGEST_TEXT) for line in paragraph) for paragraph in wrapped]
-    drawn.add_annotation(
-        x=1,
-        xref="paper",
-        xanchor="left",
-        xshift=4,
-        y=0.5,
-        yref="paper",
-        yanchor="middle",
-        textangle=90,
-        showarrow=False,
-        text="laws not drawn: why?",
-        hovertext="<br>".join(lines),
-        font={"size": 11, "color": GREY},
-    )
-
-
 def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
     """Closed outline of the spread; NaN and, on a log axis, values that are not positive are left out."""
     assert line.lower is not None
@@ -259,13 +247,13 @@ def _drawable(figure: Lines, roles: tuple[str, ...]) -> np.ndarray:
 
 
 def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:
-    """Range and ticks of the vertical axis: decades on a long log axis, 1-2-5 on a short one."""
+    """Range and ticks of the vertical axis: decades on a long log axis, round numbers on a short one."""
     if span is None:
         return {"type": "log"} if log_y else {}
     if not log_y:
         return {"range": list(span)}
     ends = [float(np.log10(end)) for end in span]
     decades = ends[1] - ends[0]
-    # About six ticks on a long axis; "D2" is plotly's name for 1-2-5 ticks.
-    ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else {"dtick": "D2"} if decades > 0.8 else {}
+    # About six ticks on a long axis.
+    ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else log_ticks(ends[0], ends[1])
     return {"type": "log", "range": ends, "exponentformat": "power", "tickfont": {"size": 11}, **ticks}

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import FONT, GREY
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
 from depthscope.app.drawing.plotly.stack import (
+    ABOVE,
     BOTTOM,
     GAP,
     LANE,
+    LEFT,
     SEVERITY_COLOURS,
     TOP,
     Panel,
@@ -65,21 +69,23 @@ def draw_history(
     top = float(room)
     axes: dict[str, Any] = {}
     if marks:
+        first, last = zoom or _ends(panels)
         axes["yaxis"] = hidden_axis((top - LANE * len(marks)) / room, top / room, len(marks))
         for lane, mark in enumerate(marks):
             drawn.add_trace(_bar(mark, lane))
-            drawn.add_annotation(**_label(mark, lane))
+            drawn.add_annotation(**_label(mark, lane, is_late=2 * mark.first > first + last))
         top -= LANE * len(marks)
     for number, panel in enumerate(panels, start=2):
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_note(panel)}", **panel_title(high))
+        drawn.add_annotation(
+            text=f"<b>{words(panel.figure.title, 90)}</b>{_note(panel)}", **panel_title(high)
+        )
         top -= panel.height
-    # A letter of the marks' names takes some six pixels.
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
-    left = max([92, *(8 + 6 * len(mark.label) for mark in marks)])
-    drawn.update_layout(
+    set_layout(
+        drawn,
         **axes,
         shapes=[_line(step) for step in resumed],
         xaxis={
@@ -93,7 +99,7 @@ def draw_history(
         template="none",
         height=total,
         # Room on the right for the colour bars of maps.
-        margin={"l": left, "r": 64 if has_maps else 16, "t": TOP, "b": BOTTOM},
+        margin={"l": LEFT, "r": 64 if has_maps else 16, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},
@@ -103,6 +109,15 @@ def draw_history(
         dragmode="zoom",
     )
     return drawn
+
+
+def _ends(panels: Sequence[Panel]) -> tuple[float, float]:
+    """First and last step of the panels."""
+    figures = [panel.figure for panel in panels]
+    steps = [each.x for each in figures if isinstance(each, Heatmap)]
+    steps += [line.x for each in figures if not isinstance(each, Heatmap) for line in each.lines]
+    known = np.concatenate(steps or [np.zeros(1)])
+    return float(known.min()), float(known.max())
 
 
 def _note(panel: Panel) -> str:
@@ -124,13 +139,16 @@ def _bar(mark: Mark, lane: int) -> go.Scatter:
     )
 
 
-def _label(mark: Mark, lane: int) -> dict[str, Any]:
+def _label(mark: Mark, lane: int, *, is_late: bool) -> dict[str, Any]:
+    """Above its bar; of one that begins late on its left side."""
     return {
         "text": words(mark.label),
-        "xref": "paper",
-        "x": 0,
-        "xanchor": "right",
-        "xshift": -4,
+        "x": mark.first,
+        **(
+            {"xanchor": "right", "xshift": -8}
+            if is_late
+            else {"xanchor": "left", "xshift": 4, "yshift": ABOVE}
+        ),
         "y": lane,
         "yref": "y",
         "showarrow": False,

@@ -13,6 +13,8 @@ from depthscope.app.drawing.plotly.cells import draw_heatmap
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import set_layout
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
@@ -25,8 +27,18 @@ SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 MARKED = "#EE6677"
 """Of what the visitor has marked."""
 
-STRIP, LANE, GAP, TOP, BOTTOM = 92, 19, 30, 10, 42
+STRIP, LANE, GAP, TOP, BOTTOM = 92, 21, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
+
+
+LEFT = 92
+"""Pixels on the left of the panels, for the names of their axes."""
+
+ABOVE = 9
+"""Pixels from the middle of a bar to that of its name above it."""
+
+LEAST_ROOM = 0.25
+"""Of the axis, for the name of a finding on a side of its bar."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +110,14 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_key(panel)}", **panel_title(high))
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{_key(panel)}", **panel_title(high))
         for bar in bars if isinstance(panel.figure, Lines) else ():
             drawn.add_shape(_shade(bar, low, high))
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
-    drawn.update_layout(
+    set_layout(
+        drawn,
         **axes,
         xaxis={
             "range": [-0.5, len(names) - 0.5],
@@ -117,7 +130,7 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         },
         template="none",
         height=total,
-        margin={"l": 92, "r": 64, "t": TOP, "b": BOTTOM},
+        margin={"l": LEFT, "r": 64, "t": TOP, "b": BOTTOM},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"family": FONT, "size": 12},
@@ -150,12 +163,18 @@ def _bar(bar: Bar, lane: int, names: Sequence[str]) -> go.Scatter:
 
 
 def _bar_label(bar: Bar, lane: int, depths: int) -> dict[str, Any]:
-    """On that side of the bar where there is more room."""
-    on_the_left = bar.first > depths - 1 - bar.last
-    return {
-        "text": words(bar.label),
+    """On that side of the bar where there is more room; above the bar where there is none."""
+    before, after = bar.first, depths - 1 - bar.last
+    on_the_left = before > after
+    place: dict[str, Any] = {
         "x": bar.first - 0.55 if on_the_left else bar.last + 0.55,
         "xanchor": "right" if on_the_left else "left",
+    }
+    if max(before, after) < LEAST_ROOM * depths:
+        place = {"xref": "paper", "x": 0, "xanchor": "left", "yshift": ABOVE}
+    return {
+        "text": words(bar.label),
+        **place,
         "y": lane,
         "yref": "y",
         "showarrow": False,
@@ -188,6 +207,8 @@ def panel_title(high: float) -> dict[str, Any]:
         "xref": "paper",
         "x": 0,
         "xanchor": "left",
+        # From the left edge of the drawing on: on a phone a title needs the room above the names of the axis too.
+        "xshift": 4 - LEFT,
         "yref": "paper",
         "y": high,
         "yanchor": "bottom",
@@ -221,7 +242,12 @@ def add_panel(
     ``domain``: share of the drawing, from and to.
     """
     name = f"y{number}"
-    own = draw_lines(panel.figure) if isinstance(panel.figure, Lines) else draw_heatmap(panel.figure)
+    own = (
+        draw_lines(panel.figure)
+        if isinstance(panel.figure, Lines)
+        # A tick takes some sixteen pixels.
+        else draw_heatmap(panel.figure, most_ticks=max(3, panel.height // 16))
+    )
     axis: dict[str, Any] = {
         "domain": list(domain),
         "gridcolor": FAINT,
@@ -236,11 +262,10 @@ def add_panel(
         axis |= {key: scale[key] for key in ("type", "range") if key in scale}
         if axis.get("type") == "log":
             low, high = axis.get("range", (0, 2))
-            # Only round numbers: the subdivisions of a decade run into each other.
-            axis |= {
-                "dtick": max(1, round((high - low) / 3)) if high - low > 1 else "D2",
-                "exponentformat": "power",
-            }
+            few = high - low <= 2
+            axis |= {"exponentformat": "power"} | (
+                log_ticks(low, high, most=3) if few else {"dtick": max(1, round((high - low) / 3))}
+            )
     else:
         axis |= {"autorange": "reversed", "showgrid": False}
         if panel.ticks:

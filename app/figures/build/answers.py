@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick
-from depthscope.app.figures.specification import Selection
+from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics.experiments.results import sentence, table_rows
 
@@ -56,6 +56,37 @@ def _sublayers(along: xr.DataArray) -> list[str]:
     """What writes each depth: its module, else the name of the depth."""
     modules = along["module"].values if "module" in along.coords else [""] * along.sizes["depth"]
     return [str(module) or name for module, name in zip(modules, names_of(along, "depth"), strict=True)]
+
+
+def _collapse(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """How far the rank is from that of noise where it is lowest, and how similar the tokens are where they are most so."""
+    return " ".join(filter(None, (_lowest_rank(analysis), _most_similar_tokens(analysis))))
+
+
+def _lowest_rank(analysis: xr.Dataset) -> str:
+    ranks = _profile(analysis, "effective_rank")
+    null = pick(analysis, "effective_rank_null", Selection())
+    if ranks is None or not np.isfinite(ranks).any():
+        return ""
+    low = int(np.nanargmin(ranks))
+    lowest = f"Effective rank is lowest at {names_of(analysis['effective_rank'], 'depth')[low]}: {number(float(ranks[low]))}"
+    known = np.ravel(np.nan if null is None else null.values)
+    # One baseline for all depths, or one for each.
+    baseline = float(known[low] if known.size == ranks.size else known[0])
+    return (
+        f"{lowest}, {100 * ranks[low] / baseline:.0f} % of the {NOISE_BASELINE}."
+        if baseline > 0
+        else f"{lowest}."
+    )
+
+
+def _most_similar_tokens(analysis: xr.Dataset) -> str:
+    cosines = _profile(analysis, "token_cosine")
+    if cosines is None or not np.isfinite(cosines).any():
+        return ""
+    high = int(np.nanargmax(cosines))
+    place = names_of(analysis["token_cosine"], "depth")[high]
+    return f"Tokens are most similar at {place}: mean cosine {number(float(cosines[high]))}."
 
 
 def _streams(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -120,11 +151,11 @@ def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
     names = names_of(analysis["gradient_norm"], "depth")
     low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
     ratio = float(norms[low] / norms[high]) if norms[high] > 0 else float("nan")
-    told = f"largest at {names[high]} ({number(float(norms[high]))}), smallest at {names[low]} ({number(float(norms[low]))})"
+    largest, smallest = (f"{names[at]} ({number(float(norms[at]))})" for at in (high, low))
     if norms[high] == 0:
         return "There is no gradient at any depth."
     faded = f"it fades to {number(100 * ratio)} % of its largest" if ratio < FADED else "it vanishes nowhere"
-    return f"Gradient: {told}; {faded}."
+    return f"Gradient: largest at {largest}, smallest at {smallest}; {faded}."
 
 
 def _profile(analysis: xr.Dataset, metric: str, axis: str = "depth") -> np.ndarray | None:
@@ -134,6 +165,7 @@ def _profile(analysis: xr.Dataset, metric: str, axis: str = "depth") -> np.ndarr
 
 
 _ANSWERS: dict[str, Callable[[xr.Dataset, Mapping[str, xr.Dataset]], str]] = {
+    "collapse": _collapse,
     "similarity": _least_needed,
     "mixing": _streams,
     "gradients": _gradients,

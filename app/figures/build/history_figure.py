@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import xarray as xr
 
 from depthscope.app.figures.build.bins import Bins
 from depthscope.app.figures.build.folded_runs import folded
@@ -230,7 +229,9 @@ def profile_figure(
     measure = history.measures[name]
     null = _null_of(history, measure, choice)
     if null is not None:
-        lines.append(replace(lines[-1], y=np.full_like(lines[-1].y, null), label=NOISE_BASELINE, role="null"))
+        # A constant is no noise: of a gain it is what leaves the signal as it is.
+        label = NOISE_BASELINE if callable(CATALOGUE[name].null) else "baseline"
+        lines.append(replace(lines[-1], y=np.full_like(lines[-1].y, null), label=label, role="null"))
     title = measure_title(measure)
     return Lines(
         f"{name}_at_step",
@@ -245,10 +246,11 @@ def profile_figure(
 
 
 def _null_of(history: TrainingHistory, measure: Measure, choice: Mapping[str, str]) -> float | None:
-    null: xr.DataArray | None = history.analysis_at(-1).get(f"{measure.name}_null")
-    if null is None:
+    analysis = history.analysis_at(-1)
+    if f"{measure.name}_null" not in analysis:
         constant = CATALOGUE[measure.name].null if measure.name in CATALOGUE else None
         return float(constant) if isinstance(constant, (int, float)) else None
+    null = analysis[f"{measure.name}_null"]
     labels = measure.labels(choice)
     chosen = null.sel({dim: labels[str(dim)] for dim in null.dims if str(dim) in labels})
     return float(chosen) if not chosen.dims else None

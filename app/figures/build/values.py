@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
@@ -37,18 +38,24 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     if name not in data:
         return None
     array = data[name]
+    # One selection of all dimensions: xarray takes as long for each of several as for one.
+    at: dict[str, int] = {}
     if "step" in array.dims:
         # Runs that are compared have measured other steps; the nearest one is shown.
-        array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
+        at["step"] = -1 if choice.step is None else _nearest(array.indexes["step"], choice.step)
     for dim in LABELLED:
         if dim not in array.dims:
             continue
         # `fixed` wins: a curve of one direction asks for it where the selection says both.
-        label = fixed.get(dim, getattr(choice, dim))
-        if label not in array[dim].values:
+        label, labels = fixed.get(dim, getattr(choice, dim)), array[dim].values.tolist()
+        if label not in labels:
             return None
-        array = array.sel({dim: label})
-    return array
+        at[dim] = labels.index(label)
+    return array.isel(at)
+
+
+def _nearest(steps: pd.Index, step: int) -> int:
+    return int(steps.get_indexer(pd.Index([step]), method="nearest")[0])
 
 
 def defined_labels(array: xr.DataArray, dim: str) -> list:

@@ -1,4 +1,4 @@
-"""How alike are the states of two depths? CKA and angles between every two, and from each to the next."""
+"""How similar are the states of two depths? CKA and angles between every two, and from each to the next."""
 
 from functools import partial
 from typing import Any

@@ -6,11 +6,14 @@ import time
 
 import pytest
 
-from depthscope.app.dashboard.state import background, run_library
+from depthscope.app.dashboard.state import background, run_differences, run_library
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.run_reading import UnreadableRun, version_of
+from depthscope.app.figures import Selection
 from depthscope.app.readings.kept_readings import kept_summaries
+from depthscope.app.tables.differences import as_dict
 from depthscope.diagnostics import save_run
+from depthscope.diagnostics.errors import InputError
 
 
 @pytest.fixture
@@ -50,6 +53,30 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, monkeypatch):
     (reading,) = run_library.read_run("a", progress=lambda *done: said.append(done))
     assert reading.analysis.sizes["depth"] == 3
     assert said
+
+
+def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, make_run, monkeypatch):
+    save_run(make_run("mhc", layers=2, gradients=False, weights=False), root / "b.nc")
+    readings = [run_library.read_run(name)[0] for name in ("a", "b")]
+    here = run_differences.differences_between(readings, "effective_rank", Selection())
+    assert here
+    for kept in (root / ".depthscope").glob("*.json"):
+        if kept.name.count(".") > 4:  # a test, and no summary
+            kept.unlink()
+    run_differences._tested.clear()
+    monkeypatch.setattr(run_library, "_beside", [Analyses(most=1)])
+    monkeypatch.setattr(run_differences, "QUICK_BYTES", 0)
+    monkeypatch.setattr(run_differences, "between_runs", None)  # not by this process
+    said = []
+    found = run_differences.differences_between(
+        readings, "effective_rank", Selection(), progress=lambda *done: said.append(done)
+    )
+    assert [as_dict(each)["in_words"] for each in found] == [as_dict(each)["in_words"] for each in here]
+    assert said
+    # Why it cannot be done is said here.
+    (root / "b.nc").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="torn or of another format"):
+        run_differences.differences_between(readings, "effective_rank", Selection())
 
 
 def test_a_process_that_is_killed_is_said_and_others_go_on(root, monkeypatch):

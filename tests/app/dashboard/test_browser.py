@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 
 from depthscope.app.dashboard.pages import PAGES
+from depthscope.app.figures import FIGURES
+from depthscope.app.tables.tables import spoken
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import CHART, ROOT, Watch, serving_process, status, wait_for
 from tests.app.dashboard.walking import (
@@ -67,15 +69,21 @@ def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, ad
     assert watch.outside == []
 
 
+HEAT_MAP = """[...document.querySelectorAll(".depthscope-chart")]
+    .find((box) => box._fullData?.some((trace) => trace.type === "heatmap"))"""
+
+
 def click_cell(page, column: int, row: int) -> None:
     """Click the cell of the first heat map of the page."""
+    page.wait_for_function(f"() => {HEAT_MAP}", timeout=60_000)
     place = page.evaluate(
-        """([column, row]) => {
-            const box = document.querySelector(".depthscope-chart");
+        f"""([column, row]) => {{
+            const box = {HEAT_MAP};
+            box.scrollIntoView({{block: "center"}});
             const area = box.querySelector(".nsewdrag").getBoundingClientRect();
-            const {xaxis, yaxis} = box._fullLayout;
+            const {{xaxis, yaxis}} = box._fullLayout;
             return [area.x + xaxis.d2p(column), area.y + yaxis.d2p(row)];
-        }""",
+        }}""",
         [column, row],
     )
     page.mouse.move(place[0] - 3, place[1] - 3)
@@ -93,6 +101,22 @@ def test_a_click_on_a_cell_opens_the_pair_and_puts_it_in_the_url(page, address):
     page.get_by_text("Depth 4 against depth 9").wait_for(timeout=20_000)
     wait_for(lambda: "a=4" in page.url and "b=9" in page.url, 10)
     assert "runs=mhc" in page.url
+
+
+def test_a_click_on_the_map_of_differences_opens_its_measure_at_its_place(page, address):
+    page.goto(f"{address}/compare?runs=plain&runs=mhc")
+    page.wait_for_function(f"() => {HEAT_MAP}", timeout=60_000)
+    page.get_by_text("95 % interval").first.wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    for column, row in ((3, 2), (1, 5)):
+        name = page.evaluate(f"row => {HEAT_MAP}._fullLayout.yaxis.ticktext[row]", row)
+        click_cell(page, column, row)
+        wait_for(lambda at=column: f"compare_at={at}" in href(page), 20)
+        (title,) = parse_qs(urlsplit(href(page)).query)["measure_of"]
+        assert name in {spoken(kind.metric) for kind in FIGURES.values() if kind.title == title}
+        page.get_by_text(f"Difference: {title}").first.wait_for(timeout=20_000)
+        assert page.get_by_test_id("stException").count() == 0
+    assert page.locator("table td", has_text="depth 1").count() >= 1
 
 
 def test_a_link_restores_the_view(page, address):

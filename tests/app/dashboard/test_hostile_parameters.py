@@ -37,6 +37,20 @@ PARAMETERS = (
     ),
     *("trained", "paused", "measures", "step", "versus", "training_tokens", "training_stream"),
     *("zoom_training", "zoom_microscope", "zoom_chart_cka", "colour", "band"),
+    *("at", "run_b", "measure_a", "measure_b", "collapse_scale", "collapse_measure", "training_by"),
+    *(
+        "measure_of",
+        "compare_by",
+        "compare_at",
+        "map_of",
+        "map_less",
+        "from_connection",
+        "to_connection",
+        "venue",
+        "over_depths",
+    ),
+    *("tokens_run", "tokens_sequence", "tokens_stream", "tokens_measure", "tokens_depth", "tokens_find"),
+    *("tokens_everywhere", "tokens_massive", "data_of", "data_run", "data_measure"),
 )
 VALUES = {
     **TEXTS,
@@ -96,6 +110,18 @@ PAGE_NAMES = [page.url_path for page in PAGES]
 def test_every_parameter_at_once(page, runs):
     case = list(VALUES)[PAGE_NAMES.index(page) * 5 % len(VALUES)]
     check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
+
+
+CONTROLS_OF_PAGES = (
+    *("selectbox", "multiselect", "number_input", "text_input", "toggle", "button_group", "radio", "slider"),
+)
+
+
+@pytest.mark.parametrize("page", PAGE_NAMES)
+def test_every_control_of_a_page_is_among_the_parameters_that_are_tried(page, runs):
+    test = open_page(page, [runs], runs=["plain", "mhc"])
+    keys = {element.key for kind in CONTROLS_OF_PAGES for element in test.get(kind) if element.key}
+    assert keys <= {*PARAMETERS} | {key for key in keys if key.startswith("request_")}
 
 
 @pytest.mark.slow(more=6)

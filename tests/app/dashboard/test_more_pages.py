@@ -15,10 +15,9 @@ from streamlit.testing.v1 import AppTest
 
 from depthscope.app.cli.main import main
 from depthscope.app.dashboard.components.run_groups import groups_of
-from depthscope.app.dashboard.pages import compare
 from depthscope.app.dashboard.pages import data as data_page
 from depthscope.app.dashboard.pages.similarity import map_difference
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import run_differences, run_library
 from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.readings.close_up import read_close_up
 from depthscope.app.readings.readings import read_paths
@@ -174,8 +173,8 @@ def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
     assert any(name.startswith("difference_") for name in charts(test))
     assert any(block.value.startswith("depthscope compare ") for block in test.code)
     # Kept beside the first run: another process does not test them again.
-    compare._tested.clear()
-    monkeypatch.setattr(compare, "between_runs", None)
+    run_differences._tested.clear()
+    monkeypatch.setattr(run_differences, "between_runs", None)
     again = charts(opened("compare", "plain.nc", "<i>named.nc"))
     assert again == charts(test)
 

@@ -15,7 +15,12 @@ import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.live_status import live_state
+from depthscope.app.dashboard.state.run_reading import version_of
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS, histories_figure
+from depthscope.app.readings.first_findings import FirstFindings
+from depthscope.app.readings.followed_history import history_of as read_history
+from depthscope.app.readings.kept_first_findings import keep_first_findings, kept_first_findings
+from depthscope.app.readings.readings import read_paths
 from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.diagnostics import save_run, schema
 from tests.app.dashboard.growing_run import SPIKE, add, begin
@@ -264,3 +269,27 @@ def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path
     finally:
         writer.kill()
         writer.wait()
+
+
+def test_the_first_findings_of_a_training_that_ended_are_kept_until_it_changes(store, monkeypatch):
+    path = store.path.resolve()
+    store.finish()
+    store.close()
+    readings, _ = read_paths([str(path)])
+    version = version_of(path)
+    assert kept_first_findings(path, version, "") is None
+    keep_first_findings(path, version, readings)
+    history = read_history(readings[0])
+    found = FirstFindings(history)
+    while found.look(1.0):
+        pass
+    known = kept_first_findings(path, version, "")
+    assert known.num_judged == found.num_judged
+    expected = [(each.finding.sentence, each.step, each.before, each.lasts) for each in found.begun()]
+    assert [(each.finding.sentence, each.step, each.before, each.lasts) for each in known.begun()] == expected
+    # A page asks for them, and judges no step itself.
+    monkeypatch.setattr("depthscope.app.readings.first_findings.judge", None)
+    growing_runs._followed.clear()
+    assert f"{known.num_judged} of 20 steps judged" in words(opened(store))
+    os.utime(path / schema.LOG, ns=(0, 10**18))
+    assert kept_first_findings(path, version_of(path), "") is None

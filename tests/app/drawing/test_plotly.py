@@ -8,6 +8,7 @@ import pytest
 
 from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
 from depthscope.app.drawing.plotly.colours import THEORY
+from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import FIGURES, Heatmap, Line, Lines, available
 from depthscope.diagnostics import analyze
 
@@ -69,11 +70,21 @@ def test_a_law_is_dashed_in_the_colour_of_its_line_and_named_once(both):
     assert {trace.legendgroup for trace in laws} == {named[-1].legendgroup}  # hidden together
 
 
-def test_a_law_that_is_not_drawn_tells_why_on_hover(both):
-    (sign,) = to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
-    assert "one residual stream" in sign.hovertext.replace("<br>", " ")
-    assert max(map(len, sign.hovertext.split("<br>"))) <= 70
-    assert not to_plotly(FIGURES["stable_rank"].build({"mhc": both["mhc"]})).layout.annotations
+def test_a_baseline_is_named_once_on_the_plot(both):
+    drawn = to_plotly(FIGURES["stable_rank"].build(both))
+    assert [note.text for note in drawn.layout.annotations] == ["noise baseline"]
+    assert not to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
+
+
+@pytest.mark.parametrize(("low", "high"), [(-5.6, -5.2), (0.0, 0.005), (2.0, 4.0), (-0.3, 0.3), (-3.0, -1.5)])
+@pytest.mark.parametrize("most", [3, 6])
+def test_a_logarithmic_axis_has_a_few_ticks_that_are_numbers_in_full(low, high, most):
+    ticks = log_ticks(low, high, most)
+    values = np.array(ticks["tickvals"])
+    assert 2 <= len(values) <= most
+    assert (np.log10(values) >= low - 1e-6).all()
+    assert (np.log10(values) <= high + 1e-6).all()
+    np.testing.assert_allclose([float(name) for name in ticks["ticktext"]], values, rtol=1e-5)
 
 
 def test_a_far_law_moves_the_axis_by_a_decade_at_most():

@@ -1,11 +1,15 @@
 """Tokens, entries and matrices of a run are those of its trace, found by loops."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
 from depthscope.app.readings import close_up as reading
 from depthscope.app.readings.close_up import QUANTILES, read_close_up
 from depthscope.diagnostics import save_run, schema
+from depthscope.diagnostics.errors import AbsentError
+from tests.app.dashboard.growing_run import add, begin
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +114,29 @@ def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_pa
     assert (found.num_sequences, found.sequences) == (1, 2)
 
 
+def test_a_live_store_has_the_states_of_its_newest_step(make_run, tmp_path):
+    run = make_run("residual", layers=5)
+    with closing(begin(tmp_path / "live", run)) as store:
+        add(store, 0, 6)
+        found = read_close_up(tmp_path / "live")
+    expected = run["trace"].to_dataset()["residual"]
+    assert (found.num_depths, found.num_sequences) == (expected.sizes["depth"], expected.sizes["sample"])
+    with pytest.raises(AbsentError, match="no group coverage"):
+        schema.open_group(tmp_path / "live", "coverage")
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr", ".zarr.zip"])
+def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_path):
+    save_run(mhc_run, tmp_path / f"a{suffix}")
+    with pytest.raises(AbsentError, match="it has no group metrics"):
+        schema.open_group(tmp_path / f"a{suffix}", "metrics")
+
+
 def test_a_run_without_states_has_none(mhc_run, tmp_path):
     trace = mhc_run["trace"].to_dataset().drop_vars(["residual", "gradient"], errors="ignore")
     with pytest.raises(FileNotFoundError, match=r"missing\.nc"):
         schema.open_group(tmp_path / "missing.nc", "trace")
     run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
     save_run(run, tmp_path / "m.nc")
-    with pytest.raises(schema.SchemaError):
+    with pytest.raises(AbsentError, match="no group trace"):
         read_close_up(tmp_path / "m.nc")

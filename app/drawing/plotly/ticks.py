@@ -1,0 +1,60 @@
+"""Which numbers name a logarithmic axis? Round ones, each written in full: plotly writes digits alone between decades."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["log_ticks", "round_numbers"]
+
+_STEPS = (
+    (1.0,),
+    (1.0, 3.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
+    (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
+)
+"""Round numbers of a decade, from few to many."""
+
+
+def round_numbers(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from one exponent of ten to another: as many as are allowed, and where they can be at least two.
+
+    Examples
+    --------
+    >>> round_numbers(0.0, 1.0, 3), round_numbers(-5.2, -4.8, 5), round_numbers(0.30, 0.32, 3)
+    ([1.0, 3.0, 10.0], [8e-06, 1e-05, 1.2e-05, 1.5e-05], [2.0, 2.05])
+    """
+    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
+    found = [
+        [
+            step * 10.0**decade
+            for decade in decades
+            for step in steps
+            if low - 1e-6 <= np.log10(step) + decade <= high + 1e-6
+        ]
+        for steps in _STEPS
+    ]
+    few = [each for each in found if len(each) <= most]
+    if few and len(few[-1]) > 1:
+        return [float(f"{each:.6g}") for each in few[-1]]
+    if few and high - low > 1:
+        return few[-1]
+    first, last = 10.0**low, 10.0**high
+    if last <= first * (1 + 1e-6):
+        return [float(f"{first:.6g}")]
+    size = 10.0 ** np.floor(np.log10(last - first))
+    for step in (size * each for each in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)):
+        ticks = np.arange(np.ceil(first / step - 1e-6), np.floor(last / step + 1e-6) + 1) * step
+        if len(ticks) <= most:
+            return [float(f"{each:.6g}") for each in ticks]
+    return []
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> dict[str, Any]:
+    """Ticks of a logarithmic axis between two exponents of ten."""
+    values = round_numbers(low, high, most)
+    names = [f"{value:g}".replace("e-0", "e-").replace("e+0", "e") for value in values]
+    return {"tickvals": values, "ticktext": names} if values else {}
