@@ -151,7 +151,7 @@ def difference(here: Any, there: Any) -> float:
 
 
 def equality(case: str, sizes: Sizes, device: str, precision: str) -> list[dict[str, Any]]:
-    """How far raw states, gradients and matrices on a device are from those of the CPU in float32."""
+    """How far raw states, gradients and matrices on a device are from those of the CPU, in one precision."""
     from depthscope import probes
 
     def run(on: str, kind: str) -> Any:
