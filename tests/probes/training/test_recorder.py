@@ -504,7 +504,8 @@ def test_a_compiled_model_runs_compiled_in_measured_steps_and_between_them(ids):
             model(ids)
             assert calls.count("run") == before + 1
             recorder.step()
-    assert len(graphs) == calls.count("compiled") == 1
+    # Once for the user, and once for the second measured step, which is read in compiled code.
+    assert len(graphs) == calls.count("compiled") == 2
     assert recorder.run.statistics.sizes["step"] == 2
 
 
