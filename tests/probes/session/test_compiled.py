@@ -281,10 +281,12 @@ def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, los
     "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:depthscope.probes.ProbeWarning"
 )
 def test_where_compiled_code_does_not_show_the_places_one_step_is_lost_and_a_second_forward_measures():
-    plain, _ = trained(whole, checkpointing=False)
-    probed, recorder = train(whole, {"gradients": True}, checkpointing=False)
+    plain, _ = trained(blocks_in_place, checkpointing=False)
+    probed, recorder = train(
+        blocks_in_place, {"gradients": True, "sites": ["mid", "post"]}, checkpointing=False
+    )
     require_same(plain, probed)
-    assert recorder.run.statistics.step.values.tolist() == [0, 2, 3]
+    assert recorder.run.statistics.step.values.tolist() == [0, 1, 3]
     assert "was not found in its compiled code" in str(recorder.errors[0])
 
 
@@ -320,7 +322,9 @@ def test_states_inside_of_compiled_blocks_are_summed_in_their_own_code_without_a
                 nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
                 recorder.step()
                 made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled_before
-                assert made == (compiles and step < 2)  # the user's graph, and one of ours for all blocks
+                assert made == (
+                    compiles and step in (0, 2)
+                )  # the user's graph, and one of ours for all blocks
         assert recorder.errors == []
         found.append(recorder)
     compiled, plain = found
