@@ -41,7 +41,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     'metrics="live"': {"metrics": "live"},
     'metrics="all"': {"metrics": "all"},
 }
-READ = 3  # measured steps until a compiled model is measured in its own code
+READ = 4  # measured steps until a compiled model is measured in its own code
 WARM_UPS = 2
 
 
@@ -151,7 +151,7 @@ def difference(here: Any, there: Any) -> float:
 
 
 def equality(case: str, sizes: Sizes, device: str, precision: str) -> list[dict[str, Any]]:
-    """How far raw states, gradients and matrices on a device are from those of the CPU in float32."""
+    """How far raw states, gradients and matrices on a device are from those of the CPU, in one precision."""
     from depthscope import probes
 
     def run(on: str, kind: str) -> Any:
@@ -164,7 +164,7 @@ def equality(case: str, sizes: Sizes, device: str, precision: str) -> list[dict[
 
 
 def compiled_equality(case: str, sizes: Sizes, device: str) -> list[dict[str, Any]]:
-    """The same of the sums over every token that a compiled model hands out, in its fourth measured step."""
+    """The same of the sums over every token that a compiled model hands out, after the steps that are read uncompiled."""
     from depthscope import probes
 
     def run(on: str, compiles: bool) -> Any:

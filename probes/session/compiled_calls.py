@@ -199,6 +199,8 @@ class CompiledCalls:
         self._report = report
         self._attachment = Attachment(report)
         self._calls = threading.local()
+        self._frames, self.num_measured = (-1, -1), 0
+        self.is_settled = True  # whether nothing was compiled in any call of the user's that was measured
         self._lock = threading.Lock()
 
     def attach(self) -> None:
@@ -229,7 +231,11 @@ class CompiledCalls:
             if second is not None:
                 second.follow(output)
             if not self._stack():
-                self._listen(output)
+                self._ended(output)
+
+    def _ended(self, output: Any) -> None:
+        self.is_settled = self.is_settled and self._frames == _frames_compiled()
+        self._listen(output)
 
     @contextmanager
     def _inside_of(self, second: SecondForward | None) -> Iterator[None]:
@@ -249,7 +255,7 @@ class CompiledCalls:
         def done(output: Any) -> None:
             if second is not None:
                 second.follow(output)
-            self._listen(output)
+            self._ended(output)
 
         return MethodWatch(self._inside_of(second), done)
 
@@ -274,6 +280,7 @@ class CompiledCalls:
 
         with self._own_run(module):
             output, forward = self._run_hooked(run)
+        self._frames, self.num_measured = _frames_compiled(), self.num_measured + 1
         if forward is None or not self._gradients:
             return None
         outputs = list(tensors_in(output))
@@ -315,6 +322,12 @@ class CompiledCalls:
                 yield
         finally:
             self._lock.release()
+
+
+def _frames_compiled() -> tuple[int, int]:
+    """How many pieces of code torch's compiler has met, and how many graphs it has made."""
+    counters = torch._dynamo.utils.counters
+    return counters["frames"]["total"], counters["stats"]["unique_graphs"]
 
 
 def _has_foreign_hook(parameter: torch.Tensor) -> bool:

@@ -180,6 +180,8 @@ class Planner:
     def _branches(self) -> Iterator[Target]:
         """What branches give inside of compiled parts."""
         for number, chain in enumerate(self._structure.chains):
+            if not self._structure.selection.stores_variable(chain, "branch_out"):
+                continue
             for position, connection in enumerate(chain.connections):
                 if connection.branch_path is None or self._structure.read is not None:
                     continue

@@ -107,6 +107,7 @@ class InGraph(KnownPlaces):
         self._passages = Passages(regions, self._is_measured, self._run, self._unseen)
         self.plan: Plan | None = None
         self.failed = ""  # why compiled code cannot be measured
+        self._fails_next = ""  # the same from the next step on
         self.observer: Observer | None = None
         self.is_open = False
         self.reads = False  # whether a forward of the step was read part by part
@@ -152,6 +153,7 @@ class InGraph(KnownPlaces):
     def close(self) -> None:
         """Let them run as the user compiled them."""
         self._passages.close()
+        self.failed = self.failed or self._fails_next
         self.is_open, self.places = False, None
         self._uncompiled.clear()
 
@@ -189,7 +191,7 @@ class InGraph(KnownPlaces):
         with self._unseen():
             output = graph.run(region, args, kwargs, call.open())
         if graph.num_compiled > MOST_COMPILED:
-            self.failed = f"{region.path or 'the model'} is compiled anew again and again"
+            self._fails_next = f"{region.path or 'the model'} is compiled anew again and again"
         if graph.error:
             self._fail(
                 f"what is measured of {region.path or 'the model'} was not found in its compiled code: {graph.error}"

@@ -137,6 +137,7 @@ class Session:
         self._attachment: Attachment | None = None
         self._compiled: CompiledCalls | None = None
         self._in_graph: InGraph | None = None
+        self._settled = False  # whether the user's code was not compiled anew in the last step that was measured uncompiled
         self._known_callers: list[int] = []
         # Compiled modules that contain the model.
         self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -193,7 +194,7 @@ class Session:
             if exchanges and in_graph.failed:
                 self.report(CaptureError(f"{in_graph.failed} {ONE_MORE_FORWARD}"))
                 return
-            if not in_graph.failed and (in_graph.plan is not None or exchanges):
+            if not in_graph.failed and (exchanges or (in_graph.plan is not None and self._settled)):
                 in_graph.open()
                 self._attach()
                 return
@@ -363,6 +364,8 @@ class Session:
             self.forget_running()
         with self._lock:
             if self._compiled is not None:
+                # Code that is compiled anew at each call runs uncompiled after some: another graph would delay that.
+                self._settled = self._compiled.is_settled and self._compiled.num_measured > 0
                 self._compiled.remove()
                 self._compiled = None
             self._remove_hooks()

@@ -73,14 +73,14 @@ def record(
     step (and stored in ``recorder.errors``), and between measured steps no hook is on.
 
     A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured
-    steps too, with the same dropout masks, losses and weights as without a recorder. It is measured next to that: its
-    forward runs once more, uncompiled, on copies of the same arguments, before the call; with gradients its backward as
-    well, from ∂loss/∂output of the user's backward on. So a measured call costs one more forward (and backward) and their
-    memory; the states are those of the same weights and batch, under dropout masks of their own; random states, buffers
-    and attributes of modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a
-    counter) happens twice. Refused with a sentence, and without any effect on the training: reentrant checkpoints and
-    optimizers inside of the backward (with gradients), weights that are sharded over processes or a forward that exchanges
-    something with others, arguments that cannot be copied.
+    steps too, with the same dropout masks, losses and weights as without a recorder. The first measured steps, until one in
+    which nothing was compiled, are measured next to that: the forward runs once more, uncompiled, on copies of the same
+    arguments, before the call; with gradients the backward as well. Random states, buffers and attributes of modules are
+    restored, while what the forward or a hook of the user's does elsewhere (a print, a counter) happens twice. That shows
+    where the states and the connections are made; from then on a measured step runs in graphs that the same compiler makes of
+    the same code, and that hand out these values. Where they cannot, as with graph breaks inside of one compiled module, one
+    step is left out and the others cost one more forward (and backward) each. docs/many_processes.md has what is refused among
+    several processes.
 
     A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
 

@@ -281,11 +281,26 @@ def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, los
     "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:depthscope.probes.ProbeWarning"
 )
 def test_where_compiled_code_does_not_show_the_places_one_step_is_lost_and_a_second_forward_measures():
-    plain, _ = trained(whole, checkpointing=False)
-    probed, recorder = train(whole, {"gradients": True}, checkpointing=False)
-    require_same(plain, probed)
-    assert recorder.run.statistics.step.values.tolist() == [0, 2, 3]
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    blocks = (Checkpointed(TwoBranches()) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(64, 16), *blocks, nn.Linear(16, 64))
+    model.compile(backend="aot_eager")
+    with probes.record(model, gradients=True) as recorder:
+        for _ in range(5):
+            nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
+            recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0, 1, 3, 4]
     assert "was not found in its compiled code" in str(recorder.errors[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 class TwoBranches(nn.Module):
@@ -320,7 +335,9 @@ def test_states_inside_of_compiled_blocks_are_summed_in_their_own_code_without_a
                 nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
                 recorder.step()
                 made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled_before
-                assert made == (compiles and step < 2)  # the user's graph, and one of ours for all blocks
+                assert made == (
+                    compiles and step in (0, 2)
+                )  # the user's graph, and one of ours for all blocks
         assert recorder.errors == []
         found.append(recorder)
     compiled, plain = found
