@@ -71,14 +71,9 @@ def first_costs(training: Training, rounds: int) -> dict[str, Any]:
         "capture with gradients": lambda: capture(gradients=True),
     }
     plain: dict[str, Callable[[], Any]] = {"forward": forward, "step": training.step}
-    for call in (*plain.values(), *calls.values(), first_steps):
-        call()  # imports, compiled passes
-    times: dict[str, list[float]] = {name: [] for name in (*plain, *calls)}
-    steps: list[list[float]] = []
-    for _ in range(rounds):
-        for name, call in (plain | calls).items():
-            times[name].append(seconds(call))
-        steps.append(first_steps())
+    first_steps()  # imports, compiled passes
+    times = in_turn(plain | calls, rounds)
+    steps = [first_steps() for _ in range(rounds)]
     found = {name: ratio(times[name], times["forward"]) for name in calls}
     for number, name in enumerate(("first measured step", "second measured step", "third measured step")):
         found[name] = ratio([of[number] for of in steps], times["step"])
@@ -88,6 +83,15 @@ def first_costs(training: Training, rounds: int) -> dict[str, Any]:
         found[name]["peak"] = peak_of(call) / own["step" if with_backward else "forward"]
         found[name]["parts"] = parts(call)
     return found
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of several calls, which are made in turn; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return {name: of[1:] for name, of in times.items()}
 
 
 def peak_of(call: Callable[[], Any]) -> float:
