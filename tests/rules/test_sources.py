@@ -32,7 +32,7 @@ OUR_DEFINITIONS = {
     *("composite_identity_distance", "closest_stream_cosine"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("relative_turn", "effective_depth"),
-    "intrinsic_dimension_bias",
+    *("intrinsic_dimension_bias", "zero_fraction"),
     *("sequence_share", "step_spread", "variance_growth"),
 }
 CALIBRATED = "calibrated on "
