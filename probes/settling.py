@@ -69,8 +69,8 @@ def settle(
     loss : callable, optional
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
-        At most so many forwards; where nothing is suspected none is made but two of one sequence, where the loss is that of the
-        next token: whether outputs depend on later ones.
+        At most so many forwards; where nothing is suspected none is made but two of one sequence, where the loss is that of
+        the next token: whether outputs depend on later ones.
     **options
         Each option of `Options`.
 
