@@ -330,8 +330,8 @@ def page_of_the_table() -> str:
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     return f"""
 `python -m tests.verdicts.references` trained {len(grown)} networks of {len({row["kind"] for row in grown})} kinds so far (of
-{sum(kind.steps > 0 for kind in KINDS)} that it knows), and made {len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of one
-core): real text, digits, photographs and algorithmic tasks, by AdamW, SGD and Muon with warm-up and decay. Their numbers are
+{sum(kind.steps > 0 for kind in KINDS)} that it knows), and made {len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of
+one core): real text, digits, photographs and algorithmic tasks, by AdamW, SGD and Muon with warm-up and decay. The table is
 `diagnostics/verdicts/healthy_networks.csv`; the weights are not kept. Limits that cite them lie by a factor of
 {calibration.MARGIN:g} beyond what 99 % of the trained ones have. *Of a new kind*: networks beyond the limit that all other
 kinds give; of a suspicion that is no alarm yet, for an experiment decides.
