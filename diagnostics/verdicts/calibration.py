@@ -24,8 +24,8 @@ MARGIN = 1.25
 def healthy_networks() -> tuple[Mapping[str, str], ...]:
     """The rows of the trained networks: facts about each, and its worst number of every verdict."""
     source = files("depthscope.diagnostics").joinpath("verdicts", "healthy_networks.csv")
-    with source.open(encoding="utf-8", newline="") as file:
-        return tuple(row for row in csv.DictReader(file) if int(row["steps"]))
+    rows = csv.DictReader(source.read_text(encoding="utf-8").splitlines())
+    return tuple(row for row in rows if int(row["steps"]))
 
 
 @cache

@@ -9,7 +9,6 @@ import pytest
 from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.calibration import (
     DEFAULT,
-    ENOUGH_TO_TELL,
     FEWEST,
     MARGIN,
     as_far,
