@@ -33,28 +33,29 @@ def age_of(analysis: xr.Dataset) -> Age:
     moved, share = _number(attrs.get("norms_moved")), share_of_guessing(attrs)
     near = moved is not None and moved <= YOUNG
     gains = f"its norm gains are still within {moved or 0.0:.2g} of 1"
-    if share is not None and share < LEARNED:
-        return Age(True, f"the loss is {100 * share:.0f} % of that of guessing")
-    step = _number(analysis["step"].values) if "step" in analysis.coords else None
-    if step is not None and step >= MANY_STEPS:
-        return Age(True, f"it has trained for {step:.0f} steps")
+    step = (_number(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
-    distance = float(analysis["first_weight_distance"].max()) if "first_weight_distance" in analysis else 0.0
-    if distance > MOVED:
-        return Age(True, f"its weights have moved by up to {100 * distance:.0f} %")
-    if attrs.get("untouched"):
-        return Age(False, "the weights are as they were drawn")
-    one = streams_are_one(*(analysis[name] if name in analysis else None for name in ("stream_cosine", "read_share")))
-    for shown, words in ((one, ONE_STREAM), (_nothing_is_added(analysis), NOTHING_ADDED)):
-        if shown:
-            return Age(False, words)
-    if attrs.get("small_start"):
-        return Age(False, str(attrs["small_start"]))
-    if near and share is not None:
-        return Age(False, f"the loss is {100 * share:.0f} % of that of guessing, and {gains}")
-    if near and step:
-        return Age(False, f"it has trained for {step:.0f} steps, and {gains}")
-    return Age(None, gains if near else "how long it has trained is not known")
+    known = {
+        name: analysis[name]
+        for name in ("first_weight_distance", "stream_cosine", "read_share")
+        if name in analysis
+    }
+    distance = float(known["first_weight_distance"].max()) if "first_weight_distance" in known else 0.0
+    are_one = streams_are_one(known.get("stream_cosine"), known.get("read_share"))
+    of_guessing = f"the loss is {100 * (share or 0.0):.0f} % of that of guessing"
+    facts = (
+        (share is not None and share < LEARNED, True, of_guessing),
+        (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
+        (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
+        (attrs.get("untouched"), False, "the weights are as they were drawn"),
+        (are_one, False, ONE_STREAM),
+        (_nothing_is_added(analysis), False, NOTHING_ADDED),
+        (attrs.get("small_start"), False, str(attrs.get("small_start"))),
+        (near and share is not None, False, f"{of_guessing}, and {gains}"),
+        (near and step > 0, False, f"it has trained for {step:.0f} steps, and {gains}"),
+    )
+    unknown = Age(None, gains if near else "how long it has trained is not known")
+    return next((Age(trained, words) for is_so, trained, words in facts if is_so), unknown)
 
 
 # What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and

@@ -13,7 +13,8 @@ DEFAULT = "depthscope's default"
 
 # The declared source of limits that lie beyond what 99 % of these networks have; `source_of` says how many there were.
 CALIBRATED = "calibrated on healthy networks"
-FEWEST = 20  # networks: the worst of fewer says nothing
+FEWEST = 50  # networks: of fewer, 99 % says nothing
+ENOUGH_TO_TELL = 20  # networks among which a number is told to be rare
 SHARE = 0.99
 # By which factor a limit lies beyond what 99 % of the networks have.
 MARGIN = 1.25
@@ -23,8 +24,8 @@ MARGIN = 1.25
 def healthy_networks() -> tuple[Mapping[str, str], ...]:
     """The rows of the trained networks: facts about each, and its worst number of every verdict."""
     source = files("depthscope.diagnostics").joinpath("verdicts", "healthy_networks.csv")
-    with source.open(encoding="utf-8", newline="") as file:
-        return tuple(row for row in csv.DictReader(file) if int(row["steps"]))
+    rows = csv.DictReader(source.read_text(encoding="utf-8").splitlines())
+    return tuple(row for row in rows if int(row["steps"]))
 
 
 @cache
@@ -69,7 +70,7 @@ def source_of(verdict: str, *, mildest: float, above: bool) -> str:
 def as_far(verdict: str, value: float, *, above: bool) -> str:
     """How many healthy networks have such a number, as a sentence; empty where too few were measured."""
     values = healthy_values(verdict)
-    if len(values) < FEWEST or math.isnan(value):
+    if len(values) < ENOUGH_TO_TELL or math.isnan(value):
         return ""
     count = sum(each >= value if above else each <= value for each in values)
     return f" {count or 'None'} of {len(values)} healthy networks look{'s' * (count == 1)} like this."

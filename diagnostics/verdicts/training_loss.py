@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
@@ -89,17 +88,13 @@ def untrained_weights(
     """
     blocks = attrs.get("untouched_blocks")
     if blocks and residual_norm is not None and "layer" in residual_norm.coords:
-        layers = residual_norm["layer"]
-        at_end = xr.DataArray(np.append(np.diff(layers.values) != 0, True), dims="depth")
+        fresh = residual_norm["layer"].isin(blocks)
         named = ", ".join(map(str, blocks))
         yield Profile(
-            (layers.isin(blocks) & at_end)
-            .astype(float)
-            .drop_vars(layers.coords, errors="ignore")
-            .assign_coords(layers.coords),
+            fresh.astype(float).assign_coords(residual_norm["depth"].coords),
             "the blocks that look untrained are",
-            sentence=f"Every bias and gain of block {named} is as initialisers leave it, and those of the other blocks are not; "
-            f"expected all or none ({DEFAULT}).",
+            sentence=f"Every bias and gain of block {named} is as initialisers leave it, and those of the other blocks are "
+            f"not; expected all or none ({DEFAULT}).",
         )
     share = share_of_guessing(attrs)
     if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):

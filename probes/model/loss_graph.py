@@ -67,7 +67,9 @@ IGNORED = -100  # torch's own label of what does not count
 
 def _are_tokens(target: torch.Tensor | None, batch: Any, *, ahead: int) -> bool:
     """Whether the targets are some ids of the batch, or the next ones; that of the last token may be in no input."""
-    for ids in () if target is None else tensors_in(batch):
+    if target is None:
+        return False
+    for ids in tensors_in(batch):
         if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2:
             continue
         for columns in {ids.shape[1] - ahead, ids.shape[1]}:

@@ -149,7 +149,8 @@ def _one(value: float) -> torch.Tensor:
 
 STREAMS = ("streams",)
 FAULTS = (
-    Fault("tokens are averaged over their past", "left", ("rank_collapse",), (0.5, 0.2, 0.1, 0.03, 0.01, 1e-3), _after(_averaged)),
+    Fault("tokens are averaged over their past", "left", ("rank_collapse",), (0.5, 0.2, 0.1, 0.03, 0.01, 1e-3),
+          _after(_averaged)),
     Fault("a block keeps few directions", "directions", ("dimensional_collapse", "one_direction"), (40, 24, 12, 6, 3, 1),
           _after(_projected)),
     Fault("all tokens get one vector", "times their size", ("common_vector",), (0.3, 1, 3, 10, 30, 100), _after(_shifted)),
@@ -168,7 +169,8 @@ FAULTS = (
           _scaled_gradient),
     Fault("every mixing amplifies", "factor", ("gain_explosion", "single_gain_explosion"), (1.05, 1.2, 1.4, 1.7, 2.5, 5),
           _mixing(lambda res, factor: factor * res), STREAMS),
-    Fault("every mixing is nearer to uniform", "share", ("stream_collapse", "uniform_mixing"), (0.1, 0.3, 0.5, 0.7, 0.9, 0.999),
+    Fault("every mixing is nearer to uniform", "share", ("stream_collapse", "uniform_mixing"),
+          (0.1, 0.3, 0.5, 0.7, 0.9, 0.999),
           _mixing(lambda res, share: torch.lerp(res, torch.full_like(res, 0.25), share)), STREAMS),
     Fault("every mixing is nearer to the identity", "left", ("stuck_at_identity",), (0.5, 0.2, 0.1, 0.03, 0.01, 0),
           _mixing(lambda res, left: torch.lerp(torch.eye(4).expand_as(res), res, left)), STREAMS),
@@ -287,8 +289,9 @@ def main() -> int:
         "area under the ROC, by dose",
     )
     page.write_section("Doses", f"""
-`python -m tests.verdicts.doses --seeds {args.seeds} --hosts {" ".join(args.hosts)}`: each fault at six doses in trained networks
-({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. A cell has the dose, what it costs in nats, and the severity for every network: F, W, I
+`python -m tests.verdicts.doses --seeds {args.seeds} --hosts {" ".join(args.hosts)}`: each fault at six doses in trained
+networks ({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. A cell has the dose, what it
+costs in nats, and the severity for every network: F, W, I
 (a note) or · (nothing). The verdict should speak where the loss suffers (more than {SUFFERS:g} nats), and of what is of no use
 where nothing is lost. The area compares the number of the first verdict with that of the same networks without the fault.
 

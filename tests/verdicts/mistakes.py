@@ -297,8 +297,8 @@ def main() -> int:
     head = ("", "mistake", "told by", "where", "its right twin")
     missed, seen = (sum(word in each[2] for each in rows) for word in ("missed", "`"))
     page.write_section("Mistakes that people made", f"""
-`python -m tests.verdicts.mistakes`: 49 mistakes from public threads, each planted in a tiny network with its right twin. {seen}
-are told, {missed} missed, {len(rows) - seen - missed} cannot be seen in a run.
+`python -m tests.verdicts.mistakes`: 49 mistakes from public threads, each planted in a tiny network with its right twin.
+{seen} are told, {missed} missed, {len(rows) - seen - missed} cannot be seen in a run.
 
 {page.table(head, rows)}
 """)  # fmt: skip

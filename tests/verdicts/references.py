@@ -1,8 +1,8 @@
 """What do healthy trained networks look like? ``python -m tests.verdicts.references`` trains them and keeps their numbers.
 
-Every network is trained on a real task until its loss is far below that of guessing, and measured on new data. Its worst number
-of every verdict is one row of ``diagnostics/verdicts/healthy_networks.csv``, from which the calibrated limits come; the weights are
-not kept. A row that is there is not made again: the command goes on where it was stopped.
+Every network is trained on a real task until its loss is far below that of guessing, and measured on new data. Its worst
+number of every verdict is one row of ``diagnostics/verdicts/healthy_networks.csv``, from which the calibrated limits come; the
+weights are not kept. A row that is there is not made again: the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -85,42 +85,51 @@ class Kind:
     touch: Callable[[nn.Module, random.Random], Any] = lambda model, rng: None
 
 
-def _kinds() -> Iterator[Kind]:
-    for family in (*PLAIN, *LOOPED, *DEPTH, *STREAMED):
-        yield Kind(f"{family}, text", family)
+OF_TEXT = (*PLAIN, *LOOPED, *DEPTH, *STREAMED)
+OF_TASKS = (
+    *(("pre-norm transformer", task) for task in ("induction", "reversal", "sorting", "sums", "majority", "four letters")),
+    ("mHC", "induction"), ("HC", "reversal"), ("mHC", "four letters"), ("RMSNorm and SwiGLU", "sums"),
+    ("recurrent network", "four letters"), ("attention residuals", "sorting"),
+)  # fmt: skip
+OF_OPTIMIZERS = (
+    ("pre-norm transformer", "sgd"), ("pre-norm transformer", "muon"), ("mHC", "muon"), ("RMSNorm and SwiGLU", "muon"),
+    ("ViT", "muon"), ("ResNet", "sgd"),
+)  # fmt: skip
+OF_THE_STUDY = {"residual": "pre-norm transformer", "hc": "HC", "mhc": "mHC"}
+
+
+def _grown() -> Iterator[Kind]:
+    yield from (Kind(f"{family}, text", family) for family in OF_TEXT)
     for family in (*PATCHED, *STAGED):
         yield Kind(f"{family}, digits", family, ("digits",))
         yield Kind(f"{family}, photographs", family, ("photographs",))
-    for family in ("ViT", "ResNet"):
-        yield Kind(f"{family}, two classes", family, ("odd digits",))
+    yield from (Kind(f"{family}, two classes", family, ("odd digits",)) for family in ("ViT", "ResNet"))
     for name in healthy.PUBLISHED:
         yield Kind(f"{name} of transformers", name, TEXTS[:3], healthy.published(name))
-    for name in ("residual", "hc", "mhc"):
-        streams = {"residual": "pre-norm transformer", "hc": "HC", "mhc": "mHC"}[name]
-        yield Kind(f"the study's {name}", streams, TEXTS[:3], healthy.of_the_study(name))
-    for task in ("induction", "reversal", "sorting", "sums", "majority", "four letters"):
-        yield Kind(f"pre-norm transformer, {task}", tasks=(task,), steps=1000)
-    for family, task in (("mHC", "induction"), ("HC", "reversal"), ("mHC", "four letters"), ("RMSNorm and SwiGLU", "sums"),
-                         ("recurrent network", "four letters"), ("attention residuals", "sorting")):  # fmt: skip
-        yield Kind(f"{family}, {task}", family, (task,), steps=1000)
-    for family, optimizer in (("pre-norm transformer", "sgd"), ("pre-norm transformer", "muon"), ("mHC", "muon"),
-                              ("RMSNorm and SwiGLU", "muon"), ("ViT", "muon"), ("ResNet", "sgd")):  # fmt: skip
-        tasks = ("digits",) if family in ("ViT", "ResNet") else TEXTS
+    for name, family in OF_THE_STUDY.items():
+        yield Kind(f"the study's {name}", family, TEXTS[:3], healthy.of_the_study(name))
+
+
+def _trained_otherwise() -> Iterator[Kind]:
+    yield from (Kind(f"{family}, {task}", family, (task,), steps=1000) for family, task in OF_TASKS)
+    for family, optimizer in OF_OPTIMIZERS:
+        tasks = ("digits",) if family in PATCHED | STAGED else TEXTS
         yield Kind(f"{family}, {optimizer}", family, tasks, optimizer=optimizer)
     for family in ("pre-norm transformer", "RMSNorm and SwiGLU", "mHC"):
         yield Kind(f"{family}, dropout", family, dropout=0.1)
         yield Kind(f"{family}, 2000 steps", family, TEXTS[:3], steps=2000)
     yield Kind("pre-norm transformer in bfloat16", touch=lambda model, rng: model.bfloat16())
     yield Kind("a sink token", touch=healthy.with_a_sink)
-    for family in (*PLAIN, *LOOPED, *DEPTH, *STREAMED):
-        yield Kind(f"{family}, fresh", family, steps=0)
-    for family in (*PATCHED, *STAGED):
-        yield Kind(f"{family}, fresh", family, ("digits",), steps=0)
+
+
+def _fresh() -> Iterator[Kind]:
+    for family in (*OF_TEXT, *PATCHED, *STAGED):
+        yield Kind(f"{family}, fresh", family, TEXTS if family in OF_TEXT else ("digits",), steps=0)
     for name in healthy.PUBLISHED:
         yield Kind(f"{name} of transformers, fresh", name, TEXTS[:3], healthy.published(name), steps=0)
 
 
-KINDS = tuple(_kinds())
+KINDS = (*_grown(), *_trained_otherwise(), *_fresh())
 # By name: how the optimizers of a network's matrices and of its other weights are made, and the learning rate.
 OPTIMIZERS = {
     "adamw": lambda matrices, others: [torch.optim.AdamW([*matrices, *others], lr=2e-3, weight_decay=0.05)],
@@ -162,6 +171,13 @@ def _rate_at(step: int, steps: int) -> float:
     return warm * (0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
+def _begin_step(optimizers: list[Any], rates: list[list[float]], share: float) -> None:
+    for each, started in zip(optimizers, rates, strict=True):
+        for group, rate in zip(each.param_groups, started, strict=True):
+            group["lr"] = rate * share
+        each.zero_grad()
+
+
 def _dropping(model: nn.Module, share: float) -> list[Any]:
     """Dropout behind every branch, which is gone when the hooks are removed."""
     kinds = {"branches", "branch"}
@@ -196,10 +212,7 @@ def trained(model: nn.Module, kind: Kind, plan: Plan, task: Task, *, record: boo
                 model, every=5, gradients=True, weights=True, start_step=step, first_step=step
             )
             recorder.__enter__()
-        for each, started in zip(optimizers, rates, strict=True):
-            for group, rate in zip(each.param_groups, started, strict=True):
-                group["lr"] = rate * _rate_at(step, kind.steps)
-            each.zero_grad()
+        _begin_step(optimizers, rates, _rate_at(step, kind.steps))
         inputs, targets = task.draw(16, 24, rng)
         loss = loss_of(model(inputs), targets)
         loss.backward()
@@ -307,7 +320,8 @@ def page_of_the_table() -> str:
         worst = next(row for row in grown if row.get(name) and float(row[name]) == ordered[-1])
         beyond, count = alarms_of_new_kinds(name)
         lines.append((
-            f"`{name}`", "above" if limits.above else "below", *("" if x is None else f"{x:g}" for x in (limits.warn, limits.fail)),
+            f"`{name}`", "above" if limits.above else "below",
+            *("" if x is None else f"{x:g}" for x in (limits.warn, limits.fail)),
             str(len(values)), f"{ordered[len(ordered) // 2]:.3g}", f"{ordered[-1]:.3g}", worst["kind"],
             f"{calibration.limit_with_margin(values, above=limits.above):.3g}", f"{beyond} of {count}",
             str(sum(name in row["loud"].split() for row in rows) or ""),
@@ -315,11 +329,12 @@ def page_of_the_table() -> str:
     told = "; ".join(f"{row['kind']} {row['number']} ({row['loud']})" for row in loud) or "none"
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     return f"""
-`python -m tests.verdicts.references` trained {len(grown)} networks of {len({row["kind"] for row in grown})} kinds, and made
-{len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of one core): real text, digits, photographs and algorithmic tasks, by
-AdamW, SGD and Muon with warm-up and decay. Their numbers are `diagnostics/verdicts/healthy_networks.csv`; the weights are not
-kept. Limits that cite them lie by a factor of {calibration.MARGIN:g} beyond what 99 % of the trained ones have. *Of a new kind*: networks
-beyond the limit that all other kinds give; of a suspicion that is no alarm yet, for an experiment decides.
+`python -m tests.verdicts.references` trained {len(grown)} networks of {len({row["kind"] for row in grown})} kinds so far (of
+{sum(kind.steps > 0 for kind in KINDS)} that it knows), and made {len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of
+one core): real text, digits, photographs and algorithmic tasks, by AdamW, SGD and Muon with warm-up and decay. The table is
+`diagnostics/verdicts/healthy_networks.csv`; the weights are not kept. Limits that cite them lie by a factor of
+{calibration.MARGIN:g} beyond what 99 % of the trained ones have. *Of a new kind*: networks beyond the limit that all other
+kinds give; of a suspicion that is no alarm yet, for an experiment decides.
 Loud about {len(loud)} of {len(rows)} networks: {told}.
 
 {page.table(head, lines)}

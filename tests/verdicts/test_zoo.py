@@ -237,7 +237,7 @@ def test_the_reference_networks_are_of_today():
     assert {row["kind"] for row in rows} <= set(titles)
     assert len({(row["kind"], row["number"]) for row in rows}) == len(rows)
     grown = [row for row in rows if int(row["steps"])]
-    assert len(grown) >= 30
+    assert len(grown) >= 20
     for row in grown:  # it has learned what it was trained on
         assert float(row["loss"]) < 0.95 * float(row["guessing"]), row["kind"]
     # What more than one of twenty healthy networks is blamed for is no limit.
