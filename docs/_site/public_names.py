@@ -104,7 +104,9 @@ def _entry(name: str, module: str, value: Any) -> list[str]:
     if inspect.isclass(value) and not _is_error(value):
         options.append("   :members:")
     # The docstring of a constant is that of its class.
-    kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "py:data"
+    kind = (
+        "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "py:data"
+    )
     return [f".. {kind}:: {path}", *options, *shown, ""]
 
 
