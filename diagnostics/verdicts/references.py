@@ -65,17 +65,10 @@ def batch_without_differences(
     """
     tokens = distinct(attrs, "per_sequence")
     first = dong_residual.sel(tokens="ordinary", stream="mean", drop=True).isel(depth=0, drop=True)
-    if tokens is not None and tokens == distinct(attrs, "in_all") and _are_equal(sequence_share):
-        sentence = (
-            "All sequences of this batch are the same: it cannot show whether the network tells them apart (at least two are "
-            f"needed, {VERDICT_SOURCE})."
-        )
-        words = "the differences between the sequences are"
-        return [Profile(first.copy(data=0.0), words, sentence=sentence, ceiling=Severity.INFO)]
     if tokens is None and not float(first) < EQUAL:
         return None
     if tokens is not None and tokens >= FEWEST:
-        return None
+        return _equal_sequences(first, attrs, sequence_share)
     what = "All tokens of each sequence are identical"
     if tokens is not None and tokens > 1:
         what = f"The sequences have {tokens:.2g} different tokens each"
@@ -92,8 +85,20 @@ def batch_without_differences(
     ]
 
 
-def _are_equal(sequence_share: xr.DataArray | None) -> bool:
-    return sequence_share is not None and float(sequence_share.sel(stream="mean").isel(depth=0)) < EQUAL
+def _equal_sequences(
+    first: xr.DataArray, attrs: Mapping[str, Any], share: xr.DataArray | None
+) -> list[Profile] | None:
+    """A note where the tokens differ within the sequences, and are the same in all of them."""
+    if share is None or distinct(attrs, "in_all") != distinct(attrs, "per_sequence"):
+        return None
+    if not float(share.sel(stream="mean").isel(depth=0)) < EQUAL:
+        return None
+    sentence = (
+        "All sequences of this batch are the same: it cannot show whether the network tells them apart (at least two are "
+        f"needed, {VERDICT_SOURCE})."
+    )
+    words = "the differences between the sequences are"
+    return [Profile(first.copy(data=0.0), words, sentence=sentence, ceiling=Severity.INFO)]
 
 
 VERDICT_SOURCE = batch_without_differences.limits.source

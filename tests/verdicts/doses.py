@@ -274,7 +274,8 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for fault in FAULTS:
-        if not args.words or any(word in fault.title for word in args.words):
+        wanted = not args.words or any(word in fault.title for word in args.words)
+        if wanted and set(fault.hosts) & set(args.hosts):
             rows.append(row(fault, args.seeds, args.hosts))
             sys.stdout.write(f"{' | '.join(rows[-1])}\n")
             sys.stdout.flush()
