@@ -3,7 +3,8 @@
 States, gradients and matrices of one batch on the card are compared with those on the CPU, in float32, in bfloat16 and
 compiled; training steps are timed with and without a recorder, plain, compiled and with CUDA graphs; synchronisations within a
 measured step are counted by torch, and the peak of its memory. The page docs/gpu.md is written from that. ``--device cpu``
-runs the same code without a card, and writes no page unless ``--page`` names one.
+runs the same code without a card, and writes no page unless ``--page`` names one. It has not run on a card yet, so there is
+no such page.
 """
 
 from __future__ import annotations

@@ -344,6 +344,8 @@ class InGraph(KnownPlaces):
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that lies in memory in the same way, which decides which operations run on it."""
     once = tensor.detach()
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # such as one that is spread over processes
+        return once.clone()
     for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             once = once.narrow(axis, 0, 1)
