@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -37,7 +37,9 @@ MOST_FORWARDS = 10
 # Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
 # whether its output predicts the next token, and whether anything leads around a changed state.
 FIRST_FORWARDS = 5
-OF_CAUSALITY = 2  # forwards of one sequence that show whether the outputs depend on later tokens
+OF_CAUSALITY = (
+    3  # forwards of one sequence that show whether the outputs depend on later tokens, and on earlier ones
+)
 # Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
 SEQUENCES, TOKENS = 4, 128
 
@@ -106,7 +108,7 @@ def _looks_ahead(
 ) -> list[dict[str, Any]]:
     """A remark where the outputs of a network that is trained on the next token depend on later ones, or are given it.
 
-    Two forwards of one sequence tell: with another last token no earlier output may move. They are made of every such network,
+    Forwards of one sequence tell: with another last token no earlier output may move. They are made of every such network,
     since no gradient shows a leak before the first state, nor any where the last token has a target. Where the targets are
     the inputs themselves, a network whose outputs see nothing later was meant to predict, and is given the answer.
     """
@@ -119,7 +121,8 @@ def _looks_ahead(
     batch_axis = 1 if str(options.get("layout") or "").replace(" ", "").startswith("TB") else 0
     part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
     try:
-        sees = sees_later_tokens(part, lambda item: _output_again(model, item, batch_axis))
+        again = partial(_output_again, model, batch_axis=batch_axis)
+        sees = sees_later_tokens(part, again, must_see_earlier=not ahead)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return []
     if sees is None or sees == (not ahead):

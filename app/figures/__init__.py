@@ -49,6 +49,8 @@ DEFINED: dict[str, FigureKind] = {
         collapse.curvature,
         collapse.massive_activation,
         collapse.massive_token_fraction,
+        collapse.feature_kurtosis,
+        collapse.zero_fraction,
         collapse.attention_entropy,
         collapse.sink_mass,
         collapse.spectrum,

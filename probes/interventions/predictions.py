@@ -146,10 +146,14 @@ def _candidate_ids(batch: Any, logits: torch.Tensor) -> list[torch.Tensor]:
 SEES_LATER = "the model sees later tokens"
 
 
-def sees_later_tokens(batch: Any, again: Callable[[Any], torch.Tensor]) -> bool | None:
-    """Whether earlier outputs move when the last ids of a batch are others; None where no tensor can be the ids.
+def sees_later_tokens(
+    batch: Any, again: Callable[[Any], torch.Tensor], *, must_see_earlier: bool = False
+) -> bool | None:
+    """Whether earlier outputs move when the last ids of a batch are others.
 
     ``again``: ``again(batch)`` runs the model and returns (B, T, V).
+    ``must_see_earlier``: whether a network of which no output sees another token counts as one of which it is not known.
+    Returns: None where no tensor can be the ids.
     """
     logits = again(batch)
     ids = _candidate_ids(batch, logits)
@@ -158,7 +162,13 @@ def sees_later_tokens(batch: Any, again: Callable[[Any], torch.Tensor]) -> bool 
     known = ahead or ids
     if len(known) != 1:
         return None
-    return _looks_ahead(batch, known[0], logits, again).startswith(SEES_LATER)
+    if _looks_ahead(batch, known[0], logits, again).startswith(SEES_LATER):
+        return True
+    if not must_see_earlier:
+        return False
+    other = known[0].clone()
+    other[:, 0] = (other[:, 0] + 1) % logits.shape[-1]
+    return False if bool((again(_with(batch, known[0], other)) != logits)[:, 1:].any()) else None
 
 
 def _looks_ahead(

@@ -110,9 +110,10 @@ def plain(make: Callable[[int], nn.Module], layers: int = LAYERS) -> Plain:
 
 
 def prediction(output: Any, batch: Any) -> torch.Tensor:
-    """Cross entropy of the tokens themselves."""
+    """Cross entropy of the next tokens."""
     ids = batch["input_ids"] if isinstance(batch, dict) else batch
-    return nn.functional.cross_entropy(getattr(output, "logits", output).flatten(0, 1), ids.flatten())
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def captured(model: nn.Module, batch: Any = None, **options: Any) -> xr.DataTree:

@@ -107,6 +107,8 @@ massive_token_fraction = _tokens(
     "share of the tokens",
     note="Above 100 and above 1000 × the median.",
 )
+feature_kurtosis = _tokens("feature_kurtosis", "Kurtosis of the features across depth", "kurtosis")
+zero_fraction = _tokens("zero_fraction", "Entries that are exactly zero", "share of the entries")
 attention_entropy = _heads(
     "attention_entropy",
     "Entropy of attention by head",

@@ -145,7 +145,9 @@ def test_only_pooled_tokens_are_measured_again(make_run, monkeypatch):
     )
     trace = run["trace"].to_dataset()
     jackknife(trace, [CATALOGUE["effective_rank"], CATALOGUE["dong_residual"], CATALOGUE["num_tokens"]])
-    assert calls == [(1, n, 32) for n in (28, 28, 32) for _ in range(2 * 2)]  # depths; raw and centred
+    assert calls == [
+        (2, n, 32) for n in (28, 28, 32) for _ in range(2)
+    ]  # both depths at once; raw and centred
 
 
 SEQUENCES, TOKENS, REPLICATIONS = 12, 10, 200

@@ -273,7 +273,9 @@ def test_depth_histories_are_named_as_what_they_are(ids):
     assert run.attrs["family"] == "depth_history"
     assert run.attrs["n_streams"] == 1
     assert run.attrs["orientation"] == "not_applicable"
-    assert list(trace.module.values) == ["embed", "layers.0", "layers.1", "layers.2", "layers.3"]
+    # What a block reads is a sum that no block gives: it is named after that block.
+    assert list(trace.module.values) == ["embed", "layers.1", "layers.2", "layers.3", "layers.3"]
+    assert list(trace.site.values) == ["embed", "pre", "pre", "pre", "post"]
     np.testing.assert_array_equal(
         model.norm(torch.tensor(trace.residual.values[-1, ..., 0, :])).detach(), model(ids).detach()
     )
