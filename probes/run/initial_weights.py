@@ -195,4 +195,5 @@ def _root_mean_square(parameter: torch.Tensor) -> float:
 
 
 def _root_mean_squares(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) / math.sqrt(rows.shape[1])
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=exact) / math.sqrt(rows.shape[1])

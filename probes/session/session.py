@@ -784,7 +784,7 @@ class Session:
         self.observer.require_usual_calls(forward)
 
     def _require_gradients(self, forward: Forward) -> None:
-        missing = forward.expected_gradients.keys() - forward.arrivals.keys()
+        missing = {key[:2] for key in forward.expected_gradients} - forward.arrivals.keys()
         if self._in_graph is not None and self._in_graph.reads and self.options.gradients and missing:
             raise CaptureError(
                 "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
