@@ -268,9 +268,12 @@ def _scaled(
             return None, None
         coefficient = gating[0]
         back = b if coefficient is a else a
-    # What a dropout leaves, which draws each element by itself, is the branch's own output.
+    # What a dropout leaves, which draws each element by itself, is the branch's own output where that is written to streams.
     drawn = (
-        coefficient.numel == value.numel and len(value.shape) > 1 and not memory.graph.has_origin(coefficient)
+        coefficient.numel == value.numel
+        and len(value.shape) > 1
+        and not memory.graph.has_origin(coefficient)
+        and any(memory.carried[number].count > memory.count for number in memory.writes)
     )
     fine = back in depending and not drawn and not (value.name == "div" and back is not a)
     return (back, coefficient) if fine else (None, None)

@@ -257,6 +257,9 @@ def _with_empty_streams(memory: Memory) -> Memory:
         ]
         if held != memory.count or not axes or memory.root.number in memory.back([memory.end], {number}):
             continue
+        later = (graph.values[n] for n in sorted(memory.trunk) if n >= min(writes, default=0))
+        if any(memory.carried[of.number].count < of.numel for of in later if of.shape == value.shape):
+            return memory  # a history, of which each block fills one more place
         wide = without_forks(graph, start_with_streams(value, axes[0]))
         if wide.num_writes >= memory.num_writes:
             return wide
