@@ -526,6 +526,7 @@ class Recorder:
             self._say(f"the live metrics of step {step} were not computed: {error}", error)
             return
         if row is not None:
+            live.note_task(mean_task([self._task], measured.loss))
             live.tell(row, self._say)
 
     def _collect(self, *, finish: bool = False) -> None:

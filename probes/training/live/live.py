@@ -180,6 +180,12 @@ class Live:
                 name = getattr(sink, "__qualname__", type(sink).__name__)
                 say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
 
+    def note_task(self, task: Mapping[str, Any]) -> None:
+        """What the loss of the last step is of, by which its row is judged as a run is that has it."""
+        for attrs in self.attrs.values():
+            attrs.pop("task", None)
+            attrs |= {"task": dict(task)} if task else {}
+
     def judge(self, say: Callable[[str, Exception | None], None]) -> None:
         """Judge the last row, where that was not done yet.
 
