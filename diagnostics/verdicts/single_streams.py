@@ -20,12 +20,12 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
 
 
-def _unused_streams(share: xr.DataArray, verb: str) -> Iterator[Profile]:
+def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
-        yield Profile(relative, words, stream=str(stream))
+        yield Profile(relative, words, stream=str(stream), start=start)
 
 
 @verdict(
@@ -39,7 +39,9 @@ def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    yield from _unused_streams(read_share, "read")
+    one_each = bool((read_share.max("stream") > 0.99).all())
+    start = "each connection begins by reading one of the streams" if one_each else ""
+    yield from _unused_streams(read_share, "read", start)
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))

@@ -137,6 +137,11 @@ def _context_of(function: Any) -> Any:
     return found if hasattr(found, "callback") else None
 
 
+def fuses(region: Region) -> bool:
+    """Whether what compiles a part is torch's inductor, which fuses operations."""
+    return getattr(_backend_of(region.context), "compiler_name", "") == "inductor"
+
+
 def _backend_of(context: Any) -> Any:
     return torch._dynamo.eval_frame.innermost_backend(context.callback)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
@@ -36,7 +37,7 @@ from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
-from depthscope.probes.session.compiled_regions import regions_of
+from depthscope.probes.session.compiled_regions import fuses, regions_of
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import (
@@ -224,6 +225,9 @@ class Session:
             regions, reason = [], ""
             try:
                 regions = regions_of(self.model, callers)
+                # One process can read an uncompiled forward instead, and then trains bit for bit as without a recorder.
+                if any(map(fuses, regions)) and not (dist.is_available() and dist.is_initialized()):
+                    reason = "torch's compiler fuses otherwise around what is read, which rounds otherwise"
             except CaptureError as error:
                 reason = str(error)
             self._in_graph = InGraph(self.model, regions, self._current, self.owner, self.report)

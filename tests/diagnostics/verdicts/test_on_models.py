@@ -424,7 +424,7 @@ CASES: dict[str, Case] = {
     "frozen_module": Case(
         lambda: one_step("blocks.2.mlp.norm", None), WARN, says="No parameter of blocks.2.mlp.norm is trained"
     ),
-    "silent_module": Case(without_use, WARN, says="exactly zero", beside=("lost_update", "idle_layer")),
+    "silent_module": Case(without_use, WARN, says="exactly zero", beside=("lost_update", "idle_layer", "untrained_weights")),
     "unproven_reading": case(
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.tanh), 4), INFO,
         says="This reading is unproven: ",
