@@ -24,6 +24,7 @@ from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.tape import place_of
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 Shown: TypeAlias = dict[tuple[int, int], int]  # depths, by a call of a module and which of its tensors
@@ -203,11 +204,7 @@ class _Operations:
 
 def _operations(chain: Chain, depths: range) -> dict[ValuePlace, int]:
     points = ((depth, chain.points[depth]) for depth in depths)
-    return {
-        ValuePlace(p.path, p.index, p.operation, p.item, p.result): depth
-        for depth, p in points
-        if p.at == OPERATION
-    }
+    return {place_of(point): depth for depth, point in points if point.at == OPERATION}
 
 
 def _views_of_memory(graph: Graph, place: ValuePlace, depth: int) -> list[TracedValue]:

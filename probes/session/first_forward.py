@@ -30,7 +30,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import ShownTensor
-from depthscope.probes.structure.tape import Tape, value_at
+from depthscope.probes.structure.tape import Tape, place_of, value_at
 
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
 NOT_READ = (ReadingError, StreamConnectionError, LayoutError)
@@ -78,9 +78,8 @@ class RecordedForward:
         self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
-            if (p := state.point).at == "operation":
-                place = ValuePlace(p.path, p.index, p.operation, p.item, p.result)
-                self._operations.setdefault(place, []).append(state)
+            if state.point.at == "operation":
+                self._operations.setdefault(place_of(state.point), []).append(state)
         self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity

@@ -16,7 +16,7 @@ from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.graph import Graph
 from depthscope.probes.session.connection_parameters import ConnectionParameters
-from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
@@ -91,14 +91,11 @@ class Observer:
 
     def record_shown(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
         """Record a state, or one stream of it: with the last of these the state is there, its streams along the first axis."""
+        state: torch.Tensor | None = tensor
         if of.num_tensors > 1:
-            streams = forward.streams.setdefault((of.chain, of.depth), {})
-            streams[of.stream] = tensor.detach().clone()
-            if len(streams) < of.num_tensors:
-                return
-            tensor = torch.stack([stream for _, stream in sorted(streams.items())])
-            del forward.streams[of.chain, of.depth]
-        self.record_state(forward, of.chain, of.depth, tensor)
+            state = _with_other_streams(forward.streams, of, tensor.detach().clone())
+        if state is not None:
+            self.record_state(forward, of.chain, of.depth, state)
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -226,12 +223,9 @@ class Observer:
     ) -> None:
         """Store the gradient of a state, of which each stream may have its own: then with the last of these."""
         if of.num_tensors > 1 and gradient is not None and forward.ended:
-            streams = forward.stream_gradients.setdefault((of.chain, of.depth), {})
-            streams[of.stream] = gradient.detach()
-            if len(streams) < of.num_tensors:
+            gradient = _with_other_streams(forward.stream_gradients, of, gradient.detach())
+            if gradient is None:
                 return
-            gradient = torch.stack([stream for _, stream in sorted(streams.items())])
-            del forward.stream_gradients[of.chain, of.depth]
         self.record_gradient(forward, of.chain, of.depth, gradient)
 
     def record_gradient(
@@ -335,3 +329,15 @@ class Observer:
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
                 self._require_own_part(forward, output)
             forward.branches[number, position] = forward.sampled(output)
+
+
+def _with_other_streams(
+    waiting: dict[Key, dict[int, torch.Tensor]], of: ShownTensor, tensor: torch.Tensor
+) -> torch.Tensor | None:
+    """All streams of a state along a first axis, with the last of them; None where others have not come."""
+    streams = waiting.setdefault((of.chain, of.depth), {})
+    streams[of.stream] = tensor
+    if len(streams) < of.num_tensors:
+        return None
+    del waiting[of.chain, of.depth]
+    return torch.stack([stream for _, stream in sorted(streams.items())])

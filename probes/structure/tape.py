@@ -31,10 +31,15 @@ class Tape:
         return value_at(self.graph, point)
 
 
+def place_of(point: HookPoint) -> ValuePlace:
+    """Where the operation is that shows a state which no call shows."""
+    return ValuePlace(point.path, point.index, point.operation, point.item, point.result)
+
+
 def value_at(graph: Graph, point: HookPoint) -> TracedValue | None:
     """The value that a hook point shows; None where it shows none in this forward."""
     if point.at == "operation":
-        return graph.at(ValuePlace(point.path, point.index, point.operation, point.item, point.result))
+        return graph.at(place_of(point))
     try:
         return graph.shown_at(point.path, point.index, point.at, point.item)
     except ReadingError:
