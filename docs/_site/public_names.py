@@ -7,11 +7,12 @@ import re
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from sphinx.application import Sphinx
+from typing import TYPE_CHECKING, Any
 
 import depthscope
+
+if TYPE_CHECKING:  # a test of what a user has reads this module too, without Sphinx
+    from sphinx.application import Sphinx
 
 MARK = "<!-- public names -->"
 DOCS = Path(__file__).parents[1]
