@@ -69,7 +69,7 @@ class Rereading:
 
     def _read(self) -> NetworkReading:
         if self.graph.error is not None:
-            return NetworkReading((), {}, f"the forward could not be recorded: {self.graph.error!r}")
+            return NetworkReading((), {}, f"the forward could not be recorded: {_reason(self.graph.error)}")
         try:
             found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
@@ -113,6 +113,10 @@ class Rereading:
             self.graph, self._readers = graph, found
         with no_collection():
             return [reader.again() for reader in self._readers]
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, ReadingError) else repr(error)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -360,6 +364,7 @@ class _Reader:
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
         values[0] = self._first_state(values)
+        values = self._with_given(values)
         for (
             branch
         ) in self.branches:  # what is added to the first value, as positions are, is no norm of the branch
@@ -385,6 +390,17 @@ class _Reader:
         ]
         cuts = [[value] for value in parts.states]
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
+
+    def _with_given(self, values: Sequence[TracedValue]) -> list[TracedValue]:
+        """The same, with what a block makes of its state, where the next state is a mixture of that and of earlier ones."""
+        memory, sums = self.memory, [write for branch in self.branches for write in branch.writes]
+        found = [values[0]]
+        for before, after in pairwise(values):
+            made = [v for v in sums if before.number < v.number < after.number and before in memory.line(v)]
+            if made and memory.mixed_between(made[-1], after):
+                found.append(made[-1])
+            found.append(after)
+        return found
 
     def _first_state(self, values: Sequence[TracedValue]) -> TracedValue:
         """The last value through which all that is read and all later states come."""
