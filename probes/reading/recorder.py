@@ -348,10 +348,7 @@ class GraphRecorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(hasattr(of, "_op_dispatcher") for of in types):
             return NotImplemented  # a DTensor's own operations follow, on the part that this process has
-        if any(map(is_imagined, types)):
-            return func(*args, **kwargs)
-        if any(of.__name__ == "NestedTensor" for of in types):
-            self.graph.error = ReadingError(NESTED)
+        if any(map(self._is_unreadable, types)):
             return func(*args, **kwargs)
         if operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs)
@@ -366,6 +363,12 @@ class GraphRecorder(TorchDispatchMode):
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result
+
+    def _is_unreadable(self, of: type) -> bool:
+        """Whether the tensors of a class are not looked at; nested ones end the recording."""
+        if of.__name__ == "NestedTensor":
+            self.graph.error = ReadingError(NESTED)
+        return self.graph.error is not None or is_imagined(of)
 
     def _note_result(self, taken: _Taken, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note what an operation gave, and tell those who listen."""
