@@ -30,6 +30,7 @@ from depthscope.probes.reading.operations import (
     addends,
     centred,
     factors,
+    spreads,
     is_along_features,
     part_of,
 )  # fmt: skip
@@ -121,6 +122,8 @@ class Rules:
     def _product(self, value: TracedValue) -> Numbers | None:
         carriers = [f for f in factors(value) if self._of(f) is not None]
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
+            return None
+        if spreads(value, carriers[0]):
             return None
         return self._carried[carriers[0].number].expand(value.shape)
 

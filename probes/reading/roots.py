@@ -17,6 +17,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     addends,
     only_moves,
+    spreads,
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
@@ -93,6 +94,8 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value):
             return operands[0], False
+        if value.name in PRODUCTS and any(spreads(value, operand) for operand in operands):
+            return None, False
         mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
             # Of a gate and what it scales, that which comes from further back.
