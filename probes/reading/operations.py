@@ -61,7 +61,11 @@ def only_moves(value: TracedValue) -> bool:
 def spreads(value: TracedValue, number: TracedValue) -> bool:
     """Whether a product with weights makes features of each of some numbers, as of the columns of a table."""
     others = [parent for parent in value.parents if parent is not number]
-    return value.numel > number.numel and any(w.of_parameter and w.numel > MOST_STREAMS for w in others)
+    return (
+        value.name in PRODUCTS
+        and value.numel > number.numel
+        and any(w.of_parameter and w.numel > MOST_STREAMS for w in others)
+    )
 
 
 def addends(value: TracedValue) -> list[TracedValue]:

@@ -88,14 +88,12 @@ class _Sums:
 
     def _carrier(self, value: TracedValue) -> tuple[TracedValue | None, bool]:
         operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
-        if not operands:
+        if not operands or any(spreads(value, operand) for operand in operands):
             return None, False
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value):
             return operands[0], False
-        if value.name in PRODUCTS and any(spreads(value, operand) for operand in operands):
-            return None, False
         mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
             # Of a gate and what it scales, that which comes from further back.

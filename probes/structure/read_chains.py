@@ -426,12 +426,10 @@ class _ChainOf:
         return found
 
     def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
-        """Those of some values with the same elements from which all is computed that reads any: with the state's gradient."""
-        numbers = {of.number for of in moved}
+        """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
+        numbers, takers = {of.number for of in moved}, self.graph.takers
         readers = [
-            of
-            for of in moved
-            if any(self._reads(taker) for taker in self.graph.takers(of) if taker.number not in numbers)
+            of for of in moved if any(_has_gradient(t) and t.number not in numbers for t in takers(of))
         ]
         ways: list[set[int]] = []
         for reader in readers:
@@ -441,11 +439,6 @@ class _ChainOf:
                 way.add(reader.number)
             ways.append(way)
         return [of for of in moved if all(of.number in way for way in ways)] or list(moved[:1])
-
-    @staticmethod
-    def _reads(taker: TracedValue) -> bool:
-        """Whether a gradient comes through an operation."""
-        return taker.is_floating and taker.name not in SHAPE_ONLY and taker.name != "detach"
 
     @staticmethod
     def _is_same(value: TracedValue, parent: TracedValue) -> bool:
@@ -596,3 +589,8 @@ class _ChainOf:
                 own = numbers.reshape(other.shape) if other.numel == value.numel else None
                 return min(calls), "" if own is None else self.layout_of(other, own)
         return None
+
+
+def _has_gradient(taker: TracedValue) -> bool:
+    """Whether a gradient comes through an operation."""
+    return taker.is_floating and taker.name not in SHAPE_ONLY and taker.name != "detach"
