@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested tuples, lists, dicts, dataclasses and model outputs, in order."""
+    """Tensors in nested tuples, lists, dicts, dataclasses, graphs and model outputs, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
@@ -26,8 +27,12 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a value is an object of a dataclass, as some models' batches and outputs are."""
-    return hasattr(type(value), "__dataclass_fields__") and hasattr(value, "__dict__")
+    """Whether a value is a dataclass, or an object that can be moved to a device as the graphs of torch_geometric can."""
+    kind = type(value)
+    moves = hasattr(kind, "__dataclass_fields__") or (
+        hasattr(kind, "to") and not isinstance(value, nn.Module)
+    )
+    return moves and hasattr(value, "__dict__")
 
 
 def floats_in(*values: Any) -> list[torch.Tensor]:

@@ -39,7 +39,7 @@ def cuts_of(
     sizes = [size_of(memory, cut) for cut in cuts]
     aged = _long_lived(cuts)
     least = sizes[-1]
-    returns = sizes.count(least) > 2 and any(size > least for size in sizes[sizes.index(least) :])
+    returns = sizes.count(least) > 2 and _widens_in_blocks(cuts, sizes, branches, layers)
     if returns and not any(first < len(cuts) // 2 for first in aged.values()):
         # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
         inner = _inner(memory, cuts, sizes)
@@ -90,6 +90,25 @@ def _long_lived(cuts: list[Cut]) -> dict[int, int]:
             first.setdefault(value.number, number)
     most = sorted(len(cut) for cut in cuts)[len(cuts) // 2]
     return {number: first[number] for number, age in ages.items() if age >= 3 and age > most}
+
+
+def _widens_in_blocks(
+    cuts: list[Cut], sizes: Sequence[int], branches: list[Branch], layers: Sequence[int]
+) -> bool:
+    """Whether states hold more again and again and less in between, or more inside of one block alone."""
+    least = sizes[-1]
+    begin = sizes.index(least)
+    wide = [at for at in range(begin, len(sizes)) if sizes[at] > least]
+    if any(after - before > 1 for before, after in pairwise(wide)):
+        return True
+    written = sorted(
+        (branch.writes[-1].number, layer) for branch, layer in zip(branches, layers, strict=True)
+    )
+    for at in wide:
+        after = bisect_right(written, (max(value.number for value in cuts[at]), math.inf))
+        if not 0 < after < len(written) or written[after - 1][1] != written[after][1]:
+            return False
+    return bool(wide)
 
 
 class _Life:

@@ -417,10 +417,11 @@ class _Reader:
 
     def _with_given(self, values: Sequence[TracedValue]) -> list[TracedValue]:
         """The same, with what a block makes of its state, where the next state is a mixture of that and of earlier ones."""
-        memory, sums = self.memory, [write for branch in self.branches for write in branch.writes]
-        found = [values[0]]
+        memory, found = self.memory, [values[0]]
+        pairs = [(branch.read, write) for branch in self.branches for write in branch.writes]
         for before, after in pairwise(values):
-            made = [v for v in sums if before.number < v.number < after.number and before in memory.line(v)]
+            sums = [(read, of) for read, of in pairs if before.number < of.number < after.number]
+            made = [of for read, of in sums if not {before, read}.isdisjoint(memory.line(of))]
             if made and memory.mixed_between(made[-1], after):
                 found.append(made[-1])
             found.append(after)

@@ -424,7 +424,8 @@ class StructureFinder:
         raise LayoutError(
             f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
             "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
-            "in each row of the batch, padded where they differ in length"
+            "in each row of the batch, padded where they differ in length; where the rows are the nodes of a graph, "
+            "say so with layout='B D'"
         )
 
     def _weighed(self, memory: MemoryReading) -> FoundChain:

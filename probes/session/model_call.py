@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ def batches(batch: Any) -> Iterator[Any]:
 
     ``batch``: one batch or an iterable of them.
     """
-    if isinstance(batch, (Mapping, torch.Tensor, tuple)):
+    # Objects that hold tensors, as the graphs of torch_geometric do, can be moved to a device; loaders of batches cannot.
+    if isinstance(batch, (Mapping, torch.Tensor, tuple)) or is_dataclass(batch) or hasattr(batch, "to"):
         yield batch
     elif isinstance(batch, Iterable):
         yield from batch
     else:
         raise CaptureError(
-            f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, or an iterable of these"
+            f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, a dataclass or "
+            "an object with a method to() that holds tensors, or an iterable of these"
         )
 
 

@@ -27,6 +27,9 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
         known |= {of.number for of in same}
     branches = [branch for m in memories for c in m.connections for branch in c.branches]
     known |= {number for branch in branches for number in branch.way}
+    # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
+    reads = (graph.at(place) for branch in branches for place in branch.reads)
+    known |= {read.number for read in reads if read is not None}
     carried = set().union(*(memory.carried for memory in memories))
     inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}

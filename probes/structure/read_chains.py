@@ -149,6 +149,8 @@ class _ChainOf:
         following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
         if point.site != "post" or following is None or self._hands_on(point, value) is not False:
             return point
+        if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
+            return point
         return replace(
             point, layer=following.layer, site="pre", module=self.graph.calls[self._unit(following)].path
         )

@@ -1,0 +1,403 @@
+"""Small networks after public code that were misread once: each is compared with what hooks and autograd give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import depthscope as ds
+from depthscope.probes.reading.graph import ReadingError
+
+WIDTH = 16
+
+
+def mlp(width: int = WIDTH, *, norm: bool = True) -> nn.Sequential:
+    layers = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+    return nn.Sequential(*([nn.RMSNorm(width)] if norm else []), *layers)
+
+
+def states(run) -> list[tuple[str, int]]:
+    trace = run["trace"]
+    return list(zip(trace.site.values.tolist(), trace.layer.values.tolist(), strict=True))
+
+
+def difference(found, true: torch.Tensor) -> float:
+    found = torch.as_tensor(found).reshape(true.shape)
+    return float((found - true).abs().max() / true.abs().max())
+
+
+class Trunk(nn.Module):
+    """An embedding, `step` as often as there are branches, and a head."""
+
+    def __init__(self, depth: int = 3, head: nn.Module | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.branches = nn.Linear(5, WIDTH), nn.ModuleList(mlp() for _ in range(depth))
+        self.head = head or nn.Linear(WIDTH, 3)
+        self.passed: list[torch.Tensor] = []
+
+    def forward(self, x):
+        self.passed = [x := self.embed(x)]
+        for number, branch in enumerate(self.branches):
+            x = self.step(number, branch, x)
+            self.passed.append(x)
+        return self.head(x)
+
+    def step(self, number, branch, x):
+        return x + branch(x)
+
+
+class FirstAgain(Trunk):
+    """x = λ x + λ₀ x₀ before every block: what a block gives and what the next one reads are two states."""
+
+    def __init__(self):
+        super().__init__()
+        self.keep, self.first = nn.Parameter(torch.rand(3)), nn.Parameter(torch.rand(3))
+
+    def step(self, number, branch, x):
+        x = self.keep[number] * x + self.first[number] * self.passed[0]
+        return x + branch(x)
+
+
+def test_what_a_block_gives_is_a_state_next_to_the_mixture_that_the_next_one_reads():
+    model, x = FirstAgain().eval(), torch.randn(2, 6, 5)
+    run = ds.capture(model, x)
+    assert run.attrs["proof"] == "proven"
+    found = states(run)
+    assert found[-3:] == [("post", 1), ("pre", 2), ("post", 2)]
+    for number, passed in enumerate(model.passed[1:]):
+        assert difference(run["trace"].residual.values[found.index(("post", number))], passed.detach()) < 1e-6
+
+
+class GatedReads(Trunk):
+    """Each branch reads Σ sigmoid(q · norm(v)) v over the embedding and earlier outputs, and norms that."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(0.3 * torch.randn(4, WIDTH))
+
+    def read(self, values, query):
+        stack = torch.stack(values)
+        gates = torch.einsum("d,sbtd->sbt", query, functional.rms_norm(stack, stack.shape[-1:])).sigmoid()
+        return torch.einsum("sbt,sbtd->btd", gates, stack)
+
+    def forward(self, x):
+        values = [self.embed(x)]
+        for query, branch in zip(self.queries, self.branches, strict=False):
+            values.append(branch(self.read(values, query)))
+        return self.head(functional.rms_norm(self.read(values, self.queries[-1]), (WIDTH,)))
+
+
+def test_a_gate_before_the_norm_of_a_branch_is_a_weight_of_its_read():
+    model, taken = GatedReads().eval(), []
+    for branch in model.branches:
+        branch[0].register_forward_pre_hook(lambda _, args: taken.append(args[0].detach()))
+    trace = ds.capture(model, torch.randn(2, 6, 5))["trace"]
+    for number, read in enumerate(taken[: len(model.branches)]):
+        assert difference(trace.branch_in.values[number], read) < 1e-5
+    assert 0 < float(trace.depth_read.values[0, ..., 0].max()) < 1
+
+
+class InLists(Trunk):
+    """Blocks are lists that no call is of, and the head's first module is a norm."""
+
+    def __init__(self):
+        super().__init__(head=nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3)))
+
+
+def test_the_norm_of_the_head_is_no_last_state():
+    model = InLists().eval()
+    trace = ds.capture(model, torch.randn(2, 6, 5))["trace"]
+    assert difference(trace.residual.values[-1], model.passed[-1].detach()) < 1e-6
+
+
+class Transition(nn.Module):
+    """Blocks of which the third changes the width: its shortcut and its scaled branch both come of the activation."""
+
+    def __init__(self, first: str):
+        super().__init__()
+        torch.manual_seed(0)
+        widths = [(8, 8), (8, 8), (8, 12), (12, 12), (12, 12)]
+        self.blocks = nn.ModuleList(_TransitionBlock(*of, first) for of in widths)
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.passed = [x]
+        for block in self.blocks:
+            x = block(x)
+            self.passed.append(x)
+        return self.head(functional.relu(x).mean((2, 3)))
+
+
+class _TransitionBlock(nn.Module):
+    def __init__(self, before: int, after: int, first: str):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(before, after, 3, 1, 1), nn.Conv2d(after, after, 3, 1, 1)
+        self.shortcut = nn.Conv2d(before, after, 1) if before != after else None
+        self.first = first
+
+    def forward(self, x):
+        active = functional.relu(x)
+        kept = x if self.shortcut is None else self.shortcut(active)
+        made = self.conv2(functional.relu(self.conv1(active)))
+        if self.first == "in place":
+            return made.add_(kept)
+        return made * 0.2 + kept if self.first == "branch" else kept + made * 0.2
+
+
+@pytest.mark.parametrize("first", ["branch", "shortcut", "in place"])
+def test_a_stage_begins_with_a_sum_or_with_its_shortcut(first):
+    model = Transition(first).eval()
+    run = ds.capture(model, torch.randn(2, 3, 8, 8))
+    assert run.attrs["proof"] == "proven"
+    stages = [node.to_dataset() for node in run.subtree if "residual" in node.data_vars]
+    found = {}
+    for stage in stages:
+        for depth, of in enumerate(zip(stage.site.values, stage.layer.values, strict=True)):
+            found[of] = stage.residual.values[depth]
+    for number, passed in enumerate(model.passed[1:]):
+        true = passed.detach().flatten(2).mT
+        assert difference(found["post", number], true) < 1e-6
+
+
+class TokenMixer(Trunk):
+    """Patches, and branches along the tokens that read the state through a transpose, without a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, 2, 2)
+        self.tokens = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.gains = nn.ParameterList(nn.Parameter(torch.rand(WIDTH)) for _ in range(3))
+        self.embed = nn.Sequential(self.patches, nn.Flatten(2))
+
+    def step(self, number, branch, x):
+        x = x.mT if number == 0 else x
+        x = x + self.tokens[number](torch.addcmul(self.gains[number], self.gains[number], x).mT).mT
+        return x + branch(x)
+
+
+def test_the_axis_along_which_tokens_are_mixed_is_not_that_of_the_features():
+    model = TokenMixer().eval()
+    trace = ds.capture(model, torch.randn(2, 3, 8, 8))["trace"]
+    assert trace.sizes["feature"] == WIDTH
+    assert difference(trace.residual.values[-1], model.passed[-1].detach()) < 1e-6
+
+
+class Heun(Trunk):
+    """Two evaluations of one branch a step, whose sum is added."""
+
+    def step(self, number, branch, x):
+        first = branch(x)
+        return x + 0.25 * (first + branch(x + 0.5 * first))
+
+
+def test_a_sum_inside_of_a_step_is_no_state():
+    model = Heun().eval()
+    run = ds.capture(model, torch.randn(4, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert difference(run["trace"].residual.values[-1], model.passed[-1].detach()) < 1e-6
+    assert run["trace"].sizes["depth"] == len(model.passed)
+
+
+class LastOfOneToken(Trunk):
+    """Tokens made of numbers by weights of their own; the last block goes on with the first token alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, WIDTH))
+        self.embed = nn.Identity()
+        self.attention = nn.ModuleList(nn.MultiheadAttention(WIDTH, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, x):
+        return super().forward(self.weight[None] * x[:, :, None])
+
+    def step(self, number, branch, x):
+        y, few = functional.layer_norm(x, (WIDTH,)), slice(0, 1 if number == 2 else 5)
+        x = x[:, few] + self.attention[number](y[:, few], y, y, need_weights=False)[0]
+        return x + branch(x)
+
+
+def test_blocks_of_some_tokens_end_the_chain_before_and_are_said():
+    model = LastOfOneToken().eval()
+    run = ds.capture(model, torch.randn(4, 5))
+    assert run.attrs["proof"].startswith("unproven: ")
+    trace = run["trace"]
+    assert trace.sizes["token"] == 5
+    last = next(depth for depth, of in enumerate(states(run)) if of == ("post", 1))
+    assert difference(trace.residual.values[last], model.passed[2].detach()) < 1e-6
+
+
+class OneBmm(nn.Module):
+    """The matrices are made of the streams before they are put into another order, in which they are mixed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.branches = nn.ModuleList(mlp() for _ in range(2))
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, 12) for _ in range(2))
+
+    def forward(self, x):
+        self.first = streams = self.embed(x)[:, None].expand(-1, 3, -1, -1).clone()
+        if streams.requires_grad:
+            streams.retain_grad()
+        for branch, maps in zip(self.branches, self.maps, strict=True):
+            batch, _, tokens, _ = streams.shape
+            weights = torch.tanh(maps(streams.mean(1))).view(batch * tokens, 4, 3) + 0.2
+            mixed = torch.bmm(weights, streams.permute(0, 2, 1, 3).reshape(batch * tokens, 3, WIDTH))
+            new = mixed[:, 1:] + branch(mixed[:, :1])
+            streams = new.view(batch, tokens, 3, WIDTH).permute(0, 2, 1, 3)
+        return self.head(streams.sum(1))
+
+
+def test_the_gradient_of_a_state_comes_from_everything_that_reads_it():
+    model, x = OneBmm().eval(), torch.randn(2, 6, 5)
+    run = ds.capture(model, x, gradients=True, loss=lambda output, batch: output.square().mean())
+    model(x).square().mean().backward()
+    true = model.first.grad.permute(0, 2, 1, 3)
+    assert difference(run["trace"].gradient.values[0], true) < 1e-5
+
+
+class GraphLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.edge, self.node, self.way = nn.Linear(33, 16), nn.Linear(32, 16), nn.Linear(16, 1)
+
+    def forward(self, h, edge_index, coord):
+        row, col = edge_index
+        distance = coord[row] - coord[col]
+        squared = distance.square().sum(1, keepdim=True)
+        message = torch.tanh(self.edge(torch.cat([h[row], h[col], squared], 1)))
+        coord = coord + torch.zeros_like(coord).index_add(0, row, distance * self.way(message))
+        gathered = torch.zeros_like(h).index_add(0, row, message)
+        return h + torch.tanh(self.node(torch.cat([h, gathered], 1))), coord
+
+
+class GraphNet(nn.Module):
+    """Two states a layer, and between them an argument that is a list of numbers of nodes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(GraphLayer() for _ in range(3))
+        self.embed, self.head = nn.Linear(5, 16), nn.Linear(16, 2)
+
+    def forward(self, h, x, edges):
+        h = self.embed(h)
+        for layer in self.layers:
+            h, x = layer(h, edges, x)
+        return self.head(h), x
+
+
+def test_chains_have_the_names_of_the_arguments_that_they_are_passed_as():
+    row, col = torch.where(~torch.eye(6, dtype=torch.bool))
+    run = ds.capture(GraphNet().eval(), (torch.randn(6, 5), torch.randn(6, 3), [row, col]))
+    assert {name for name in run["trace"].children} == {"h", "coord"}
+
+
+@dataclass
+class Graph:
+    x: torch.Tensor
+    edges: torch.Tensor
+
+
+class Movable:
+    """As torch_geometric's `Data`: an object with tensors in a store, that can be moved to a device and gone through."""
+
+    def __init__(self, **tensors):
+        self.store = tensors
+
+    def __getattr__(self, name):
+        if name not in self.__dict__.get("store", {}):
+            raise AttributeError(name)
+        return self.store[name]
+
+    def __iter__(self):
+        return iter(self.store.items())
+
+    def to(self, device):
+        return Movable(**{name: tensor.to(device) for name, tensor in self.store.items()})
+
+
+class OfObjects(Trunk):
+    def forward(self, graph):
+        return super().forward(graph.x)
+
+    def step(self, number, branch, x):
+        return x + branch(x)
+
+
+@pytest.mark.parametrize("kind", [Graph, Movable])
+def test_a_batch_may_be_an_object_that_holds_tensors(kind):
+    graph = kind(x=torch.randn(8, 5), edges=torch.randint(0, 8, (2, 20)))
+    model = OfObjects().eval()
+    trace = ds.capture(model, graph)["trace"]
+    assert difference(trace.residual.values[-1], model.passed[-1].detach()) < 1e-6
+
+
+class Encoder(nn.Module):
+    """torch packs a padded batch into a nested tensor where nobody looks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
+        self.embed, self.encoder, self.head = (
+            nn.Embedding(50, WIDTH),
+            nn.TransformerEncoder(layer, 3),
+            nn.Linear(WIDTH, 3),
+        )
+
+    def forward(self, ids, mask):
+        return self.head(self.encoder(self.embed(ids), src_key_padding_mask=mask))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_encoders_are_read_and_torch_is_left_as_it_was():
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[1, 6:] = True
+    run = ds.capture(Encoder().eval(), {"ids": torch.randint(0, 50, (2, 9)), "mask": mask})
+    assert run.attrs["proof"] == "proven"
+    assert run["trace"].sizes["depth"] >= 4
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Jagged(Trunk):
+    def __init__(self, layout):
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x):
+        nested = torch.nested.nested_tensor([self.embed(x[0]), self.embed(x[1][:4])], layout=self.layout)
+        for branch in self.branches:
+            nested = nested + branch[3](branch[2](branch[1](nested)))
+        return self.head(torch.stack([of.mean(0) for of in nested.unbind()]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_and_a_training_goes_on(layout):
+    model, x = Jagged(layout), torch.randn(2, 6, 5)
+    with pytest.raises(ReadingError, match="nested tensors"):
+        ds.capture(model, x)
+    with pytest.warns(match="nested tensors"), ds.record(model):
+        model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+class Value(Trunk):
+    def forward(self, x):
+        return super().forward(x).mean((1, 2))
+
+
+def test_an_output_of_one_number_a_sequence_is_compared():
+    change = ds.interventions.ablate(
+        Value().eval(), torch.randn(4, 6, 5), "skip", loss=lambda output, batch: output.square()
+    )
+    assert change.loss_change.size >= 3
+    assert float(abs(change.loss_change).max()) > 0
