@@ -115,17 +115,22 @@ def _carry_gates(memory: Memory) -> set[int]:
 
 
 def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
-    """What the norm of a branch takes, back over that norm, its gain and what only moves; a weight before it is the read's."""
-    found = value
+    """Back over what does not mix the memory, to what a branch reads of it: no further than to a weight before its norm."""
+    way = [value]
     while value.number not in memory.trunk and memory.inside(value):
         if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
             break
-        before = memory.inside(value)[0]
-        is_gain = any(parent.kind == PARAMETER and parent.numel > 1 for parent in value.parents)
-        if memory.passes_function(value) or (value is found and (is_gain or only_moves(value))):
-            found = before
-        value = before
-    return found
+        value = memory.inside(value)[0]
+        way.append(value)
+    norms = [at for at, step in enumerate(way[:-1]) if memory.passes_function(step)]
+    before = way[norms[-1] + 1 if norms else 0 : -1]
+    return next((step for step in before if _is_weighed(memory, step)), way[-1])
+
+
+def _is_weighed(memory: Memory, value: TracedValue) -> bool:
+    """Whether a value is the memory's times a weight, other than the gain of its features."""
+    is_gain = any(parent.kind == PARAMETER and parent.numel > 1 for parent in value.parents)
+    return value.name in PRODUCTS and not is_gain and memory.is_whole(value)
 
 
 def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]) -> dict[int, Numbers]:

@@ -158,15 +158,11 @@ def feature_axis(memory: Memory) -> int:
         if axis is None or value.shape[axis] < 2:
             continue
         numbers = memory.carried[value.number]
-        step, most = (
-            numbers.step(axis),
-            numbers.distinct_along(axis),
-        )  # more than there are are several axes' in one
-        sizes = zip(memory.shape, strides, strict=True)
-        fitting = [dim for dim, (size, stride) in enumerate(sizes) if size >= max(most, 2) and stride == step]
+        step, most = numbers.step(axis), numbers.distinct_along(axis)
+        fitting = [dim for dim, stride in enumerate(strides) if memory.shape[dim] > 1 and stride == step]
         others += not fitting
         for dim in fitting:
-            votes[dim] += 1
+            votes[dim] += 2 if most <= memory.shape[dim] else 1  # what has more is several axes in one
     if others and not any(votes):
         path = memory.graph.path(memory.root) or "the model"
         raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
