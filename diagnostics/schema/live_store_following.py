@@ -100,10 +100,10 @@ class FollowedStore:
             self._read_again()
             return True
         end = history.end
-        same = history.replay(added)
+        history.replay(added)
         refuse_damage(history)
         if history.end > end:
-            self._take_rows(same)
+            self._take_rows()
         return history.end > end
 
     def _read_again(self) -> None:
@@ -120,17 +120,15 @@ class FollowedStore:
         else:
             raise SchemaError("its log changes faster than it can be read; try again")
         require_own_files(names, history)
-        # Rows that were in files of columns get no numbers later; those of the former log may have got some.
-        same = self._history.num_older
         self._history, self._inode = history, (entry.st_dev, entry.st_ino)
-        self._take_rows(same)
+        self._take_rows()
 
-    def _take_rows(self, same: int) -> None:
+    def _take_rows(self) -> None:
         """Steps and times of all rows. Of the columns in memory those before a row stay, as far as they are the same."""
         history = self._history
         history.check_size()
         steps, times = history.steps(), history.times()
-        same = min(same, len(steps), len(self.steps))
+        same = min(len(steps), len(self.steps))
         # Times too: a training that was resumed has other numbers for the same steps.
         differs = (steps[:same] != self.steps[:same]) | (times[:same] != self.times[:same])
         same = int(np.argmax(differs)) if differs.any() else same

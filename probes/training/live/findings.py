@@ -32,17 +32,15 @@ class TrainingStopped(DepthscopeError, RuntimeError):
 
     ``step``: of the training.
     ``findings``: those that are as severe, the worst first; of several processes only the one that writes has them.
-    ``came_at``: the step of the training at whose end they came; by default this one.
     """
 
-    def __init__(self, step: int, findings: tuple[Finding, ...], came_at: int | None = None) -> None:
+    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
         told = (
             f"{findings[0].sentence} {findings[0].advice}"
             if findings
             else "the process that writes has a severe finding"
         )
-        later = f" (its metrics came at step {came_at})" if came_at not in (None, step) else ""
-        super().__init__(f"step {step}{later}: {told}".strip())
+        super().__init__(f"step {step}: {told}".strip())
         self.step, self.findings = step, findings
 
 
