@@ -426,16 +426,8 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     # realpath and not resolve, which raises a RuntimeError for a link to itself.
     unique = list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
-        names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
+        names = [schema.without_suffix("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):
             return dict(zip(names, unique, strict=True))
     # Reached only where endings alone differ, such as a.nc and a.zarr: the ending then stays.
     return {path.name: path for path in unique}
-
-
-def without_ending(name: str) -> str:
-    """The file name of a run without the ending of its format."""
-    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):  # .zarr.zip before .zip
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name

@@ -18,7 +18,7 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
-from depthscope.diagnostics.schema import SUFFIXES
+from depthscope.diagnostics.schema import without_suffix
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
 from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
@@ -43,10 +43,7 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
     'a.ablate.h5'
     """
     path = Path(run)
-    ending = next(
-        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
-    )
-    return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
+    return path.with_name(f"{without_suffix(path.name)}.{what}{SUFFIX}")
 
 
 def results_beside(

@@ -10,12 +10,11 @@ import math
 import os
 import stat
 import struct
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.limits import (
@@ -50,10 +49,15 @@ _CRC_BYTES = 4
 
 @dataclass(frozen=True)
 class _Entry:
-    """One file of a store: its size, and how its first bytes are read."""
+    """One file of a store."""
 
+    path: str
     size: int
-    read: Callable[[int], bytes]
+
+    def read(self, count: int) -> bytes:
+        """Its first bytes."""
+        with open(self.path, "rb") as file:
+            return file.read(count)
 
 
 @dataclass(frozen=True)
@@ -86,90 +90,10 @@ def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
                 if stat.S_ISDIR(mode):
                     waiting.append(Path(found.path))
                 else:
-                    entries[name] = _Entry(found.stat().st_size, _reader_of(Path(found.path)))
+                    entries[name] = _Entry(found.path, found.stat().st_size)
                 if len(entries) + len(waiting) > MAX_FILES:
-                    _too_many_files()
+                    raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
     _check_entries(entries, max_bytes)
-
-
-def check_zarr_archive(path: Path, max_bytes: int | None) -> None:
-    """Refuse an archive that has anything in it but arrays and groups of Zarr 3 as a run has them."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        _check_directory_size(file, size)
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            _check_archive(infos, size)
-            entries = {info.filename: _Entry(info.file_size, _member_reader(archive, info)) for info in infos}
-            _check_entries(entries, max_bytes)
-
-
-def _reader_of(path: Path) -> Callable[[int], bytes]:
-    def read(count: int) -> bytes:
-        with path.open("rb") as file:
-            return file.read(count)
-
-    return read
-
-
-def _member_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[int], bytes]:
-    def read(count: int) -> bytes:
-        with archive.open(info) as file:
-            return file.read(count)
-
-    return read
-
-
-def _too_many_files() -> NoReturn:
-    raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
-
-
-def _check_directory_size(file: BinaryIO, size: int) -> None:
-    """Refuse an archive whose list of files is too large, before `zipfile` makes an object of each."""
-    # The record at the end: 22 bytes and a comment of at most 65 535. Its 4 bytes from 12 on are the size of the list.
-    start = max(0, size - 22 - 0xFFFF - 76)
-    file.seek(start)
-    ending = file.read()
-    place = ending.rfind(b"PK\x05\x06")
-    if place < 0 or len(ending) < place + 22:
-        raise SchemaError("it is no zip archive, or its end is missing")
-    (listed,) = struct.unpack_from("<L", ending, place + 12)
-    large = ending.rfind(b"PK\x06\x06", 0, place)
-    if large >= 0 and len(ending) >= large + 56:  # zip64: the same, as 8 bytes
-        (listed,) = struct.unpack_from("<Q", ending, large + 40)
-    # 46 bytes and a name of about 40 for each.
-    if listed > MAX_FILES * 128:
-        _too_many_files()
-    file.seek(0)
-
-
-def _check_archive(infos: list[zipfile.ZipInfo], size: int) -> None:
-    if len(infos) > MAX_FILES:
-        _too_many_files()
-    names = {info.filename for info in infos}
-    if len(names) < len(infos):
-        raise SchemaError("two files in it have the same name")
-    end = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        _check_member(info)
-        # An archive of one byte many times over looks as large as one likes.
-        if info.header_offset < end:
-            raise SchemaError(f"{info.filename!r} in it overlaps another file")
-        name_bytes = len(info.filename.encode("utf-8", "surrogateescape"))
-        end = info.header_offset + 30 + name_bytes + info.compress_size
-        if end > size:
-            raise SchemaError(f"{info.filename!r} in it reaches beyond the end of the archive")
-
-
-def _check_member(info: zipfile.ZipInfo) -> None:
-    name = info.filename
-    parts = PurePosixPath(name).parts
-    if not name or name.startswith("/") or ".." in parts or "\\" in name or "/".join(parts) != name:
-        raise SchemaError(f"{name!r} in it is no name of a file below the archive")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise SchemaError(f"{name!r} in it is compressed; expected stored files, as save_run writes them")
-    if info.flag_bits & 0x1:
-        raise SchemaError(f"{name!r} in it is encrypted")
 
 
 def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None:

@@ -21,8 +21,7 @@ _PART = re.compile(r"step-(\d{15})\.nc")
 
 def parts_folder(out: Path) -> Path:
     """The folder of the parts of a history."""
-    suffix = next(suffix for suffix in schema.SUFFIXES if out.name.endswith(suffix))
-    folder = out.with_name(out.name.removesuffix(suffix) + ENDING)
+    folder = out.with_name(schema.without_suffix(out.name) + ENDING)
     foreign = (
         [child.name for child in folder.iterdir() if not _PART.fullmatch(child.name)]
         if folder.exists()

@@ -425,7 +425,9 @@ def test_a_hole_in_a_file_is_refused(pair):
 
 def test_a_log_with_numbers_that_a_second_process_added_names_the_depthscope_that_reads_it(tmp_path):
     later = (5, bytes(20))  # as version 0.2 before its release wrote with analysis="process"
-    (tmp_path / schema.LOG).write_bytes(chained([begun(variables=number([])), row_frame(0, 1, bytes(4)), later]))
+    (tmp_path / schema.LOG).write_bytes(
+        chained([begun(variables=number([])), row_frame(0, 1, bytes(4)), later])
+    )
     for door in (FollowedStore, read_history):
         with pytest.raises(SchemaError, match="save it as a file with that depthscope"):
             door(tmp_path)
