@@ -19,8 +19,6 @@ from depthscope.app.text.numbers import number, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["methods_latex", "methods_text"]
-
 MOST_NAMED = 4
 """Runs up to which the methods name each with what it is; of more the table of runs does."""
 

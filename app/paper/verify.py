@@ -19,8 +19,6 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["Verification", "verify_bundle"]
-
 NEARLY = 1e-9
 """Relative difference of two numbers that is rounding of another processor or library."""
 MOST_LISTED = 5

@@ -11,8 +11,6 @@ import numpy as np
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.diagnostics import Finding, Severity, judge
 
-__all__ = ["Begun", "FirstFindings", "KnownFindings"]
-
 SPREAD = 32
 """Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
 

@@ -27,8 +27,6 @@ from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
 
-__all__ = ["FollowedHistory", "history_of"]
-
 
 class FollowedHistory(TrainingHistory):
     """The history of a live store with metrics by step, growing or not: `refresh` reads what is new.

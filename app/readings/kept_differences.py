@@ -16,8 +16,6 @@ from depthscope.app.readings.kept_readings import folders_of, stem_of
 from depthscope.diagnostics.analysis.differences import Difference
 from depthscope.diagnostics.atomic_writes import replaced_file
 
-__all__ = ["keep_differences", "kept_differences"]
-
 ARRAYS = ("value", "half_width", "p")
 
 

@@ -29,19 +29,6 @@ from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 
-__all__ = [
-    "UNUSABLE",
-    "Summary",
-    "finding_document",
-    "finding_of",
-    "folders_of",
-    "keep",
-    "kept_readings",
-    "kept_summaries",
-    "stem_of",
-    "summary_of",
-]
-
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
 

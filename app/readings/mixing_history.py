@@ -9,8 +9,6 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 
-__all__ = ["mixing_history", "read_mixing_history"]
-
 
 def mixing_history(statistics: xr.Dataset) -> xr.DataArray | None:
     """The mean over tokens of every connection's H_res at each step.

@@ -17,8 +17,6 @@ from depthscope.diagnostics import schema, training_curves
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.kernels.mixing.products import composite
 
-__all__ = ["MixingMatrices", "cells_by_step", "history_of", "matrices_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class MixingMatrices:

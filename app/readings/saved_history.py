@@ -19,8 +19,6 @@ from depthscope.app.readings.training_history import (
 )
 from depthscope.diagnostics import schema, training_curves
 
-__all__ = ["SavedHistory", "cell_names", "cells_of"]
-
 
 class SavedHistory(TrainingHistory):
     """The history of a run that is not written any more, or of one without live metrics.

@@ -13,8 +13,6 @@ from depthscope.diagnostics.schema import OF_STREAMS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict, last_step
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
-__all__ = ["DOES_NOT_APPLY", "NOT_JUDGED", "Standing", "counts_of", "counts_words", "not_judged", "standings"]
-
 NOT_JUDGED = "NOT JUDGED"
 """The state of a verdict that is neither passed nor failed: something was not measured, or is not defined."""
 

@@ -11,8 +11,6 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["are_comparable", "best_of", "why_not_ranked"]
-
 
 def best_of(
     metric: str,

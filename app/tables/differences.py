@@ -27,19 +27,6 @@ from depthscope.diagnostics.analysis.differences import (
 )
 from depthscope.diagnostics.errors import AbsentError, InputError
 
-__all__ = [
-    "as_dict",
-    "at_shared_depths",
-    "between_groups",
-    "between_runs",
-    "clearest",
-    "difference_figure",
-    "differences_at",
-    "in_words",
-    "profiles_of",
-    "shared_positions",
-]
-
 ALONG = ("depth", "connection")
 
 ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."

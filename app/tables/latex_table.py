@@ -14,8 +14,6 @@ from depthscope.app.text.latex import CITEP, Latex, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.venues import VENUES, Venue
 
-__all__ = ["to_latex"]
-
 HEADING_WIDTH = 14  # letters: as wide as "12.3 ± 0.4" with its margins, so that headings do not set the width
 LONGEST_TEXT = 24  # letters of a cell of words, above which its column wraps
 _SIZE, _LINE = 8.0, 9.6  # points

@@ -15,16 +15,6 @@ from depthscope.app.text.health import healthy_name
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
 
-__all__ = [
-    "SIGNS",
-    "VerdictTable",
-    "experiments_of",
-    "groupable",
-    "has_seeds",
-    "plain_attributes",
-    "verdict_table",
-]
-
 SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–", DOES_NOT_APPLY: "∅"}
 """State → sign: colours alone are the same to some readers."""
 

@@ -8,8 +8,6 @@ from typing import Any
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics.schema import UNPROVEN
 
-__all__ = ["constraint_sentence", "proof_sentence"]
-
 Attributes = Mapping[Any, Any]
 MOST_NAMED = 6
 """Runs of which a caption has a sentence each. A heuristic of ours: more are longer than the figure."""

@@ -18,8 +18,6 @@ from markupsafe import Markup, escape
 
 from depthscope.app.text.visible import visible
 
-__all__ = ["card_html", "card_style", "show_in_notebooks"]
-
 LONGEST_LINE = 10**6
 """Letters: the browser breaks the lines."""
 

@@ -15,8 +15,6 @@ from depthscope.diagnostics import Finding
 if TYPE_CHECKING:  # an extra: the terminal's curve needs none
     from markupsafe import Markup
 
-__all__ = ["curve_blocks", "curve_svg", "curve_words", "line_svg"]
-
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNDEFINED_BLOCK = "·"
 

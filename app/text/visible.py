@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["LONGEST_LABEL", "LONGEST_NAME", "LONGEST_TEXT", "escape", "shortened", "visible", "visible_name"]
-
 LONGEST_NAME = 120
 """Letters of a name, such as that of a run or a module. A heuristic of ours: as many as fit into one line of a page."""
 

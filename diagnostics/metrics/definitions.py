@@ -9,8 +9,6 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["is_still_defined_so", "with_definitions_of_today"]
-
 REASON = "stored by an earlier version, which defined it otherwise: analyze the run again where it has states"
 
 

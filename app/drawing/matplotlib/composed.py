@@ -33,8 +33,6 @@ from depthscope.app.figures.composed import Composed, LetteredPanel, Points, let
 from depthscope.app.figures.palette import look_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Heatmap, Line, Lines
 
-__all__ = ["draw_composed", "draw_into"]
-
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
 LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4

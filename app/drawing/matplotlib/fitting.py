@@ -12,8 +12,6 @@ from matplotlib.transforms import Bbox
 
 from depthscope.app.drawing.matplotlib.style import wrapped
 
-__all__ = ["Label", "fit_labels", "label_axes"]
-
 # Layouts after which a label is left as it is: lines that are added make axes narrower, which may take one more.
 MOST_LAYOUTS = 4
 COLOUR_BAR = "<colorbar>"

@@ -14,8 +14,6 @@ from depthscope.app.figures.specification import Line
 from depthscope.app.text.latex import Latex
 from depthscope.app.text.visible import shortened
 
-__all__ = ["fits_inside", "legend_name", "named_apart", "num_columns", "variant_of"]
-
 # A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
 LEGEND_INSIDE = 4
 LONGEST_INSIDE = 28

@@ -28,8 +28,6 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import Heatmap
 
-__all__ = ["Mark", "draw_history"]
-
 
 @dataclass(frozen=True)
 class Mark:

@@ -19,8 +19,6 @@ from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
 
-__all__ = ["SEVERITY_COLOURS", "Bar", "Panel", "draw_stack", "stack_height"]
-
 SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 """Of the bars, legible on white and on black; each bar has its words beside it."""
 

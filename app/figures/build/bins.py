@@ -8,8 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["Bins", "edges", "reduce_blocks"]
-
 
 @dataclass(frozen=True, eq=False)
 class Bins:

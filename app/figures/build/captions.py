@@ -10,15 +10,6 @@ from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
-__all__ = [
-    "describe_lines",
-    "describe_matrix",
-    "remarks_by_run",
-    "selection_words",
-    "token_count_words",
-    "versions_words",
-]
-
 # In the order in which a caption names them: which tokens, what was done to them, how they became one number.
 _LABEL_WORDS = {
     "scope": {

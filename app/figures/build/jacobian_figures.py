@@ -12,8 +12,6 @@ from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Analyses, Heatmap, Line, Lines
 from depthscope.app.text.numbers import number, quantity
 
-__all__ = ["jacobian_figures", "jacobian_maps"]
-
 ISOMETRY = "Mean 1 and variance 0: every small change keeps its size (dynamical isometry)."
 
 CURVES = {

@@ -16,8 +16,6 @@ from depthscope.app.text.numbers import number, sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["MatrixFigure"]
-
 ORDERED = ("depth", "connection", "order", "component")
 """Axes along which neighbours may be drawn as one; heads and modules are names."""
 

@@ -11,8 +11,6 @@ from depthscope.app.figures.build.laws import null_words
 from depthscope.app.figures.build.spectrum_figure import NOISE_WORDS
 from depthscope.app.figures.specification import NOISE_BASELINE, Array, Line, Lines, null_label
 
-__all__ = ["share_of_null"]
-
 _WORDS = f"Divided by the {NOISE_BASELINE}: 1 is what independent noise of the same shape would give."
 
 

@@ -9,17 +9,6 @@ import xarray as xr
 from depthscope.app.figures.specification import Analyses, Array, Selection
 from depthscope.app.text.visible import LONGEST_NAME, visible
 
-__all__ = [
-    "LABELLED",
-    "defined_labels",
-    "fed",
-    "feeds",
-    "names_of",
-    "pick",
-    "positions",
-    "streams_of",
-]
-
 LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
 """Dimensions of an analysis of which a selection takes one label."""
 

@@ -16,8 +16,6 @@ from depthscope.diagnostics.analysis.differences import of_seeds
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.intervals import factor
 
-__all__ = ["differing_ranges", "grouped", "groups_of"]
-
 
 def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
     """The group of each run.

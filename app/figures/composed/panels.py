@@ -19,8 +19,6 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, history_of, matrices_of
 from depthscope.app.text.numbers import number
 
-__all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
-
 MOST_MAPS = 3
 """Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
 page: a heuristic of ours."""

@@ -20,8 +20,6 @@ from depthscope.app.figures.composed.panels import (
 )
 from depthscope.app.figures.composed.training import Cells, History, Loss
 
-__all__ = ["QUESTIONS", "Question"]
-
 
 @dataclass(frozen=True)
 class Question:

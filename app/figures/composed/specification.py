@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from depthscope.app.figures.specification import Array, Figure
 
-__all__ = ["Composed", "LetteredPanel", "Points"]
-
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,6 @@ from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE, judge
 
-__all__ = ["Cells", "History", "Loss", "first_steps"]
-
 NO_HISTORY = "no run has metrics of several training steps: record one with ds.record(metrics='live')"
 MOST_JUDGED = 20
 """Steps that are judged: each takes some hundredths of a second. A heuristic of ours."""
