@@ -123,7 +123,11 @@ def _named_runs(
     named = manifest.get("runs") or {}
     if isinstance(runs, Mapping):
         # A run of several chains is a reading of each, named after it.
-        chosen: Any = {name: run for name, run in runs.items() if any(_is_of(name, one) for one in named)}
+        chosen: Any = {
+            name: run
+            for name, run in runs.items()
+            if any(one == name or one.startswith(f"{name}/") for one in named)
+        }
         others = [name for name in runs if name not in chosen]
     else:
         chosen = [reading for reading in runs if reading.name in named]
@@ -134,10 +138,6 @@ def _named_runs(
             f"{', '.join(map(str, others)) or 'none'}"
         )
     return chosen, [f"given, and not of this bundle: {', '.join(map(str, others))}"] if others else []
-
-
-def _is_of(run: str, reading: str) -> bool:
-    return reading == run or reading.startswith(f"{run}/")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,12 @@ def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> lis
     for place in _places(versions, question):
         # Damaged, or of somebody else: it is tested anew.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return [_difference(document) for document in json.loads(place.read_text(encoding="utf-8"))]
+            return [
+                Difference(
+                    **{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}}
+                )
+                for document in json.loads(place.read_text(encoding="utf-8"))
+            ]
     return None
 
 
@@ -59,7 +64,3 @@ def _places(versions: Mapping[Path, FileVersion], question: str) -> list[Path]:
 def _document(difference: Difference) -> dict[str, Any]:
     words = {name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")}
     return {**words, **{name: getattr(difference, name).to_dict() for name in ARRAYS}}
-
-
-def _difference(document: Mapping[str, Any]) -> Difference:
-    return Difference(**{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,9 @@ def run_scaling_study(
     batch = {"input_ids": ids, "labels": ids}
     return {
         name: coordinate_check(
-            partial(_made, PARAMETRISATIONS[name], over),
+            lambda size, name=name: Decoder(
+                PARAMETRISATIONS[name], *((size, BASE_DEPTH) if over == "width" else (BASE_WIDTH, size))
+            ),
             batch,
             sizes or of_study,
             over=over,
@@ -154,10 +155,6 @@ def run_scaling_study(
         )
         for name in names
     }
-
-
-def _made(rules: Parametrisation, over: str, size: int) -> Decoder:
-    return Decoder(rules, *((size, BASE_DEPTH) if over == "width" else (BASE_WIDTH, size)))
 
 
 def summary(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:

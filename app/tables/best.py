@@ -37,7 +37,8 @@ def best_of(
         place
         for place in known
         # Independent intervals add as squares; without any, only equal numbers are alike.
-        if abs(values[place] - values[first]) <= math.hypot(*(_or_zero(margins[i]) for i in (place, first)))
+        if abs(values[place] - values[first])
+        <= math.hypot(*(margins[i] for i in (place, first) if math.isfinite(margins[i])))
         # Of two that are printed alike a reader cannot see why one is better.
         or number(values[place]) == number(values[first])
     }
@@ -75,7 +76,3 @@ def _worse(value: float, better: str) -> float:
         # A gain of 2 is as far from 1 as one of a half.
         return abs(math.log(abs(value))) if value else math.inf
     return -value if better == "higher" else value
-
-
-def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

@@ -69,10 +69,6 @@ def _findings_html(findings: Iterable[Any]) -> str:
     )
 
 
-def _text_html(text: str) -> str:
-    return f"<pre>{escape(visible(text, lines=True))}</pre>"
-
-
 def _metric_html(metric: Any) -> str:
     """A metric as its explanation, with the equations as they are printed."""
     from depthscope.app.text.explanations import explanation
@@ -192,7 +188,9 @@ _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
     ("depthscope.diagnostics.verdicts.finding", "Finding"): lambda finding: _findings_html([finding]),
     ("depthscope.diagnostics.verdicts.finding", "Findings"): _findings_html,
     ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
-    ("depthscope.probes.description", "Description"): lambda value: _text_html(str(value)),
+    ("depthscope.probes.description", "Description"): lambda value: (
+        f"<pre>{escape(visible(str(value), lines=True))}</pre>"
+    ),
     ("xarray.core.datatree", "DataTree"): _tree_html,
     ("xarray.core.dataarray", "DataArray"): _array_html,
 }

@@ -142,7 +142,8 @@ class LiveStore:
             who = "another recorder"
             with suppress(Exception):  # what is said is enough where its log cannot be read at this moment
                 last = read_history(self.path, despite_damage=True).attempts[-1]
-                who += f" (process {last['pid']} on {last['host']}, since {_clock(last['time'])})"
+                since = datetime.fromtimestamp(last["time"], UTC).isoformat(sep=" ", timespec="seconds")
+                who += f" (process {last['pid']} on {last['host']}, since {since})"
             raise BusyError(f"{self.path} is being written by {who}; end it, or name another path") from None
 
     def _begin(self) -> None:
@@ -379,7 +380,3 @@ def _dims(dims: Any) -> list[str]:
 
 def _last_step_alone(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.isel(step=[-1]) if dataset.sizes.get("step", 1) > 1 else dataset
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")

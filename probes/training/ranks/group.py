@@ -105,7 +105,7 @@ def _of_wrapper(model: nn.Module) -> tuple[list[int], str]:
     """The processes of the data-parallel wrapper that the model has, and its name."""
     for wrapper, ranks in _wrappers(model):
         return ranks, wrapper
-    if _sharded_by_tensor(model):
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise InputError(
             "the parameters of the model are DTensors without fully_shard, as under tensor parallelism: whether the processes "
             "have the same data cannot be known. Pass group= the processes whose data differ, such as mesh['dp'], or "
@@ -149,10 +149,6 @@ def _fsdp_mesh(module: nn.Module) -> Any:
         if hasattr(parameter, "device_mesh"):
             return parameter.device_mesh
     raise CaptureError("a module of fully_shard has no parameter; pass group=")
-
-
-def _sharded_by_tensor(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def weight_share(group: DataGroup, parameter: nn.Parameter) -> float | None:
