@@ -37,25 +37,15 @@ def null_label(label: str) -> str:
 class Line:
     """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.
 
-    Parameters
-    ----------
-    x, y : numpy.ndarray
-        Positions and values of equal length; NaN in `y` is a gap (undefined).
-    label : str
-        Legend entry.
-    role : {"measured", "null", "theory", "threshold", "mark"}
-        How it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes of
-        that colour, dotted grey, as single points. Theory moves the axes a little, never far.
-    lower, upper : numpy.ndarray or None
-        Uncertainty or spread around `y`.
-    error : numpy.ndarray or None
-        Half of the interval over sequences where the band is a spread; drawn as whiskers.
-    group : str
-        Name of the run that the line belongs to; empty for thresholds.
-    text : sequence of str or None
-        Name of every position (module or layer), shown on hover.
-    law : str
-        Legend entry of theory, shared by the lines of one law.
+    ``x, y``: positions and values of equal length; NaN in `y` is a gap (undefined).
+    ``label``: legend entry.
+    ``role``: how it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes
+    of that colour, dotted grey, as single points. Theory moves the axes a little, never far.
+    ``lower, upper``: uncertainty or spread around `y`.
+    ``error``: half of the interval over sequences where the band is a spread; drawn as whiskers.
+    ``group``: name of the run that the line belongs to; empty for thresholds.
+    ``text``: name of every position (module or layer), shown on hover.
+    ``law``: legend entry of theory, shared by the lines of one law.
     """
 
     x: Array

@@ -58,10 +58,7 @@ class Measure:
 class TrainingHistory(ABC):
     """The numbers of one chain of a run, by step.
 
-    Parameters
-    ----------
-    name : str
-        Of the reading.
+    ``name``: of the reading.
     """
 
     def __init__(self, name: str) -> None:

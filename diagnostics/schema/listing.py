@@ -18,20 +18,9 @@ MAX_ENTRIES = 200_000
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """Saved runs below a folder, by their path without the ending; the path of a run gives that run.
 
-    Parameters
-    ----------
-    root : path-like
-        A folder, or one run.
-
-    Returns
-    -------
-    dict of str to Path
-        In alphabetical order; links that leave the root are left out.
-
-    Raises
-    ------
-    InputError
-        For a folder of more than `MAX_ENTRIES` files.
+    ``root``: a folder, or one run.
+    Returns: In alphabetical order; links that leave the root are left out.
+    Raises InputError: For a folder of more than `MAX_ENTRIES` files.
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()

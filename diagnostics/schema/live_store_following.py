@@ -37,18 +37,10 @@ class FollowedStore:
     `refresh` reads the bytes that were appended to the log; a log that was replaced by a new one (its rows are in a file of
     columns then) is read again, at most some megabytes. Columns that were read stay, and only grow.
 
-    Parameters
-    ----------
-    path : path-like
-        The folder.
-
-    Raises
-    ------
-    SchemaError
-        For a damaged store, one with anything in it that no live store has, and rows that need far more memory than they have
-        bytes.
-    OSError
-        Where there is none.
+    ``path``: the folder.
+    Raises SchemaError: For a damaged store, one with anything in it that no live store has, and rows that need far
+    more memory than they have bytes.
+    Raises OSError: Where there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -168,15 +168,8 @@ def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTr
 def integrity(run: xr.DataTree) -> str:
     """Whether a run is what was saved.
 
-    Parameters
-    ----------
-    run : DataTree
-        As `open_run` returned it.
-
-    Returns
-    -------
-    str
-        ``"verified"``, or ``"not verified: "`` and why.
+    ``run``: as `open_run` returned it.
+    Returns: ``"verified"``, or ``"not verified: "`` and why.
     """
     return str(run.encoding.get(_INTEGRITY, "not verified: it was not opened from a file"))
 

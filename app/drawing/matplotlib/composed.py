@@ -44,17 +44,9 @@ DIFFERS = "groups differ (p < 0.05)"
 def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     """Draw the panels side by side, with one legend below all of them.
 
-    Parameters
-    ----------
-    figure : Composed
-        What to draw; at least one panel.
-    size : Width
-        Inches across and type size; `figure_style` must be active.
-
-    Returns
-    -------
-    PaperFigure
-        Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
+    ``figure``: what to draw; at least one panel.
+    ``size``: inches across and type size; `figure_style` must be active.
+    Returns: Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
     """
     columns = _columns(figure.panels, size)
     rows = math.ceil(len(figure.panels) / columns)
@@ -80,12 +72,8 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
 def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
     """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
 
-    Parameters
-    ----------
-    figure : Composed
-        What to draw.
-    axes : mapping of str to Axes
-        By the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
+    ``figure``: what to draw.
+    ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)
     for ax in axes.values():

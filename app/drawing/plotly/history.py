@@ -33,14 +33,9 @@ from depthscope.app.figures import Heatmap
 class Mark:
     """A finding from the step at which it began.
 
-    Parameters
-    ----------
-    label : str
-        Its verdict in words.
-    severity : str
-        A key of `SEVERITY_COLOURS`.
-    first, last : float
-        Steps.
+    ``label``: its verdict in words.
+    ``severity``: a key of `SEVERITY_COLOURS`.
+    ``first, last``: steps.
     """
 
     label: str

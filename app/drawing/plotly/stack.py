@@ -43,14 +43,9 @@ LEAST_ROOM = 0.25
 class Bar:
     """A finding over a range of depths.
 
-    Parameters
-    ----------
-    label : str
-        Its verdict in words.
-    severity : str
-        A key of `SEVERITY_COLOURS`.
-    first, last : int
-        Depths, both taken.
+    ``label``: its verdict in words.
+    ``severity``: a key of `SEVERITY_COLOURS`.
+    ``first, last``: depths, both taken.
     """
 
     label: str
@@ -63,18 +58,11 @@ class Bar:
 class Panel:
     """One measurement along depth.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw; the axis of depth is its x.
-    height : int
-        Pixels.
-    depths : mapping of float to float, optional
-        Position on the figure's own axis → depth, where its axis is another one, such as connections.
-    ticks : mapping of int to str, optional
-        Rows of a heat map that are named at its side.
-    marked : int, optional
-        A row of a heat map with a line along it.
+    ``figure``: what to draw; the axis of depth is its x.
+    ``height``: pixels.
+    ``depths``: position on the figure's own axis → depth, where its axis is another one, such as connections.
+    ``ticks``: rows of a heat map that are named at its side.
+    ``marked``: a row of a heat map with a line along it.
     """
 
     figure: Figure

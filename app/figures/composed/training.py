@@ -179,12 +179,8 @@ def _ends(figures: Sequence[Lines]) -> tuple[float, float] | None:
 class History:
     """One metric over steps and depth, a heat map of each of the first runs that have it.
 
-    Parameters
-    ----------
-    metric, title : str
-        Name in the catalogue, and what is printed.
-    fixed : mapping of str to str
-        Labels that override the selection.
+    ``metric, title``: name in the catalogue, and what is printed.
+    ``fixed``: labels that override the selection.
     """
 
     metric: str
