@@ -1,7 +1,7 @@
 """Is a Zarr store built only of what a run is written with? Its files, metadata, codecs and sizes, before any is decoded."""
 
 # Metadata of a store names the code that decodes it: with version 2 of the format the codec `pickle` runs any program. Only
-# version 3 is read, and of its codecs those that a run is or was written with.
+# version 3 is read, and of its codecs those that a run is written with.
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ class _Array:
     chunk: tuple[int, ...]
     item_bytes: int
     is_text: bool
-    codecs: tuple[str, ...]
-    """Those after the first, which makes bytes of numbers or texts."""
+    has_checksum: bool
 
 
 def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
@@ -109,8 +108,7 @@ def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None
             num_chunks[_check_chunk(name, entry, arrays, limit).path] += 1
     for array in arrays.values():
         expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunk, strict=True))
-        # Earlier versions, which compressed, left out chunks of fill values; now a missing chunk is a loss.
-        if "zstd" not in array.codecs and num_chunks[array.path] != expected:
+        if num_chunks[array.path] != expected:
             raise SchemaError(
                 f"/{array.path} has {num_chunks[array.path]} chunks; expected {expected}: some are missing"
             )
@@ -222,7 +220,8 @@ def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
     ):
         raise SchemaError(f"/{path} has the dimension names {names!r} for the shape {shape}")
     item_bytes = _TEXT_BYTES if is_text else _ITEM_BYTES[data_type]
-    return _Array(path, shape, chunk, item_bytes, is_text, _codecs(path, document.get("codecs"), is_text))
+    has_checksum = _has_checksum(path, document.get("codecs"), is_text)
+    return _Array(path, shape, chunk, item_bytes, is_text, has_checksum)
 
 
 def _configuration(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -238,21 +237,18 @@ def _sizes(path: str, what: str, sizes: Any, *, least: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _codecs(path: str, codecs: Any, is_text: bool) -> tuple[str, ...]:
+def _has_checksum(path: str, codecs: Any, is_text: bool) -> bool:
     names = (
         [codec.get("name") if isinstance(codec, dict) else None for codec in codecs]
         if isinstance(codecs, list)
         else []
     )
     first = "vlen-utf8" if is_text else "bytes"
-    # zstd: earlier versions wrote it, without a checksum.
-    if names[:1] != [first] or names[1:] not in ([], ["crc32c"], ["zstd"], ["zstd", "crc32c"]):
+    if names[:1] != [first] or names[1:] not in ([], ["crc32c"]):
         raise SchemaError(
-            f"/{path} has the codecs {codecs!r}; expected {first}, perhaps zstd, and a checksum crc32c".replace(
-                "\n", " "
-            )
+            f"/{path} has the codecs {codecs!r}; expected {first} and a checksum crc32c".replace("\n", " ")
         )
-    return tuple(map(str, names[1:]))
+    return names[1:] == ["crc32c"]
 
 
 def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: Limit) -> _Array:
@@ -262,20 +258,16 @@ def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: 
     expected = math.prod(array.chunk) * array.item_bytes
     # A chunk is decoded whole, however small the array is.
     limit.check(expected)
-    has_checksum = "crc32c" in array.codecs
-    stored = entry.size - (_CRC_BYTES if has_checksum else 0)
-    is_compressed = "zstd" in array.codecs
-    decoded = _zstd_content_size(name, entry.read(18)) if is_compressed else stored
-    if not array.is_text and decoded != expected:
-        raise SchemaError(f"{name} has {decoded} bytes of data; expected {expected}: it is torn")
+    stored = entry.size - (_CRC_BYTES if array.has_checksum else 0)
+    if not array.is_text and stored != expected:
+        raise SchemaError(f"{name} has {stored} bytes of data; expected {expected}: it is torn")
     # Labels are read by xarray when it opens the store, and its error names no variable.
-    if has_checksum and len(array.shape) <= 1:
+    if array.has_checksum and len(array.shape) <= 1:
         _check_crc(name, entry.read(entry.size))
     if array.is_text:
-        limit.check(decoded)
-        start = _decompressed(entry.read(stored)) if is_compressed else entry.read(4)
+        limit.check(stored)
         # Texts begin with their number, for which the decoder makes room before it reads them.
-        (count,) = struct.unpack("<L", start[:4].ljust(4, b"\0"))
+        (count,) = struct.unpack("<L", entry.read(4).ljust(4, b"\0"))
         if count != math.prod(array.chunk):
             raise SchemaError(f"{name} has {count} texts; expected {math.prod(array.chunk)}: it is torn")
     return array
@@ -286,13 +278,6 @@ def _check_crc(name: str, data: bytes) -> None:
 
     if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
         raise SchemaError(f"{name} is damaged: its checksum is another one")
-
-
-def _decompressed(data: bytes) -> bytes:
-    # Imported here: only earlier versions compressed texts.
-    from numcodecs.zstd import decompress
-
-    return bytes(decompress(data))
 
 
 def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
@@ -310,21 +295,3 @@ def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
         )
         return array if inside else None
     return None
-
-
-def _zstd_content_size(name: str, header: bytes) -> int:
-    """Bytes that a frame of Zstandard decompresses to, by its header (RFC 8878, section 3.1.1).
-
-    The decoder makes room for that many before it reads the frame, so that it is compared with the chunk first.
-    """
-    if not header.startswith(b"\x28\xb5\x2f\xfd") or len(header) < 5:
-        raise SchemaError(f"{name} is no chunk of Zstandard: it is torn")
-    descriptor = header[4]
-    is_single_segment, size_flag, dictionary_flag = descriptor >> 5 & 1, descriptor >> 6, descriptor & 3
-    start = 5 + (not is_single_segment) + (0, 1, 2, 4)[dictionary_flag]
-    length = (is_single_segment, 2, 4, 8)[size_flag]
-    field = header[start : start + length]
-    if length == 0 or len(field) < length:
-        raise SchemaError(f"{name} does not state how many bytes it has: it is torn")
-    # The two-byte form counts from 256.
-    return int.from_bytes(field, "little") + (256 if length == 2 else 0)
