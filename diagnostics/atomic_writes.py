@@ -1,4 +1,4 @@
-"""How is a file or folder replaced so that it is whole at every instant? Written beside it, then put there in one step."""
+"""How is a file or folder replaced so that it is complete at every instant? By one written next to it, and one rename."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def kind_of(mode: int) -> str:
 
 @contextmanager
 def _scratch_folder(place: Path) -> Iterator[Path]:
-    """A locked scratch folder beside a target, which goes at the end with all that is left in it."""
+    """A locked scratch folder next to a target; removed at the end with all that is left in it."""
     with _full_disk_named(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_litter(place.parent)
@@ -442,7 +442,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems have no fsync for folders; a disk that is full or broken is told.
+        # Some network and FUSE file systems have no fsync for folders; a disk that is full or broken is an error.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:

@@ -92,8 +92,8 @@ class Heatmap:
 
     `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
-    that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and stay apart.
-    ``printed`` writes the number of every cell, with the sum of each row and column beside it.
+    that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and are not joined.
+    ``printed`` writes the number of every cell, with the sum of each row and column at the edge.
     ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """

@@ -1,4 +1,4 @@
-"""Does a bundle still follow from its runs? It is made again beside it, and compared number by number."""
+"""Does a bundle still follow from its runs? It is made again in a scratch folder, and compared number by number."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_drawing(name: str) -> bool:
-    # Parquet is not drawn, but its bytes are those of a library; its numbers are in the CSV beside it.
+    # Parquet is not drawn, but its bytes are those of a library; its numbers are in the CSV of the same name.
     return name.endswith((".pdf", ".svg", ".pgf", ".png", ".parquet"))
 
 

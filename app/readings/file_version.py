@@ -33,7 +33,7 @@ class FileVersion:
         """The version that is there now; after a short wait where it was changed just now.
 
         ``path``: A file, or the folder of a store.
-        ``*beside``: files that belong to it where they are there.
+        ``*beside``: files that belong to it, where they exist.
         Raises StorageError: Where nothing is there, or something else than files and folders: a pipe would wait for
         ever to be read.
         """

@@ -1,4 +1,4 @@
-"""Has this difference been tested before? Tests of some runs, kept beside the first of them."""
+"""Has this difference been tested before? Tests of some runs, cached next to the first of them."""
 
 from __future__ import annotations
 

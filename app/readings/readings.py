@@ -40,7 +40,7 @@ class Reading:
     ``passed``: verdicts that were judged and found nothing.
     ``chain``: the chain's name in the run, empty where it has one.
     ``results``: what ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are
-    beside it.
+    next to it.
     ``num_steps``: steps of a training that the run has statistics of; of a live store those that it had when it was
     analysed.
     """
@@ -81,7 +81,7 @@ def read_runs(
     """Analyse and judge runs; complete stored metrics are used as they are.
 
     ``runs``: runs by the names to print.
-    ``paths``: where runs were opened from: what the lens beside one gave is evidence for its verdicts.
+    ``paths``: where runs were opened from: the result of a lens that was saved there is evidence for its verdicts.
     ``progress``: called with (metric, number done, number in all) for each run.
     ``last_step``: of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
     Raises InputError: For no run at all, or a run without a trace and without metrics.

@@ -1,4 +1,4 @@
-"""Which of some numbers is the best? As the declaration of the metric says, and only where the numbers can be told apart."""
+"""Which of some numbers is the best? As its metric declares, and only where numbers differ by more than their errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def best_of(
     *,
     better: str = "",
 ) -> set[int]:
-    """Which of some numbers are the best: the extreme one, and those that are not told apart from it.
+    """Which of some numbers are the best: the extreme one, and those that do not differ from it.
 
     ``metric``: name in the catalogue, whose declaration says what is better.
     ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.

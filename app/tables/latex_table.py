@@ -86,7 +86,7 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
         longest = max((len(cell) for cell in shown), default=0)
         widest = max(map(len, heading))
         if is_number and any(cell != UNDEFINED for cell in values):
-            # A null that stands in the cell takes its room.
+            # A null in the cell takes its room.
             inside = (
                 0.0
                 if table.stacked
@@ -134,7 +134,7 @@ def _number_width(cells: Sequence[str]) -> float:
 
 
 def _halves(cell: str) -> tuple[str, str]:
-    """What stands before the point and what from the point on, as plain text."""
+    """What is before the point and what from the point on, as plain text."""
     found = _NUMBER.match(cell)
     if not found:
         return cell, ""

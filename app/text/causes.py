@@ -141,7 +141,7 @@ def _boxes(findings: Sequence[Finding]) -> list[_Box]:
 
 
 def _worst_of_each(findings: Sequence[Finding]) -> dict[str, Finding]:
-    """By verdict: its worst finding, which stands for those of other streams."""
+    """By verdict: its worst finding, which represents those of other streams."""
     worst: dict[str, Finding] = {}
     for finding in findings:
         if finding.verdict not in worst or finding.severity > worst[finding.verdict].severity:

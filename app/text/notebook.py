@@ -1,7 +1,7 @@
 """How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
 
 Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB, and of a metric no curve. Classes of
-this project belong to rooms that know no HTML: IPython is told here how to show them, once, when depthscope is imported in a
+this project belong to rooms that know no HTML: they are registered with IPython here, once, when depthscope is imported in a
 notebook.
 """
 
@@ -21,7 +21,7 @@ from depthscope.app.text.visible import visible
 LONGEST_LINE = 10**6
 """Letters: the browser breaks the lines."""
 
-# Colours that are legible on white and on black, with the word of the severity beside them.
+# Colours that are legible on white and on black, next to the word of the severity.
 _STYLE = Markup(
     ".depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
     "padding:.35em .8em;margin:.4em 0;max-width:60em}.depthscope .card p{margin:.15em 0}"

@@ -1,4 +1,4 @@
-"""How is the result of an experiment kept and told? One file beside the run, and one line a change."""
+"""How is the result of an experiment saved and described? One file next to the run, and one line a change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
 def results_beside(
     run: str | os.PathLike[str], weights_digest: str | None, data_digest: str | None = None
 ) -> dict[str, xr.Dataset]:
-    """What the experiments, the lens and the Jacobians of a run gave, as far as their results are beside it.
+    """What the experiments, the lens and the Jacobians of a run gave, as far as their results are next to it.
 
     ``weights_digest``: of the run: results of other weights are left out.
     ``data_digest``: of the run's text: results of another text are left out, where they name theirs.
@@ -66,7 +66,7 @@ def results_beside(
 
 
 def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
-    """An analysis that knows from which depth on the model's prediction stands, as evidence for `judge`.
+    """An analysis that knows from which depth on the model's prediction no longer changes, as evidence for `judge`.
 
     ``analysis``: of `analyze`, of the chain that the lens read.
     Returns: With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with

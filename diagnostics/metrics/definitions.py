@@ -1,4 +1,4 @@
-"""Is a stored number what its metric is today? By the symbol beside it: an earlier version may have defined it otherwise."""
+"""Is a stored number what its metric is today? By its stored symbol: an earlier version may have defined it otherwise."""
 
 from __future__ import annotations
 

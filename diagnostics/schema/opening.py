@@ -235,7 +235,7 @@ def _open_one(path: Path, suffix: str, group: str) -> xr.Dataset:
     return xr.open_dataset(path, group=group, **_ZARR, **_DECODING)
 
 
-# Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
+# Version 3 by name: a store that also has metadata of version 2 would be read by those, which were not checked.
 _ZARR: Any = {"engine": "zarr", "consolidated": False, "zarr_format": 3}
 
 

@@ -1,4 +1,4 @@
-"""May a run take the place of what is at a path? Only of an earlier run; told by a look that reads no array."""
+"""May a run take the place of what is at a path? Only of an earlier run; recognised without reading an array."""
 
 from __future__ import annotations
 

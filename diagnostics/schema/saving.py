@@ -1,4 +1,4 @@
-"""How does a run get to disk? Complete beside the earlier one, which it then replaces in one step."""
+"""How does a run get to disk? It is written completely next to the earlier one, which it then replaces in one step."""
 
 from __future__ import annotations
 

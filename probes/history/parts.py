@@ -1,4 +1,4 @@
-"""Where is what was measured of each checkpoint, until all are? One small run each, beside the history, to go on from."""
+"""Where is what was measured of each checkpoint, until all are? One small run each, next to the history, to go on from."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ from depthscope.probes.training.settled_end import SettledEnd
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
-MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are told one by one
+MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are reported one by one
 
 _open: weakref.WeakSet[Recorder] = weakref.WeakSet()
 

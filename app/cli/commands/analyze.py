@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_on_workers(args: argparse.Namespace) -> int:
-    """Measure saved runs on the workers of a cluster, and save the metrics beside them."""
+    """Measure saved runs on the workers of a cluster, and save the metrics next to them."""
     _require_options_of_workers(args)
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
     from depthscope.app.readings.readings import read_runs

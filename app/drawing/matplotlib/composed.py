@@ -222,7 +222,7 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
 
 
 def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[Any, str]]:
-    """Thresholds beside which there was no room for their names."""
+    """Thresholds without room for their names."""
     names = {
         plain(line.label)
         for panel in figure.panels

@@ -1,4 +1,4 @@
-"""Which names has a legend, and how many beside each other? Of many lines runs and variants apart, of many runs short ones."""
+"""Which names has a legend, and how many in a row? For many lines runs and variants separately, for many runs short ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from depthscope.app.text.visible import shortened
 # A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
 LEGEND_INSIDE = 4
 LONGEST_INSIDE = 28
-# Lines of several runs up to which each has an entry; of more, runs and variants are named apart.
+# Lines of several runs up to which each has an entry; of more, runs and variants are named separately.
 MOST_ENTRIES = 8
 # Runs whose names have room, and letters of the names of more.
 FEW, SHORT_NAME = 4, 24

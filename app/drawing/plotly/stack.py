@@ -185,7 +185,7 @@ def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
 
 
 def panel_title(high: float) -> dict[str, Any]:
-    """Where the title of a panel stands.
+    """Where the title of a panel is placed.
 
     ``high``: share of the drawing where the panel ends.
     """

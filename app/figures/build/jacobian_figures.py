@@ -126,7 +126,7 @@ def _whole(found: xr.Dataset, variable: str) -> str:
 
 
 def _how(results: Mapping[str, xr.Dataset]) -> str:
-    """Which tokens and coefficients moved; once where all runs were measured alike."""
+    """Which tokens and coefficients moved; once where all runs were measured in the same way."""
     words = {
         run: f"{found.attrs['num_tokens']} tokens, "
         f"{'every token moves every token' if found.attrs['tokens'] == 'all' else 'each token by itself'}, "

@@ -41,7 +41,7 @@ class MatrixFigure(FigureKind):
     counts : bool
         Whether the number is taken from the sampled tokens, so that the caption counts them.
     of_block : {"mean", "largest"}
-        What stands for several cells on a screen, see `Heatmap`.
+        What represents several cells on a screen, see `Heatmap`.
     note : str
         Sentence of the caption.
     """

@@ -38,7 +38,7 @@ class Subjects:
 
     ``readings``: runs, in the order of their colours.
     ``runs``: runs in memory, by the names that `read_runs` was given.
-    ``groups``: run → group, where runs are repetitions of some designs; empty where each stands for itself.
+    ``groups``: run → group, where runs are repetitions of some designs; empty where each is one of its own.
     """
 
     readings: tuple[Reading, ...]

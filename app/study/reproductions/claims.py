@@ -17,7 +17,7 @@ Verdict = Literal["reproduced", "not reproduced", "not decided"]
 
 @dataclass(frozen=True)
 class Row:
-    """What is kept of a cell.
+    """What is saved of a cell.
 
     ``settings``: of the cell.
     ``numbers``: NaN is undefined.
@@ -31,9 +31,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with the number that it stands or falls with.
+    """A statement with the number that decides it.
 
-    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` stands for the largest number of
+    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` is replaced by the largest number of
     layers.
     ``source``: who says so; «this project» where the test is ours.
     ``measured``: what the number is.

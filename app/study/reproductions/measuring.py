@@ -50,7 +50,7 @@ def train(
     """Build a cell's network, measure it, train it on the text, and measure it again.
 
     ``settings``: of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
-    ``numbers``: each is kept as ``start_NAME`` and ``NAME``.
+    ``numbers``: each is stored as ``start_NAME`` and ``NAME``.
     ``build``: takes a family, a size and a seed.
     Returns: With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
     """

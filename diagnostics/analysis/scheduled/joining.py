@@ -1,4 +1,4 @@
-"""How do values of parts become those of the whole? Along depths, connections or sequences; of pairs as blocks of a matrix."""
+"""How do values of parts become those of the run? Along depths, connections or sequences; of pairs as blocks of a matrix."""
 
 from __future__ import annotations
 

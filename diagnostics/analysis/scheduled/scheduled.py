@@ -1,4 +1,4 @@
-"""How are runs measured by workers? Facts of the whole first, then every task, then what one lost, metric by metric."""
+"""How are runs measured by workers? Facts of the complete run first, then every task, then what one lost, metric by metric."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
                 processes=processes,
                 memory_limit=memory or "auto",
                 dashboard_address="127.0.0.1:0",  # any port that is free
-                silence_logs=50,  # a lost worker is told once, with what it was measuring
+                silence_logs=50,  # a lost worker is reported once, with what it was measuring
             ) as cluster,
             distributed.Client(cluster) as client,
         ):

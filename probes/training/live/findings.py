@@ -1,4 +1,4 @@
-"""What is wrong while the training runs? Each finding is told once, and again when it becomes more severe."""
+"""What is wrong while the training runs? Each finding is reported once, and again when it becomes more severe."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Watched:
     def tell(self, step: int, findings: list[Finding]) -> None:
         """Print those that are a warning or worse to the standard error, and call the user's function for each.
 
-        Raises Exception: What the user's function raised first, after all are told.
+        Raises Exception: What the user's function raised first, after all are reported.
         """
         failed: list[Exception] = []
         for finding in findings:
@@ -115,7 +115,7 @@ class Watched:
             if self._on_finding is not None:
                 try:
                     self._on_finding(step, finding)
-                except Exception as error:  # the other findings are still to be told
+                except Exception as error:  # the other findings are still to be reported
                     failed.append(error)
         if failed:
             raise failed[0]

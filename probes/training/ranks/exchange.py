@@ -161,7 +161,7 @@ class Ranks:
         things; LostError where a process does not come.
         """
         assert self._channel is not None
-        # What may fail comes before the first collective, so that all are told; the others wait for nobody.
+        # What may fail comes before the first collective, so that all learn of it; the others wait for nobody.
         mine = None
         if local is not None and not failure:
             try:

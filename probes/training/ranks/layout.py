@@ -43,7 +43,7 @@ class Layout:
     maxima: tuple[Entry, ...]  # what combines by maximum
     values: tuple[Entry, ...]  # values of every token, whose distribution is added; shapes without the token
     samples: tuple[Entry, ...]  # of the sampled tokens, without the token
-    # in which set of tokens each sample is: tokens of stages of different lengths are drawn apart
+    # in which set of tokens each sample is: tokens of stages of different lengths are drawn separately
     sets: Mapping[Entry, int]
     most: int  # number of sampled tokens of all processes together
     dtypes: tuple[torch.dtype, ...]  # of the samples
