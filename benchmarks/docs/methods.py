@@ -183,15 +183,8 @@ def _full(key: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, or check it.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Command line.
-
-    Returns
-    -------
-    int
-        1 where ``--check`` finds an old page.
+    ``arguments``: command line.
+    Returns: 1 where ``--check`` finds an old page.
     """
     parser = argparse.ArgumentParser(description="write docs/methods.md from the declarations")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is old")

@@ -111,10 +111,7 @@ def _entry(name: str, module: str, value: Any) -> list[str]:
 def plain_bars(lines: list[str]) -> None:
     """Write the bars of a docstring's formulas, such as ``|P|``, so that they are no substitutions of reStructuredText.
 
-    Parameters
-    ----------
-    lines : list of str
-        Changed in place; equations and code keep theirs.
+    ``lines``: changed in place; equations and code keep theirs.
     """
     block = -1  # the indentation of the directive whose content is left alone
     for number, line in enumerate(lines):

@@ -90,18 +90,7 @@ class Recorder:
     uniform sample of all that ran with the *present* weights: over a whole evaluation all batches, in training the last
     measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
-    ``session``: the session of the model.
-    ``every``: measure one step in so many.
-    ``start_step, end_step``: first step to measure, and the step before which measuring stops.
-    ``store``: where the steps are written as they are measured.
-    ``first_step``: the number of the first step of the block.
-    ``attrs``: attributes to add.
-    ``token_text``: text of every token, by the sequence's index.
-    ``weights``: measures the weights as well.
-    ``scale``: the factor that the loss is multiplied by.
-    ``live``: computes metrics at every measured step.
-    ``ranks``: the processes that measure together.
-    ``settled``: tries what is suspected when the block ends.
+    `record` makes one, and says what its arguments are.
     """
 
     def __init__(
