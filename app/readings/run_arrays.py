@@ -101,7 +101,7 @@ def _connection_name(trace: xr.Dataset, connection: int) -> str:
     return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
 
 
-def history_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
+def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
     """What was measured at several steps of a training.
 
     Returns: The analysis where it has several steps, else the curves of the run's statistics; None where neither has.

@@ -16,7 +16,7 @@ from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, history_of, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, curves_by_step, matrices_of
 from depthscope.app.text.numbers import number
 
 MOST_MAPS = 3
@@ -65,7 +65,7 @@ class Subjects:
     @cached_property
     def histories(self) -> dict[str, xr.Dataset]:
         """What was measured by step, of the runs that have several steps."""
-        found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
+        found = {reading.name: curves_by_step(reading, self.runs) for reading in self.readings}
         return {run: history for run, history in found.items() if history is not None}
 
     @cached_property

@@ -14,7 +14,7 @@ import xarray as xr
 from depthscope.app.figures import Figure
 from depthscope.app.study.reproductions.claims import Claim, Row, tested
 
-__all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
+__all__ = ["Along", "Cell", "MeasuredCell", "Row", "RunNumber", "Scale", "Study"]
 
 # Raised where the same settings give other numbers than before: saved cells of older code are then measured again.
 VERSION = 1
@@ -138,7 +138,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """What measuring a cell gave: its row's numbers and curves, and the run, with metrics, where there is a network."""
 
     numbers: Mapping[str, float]
@@ -169,7 +169,7 @@ class Study:
     families: Mapping[str, str]
     scale: Scale
     quick: Scale
-    measure: Callable[[Mapping[str, Any]], Measured]
+    measure: Callable[[Mapping[str, Any]], MeasuredCell]
     numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
     table: tuple[Claim, ...]

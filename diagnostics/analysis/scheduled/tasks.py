@@ -30,7 +30,7 @@ DEPTH, STEP, PAIR, CONNECTION, SEQUENCE, WHOLE = KINDS
 LAST_DEPTH, ALL_STEPS = "gradient_norms", "token_steps"
 STATES = frozenset(("residual", "gradient"))
 
-Measured = tuple[dict[str, xr.DataArray], str]
+TaskResult = tuple[dict[str, xr.DataArray], str]
 """The variables of one metric and "", or none and the reason."""
 
 
@@ -107,7 +107,7 @@ def chain_trace(
     return found
 
 
-def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, Measured]:
+def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, TaskResult]:
     """Measure the metrics of one task, on whichever worker it lands.
 
     ``facts``: what it has to know of the whole run, where a metric needs that.
@@ -126,7 +126,7 @@ def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[
         return {name: _measured(CATALOGUE[name], source, task) for name in task.metrics}
 
 
-def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> dict[str, Measured]:
+def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> dict[str, TaskResult]:
     """Metrics of depths and of steps: the latter also read the depth before, and each depth is read once."""
     sources = {}
     for kind, positions in ((STEP, list(task.positions)), (DEPTH, list(task.keep))):
@@ -153,7 +153,7 @@ def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> d
     return found
 
 
-def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
+def _measured(metric: Metric, source: Quantities, task: Task) -> TaskResult:
     try:
         if task.kind != SEQUENCE:
             found = metric.evaluate(source)
