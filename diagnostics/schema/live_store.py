@@ -36,12 +36,7 @@ from depthscope.diagnostics.schema.live_store_files import (
     remove_inside,
     require_no_link,
 )
-from depthscope.diagnostics.schema.live_store_frames import (
-    BEGIN,
-    DECLARE,
-    NOTE,
-    ROW,
-)
+from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.live_store_log import RowLog
 from depthscope.diagnostics.schema.live_store_reading import RUN_ID, require_own_files

@@ -11,12 +11,7 @@ import numpy as np
 
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import LOG, files_of, open_inside
-from depthscope.diagnostics.schema.live_store_history import (
-    History,
-    read_history,
-    refuse_damage,
-    rest_of,
-)
+from depthscope.diagnostics.schema.live_store_history import History, read_history, refuse_damage, rest_of
 from depthscope.diagnostics.schema.live_store_reading import (
     Status,
     refuse_foreign,
