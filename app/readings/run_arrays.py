@@ -119,8 +119,9 @@ def cells_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataA
     Returns: None where fewer than two steps were recorded, or no connection of streams was.
     """
     with group_of(reading, "statistics", runs) as statistics:
-        several = statistics is not None and statistics.sizes.get("step", 1) > 1
-        return cells_of(statistics) if several else None
+        if statistics is None or statistics.sizes.get("step", 1) < 2:
+            return None
+        return cells_of(statistics)
 
 
 def mixing_by_step(reading: Reading, *, max_bytes: int | None = None) -> xr.DataArray | None:

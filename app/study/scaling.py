@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ def run_scaling_study(
     batch = {"input_ids": ids, "labels": ids}
     return {
         name: coordinate_check(
-            lambda size, name=name: Decoder(
-                PARAMETRISATIONS[name], *((size, BASE_DEPTH) if over == "width" else (BASE_WIDTH, size))
-            ),
+            partial(_made, PARAMETRISATIONS[name], over),
             batch,
             sizes or of_study,
             over=over,
@@ -155,6 +154,10 @@ def run_scaling_study(
         )
         for name in names
     }
+
+
+def _made(rules: Parametrisation, over: str, size: int) -> Decoder:
+    return Decoder(rules, *((size, BASE_DEPTH) if over == "width" else (BASE_WIDTH, size)))
 
 
 def summary(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
