@@ -178,7 +178,7 @@ def _has_other_numbers(name: str, changed: Mapping[str, str]) -> bool:
 
 
 def _difference(old: Path, new: Path) -> str:
-    """What differs between two files of text, in words; empty for rounding."""
+    """What differs between two files of text, as a phrase; empty for rounding."""
     try:
         before, after = old.read_text(encoding="utf-8"), new.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -113,7 +113,7 @@ class FirstFindings:
         return firsts
 
     def _next(self) -> int | None:
-        """The position that tells most: the last one, some over all, then between the last without a finding and the first."""
+        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
         total = len(self._history.steps)
         known = self._known()
         # Strides are powers of two: of a history that grows, those that were judged stay in the grid.

@@ -245,7 +245,7 @@ def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
     """An analysis together with stored metrics that it does not compute, such as those computed on request."""
     if stored is not None and LIVE in stored.attrs:
         return with_live(fresh, stored)
-    # Metrics of another step are of other states: they cannot stand in one dataset with the new ones.
+    # Metrics of another step are of other states: they cannot be in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}

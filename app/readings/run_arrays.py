@@ -67,7 +67,7 @@ def group_of(
 
 
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
-    """The mixing matrices of a run, and their products over its first half, its second half and the whole.
+    """The mixing matrices of a run, and their products over its first half, its second half and all of it.
 
     ``runs``: as in `group_of`.
     Returns: None for a run without streams, or whose matrices are not stored.

@@ -1,4 +1,4 @@
-"""What does every verdict say of a run? Failed, warned, noted, passed, not judged and why, or that it does not apply."""
+"""In which state is every verdict of a run? Failed, warned, noted, passed, not judged and why, or that it does not apply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs differ, and where? Tests of the metrics that are compared, and what they say in words."""
+"""Which runs differ, and where? Tests of the metrics that are compared, and a sentence for each."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def verdict_table(
 ) -> VerdictTable:
     """The table of some runs.
 
-    ``group_by``: an attribute: its values are a column, and its rows stand together.
+    ``group_by``: an attribute: its values are a column, and its rows are next to each other.
     ``fold_seeds``: one row for all seeds of an experiment: its cells say in how many of them.
     ``statuses``: what is said of runs that are or were written step by step, by their names; a column where there is
     any.

@@ -1,4 +1,4 @@
-"""What does every face say of a run's evidence? Whether its reading is proven, and what its mixing matrices satisfy."""
+"""What is said of a run's evidence everywhere? Whether its reading is proven, and what its mixing matrices satisfy."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ _LETTERS = {
         "§": r"\S{}",
         "°": r"$^\circ$",
     },
-    # Marks of direction around words that are drawn as a whole.
+    # Marks of direction around words that are drawn as one.
     **{"\u2068": "", "\u2069": ""},
 }
 # Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.

@@ -230,7 +230,7 @@ def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """One experiment in words.
+    """One experiment as a phrase.
 
     Examples
     --------
@@ -283,7 +283,7 @@ def _lens_columns() -> Iterator[str]:
 
 
 def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
-    """The prediction depth by lens, of the whole state, over sequences."""
+    """The prediction depth by lens, of the state with all streams, over sequences."""
     found = result["prediction_depth"].isel(stream=0).mean("token")
     return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
 

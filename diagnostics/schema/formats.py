@@ -1,4 +1,4 @@
-"""In which formats is a run on disk? One netCDF file or a zarr folder: the ending of its name tells."""
+"""In which formats is a run on disk? One netCDF file or a zarr folder: the ending of its name decides."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How does a run get to disk while it is measured? Row by row, into a log that survives its writer; the format is in the docs.
 
-A row is one frame, written by one call of the system at the end of the log: a writer that is killed leaves whole frames and
+A row is one frame, written by one call of the system at the end of the log: a writer that is killed leaves complete frames and
 perhaps the beginning of one, which is ignored and overwritten. Full logs become files of columns (`live_store_columns`), and a
 new log takes the place of the former one in one step. Large arrays are in runs of one step, each written by `save_run`.
 """

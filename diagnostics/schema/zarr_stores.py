@@ -62,7 +62,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Array:
-    """What the metadata of an array say, as far as it is needed to check its chunks."""
+    """The metadata of an array, as far as they are needed to check its chunks."""
 
     path: str
     shape: tuple[int, ...]
@@ -256,7 +256,7 @@ def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: 
     if array is None:
         raise SchemaError(f"{name} in it belongs to no variable; remove it")
     expected = math.prod(array.chunk) * array.item_bytes
-    # A chunk is decoded whole, however small the array is.
+    # A chunk is decoded completely, however small the array is.
     limit.check(expected)
     stored = entry.size - (_CRC_BYTES if array.has_checksum else 0)
     if not array.is_text and stored != expected:

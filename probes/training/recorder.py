@@ -87,7 +87,7 @@ class Recorder:
     """Measure the model inside a ``with`` block; `step` ends one step of the user's loop.
 
     Every measured step gives one row of ``/statistics`` (exact over all its tokens). The raw sequences in ``/trace`` are a
-    uniform sample of all that ran with the *present* weights: over a whole evaluation all batches, in training the last
+    uniform sample of all that ran with the *present* weights: over an evaluation all batches, in training the last
     measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
     `record` makes one, and says what its arguments are.
@@ -134,7 +134,7 @@ class Recorder:
         self._pooled_stamp: int | None = None
         self._course = LossCourse([] if store is None else store.earlier_losses(first_step))
         self._stack = ExitStack()
-        self._sentences: list[str] = []  # what the end of the step has to say
+        self._sentences: list[str] = []  # for the end of the step
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
 

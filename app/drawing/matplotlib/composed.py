@@ -121,7 +121,7 @@ def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
 
 
 def _mark_of(handle: Any, label: str) -> tuple[str, str]:
-    """What tells entries of a legend from each other: runs of two calls may share a name and not a colour."""
+    """What distinguishes entries of a legend: runs of two calls may share a name and not a colour."""
     return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
 
 

@@ -33,7 +33,7 @@ from depthscope.app.figures import Heatmap
 class Mark:
     """A finding from the step at which it began.
 
-    ``label``: its verdict in words.
+    ``label``: the name of its verdict.
     ``severity``: a key of `SEVERITY_COLOURS`.
     ``first, last``: steps.
     """

@@ -43,7 +43,7 @@ LEAST_ROOM = 0.25
 class Bar:
     """A finding over a range of depths.
 
-    ``label``: its verdict in words.
+    ``label``: the name of its verdict.
     ``severity``: a key of `SEVERITY_COLOURS`.
     ``first, last``: depths, both taken.
     """

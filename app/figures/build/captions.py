@@ -110,7 +110,7 @@ def describe_matrix(
         row, column = divmod(flat, matrix.shape[1])
         return f"{number(matrix[row, column])} ({rows[row]} against {columns[column]})"
 
-    # ±inf in place of NaN keeps the flat index that of the whole matrix.
+    # ±inf in place of NaN keeps the flat index that of the full matrix.
     lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))
     highest = cell(int(np.argmax(np.where(known, matrix, -np.inf))))
     return f"{size}: lowest {lowest}, highest {highest}, median {number(float(np.median(matrix[known])))}."

@@ -244,7 +244,7 @@ def _numbered(key: str, place: int) -> str:
 
 @dataclass(frozen=True)
 class Matrices:
-    """H_res of the first, a middle and the last connection, and its products over the halves and the whole."""
+    """H_res of the first, a middle and the last connection, and its products over each half and over all."""
 
     key: str = "mixing"
     title: str = "mixing matrices"

@@ -39,7 +39,7 @@ class Claim:
     ``measured``: what the number is.
     ``values``: one for each seed; NaN is unknown and does not count. In the table of a study: what takes them from
     its networks.
-    ``above, below``: where the number lies if the claim holds: above the one and below the other.
+    ``above, below``: where the number is if the claim holds: above the one and below the other.
     ``exact``: the number does not depend on chance: one value decides.
     """
 
@@ -59,7 +59,7 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """Reproduced where the whole interval lies inside the limits, not where all of it is outside, else undecided."""
+        """Reproduced where all of the interval is inside the limits, not where all of it is outside, else undecided."""
         found = self.found
         low, high = (found.mean, found.mean) if self.exact else (found.low, found.high)
         if not (math.isfinite(low) and math.isfinite(high)):

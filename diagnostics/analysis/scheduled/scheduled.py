@@ -83,7 +83,7 @@ def _facts(
     budget: int,
     progress: Progress | None,
 ) -> dict[int, Facts]:
-    """What parts have to know of the whole, by the number of the chain; of those whose metrics ask for it."""
+    """What parts have to know of the complete run, by the number of the chain; of those whose metrics ask for it."""
     arguments: list[tuple[Any, ...]] = []
     owners: list[int] = []
     of_chains: list[list[Task]] = [[] for _ in chains]

@@ -45,7 +45,7 @@ class TrainingStopped(DepthscopeError, RuntimeError):
 
 
 class Watched:
-    """Judges rows, and tells what is new in them.
+    """Judges rows, and reports what is new in them.
 
     ``on_finding``: ``on_finding(step, finding)``.
     ``stop_on``: ``"warn"`` or ``"fail"``.

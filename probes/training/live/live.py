@@ -76,7 +76,7 @@ class Live:
         """Compute the row of a step.
 
         ``measured``: the row of statistics of the same step.
-        ``first_run``: builds the run of the first measured step, which tells what the model is.
+        ``first_run``: builds the run of the first measured step, which describes the model.
         """
         if not self._metrics.groups:
             run = first_run()

@@ -22,7 +22,7 @@ class DataGroup:
 
     ranks: tuple[int, ...]  # their numbers in the world, in order; the first of them writes
     rank: int  # position of this process among them
-    chosen: str  # how they were chosen, in words
+    chosen: str  # how they were chosen, as a phrase
 
     @property
     def size(self) -> int:
@@ -77,7 +77,7 @@ def _as_data_group(ranks: list[int], chosen: str) -> DataGroup | None:
 
 
 def _named(ranks: list[int]) -> str:
-    """Numbers of processes in words, without a line of a thousand of them."""
+    """Numbers of processes as text, without a line of a thousand of them."""
     if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]} to {ranks[-1]}"
     return ", ".join(map(str, ranks if len(ranks) < 9 else [*ranks[:4], "…", ranks[-1]]))
