@@ -1,4 +1,4 @@
-"""How is a file or folder replaced so that it is whole at every instant? Written beside it, then put there in one step."""
+"""How is a file or folder replaced so that it is complete at every instant? By one written next to it, and one rename."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ListOthers = Callable[[Path], Iterable[Path]]
 def replaced_file(target: str | os.PathLike[str], *, check: Check | None = None) -> Iterator[Path]:
     """A fresh path whose file takes the target's place when the block ends without an error.
 
-    The target is either the former file or the new one, whole, also after a killed process or a power cut.
+    The target is either the former file or the complete new one, also after a killed process or a power cut.
 
     ``target``: missing, or a regular file. Of a link, what it points to is replaced and the link stays.
     ``check``: called with the target, where it exists, before the block and again before the new file takes its place;
@@ -138,7 +138,7 @@ def _place_folder(fresh: Path, place: Path, aside: Path, others: ListOthers) -> 
 
 
 def _carry(old: Path, new: Path, name: Path) -> None:
-    """Put what is at ``old/name`` at ``new/name`` too, without moving it: until the exchange the old folder stays whole."""
+    """Put what is at ``old/name`` at ``new/name`` too, without moving it: until the exchange the old folder stays complete."""
     source, goal = old / name, new / name
     if os.path.lexists(goal):
         # Refused before the exchange, so that the folder is as it was.
@@ -226,7 +226,7 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
         name = (ctypes.c_int, ctypes.c_char_p)
         libc.renameat2.argtypes = (*name, *name, ctypes.c_uint)
-        here = -100  # AT_FDCWD: the names are whole paths
+        here = -100  # AT_FDCWD: the names are complete paths
         return lambda one, other: libc.renameat2(here, one, here, other, 2)  # RENAME_EXCHANGE
     return None
 
@@ -273,7 +273,7 @@ def entries_below(folder: Path) -> Iterator[Path]:
 
 
 def kind_of(mode: int) -> str:
-    """What kind of file a mode is of, in words."""
+    """What kind of file a mode is of, for a message."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFLNK: "a link",
@@ -286,7 +286,7 @@ def kind_of(mode: int) -> str:
 
 @contextmanager
 def _scratch_folder(place: Path) -> Iterator[Path]:
-    """A locked scratch folder beside a target, which goes at the end with all that is left in it."""
+    """A locked scratch folder next to a target; removed at the end with all that is left in it."""
     with _full_disk_named(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_litter(place.parent)
@@ -442,7 +442,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems have no fsync for folders; a disk that is full or broken is told.
+        # Some network and FUSE file systems have no fsync for folders; a disk that is full or broken is an error.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:

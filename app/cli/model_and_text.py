@@ -189,7 +189,7 @@ def _require_same_text(text: str, recorded: dict[str, Any]) -> None:
 
 
 def save(result: Any, subject: Subject, args: argparse.Namespace, what: str) -> Path | None:
-    """Save a result where ``--out`` says, or beside its run; None where neither is given."""
+    """Save a result where ``--out`` says, or next to its run; None where neither is given."""
     from depthscope.diagnostics.experiments import save_result
 
     place = result_place(subject.run, args, what)

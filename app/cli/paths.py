@@ -186,7 +186,7 @@ class OutputFolder(Checked):
         if os.path.lexists(path) and not path.is_dir():
             raise InputError(f"{option} {quoted(value)} is no folder; name one, or a new one")
         require_writable(path, option)
-        # Into it as well as beside it: a folder is replaced as a whole, or filled.
+        # Into it and next to it: a folder is replaced completely, or filled.
         if path.is_dir():
             require_writable(path / "x", option)
 

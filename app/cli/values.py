@@ -104,10 +104,7 @@ class Number:
 class Spans(Text):
     """Whole numbers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
 
-    Parameters
-    ----------
-    highest : int
-        The largest number.
+    ``highest``: the largest number.
     """
 
     highest: int = 99_999

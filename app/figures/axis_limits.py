@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from depthscope.app.figures.specification import Array
 
-__all__ = ["FLAT", "limits_with_theory", "visible_limits"]
-
 FLAT = 1e-4
 """Values that differ by a smaller share than this count as one value: an axis fitted to them would magnify rounding
 into a trend. A heuristic of ours."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from depthscope.app.figures.palette import Look, look_of
 from depthscope.app.figures.specification import Lines
 
-__all__ = ["looks_of"]
-
 
 def looks_of(figure: Lines) -> dict[int, Look]:
     """How every measured line of a figure is drawn."""

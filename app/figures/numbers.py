@@ -8,8 +8,6 @@ import pandas as pd
 from depthscope.app.figures.composed.specification import Points
 from depthscope.app.figures.specification import Figure, Heatmap, Line
 
-__all__ = ["figure_table"]
-
 
 def figure_table(figure: Figure | Points) -> pd.DataFrame:
     """A row for every point of every line, or a row for every row of a matrix.

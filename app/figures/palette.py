@@ -1,4 +1,4 @@
-"""How is a run told from the others, on the screen and on paper? By its colour, by the shape of its marks, by dashes."""
+"""How are runs distinguished, on the screen and on paper? By colour, by the shape of marks, by dashes."""
 
 from __future__ import annotations
 

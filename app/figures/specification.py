@@ -37,25 +37,15 @@ def null_label(label: str) -> str:
 class Line:
     """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.
 
-    Parameters
-    ----------
-    x, y : numpy.ndarray
-        Positions and values of equal length; NaN in `y` is a gap (undefined).
-    label : str
-        Legend entry.
-    role : {"measured", "null", "theory", "threshold", "mark"}
-        How it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes of
-        that colour, dotted grey, as single points. Theory moves the axes a little, never far.
-    lower, upper : numpy.ndarray or None
-        Uncertainty or spread around `y`.
-    error : numpy.ndarray or None
-        Half of the interval over sequences where the band is a spread; drawn as whiskers.
-    group : str
-        Name of the run that the line belongs to; empty for thresholds.
-    text : sequence of str or None
-        Name of every position (module or layer), shown on hover.
-    law : str
-        Legend entry of theory, shared by the lines of one law.
+    ``x, y``: positions and values of equal length; NaN in `y` is a gap (undefined).
+    ``label``: legend entry.
+    ``role``: how it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes
+    of that colour, dotted grey, as single points. Theory moves the axes a little, never far.
+    ``lower, upper``: uncertainty or spread around `y`.
+    ``error``: half of the interval over sequences where the band is a spread; drawn as whiskers.
+    ``group``: name of the run that the line belongs to; empty for thresholds.
+    ``text``: name of every position (module or layer), shown on hover.
+    ``law``: legend entry of theory, shared by the lines of one law.
     """
 
     x: Array
@@ -102,8 +92,8 @@ class Heatmap:
 
     `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
-    that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and stay apart.
-    ``printed`` writes the number of every cell, with the sum of each row and column beside it.
+    that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and are not joined.
+    ``printed`` writes the number of every cell, with the sum of each row and column at the edge.
     ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """

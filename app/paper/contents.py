@@ -102,7 +102,7 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Fi
 
 
 def _of_jacobians(readings: Sequence[Reading], analyses: Mapping[str, xr.Dataset]) -> Iterator[Figure]:
-    """Those of Jacobians that are kept beside the runs."""
+    """Those of Jacobians that were saved next to the runs."""
     results = {each.name: each.results["jacobian"] for each in readings if "jacobian" in each.results}
     if not results:
         return

@@ -165,7 +165,7 @@ def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -
     for name in ("figures", "supplement", "words"):
         (folder / name).mkdir()  # savefig makes no folder
     across = Width(bundle.venue.text, FIGURE_POINTS)
-    # Two beside each other, as the supplement sets them.
+    # Two in a row, as the supplement sets them.
     half = Width(0.485 * bundle.venue.text, FIGURE_POINTS)
     figures, supplement = folder / "figures", folder / "supplement"
     drawings = [

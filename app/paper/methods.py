@@ -19,8 +19,6 @@ from depthscope.app.text.numbers import number, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["methods_latex", "methods_text"]
-
 MOST_NAMED = 4
 """Runs up to which the methods name each with what it is; of more the table of runs does."""
 
@@ -150,7 +148,7 @@ def _capture(readings: Sequence[Reading]) -> Iterable[Sentence]:
 
 
 def _those(names: Collection[str], readings: Sequence[Reading]) -> str:
-    """Some of the runs, in words."""
+    """Some of the runs, as a phrase."""
     if len(names) == len(readings):
         return "every run" if len(readings) > 1 else "the run"
     return ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} of the {len(readings)} runs"

@@ -1,4 +1,4 @@
-"""Does a bundle still follow from its runs? It is made again beside it, and compared number by number."""
+"""Does a bundle still follow from its runs? It is made again in a scratch folder, and compared number by number."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, is_own
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics.errors import InputError
-
-__all__ = ["Verification", "verify_bundle"]
 
 NEARLY = 1e-9
 """Relative difference of two numbers that is rounding of another processor or library."""
@@ -125,7 +123,11 @@ def _named_runs(
     named = manifest.get("runs") or {}
     if isinstance(runs, Mapping):
         # A run of several chains is a reading of each, named after it.
-        chosen: Any = {name: run for name, run in runs.items() if any(_is_of(name, one) for one in named)}
+        chosen: Any = {
+            name: run
+            for name, run in runs.items()
+            if any(one == name or one.startswith(f"{name}/") for one in named)
+        }
         others = [name for name in runs if name not in chosen]
     else:
         chosen = [reading for reading in runs if reading.name in named]
@@ -136,10 +138,6 @@ def _named_runs(
             f"{', '.join(map(str, others)) or 'none'}"
         )
     return chosen, [f"given, and not of this bundle: {', '.join(map(str, others))}"] if others else []
-
-
-def _is_of(run: str, reading: str) -> bool:
-    return reading == run or reading.startswith(f"{run}/")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +164,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_drawing(name: str) -> bool:
-    # Parquet is not drawn, but its bytes are those of a library; its numbers are in the CSV beside it.
+    # Parquet is not drawn, but its bytes are those of a library; its numbers are in the CSV of the same name.
     return name.endswith((".pdf", ".svg", ".pgf", ".png", ".parquet"))
 
 
@@ -180,7 +178,7 @@ def _has_other_numbers(name: str, changed: Mapping[str, str]) -> bool:
 
 
 def _difference(old: Path, new: Path) -> str:
-    """What differs between two files of text, in words; empty for rounding."""
+    """What differs between two files of text, as a phrase; empty for rounding."""
     try:
         before, after = old.read_text(encoding="utf-8"), new.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -18,17 +18,6 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
 
-__all__ = [
-    "QUANTILES",
-    "TOKEN_MEASURES",
-    "WHOSE",
-    "CloseUp",
-    "LargeEntry",
-    "LargeToken",
-    "Matrix",
-    "read_close_up",
-]
-
 MOST_BYTES = 400 * 2**20
 """Of the states in memory; of a larger run the first sequences are shown. A heuristic of ours: several runs may be open."""
 

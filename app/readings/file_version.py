@@ -14,8 +14,6 @@ from pathlib import Path
 from depthscope.diagnostics.errors import StorageError
 from depthscope.diagnostics.schema import LOG, is_live_store
 
-__all__ = ["FileVersion"]
-
 # Linux dates a change by the tick of its clock, up to 10 ms: two changes within one have the same date. A file that was
 # changed in the last 50 ms is looked at again, so that a later change has another date.
 _TICK_NS = 50_000_000
@@ -35,7 +33,7 @@ class FileVersion:
         """The version that is there now; after a short wait where it was changed just now.
 
         ``path``: A file, or the folder of a store.
-        ``*beside``: files that belong to it where they are there.
+        ``*beside``: files that belong to it, where they exist.
         Raises StorageError: Where nothing is there, or something else than files and folders: a pipe would wait for
         ever to be read.
         """

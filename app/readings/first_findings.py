@@ -11,8 +11,6 @@ import numpy as np
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.diagnostics import Finding, Severity, judge
 
-__all__ = ["Begun", "FirstFindings", "KnownFindings"]
-
 SPREAD = 32
 """Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
 
@@ -115,7 +113,7 @@ class FirstFindings:
         return firsts
 
     def _next(self) -> int | None:
-        """The position that tells most: the last one, some over all, then between the last without a finding and the first."""
+        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
         total = len(self._history.steps)
         known = self._known()
         # Strides are powers of two: of a history that grows, those that were judged stay in the grid.

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.run_arrays import group_of
 from depthscope.app.readings.saved_history import SavedHistory, cells_of
 from depthscope.app.readings.training_history import (
     CELLS,
@@ -26,8 +27,6 @@ from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.schema import FollowedStore, Status
-
-__all__ = ["FollowedHistory", "history_of"]
 
 
 class FollowedHistory(TrainingHistory):
@@ -178,7 +177,8 @@ def history_of(reading: Reading) -> TrainingHistory:
         return _followed(reading, FollowedStore(path))
     if reading.num_steps < 2:  # the statistics of one step are no history
         return SavedHistory(reading, xr.Dataset(), None)
-    with schema.open_group(path, "statistics", reading.chain) as statistics:
+    with group_of(reading, "statistics") as statistics:
+        assert statistics is not None
         return SavedHistory.of(reading, statistics)
 
 

@@ -1,4 +1,4 @@
-"""Has this difference been tested before? Tests of some runs, kept beside the first of them."""
+"""Has this difference been tested before? Tests of some runs, cached next to the first of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import folders_of, stem_of
 from depthscope.diagnostics.analysis.differences import Difference
 from depthscope.diagnostics.atomic_writes import replaced_file
-
-__all__ = ["keep_differences", "kept_differences"]
 
 ARRAYS = ("value", "half_width", "p")
 
@@ -46,7 +44,12 @@ def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> lis
     for place in _places(versions, question):
         # Damaged, or of somebody else: it is tested anew.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return [_difference(document) for document in json.loads(place.read_text(encoding="utf-8"))]
+            return [
+                Difference(
+                    **{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}}
+                )
+                for document in json.loads(place.read_text(encoding="utf-8"))
+            ]
     return None
 
 
@@ -61,7 +64,3 @@ def _places(versions: Mapping[Path, FileVersion], question: str) -> list[Path]:
 def _document(difference: Difference) -> dict[str, Any]:
     words = {name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")}
     return {**words, **{name: getattr(difference, name).to_dict() for name in ARRAYS}}
-
-
-def _difference(document: Mapping[str, Any]) -> Difference:
-    return Difference(**{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}})

@@ -16,8 +16,6 @@ from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import replaced_file
 
-__all__ = ["keep_first_findings", "kept_first_findings"]
-
 
 def keep_first_findings(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
     """Judge the steps of a training that has ended, and keep where its findings began; nothing for a run without steps."""

@@ -1,6 +1,6 @@
-"""Has this run been analysed before? Analyses of a version of a run, kept beside it, and what its verdicts were."""
+"""Has this run been analysed before? Analyses of a version of a run and what its verdicts were, cached next to it."""
 
-# A run is analysed once and looked at many times. What is kept is valid for the very files that were analysed (device, inode,
+# A run is analysed once and looked at many times. The cache is valid for the very files that were analysed (device, inode,
 # size and dates) and for this code: of a copied folder, or after an update, everything is analysed anew.
 
 from __future__ import annotations
@@ -28,19 +28,6 @@ from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
-
-__all__ = [
-    "UNUSABLE",
-    "Summary",
-    "finding_document",
-    "finding_of",
-    "folders_of",
-    "keep",
-    "kept_readings",
-    "kept_summaries",
-    "stem_of",
-    "summary_of",
-]
 
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
@@ -222,7 +209,7 @@ def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Where analyses of a run are kept: beside it, or where that cannot be written to, in the user's cache."""
+    """Where analyses of a run are cached: next to it, or where that cannot be written to, in the user's cache."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [path.parent / FOLDER, cache_home / "depthscope" / "readings"]
 
@@ -237,7 +224,7 @@ def stem_of(path: Path, version: FileVersion) -> str:
 
 
 def _prefix(path: Path) -> str:
-    """What the names of all that was kept of a run begin with."""
+    """What the names of all cached files of a run begin with."""
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     return f"{path.name.encode('ascii', 'replace').decode()[:NAME_LENGTH]}.{place}.".replace("?", "_")
 

@@ -31,28 +31,18 @@ LIVE = "live"
 class Reading:
     """One chain of one run, analysed and judged.
 
-    Parameters
-    ----------
-    name : str
-        The run's name; ``run/chain`` where the run has several chains.
-    attrs : mapping
-        The run's attributes: model, family, seed, …
-    analysis : Dataset
-        What `diagnostics.analyze` returns, or the stored /metrics of the run.
-    findings : tuple of Finding
-        Worst first.
-    integrity : str
-        Whether the run is what was saved; see `schema.integrity`.
-    path : str
-        The file or folder that the run was opened from; empty for a run in memory.
-    passed : tuple of Finding
-        Verdicts that were judged and found nothing.
-    chain : str
-        The chain's name in the run, empty where it has one.
-    results : mapping of str to Dataset
-        What ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are beside it.
-    num_steps : int
-        Steps of a training that the run has statistics of; of a live store those that it had when it was analysed.
+    ``name``: the run's name; ``run/chain`` where the run has several chains.
+    ``attrs``: the run's attributes: model, family, seed, …
+    ``analysis``: what `diagnostics.analyze` returns, or the stored /metrics of the run.
+    ``findings``: worst first.
+    ``integrity``: whether the run is what was saved; see `schema.integrity`.
+    ``path``: the file or folder that the run was opened from; empty for a run in memory.
+    ``passed``: verdicts that were judged and found nothing.
+    ``chain``: the chain's name in the run, empty where it has one.
+    ``results``: what ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are
+    next to it.
+    ``num_steps``: steps of a training that the run has statistics of; of a live store those that it had when it was
+    analysed.
     """
 
     name: str
@@ -90,25 +80,11 @@ def read_runs(
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
-    Parameters
-    ----------
-    runs : mapping of str to DataTree
-        Runs by the names to print.
-    paths : mapping of str to Path, optional
-        Where runs were opened from: what the lens beside one gave is evidence for its verdicts.
-    progress : function, optional
-        Called with (metric, number done, number in all) for each run.
-    last_step : bool
-        Of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
-
-    Returns
-    -------
-    list of Reading
-
-    Raises
-    ------
-    InputError
-        For no run at all, or a run without a trace and without metrics.
+    ``runs``: runs by the names to print.
+    ``paths``: where runs were opened from: the result of a lens that was saved there is evidence for its verdicts.
+    ``progress``: called with (metric, number done, number in all) for each run.
+    ``last_step``: of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
+    Raises InputError: For no run at all, or a run without a trace and without metrics.
     """
     if not runs:
         raise InputError("no run was given; name at least one, such as runs/a.nc")
@@ -152,16 +128,8 @@ def judged(
 ) -> Reading:
     """A reading of an analysis: the verdicts are asked here.
 
-    Parameters
-    ----------
-    name, attrs, analysis, integrity, chain, path, results, num_steps
-        See `Reading`.
-    is_alone : bool
-        Whether the run has no other chain: the result of a lens is evidence then.
-
-    Returns
-    -------
-    Reading
+    ``name, attrs, analysis, integrity, chain, path, results, num_steps``: see `Reading`.
+    ``is_alone``: whether the run has no other chain: the result of a lens is evidence then.
     """
     found = judge(_with_evidence(analysis, results if is_alone else {}), passed=True)
     return Reading(
@@ -194,15 +162,8 @@ def _with_evidence(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> x
 def shown_attributes(value: Any) -> Any:
     """Attributes of a run in whose text everything can be seen, at every level.
 
-    Parameters
-    ----------
-    value : mapping, sequence or scalar
-        Attributes, or one of them.
-
-    Returns
-    -------
-    dict, list or scalar
-        Numbers are unchanged.
+    ``value``: attributes, or one of them.
+    Returns: Numbers are unchanged.
     """
     if isinstance(value, Mapping):
         return {visible_name(key): shown_attributes(part) for key, part in value.items()}
@@ -284,7 +245,7 @@ def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
     """An analysis together with stored metrics that it does not compute, such as those computed on request."""
     if stored is not None and LIVE in stored.attrs:
         return with_live(fresh, stored)
-    # Metrics of another step are of other states: they cannot stand in one dataset with the new ones.
+    # Metrics of another step are of other states: they cannot be in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
@@ -336,28 +297,13 @@ def read_paths(
 ) -> tuple[list[Reading], dict[str, str]]:
     """Open, analyse and judge runs; one that cannot be read, analysed or judged is left out, and the others stay.
 
-    Parameters
-    ----------
-    paths : sequence of str
-        Run files, or folders with some in them.
-    max_bytes : int, optional
-        Of the arrays of one run; see `schema.open_run`.
-    progress : function, optional
-        Called with (metric, number done, number in all) for each run.
-
-    Returns
-    -------
-    tuple of list of Reading and dict of str to str
-        The readings, and the reasons why runs were left out by their names.
-
-    Raises
-    ------
-    Exception
-        That of the run, where there is one run and it is left out.
-    FileNotFoundError
-        Where a path does not exist.
-    InputError
-        Where a folder contains no run, or every run is left out.
+    ``paths``: run files, or folders with some in them.
+    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
+    ``progress``: called with (metric, number done, number in all) for each run.
+    Returns: The readings, and the reasons why runs were left out by their names.
+    Raises Exception: That of the run, where there is one run and it is left out.
+    Raises FileNotFoundError: Where a path does not exist.
+    Raises InputError: Where a folder contains no run, or every run is left out.
     """
     readings: list[Reading] = []
     left_out: dict[str, str] = {}
@@ -385,16 +331,8 @@ def read_paths(
 def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str, xr.DataTree]:
     """Open runs, and folders of runs, under names that are short and differ.
 
-    Parameters
-    ----------
-    paths : sequence of str
-        Run files, or folders with some in them.
-    max_bytes : int, optional
-        Of the arrays of one run; see `schema.open_run`.
-
-    Returns
-    -------
-    dict of str to DataTree
+    ``paths``: run files, or folders with some in them.
+    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     """
     return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 
@@ -426,16 +364,8 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     # realpath and not resolve, which raises a RuntimeError for a link to itself.
     unique = list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
-        names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
+        names = [schema.without_suffix("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):
             return dict(zip(names, unique, strict=True))
     # Reached only where endings alone differ, such as a.nc and a.zarr: the ending then stays.
     return {path.name: path for path in unique}
-
-
-def without_ending(name: str) -> str:
-    """The file name of a run without the ending of its format."""
-    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):  # .zarr.zip before .zip
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name

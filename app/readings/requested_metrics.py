@@ -9,8 +9,6 @@ from depthscope.app.readings.readings import Reading, by_chain, judged
 from depthscope.app.readings.stored_metrics import renewed
 from depthscope.diagnostics import analyze, schema
 
-__all__ = ["with_requested"]
-
 
 def with_requested(
     readings: Sequence[Reading],

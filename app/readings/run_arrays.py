@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.saved_history import cells_of
+from depthscope.app.readings.saved_history import cells_of, curves_of
 from depthscope.app.text.visible import visible, visible_name
-from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.kernels.mixing.products import composite
-
-__all__ = ["MixingMatrices", "cells_by_step", "history_of", "matrices_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,36 +31,48 @@ class MixingMatrices:
 
 
 @contextmanager
-def _trace_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> Iterator[xr.Dataset | None]:
-    run = _run_of(reading, runs)
-    if run is not None:
-        yield schema.chain_dataset(run, "trace", reading.chain)
-    elif reading.path:
-        # The run was verified when it was read; only the group that is needed is opened again.
-        with ExitStack() as stack:
-            trace = None
-            with suppress(AbsentError):  # a run of statistics or metrics alone
-                trace = stack.enter_context(schema.open_group(reading.path, "trace", reading.chain))
-            yield trace
-    else:
-        yield None
+def group_of(
+    reading: Reading,
+    group: str,
+    runs: Mapping[str, xr.DataTree] = MappingProxyType({}),
+    *,
+    max_bytes: int | None = None,
+) -> Iterator[xr.Dataset | None]:
+    """A group of the run of a reading, ``"trace"`` or ``"statistics"``; None where it has none.
 
-
-def _run_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataTree | None:
-    """The run in memory that a reading is of, by the name that `read_runs` gave it."""
-    for name, run in runs.items():
-        if visible_name(f"{name}/{reading.chain}" if reading.chain else name) == reading.name:
-            return run
-    return None
+    ``runs``: runs in memory by the names that `read_runs` was given; of others the file is opened, which was verified when
+    it was read.
+    ``max_bytes``: of the arrays of the run; see `schema.open_run`.
+    """
+    shown = f"{{}}/{reading.chain}" if reading.chain else "{}"
+    run = next((run for name, run in runs.items() if visible_name(shown.format(name)) == reading.name), None)
+    found = None
+    with ExitStack() as stack:
+        if (
+            run is None
+            and group == "statistics"
+            and reading.path
+            and schema.is_live_store(Path(reading.path))
+        ):
+            # Its steps are in its rows, and not in its newest state.
+            run = schema.open_run(reading.path, max_bytes=max_bytes)
+            stack.callback(run.close)
+        if run is not None:
+            found = schema.chain_dataset(run, group, reading.chain)
+        elif reading.path:
+            with suppress(AbsentError):  # a run of some groups alone
+                opened = schema.open_group(reading.path, group, reading.chain, max_bytes=max_bytes)
+                found = stack.enter_context(opened)
+        yield found
 
 
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
-    """The mixing matrices of a run, and their products over its first half, its second half and the whole.
+    """The mixing matrices of a run, and their products over its first half, its second half and all of it.
 
-    ``runs``: runs in memory by the names that `read_runs` was given; of others the file is opened.
+    ``runs``: as in `group_of`.
     Returns: None for a run without streams, or whose matrices are not stored.
     """
-    with _trace_of(reading, runs) as trace:
+    with group_of(reading, "trace", runs) as trace:
         if trace is None or "h_res" not in trace:
             return None
         h = trace["h_res"].transpose("connection", ..., *trace["h_res"].dims[-2:])
@@ -90,15 +101,15 @@ def _connection_name(trace: xr.Dataset, connection: int) -> str:
     return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
 
 
-def history_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
+def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
     """What was measured at several steps of a training.
 
     Returns: The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
     """
     if reading.analysis.sizes.get("step", 1) > 1:
         return reading.analysis
-    with _run_with_statistics(reading, runs) as run:
-        curves = None if run is None else training_curves(run, chain=reading.chain).load()
+    with group_of(reading, "statistics", runs) as statistics:
+        curves = None if statistics is None else curves_of(statistics)
     return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
 
 
@@ -107,22 +118,21 @@ def cells_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataA
 
     Returns: None where fewer than two steps were recorded, or no connection of streams was.
     """
-    with _run_with_statistics(reading, runs) as run:
-        statistics = None if run is None else schema.chain_dataset(run, "statistics", reading.chain)
+    with group_of(reading, "statistics", runs) as statistics:
         if statistics is None or statistics.sizes.get("step", 1) < 2:
             return None
         return cells_of(statistics)
 
 
-@contextmanager
-def _run_with_statistics(reading: Reading, runs: Mapping[str, xr.DataTree]) -> Iterator[xr.DataTree | None]:
-    """The run of a reading, from memory or its file; None without statistics."""
-    run = _run_of(reading, runs)
-    opened = schema.open_run(Path(reading.path)) if run is None and reading.path else None
-    try:
-        source = run if run is not None else opened
-        has = source is not None and schema.chain_dataset(source, "statistics", reading.chain) is not None
-        yield source if has else None
-    finally:
-        if opened is not None:
-            opened.close()
+def mixing_by_step(reading: Reading, *, max_bytes: int | None = None) -> xr.DataArray | None:
+    """The mean over tokens of every connection's H_res at each step.
+
+    Returns: Dims ``step``, ``connection``, ``stream_out``, ``stream_in``; NaN without a token. None where fewer than
+    two steps were recorded, or no connection was.
+    """
+    with group_of(reading, "statistics", max_bytes=max_bytes) as statistics:
+        if statistics is None or "h_res_sum" not in statistics or statistics.sizes.get("step", 0) < 2:
+            return None
+        count = statistics["token_count"]
+        sums = statistics["h_res_sum"].transpose("step", "connection", "stream_out", "stream_in")
+        return (sums / count.where(count > 0)).astype(np.float64).load()

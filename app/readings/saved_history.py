@@ -19,8 +19,6 @@ from depthscope.app.readings.training_history import (
 )
 from depthscope.diagnostics import schema, training_curves
 
-__all__ = ["SavedHistory", "cell_names", "cells_of"]
-
 
 class SavedHistory(TrainingHistory):
     """The history of a run that is not written any more, or of one without live metrics.
@@ -66,9 +64,9 @@ class SavedHistory(TrainingHistory):
     @classmethod
     def of(cls, reading: Reading, statistics: xr.Dataset) -> SavedHistory:
         """Of a reading and the statistics of several steps of its chain."""
-        curves = training_curves(xr.DataTree.from_dict({"statistics": statistics}))
-        kept = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]].load()
-        return cls(reading, kept, cells_of(statistics))
+        curves = curves_of(statistics)
+        by_step = [name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]
+        return cls(reading, curves[by_step], cells_of(statistics))
 
     @property
     def steps(self) -> np.ndarray:
@@ -108,6 +106,11 @@ class SavedHistory(TrainingHistory):
             if self._data is self._reading.analysis
             else (self._data.isel(step=[position]).assign_attrs(self._reading.analysis.attrs))
         )
+
+
+def curves_of(statistics: xr.Dataset) -> xr.Dataset:
+    """What sums of every step give, see `diagnostics.training_curves`."""
+    return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
 
 
 def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:

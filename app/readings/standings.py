@@ -1,4 +1,4 @@
-"""What does every verdict say of a run? Failed, warned, noted, passed, not judged and why, or that it does not apply."""
+"""In which state is every verdict of a run? Failed, warned, noted, passed, not judged and why, or that it does not apply."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import OF_STREAMS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict, last_step
 from depthscope.diagnostics.verdicts.causes import worst_depth
-
-__all__ = ["DOES_NOT_APPLY", "NOT_JUDGED", "Standing", "counts_of", "counts_words", "not_judged", "standings"]
 
 NOT_JUDGED = "NOT JUDGED"
 """The state of a verdict that is neither passed nor failed: something was not measured, or is not defined."""

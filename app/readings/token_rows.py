@@ -8,8 +8,6 @@ import pandas as pd
 from depthscope.app.readings.close_up import CloseUp
 from depthscope.diagnostics.kernels.geometry.massive import massive_activations
 
-__all__ = ["found_tokens", "token_rows"]
-
 
 def token_rows(close_up: CloseUp, depth: int, *, stream: str = "mean") -> pd.DataFrame:
     """One row for each real token of the sequences in memory.

@@ -13,18 +13,6 @@ import xarray as xr
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import Status
 
-__all__ = [
-    "CELLS",
-    "DRIFT",
-    "Measure",
-    "TrainingHistory",
-    "UntilStep",
-    "count_of",
-    "measures_of",
-    "positions_of",
-    "slices_of",
-]
-
 CELLS = "connection_cells"
 """The elements of H_res, H_pre and H_post of a connection, in the mean over tokens."""
 
@@ -70,10 +58,7 @@ class Measure:
 class TrainingHistory(ABC):
     """The numbers of one chain of a run, by step.
 
-    Parameters
-    ----------
-    name : str
-        Of the reading.
+    ``name``: of the reading.
     """
 
     def __init__(self, name: str) -> None:

@@ -119,7 +119,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         causes=cause_svg,
         evidence=evidence,
         svg=partial(_svg, styles),
-        plot=_plot if interactive else _no_plot,
+        plot=_plot if interactive else lambda figure: Markup(),
     )
     scripts = _scripts() if interactive else []
     return page.render(
@@ -218,10 +218,6 @@ def _plot(figure: Figure) -> Markup:
         Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
         + words
     )
-
-
-def _no_plot(figure: Figure) -> Markup:
-    return Markup()
 
 
 def _scripts() -> list[Markup]:

@@ -23,20 +23,6 @@ from depthscope.diagnostics.experiments.scaling import OUTPUT, scaling_rows, sca
 from depthscope.probes.checkpoints.text_batch import sample_text
 from depthscope.probes.coordinate_check import coordinate_check
 
-__all__ = [
-    "PARAMETRISATIONS",
-    "STUDIES",
-    "Decoder",
-    "Parametrisation",
-    "figure_of",
-    "optimizer_of",
-    "require_replaceable",
-    "run_scaling_study",
-    "save_study",
-    "summary",
-    "table_cells",
-]
-
 # Features of a head, whatever the width: the logits of attention then need no rule of their own.
 HEAD = 16
 BASE_WIDTH, BASE_DEPTH = 64, 4

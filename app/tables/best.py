@@ -1,4 +1,4 @@
-"""Which of some numbers is the best? As the declaration of the metric says, and only where the numbers can be told apart."""
+"""Which of some numbers is the best? As its metric declares, and only where numbers differ by more than their errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["are_comparable", "best_of", "why_not_ranked"]
-
 
 def best_of(
     metric: str,
@@ -22,7 +20,7 @@ def best_of(
     *,
     better: str = "",
 ) -> set[int]:
-    """Which of some numbers are the best: the extreme one, and those that are not told apart from it.
+    """Which of some numbers are the best: the extreme one, and those that do not differ from it.
 
     ``metric``: name in the catalogue, whose declaration says what is better.
     ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.
@@ -39,7 +37,8 @@ def best_of(
         place
         for place in known
         # Independent intervals add as squares; without any, only equal numbers are alike.
-        if abs(values[place] - values[first]) <= math.hypot(*(_or_zero(margins[i]) for i in (place, first)))
+        if abs(values[place] - values[first])
+        <= math.hypot(*(margins[i] for i in (place, first) if math.isfinite(margins[i])))
         # Of two that are printed alike a reader cannot see why one is better.
         or number(values[place]) == number(values[first])
     }
@@ -77,7 +76,3 @@ def _worse(value: float, better: str) -> float:
         # A gain of 2 is as far from 1 as one of a half.
         return abs(math.log(abs(value))) if value else math.inf
     return -value if better == "higher" else value
-
-
-def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

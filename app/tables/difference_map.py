@@ -16,8 +16,6 @@ from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["difference_map"]
-
 MOST_ROWS = 30
 """Rows that have names at their side on a screen. A heuristic of ours."""
 

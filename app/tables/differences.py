@@ -1,4 +1,4 @@
-"""Which runs differ, and where? Tests of the metrics that are compared, and what they say in words."""
+"""Which runs differ, and where? Tests of the metrics that are compared, and a sentence for each."""
 
 from __future__ import annotations
 
@@ -27,19 +27,6 @@ from depthscope.diagnostics.analysis.differences import (
 )
 from depthscope.diagnostics.errors import AbsentError, InputError
 
-__all__ = [
-    "as_dict",
-    "at_shared_depths",
-    "between_groups",
-    "between_runs",
-    "clearest",
-    "difference_figure",
-    "differences_at",
-    "in_words",
-    "profiles_of",
-    "shared_positions",
-]
-
 ALONG = ("depth", "connection")
 
 ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."
@@ -62,13 +49,13 @@ def between_runs(
         for of_chain in chains.values():
             if of_chain[0].run != readings[0].run:
                 continue
-            first, *others = [_Measured.of(reading, view, max_bytes, stack) for reading in of_chain]
+            first, *others = [_MeasuredRun.of(reading, view, max_bytes, stack) for reading in of_chain]
             found += [difference for other in others for difference in _of_pair(first, other, metrics)]
     return found
 
 
 @dataclass
-class _Measured:
+class _MeasuredRun:
     """A run whose sequences are measured one by one, each metric once."""
 
     reading: Reading
@@ -77,7 +64,7 @@ class _Measured:
     profiles: dict[str, xr.DataArray | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reading: Reading, view: Selection, max_bytes: int | None, stack: ExitStack) -> _Measured:
+    def of(cls, reading: Reading, view: Selection, max_bytes: int | None, stack: ExitStack) -> _MeasuredRun:
         trace = None
         with suppress(AbsentError):  # a run of statistics or metrics alone
             # The run was verified when it was read; the metadata of its other groups take seconds to read.
@@ -92,7 +79,7 @@ class _Measured:
         return self.profiles.get(metric)
 
 
-def _of_pair(one: _Measured, other: _Measured, metrics: Sequence[str]) -> list[Difference]:
+def _of_pair(one: _MeasuredRun, other: _MeasuredRun, metrics: Sequence[str]) -> list[Difference]:
     """The differences of two runs in one chain."""
     if one.trace is None or other.trace is None:
         return []

@@ -118,7 +118,7 @@ def _worst_first(readings: Sequence[Reading]) -> list[tuple[str, Finding]]:
 
 
 def _named_number(finding: Finding) -> dict[str, Any]:
-    """A finding with its number beside what it is: the metric may be another one that it is made of."""
+    """A finding with its number and the name of it: the metric may be another one that it is computed from."""
     plain = finding.as_dict()
     named = {name: plain.pop(name) for name in ("quantity", "value", "threshold")}
     first = {name: plain.pop(name) for name in ("verdict", "severity", "sentence")}

@@ -9,8 +9,6 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.intervals import margin
 
-__all__ = ["NamedError", "interval_words"]
-
 
 class NamedError(NamedTuple):
     """A standard error with the run and the metric that it is of."""

@@ -14,8 +14,6 @@ from depthscope.app.text.latex import CITEP, Latex, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.venues import VENUES, Venue
 
-__all__ = ["to_latex"]
-
 HEADING_WIDTH = 14  # letters: as wide as "12.3 ± 0.4" with its margins, so that headings do not set the width
 LONGEST_TEXT = 24  # letters of a cell of words, above which its column wraps
 _SIZE, _LINE = 8.0, 9.6  # points
@@ -88,7 +86,7 @@ def _columns(table: Table, venue: Venue) -> list[_Column]:
         longest = max((len(cell) for cell in shown), default=0)
         widest = max(map(len, heading))
         if is_number and any(cell != UNDEFINED for cell in values):
-            # A null that stands in the cell takes its room.
+            # A null in the cell takes its room.
             inside = (
                 0.0
                 if table.stacked
@@ -136,7 +134,7 @@ def _number_width(cells: Sequence[str]) -> float:
 
 
 def _halves(cell: str) -> tuple[str, str]:
-    """What stands before the point and what from the point on, as plain text."""
+    """What is before the point and what from the point on, as plain text."""
     found = _NUMBER.match(cell)
     if not found:
         return cell, ""

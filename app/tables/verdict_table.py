@@ -15,16 +15,6 @@ from depthscope.app.text.health import healthy_name
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
 
-__all__ = [
-    "SIGNS",
-    "VerdictTable",
-    "experiments_of",
-    "groupable",
-    "has_seeds",
-    "plain_attributes",
-    "verdict_table",
-]
-
 SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–", DOES_NOT_APPLY: "∅"}
 """State → sign: colours alone are the same to some readers."""
 
@@ -132,7 +122,7 @@ def verdict_table(
 ) -> VerdictTable:
     """The table of some runs.
 
-    ``group_by``: an attribute: its values are a column, and its rows stand together.
+    ``group_by``: an attribute: its values are a column, and its rows are next to each other.
     ``fold_seeds``: one row for all seeds of an experiment: its cells say in how many of them.
     ``statuses``: what is said of runs that are or were written step by step, by their names; a column where there is
     any.

@@ -174,7 +174,7 @@ def _part(label: str, text: str, most: int, width: int, more: str) -> list[str]:
 
 
 def _command(command: str, width: int) -> list[str]:
-    """A command over as many lines as it needs, to copy as it stands: a word, such as a path, is never broken."""
+    """A command over as many lines as it needs, to copy as it is: a word, such as a path, is never broken."""
     lines: list[str] = []
     for word in map(shlex.quote, shlex.split(command)):
         fits = lines and len(lines[-1]) + len(word) + 3 <= width

@@ -13,8 +13,6 @@ from depthscope.diagnostics import Finding, Severity
 if TYPE_CHECKING:  # an extra: the terminal's graph needs none
     from markupsafe import Markup
 
-__all__ = ["cause_lines", "cause_svg", "place_of"]
-
 LETTER, ROW, HIGH, GAP, PADDING = 6.7, 34, 24, 46, 10
 """Of the SVG: width of a letter, distance of two rows, height of a box, room for an arrow, room beside a text."""
 
@@ -143,7 +141,7 @@ def _boxes(findings: Sequence[Finding]) -> list[_Box]:
 
 
 def _worst_of_each(findings: Sequence[Finding]) -> dict[str, Finding]:
-    """By verdict: its worst finding, which stands for those of other streams."""
+    """By verdict: its worst finding, which represents those of other streams."""
     worst: dict[str, Finding] = {}
     for finding in findings:
         if finding.verdict not in worst or finding.severity > worst[finding.verdict].severity:

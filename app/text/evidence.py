@@ -1,4 +1,4 @@
-"""What does every face say of a run's evidence? Whether its reading is proven, and what its mixing matrices satisfy."""
+"""What is said of a run's evidence everywhere? Whether its reading is proven, and what its mixing matrices satisfy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics.schema import UNPROVEN
-
-__all__ = ["constraint_sentence", "proof_sentence"]
 
 Attributes = Mapping[Any, Any]
 MOST_NAMED = 6

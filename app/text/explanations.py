@@ -11,8 +11,6 @@ from depthscope.app.text.bibliography import keys_of, reference, source_words
 from depthscope.diagnostics import CATALOGUE, Metric
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
-__all__ = ["explanation", "names"]
-
 
 def names() -> list[str]:
     """Everything that can be explained: verdicts first, then metrics."""

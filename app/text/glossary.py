@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["GLOSSARY", "Term", "help_on"]
-
 
 @dataclass(frozen=True)
 class Term:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["healthy_name"]
-
 # Verdicts are named after faults, and «no FAULT» names the rest well: these are said better another way.
 _NAMES = {
     "same_representation": "distinct layers",

@@ -89,7 +89,7 @@ _LETTERS = {
         "§": r"\S{}",
         "°": r"$^\circ$",
     },
-    # Marks of direction around words that are drawn as a whole.
+    # Marks of direction around words that are drawn as one.
     **{"\u2068": "", "\u2069": ""},
 }
 # Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.
@@ -106,7 +106,7 @@ class Latex(str):
 def tex(text: str, *, words: bool = True) -> Latex:
     r"""Plain text as LaTeX in ASCII: special signs escaped, signs and powers of ten as mathematics, accents as commands.
 
-    Every engine and every encoding reads it alike. Words of other alphabets, for which the fonts of a document may have no
+    Every engine and encoding reads it in the same way. Words of other alphabets, for which the fonts of a document may have no
     letters, are pictures: see `pictured_words`.
 
     ``text``: any text; `Latex` is code already and comes back unchanged.

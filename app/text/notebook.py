@@ -1,7 +1,7 @@
 """How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
 
 Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB, and of a metric no curve. Classes of
-this project belong to rooms that know no HTML: IPython is told here how to show them, once, when depthscope is imported in a
+this project belong to rooms that know no HTML: they are registered with IPython here, once, when depthscope is imported in a
 notebook.
 """
 
@@ -18,12 +18,10 @@ from markupsafe import Markup, escape
 
 from depthscope.app.text.visible import visible
 
-__all__ = ["card_html", "card_style", "show_in_notebooks"]
-
 LONGEST_LINE = 10**6
 """Letters: the browser breaks the lines."""
 
-# Colours that are legible on white and on black, with the word of the severity beside them.
+# Colours that are legible on white and on black, next to the word of the severity.
 _STYLE = Markup(
     ".depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
     "padding:.35em .8em;margin:.4em 0;max-width:60em}.depthscope .card p{margin:.15em 0}"
@@ -69,10 +67,6 @@ def _findings_html(findings: Iterable[Any]) -> str:
     return Markup('<div class="depthscope"><style>{}{}</style>{}{}</div>').format(
         _STYLE, card_style(), shown, cause_svg(findings)
     )
-
-
-def _text_html(text: str) -> str:
-    return f"<pre>{escape(visible(text, lines=True))}</pre>"
 
 
 def _metric_html(metric: Any) -> str:
@@ -194,7 +188,9 @@ _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
     ("depthscope.diagnostics.verdicts.finding", "Finding"): lambda finding: _findings_html([finding]),
     ("depthscope.diagnostics.verdicts.finding", "Findings"): _findings_html,
     ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
-    ("depthscope.probes.description", "Description"): lambda value: _text_html(str(value)),
+    ("depthscope.probes.description", "Description"): lambda value: (
+        f"<pre>{escape(visible(str(value), lines=True))}</pre>"
+    ),
     ("xarray.core.datatree", "DataTree"): _tree_html,
     ("xarray.core.dataarray", "DataArray"): _array_html,
 }

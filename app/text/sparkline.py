@@ -15,8 +15,6 @@ from depthscope.diagnostics import Finding
 if TYPE_CHECKING:  # an extra: the terminal's curve needs none
     from markupsafe import Markup
 
-__all__ = ["curve_blocks", "curve_svg", "curve_words", "line_svg"]
-
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNDEFINED_BLOCK = "·"
 
@@ -190,7 +188,7 @@ def _down(heights: np.ndarray) -> np.ndarray:
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """A line for every stretch of known numbers, and a dot for one that stands alone."""
+    """A line for every stretch of known numbers, and a dot for a single one."""
     known = np.isfinite(y)
     shapes: list[str] = []
     stretches = np.split(np.arange(len(y)), np.flatnonzero(np.diff(known.astype(int))) + 1)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["VENUES", "Venue", "venue_of"]
-
 _INCH = 72.27  # TeX points
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["LONGEST_LABEL", "LONGEST_NAME", "LONGEST_TEXT", "escape", "shortened", "visible", "visible_name"]
-
 LONGEST_NAME = 120
 """Letters of a name, such as that of a run or a module. A heuristic of ours: as many as fit into one line of a page."""
 
@@ -39,7 +37,7 @@ _SPACES = re.compile(r"^ +| +$|(?<= ) +")
 def visible(text: object, *, lines: bool = False, longest: int | None = None) -> str:
     r"""Text in which everything can be seen; what cannot is written as Python escapes it.
 
-    Words of right-to-left scripts are isolated, so that they do not move what stands around them.
+    Words of right-to-left scripts are isolated, so that they do not move what is around them.
 
     ``text``: anything; what is no text is converted to it.
     ``lines``: keep line breaks and tabs, where the place has room for them.
@@ -114,7 +112,7 @@ def _is_seen(letter: str) -> bool:
 
 
 def _is_in_emoji(text: str, place: int) -> bool:
-    """Whether a joiner or a selector stands after a picture, where it has its meaning."""
+    """Whether a joiner or a selector follows a picture, where it has its meaning."""
     before = text[place - 1 : place]
     return (
         ord(text[place]) in _EMOJI_PARTS

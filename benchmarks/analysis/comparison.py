@@ -20,19 +20,12 @@ class CannotTakeError(Exception):
 class Tool:
     """One implementation of what is compared.
 
-    Parameters
-    ----------
-    prepare : callable
-        From the data to a step; only the step is timed. A missing package is an ImportError here.
-    truth : str
-        The reference with which its answer is compared, where the comparison has several.
-    package : str
-        The peer to which it belongs, in a process of its own since some patch torch when they are imported; empty for
-        this package, numpy and torch.
-    skips : tuple of str
-        Sizes at which it would take minutes.
-    answers : bool
-        Whether its answer is compared; otherwise it is timed only, to divide other times by.
+    ``prepare``: from the data to a step; only the step is timed. A missing package is an ImportError here.
+    ``truth``: the reference with which its answer is compared, where the comparison has several.
+    ``package``: the peer to which it belongs, in a process of its own since some patch torch when they are imported;
+    empty for this package, numpy and torch.
+    ``skips``: sizes at which it would take minutes.
+    ``answers``: whether its answer is compared; otherwise it is timed only, to divide other times by.
     """
 
     prepare: Callable[[Any], Step]
@@ -56,26 +49,15 @@ def relative(found: np.ndarray, truth: np.ndarray) -> float:
 class Comparison:
     """Several tools on the same data.
 
-    Parameters
-    ----------
-    title : str
-        What is computed, and the meaning of the sizes.
-    tools : mapping of str to Tool
-        By name.
-    baseline : str
-        The tool by whose times the others are divided.
-    sizes : mapping of str to callable
-        Functions that make the data for timing.
-    variants : mapping of str to callable
-        Functions that make the data on which answers are checked.
-    truths : mapping of str to callable
-        References: from the data to the answer in float64.
-    error : callable
-        From an answer and its reference to the error.
-    own_variants : mapping of str to callable
-        Variants for tools without a package only: peers would take minutes.
-    note : str
-        What a reader needs to know, in the page.
+    ``title``: what is computed, and the meaning of the sizes.
+    ``tools``: by name.
+    ``baseline``: the tool by whose times the others are divided.
+    ``sizes``: functions that make the data for timing.
+    ``variants``: functions that make the data on which answers are checked.
+    ``truths``: references: from the data to the answer in float64.
+    ``error``: from an answer and its reference to the error.
+    ``own_variants``: variants for tools without a package only: peers would take minutes.
+    ``note``: what a reader needs to know, in the page.
     """
 
     title: str

@@ -22,18 +22,11 @@ class NotMeasuredError(Exception):
 class Goal:
     """An upper or lower limit for a number computed from the results.
 
-    Parameters
-    ----------
-    text : str
-        The goal in words.
-    comparison : str
-        The comparison from whose rows the number is computed.
-    found : callable
-        From the rows of that comparison to the number.
-    limit : float
-        The largest number that meets the goal.
-    least : bool
-        Whether the limit is the smallest instead.
+    ``text``: the goal in words.
+    ``comparison``: the comparison from whose rows the number is computed.
+    ``found``: from the rows of that comparison to the number.
+    ``limit``: the largest number that meets the goal.
+    ``least``: whether the limit is the smallest instead.
     """
 
     text: str
@@ -205,13 +198,6 @@ GOALS = (
 def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal with what was found.
 
-    Parameters
-    ----------
-    results : dict
-        Comparison to its title and rows.
-
-    Returns
-    -------
-    list of dict
+    ``results``: comparison to its title and rows.
     """
     return [goal.judged(results) for goal in GOALS]

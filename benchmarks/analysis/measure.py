@@ -19,19 +19,10 @@ WARM = 0.05  # seconds: shorter steps are repeated in a round, for the process c
 def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Errors and times of every tool, or the reasons why there are none.
 
-    Parameters
-    ----------
-    comparison : Comparison
-        Tools, inputs and references.
-    names : list of str
-        Tools, the baseline first.
-    rounds : int
-        Number of times that each is timed.
-
-    Returns
-    -------
-    dict
-        Tool to ``errors`` by variant, and ``times`` by size.
+    ``comparison``: tools, inputs and references.
+    ``names``: tools, the baseline first.
+    ``rounds``: number of times that each is timed.
+    Returns: Tool to ``errors`` by variant, and ``times`` by size.
     """
     found: dict[str, dict[str, Any]] = {name: {"errors": {}, "times": {}} for name in names}
     variants = dict(comparison.variants)

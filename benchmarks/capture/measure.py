@@ -23,21 +23,11 @@ PATIENCE = (
 def times(case_name: str, sizes: Sizes, *, names: list[str], rounds: int) -> dict[str, Any]:
     """Times of every tool, with and without a backward, or the reason why it has none.
 
-    Parameters
-    ----------
-    case_name : str
-        Which model.
-    sizes : Sizes
-        Of it.
-    names : list of str
-        Tools, ``"plain"`` first.
-    rounds : int
-        Steps of each tool that count.
-
-    Returns
-    -------
-    dict
-        ``modes`` to rows, one per tool, and the case's ``parameters``, ``sites`` and ``sizes``.
+    ``case_name``: which model.
+    ``sizes``: of it.
+    ``names``: tools, ``"plain"`` first.
+    ``rounds``: steps of each tool that count.
+    Returns: ``modes`` to rows, one per tool, and the case's ``parameters``, ``sites`` and ``sizes``.
     """
     case = build(case_name, sizes)
     return {
@@ -136,23 +126,12 @@ def peaks(
 
     Results of all batches stay in memory, as they must where something is computed over all of them.
 
-    Parameters
-    ----------
-    case_name : str
-        Which model.
-    sizes : Sizes
-        Of it.
-    name : str
-        The tool.
-    backward : bool
-        Whether a step has a backward.
-    counts : tuple of int
-        Numbers of batches, ascending.
-
-    Returns
-    -------
-    dict
-        MiB by number of batches; or ``reason``.
+    ``case_name``: which model.
+    ``sizes``: of it.
+    ``name``: the tool.
+    ``backward``: whether a step has a backward.
+    ``counts``: numbers of batches, ascending.
+    Returns: MiB by number of batches; or ``reason``.
     """
     case = build(case_name, sizes)
     try:

@@ -14,16 +14,8 @@ PACKAGES = ("torch", "transformers", "hyper-connections", "depthscope")
 def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
     """What a reader needs to judge the numbers.
 
-    Parameters
-    ----------
-    rounds : int
-        Steps of each tool that count.
-    peers : list of str
-        Packages whose versions are listed.
-
-    Returns
-    -------
-    dict
+    ``rounds``: steps of each tool that count.
+    ``peers``: packages whose versions are listed.
     """
     return layout.circumstances("benchmarks.capture", (*PACKAGES, *peers)) | {"rounds": rounds}
 

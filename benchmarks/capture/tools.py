@@ -33,16 +33,10 @@ class Captured:
 class Tool:
     """A tool prepared for one model.
 
-    Parameters
-    ----------
-    step : callable
-        One forward, with a backward where asked, on one batch; this is what is timed.
-    read : callable
-        From the result of a step to states and gradients; not timed.
-    around : context manager factory
-        A context that is open during a step; entering and leaving it are not timed.
-    trains : bool
-        Whether the weights change between two steps, as in training.
+    ``step``: one forward, with a backward where asked, on one batch; this is what is timed.
+    ``read``: from the result of a step to states and gradients; not timed.
+    ``around``: A context that is open during a step; entering and leaving it are not timed.
+    ``trains``: whether the weights change between two steps, as in training.
     """
 
     step: Callable[[Batch], Any]

@@ -13,16 +13,8 @@ def made_run(
 ) -> xr.DataTree:
     """A run whose states follow x' = H_res x + h_post F exactly, F random; of one stream x' = x + F.
 
-    Parameters
-    ----------
-    layers, streams, sequences, tokens, features : int
-        Its sizes; each layer is one connection.
-    seed : int
-        Of all draws.
-
-    Returns
-    -------
-    DataTree
+    ``layers, streams, sequences, tokens, features``: its sizes; each layer is one connection.
+    ``seed``: of all draws.
     """
     rng = np.random.default_rng(seed)
     shape = (sequences, tokens)

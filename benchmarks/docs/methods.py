@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.docs.published import published_results
 from depthscope.app.text.bibliography import keys_of, reference
 from depthscope.app.text.terminal import say
-from depthscope.diagnostics import CATALOGUE, Metric, Range
+from depthscope.diagnostics import CATALOGUE, Metric
 from depthscope.diagnostics.theory import LAWS, Law
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
@@ -164,16 +164,14 @@ def _short(key: str) -> str:
 
 
 def _sources() -> str:
-    named = [source for metric in CATALOGUE.values() for source in (metric.cite, _source(metric.healthy))]
+    named = ["this project"]
+    for metric in CATALOGUE.values():
+        named += [metric.cite, *([metric.healthy.source] if metric.healthy else [])]
     named += [verdict.limits.source for verdict in VERDICTS.values()]
     named += [law.cite for law in LAWS.values()]
     # A source that several declarations cite is listed once.
     keys = keys_of(named)
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
-
-
-def _source(healthy: Range | None) -> str:
-    return healthy.source if healthy else "this project"
 
 
 def _full(key: str) -> str:
@@ -185,15 +183,8 @@ def _full(key: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, or check it.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Command line.
-
-    Returns
-    -------
-    int
-        1 where ``--check`` finds an old page.
+    ``arguments``: command line.
+    Returns: 1 where ``--check`` finds an old page.
     """
     parser = argparse.ArgumentParser(description="write docs/methods.md from the declarations")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is old")

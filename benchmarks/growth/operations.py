@@ -44,14 +44,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 def of(sizes: Sizes) -> dict[str, float]:
     """Operations by group.
 
-    Parameters
-    ----------
-    sizes : Sizes
-        Of an mHC model and its batch.
-
-    Returns
-    -------
-    dict
+    ``sizes``: of an mHC model and its batch.
     """
     # Two connections a layer, and a state after each and after the embedding.
     states, connections = 2 * sizes.layers + 1, 2 * sizes.layers

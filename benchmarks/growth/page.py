@@ -81,12 +81,8 @@ def markdown(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], folder: Path) -> None:
     """One figure for each factor: seconds of each group, in dashes the slope that its operations give.
 
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-    folder : Path
-        Where ``cost-*.svg`` go.
+    ``results``: of a run.
+    ``folder``: where ``cost-*.svg`` go.
     """
     from depthscope.app.drawing.matplotlib.style import figure_style
 

@@ -39,11 +39,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
     'metrics="live"': {"metrics": "live"},
     'metrics="live", each row judged': {"metrics": "live", "on_finding": lambda step, finding: None},
     'metrics="all"': {"metrics": "all"},
-    'metrics="live", in a process': {"metrics": "live", "analysis": "process"},
-    'metrics="all", in a process': {"metrics": "all", "analysis": "process"},
 }
 WARM_UPS = 2
-START = 20.0  # seconds until the second process has surely started
 
 
 def main() -> None:
@@ -117,36 +114,6 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         )
 
 
-def beside(training: Training, way: str, cycles: int) -> dict[str, Any]:
-    """Ratios to plain steps of one recorder whose rows a second process completes.
-
-    One step of three is measured. At the end of the third one the hooks of the next are attached, the second is plain: what
-    the first and the third take above it is the cost. The steps are so far apart as measured steps of a training are.
-    """
-    from depthscope import probes
-
-    options = WAYS[way] or {}
-    spent: list[list[tuple[float, float]]] = [[], [], []]
-    with probes.record(training.model, gradients=True, every=3, **options) as recorder:
-        number, until = 0, time.monotonic() + START
-        while len(spent[2]) < cycles + WARM_UPS:
-            began = time.process_time(), time.perf_counter()
-            recorder.step(training.step())
-            ended = time.process_time(), time.perf_counter()
-            if time.monotonic() > until or number % 3:  # before, rows are computed in the training
-                spent[number % 3].append((ended[0] - began[0], ended[1] - began[1]))
-            number += 1
-            if number < 3:
-                time.sleep(max(until - time.monotonic(), 0.0))
-    dropped = int(recorder.run.attrs.get("live_rows_dropped", 0))
-    found = {}
-    for name, clock in (("", 0), ("wall", 1)):
-        first, plain, third = ([seconds[clock] for seconds in of][WARM_UPS:] for of in spent)
-        costs = [a + c - b for a, b, c in zip(first, plain, third, strict=False)]
-        found[name] = ratio(costs, plain)
-    return {**found[""], "wall": found["wall"]["ratio"], "dropped": dropped, "rows": number // 3}
-
-
 def step_of(training: Training, way: str) -> Callable[[], Any]:
     """One step of a training, recorded in one way."""
     options = WAYS[way]
@@ -168,8 +135,6 @@ def recorded(training: Training, recorder: Any) -> float:
 
 def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:
     """Rows of every way: ratios to plain, with quartiles."""
-    apart = [way for way in ways if (WAYS[way] or {}).get("analysis")]
-    ways = [way for way in ways if way not in apart]
     steps = {way: step_of(training, way) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(WARM_UPS + rounds):
@@ -181,8 +146,7 @@ def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:
             whole = time.process_time() - started
             if number >= WARM_UPS:
                 seconds[way].append(own if WAYS[way] is not None else whole)
-    found = {way: ratio(values, seconds["plain"]) for way, values in seconds.items()}
-    return found | {way: beside(training, way, rounds) for way in apart}
+    return {way: ratio(values, seconds["plain"]) for way, values in seconds.items()}
 
 
 def peak(training: Training, way: str, steps: int = 4) -> dict[str, Any]:
@@ -208,8 +172,6 @@ def text(results: dict[str, Any], cases: dict[str, Any]) -> str:
             peaks = results["memory"].get(name, {})
             mib = peaks.get(way, {}).get("mib")
             share = "" if mib is None else f"  peak {mib:.0f} MiB, {mib / peaks['plain']['mib']:.2f} ×"
-            if "wall" in row:
-                share += f"  wall {row['wall']:.2f} ×, {row['dropped']} of {row['rows']} rows dropped"
             lines.append(
                 f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}"
             )

@@ -9,18 +9,11 @@ from dataclasses import dataclass
 class Row:
     """A published number, and the same number as computed here.
 
-    Parameters
-    ----------
-    name : str
-        What the number is.
-    printed : float or None
-        In the paper, or in closed form; None where neither gives it.
-    found : float
-        As computed here.
-    tolerance : float
-        Largest difference allowed; a number printed with two decimals has an error of 0.005.
-    elsewhere : float or None
-        The number that a paper prints for a model that is not public: of the same curve, of another model.
+    ``name``: what the number is.
+    ``printed``: in the paper, or in closed form; None where neither gives it.
+    ``found``: as computed here.
+    ``tolerance``: largest difference allowed; a number printed with two decimals has an error of 0.005.
+    ``elsewhere``: the number that a paper prints for a model that is not public: of the same curve, of another model.
     """
 
     name: str

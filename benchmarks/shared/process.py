@@ -20,17 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def ask(module: str, task: dict[str, Any]) -> dict[str, Any]:
     """Run one task of a benchmark in a new process.
 
-    Parameters
-    ----------
-    module : str
-        Run by ``python -m``; it takes ``--worker`` with the task as JSON, and prints the answer as its last line.
-    task : dict
-        Arguments of the benchmark's ``work``.
-
-    Returns
-    -------
-    dict
-        The answer, or the ``reason`` why there is none.
+    ``module``: run by ``python -m``; it takes ``--worker`` with the task as JSON, and prints the answer as its last
+    line.
+    ``task``: arguments of the benchmark's ``work``.
+    Returns: The answer, or the ``reason`` why there is none.
     """
     command = [sys.executable, "-m", module, "--worker", json.dumps(task)]
     done = subprocess.run(

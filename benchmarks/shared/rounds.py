@@ -9,17 +9,9 @@ from typing import Any
 def ratio(values: list[float], base: list[float]) -> dict[str, Any]:
     """Seconds of a tool relative to those of a baseline.
 
-    Parameters
-    ----------
-    values : list of float
-        Seconds of each round.
-    base : list of float
-        Seconds of the baseline in each round.
-
-    Returns
-    -------
-    dict
-        ``ratio`` of medians, its ``quartiles``, ``rounds``, ``seconds`` and ``extra_seconds``.
+    ``values``: seconds of each round.
+    ``base``: seconds of the baseline in each round.
+    Returns: ``ratio`` of medians, its ``quartiles``, ``rounds``, ``seconds`` and ``extra_seconds``.
     """
     # Medians: one round in which the machine was busy does not count.
     middle = statistics.median(base)

@@ -18,16 +18,8 @@ OWN = ("torch", "depthscope", "transformers")  # installed with this package: no
 def circumstances(module: str, packages: Iterable[str]) -> dict[str, Any]:
     """Day, machine, versions and command of a run.
 
-    Parameters
-    ----------
-    module : str
-        Run by ``python -m``.
-    packages : iterable of str
-        Packages whose versions are listed, where they are installed.
-
-    Returns
-    -------
-    dict
+    ``module``: run by ``python -m``.
+    ``packages``: packages whose versions are listed, where they are installed.
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -62,14 +54,7 @@ def named(found: Mapping[str, str]) -> str:
 def as_text(tables: Iterable[Table]) -> str:
     """Tables for a terminal.
 
-    Parameters
-    ----------
-    tables : iterable of Table
-        Title, header and rows of each.
-
-    Returns
-    -------
-    str
+    ``tables``: title, header and rows of each.
     """
     lines = []
     for title, header, rows in tables:
@@ -85,16 +70,8 @@ def as_text(tables: Iterable[Table]) -> str:
 def as_markdown(table: Table, *, level: int = 3) -> str:
     """A table under its title.
 
-    Parameters
-    ----------
-    table : Table
-        Title, header and rows.
-    level : int
-        Of the title.
-
-    Returns
-    -------
-    str
+    ``table``: title, header and rows.
+    ``level``: of the title.
     """
     title, header, rows = table
     lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
@@ -108,14 +85,9 @@ def _line(cells: list[str]) -> str:
 def put_section(path: Path, name: str, text: str) -> None:
     """Write one part of a page that several benchmarks write, and leave the other parts unchanged.
 
-    Parameters
-    ----------
-    path : Path
-        The page; it need not exist.
-    name : str
-        Name of the part, in comments around it; a new part is appended.
-    text : str
-        Its Markdown.
+    ``path``: the page; it need not exist.
+    ``name``: name of the part, in comments around it; a new part is appended.
+    ``text``: its Markdown.
     """
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     page = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -149,7 +149,7 @@ def analyze_saved(
 
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
     with ExitStack() as stack:
-        # Not verified: that reads everything, and whole arrays at once.
+        # Not verified: that reads everything, and complete arrays at once.
         runs = {name: stack.enter_context(open_run(path, verify=False)) for name, path in paths.items()}
         measured = [
             scheduled.ChainOfRun(
@@ -174,15 +174,14 @@ def analyze_saved(
                 variables, reasons = of_chain[name, chain]
                 # In the order of the catalogue, in which the tasks did not end.
                 ordered = {
-                    key: variables[key] for metric in chosen for key in _names_of(metric) if key in variables
+                    f"{metric}{end}": variables[f"{metric}{end}"]
+                    for metric in chosen
+                    for end in ("", "_null", "_stderr")
+                    if f"{metric}{end}" in variables
                 }
                 analyses[chain] = _finished(run, trace, Quantities(trace), ordered, reasons, jackknife=False)
             results[name] = _of_chains(run, analyses, metrics)
     return results
-
-
-def _names_of(metric: str) -> tuple[str, str, str]:
-    return metric, f"{metric}_null", f"{metric}_stderr"
 
 
 @contextmanager

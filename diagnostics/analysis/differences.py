@@ -33,7 +33,7 @@ class Difference:
     Student's t. NaN where there is none.
     ``p``: how often chance gives a difference as large at any of the depths: corrected for their number.
     ``how``: what was tested, in words: ``"paired over the same 8 sequences"``.
-    ``undecided``: why no difference can be told however large it is; empty where it can.
+    ``undecided``: why no difference can be tested however large it is; empty where it can.
     """
 
     metric: str

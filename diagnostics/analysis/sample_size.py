@@ -36,7 +36,7 @@ def notes(
     for name in ("intrinsic_dimension", "mutual_knn", "cknna"):
         found[name] = _of_neighbours(num_tokens)
     sentences = {name: note for name, note in found.items() if note and name in analysis}
-    # Means over sequences have errors in any case; who did not ask for errors is not told about them.
+    # Means over sequences have errors in any case; where errors were not asked for, there is no note about them.
     if errors and num_sequences < SEQUENCES:
         sentences["standard errors"] = _of_errors(num_sequences)
     return sentences

@@ -1,4 +1,4 @@
-"""What do saved Jacobians say? One row each, the whole chain's last."""
+"""What do saved Jacobians show? One row each, that of the complete chain last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOMENTS = ("mean_square", "mean_square_error", "square_variance", "square_varian
 
 
 def jacobian_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row a Jacobian with plain values, the whole chain's last: None for what is not known."""
+    """One row a Jacobian with plain values, that of the complete chain last; None for what is not known."""
     depths = result["depth"].values.tolist()
     blocks = [_row(result.isel(depth=at), "", depth - 1, depth) for at, depth in enumerate(depths)]
     return [*blocks, _row(result, "whole_", 0, depths[-1])]

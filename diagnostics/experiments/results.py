@@ -1,4 +1,4 @@
-"""How is the result of an experiment kept and told? One file beside the run, and one line a change."""
+"""How is the result of an experiment saved and described? One file next to the run, and one line a change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
-from depthscope.diagnostics.schema import SUFFIXES
+from depthscope.diagnostics.schema import without_suffix
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
 from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
@@ -43,16 +43,13 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
     'a.ablate.h5'
     """
     path = Path(run)
-    ending = next(
-        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
-    )
-    return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
+    return path.with_name(f"{without_suffix(path.name)}.{what}{SUFFIX}")
 
 
 def results_beside(
     run: str | os.PathLike[str], weights_digest: str | None, data_digest: str | None = None
 ) -> dict[str, xr.Dataset]:
-    """What the experiments, the lens and the Jacobians of a run gave, as far as their results are beside it.
+    """What the experiments, the lens and the Jacobians of a run gave, as far as their results are next to it.
 
     ``weights_digest``: of the run: results of other weights are left out.
     ``data_digest``: of the run's text: results of another text are left out, where they name theirs.
@@ -69,7 +66,7 @@ def results_beside(
 
 
 def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
-    """An analysis that knows from which depth on the model's prediction stands, as evidence for `judge`.
+    """An analysis that knows from which depth on the model's prediction no longer changes, as evidence for `judge`.
 
     ``analysis``: of `analyze`, of the chain that the lens read.
     Returns: With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with
@@ -233,7 +230,7 @@ def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """One experiment in words.
+    """One experiment as a phrase.
 
     Examples
     --------
@@ -286,7 +283,7 @@ def _lens_columns() -> Iterator[str]:
 
 
 def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
-    """The prediction depth by lens, of the whole state, over sequences."""
+    """The prediction depth by lens, of the state with all streams, over sequences."""
     found = result["prediction_depth"].isel(stream=0).mean("token")
     return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
 

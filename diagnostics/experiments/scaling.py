@@ -1,4 +1,4 @@
-"""How do states scale with the size of a model? Exponents over widths or depths, with their error, and in words."""
+"""How do states scale with the size of a model? Exponents over widths or depths, with their error, and a sentence."""
 
 from __future__ import annotations
 

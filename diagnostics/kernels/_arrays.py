@@ -135,22 +135,12 @@ def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
 def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: str = "x") -> Rows:
     """A batch of matrices in float64, checked, masked rows set to zero, the mean row removed if asked.
 
-    Parameters
-    ----------
-    x
-        Matrices (..., N, d).
-    mask
-        Booleans that broadcast to (..., N); a row that is False is ignored, whatever it contains. None where all
-        rows count; left out by functions without a mask argument.
-    center
-        Remove the mean of the rows that count.
-    name
-        Name of ``x`` in errors.
-
-    Returns
-    -------
-    Rows
-        The namespace, the values, the mask and the number of rows that count.
+    ``x``: matrices (..., N, d).
+    ``mask``: booleans that broadcast to (..., N); a row that is False is ignored, whatever it contains. None where
+    all rows count; left out by functions without a mask argument.
+    ``center``: remove the mean of the rows that count.
+    ``name``: name of ``x`` in errors.
+    Returns: The namespace, the values, the mask and the number of rows that count.
     """
     xp, x = checked(x, name=name, ndim=2)
     advice = "find what made them"

@@ -1,4 +1,4 @@
-"""Is a stored number what its metric is today? By the symbol beside it: an earlier version may have defined it otherwise."""
+"""Is a stored number what its metric is today? By its stored symbol: an earlier version may have defined it otherwise."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-
-__all__ = ["is_still_defined_so", "with_definitions_of_today"]
 
 REASON = "stored by an earlier version, which defined it otherwise: analyze the run again where it has states"
 

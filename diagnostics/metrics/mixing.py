@@ -20,7 +20,7 @@ LARGEST_TOKEN = "largest_token"
 # Nulls here and in `operators` and `contraction` are the values of the identity, the H_res of a plain residual network; only
 # the entropy is compared with uniform mixing.
 
-ROUNDING = 1e-12  # a trace that is smaller beside its matrix is the rounding of 0
+ROUNDING = 1e-12  # a trace that is smaller relative to its matrix is the rounding of 0
 
 # As in the verdicts on gains: the mHC paper reports about 1.6 for mHC and 3000 for an unstable HC.
 GAIN = Range(high=10.0, source=OURS)

@@ -184,7 +184,7 @@ def _index_of(
         if f".{name}".endswith(f".{module}") or f".{module}".endswith(f".{name}")
     ]
     same_block = [i for i, other in enumerate(blocks) if block is not None and other == block]
-    # The surest first. Two logits that fit alike are no match: a guess would compare other matrices.
+    # The surest first. Two logits that fit equally well are no match: a guess would compare other matrices.
     for matches in (same_path, same_end, same_block):
         if len(matches) == 1:
             return matches[0]

@@ -231,7 +231,7 @@ class _PartOfStates(States):
         self._whole, self._depths = whole, list(depths)
 
     def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one depth, which the whole keeps."""
+        """Read one depth, which the states of all depths cache."""
         found = self._whole.load(self._depths[depth])
         name = str(self._states["depth"].values[depth])
         if name in self._whole._num_not_finite:

@@ -11,7 +11,7 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMS_OF_COEFFICIENTS,
 )
 from depthscope.diagnostics.schema.creation import Parts, create_run
-from depthscope.diagnostics.schema.formats import SUFFIXES
+from depthscope.diagnostics.schema.formats import SUFFIXES, without_suffix
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
@@ -115,4 +115,5 @@ __all__ = [
     "save_run",
     "storable_attributes",
     "validate",
+    "without_suffix",
 ]

@@ -44,13 +44,13 @@ def content_digest(run: xr.DataTree) -> dict[str, str]:
 
 
 def describe_differences(found: Mapping[str, str], stored: Mapping[str, Any]) -> str:
-    """What differs between two digests, in words; empty where nothing does."""
+    """What differs between two digests, as a phrase; empty where nothing does."""
     parts = {
         "changed": sorted(path for path in found if path in stored and found[path] != stored[path]),
         "missing": sorted(path for path in stored if path not in found),
         "added": sorted(path for path in found if path not in stored),
     }
-    # Many are named by a few: the whole list of a torn file would hide the sentence.
+    # Many are named by a few: the full list of a torn file would hide the sentence.
     return "; ".join(
         f"{kind}: {', '.join(paths[:5])}{f' and {len(paths) - 5} more' if len(paths) > 5 else ''}"
         for kind, paths in parts.items()

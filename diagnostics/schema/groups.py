@@ -10,17 +10,7 @@ GROUPS = ("trace", "statistics", "metrics", "coverage")
 
 
 def chains(run: xr.DataTree) -> list[str]:
-    """Names of the residual chains of a run; ``[""]`` where there is one.
-
-    Parameters
-    ----------
-    run : DataTree
-        A run.
-
-    Returns
-    -------
-    list of str
-    """
+    """Names of the residual chains of a run; ``[""]`` where there is one."""
     # Not the first group only: the coverage of all chains is one dataset, and a run may have no trace.
     for group in GROUPS:
         if group in run.children and run[group].children:
@@ -31,19 +21,9 @@ def chains(run: xr.DataTree) -> list[str]:
 def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset | None:
     """The dataset of one group and chain, or None where the run does not have it.
 
-    Parameters
-    ----------
-    run : DataTree
-        A run.
-    group : str
-        ``"trace"``, ``"statistics"`` or ``"metrics"``.
-    chain : str
-        A name of `chains`.
-
-    Returns
-    -------
-    Dataset or None
-        Of metrics an `Analysis`.
+    ``group``: ``"trace"``, ``"statistics"`` or ``"metrics"``.
+    ``chain``: a name of `chains`.
+    Returns: Of metrics an `Analysis`.
     """
     if group not in run.children or (chain and chain not in run[group].children):
         return None
@@ -56,7 +36,7 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
 def group_path(group: str, chain: str) -> str:
     """The path of a group's dataset below the root; a run with one chain has no level of chains.
 
-    ``group, chain``: A name of `GROUPS` and one of `chains`.
+    ``group, chain``: a name of `GROUPS` and one of `chains`.
 
     Examples
     --------

@@ -23,8 +23,7 @@ MAX_TEXT = 16 << 20
 MAX_ATTRIBUTES = 4096
 """Attributes of one group or variable."""
 
-# A run that is stored without compression needs 1 × its size. Earlier versions compressed Zarr by zstd: states by 1.1 ×,
-# constant statistics by thousands, which are small.
+# A run is stored without compression and needs 1 × its size.
 _FREE_BYTES = 256 << 20
 _RATIO = 8
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema.formats import SUFFIXES, suffix_of
+from depthscope.diagnostics.schema.formats import SUFFIXES, without_suffix
 from depthscope.diagnostics.schema.live_store_files import is_live_store
 
 # A run in a zarr folder counts as one. A heuristic of ours: some seconds of reading.
@@ -18,32 +18,21 @@ MAX_ENTRIES = 200_000
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """Saved runs below a folder, by their path without the ending; the path of a run gives that run.
 
-    Parameters
-    ----------
-    root : path-like
-        A folder, or one run.
-
-    Returns
-    -------
-    dict of str to Path
-        In alphabetical order; links that leave the root are left out.
-
-    Raises
-    ------
-    InputError
-        For a folder of more than `MAX_ENTRIES` files.
+    ``root``: a folder, or one run.
+    Returns: In alphabetical order; links that leave the root are left out.
+    Raises InputError: For a folder of more than `MAX_ENTRIES` files.
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
     if is_live_store(base):
         return {base.name: base}
     if base.name.endswith(SUFFIXES):
-        return {_without_suffix(base.name): base} if base.exists() else {}
+        return {without_suffix(base.name): base} if base.exists() else {}
     found: dict[str, Path] = {}
     for entry in sorted(_walk(base, itertools.count(1))):
         # A dashboard may serve this folder to others: nothing outside it is offered.
         if _is_below(base, entry):
-            found[_without_suffix(str(entry.relative_to(base)))] = entry
+            found[without_suffix(str(entry.relative_to(base)))] = entry
     return found
 
 
@@ -70,9 +59,3 @@ def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
             yield entry
         elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
             yield from _walk(entry, seen)
-
-
-def _without_suffix(name: str) -> str:
-    return (
-        name.removesuffix(suffix_of(Path(name))) if name.endswith(SUFFIXES) else name
-    )  # a live store has no ending

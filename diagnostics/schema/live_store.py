@@ -1,6 +1,6 @@
 """How does a run get to disk while it is measured? Row by row, into a log that survives its writer; the format is in the docs.
 
-A row is one frame, written by one call of the system at the end of the log: a writer that is killed leaves whole frames and
+A row is one frame, written by one call of the system at the end of the log: a writer that is killed leaves complete frames and
 perhaps the beginning of one, which is ignored and overwritten. Full logs become files of columns (`live_store_columns`), and a
 new log takes the place of the former one in one step. Large arrays are in runs of one step, each written by `save_run`.
 """
@@ -12,8 +12,7 @@ import os
 import socket
 import time
 import uuid
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,17 +36,11 @@ from depthscope.diagnostics.schema.live_store_files import (
     remove_inside,
     require_no_link,
 )
-from depthscope.diagnostics.schema.live_store_frames import (
-    BEGIN,
-    DECLARE,
-    LATER,
-    NOTE,
-    ROW,
-)
+from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.live_store_log import RowLog
 from depthscope.diagnostics.schema.live_store_reading import RUN_ID, require_own_files
-from depthscope.diagnostics.schema.live_store_rows import LATER_HEAD, ROW_HEAD
+from depthscope.diagnostics.schema.live_store_rows import ROW_HEAD
 from depthscope.diagnostics.schema.live_store_statements import (
     Declared,
     as_json,
@@ -125,7 +118,6 @@ class LiveStore:
         self._log = RowLog(self.path)
         self._num_log_rows, self._full = 0, MAX_LOG_BYTES
         self._keep_states = max(2, keep_states + 1)
-        self._awaited: set[int] = set()  # steps whose rows get more numbers later
         self._lock = self._locked()
         try:
             # Once more, now that nobody else writes.
@@ -145,7 +137,8 @@ class LiveStore:
             who = "another recorder"
             with suppress(Exception):  # what is said is enough where its log cannot be read at this moment
                 last = read_history(self.path, despite_damage=True).attempts[-1]
-                who += f" (process {last['pid']} on {last['host']}, since {_clock(last['time'])})"
+                since = datetime.fromtimestamp(last["time"], UTC).isoformat(sep=" ", timespec="seconds")
+                who += f" (process {last['pid']} on {last['host']}, since {since})"
             raise BusyError(f"{self.path} is being written by {who}; end it, or name another path") from None
 
     def _begin(self) -> None:
@@ -161,7 +154,7 @@ class LiveStore:
             history = History(self.path)
             history.run, history.created = uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")
             self._last_step = None
-            self._start_log(history, [])
+            self._start_log(history)
         attempt = {"note": "opened", "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
         self._log.write([(NOTE, as_json(attempt))])
         self._history.take_note(attempt)
@@ -205,7 +198,6 @@ class LiveStore:
         numbers: Numbers,
         *,
         coords: Mapping[str, Any] | None = None,
-        complete: bool = True,
     ) -> None:
         """Add the row of one step, in about 20 µs for a hundred variables.
 
@@ -215,7 +207,6 @@ class LiveStore:
         ``numbers``: by ``group/variable`` or ``group/chain/variable``; the dims are without ``step``, and are needed
         the first time. Stored as float32 where they are that, and as float64 else.
         ``coords``: coordinates of groups that no saved state has, needed once.
-        ``complete``: false where `add_later` is to give more numbers of the row.
         Raises InputError: For a new variable without dims, or a known one with another shape.
         Raises OSError: Where it was not written, as on a full disk; the store is as it was before.
         """
@@ -231,37 +222,9 @@ class LiveStore:
         self._history.declare(declared, added)
         self._is_resumed = False
         self._last_step = step
-        self._awaited = {earlier for earlier in self._awaited if earlier < step}
-        if not complete:
-            self._awaited.add(step)
         self._num_log_rows += 1
         if self._num_log_rows >= MAX_LOG_ROWS or self._log.size >= self._full:
             self._compact()
-
-    def add_later(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
-        """Add numbers to a row that is not complete, or none; they replace those that it has. Raises as `append` does.
-
-        Nothing happens where the row was superseded.
-        """
-        if step not in self._awaited:
-            return
-        declared, added = self._declaration(numbers, coords or {})
-        variables = {**self._history.variables, **declared}
-        given = {name: known for name, known in variables.items() if name in numbers}
-        data = self._row_data(numbers, given)
-        frames = self._declared_frames(declared, added)
-        # One frame for each stretch of variables that are declared one after the other.
-        places = [place for place, name in enumerate(variables) if name in numbers]
-        start = 0
-        for end in range(1, len(places) + 1):
-            if end == len(places) or places[end] != places[end - 1] + 1:
-                head = LATER_HEAD.pack(step, places[start], places[end - 1] + 1)
-                frames.append((LATER, b"".join([head, *data[start:end]])))
-                start = end
-        if frames:
-            self._log.write(frames)
-        self._history.declare(declared, added)
-        self._awaited.discard(step)
 
     def _declared_frames(
         self, declared: Mapping[str, Declared], added: Mapping[str, Any]
@@ -374,11 +337,10 @@ class LiveStore:
 
     # --- older rows
 
-    def _start_log(self, history: History, rows: Sequence[bytes]) -> None:
-        """A log of no rows, or of a few, takes the place of the one that is there."""
-        frames = [(BEGIN, as_json(history.begin_frame())), *((ROW, row) for row in rows)]
-        self._log.start(frames)
-        self._num_log_rows, self._full = len(rows), self._log.size + MAX_LOG_BYTES
+    def _start_log(self, history: History) -> None:
+        """A log of no rows takes the place of the one that is there."""
+        self._log.start([(BEGIN, as_json(history.begin_frame()))])
+        self._num_log_rows, self._full = 0, self._log.size + MAX_LOG_BYTES
         history.begun = frozenset(part.name for part in history.older)
         self._know_history(history)
 
@@ -393,14 +355,11 @@ class LiveStore:
     def _write_columns(self) -> None:
         require_no_link(self.path, COLUMNS)
         history = read_history(self.path)
-        # Rows that get more numbers stay in the log, where these are put into them.
-        num = bisect_left(history.rows.steps, min(self._awaited)) if self._awaited else len(history.rows)
-        kept = [history.row_payload(at) for at in range(num, len(history.rows))]
-        history.older += write_rows(history, num, self._next_number(COLUMNS), self._name_file)
+        history.older += write_rows(history, self._next_number(COLUMNS), self._name_file)
         # Those that were removed are forgotten, but for the last number: none is given twice.
         last = {max(names, key=number_of) for folder in (STATES, COLUMNS) if (names := self._named(folder))}
         history.files = {*self._own_files(STATES), *self._own_files(COLUMNS), *last}
-        self._start_log(history, kept)
+        self._start_log(history)
         self._remove_unused_columns()
 
     def _remove_unused_columns(self) -> None:
@@ -416,7 +375,3 @@ def _dims(dims: Any) -> list[str]:
 
 def _last_step_alone(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.isel(step=[-1]) if dataset.sizes.get("step", 1) > 1 else dataset
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")

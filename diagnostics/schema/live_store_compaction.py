@@ -11,16 +11,14 @@ from depthscope.diagnostics.schema.live_store_columns import OlderRows, columns_
 from depthscope.diagnostics.schema.live_store_history import History
 
 
-def write_rows(
-    history: History, num_rows: int, first_number: int, name_file: Callable[[str], None]
-) -> list[OlderRows]:
-    """Write the first rows of a log; ``name_file`` is called with each file before it is written.
+def write_rows(history: History, first_number: int, name_file: Callable[[str], None]) -> list[OlderRows]:
+    """Write the rows of a log; ``name_file`` is called with each file before it is written.
 
     What was not measured yet in a stretch of rows takes no room in its file.
     """
     parts: list[OlderRows] = []
     start = 0
-    for num_variables, stretch in groupby(history.rows.counts()[:num_rows].tolist()):
+    for num_variables, stretch in groupby(history.rows.counts):
         end = start + len(list(stretch))
         number = first_number + len(parts)
         name_file(columns_name(number))

@@ -11,12 +11,7 @@ import numpy as np
 
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import LOG, files_of, open_inside
-from depthscope.diagnostics.schema.live_store_history import (
-    History,
-    read_history,
-    refuse_damage,
-    rest_of,
-)
+from depthscope.diagnostics.schema.live_store_history import History, read_history, refuse_damage, rest_of
 from depthscope.diagnostics.schema.live_store_reading import (
     Status,
     refuse_foreign,
@@ -37,18 +32,10 @@ class FollowedStore:
     `refresh` reads the bytes that were appended to the log; a log that was replaced by a new one (its rows are in a file of
     columns then) is read again, at most some megabytes. Columns that were read stay, and only grow.
 
-    Parameters
-    ----------
-    path : path-like
-        The folder.
-
-    Raises
-    ------
-    SchemaError
-        For a damaged store, one with anything in it that no live store has, and rows that need far more memory than they have
-        bytes.
-    OSError
-        Where there is none.
+    ``path``: the folder.
+    Raises SchemaError: For a damaged store, one with anything in it that no live store has, and rows that need far
+    more memory than they have bytes.
+    Raises OSError: Where there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -100,10 +87,10 @@ class FollowedStore:
             self._read_again()
             return True
         end = history.end
-        same = history.replay(added)
+        history.replay(added)
         refuse_damage(history)
         if history.end > end:
-            self._take_rows(same)
+            self._take_rows()
         return history.end > end
 
     def _read_again(self) -> None:
@@ -120,17 +107,15 @@ class FollowedStore:
         else:
             raise SchemaError("its log changes faster than it can be read; try again")
         require_own_files(names, history)
-        # Rows that were in files of columns get no numbers later; those of the former log may have got some.
-        same = self._history.num_older
         self._history, self._inode = history, (entry.st_dev, entry.st_ino)
-        self._take_rows(same)
+        self._take_rows()
 
-    def _take_rows(self, same: int) -> None:
+    def _take_rows(self) -> None:
         """Steps and times of all rows. Of the columns in memory those before a row stay, as far as they are the same."""
         history = self._history
         history.check_size()
         steps, times = history.steps(), history.times()
-        same = min(same, len(steps), len(self.steps))
+        same = min(len(steps), len(self.steps))
         # Times too: a training that was resumed has other numbers for the same steps.
         differs = (steps[:same] != self.steps[:same]) | (times[:same] != self.times[:same])
         same = int(np.argmax(differs)) if differs.any() else same

@@ -15,8 +15,8 @@ _HEAD = struct.Struct("<4sIIII")
 """Magic, checksum, kind, bytes of the payload, checksum of the frame before: CRC-32C of what follows it in the frame."""
 
 _CHECKED = struct.Struct("<III")
-BEGIN, DECLARE, ROW, NOTE, LATER = 1, 2, 3, 4, 5
-"""Kinds of frames: what a log goes on from, further variables, a step's numbers, what happened, numbers that came later."""
+BEGIN, DECLARE, ROW, NOTE = 1, 2, 3, 4
+"""Kinds of frames: what a log goes on from, further variables, a step's numbers, what happened."""
 
 MAX_PAYLOAD = 256 << 20
 

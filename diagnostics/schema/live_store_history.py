@@ -26,7 +26,6 @@ from depthscope.diagnostics.schema.live_store_files import LOG, NUMBERED, open_i
 from depthscope.diagnostics.schema.live_store_frames import (
     BEGIN,
     DECLARE,
-    LATER,
     MAX_PAYLOAD,
     NOTE,
     ROW,
@@ -50,6 +49,8 @@ from depthscope.diagnostics.schema.live_store_statements import (
 from depthscope.diagnostics.schema.validation import SchemaError
 
 FORMAT, VERSION = "depthscope live run", 2
+NUMBERS_THAT_CAME_LATER = 5
+"""A kind of frame that earlier versions wrote."""
 MAX_LOG = 1 << 30
 """Bytes; the writer begins a new log long before."""
 
@@ -153,17 +154,13 @@ class History:
                     if place < part.num_variables
                 }
             position -= part.num_rows
-        number, data = self.rows.row(self.content, position, list(self.variables.values()), self.ends)
+        number, data = self.rows.row(self.content, position, self.ends)
         return {
             name: (of.dims, np.frombuffer(data[begin:end], of.numpy_dtype).reshape(of.shape))
             for (name, of), begin, end in zip(
                 list(self.variables.items())[:number], self.ends, self.ends[1:], strict=False
             )
         }
-
-    def row_payload(self, at: int) -> bytes:
-        """One row of the log as a frame has it, with what came later."""
-        return self.rows.payload(self.content, at, list(self.variables.values()), self.ends)
 
     def check_size(self, max_bytes: int | None = None) -> None:
         """Refuse rows that need far more memory than their files have bytes."""
@@ -285,18 +282,17 @@ class History:
 
     # --- replaying
 
-    def replay(self, added: bytes) -> int:
-        """Take in what follows in the log; returns the first row that is not as it was before.
+    def replay(self, added: bytes) -> None:
+        """Take in what follows in the log.
 
         Raises SchemaError, in one sentence, for frames that depthscope does not write.
         """
         self.content = self.content[: self.end] + added
-        same = self.num_rows
         try:
             for frame in frames_from(self.content, self.end, self.checksum):
                 if (frame.kind == BEGIN) != (self.end == 0):
                     raise InputError(f"a frame of kind {frame.kind} at byte {self.end}")
-                same = min(same, self._take(frame))
+                self._take(frame)
                 self.end, self.checksum = frame.end, frame.checksum
         except SchemaError:
             raise
@@ -313,18 +309,19 @@ class History:
             raise SchemaError(
                 f"its {LOG} is none that depthscope writes ({type(error).__name__}: {error})"
             ) from None
-        return same
 
-    def _take(self, frame: Frame) -> int:
-        """Take in one frame; returns the first row that it changed."""
+    def _take(self, frame: Frame) -> None:
         if frame.kind == ROW:
             last, step = self.last_step, ROW_HEAD.unpack_from(self.content, frame.start)[0]
             if last is not None and step <= last:
                 self._supersede(step)
             self.rows.add(self.content, frame, self.ends)
-            return self.num_rows - 1
-        if frame.kind == LATER:
-            return self.num_older + self.rows.add_later(self.content, frame, self.ends)
+            return
+        if frame.kind == NUMBERS_THAT_CAME_LATER:
+            raise SchemaError(
+                "its row log has metrics that a second process added (analysis='process' of an earlier depthscope); "
+                "save it as a file with that depthscope"
+            )
         content = parsed(self.content[frame.start : frame.end])
         if frame.kind == BEGIN:
             self._begin(content, frame.end - frame.start)
@@ -336,7 +333,6 @@ class History:
             self.take_note(content)
         else:
             raise InputError(f"a frame of kind {frame.kind}")
-        return self.num_rows
 
     def _begin(self, content: Mapping[str, Any], num_bytes: int) -> None:
         if content["format"] != FORMAT or not is_count(content["version"]):

@@ -274,7 +274,7 @@ def _require_fitting(
 
 
 class _Rows(BackendArray):
-    """One variable of every row, read as a whole when a part of it is used."""
+    """One variable of every row, read completely when a part of it is used."""
 
     def __init__(self, history: History, name: str) -> None:
         declared = history.variables[name]

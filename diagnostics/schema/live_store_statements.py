@@ -1,4 +1,4 @@
-"""What may the log of a live store say in JSON? Variables, coordinates, attributes, attempts: parsed into checked types.
+"""What JSON may the log of a live store contain? Variables, coordinates, attributes, attempts: parsed into checked types.
 
 Each function raises ValueError, with what came and what was expected. The writer asks the same before it writes.
 """

@@ -28,7 +28,7 @@ from depthscope.diagnostics.schema.live_store_files import (
 from depthscope.diagnostics.schema.live_store_reading import open_live
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
-from depthscope.diagnostics.schema.zarr_stores import check_zarr_archive, check_zarr_folder
+from depthscope.diagnostics.schema.zarr_stores import check_zarr_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def open_run(
     Parameters
     ----------
     path : path-like
-        A ``.nc`` file, a ``.zarr`` folder, a ``.zarr.zip`` file, or the folder of a live store, which may be growing: its
+        A ``.nc`` file, a ``.zarr`` folder, or the folder of a live store, which may be growing: its
         attribute ``live`` tells. Of a live store the variables of every step are compared with their checksums when they are
         read.
     verify : bool
@@ -168,15 +168,8 @@ def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTr
 def integrity(run: xr.DataTree) -> str:
     """Whether a run is what was saved.
 
-    Parameters
-    ----------
-    run : DataTree
-        As `open_run` returned it.
-
-    Returns
-    -------
-    str
-        ``"verified"``, or ``"not verified: "`` and why.
+    ``run``: as `open_run` returned it.
+    Returns: ``"verified"``, or ``"not verified: "`` and why.
     """
     return str(run.encoding.get(_INTEGRITY, "not verified: it was not opened from a file"))
 
@@ -200,7 +193,7 @@ def open_here(path: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree
     return run
 
 
-_CHECKS = {".nc": check_hdf5, ".zarr": check_zarr_folder, ".zarr.zip": check_zarr_archive}
+_CHECKS = {".nc": check_hdf5, ".zarr": check_zarr_folder}
 """What looks at the metadata of a format before an array is read."""
 
 
@@ -233,34 +226,17 @@ def _read(path: Path, suffix: str) -> tuple[xr.DataTree, Any]:
 def _open_tree(path: Path, suffix: str) -> xr.DataTree:
     if suffix == ".nc":
         return xr.open_datatree(path, engine="h5netcdf", **_DECODING)
-    store = _zarr_store(path, suffix)
-    tree = xr.open_datatree(store, **_ZARR, **_DECODING)
-    if store is not path:
-        tree.set_close(store.close)  # xarray leaves a store open that it was given
-    return tree
+    return xr.open_datatree(path, **_ZARR, **_DECODING)
 
 
 def _open_one(path: Path, suffix: str, group: str) -> xr.Dataset:
     if suffix == ".nc":
         return xr.open_dataset(path, engine="h5netcdf", group=group, **_DECODING)
-    store = _zarr_store(path, suffix)
-    dataset = xr.open_dataset(store, group=group, **_ZARR, **_DECODING)
-    if store is not path:
-        dataset.set_close(store.close)
-    return dataset
+    return xr.open_dataset(path, group=group, **_ZARR, **_DECODING)
 
 
-# Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
+# Version 3 by name: a store that also has metadata of version 2 would be read by those, which were not checked.
 _ZARR: Any = {"engine": "zarr", "consolidated": False, "zarr_format": 3}
-
-
-def _zarr_store(path: Path, suffix: str) -> Any:
-    if suffix != ".zarr.zip":
-        return path
-    # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
-    from zarr.storage import ZipStore
-
-    return ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
 
 
 def _compare(run: xr.DataTree, stored: Any) -> str:

@@ -1,4 +1,4 @@
-"""May a run take the place of what is at a path? Only of an earlier run; told by a look that reads no array."""
+"""May a run take the place of what is at a path? Only of an earlier run; recognised without reading an array."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, check_version
-from depthscope.diagnostics.schema.zarr_stores import METADATA, check_zarr_archive, check_zarr_folder
+from depthscope.diagnostics.schema.zarr_stores import METADATA, check_zarr_folder
 
 # A chunk of a Zarr 3 array: c/0/3 of an array with two dimensions, c of one with none.
 _CHUNK = re.compile(r".+/c(/\d+)*")
@@ -75,12 +74,8 @@ def _root_attrs(place: Path, suffix: str) -> Mapping[str, Any]:
     """The root's attributes; what cannot be a run is refused by the checks that `open_run` begins with."""
     if suffix == ".nc":
         return _netcdf_attrs(place)
-    if suffix == ".zarr":
-        check_zarr_folder(place, _NO_LIMIT)
-        return dict(json.loads((place / METADATA).read_bytes())["attributes"])
-    check_zarr_archive(place, _NO_LIMIT)
-    with zipfile.ZipFile(place) as archive:
-        return dict(json.loads(archive.read(METADATA))["attributes"])
+    check_zarr_folder(place, _NO_LIMIT)
+    return dict(json.loads((place / METADATA).read_bytes())["attributes"])
 
 
 def _netcdf_attrs(place: Path) -> Mapping[str, Any]:

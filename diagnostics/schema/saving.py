@@ -1,11 +1,9 @@
-"""How does a run get to disk? Complete beside the earlier one, which it then replaces in one step."""
+"""How does a run get to disk? It is written completely next to the earlier one, which it then replaces in one step."""
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
     run : DataTree
         A run.
     path : path-like
-        Ends in ``.nc`` (netCDF-4), ``.zarr`` (folder) or ``.zarr.zip``.
+        Ends in ``.nc`` (netCDF-4) or ``.zarr`` (folder).
     force : bool
         Replace a file that is no run as well: a torn one, one of a newer schema, or of another program. A folder with files
         of others in it is refused all the same.
@@ -82,17 +80,8 @@ def _write(run: xr.DataTree, path: Path, suffix: str) -> None:
     """
     if suffix == ".nc":
         write_with_digest(path, netcdf_image(run, _encodings(run, _netcdf_encoding)))
-    elif suffix == ".zarr":
-        _write_zarr(run, path)
     else:
-        # Zarr writes its metadata twice and a zip cannot be rewritten: write a folder first.
-        folder = path.with_name("folder.zarr")
-        _write_zarr(run, folder)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for entry in sorted(folder.rglob("*")):
-                if entry.is_file():
-                    archive.write(entry, entry.relative_to(folder))
-        shutil.rmtree(folder)
+        _write_zarr(run, path)
 
 
 def _write_zarr(run: xr.DataTree, folder: Path) -> None:

@@ -48,6 +48,6 @@ def _limit_resources(seconds: float, size: int) -> None:
 
 
 if __name__ == "__main__":
-    # Only after all is read: what the libraries print must not stand before the answer.
+    # Only after all is read: what the libraries print must not precede the answer.
     answer = _answer(json.loads(sys.argv[1]))
     sys.stdout.write(json.dumps(answer))

@@ -44,15 +44,8 @@ class SchemaError(InputError):
 def validate(run: xr.DataTree) -> None:
     """Check a run against the contract.
 
-    Parameters
-    ----------
-    run : DataTree
-        A tree that claims to be a run.
-
-    Raises
-    ------
-    SchemaError
-        For a foreign tree, a newer version, or a variable with the wrong dimensions or type.
+    ``run``: a tree that claims to be a run.
+    Raises SchemaError: For a foreign tree, a newer version, or a variable with the wrong dimensions or type.
     """
     check_version(run.attrs)
     _validate_statements(run.attrs, "/")

@@ -1,7 +1,7 @@
 """Is a Zarr store built only of what a run is written with? Its files, metadata, codecs and sizes, before any is decoded."""
 
 # Metadata of a store names the code that decodes it: with version 2 of the format the codec `pickle` runs any program. Only
-# version 3 is read, and of its codecs those that a run is or was written with.
+# version 3 is read, and of its codecs those that a run is written with.
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import math
 import os
 import stat
 import struct
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.limits import (
@@ -50,23 +49,27 @@ _CRC_BYTES = 4
 
 @dataclass(frozen=True)
 class _Entry:
-    """One file of a store: its size, and how its first bytes are read."""
+    """One file of a store."""
 
+    path: str
     size: int
-    read: Callable[[int], bytes]
+
+    def read(self, count: int) -> bytes:
+        """Its first bytes."""
+        with open(self.path, "rb") as file:
+            return file.read(count)
 
 
 @dataclass(frozen=True)
 class _Array:
-    """What the metadata of an array say, as far as it is needed to check its chunks."""
+    """The metadata of an array, as far as they are needed to check its chunks."""
 
     path: str
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     item_bytes: int
     is_text: bool
-    codecs: tuple[str, ...]
-    """Those after the first, which makes bytes of numbers or texts."""
+    has_checksum: bool
 
 
 def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
@@ -86,90 +89,10 @@ def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
                 if stat.S_ISDIR(mode):
                     waiting.append(Path(found.path))
                 else:
-                    entries[name] = _Entry(found.stat().st_size, _reader_of(Path(found.path)))
+                    entries[name] = _Entry(found.path, found.stat().st_size)
                 if len(entries) + len(waiting) > MAX_FILES:
-                    _too_many_files()
+                    raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
     _check_entries(entries, max_bytes)
-
-
-def check_zarr_archive(path: Path, max_bytes: int | None) -> None:
-    """Refuse an archive that has anything in it but arrays and groups of Zarr 3 as a run has them."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        _check_directory_size(file, size)
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            _check_archive(infos, size)
-            entries = {info.filename: _Entry(info.file_size, _member_reader(archive, info)) for info in infos}
-            _check_entries(entries, max_bytes)
-
-
-def _reader_of(path: Path) -> Callable[[int], bytes]:
-    def read(count: int) -> bytes:
-        with path.open("rb") as file:
-            return file.read(count)
-
-    return read
-
-
-def _member_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[int], bytes]:
-    def read(count: int) -> bytes:
-        with archive.open(info) as file:
-            return file.read(count)
-
-    return read
-
-
-def _too_many_files() -> NoReturn:
-    raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
-
-
-def _check_directory_size(file: BinaryIO, size: int) -> None:
-    """Refuse an archive whose list of files is too large, before `zipfile` makes an object of each."""
-    # The record at the end: 22 bytes and a comment of at most 65 535. Its 4 bytes from 12 on are the size of the list.
-    start = max(0, size - 22 - 0xFFFF - 76)
-    file.seek(start)
-    ending = file.read()
-    place = ending.rfind(b"PK\x05\x06")
-    if place < 0 or len(ending) < place + 22:
-        raise SchemaError("it is no zip archive, or its end is missing")
-    (listed,) = struct.unpack_from("<L", ending, place + 12)
-    large = ending.rfind(b"PK\x06\x06", 0, place)
-    if large >= 0 and len(ending) >= large + 56:  # zip64: the same, as 8 bytes
-        (listed,) = struct.unpack_from("<Q", ending, large + 40)
-    # 46 bytes and a name of about 40 for each.
-    if listed > MAX_FILES * 128:
-        _too_many_files()
-    file.seek(0)
-
-
-def _check_archive(infos: list[zipfile.ZipInfo], size: int) -> None:
-    if len(infos) > MAX_FILES:
-        _too_many_files()
-    names = {info.filename for info in infos}
-    if len(names) < len(infos):
-        raise SchemaError("two files in it have the same name")
-    end = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        _check_member(info)
-        # An archive of one byte many times over looks as large as one likes.
-        if info.header_offset < end:
-            raise SchemaError(f"{info.filename!r} in it overlaps another file")
-        name_bytes = len(info.filename.encode("utf-8", "surrogateescape"))
-        end = info.header_offset + 30 + name_bytes + info.compress_size
-        if end > size:
-            raise SchemaError(f"{info.filename!r} in it reaches beyond the end of the archive")
-
-
-def _check_member(info: zipfile.ZipInfo) -> None:
-    name = info.filename
-    parts = PurePosixPath(name).parts
-    if not name or name.startswith("/") or ".." in parts or "\\" in name or "/".join(parts) != name:
-        raise SchemaError(f"{name!r} in it is no name of a file below the archive")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise SchemaError(f"{name!r} in it is compressed; expected stored files, as save_run writes them")
-    if info.flag_bits & 0x1:
-        raise SchemaError(f"{name!r} in it is encrypted")
 
 
 def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None:
@@ -185,8 +108,7 @@ def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None
             num_chunks[_check_chunk(name, entry, arrays, limit).path] += 1
     for array in arrays.values():
         expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunk, strict=True))
-        # Earlier versions, which compressed, left out chunks of fill values; now a missing chunk is a loss.
-        if "zstd" not in array.codecs and num_chunks[array.path] != expected:
+        if num_chunks[array.path] != expected:
             raise SchemaError(
                 f"/{array.path} has {num_chunks[array.path]} chunks; expected {expected}: some are missing"
             )
@@ -298,7 +220,8 @@ def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
     ):
         raise SchemaError(f"/{path} has the dimension names {names!r} for the shape {shape}")
     item_bytes = _TEXT_BYTES if is_text else _ITEM_BYTES[data_type]
-    return _Array(path, shape, chunk, item_bytes, is_text, _codecs(path, document.get("codecs"), is_text))
+    has_checksum = _has_checksum(path, document.get("codecs"), is_text)
+    return _Array(path, shape, chunk, item_bytes, is_text, has_checksum)
 
 
 def _configuration(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -314,21 +237,18 @@ def _sizes(path: str, what: str, sizes: Any, *, least: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _codecs(path: str, codecs: Any, is_text: bool) -> tuple[str, ...]:
+def _has_checksum(path: str, codecs: Any, is_text: bool) -> bool:
     names = (
         [codec.get("name") if isinstance(codec, dict) else None for codec in codecs]
         if isinstance(codecs, list)
         else []
     )
     first = "vlen-utf8" if is_text else "bytes"
-    # zstd: earlier versions wrote it, without a checksum.
-    if names[:1] != [first] or names[1:] not in ([], ["crc32c"], ["zstd"], ["zstd", "crc32c"]):
+    if names[:1] != [first] or names[1:] not in ([], ["crc32c"]):
         raise SchemaError(
-            f"/{path} has the codecs {codecs!r}; expected {first}, perhaps zstd, and a checksum crc32c".replace(
-                "\n", " "
-            )
+            f"/{path} has the codecs {codecs!r}; expected {first} and a checksum crc32c".replace("\n", " ")
         )
-    return tuple(map(str, names[1:]))
+    return names[1:] == ["crc32c"]
 
 
 def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: Limit) -> _Array:
@@ -336,22 +256,18 @@ def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: 
     if array is None:
         raise SchemaError(f"{name} in it belongs to no variable; remove it")
     expected = math.prod(array.chunk) * array.item_bytes
-    # A chunk is decoded whole, however small the array is.
+    # A chunk is decoded completely, however small the array is.
     limit.check(expected)
-    has_checksum = "crc32c" in array.codecs
-    stored = entry.size - (_CRC_BYTES if has_checksum else 0)
-    is_compressed = "zstd" in array.codecs
-    decoded = _zstd_content_size(name, entry.read(18)) if is_compressed else stored
-    if not array.is_text and decoded != expected:
-        raise SchemaError(f"{name} has {decoded} bytes of data; expected {expected}: it is torn")
+    stored = entry.size - (_CRC_BYTES if array.has_checksum else 0)
+    if not array.is_text and stored != expected:
+        raise SchemaError(f"{name} has {stored} bytes of data; expected {expected}: it is torn")
     # Labels are read by xarray when it opens the store, and its error names no variable.
-    if has_checksum and len(array.shape) <= 1:
+    if array.has_checksum and len(array.shape) <= 1:
         _check_crc(name, entry.read(entry.size))
     if array.is_text:
-        limit.check(decoded)
-        start = _decompressed(entry.read(stored)) if is_compressed else entry.read(4)
+        limit.check(stored)
         # Texts begin with their number, for which the decoder makes room before it reads them.
-        (count,) = struct.unpack("<L", start[:4].ljust(4, b"\0"))
+        (count,) = struct.unpack("<L", entry.read(4).ljust(4, b"\0"))
         if count != math.prod(array.chunk):
             raise SchemaError(f"{name} has {count} texts; expected {math.prod(array.chunk)}: it is torn")
     return array
@@ -362,13 +278,6 @@ def _check_crc(name: str, data: bytes) -> None:
 
     if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
         raise SchemaError(f"{name} is damaged: its checksum is another one")
-
-
-def _decompressed(data: bytes) -> bytes:
-    # Imported here: only earlier versions compressed texts.
-    from numcodecs.zstd import decompress
-
-    return bytes(decompress(data))
 
 
 def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
@@ -386,21 +295,3 @@ def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
         )
         return array if inside else None
     return None
-
-
-def _zstd_content_size(name: str, header: bytes) -> int:
-    """Bytes that a frame of Zstandard decompresses to, by its header (RFC 8878, section 3.1.1).
-
-    The decoder makes room for that many before it reads the frame, so that it is compared with the chunk first.
-    """
-    if not header.startswith(b"\x28\xb5\x2f\xfd") or len(header) < 5:
-        raise SchemaError(f"{name} is no chunk of Zstandard: it is torn")
-    descriptor = header[4]
-    is_single_segment, size_flag, dictionary_flag = descriptor >> 5 & 1, descriptor >> 6, descriptor & 3
-    start = 5 + (not is_single_segment) + (0, 1, 2, 4)[dictionary_flag]
-    length = (is_single_segment, 2, 4, 8)[size_flag]
-    field = header[start : start + length]
-    if length == 0 or len(field) < length:
-        raise SchemaError(f"{name} does not state how many bytes it has: it is torn")
-    # The two-byte form counts from 256.
-    return int.from_bytes(field, "little") + (256 if length == 2 else 0)

@@ -29,16 +29,8 @@ _BOX = re.compile(r'\b\w+(?:\["(?P<box>[^"]+)"\]|\(\[(?P<end>[^\]]+)\]\)|\[\("?(
 def site_source(text: str, page: Path) -> str:
     """The text of a page with links that lead to pages of the site, and equations and diagrams that Sphinx draws.
 
-    Parameters
-    ----------
-    text : str
-        Markdown.
-    page : Path
-        The file of ``docs/`` that it is shown at.
-
-    Returns
-    -------
-    str
+    ``text``: markdown.
+    ``page``: the file of ``docs/`` that it is shown at.
     """
     folder = page.parent
     included = _INCLUDED.search(text)
@@ -73,15 +65,8 @@ def _link(link: re.Match[str], folder: Path, shown_in: Path) -> str:
 def diagram(mermaid: str) -> str:
     """The boxes of a Mermaid diagram as nested boxes of HTML: its arrows need a script of megabytes.
 
-    Parameters
-    ----------
-    mermaid : str
-        The fenced block.
-
-    Returns
-    -------
-    str
-        Raw HTML for MyST.
+    ``mermaid``: the fenced block.
+    Returns: Raw HTML for MyST.
     """
     lines = ['<div class="rooms" role="group" aria-label="The rooms of the code, in the order of the data">']
     seen = set()

@@ -68,11 +68,8 @@ def executed_pages() -> dict[str, str]:
 def shown_in(name: str) -> list[str]:
     """The pages that are run with a public name, such as ``figures.gains``, those of the gallery first."""
     used = re.compile(rf"\bds\.{re.escape(name)}\b")
-    return sorted((page for page, code in executed_pages().items() if used.search(code)), key=_order)
-
-
-def _order(page: str) -> tuple[bool, str]:
-    return page.startswith("api/"), page
+    pages = [page for page, code in executed_pages().items() if used.search(code)]
+    return sorted(pages, key=lambda page: (page.startswith("api/"), page))
 
 
 def names_of(module: ModuleType) -> list[str]:
@@ -114,10 +111,7 @@ def _entry(name: str, module: str, value: Any) -> list[str]:
 def plain_bars(lines: list[str]) -> None:
     """Write the bars of a docstring's formulas, such as ``|P|``, so that they are no substitutions of reStructuredText.
 
-    Parameters
-    ----------
-    lines : list of str
-        Changed in place; equations and code keep theirs.
+    ``lines``: changed in place; equations and code keep theirs.
     """
     block = -1  # the indentation of the directive whose content is left alone
     for number, line in enumerate(lines):

@@ -29,7 +29,7 @@ MOST_ARRAY_ENTRIES = 4_000_000
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as the header describes it; ``dimensions`` begin with the one that lies together in memory."""
+    """A tensor as the header describes it; ``dimensions`` begin with the one that is contiguous in memory."""
 
     name: str
     dimensions: tuple[int, ...]
@@ -39,7 +39,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufContents:
-    """What the header of a GGUF file tells of its size."""
+    """What the header of a GGUF file states about its size."""
 
     numbers: dict[str, float]
     """Settings that are one number, by key."""

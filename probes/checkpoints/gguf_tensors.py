@@ -55,7 +55,7 @@ def quantised_type(kind: int) -> tuple[str, int, int]:
     """Name of a ggml type, the elements of its block and the bytes of that; no bytes where it is not known."""
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError:  # without it the names and shapes are still told
+    except ImportError:  # without it the names and shapes are still known
         return f"GGML type {kind}", 1, 0
     if kind not in {each.value for each in GGMLQuantizationType}:
         return f"GGML type {kind}", 1, 0

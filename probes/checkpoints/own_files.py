@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -117,16 +116,13 @@ def check_folder(folder: Path) -> None:
 
     Every file counts, since which ones a tokenizer opens depends on its class. Folders in it are not entered.
     """
-    for entry in (*list_folder(folder), *_entries_of(folder / TEMPLATES)):
+    templates = folder / TEMPLATES
+    for entry in (*list_folder(folder), *(list_folder(templates) if templates.is_dir() else ())):
         if entry.is_dir() and entry.name != TEMPLATES:
             continue
         require_inside(folder, entry)
         if entry.name != TEMPLATES:
             require_file(entry)
-
-
-def _entries_of(folder: Path) -> Iterable[Path]:
-    return list_folder(folder) if folder.is_dir() else ()
 
 
 def list_folder(folder: Path) -> list[Path]:

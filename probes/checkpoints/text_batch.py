@@ -161,7 +161,7 @@ def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict
 
 
 def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
-    """Which forwards a shard runs: whole ones, next to each other, so that each is the same as in one process.
+    """Which forwards a shard runs: complete ones, next to each other, so that each is the same as in one process.
 
     ``number, of``: the shard, from 1, and how many there are.
     Returns: The first one, and the one after the last.
@@ -197,7 +197,7 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
 
 def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
     if loaded.tokenizer is not None:
-        # No BOS token, which only the first of all windows would have; verbose=False: the whole text is longer than the
+        # No BOS token, which only the first of all windows would have; verbose=False: the full text is longer than the
         # model's positions, of which tokenizers warn.
         with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not encode the text", REPAIR):
             ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

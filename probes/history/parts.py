@@ -1,4 +1,4 @@
-"""Where is what was measured of each checkpoint, until all are? One small run each, beside the history, to go on from."""
+"""Where is what was measured of each checkpoint, until all are? One small run each, next to the history, to go on from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ _PART = re.compile(r"step-(\d{15})\.nc")
 
 def parts_folder(out: Path) -> Path:
     """The folder of the parts of a history."""
-    suffix = next(suffix for suffix in schema.SUFFIXES if out.name.endswith(suffix))
-    folder = out.with_name(out.name.removesuffix(suffix) + ENDING)
+    folder = out.with_name(schema.without_suffix(out.name) + ENDING)
     foreign = (
         [child.name for child in folder.iterdir() if not _PART.fullmatch(child.name)]
         if folder.exists()

@@ -15,19 +15,10 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
 from depthscope.probes.interventions.changes import changes
 from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.model_under_test import (
-    ModelUnderTest,
-    Passed,
-)
+from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
 from depthscope.probes.interventions.other_paths import other_paths
 from depthscope.probes.interventions.plans import Change, Plan, plan
-from depthscope.probes.interventions.predictions import (
-    Loss,
-    Pick,
-    divergence,
-    relative_change,
-    user_loss,
-)
+from depthscope.probes.interventions.predictions import Loss, Pick, divergence, relative_change, user_loss
 from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options

@@ -69,21 +69,12 @@ class Passed:
 class ModelUnderTest:
     """One model and one batch; `forward` runs it with some states changed.
 
-    Parameters
-    ----------
-    model : Module
-        The model. Its weights, buffers, hooks and modes, and all random states, are as before after every forward.
-    batch : mapping, tensor or tuple
-        One batch.
-    options : Options, optional
-        How the model is read.
-    chain : str, optional
-        Which of several chains is changed; the first by default.
-
-    Raises
-    ------
-    CaptureError
-        Where the model cannot be read, or two forwards of the same batch differ.
+    ``model``: the model. Its weights, buffers, hooks and modes, and all random states, are as before after every
+    forward.
+    ``batch``: one batch.
+    ``options``: how the model is read.
+    ``chain``: which of several chains is changed; the first by default.
+    Raises CaptureError: Where the model cannot be read, or two forwards of the same batch differ.
     """
 
     def __init__(
@@ -133,14 +124,7 @@ class ModelUnderTest:
     def sibling(self, source: Any) -> ModelUnderTest:
         """The same model on another batch, or another model on the same batch.
 
-        Parameters
-        ----------
-        source : Module, mapping, tensor or tuple
-            What is another one.
-
-        Returns
-        -------
-        ModelUnderTest
+        ``source``: what is another one.
         """
         model, batch = (source, self.batch) if isinstance(source, nn.Module) else (self.model, source)
         return ModelUnderTest(model, batch, self._options, chain=self._chain_name)
@@ -201,24 +185,12 @@ class ModelUnderTest:
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        Parameters
-        ----------
-        edits : mapping of int to Edit
-            By depth. An edit that returns the very tensor it was given changes nothing.
-        reads : mapping of int to Edit, optional
-            By connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
-        checked : bool
-            Whether the states are compared with those that are shown, and the connections read. Without it a forward takes
-            a third of the time; for further changes at places where an earlier forward was checked.
-
-        Returns
-        -------
-        Passed
-
-        Raises
-        ------
-        InterventionError
-            Where a state cannot be changed, or its change did not arrive where the state is shown.
+        ``edits``: by depth. An edit that returns the very tensor it was given changes nothing.
+        ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
+        ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
+        forward takes a third of the time; for further changes at places where an earlier forward was checked.
+        Raises InterventionError: Where a state cannot be changed, or its change did not arrive where the state is
+        shown.
         """
         for depth in edits:
             self._require_place(depth)

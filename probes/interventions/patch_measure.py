@@ -9,13 +9,7 @@ import torch
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
-from depthscope.probes.interventions.predictions import (
-    Loss,
-    Pick,
-    divergence,
-    relative_change,
-    user_loss,
-)
+from depthscope.probes.interventions.predictions import Loss, Pick, divergence, relative_change, user_loss
 from depthscope.probes.interventions.targets import targets_of
 
 Answers: TypeAlias = Any

@@ -147,16 +147,8 @@ def block_jacobians(
 def operator_between(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
     """The Jacobian of two states of one graph.
 
-    Parameters
-    ----------
-    graph : StateGraph
-        Of a forward.
-    start, stop : int
-        Depths that it has.
-
-    Returns
-    -------
-    JacobianOperator
+    ``graph``: of a forward.
+    ``start, stop``: depths that it has.
     """
     source, target = graph.entries(start, stop)
     return JacobianOperator(graph.states[start], graph.states[stop], source, target, start=start, stop=stop)
@@ -222,30 +214,16 @@ class JacobianOperator:
     def matvec(self, vector: torch.Tensor, /) -> torch.Tensor:
         """How a perturbation of state(start) moves state(stop): J v.
 
-        Parameters
-        ----------
-        vector : Tensor
-            v, (in,).
-
-        Returns
-        -------
-        Tensor
-            (out,), in the dtype of v.
+        ``vector``: v, (in,).
+        Returns: (out,), in the dtype of v.
         """
         return self._product(vector, self._source, self._moves, self.shape, self._push)
 
     def rmatvec(self, vector: torch.Tensor, /) -> torch.Tensor:
         """How a gradient at state(stop) arrives at state(start): Jᵀ u.
 
-        Parameters
-        ----------
-        vector : Tensor
-            u, (out,).
-
-        Returns
-        -------
-        Tensor
-            (in,), in the dtype of u.
+        ``vector``: u, (out,).
+        Returns: (in,), in the dtype of u.
         """
         back = [(target, source) for source, target in self._moves]
         return self._product(vector, self._target, back, self.shape[::-1], self._pull)

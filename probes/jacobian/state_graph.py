@@ -89,20 +89,9 @@ class StateGraph:
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
         """Entries of the selected tokens at two depths.
 
-        Parameters
-        ----------
-        start, stop : int
-            Depths that were recorded.
-
-        Returns
-        -------
-        source, target : Entries
-            In groups that move and see each other: all tokens, or the k-th selected token of every sequence.
-
-        Raises
-        ------
-        JacobianError
-            Where the tokens of the two depths differ but must not, or none is left.
+        ``start, stop``: depths that were recorded.
+        Returns: In groups that move and see each other: all tokens, or the k-th selected token of every sequence.
+        Raises JacobianError: Where the tokens of the two depths differ but must not, or none is left.
         """
         missing = [depth for depth in (start, stop) if depth not in self.states]
         if missing:
@@ -148,25 +137,11 @@ def state_graph(
 ) -> StateGraph:
     """Run the model twice, once to find its chain and once to record the graph from start to stop.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-    batch : mapping, tensor or tuple
-        One batch.
-    start, stop : int
-        Depths; None for the last one.
-    selection : Selection
-        What to read.
-
-    Returns
-    -------
-    StateGraph
-
-    Raises
-    ------
-    JacobianError
-        Where the depths are unknown or nothing links them.
+    ``model``: the model.
+    ``batch``: one batch.
+    ``start, stop``: depths; None for the last one.
+    ``selection``: what to read.
+    Raises JacobianError: Where the depths are unknown or nothing links them.
     """
     _require_readable(model, batch, selection)
     session, forward = _find_chains(model, batch, selection)

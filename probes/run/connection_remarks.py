@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.computation import (
-    Applied,
-    Origin,
-    Search,
-    trace_origins,
-)
+from depthscope.probes.connections.computation import Applied, Origin, Search, trace_origins
 from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
 from depthscope.probes.connections.proof import Evidence, Joint

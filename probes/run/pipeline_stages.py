@@ -24,7 +24,7 @@ CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but fo
 
 
 def stage_attribute(stage: tuple[int, int] | None) -> dict[str, Any]:
-    """The attribute of a run of one stage; empty for a whole model.
+    """The attribute of a run of one stage; empty for a complete model.
 
     ``stage``: the number of the stage, from 0 on, and how many there are.
     """
@@ -158,7 +158,7 @@ def _layer_shift(layers: np.ndarray, known: int, number: int) -> int:
 
 
 def _numbered_on(part: xr.Dataset, depths: int, connections: int, layers: int) -> xr.Dataset:
-    """A part with the numbers of its depths, connections and blocks in the whole."""
+    """A part with the numbers of its depths, connections and blocks in the complete model."""
     changed = part.copy()  # whose attributes are written below
     changed = changed.assign_coords(depth=part["depth"] + depths)
     for name in ("layer", "connection_layer", "weight_layer"):

@@ -1,6 +1,6 @@
 """How do the runs of parts of the data become the run of all? Samples joined, sums added, statements about all of them.
 
-Each part numbers its sequences within the whole (``first_sequence=``), and its sample holds the lowest ranks of these numbers
+Each part numbers its sequences within the corpus (``first_sequence=``), and its sample holds the lowest ranks of these numbers
 (`rank_in_sample`): the lowest ranks of all parts are the sample that one run over everything would have.
 """
 
@@ -63,12 +63,12 @@ AddStreamed = Callable[[Sequence[xr.Dataset], str], tuple[xr.Dataset, str]]
 
 
 def are_shards(runs: Sequence[xr.DataTree]) -> bool:
-    """Whether runs are parts of one whole, by what they say of themselves."""
+    """Whether runs are parts of one corpus, by their attributes."""
     return any(SHARD in run.attrs or _sampling(run).get("first_sequence") for run in runs)
 
 
 def join_shards(runs: Sequence[xr.DataTree], add_streamed: AddStreamed) -> xr.DataTree:
-    """Join the runs of all parts into the run of the whole.
+    """Join the runs of all parts into the run of the complete corpus.
 
     Sampled sequences and their forwards are bit for bit those of one run; sums are equal to the rounding of float64. Streamed
     sums are added by ``add_streamed``, from the statistics of all parts and the chain's name.

@@ -25,10 +25,7 @@ MOST_LEAVES = 24  # parameters of one module that are tried by shapes alone; con
 class Names:
     """The tensors of a checkpoint, by full name, in the groups in which a hundred thousand names are looked at quickly.
 
-    Parameters
-    ----------
-    tensors : Mapping of str to StoredTensor
-        By full name.
+    ``tensors``: by full name.
     """
 
     def __init__(self, tensors: Tensors):

@@ -6,7 +6,6 @@ import ast
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -124,19 +123,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "factorial": lambda n: math.factorial(int(n)) if n <= 2 * MOST_PERMUTED else LARGEST_SHAPE_NUMBER,
     "log2": np.log2,
 }
-OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Eq: operator.eq,
-}
+GRAMMAR = (
+    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.UnaryOp, ast.USub),
+    *(ast.Compare, ast.Gt, ast.GtE, ast.Lt, ast.LtE, ast.Eq),
+    *(ast.Subscript, ast.Slice, ast.Tuple, ast.Load, ast.keyword),
+)
+"""What a formula consists of besides numbers, names and calls of `FUNCTIONS`: no attribute, and nothing that runs long."""
 
 
 class Formula:
@@ -149,10 +141,14 @@ class Formula:
     def __init__(self, text: str):
         self.text = text
         try:
-            self._tree: ast.expr = ast.parse(text.strip(), mode="eval").body
+            tree = ast.parse(text.strip(), mode="eval")
+            self.names = frozenset(_names(tree.body, text))
+            self._code = compile(tree, "<formula>", "eval")
+        except FormulaError:
+            raise
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise FormulaError(f"{text[:80]!r} is no formula") from error
-        self.names = frozenset(_names(self._tree, text))
+        self._tree = tree.body
 
     def value(self, names: Mapping[str, Any]) -> Any:
         """Compute it.
@@ -160,11 +156,11 @@ class Formula:
         Raises FormulaError: If a name has no value, or the shapes do not go together.
         """
         try:
-            return _value(self._tree, names)
+            return eval(self._code, {"__builtins__": {}, **FUNCTIONS}, names)
         except FormulaError:
             raise
-        except KeyError as error:
-            raise FormulaError(f"{self.text!r}: {error.args[0]!r} is no name that it can use") from error
+        except NameError as error:
+            raise FormulaError(f"{self.text!r}: {error.name!r} is no name that it can use") from error
         except (ValueError, TypeError, IndexError, ArithmeticError) as error:
             raise FormulaError(f"{self.text!r} cannot be computed ({error})") from error
 
@@ -174,8 +170,9 @@ class Formula:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != function:
             return None
         parameters = FUNCTIONS[function].__code__.co_varnames
-        found = {parameters[at]: _value(argument, names) for at, argument in enumerate(call.args)}
-        return found | {word.arg: _value(word.value, names) for word in call.keywords if word.arg}
+        given = dict(zip(parameters, call.args, strict=False))
+        given |= {word.arg: word.value for word in call.keywords if word.arg}
+        return {name: Formula(ast.unparse(argument)).value(names) for name, argument in given.items()}
 
 
 def _names(tree: ast.AST, text: str) -> set[str]:
@@ -192,43 +189,8 @@ def _names(tree: ast.AST, text: str) -> set[str]:
         elif isinstance(node, ast.Constant):
             if type(node.value) not in (int, float, str):
                 raise FormulaError(f"{text[:80]!r} contains {node.value!r}; expected numbers")
-        elif not isinstance(node, (*_GRAMMAR, *OPERATORS)):
+        elif not isinstance(node, GRAMMAR):
             raise FormulaError(
                 f"{text[:80]!r} contains a {type(node).__name__}, which is no part of a formula"
             )
     return found - FUNCTIONS.keys()
-
-
-_GRAMMAR = (
-    ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.Subscript, ast.Slice, ast.Tuple, ast.Load, ast.keyword,
-)  # fmt: skip
-
-
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Constant():
-            return node.value
-        case ast.Name():
-            return names[node.id]
-        case ast.BinOp():
-            return OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
-        case ast.UnaryOp():
-            return -_value(node.operand, names)
-        case ast.Compare():
-            return OPERATORS[type(node.ops[0])](_value(node.left, names), _value(node.comparators[0], names))
-        case ast.Call(func=ast.Name() as function):
-            words = {word.arg: _value(word.value, names) for word in node.keywords if word.arg}
-            return FUNCTIONS[function.id](*(_value(each, names) for each in node.args), **words)
-        case ast.Subscript():
-            return np.asarray(_value(node.value, names))[_index(node.slice, names)]
-    raise FormulaError(f"a {type(node).__name__} is no part of a formula")
-
-
-def _index(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Tuple():
-            return tuple(_index(each, names) for each in node.elts)
-        case ast.Slice():
-            ends = (node.lower, node.upper, node.step)
-            return slice(*(None if end is None else int(_value(end, names)) for end in ends))
-    return int(_value(node, names))

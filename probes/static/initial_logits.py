@@ -32,22 +32,11 @@ class Logits(NamedTuple):
 def initial_logits(initial: str | Path | nn.Module) -> xr.DataArray:
     """Static mixing logits of a checkpoint's or a model's mHC connections, for `diagnostics.with_replay`.
 
-    Parameters
-    ----------
-    initial : str, Path or Module
-        What training began with: a checkpoint that `describe_weights` reads, or the model as it was built.
-
-    Returns
-    -------
-    DataArray
-        Dims (connection, stream_out, stream_in), rows are destinations, with the coordinates ``connection_module``,
-        ``connection_layer`` and ``branch``; its attributes give by how many rounds of Sinkhorn, ending on which side,
-        they become matrices.
-
-    Raises
-    ------
-    CheckpointError
-        Where it contains no mHC connection, or several kinds of them.
+    ``initial``: what training began with: a checkpoint that `describe_weights` reads, or the model as it was built.
+    Returns: Dims (connection, stream_out, stream_in), rows are destinations, with the coordinates
+    ``connection_module``, ``connection_layer`` and ``branch``; its attributes give by how many rounds of Sinkhorn,
+    ending on which side, they become matrices.
+    Raises CheckpointError: Where it contains no mHC connection, or several kinds of them.
     """
     found = list(_of_module(initial) if isinstance(initial, nn.Module) else _of_checkpoint(initial))
     name = type(initial).__name__ if isinstance(initial, nn.Module) else f"'{initial}'"

@@ -362,7 +362,7 @@ def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[
     numbers = BLOCK_NUMBERS_CPU if state_BTND.device.type == "cpu" else BLOCK_NUMBERS_GPU
     tokens = min(max(numbers // (N * D), 1), MAX_BLOCK_TOKENS)
     # Batch and token axes are flattened for some sequences at a time: where the layout "(B N) T D" makes the state a
-    # strided view, flattening copies, and the whole state at once would not fit into the cache.
+    # strided view, flattening copies, and the full state at once would not fit into the cache.
     sequences = max(tokens // T, 1)
     masks = itertools.repeat(None) if mask_BT is None else _split_tokens(mask_BT, sequences, tokens)
     for x, real in zip(_split_tokens(state_BTND.detach(), sequences, tokens), masks, strict=False):

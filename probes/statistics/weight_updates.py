@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from depthscope.probes.model.hooks import Hook
 from depthscope.probes.model.tensors import here, version
 
-# Elements that are converted to float64 at a time, so that no weight is copied as a whole: as many as fit into a CPU's cache,
+# Elements that are converted to float64 at a time, so that no weight is copied at once: as many as fit into a CPU's cache,
 # and enough to make launching a kernel worth it elsewhere.
 CHUNK_CPU, CHUNK_GPU = 2**16, 2**22
 VARIABLES = ("weight_square_norm", "weight_gradient_square_norm", "weight_update_square_norm")

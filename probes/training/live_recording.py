@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,6 @@ class LiveRecording:
         self._proven: Proven | None = None
         self._state_began = self._state_ended = 0.0
         self._said = self._error = self._state_error = ""
-        self._awaited: Collection[int] = ()
-        self._later: list[int] = []  # steps whose live metrics are not added yet
         if self._file is not None:
             schema.require_replaceable(self._file)
             if resume and self._file.exists() and not is_live_store(self._folder):
@@ -98,17 +96,14 @@ class LiveRecording:
         build: BuildRun,
         attrs: Mapping[str, Any],
         live_row_of: LiveRowOf | None = None,
-        awaited: Collection[int] = (),
     ) -> str | None:
         """Write the rows that are not written yet, and sometimes the large arrays.
 
         ``build``: makes a run of some of its rows.
-        ``awaited``: steps whose live metrics come later, see `add_later`.
         Returns: What went wrong; the same is said once.
         """
         if self._is_taken:
             return None
-        self._awaited = awaited
         try:
             self._write(session, rows, build, attrs, live_row_of)
         except Exception as error:  # the training goes on, and the next measured step tries again
@@ -125,27 +120,6 @@ class LiveRecording:
         if self._said:
             self._said = ""
             return f"all steps are written to {self._folder} again"
-        return None
-
-    def add_later(self, steps: Iterable[int], live_row_of: LiveRowOf) -> str | None:
-        """Add live metrics to rows that were written without them.
-
-        ``live_row_of``: the live metrics of a step; None where there are none after all.
-        Returns: What went wrong; the same is said once.
-        """
-        self._later = [*self._later, *steps]
-        if self._is_taken or self._store is None:
-            return None
-        try:
-            while self._later:
-                row = live_row_of(self._later[0])
-                numbers, coords = ({}, {}) if row is None else (row.numbers, row.coords)
-                self._store.add_later(self._later[0], numbers, coords=coords)
-                del self._later[0]
-        except Exception as error:  # the training goes on, and the next row that comes tries again
-            return self._once(
-                f"live metrics are not written to {self._folder} ({error}), which is tried again"
-            )
         return None
 
     def _once(self, sentence: str) -> str | None:
@@ -202,7 +176,7 @@ class LiveRecording:
             live_row = None if live_row_of is None else live_row_of(row.step)
             if live_row is not None:
                 numbers, coords = {**numbers, **live_row.numbers}, dict(live_row.coords)
-            store.append(row.step, numbers, coords=coords, complete=row.step not in self._awaited)
+            store.append(row.step, numbers, coords=coords)
             self._num_written += 1
         store.note(attrs)
 

@@ -20,7 +20,7 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live.findings import OnFinding
-from depthscope.probes.training.live.live import TOKENS, Live, live_names, place_of_analysis
+from depthscope.probes.training.live.live import TOKENS, Live, live_names
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.ranks.exchange import Ranks
 from depthscope.probes.training.ranks.group import (
@@ -60,7 +60,6 @@ def record(
     sinks: Iterable[Sink] = (),
     on_finding: OnFinding | None = None,
     stop_on: str | None = None,
-    analysis: str = "inline",
     group: Any = None,
     group_timeout: float = 120.0,
     stage: tuple[int, int] | None = None,
@@ -93,7 +92,7 @@ def record(
     store : path-like, optional
         Where the run is written while the loop runs: a folder where the name has no ending. The numbers of every measured step
         are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
-        saved as often as it takes 1 % of the time. A name that ends in ``.nc``, ``.zarr`` or ``.zarr.zip`` is written when
+        saved as often as it takes 1 % of the time. A name that ends in ``.nc`` or ``.zarr`` is written when
         the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
         `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` says which it is.
     resume : bool
@@ -143,15 +142,6 @@ def record(
         that are a warning or worse are also printed to the standard error, once.
     stop_on : {"warn", "fail"}, optional
         End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
-    analysis : {"inline", "process", "auto"}
-        Where the metrics of a row are computed from what was measured: in the training, or in a second process beside it (not
-        on Windows), for which a core should be free. The training then only copies the sums and the sampled tokens into
-        memory that both share, and a row's metrics, findings (`on_finding`, `stop_on`) and sinks come at a later step: that
-        is one or two measured steps later at most, or at the end of the block. Where two rows wait already, the next one
-        gets no metrics; its statistics stay, and the attribute ``live_rows_dropped`` has the number of such rows. The first
-        seconds, until the process has started, are computed in the training, and so is the rest where it dies. ``"auto"``
-        takes the process where the training may use more cores than torch has threads. Of several processes that measure
-        together only the one that writes has such a process, which takes the sums of all.
     group : ProcessGroup, DeviceMesh or str, optional
         Which processes train this model together, each on its part of the data (docs/many_processes.md): their statistics are
         added, and the first of them writes, prints and has the ``run``. By default those of the model's wrapper
@@ -181,7 +171,7 @@ def record(
     Raises
     ------
     InputError
-        For a loss reduction, a scaler or a place of the analysis of another kind, and where several processes run and it
+        For a loss reduction or a scaler of another kind, and where several processes run and it
         cannot be known which of them train the model together, or they are not all that share sequences.
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
@@ -205,7 +195,6 @@ def record(
         "on_finding": on_finding,
         "stop_on": stop_on,
         "optimizer": optimizer,
-        "analysis": place_of_analysis(analysis) if analysis != "inline" else None,
     }
     attrs = storable_attributes(attrs)
     names = _live_names(metrics, live_tokens, given)

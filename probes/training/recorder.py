@@ -47,7 +47,7 @@ from depthscope.probes.training.settled_end import SettledEnd
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
-MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are told one by one
+MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are reported one by one
 
 _open: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -87,35 +87,10 @@ class Recorder:
     """Measure the model inside a ``with`` block; `step` ends one step of the user's loop.
 
     Every measured step gives one row of ``/statistics`` (exact over all its tokens). The raw sequences in ``/trace`` are a
-    uniform sample of all that ran with the *present* weights: over a whole evaluation all batches, in training the last
+    uniform sample of all that ran with the *present* weights: over an evaluation all batches, in training the last
     measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
-    Parameters
-    ----------
-    session : Session
-        The session of the model.
-    every : int
-        Measure one step in so many.
-    start_step, end_step : int
-        First step to measure, and the step before which measuring stops.
-    store : LiveRecording or None
-        Where the steps are written as they are measured.
-    first_step : int
-        The number of the first step of the block.
-    attrs : mapping or None
-        Attributes to add.
-    token_text : sequence of sequences of str or None
-        Text of every token, by the sequence's index.
-    weights : WeightUpdates or None
-        Measures the weights as well.
-    scale : LossScale or None
-        The factor that the loss is multiplied by.
-    live : Live or None
-        Computes metrics at every measured step.
-    ranks : Ranks or None
-        The processes that measure together.
-    settled : SettledEnd or None
-        Tries what is suspected when the block ends.
+    `record` makes one, and says what its arguments are.
     """
 
     def __init__(
@@ -159,7 +134,7 @@ class Recorder:
         self._pooled_stamp: int | None = None
         self._course = LossCourse([] if store is None else store.earlier_losses(first_step))
         self._stack = ExitStack()
-        self._sentences: list[str] = []  # what the end of the step has to say
+        self._sentences: list[str] = []  # for the end of the step
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
 
@@ -235,7 +210,6 @@ class Recorder:
                     "step() outside the block: use it inside `with probes.record(model) as recorder:`"
                 )
             if self._state == "open":
-                self._collect()
                 if self.measuring:
                     self._safely(self._end_measured_step, loss, loss_terms)
                 elif self._live is not None:
@@ -249,14 +223,14 @@ class Recorder:
         if self._ranks is not None:
             self._stop_together(self._ranks)
         elif self._live is not None:
-            self._live.stop_if_severe(self.position - 1)
+            self._live.stop_if_severe()
 
     def _stop_together(self, ranks: Ranks) -> None:
         """Stop where the first process asked for it one measured step ago; ask for it where it has to be."""
         ranks.stop_now(self.position - 1)
         if self._live is not None:
             try:
-                self._live.stop_if_severe(self.position - 1)
+                self._live.stop_if_severe()
             except TrainingStopped as stopped:
                 ranks.stop_later(stopped)
 
@@ -323,8 +297,6 @@ class Recorder:
     def _noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
         attrs: dict[str, Any] = {} if self._ranks is None else dict(self._ranks.attrs)
-        if self._live is not None:
-            attrs |= self._live.noted()
         if task := mean_task([self._task], self._rows[-1].loss if self._rows else None):
             attrs["task"] = task
         if self._overflowed:
@@ -352,7 +324,6 @@ class Recorder:
                 unended = self._session.pending and self._session.trains >= self._trained
                 if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
-                self._collect(finish=True)
                 self._say_how_many()
                 if self._live is not None:
                     self._live.judge(self._say)
@@ -376,8 +347,6 @@ class Recorder:
 
     def _abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
-        if self._live is not None:
-            self._live.forget_process()
         self._state, self._sentences, self._store, self._live = "abandoned", [], None, None
         self._ranks = None
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
@@ -395,8 +364,8 @@ class Recorder:
         self._overflowed = [*known, *self._overflowed]
 
     def _write_store(self, store: LiveRecording) -> None:
-        row_of, awaited = (None, set()) if self._live is None else (self._live.row_of, self._live.awaited)
-        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of, awaited)
+        row_of = None if self._live is None else self._live.row_of
+        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of)
         if sentence is not None:
             self._say(sentence)
 
@@ -525,19 +494,8 @@ class Recorder:
         except Exception as error:
             self._say(f"the live metrics of step {step} were not computed: {error}", error)
             return
-        if row is not None:
-            live.note_task(mean_task([self._task], measured.loss))
-            live.tell(row, self._say)
-
-    def _collect(self, *, finish: bool = False) -> None:
-        """Hand on the live rows that the process beside has completed."""
-        if self._live is None:
-            return
-        steps = self._live.collect(self._say, finish=finish)
-        if self._store is not None and steps:
-            sentence = self._store.add_later(steps, self._live.row_of)
-            if sentence is not None:
-                self._say(sentence)
+        live.note_task(mean_task([self._task], measured.loss))
+        live.tell(row, self._say)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""

@@ -22,14 +22,8 @@ RESULTS = ("consequences", "remarks")
 class SettledEnd:
     """Keeps a copy of the last measured batch, and tries it again when the loop has ended.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-    options : Options
-        How it is read.
-    forwards : int
-        At most so many.
+    ``options``: how it is read.
+    ``forwards``: at most so many.
     """
 
     def __init__(self, model: nn.Module, options: Options, forwards: int):

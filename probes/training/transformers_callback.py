@@ -80,7 +80,7 @@ class TransformersCallback(TrainerCallback):
 
 @cache
 def _tell_when_training_raises() -> None:
-    """Let `Trainer.train` tell our callbacks when it raises, which it tells no callback."""
+    """Let `Trainer.train` call `on_exception` of our callbacks when it raises, of which it informs no callback."""
     train = Trainer.train
 
     @wraps(train)

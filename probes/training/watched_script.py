@@ -41,10 +41,7 @@ class ScriptWatch:
     Where another optimizer takes the place of the first one, as in a second phase of the same training, its steps are counted
     from its second one on. Gradients are divided by the scale of the script's GradScaler.
 
-    Parameters
-    ----------
-    **options
-        As of `depthscope.record`.
+    ``**options``: as of `depthscope.record`.
     """
 
     def __init__(self, **options: Any) -> None:

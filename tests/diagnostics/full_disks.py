@@ -92,7 +92,6 @@ def _command(*words: str) -> Work:
 KINDS: dict[str, Callable[[], Work]] = {
     "nc": partial(_save, ".nc"),
     "zarr": partial(_save, ".zarr"),
-    "zarr.zip": partial(_save, ".zarr.zip"),
     "record": partial(_training, "run"),
     "analyze": partial(_command, "analyze", "RUN", "--metrics", "stream_cosine", "--out", "SMALL/metrics.nc"),
 }

@@ -25,7 +25,7 @@ FULL = ("no space left on device", "file too large", "no space left")
 @pytest.mark.slow(more=2)
 @pytest.mark.parametrize(("kind", "limit"), CASES)
 def test_where_there_is_no_room_nothing_else_is_lost(kind, limit):
-    number = sample_or_every(12 if kind in ("nc", "zarr", "zarr.zip") else 5, 40)
+    number = sample_or_every(12 if kind in ("nc", "zarr") else 5, 40)
     try:
         attempts = in_another_process(kind, limit, number)
     except PermissionError as error:

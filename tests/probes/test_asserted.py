@@ -66,7 +66,7 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
 
 def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for ending in (".nc", ".zarr", ".zarr.zip"):
+    for ending in (".nc", ".zarr"):
         with pytest.raises(ds.SchemaError, match="is an ending without a name"):
             ds.record(plain(), store=ending)
         # Before a checkpoint is looked for.

@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=InputRun(),
-        help="run file (.nc, .zarr, .zarr.zip) or live store; several with --workers or --scheduler",
+        help="run file (.nc, .zarr) or live store; several with --workers or --scheduler",
     )
     add_max_bytes(parser)
     add_metrics(parser, about="only these (default: all that the run can feed)")
@@ -81,7 +81,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
-    from depthscope.app.readings.readings import read_runs, without_ending
+    from depthscope.app.readings.readings import read_runs
     from depthscope.diagnostics import analyze, schema
 
     if args.decay is not None and args.initial is None:
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     written = _write(run, groups, args)
     # Judged and printed is what was measured now, not what the run contained before.
     measured = _tree(run.attrs, groups)
-    readings = read_runs({without_ending(Path(args.run).name): measured})
+    readings = read_runs({schema.without_suffix(Path(args.run).name): measured})
     tables = [tabulate(reading, selection, args.metrics or ()) for reading in readings]
     if args.json:
         emit(analysis_as_dict(tables, selection, written))
@@ -128,10 +128,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_on_workers(args: argparse.Namespace) -> int:
-    """Measure saved runs on the workers of a cluster, and save the metrics beside them."""
+    """Measure saved runs on the workers of a cluster, and save the metrics next to them."""
     _require_options_of_workers(args)
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
-    from depthscope.app.readings.readings import read_runs, without_ending
+    from depthscope.app.readings.readings import read_runs
     from depthscope.diagnostics import schema
     from depthscope.diagnostics.analysis.analyze import analyze_saved
 
@@ -157,7 +157,7 @@ def _run_on_workers(args: argparse.Namespace) -> int:
         )
         tables = [
             tabulate(reading, selection, args.metrics or ())
-            for reading in read_runs({without_ending(Path(run).name): measured})
+            for reading in read_runs({schema.without_suffix(Path(run).name): measured})
         ]
         if args.json:
             printed.append(analysis_as_dict(tables, selection, written))
@@ -192,9 +192,9 @@ def _require_options_of_workers(args: argparse.Namespace) -> None:
 
 def _beside(run: str, *, force: bool) -> Path:
     """Where the metrics of a run go by default; an existing file is refused without ``--force``."""
-    from depthscope.app.readings.readings import without_ending
+    from depthscope.diagnostics.schema import without_suffix
 
-    place = Path(run).with_name(f"{without_ending(Path(run).name)}.metrics.nc")
+    place = Path(run).with_name(f"{without_suffix(Path(run).name)}.metrics.nc")
     if place.exists() and not force:
         raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place

@@ -1,4 +1,4 @@
-"""`depthscope jacobian`: how each block and the whole chain stretch small changes of the state, kept beside the run."""
+"""`depthscope jacobian`: how each block and the complete chain stretch small changes of the state, saved next to the run."""
 
 from __future__ import annotations
 

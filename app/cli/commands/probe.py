@@ -58,7 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         PROBED_RUN,
         metavar="RUN",
-        about="where to save (.nc, .zarr or .zarr.zip; default the checkpoint's name and .nc, in this folder)",
+        about="where to save (.nc or .zarr; default the checkpoint's name and .nc, in this folder)",
         required=False,
     )
     parser.add_argument(

@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"depthscope: {printable(str(stopped))}\n")
         return FOUND
     except (Exception, KeyboardInterrupt) as error:
-        # The script's, told as Python tells it; SystemExit is its exit code.
+        # The script's own error, printed as Python prints it; SystemExit is its exit code.
         traceback.print_exc()
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FOUND
     finally:

@@ -21,9 +21,9 @@ from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, rea
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
-from depthscope.app.readings.mixing_history import read_mixing_history
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.requested_metrics import with_requested
+from depthscope.app.readings.run_arrays import mixing_by_step
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
@@ -257,7 +257,7 @@ def mixing_history_of(reading: Reading) -> xr.DataArray | None:
         found = _mixing_histories.get(
             (path, version, reading.chain),
             # In a tuple: of a run without a history that too is known.
-            lambda: (read_mixing_history(path, reading.chain, max_bytes=LIMIT["max_bytes"]),),
+            lambda: (mixing_by_step(reading, max_bytes=LIMIT["max_bytes"]),),
         )
     except (schema.SchemaError, OSError):
         return None

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "FIGURE_POINTS",
     "FORMATS",
     "WIDTHS",
+    "Latex",
     "Lines",
     "Width",
     "draw_composed",
@@ -75,7 +77,8 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
             # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
             # would print as they are.
             with pgf_style():
-                _drawn(translated(figure, _without_pictures), size).savefig(path)
+                # Where a PGF figure is measured there are no pictures of words.
+                _drawn(translated(figure, partial(tex, words=False)), size).savefig(path)
 
 
 def translated(figure: Any, translate: Callable[[str], str]) -> Any:
@@ -109,11 +112,6 @@ def translated(figure: Any, translate: Callable[[str], str]) -> Any:
 
 def _translated_runs(runs: Mapping[str, int], translate: Callable[[str], str]) -> dict[str, int]:
     return {translate(run): number for run, number in runs.items()}
-
-
-def _without_pictures(text: str) -> Latex:
-    # Where a PGF figure is measured there are no pictures of words.
-    return tex(text, words=False)
 
 
 def _drawn(figure: Figure | Composed, size: Width, *, dense: int = DENSE) -> Canvas:

@@ -33,8 +33,6 @@ from depthscope.app.figures.composed import Composed, LetteredPanel, Points, let
 from depthscope.app.figures.palette import look_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Heatmap, Line, Lines
 
-__all__ = ["draw_composed", "draw_into"]
-
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
 LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4
@@ -46,17 +44,9 @@ DIFFERS = "groups differ (p < 0.05)"
 def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     """Draw the panels side by side, with one legend below all of them.
 
-    Parameters
-    ----------
-    figure : Composed
-        What to draw; at least one panel.
-    size : Width
-        Inches across and type size; `figure_style` must be active.
-
-    Returns
-    -------
-    PaperFigure
-        Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
+    ``figure``: what to draw; at least one panel.
+    ``size``: inches across and type size; `figure_style` must be active.
+    Returns: Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
     """
     columns = _columns(figure.panels, size)
     rows = math.ceil(len(figure.panels) / columns)
@@ -82,12 +72,8 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
 def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
     """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
 
-    Parameters
-    ----------
-    figure : Composed
-        What to draw.
-    axes : mapping of str to Axes
-        By the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
+    ``figure``: what to draw.
+    ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)
     for ax in axes.values():
@@ -135,7 +121,7 @@ def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
 
 
 def _mark_of(handle: Any, label: str) -> tuple[str, str]:
-    """What tells entries of a legend from each other: runs of two calls may share a name and not a colour."""
+    """What distinguishes entries of a legend: runs of two calls may share a name and not a colour."""
     return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
 
 
@@ -236,7 +222,7 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
 
 
 def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[Any, str]]:
-    """Thresholds beside which there was no room for their names."""
+    """Thresholds without room for their names."""
     names = {
         plain(line.label)
         for panel in figure.panels

@@ -71,7 +71,7 @@ def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]
 
 
 def _others(figure: Lines) -> list[str]:
-    """What the legend may list beside measured lines; which thresholds it names is known after the size is set."""
+    """What the legend may list besides measured lines; which thresholds it names is known after the size is set."""
     others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
     return [label for _, label in sorted(others)]
 
@@ -283,7 +283,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
         # The measured lines are drawn first.
         handles = [*(handle for handle, _ in named), *handles[num_measured:]]
         labels = [*(label for _, label in named), *labels[num_measured:]]
-    # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
+    # Nulls and laws have the colours of their runs; one grey entry represents all of a kind.
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
         labels.append(NOISE_BASELINE)

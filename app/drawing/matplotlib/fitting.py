@@ -12,8 +12,6 @@ from matplotlib.transforms import Bbox
 
 from depthscope.app.drawing.matplotlib.style import wrapped
 
-__all__ = ["Label", "fit_labels", "label_axes"]
-
 # Layouts after which a label is left as it is: lines that are added make axes narrower, which may take one more.
 MOST_LAYOUTS = 4
 COLOUR_BAR = "<colorbar>"
@@ -80,7 +78,11 @@ def _room(label: Label, taken: Mapping[Axes, Bbox]) -> float:
     if label.text is label.axes.yaxis.label:
         return own.height
     gap = GAP * canvas.dpi / 72
-    row = {axes: box for axes, box in taken.items() if axes is not label.axes and _are_level(box, own)}
+    row = {
+        axes: box
+        for axes, box in taken.items()
+        if axes is not label.axes and box.y0 < own.y1 and own.y0 < box.y1
+    }
     left = max([gap, *(box.x1 + gap for box in row.values() if box.x1 <= own.x0)])
     # Above its own colour bar a title may go on.
     ends = [box.x0 - gap for axes, box in row.items() if box.x0 >= own.x1 and axes.get_label() != COLOUR_BAR]
@@ -89,8 +91,3 @@ def _room(label: Label, taken: Mapping[Axes, Bbox]) -> float:
         middle = (own.x0 + own.x1) / 2
         return 2 * min(middle - left, right - middle)
     return right - own.x0
-
-
-def _are_level(box: Bbox, own: Bbox) -> bool:
-    """Whether boxes are in one row."""
-    return box.y0 < own.y1 and own.y0 < box.y1

@@ -15,8 +15,6 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 
-__all__ = ["FONTS", "can_draw", "further_fonts", "points_across", "set_fonts"]
-
 FONTS = ("STIXGeneral", "DejaVu Sans")
 """Fonts of figures, which come with matplotlib; the second one has the signs that the first one lacks."""
 

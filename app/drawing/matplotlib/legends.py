@@ -1,4 +1,4 @@
-"""Which names has a legend, and how many beside each other? Of many lines runs and variants apart, of many runs short ones."""
+"""Which names has a legend, and how many in a row? For many lines runs and variants separately, for many runs short ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from depthscope.app.figures.specification import Line
 from depthscope.app.text.latex import Latex
 from depthscope.app.text.visible import shortened
 
-__all__ = ["fits_inside", "legend_name", "named_apart", "num_columns", "variant_of"]
-
 # A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
 LEGEND_INSIDE = 4
 LONGEST_INSIDE = 28
-# Lines of several runs up to which each has an entry; of more, runs and variants are named apart.
+# Lines of several runs up to which each has an entry; of more, runs and variants are named separately.
 MOST_ENTRIES = 8
 # Runs whose names have room, and letters of the names of more.
 FEW, SHORT_NAME = 4, 24

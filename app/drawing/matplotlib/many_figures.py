@@ -35,7 +35,8 @@ def write_figures(drawings: Sequence[FigureFiles], *, second_process: bool = Fal
     ``second_process``: leave half of them to a process of its own where they are many and there is a core for it:
     matplotlib uses one, and its state is shared by all threads of a process.
     """
-    if not second_process or len(drawings) < MANY or _num_cores() < 2:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not second_process or len(drawings) < MANY or cores < 2:
         _write(drawings)
         return
     theirs = drawings[1::2]
@@ -74,7 +75,3 @@ def _write_what_is_read() -> None:
     settings, drawings = pickle.load(sys.stdin.buffer)
     with mpl.rc_context(settings):
         _write(drawings)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

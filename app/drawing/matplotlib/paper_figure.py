@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 
 from depthscope.app.drawing.matplotlib.style import Width, settings_of
 
-__all__ = ["PaperFigure"]
-
 # A date in the file would change its bytes on every export.
 _UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 

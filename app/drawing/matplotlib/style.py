@@ -147,7 +147,7 @@ def plain(text: str, *, longest: int | None = LONGEST_LABEL) -> str:
     shown = visible(given, lines=True).strip("\u2068\u2069")
     if not shown.isascii():
         shown = "".join(letter if letter == "\n" or can_draw(letter) else escape(letter) for letter in shown)
-    # The tables have long names whole.
+    # The tables have long names in full.
     shown = shown if longest is None else shortened(shown, longest, counted=False)
     # A legend leaves out labels that begin with an underscore: matplotlib's own mark of what is internal.
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure as Canvas
 from depthscope.app.drawing.matplotlib.fonts import FONTS, set_fonts
 from depthscope.app.drawing.matplotlib.style import Width, figure_style, plain
 
-__all__ = ["BELOW", "HIGH", "write_word"]
-
 _POINTS = 10.0
 HIGH, BELOW = 1.2, 0.25
 """Height of the picture, and what of it is below the line, in units of the type size."""

@@ -15,8 +15,6 @@ from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
 
-__all__ = ["LARGEST_SIDE", "draw_heatmap", "reduction_words", "shrink"]
-
 # 300 × 300 numbers of float32 are 480 kB in the JSON of a figure; the names of 64 × 64 cells are about 120 kB of text.
 LARGEST_SIDE = 300
 LARGEST_NAMED = 64 * 64

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from depthscope.app.figures.palette import RUN_COLOURS
 
-__all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE", "THEORY"]
-
 PALETTE = RUN_COLOURS
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 THEORY = "20px,4px"  # longer than any dash of a measured line

@@ -17,8 +17,6 @@ from depthscope.app.figures.axis_limits import limits_with_theory, visible_limit
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, Look
 
-__all__ = ["draw_lines"]
-
 
 def draw_lines(figure: Lines) -> go.Figure:
     """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later."""

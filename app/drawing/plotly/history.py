@@ -28,21 +28,14 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import Heatmap
 
-__all__ = ["Mark", "draw_history"]
-
 
 @dataclass(frozen=True)
 class Mark:
     """A finding from the step at which it began.
 
-    Parameters
-    ----------
-    label : str
-        Its verdict in words.
-    severity : str
-        A key of `SEVERITY_COLOURS`.
-    first, last : float
-        Steps.
+    ``label``: the name of its verdict.
+    ``severity``: a key of `SEVERITY_COLOURS`.
+    ``first, last``: steps.
     """
 
     label: str

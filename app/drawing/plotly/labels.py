@@ -6,8 +6,6 @@ import html
 
 from depthscope.app.text.visible import LONGEST_LABEL, shortened, visible
 
-__all__ = ["words"]
-
 
 def words(text: str, longest: int = LONGEST_LABEL) -> str:
     """Text that plotly draws as it is.

@@ -6,8 +6,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-__all__ = ["set_layout"]
-
 
 def set_layout(drawn: go.Figure, **options: Any) -> None:
     """Set options of a layout; what is already set of an axis stays."""

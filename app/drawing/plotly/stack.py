@@ -19,8 +19,6 @@ from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
 
-__all__ = ["SEVERITY_COLOURS", "Bar", "Panel", "draw_stack", "stack_height"]
-
 SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 """Of the bars, legible on white and on black; each bar has its words beside it."""
 
@@ -45,14 +43,9 @@ LEAST_ROOM = 0.25
 class Bar:
     """A finding over a range of depths.
 
-    Parameters
-    ----------
-    label : str
-        Its verdict in words.
-    severity : str
-        A key of `SEVERITY_COLOURS`.
-    first, last : int
-        Depths, both taken.
+    ``label``: the name of its verdict.
+    ``severity``: a key of `SEVERITY_COLOURS`.
+    ``first, last``: depths, both taken.
     """
 
     label: str
@@ -65,18 +58,11 @@ class Bar:
 class Panel:
     """One measurement along depth.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw; the axis of depth is its x.
-    height : int
-        Pixels.
-    depths : mapping of float to float, optional
-        Position on the figure's own axis → depth, where its axis is another one, such as connections.
-    ticks : mapping of int to str, optional
-        Rows of a heat map that are named at its side.
-    marked : int, optional
-        A row of a heat map with a line along it.
+    ``figure``: what to draw; the axis of depth is its x.
+    ``height``: pixels.
+    ``depths``: position on the figure's own axis → depth, where its axis is another one, such as connections.
+    ``ticks``: rows of a heat map that are named at its side.
+    ``marked``: a row of a heat map with a line along it.
     """
 
     figure: Figure
@@ -199,7 +185,7 @@ def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
 
 
 def panel_title(high: float) -> dict[str, Any]:
-    """Where the title of a panel stands.
+    """Where the title of a panel is placed.
 
     ``high``: share of the drawing where the panel ends.
     """

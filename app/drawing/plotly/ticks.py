@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["log_ticks", "round_numbers"]
-
 _STEPS = (
     (1.0,),
     (1.0, 3.0),

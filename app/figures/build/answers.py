@@ -12,8 +12,6 @@ from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics.experiments.results import sentence, table_rows
 
-__all__ = ["answer_to"]
-
 MOST_BLOCKS = 3
 """Blocks that are named."""
 

@@ -8,8 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["Bins", "edges", "reduce_blocks"]
-
 
 @dataclass(frozen=True, eq=False)
 class Bins:
@@ -99,7 +97,7 @@ def reduce_blocks(
     """A matrix with one number for each bin of rows and bin of columns; NaN only where a block has no number.
 
     ``rows, columns``: of its two axes, each by itself.
-    ``by``: what stands for the numbers of a block.
+    ``by``: what represents the numbers of a block.
     Returns: (bin of rows, bin of columns), float64.
 
     Examples

@@ -10,15 +10,6 @@ from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
-__all__ = [
-    "describe_lines",
-    "describe_matrix",
-    "remarks_by_run",
-    "selection_words",
-    "token_count_words",
-    "versions_words",
-]
-
 # In the order in which a caption names them: which tokens, what was done to them, how they became one number.
 _LABEL_WORDS = {
     "scope": {
@@ -119,7 +110,7 @@ def describe_matrix(
         row, column = divmod(flat, matrix.shape[1])
         return f"{number(matrix[row, column])} ({rows[row]} against {columns[column]})"
 
-    # ±inf in place of NaN keeps the flat index that of the whole matrix.
+    # ±inf in place of NaN keeps the flat index that of the full matrix.
     lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))
     highest = cell(int(np.argmax(np.where(known, matrix, -np.inf))))
     return f"{size}: lowest {lowest}, highest {highest}, median {number(float(np.median(matrix[known])))}."

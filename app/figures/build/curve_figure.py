@@ -16,8 +16,6 @@ from depthscope.app.figures.build.values import LABELLED, defined_labels, stream
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["CurveFigure", "axis_title"]
-
 _AXES = {
     ("depth", "depth"): "depth (0 = embedding)",
     ("depth", "relative"): "relative depth (0 = embedding, 1 = last state)",

@@ -12,8 +12,6 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 
-__all__ = ["default_figure", "default_figures", "undrawn_dims"]
-
 # Dimensions with so few labels that each is a line; any other one is the second axis of a heat map.
 _LINES = ("direction", "kind", "norm", "component", "quantile")
 

@@ -10,8 +10,6 @@ import numpy as np
 from depthscope.app.figures.specification import Line, Lines
 from depthscope.diagnostics.metrics.intervals import LEVEL, factor
 
-__all__ = ["FEWEST", "folded", "folded_colours"]
-
 FEWEST = 3
 """Runs from which the mean has an interval: of two it reaches 13 standard errors to each side."""
 

@@ -15,8 +15,6 @@ from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, Trai
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["OVER_ROWS", "histories_figure", "history_figure", "measure_title", "profile_figure", "row_names"]
-
 TITLES = {
     CELLS: "Elements of H_res, H_pre and H_post, mean over tokens",
     DRIFT: "Drift of the connections' parameters since the first step",

@@ -12,8 +12,6 @@ from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Analyses, Heatmap, Line, Lines
 from depthscope.app.text.numbers import number, quantity
 
-__all__ = ["jacobian_figures", "jacobian_maps"]
-
 ISOMETRY = "Mean 1 and variance 0: every small change keeps its size (dynamical isometry)."
 
 CURVES = {
@@ -128,7 +126,7 @@ def _whole(found: xr.Dataset, variable: str) -> str:
 
 
 def _how(results: Mapping[str, xr.Dataset]) -> str:
-    """Which tokens and coefficients moved; once where all runs were measured alike."""
+    """Which tokens and coefficients moved; once where all runs were measured in the same way."""
     words = {
         run: f"{found.attrs['num_tokens']} tokens, "
         f"{'every token moves every token' if found.attrs['tokens'] == 'all' else 'each token by itself'}, "

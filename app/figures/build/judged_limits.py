@@ -8,8 +8,6 @@ from depthscope.app.figures.specification import Analyses
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Severity, last_step
 from depthscope.diagnostics.verdicts.declaration import number
 
-__all__ = ["judged_limits", "limit_labels", "passing_range"]
-
 _WORDS = {Severity.INFO: "note", Severity.WARN: "warn", Severity.FAIL: "fail"}
 
 

@@ -13,8 +13,6 @@ from depthscope.app.text.bibliography import source_words
 if TYPE_CHECKING:
     from depthscope.diagnostics.theory import Overlay
 
-__all__ = ["law_lines", "law_words", "missing_laws", "null_words"]
-
 
 def law_lines(overlays: Iterable[Overlay], like: Line) -> list[Line]:
     """The lines of the laws that apply, at the positions of the measured one."""

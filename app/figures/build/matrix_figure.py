@@ -16,8 +16,6 @@ from depthscope.app.text.numbers import number, sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-__all__ = ["MatrixFigure"]
-
 ORDERED = ("depth", "connection", "order", "component")
 """Axes along which neighbours may be drawn as one; heads and modules are names."""
 
@@ -43,7 +41,7 @@ class MatrixFigure(FigureKind):
     counts : bool
         Whether the number is taken from the sampled tokens, so that the caption counts them.
     of_block : {"mean", "largest"}
-        What stands for several cells on a screen, see `Heatmap`.
+        What represents several cells on a screen, see `Heatmap`.
     note : str
         Sentence of the caption.
     """

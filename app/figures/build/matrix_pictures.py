@@ -12,8 +12,6 @@ import numpy as np
 from depthscope.app.figures.specification import Heatmap
 from depthscope.app.text.numbers import number
 
-__all__ = ["picture_figure"]
-
 APART, SUM = 1, 1
 """Cells between a matrix and its sums and after them, and of the sums."""
 

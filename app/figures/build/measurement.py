@@ -20,8 +20,6 @@ from depthscope.app.text.numbers import number, sentence
 if TYPE_CHECKING:
     from depthscope.diagnostics.theory import Overlay
 
-__all__ = ["Curve", "Measurement"]
-
 MOST_NAMED = 3
 """Runs that a sentence of a caption names; of more it says how many. A heuristic of ours."""
 

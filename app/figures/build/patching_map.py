@@ -14,8 +14,6 @@ from depthscope.app.text.visible import LONGEST_LABEL, visible
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 
-__all__ = ["SITE_WORDS", "patching_map"]
-
 SITE_WORDS = {"residual": "the state", "h_res": "H_res", "h_pre": "H_pre", "h_post": "H_post"}
 """Site of a patch → what was put in."""
 

@@ -11,8 +11,6 @@ from depthscope.app.figures.build.laws import null_words
 from depthscope.app.figures.build.spectrum_figure import NOISE_WORDS
 from depthscope.app.figures.specification import NOISE_BASELINE, Array, Line, Lines, null_label
 
-__all__ = ["share_of_null"]
-
 _WORDS = f"Divided by the {NOISE_BASELINE}: 1 is what independent noise of the same shape would give."
 
 
@@ -43,13 +41,11 @@ def share_of_null(figure: Lines) -> Lines:
         y_label=f"fraction of the {NOISE_BASELINE}",
         # Both are in units of the number itself.
         healthy=None,
-        caption=" ".join([_WORDS, *_without_null(figure.caption, figure.metric).split()]),
+        # Without the words about a dashed line that is not drawn.
+        caption=" ".join(
+            [_WORDS, *figure.caption.replace(null_words(figure.metric), "").replace(NOISE_WORDS, "").split()]
+        ),
     )
-
-
-def _without_null(caption: str, metric: str) -> str:
-    """A caption without the words about a dashed line that is not drawn."""
-    return caption.replace(null_words(metric), "").replace(NOISE_WORDS, "")
 
 
 def _null_of(line: Line, lines: Sequence[Line]) -> Array | None:

@@ -23,8 +23,6 @@ from depthscope.app.figures.specification import (
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
-__all__ = ["NOISE_WORDS", "SpectrumFigure", "by_order", "density"]
-
 NUM_DEPTHS = 5  # each has a null: ten lines in one figure. A heuristic of ours.
 NUM_BINS = 20  # at least so many points of a density
 NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."

@@ -11,8 +11,6 @@ from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Array, Selection
 from depthscope.diagnostics.metrics.intervals import DEGREES, LEVEL, margin
 
-__all__ = ["Spread", "aligned", "spread_of"]
-
 
 class Spread(NamedTuple):
     """What is drawn around a curve, and the sentences of the caption about it."""

@@ -3,22 +3,10 @@
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
 from depthscope.app.text.visible import LONGEST_NAME, visible
-
-__all__ = [
-    "LABELLED",
-    "defined_labels",
-    "fed",
-    "feeds",
-    "names_of",
-    "pick",
-    "positions",
-    "streams_of",
-]
 
 LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
 """Dimensions of an analysis of which a selection takes one label."""
@@ -42,7 +30,9 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     at: dict[str, int] = {}
     if "step" in array.dims:
         # Runs that are compared have measured other steps; the nearest one is shown.
-        at["step"] = -1 if choice.step is None else _nearest(array.indexes["step"], choice.step)
+        at["step"] = -1
+        if choice.step is not None:
+            at["step"] = int(array.indexes["step"].get_indexer([choice.step], method="nearest")[0])
     for dim in LABELLED:
         if dim not in array.dims:
             continue
@@ -52,10 +42,6 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
             return None
         at[dim] = labels.index(label)
     return array.isel(at)
-
-
-def _nearest(steps: pd.Index, step: int) -> int:
-    return int(steps.get_indexer(pd.Index([step]), method="nearest")[0])
 
 
 def defined_labels(array: xr.DataArray, dim: str) -> list:

@@ -13,11 +13,9 @@ from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import names_of, positions
 from depthscope.app.figures.specification import Analyses, Line, Lines, Selection
 
-__all__ = ["build_cut"]
-
 _matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
-# The whole range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
 _BOUNDED = (0.0, 1.0)
 
 

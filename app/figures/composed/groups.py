@@ -16,8 +16,6 @@ from depthscope.diagnostics.analysis.differences import of_seeds
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.intervals import factor
 
-__all__ = ["differing_ranges", "grouped", "groups_of"]
-
 
 def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
     """The group of each run.
@@ -90,7 +88,7 @@ def differing_ranges(
 ) -> tuple[tuple[float, float], ...]:
     """Ranges of the axis in which the first two groups differ, corrected for the number of positions.
 
-    Returns: Empty for other than two groups, runs of different depth, and where nothing is told.
+    Returns: Empty for other than two groups, runs of different depth, and where nothing differs.
     """
     names = list(dict.fromkeys(groups.values()))
     if len(names) != 2 or CATALOGUE[metric].axis not in ("depth", "connection"):

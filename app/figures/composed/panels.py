@@ -16,10 +16,8 @@ from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, history_of, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, curves_by_step, matrices_of
 from depthscope.app.text.numbers import number
-
-__all__ = ["MOST_MAPS", "Clouds", "Curves", "Maps", "Matrices", "PanelRecipe", "Subjects"]
 
 MOST_MAPS = 3
 """Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
@@ -38,14 +36,9 @@ MOST_MATRICES = 2
 class Subjects:
     """The runs of a composed figure with what it needs of them.
 
-    Parameters
-    ----------
-    readings : tuple of Reading
-        Runs, in the order of their colours.
-    runs : mapping of str to DataTree
-        Runs in memory, by the names that `read_runs` was given.
-    groups : mapping of str to str
-        Run → group, where runs are repetitions of some designs; empty where each stands for itself.
+    ``readings``: runs, in the order of their colours.
+    ``runs``: runs in memory, by the names that `read_runs` was given.
+    ``groups``: run → group, where runs are repetitions of some designs; empty where each is one of its own.
     """
 
     readings: tuple[Reading, ...]
@@ -72,7 +65,7 @@ class Subjects:
     @cached_property
     def histories(self) -> dict[str, xr.Dataset]:
         """What was measured by step, of the runs that have several steps."""
-        found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
+        found = {reading.name: curves_by_step(reading, self.runs) for reading in self.readings}
         return {run: history for run, history in found.items() if history is not None}
 
     @cached_property
@@ -106,18 +99,12 @@ class PanelRecipe(Protocol):
 class Curves:
     """One panel with a curve of every run.
 
-    Parameters
-    ----------
-    key, title : str
-        Of the panel.
-    kind : FigureKind
-        A figure of the catalogue.
-    fixed : mapping of str to str
-        Labels that override the selection.
-    branch : str
-        Only connections of this kind, such as ``"attn"``; empty for all.
-    log_y : bool
-        A logarithmic axis also where the metric's own is linear: a null that is far off must not flatten the curves.
+    ``key, title``: of the panel.
+    ``kind``: a figure of the catalogue.
+    ``fixed``: labels that override the selection.
+    ``branch``: only connections of this kind, such as ``"attn"``; empty for all.
+    ``log_y``: a logarithmic axis also where the metric's own is linear: a null that is far off must not flatten the
+    curves.
     """
 
     key: str
@@ -176,20 +163,12 @@ def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
 class Maps:
     """A heat map of each of the first runs that have one.
 
-    Parameters
-    ----------
-    key, title : str
-        Of the panels; the run's name is added where several are shown.
-    kind : FigureKind
-        A figure of the catalogue.
-    fixed : mapping of str to str
-        Labels that override the selection.
-    most : int
-        Runs.
-    prepare : function, optional
-        Takes an analysis and returns one in which the metric has the dimensions of the map.
-    floor : float
-        Values below this share of the largest one of their column are rounding and undefined.
+    ``key, title``: of the panels; the run's name is added where several are shown.
+    ``kind``: a figure of the catalogue.
+    ``fixed``: labels that override the selection.
+    ``most``: runs.
+    ``prepare``: takes an analysis and returns one in which the metric has the dimensions of the map.
+    ``floor``: values below this share of the largest one of their column are rounding and undefined.
     """
 
     key: str
@@ -265,7 +244,7 @@ def _numbered(key: str, place: int) -> str:
 
 @dataclass(frozen=True)
 class Matrices:
-    """H_res of the first, a middle and the last connection, and its products over the halves and the whole."""
+    """H_res of the first, a middle and the last connection, and its products over each half and over all."""
 
     key: str = "mixing"
     title: str = "mixing matrices"
@@ -341,16 +320,10 @@ def _printed(
 class Clouds:
     """Eigenvalues of matrices of every run, with the unit circle.
 
-    Parameters
-    ----------
-    key, title : str
-        Of the panel.
-    matrices : function
-        Takes the mixing matrices of a run; returns those whose eigenvalues are drawn, (K, n, n).
-    note : str
-        Sentence of the caption.
-    radial_log : bool
-        Whether distances from the origin are log₂(1 + |λ|), which leaves the unit circle where it is.
+    ``key, title``: of the panel.
+    ``matrices``: takes the mixing matrices of a run; returns those whose eigenvalues are drawn, (K, n, n).
+    ``note``: sentence of the caption.
+    ``radial_log``: whether distances from the origin are log₂(1 + |λ|), which leaves the unit circle where it is.
     """
 
     key: str
@@ -405,13 +378,6 @@ def whole_products(found: MixingMatrices) -> np.ndarray:
 def in_one_line(reasons: Iterable[str]) -> str:
     """Distinct reasons, once each.
 
-    Parameters
-    ----------
-    reasons : iterable of str
-        Sentences without a full stop.
-
-    Returns
-    -------
-    str
+    ``reasons``: sentences without a full stop.
     """
     return "; ".join(dict.fromkeys(reasons))

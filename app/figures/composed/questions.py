@@ -20,8 +20,6 @@ from depthscope.app.figures.composed.panels import (
 )
 from depthscope.app.figures.composed.training import Cells, History, Loss
 
-__all__ = ["QUESTIONS", "Question"]
-
 
 @dataclass(frozen=True)
 class Question:
@@ -32,7 +30,7 @@ class Question:
     name : str
         Register key, file name, and name of the function in `depthscope.figures`.
     title : str
-        What stands first in the caption.
+        The beginning of the caption.
     recipes : tuple of PanelRecipe
         Its panels, in the order of their letters.
     """

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from depthscope.app.figures.specification import Array, Figure
 
-__all__ = ["Composed", "LetteredPanel", "Points"]
-
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ class LetteredPanel:
 class Composed:
     """A figure of panels that answers one question of a paper.
 
-    ``name, title``: key of the register, and what stands first in the caption.
+    ``name, title``: key of the register, and the beginning of the caption.
     ``panels``: in the order of their letters.
     ``runs``: all runs that are shown, with the numbers of their colours.
     ``caption, alt``: words below the figure, and for those who do not see it.

@@ -20,8 +20,6 @@ from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE, judge
 
-__all__ = ["Cells", "History", "Loss", "first_steps"]
-
 NO_HISTORY = "no run has metrics of several training steps: record one with ds.record(metrics='live')"
 MOST_JUDGED = 20
 """Steps that are judged: each takes some hundredths of a second. A heuristic of ours."""
@@ -181,12 +179,8 @@ def _ends(figures: Sequence[Lines]) -> tuple[float, float] | None:
 class History:
     """One metric over steps and depth, a heat map of each of the first runs that have it.
 
-    Parameters
-    ----------
-    metric, title : str
-        Name in the catalogue, and what is printed.
-    fixed : mapping of str to str
-        Labels that override the selection.
+    ``metric, title``: name in the catalogue, and what is printed.
+    ``fixed``: labels that override the selection.
     """
 
     metric: str

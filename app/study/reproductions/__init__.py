@@ -1,1 +1,1 @@
-"""Which results of papers hold in small networks? Studies as declared cells, run one by one, kept, and told in sentences."""
+"""Which results of papers hold in small networks? Studies as declared cells, run one by one and summarised in sentences."""

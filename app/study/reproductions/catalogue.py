@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from depthscope.app.study.reproductions import (
-    connections,
-    figure_8,
-    initialisation,
-    rescue,
-    stream_collapse,
-)
+from depthscope.app.study.reproductions import connections, figure_8, initialisation, rescue, stream_collapse
 
 STUDIES = {
     study.name: study

@@ -1,4 +1,4 @@
-"""Which cells of a study are done? Each is kept when it is measured; the next call goes on with the others."""
+"""Which cells of a study are done? Each is saved when it is measured; the next call goes on with the others."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PATIENCE = 10.0
 
 
 def row_path(out: Path, cell: Cell) -> Path:
-    """Where a cell's row is kept: the digest of its settings is in the name."""
+    """Where a cell's row is saved: the digest of its settings is in the name."""
     return out / "cells" / f"{cell.name}-{cell.digest}.json"
 
 
 def run_path(out: Path, cell: Cell) -> Path:
-    """Where a cell's run is kept, if it is."""
+    """Where a cell's run is saved, if it is."""
     return out / "runs" / f"{cell.name}-{cell.digest}.nc"
 
 
@@ -89,7 +89,7 @@ def keep(out: Path, cell: Cell, row: Row) -> None:
 def run_cells(
     study: Study, scale: Scale, out: Path, *, minutes: float | None = None, progress: bool | None = None
 ) -> tuple[list[Row], int]:
-    """Measure every cell that is not kept yet, one after the other.
+    """Measure every cell that is not saved yet, one after the other.
 
     ``out``: folder of the study; rows and runs of other settings in it stay.
     ``minutes``: no further cell begins after so long; one is measured in any case.
@@ -116,7 +116,7 @@ def run_cells(
                     and minutes is not None
                     and time.monotonic() - started > 60 * minutes
                 ):
-                    continue  # a later cell may be kept
+                    continue  # a later cell may be done
                 if row is None:
                     row = _measured(study, cell, out)
                     measured += 1
@@ -141,7 +141,7 @@ def _measured(study: Study, cell: Cell, out: Path) -> Row:
 
 @contextmanager
 def _one_study(out: Path) -> Iterator[None]:
-    """Two processes would measure each cell twice: the second one is told to wait."""
+    """Two processes would measure each cell twice: the second one waits."""
     out.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(out / "cells", "measuring", seconds=PATIENCE):
         yield

@@ -17,7 +17,7 @@ Verdict = Literal["reproduced", "not reproduced", "not decided"]
 
 @dataclass(frozen=True)
 class Row:
-    """What is kept of a cell.
+    """What is saved of a cell.
 
     ``settings``: of the cell.
     ``numbers``: NaN is undefined.
@@ -31,15 +31,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with the number that it stands or falls with.
+    """A statement with the number that decides it.
 
-    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` stands for the largest number of
+    ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` is replaced by the largest number of
     layers.
     ``source``: who says so; «this project» where the test is ours.
     ``measured``: what the number is.
     ``values``: one for each seed; NaN is unknown and does not count. In the table of a study: what takes them from
     its networks.
-    ``above, below``: where the number lies if the claim holds: above the one and below the other.
+    ``above, below``: where the number is if the claim holds: above the one and below the other.
     ``exact``: the number does not depend on chance: one value decides.
     """
 
@@ -59,7 +59,7 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """Reproduced where the whole interval lies inside the limits, not where all of it is outside, else undecided."""
+        """Reproduced where all of the interval is inside the limits, not where all of it is outside, else undecided."""
         found = self.found
         low, high = (found.mean, found.mean) if self.exact else (found.low, found.high)
         if not (math.isfinite(low) and math.isfinite(high)):

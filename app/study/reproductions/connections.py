@@ -9,7 +9,7 @@ from typing import Any
 
 from depthscope.app.study.reproductions.claims import Claim, Networks, exponents
 from depthscope.app.study.reproductions.measuring import train
-from depthscope.app.study.reproductions.plan import Along, Measured, Row, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, Row, RunNumber, Scale, Study
 
 # Those with streams first: a line has its colour by its place, also where the others have no number.
 FAMILIES = {
@@ -58,7 +58,7 @@ HC_PAPER, MHC_PAPER, ATTNRES_PAPER = "Zhu et al. 2025, 2409.19606", "Xie et al.,
 LITE_PAPERS = "2601.05732 and 2601.21579"
 
 
-def measure(settings: Mapping[str, Any]) -> Measured:
+def measure(settings: Mapping[str, Any]) -> MeasuredCell:
     """Train and measure one network."""
     return train(settings, NUMBERS, CURVES)[1]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from depthscope.app.figures import Figure, Heatmap, Line, Lines
 from depthscope.app.study.reproductions.claims import Claim, Networks
-from depthscope.app.study.reproductions.plan import Measured, Row, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import MeasuredCell, Row, RunNumber, Scale, Study
 from depthscope.diagnostics.kernels import mixing
 
 # Typed from the figure, printed to two decimals; rows are destinations.
@@ -50,7 +50,7 @@ def order_errors(family: str) -> tuple[float, float]:
     return right, reversed_order
 
 
-def measure(settings: Mapping[str, Any]) -> Measured:
+def measure(settings: Mapping[str, Any]) -> MeasuredCell:
     """Recompute what the printed matrices of a family give.
 
     Returns: Without a run: the matrices are not those of adjacent connections.
@@ -72,7 +72,7 @@ def measure(settings: Mapping[str, Any]) -> Measured:
         "row_sums": [float(total) for name in NAMES for total in printed[name].sum(1)],
         "column_sums": [float(total) for name in NAMES for total in printed[name].sum(0)],
     }
-    return Measured(numbers, curves, None)
+    return MeasuredCell(numbers, curves, None)
 
 
 def _exact(statement: str, measured: str, name: str, family: str = "mHC", **limits: float) -> Claim:

@@ -13,7 +13,7 @@ from torch import nn
 
 from depthscope.app.study.reproductions.claims import Claim, Networks, exponents
 from depthscope.app.study.reproductions.measuring import measured_batch, train
-from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, Scale, Study
 from depthscope.probes.interventions import ablate
 
 FAMILIES = {"no-skip": "no skip", "post-ln": "Post-LN", "pre-ln": "Pre-LN", "ln-scaling": "LayerNorm scaling"}
@@ -64,7 +64,7 @@ DONG, XIONG, SUN = (
 )
 
 
-def measure(settings: Mapping[str, Any]) -> Measured:
+def measure(settings: Mapping[str, Any]) -> MeasuredCell:
     """Train and measure one network."""
     model, found = train(settings, NUMBERS, CURVES)
     return replace(found, numbers={**found.numbers, **_skipped(model, settings)})

@@ -16,7 +16,7 @@ from depthscope.app.study.corpus import Corpus, draw_batch, split_corpus
 from depthscope.app.study.learner import create_learner, held_out_loss, train_step
 from depthscope.app.study.recipe import Recipe, schedule
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, profile, slice_of
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, profile, slice_of
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.theory import overlay_laws
@@ -46,11 +46,11 @@ def train(
     curves: Sequence[Along],
     *,
     build: Callable[..., nn.Module] = make,
-) -> tuple[nn.Module, Measured]:
+) -> tuple[nn.Module, MeasuredCell]:
     """Build a cell's network, measure it, train it on the text, and measure it again.
 
     ``settings``: of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
-    ``numbers``: each is kept as ``start_NAME`` and ``NAME``.
+    ``numbers``: each is stored as ``start_NAME`` and ``NAME``.
     ``build``: takes a family, a size and a seed.
     Returns: With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
     """
@@ -84,7 +84,7 @@ def train(
         lines[curve.name] = profile(analysis, curve.metric, curve.at).tolist()
         if curve.law and curve.metric in analysis:
             lines[f"{curve.name}_law"] = _law(curve, analysis)
-    return model, Measured(found, lines, run)
+    return model, MeasuredCell(found, lines, run)
 
 
 def _analysed(

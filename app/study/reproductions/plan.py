@@ -14,9 +14,9 @@ import xarray as xr
 from depthscope.app.figures import Figure
 from depthscope.app.study.reproductions.claims import Claim, Row, tested
 
-__all__ = ["Along", "Cell", "Measured", "Row", "RunNumber", "Scale", "Study"]
+__all__ = ["Along", "Cell", "MeasuredCell", "Row", "RunNumber", "Scale", "Study"]
 
-# Raised where the same settings give other numbers than before: kept cells of older code are then measured again.
+# Raised where the same settings give other numbers than before: saved cells of older code are then measured again.
 VERSION = 1
 
 
@@ -117,7 +117,7 @@ class Cell:
 
     ``study``: its study.
     ``settings``: everything that its numbers depend on; plain values.
-    ``keeps_run``: whether its run is kept beside its row.
+    ``keeps_run``: whether its run is saved with its row.
     """
 
     study: str
@@ -126,7 +126,7 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of the study and its settings: a kept cell is recognised by it."""
+        """Of the study and its settings: a saved cell is recognised by it."""
         text = json.dumps([VERSION, self.study, dict(self.settings)], sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -138,7 +138,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """What measuring a cell gave: its row's numbers and curves, and the run, with metrics, where there is a network."""
 
     numbers: Mapping[str, float]
@@ -169,7 +169,7 @@ class Study:
     families: Mapping[str, str]
     scale: Scale
     quick: Scale
-    measure: Callable[[Mapping[str, Any]], Measured]
+    measure: Callable[[Mapping[str, Any]], MeasuredCell]
     numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
     table: tuple[Claim, ...]

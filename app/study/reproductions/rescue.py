@@ -14,7 +14,7 @@ from torch import nn
 from depthscope.app.study.reproductions.claims import Claim, Networks
 from depthscope.app.study.reproductions.measuring import measured_batch, train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.probes.interventions import ablate, plan
@@ -42,7 +42,7 @@ PAPER = "2603.14833"
 MISSED = 0.01
 
 
-def measure(settings: Mapping[str, Any]) -> Measured:
+def measure(settings: Mapping[str, Any]) -> MeasuredCell:
     """Train one network, then remove each stream at each depth and put it back.
 
     Returns: With the loss by removing a stream, by depth, and the share of it that putting it back restores.

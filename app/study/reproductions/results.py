@@ -151,7 +151,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _deepest_readings(study: Study, scale: Scale, rows: Sequence[Row], out: Path) -> list[Reading]:
-    """The kept runs of the deepest networks, with the metrics of the study alone."""
+    """The saved runs of the deepest networks, with the metrics of the study alone."""
     done = {tuple(sorted(row.settings.items())) for row in rows}
     found = []
     for cell in study.cells(scale):

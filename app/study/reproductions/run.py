@@ -1,4 +1,4 @@
-"""How is a study run? Its cells one by one, then what they say."""
+"""How is a study run? Its cells one by one, then its results."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import nn
 from depthscope.app.study.reproductions.claims import Claim
 from depthscope.app.study.reproductions.measuring import train
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.streams import BROKEN, NEAR_IDENTITY
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics.schema import chain_dataset
@@ -41,7 +41,7 @@ SHARES = ("read_share", "signal_share", "write_share")
 PAPER = "2606.03483"
 
 
-def measure(settings: Mapping[str, Any]) -> Measured:
+def measure(settings: Mapping[str, Any]) -> MeasuredCell:
     """Train and measure one network.
 
     Returns: With the dominance of a stream, over depth and along it.

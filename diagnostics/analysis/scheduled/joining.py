@@ -1,4 +1,4 @@
-"""How do values of parts become those of the whole? Along depths, connections or sequences; of pairs as blocks of a matrix."""
+"""How do values of parts become those of the run? Along depths, connections or sequences; of pairs as blocks of a matrix."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from depthscope.diagnostics.analysis.scheduled.tasks import (
     PAIR,
     SEQUENCE,
     WHOLE,
-    Measured,
     Task,
+    TaskResult,
 )
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
@@ -24,7 +24,7 @@ UNDEFINED_BECAUSE = "undefined_because"
 
 
 def joined(
-    parts: Sequence[tuple[Task, Mapping[str, Measured]]],
+    parts: Sequence[tuple[Task, Mapping[str, TaskResult]]],
 ) -> tuple[dict[str, xr.DataArray], dict[str, str]]:
     """Join what the tasks of one chain measured.
 

@@ -1,4 +1,4 @@
-"""How are runs measured by workers? Facts of the whole first, then every task, then what one lost, metric by metric."""
+"""How are runs measured by workers? Facts of the complete run first, then every task, then what one lost, metric by metric."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from depthscope.diagnostics.analysis.scheduled.splitting import COPIES, MOST_POS
 from depthscope.diagnostics.analysis.scheduled.tasks import (
     SEQUENCE,
     Facts,
-    Measured,
     Task,
+    TaskResult,
     blocks_of,
     chain_trace,
     find_facts,
@@ -62,7 +62,7 @@ def measure_chains(
     arguments = [(task, chains[number].attrs, sent.get(number)) for number, task in tasks]
     results = run_all(client, run_task, arguments, _reporter("metrics", len(tasks), progress))
     results = _one_by_one(client, arguments, results, progress)
-    parts: list[list[tuple[Task, dict[str, Measured]]]] = [[] for _ in chains]
+    parts: list[list[tuple[Task, dict[str, TaskResult]]]] = [[] for _ in chains]
     for (number, task), result in zip(tasks, results, strict=True):
         parts[number].append((task, result))
     found: list[Found] = []
@@ -83,7 +83,7 @@ def _facts(
     budget: int,
     progress: Progress | None,
 ) -> dict[int, Facts]:
-    """What parts have to know of the whole, by the number of the chain; of those whose metrics ask for it."""
+    """What parts have to know of the complete run, by the number of the chain; of those whose metrics ask for it."""
     arguments: list[tuple[Any, ...]] = []
     owners: list[int] = []
     of_chains: list[list[Task]] = [[] for _ in chains]
@@ -114,7 +114,7 @@ def _facts(
 
 def _one_by_one(
     client: Any, arguments: Sequence[tuple[Any, ...]], results: Sequence[Any], progress: Progress | None
-) -> list[dict[str, Measured]]:
+) -> list[dict[str, TaskResult]]:
     """The results, with those of tasks that lost their worker measured once more, one metric at a time."""
     lost = [number for number, result in enumerate(results) if isinstance(result, LostWorker)]
     again = [
@@ -125,7 +125,7 @@ def _one_by_one(
     repeated = run_all(
         client, run_task, [of for _, of in again], _reporter("lost tasks", len(again), progress)
     )
-    complete: list[dict[str, Measured]] = [
+    complete: list[dict[str, TaskResult]] = [
         {} if isinstance(result, LostWorker) else result for result in results
     ]
     for (number, (task, *_)), result in zip(again, repeated, strict=True):

@@ -27,14 +27,14 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.mixing_matrices import KEPT_BYTES
 from depthscope.diagnostics.quantities.states import CACHE_BYTES
 
-# What metrics take in memory, in sizes of one stored depth, beside the depths that are kept: measured with tracemalloc over
+# What metrics take in memory, in sizes of one stored depth, besides the cached depths: measured with tracemalloc over
 # the catalogue (n = 4, float32), and rounded up.
 COPIES = 6
 MORE_COPIES = {
     **dict.fromkeys(("intrinsic_dimension", "intrinsic_dimension_bias", "corrected_participation_ratio"), 11),
     "relative_gradient": 8,
 }
-# The same of connections, in sizes of one connection's float64 matrices of every token: each one, and beside all of them.
+# The same of connections, in sizes of one connection's float64 matrices of every token: each one, and besides all of them.
 COPIES_OF_CONNECTION, BESIDE_CONNECTIONS = 3, 8
 # Of one number of each token, depth and stream, for steps of all depths: sizes, turns, and what is computed of them.
 NUMBERS_OF_STEP = 16
@@ -124,7 +124,7 @@ def _group(chain: Chain, name: str, kind: str) -> tuple[str, object]:
         return kind, "residual" in roots
     if kind == WHOLE and "h_res" in roots:
         fits = 2 * chain.one_connection * chain.trace.sizes.get("connection", 0) <= KEPT_BYTES
-        # Of matrices that are not kept nothing is shared.
+        # Matrices that are not cached share nothing.
         return kind, "h_res" if fits else name
     return kind, roots[:1] if kind == WHOLE else None
 
@@ -141,7 +141,7 @@ def _depth_tasks(chain: Chain, names: list[str]) -> Iterator[Task]:
     copies = max(MORE_COPIES.get(name, COPIES) for name in names) * chain.one_depth
     steps = any(CATALOGUE[name].of_steps for name in names)
     free = chain.budget - copies
-    # A step needs two depths at once, whether they are kept or not.
+    # A step needs two depths at once, whether they are cached or not.
     _require(chain, copies + (1 + steps) * chain.views, "two depths" if steps else "one depth")
     size = max(1, min(MOST_POSITIONS, free // chain.views - steps))
     for block in blocks_of(chain.trace.sizes["depth"], size):

@@ -30,7 +30,7 @@ DEPTH, STEP, PAIR, CONNECTION, SEQUENCE, WHOLE = KINDS
 LAST_DEPTH, ALL_STEPS = "gradient_norms", "token_steps"
 STATES = frozenset(("residual", "gradient"))
 
-Measured = tuple[dict[str, xr.DataArray], str]
+TaskResult = tuple[dict[str, xr.DataArray], str]
 """The variables of one metric and "", or none and the reason."""
 
 
@@ -95,7 +95,7 @@ def chain_trace(
     except (FileNotFoundError, ValueError):  # a run may have none
         statistics = None
     found = registry.sources(registry.with_facts(trace, attrs), statistics)
-    # Of a part the labels stay those of the whole.
+    # Of a part the labels stay those of the complete trace.
     found = found.assign_coords(
         {
             name: np.arange(found.sizes[name])
@@ -107,10 +107,10 @@ def chain_trace(
     return found
 
 
-def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, Measured]:
+def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[str, TaskResult]:
     """Measure the metrics of one task, on whichever worker it lands.
 
-    ``facts``: what it has to know of the whole run, where a metric needs that.
+    ``facts``: what it has to know of the complete run, where a metric needs that.
     """
     massive = None if facts is None else facts.massive
     with chain_trace(task.path, task.chain, attrs) as trace:
@@ -126,14 +126,14 @@ def run_task(task: Task, attrs: Mapping[str, Any], facts: Facts | None) -> dict[
         return {name: _measured(CATALOGUE[name], source, task) for name in task.metrics}
 
 
-def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> dict[str, Measured]:
+def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> dict[str, TaskResult]:
     """Metrics of depths and of steps: the latter also read the depth before, and each depth is read once."""
     sources = {}
     for kind, positions in ((STEP, list(task.positions)), (DEPTH, list(task.keep))):
         sources[kind] = Quantities(trace.isel(depth=positions))
         if massive is not None:
             sources[kind].give("massive", massive.at(positions))
-    with suppress(Unavailable):  # then each metric tells why
+    with suppress(Unavailable):  # then each metric gives the reason
         states = States(sources[STEP].trace["residual"], sources[STEP]["mask"], cache_bytes=task.cache_bytes)
         sources[STEP].give("residual_states", states)
         kept = [task.positions.index(position) for position in task.keep]
@@ -153,7 +153,7 @@ def _measure_depths(task: Task, trace: xr.Dataset, massive: Massive | None) -> d
     return found
 
 
-def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
+def _measured(metric: Metric, source: Quantities, task: Task) -> TaskResult:
     try:
         if task.kind != SEQUENCE:
             found = metric.evaluate(source)
@@ -168,7 +168,7 @@ def _measured(metric: Metric, source: Quantities, task: Task) -> Measured:
 
 @dataclass(frozen=True)
 class Facts:
-    """What each part of a run has to know of the whole."""
+    """What each part of a run has to know of all of it."""
 
     # which tokens are massive at any depth; None where that is not defined, or not asked for
     massive: Massive | None
@@ -190,9 +190,9 @@ class Facts:
 def find_facts(
     path: str, chain: str, attrs: Mapping[str, Any], depths: Sequence[int], has_massive: bool
 ) -> Facts | None:
-    """What some depths tell of the whole, on whichever worker this lands.
+    """What some depths contribute to these facts, on whichever worker this runs.
 
-    Returns: None of a run without a real token: the metrics say so.
+    Returns: None of a run without a real token: the metrics give the reason.
     """
     with chain_trace(path, chain, attrs) as trace:
         source = Quantities(trace.isel(depth=list(depths)))

@@ -22,12 +22,10 @@ SECONDS_TO_CONNECT = 20
 SECONDS_WITHOUT_WORKERS = 30  # a worker that was lost is back by then, where it is started again. Heuristic.
 SECONDS_BETWEEN_LOOKS = 0.02
 
-TRIES_ALONE = 2
-"""How often a task is tried again whose worker was lost. Heuristic."""
-
 _OF_OWN_WORKERS = {
-    # A task that took too much once takes it again.
-    "distributed.scheduler.allowed-failures": 0,
+    # How often a task is tried again whose worker was lost: with a worker goes whatever waited there, and one that is lost
+    # while it starts or ends takes along a task that has done nothing. Heuristic.
+    "distributed.scheduler.allowed-failures": 2,
     # A worker gets a task when it is free and not before: what waits there is lost with it.
     "distributed.scheduler.worker-saturation": 1.0,
     # Samples of what a worker's threads do took a third of its processor time on a busy machine, and nobody reads them here.
@@ -77,7 +75,7 @@ def workers(scheduler: Any, *, count: int | None = None, memory: int | None = No
                 processes=processes,
                 memory_limit=memory or "auto",
                 dashboard_address="127.0.0.1:0",  # any port that is free
-                silence_logs=50,  # a lost worker is told once, with what it was measuring
+                silence_logs=50,  # a lost worker is reported once, with what it was measuring
             ) as cluster,
             distributed.Client(cluster) as client,
         ):
@@ -138,15 +136,6 @@ def run_all(
         for done, future in enumerate(_as_completed(client, futures), 1):
             results[positions[future.key]] = _result(future)
             report(done)
-        # With a worker goes whatever waited there: each once more, alone, tells which one it was. Twice, because a worker
-        # that is lost while it starts or ends takes along a task that has done nothing.
-        for position in range(len(results)):
-            for _ in range(TRIES_ALONE):
-                if isinstance(results[position], LostWorker):
-                    again = client.submit(function, *arguments[position], pure=False)
-                    futures.append(again)
-                    (finished,) = _as_completed(client, [again])
-                    results[position] = _result(finished)
     finally:
         # Where one raised, the others are of no use; a scheduler that is gone has forgotten them.
         with suppress(Exception):

@@ -1,12 +1,7 @@
 """How alike two representations of the same tokens are, and how alike unrelated ones would look."""
 
 from depthscope.diagnostics.kernels.similarity.canonical import pwcca, svcca
-from depthscope.diagnostics.kernels.similarity.cka import (
-    cka_from_hsic,
-    cka_null,
-    hsic1,
-    linear_cka,
-)
+from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, cka_null, hsic1, linear_cka
 from depthscope.diagnostics.kernels.similarity.distances import rbf_cka, rsa
 from depthscope.diagnostics.kernels.similarity.layer_cka import (
     cka_matrices,

@@ -1,4 +1,4 @@
-"""What is wrong while the training runs? Each finding is told once, and again when it becomes more severe."""
+"""What is wrong while the training runs? Each finding is reported once, and again when it becomes more severe."""
 
 from __future__ import annotations
 
@@ -32,22 +32,20 @@ class TrainingStopped(DepthscopeError, RuntimeError):
 
     ``step``: of the training.
     ``findings``: those that are as severe, the worst first; of several processes only the one that writes has them.
-    ``came_at``: the step of the training at whose end they came; by default this one.
     """
 
-    def __init__(self, step: int, findings: tuple[Finding, ...], came_at: int | None = None) -> None:
+    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
         told = (
             f"{findings[0].sentence} {findings[0].advice}"
             if findings
             else "the process that writes has a severe finding"
         )
-        later = f" (its metrics came at step {came_at})" if came_at not in (None, step) else ""
-        super().__init__(f"step {step}{later}: {told}".strip())
+        super().__init__(f"step {step}: {told}".strip())
         self.step, self.findings = step, findings
 
 
 class Watched:
-    """Judges rows, and tells what is new in them.
+    """Judges rows, and reports what is new in them.
 
     ``on_finding``: ``on_finding(step, finding)``.
     ``stop_on``: ``"warn"`` or ``"fail"``.
@@ -106,7 +104,7 @@ class Watched:
     def tell(self, step: int, findings: list[Finding]) -> None:
         """Print those that are a warning or worse to the standard error, and call the user's function for each.
 
-        Raises Exception: What the user's function raised first, after all are told.
+        Raises Exception: What the user's function raised first, after all are reported.
         """
         failed: list[Exception] = []
         for finding in findings:
@@ -117,7 +115,7 @@ class Watched:
             if self._on_finding is not None:
                 try:
                     self._on_finding(step, finding)
-                except Exception as error:  # the other findings are still to be told
+                except Exception as error:  # the other findings are still to be reported
                     failed.append(error)
         if failed:
             raise failed[0]

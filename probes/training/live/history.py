@@ -1,4 +1,4 @@
-"""What do the rows of a training say together? Datasets by step, as an analysis of several steps has them."""
+"""What do the rows of a training make together? Datasets by step, as an analysis of several steps has them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,19 +20,16 @@ from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.learning_rate import LearningRate
-from depthscope.probes.training.live.analysis_process import AnalysisProcess, has_free_cores, is_possible
 from depthscope.probes.training.live.findings import OnFinding, TrainingStopped, Watched
 from depthscope.probes.training.live.group import live_groups
 from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
+from depthscope.probes.training.live.on_host import on_host
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
-from depthscope.probes.training.live.row_input import on_host
 from depthscope.probes.training.live.rows import packed
 from depthscope.probes.training.live.scalars import scalars
 from depthscope.probes.training.sinks import Sink
 
 TOKENS = 128  # sampled by default
-PLACES = ("inline", "process", "auto")
-DROPPED = "live_rows_dropped"
 
 
 class Live:
@@ -46,7 +42,6 @@ class Live:
     ``sinks``: each is called with a step and named numbers.
     ``on_finding``: called with a step and each new finding.
     ``stop_on``: ``"warn"`` or ``"fail"``: the severity that ends the training.
-    ``analysis``: ``"process"`` where rows are completed by a second process.
     """
 
     def __init__(
@@ -55,7 +50,6 @@ class Live:
         names: Sequence[str],
         *,
         name: str = "",
-        analysis: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         sinks: Iterable[Sink] = (),
         on_finding: OnFinding | None = None,
@@ -70,9 +64,6 @@ class Live:
         self._watched = Watched(on_finding, stop_on, name)
         self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
         self._unjudged: LiveRow | None = None
-        self._analysis = analysis
-        self._beside: AnalysisProcess | None = None
-        self._dropped: list[int] = []
 
     def measure(
         self,
@@ -81,96 +72,31 @@ class Live:
         first_run: Callable[[], xr.DataTree],
         *,
         overflowed: bool = False,
-    ) -> LiveRow | None:
-        """Compute the row of a step, or have it computed by the process beside.
+    ) -> LiveRow:
+        """Compute the row of a step.
 
         ``measured``: the row of statistics of the same step.
-        ``first_run``: builds the run of the first measured step, which tells what the model is.
-        Returns: None where `collect` returns it later, or never where it is dropped.
+        ``first_run``: builds the run of the first measured step, which describes the model.
         """
         if not self._metrics.groups:
             run = first_run()
             self._metrics.groups = live_groups(self._session, run)
-            self.attrs = {group.chain: _lasting(group.attrs) for group in self._metrics.groups}
+            # What holds at every step; other facts are in the rows.
+            self.attrs = {
+                group.chain: {name: value for name, value in group.attrs.items() if name not in ROW_FACTS}
+                for group in self._metrics.groups
+            }
         if overflowed:
             _forget_gradients(sums)
-        step = measured.step
-        begun = self._metrics.begin(sums, measured, self.rate.value())
-        if self._beside is not None and not self._beside.ended and not self._beside.is_starting:
-            self._beside.hand_over(step, sums, begun)
-            return None
-        row = self._metrics.complete(step, on_host(sums), begun)
-        self._keep(row)
-        if self._analysis == "process" and self._beside is None:
-            # After the first row: what cannot be computed at all starts no process.
-            self._beside = AnalysisProcess(self._metrics, self.attrs)
-        return row
-
-    def _keep(self, row: LiveRow) -> None:
+        row = self._metrics.row(on_host(sums), measured, self.rate.value())
         self.rows.append(packed(row, self.rows[-1] if self.rows else None))
-
-    @property
-    def awaited(self) -> set[int]:
-        """Steps whose rows the process beside has not completed yet."""
-        return set() if self._beside is None else self._beside.awaited
-
-    def noted(self) -> dict[str, Any]:
-        """Attributes of the run: how many rows were dropped."""
-        return {DROPPED: len(self._dropped)} if self._dropped else {}
-
-    def collect(self, say: Callable[[str, Exception | None], None], *, finish: bool = False) -> list[int]:
-        """Hand on the rows that the process beside has completed since.
-
-        ``finish``: whether to wait for all that it was given, and to end it.
-        """
-        beside = self._beside
-        if beside is None:
-            return []
-        found = beside.finish() if finish else beside.arrived()
-        if beside.ended:
-            self._analysis = None
-            say(
-                f"the process of the analysis ended ({beside.ended}); rows are computed in the training from now on",
-                None,
-            )
-        if len(beside.dropped) > len(self._dropped) == 0:
-            sys.stderr.write(
-                f"depthscope: step {beside.dropped[0]}: the process of the analysis is behind, and rows have no live metrics; "
-                f"their number is in the attribute {DROPPED}\n"
-            )
-        self._dropped = list(beside.dropped)
-        if finish or beside.ended:
-            self._beside = None
-            beside.close()
-        for step, row, findings, error in found:
-            if row is None:
-                say(f"the live metrics of step {step} were not computed: {error}", error)
-                continue
-            self._keep(row)
-            self._send(row, say)
-            if findings is None:
-                say(f"step {step} was not judged: {error}", error)
-            else:
-                self._tell_findings(step, self._watched.new(findings), say)
-        return [each.step for each in found]
-
-    def forget_process(self) -> None:
-        """In a child process: the process beside belongs to the parent."""
-        if self._beside is not None:
-            self._beside.forget()
-            self._beside = None
+        return row
 
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         """Hand a row to the sinks, and what is new in its findings to the user.
 
         ``say``: called with a sentence and the error where a sink, a verdict or the user's function failed.
         """
-        self._send(row, say)
-        self._unjudged = row
-        if self._watched.due:
-            self.judge(say)
-
-    def _send(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         named = scalars(row) if self._sinks else {}
         for sink in list(self._sinks):
             try:
@@ -179,6 +105,9 @@ class Live:
                 self._sinks.remove(sink)  # one sentence, and not one at every step
                 name = getattr(sink, "__qualname__", type(sink).__name__)
                 say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
+        self._unjudged = row
+        if self._watched.due:
+            self.judge(say)
 
     def note_task(self, task: Mapping[str, Any]) -> None:
         """What the loss of the last step is of, by which its row is judged as a run is that has it."""
@@ -204,24 +133,18 @@ class Live:
     def _tell_findings(
         self, step: int, new: list[Finding], say: Callable[[str, Exception | None], None]
     ) -> None:
-        severe = self._watched.severe(new)
-        if (
-            severe and self._severe is None
-        ):  # several rows may arrive at once, and the first severe one ends the training
+        if severe := self._watched.severe(new):
             self._severe = step, severe
         try:
             self._watched.tell(step, new)
         except Exception as error:
             say(f"on_finding failed at step {step}: {type(error).__name__}: {error}", error)
 
-    def stop_if_severe(self, step: int) -> None:
-        """Raise `TrainingStopped` where a row has a new finding as severe as was asked for.
-
-        ``step``: that ends; the row may be of an earlier one.
-        """
+    def stop_if_severe(self) -> None:
+        """Raise `TrainingStopped` where a row has a new finding as severe as was asked for."""
         severe, self._severe = self._severe, None
         if severe is not None:
-            raise TrainingStopped(*severe, came_at=step)
+            raise TrainingStopped(*severe)
 
     def say_too_late(self, say: Callable[[str, Exception | None], None]) -> None:
         """Say what would have stopped a training that has ended by now."""
@@ -229,8 +152,8 @@ class Live:
         if severe is not None:
             step, findings = severe
             say(
-                f"step {step} has a finding that stop_on ends a training for, and the training had ended when its metrics "
-                f"came: {findings[0].sentence}",
+                f"step {step} has a finding that stop_on ends a training for, and the training had ended: "
+                f"{findings[0].sentence}",
                 None,
             )
 
@@ -261,11 +184,6 @@ class Live:
         return histories(self.rows, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
 
 
-def _lasting(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those attributes of a group that hold at every step; the others are in the rows."""
-    return {name: value for name, value in attrs.items() if name not in ROW_FACTS}
-
-
 def _forget_gradients(sums: Sequence[TokenSums]) -> None:
     for chain in sums:
         for part in (chain, chain.mean_view):
@@ -273,21 +191,6 @@ def _forget_gradients(sums: Sequence[TokenSums]) -> None:
                 part.sums.pop(GRADIENT, None)
         if chain.live is not None:
             chain.live.gradient_norms.clear()
-
-
-def place_of_analysis(wanted: str) -> str:
-    """Where rows are completed: ``"inline"`` or ``"process"``.
-
-    ``wanted``: one of these or ``"auto"``: in a process where a core is free for it.
-    Raises InputError: For another place, or where this system offers no such process.
-    """
-    if wanted not in PLACES:
-        raise InputError(f"analysis is {wanted!r}; expected one of {', '.join(map(repr, PLACES))}")
-    if wanted == "process" and not is_possible():
-        raise InputError("analysis is 'process', which is not offered on this system; use 'inline' or 'auto'")
-    if wanted == "auto":
-        return "process" if is_possible() and has_free_cores() else "inline"
-    return wanted
 
 
 def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:

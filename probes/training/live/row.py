@@ -47,9 +47,6 @@ Number = tuple[tuple[Any, ...], np.ndarray, Mapping[str, Any]]
 Numbers = Mapping[str, Number]
 """Dims, values and attributes by name."""
 
-Begun = tuple[dict[str, Number], dict[str, Any]]
-"""Values of a group with their estimator as an attribute, and coordinates of theirs."""
-
 
 @dataclass(frozen=True)
 class LiveRow:
@@ -67,11 +64,11 @@ class LiveRow:
 class LiveMetrics:
     """Computes the row of each measured step.
 
-    ``session``: whose forwards are measured; None where rows are completed that another process began.
+    ``session``: whose forwards are measured.
     ``names``: metrics of the catalogue.
     """
 
-    def __init__(self, session: Session | None, names: Sequence[str]) -> None:
+    def __init__(self, session: Session, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.groups: list[LiveGroup] = []
         self._session = session
@@ -80,31 +77,25 @@ class LiveMetrics:
         self._small_starts: dict[str, str] = {}  # why branches are small, as it was said first
         self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
-    def begin(
+    def row(
         self, sums: Sequence[TokenSums], measured: StepStatistics, learning_rate: float | None
-    ) -> list[Begun]:
-        """What of a row costs nothing and needs the session, by group.
+    ) -> LiveRow:
+        """The row of a step.
 
+        ``sums``: of the step, by chain, in the memory of the host.
         ``measured``: the row of statistics of the same step.
         ``learning_rate``: that the optimizer made the step with.
         """
-        found = []
-        for at, group in enumerate(self.groups):
-            values, coords = self._weights(group, measured.weights)
-            values |= self._start(group) | _of_loss(measured)
-            values["same_sampled_tokens"] = self._same_tokens(at, group, sums[group.number])
-            if learning_rate is not None:
-                how = "of the first group of the optimizer's parameters"
-                values["learning_rate"] = _number(learning_rate, how)
-            found.append((values, coords))
-        return found
-
-    def complete(self, step: int, sums: Sequence[TokenSums], begun: Sequence[Begun]) -> LiveRow:
-        """Measure the rest of a row that `begin` began."""
         numbers: dict[str, Any] = {}
         coords: dict[str, Any] = {}
         not_computed: dict[str, dict[str, str]] = {}
-        for at, (group, (more, more_coords)) in enumerate(zip(self.groups, begun, strict=True)):
+        for at, group in enumerate(self.groups):
+            more, more_coords = self._weights(group, measured.weights)
+            more |= self._start(group) | _of_loss(measured)
+            more["same_sampled_tokens"] = self._same_tokens(at, group, sums[group.number])
+            if learning_rate is not None:
+                how = "of the first group of the optimizer's parameters"
+                more["learning_rate"] = _number(learning_rate, how)
             tokens = SampledTokens(sums[group.number], group, each_stream=self.names != LIVE)
             source = tokens.source(exact_quantities(sums[group.number], group))
             values, reasons = self._measure(group, tokens, source)
@@ -114,7 +105,7 @@ class LiveMetrics:
             for name, part in (_coords(group, stamped) | more_coords | nulls).items():
                 coords[group.path(name)] = part
             not_computed[group.chain] = reasons
-        return LiveRow(step, numbers, coords, not_computed)
+        return LiveRow(measured.step, numbers, coords, not_computed)
 
     def _measure(
         self, group: LiveGroup, tokens: SampledTokens, source: Quantities
@@ -172,7 +163,6 @@ class LiveMetrics:
         self, group: LiveGroup, weights: WeightNorms | None
     ) -> tuple[dict[str, Number], dict[str, Any]]:
         """Norms and updates of the weights of a group, with the coordinates of its modules."""
-        assert self._session is not None
         chains = self._session.structure.chains
         stages = [other for other in self.groups if other.number == group.number]
         starts = [other.depths[0] for other in stages]
@@ -194,7 +184,6 @@ class LiveMetrics:
 
     def _start(self, group: LiveGroup) -> dict[str, Number]:
         """Whether the blocks of a group are still near their start at this step; empty once they have left it."""
-        assert self._session is not None
         if group.number in self._grown:
             return {}
         facts = start_facts(self._session.model, self._session.structure.chains[group.number])

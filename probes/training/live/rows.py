@@ -79,10 +79,9 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _are_same(ones: Numbers, others: Numbers) -> bool:
     return ones.keys() == others.keys() and all(
-        a[0] == b[0] and a[1].dtype == b[1].dtype and _is_equal(a[1], b[1]) and _is_same(a[2], b[2])
+        a[0] == b[0]
+        and a[1].dtype == b[1].dtype
+        and (a[1] is b[1] or np.array_equal(a[1], b[1], equal_nan=a[1].dtype.kind == "f"))
+        and _is_same(a[2], b[2])
         for a, b in ((ones[path], others[path]) for path in ones)
     )
-
-
-def _is_equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return one is other or np.array_equal(one, other, equal_nan=one.dtype.kind == "f")

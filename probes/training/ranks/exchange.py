@@ -1,4 +1,4 @@
-"""What did all processes measure in a step? A header that tells whether they can be added, then their sums, once.
+"""What did all processes measure in a step? A header decides whether they can be added, then their sums, once.
 
 A measured step takes four collectives: a MAX of twelve integers, one SUM and one MAX of all statistics, and one SUM of the
 sampled tokens on the process that writes. Each process enters each of them, with data or without. Where the tokens of a
@@ -161,7 +161,7 @@ class Ranks:
         things; LostError where a process does not come.
         """
         assert self._channel is not None
-        # What may fail comes before the first collective, so that all are told; the others wait for nobody.
+        # What may fail comes before the first collective, so that all learn of it; the others wait for nobody.
         mine = None
         if local is not None and not failure:
             try:
@@ -319,7 +319,7 @@ class Ranks:
     # --- stopping ---
 
     def stop_later(self, stopped: TrainingStopped) -> None:
-        """Stop all processes at the end of the next measured step: its header tells the others."""
+        """Stop all processes at the end of the next measured step: its header informs the others."""
         self._stopped = self._stopped or stopped
 
     def stop_now(self, step: int) -> None:

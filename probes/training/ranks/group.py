@@ -22,7 +22,7 @@ class DataGroup:
 
     ranks: tuple[int, ...]  # their numbers in the world, in order; the first of them writes
     rank: int  # position of this process among them
-    chosen: str  # how they were chosen, in words
+    chosen: str  # how they were chosen, as a phrase
 
     @property
     def size(self) -> int:
@@ -77,7 +77,7 @@ def _as_data_group(ranks: list[int], chosen: str) -> DataGroup | None:
 
 
 def _named(ranks: list[int]) -> str:
-    """Numbers of processes in words, without a line of a thousand of them."""
+    """Numbers of processes as text, without a line of a thousand of them."""
     if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]} to {ranks[-1]}"
     return ", ".join(map(str, ranks if len(ranks) < 9 else [*ranks[:4], "…", ranks[-1]]))
@@ -105,7 +105,7 @@ def _of_wrapper(model: nn.Module) -> tuple[list[int], str]:
     """The processes of the data-parallel wrapper that the model has, and its name."""
     for wrapper, ranks in _wrappers(model):
         return ranks, wrapper
-    if _sharded_by_tensor(model):
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise InputError(
             "the parameters of the model are DTensors without fully_shard, as under tensor parallelism: whether the processes "
             "have the same data cannot be known. Pass group= the processes whose data differ, such as mesh['dp'], or "
@@ -149,10 +149,6 @@ def _fsdp_mesh(module: nn.Module) -> Any:
         if hasattr(parameter, "device_mesh"):
             return parameter.device_mesh
     raise CaptureError("a module of fully_shard has no parameter; pass group=")
-
-
-def _sharded_by_tensor(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def weight_share(group: DataGroup, parameter: nn.Parameter) -> float | None:

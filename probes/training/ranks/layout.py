@@ -39,17 +39,11 @@ class Entry(NamedTuple):
 class Layout:
     """Which statistics a step has, in the order of the vectors."""
 
-    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
-    # of values are without the token
-    sums: tuple[Entry, ...]
-    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
-    # of values are without the token
-    maxima: tuple[Entry, ...]
-    # what is added, what combines by maximum, and values of every token, whose distribution is added; shapes
-    # of values are without the token
-    values: tuple[Entry, ...]
+    sums: tuple[Entry, ...]  # what is added
+    maxima: tuple[Entry, ...]  # what combines by maximum
+    values: tuple[Entry, ...]  # values of every token, whose distribution is added; shapes without the token
     samples: tuple[Entry, ...]  # of the sampled tokens, without the token
-    # in which set of tokens each sample is: tokens of stages of different lengths are drawn apart
+    # in which set of tokens each sample is: tokens of stages of different lengths are drawn separately
     sets: Mapping[Entry, int]
     most: int  # number of sampled tokens of all processes together
     dtypes: tuple[torch.dtype, ...]  # of the samples

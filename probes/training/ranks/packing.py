@@ -69,7 +69,8 @@ def samples_vector(
         if entry.name == "gradient_norms":
             tokens = tokens * gradient_factor
         at = _put(vector, at, tokens.to(dtype), layout.most, sum(shares[number][:rank]))
-    for number, positions in enumerate(_positions(sums, layout)):
+    positions_of = [place.position_K.cpu() for place in _places(sums, layout)]
+    for number, positions in enumerate(positions_of):
         at = _put(
             vector,
             at,
@@ -124,10 +125,6 @@ def _real_tokens(sums: Sequence[TokenSums], layout: Layout) -> list[torch.Tensor
         else:
             found.append(place.real_K.cpu().nonzero().flatten())
     return found
-
-
-def _positions(sums: Sequence[TokenSums], layout: Layout) -> list[torch.Tensor]:
-    return [place.position_K.cpu() for place in _places(sums, layout)]
 
 
 def _places(sums: Sequence[TokenSums], layout: Layout) -> list[Places]:

@@ -1,4 +1,4 @@
-"""How do raw sequences become whole whose tokens are spread over processes? Their parts are put into one vector and added.
+"""How are raw sequences put together whose tokens are spread over processes? Their parts are put into one vector and added.
 
 A number that is zero in all processes but one is that number after the addition, bit for bit (a negative zero becomes zero).
 """
@@ -20,7 +20,7 @@ EXACT_INTEGERS = 2**24  # of float32
 
 
 def parts_vector(sequences: Many[Sequence], shards: TokenShards) -> torch.Tensor:
-    """The tokens of this process at their places in the whole sequences, float32, and a digest of what has which shape.
+    """The tokens of this process at their places in the complete sequences, float32, and a digest of what has which shape.
 
     ``sequences``: those of which this process has a part, in an order that all processes share.
     Returns: Zeros at the tokens of the other processes; at its end one digest a process.
@@ -44,7 +44,7 @@ def _digest(shapes: Many[str]) -> int:
 def _tensors(
     sequences: Many[Sequence],
 ) -> Iterator[tuple[Sequence, str, int | tuple[int, int], slice, int]]:
-    """Every tensor of which this process has a part: its sequence, field and key, the part, and the length of the whole."""
+    """Every tensor of which this process has a part: its sequence, field and key, the part, and the full length."""
     for sequence in sequences:
         assert sequence.part is not None
         for name in FIELDS:
@@ -53,7 +53,7 @@ def _tensors(
 
 
 def put_together(sequences: Many[Sequence], joined: torch.Tensor, num_processes: int) -> None:
-    """Take over whole sequences in place of their parts.
+    """Take over complete sequences in place of their parts.
 
     ``sequences``: as they were given to `parts_vector`; they are changed.
     Raises CaptureError: Where some process had no part, or one of other sequences.

@@ -56,8 +56,8 @@ WRONG_OPTIONS = {
     "scope": (["--scope", "nonsense"], "expected one of sequence, data"),
     "metric": (["--metrics", "effective_rank,nonsense"], "no metric 'nonsense'"),
     "decay": (["--decay", "0.5"], "expected --initial CHECKPOINT too"),
-    "out": (["--out", "metrics.npy"], "expected a name that ends in .nc, .zarr, .zarr.zip"),
-    "empty out": (["--out", ""], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+    "out": (["--out", "metrics.npy"], "expected a name that ends in .nc, .zarr"),
+    "empty out": (["--out", ""], "expected a name that ends in .nc, .zarr"),
     "out of the run": (["--out", "RUN"], "is the run itself"),
 }
 

@@ -97,7 +97,7 @@ def test_wrong_usage_is_one_line_and_two(words, said, capsys):
         (["export", "RUNS", "--out", "OUT/paper", "--venue", "a4"], "expected one of icml, neurips, iclr"),
         (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
         (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
-        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr, .zarr.zip"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsys):

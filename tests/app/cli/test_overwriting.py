@@ -74,7 +74,7 @@ def test_export_refuses_a_folder_of_others_before_it_analyses(run, tmp_path, mon
     "words",
     [
         ["analyze", "run.nc", "--out", ".nc"],
-        ["probe", "run.nc", "--out", "below/.zarr.zip"],
+        ["probe", "run.nc", "--out", "below/.zarr"],
         ["report", "run.nc", "--out", ".html"],
     ],
 )

@@ -20,7 +20,7 @@ from depthscope.diagnostics import save_run
 from depthscope.diagnostics.experiments import beside, save_result
 from tests.app.dashboard.opening import charts, open_page, words
 
-SUFFIXES = (".nc", ".zarr", ".zarr.zip")
+SUFFIXES = (".nc", ".zarr")
 
 
 @pytest.fixture(scope="module")

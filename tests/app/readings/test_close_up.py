@@ -17,7 +17,7 @@ def trace(mhc_run):
     return mhc_run["trace"].to_dataset().load()
 
 
-@pytest.fixture(scope="module", params=[".nc", ".zarr", ".zarr.zip"])
+@pytest.fixture(scope="module", params=[".nc", ".zarr"])
 def close_up(request, tmp_path_factory, mhc_run):
     path = tmp_path_factory.mktemp("runs") / f"a{request.param}"
     save_run(mhc_run, path)
@@ -125,7 +125,7 @@ def test_a_live_store_has_the_states_of_its_newest_step(make_run, tmp_path):
         schema.open_group(tmp_path / "live", "coverage")
 
 
-@pytest.mark.parametrize("suffix", [".nc", ".zarr", ".zarr.zip"])
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
 def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_path):
     save_run(mhc_run, tmp_path / f"a{suffix}")
     with pytest.raises(AbsentError, match="it has no group metrics"):

@@ -12,8 +12,8 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import Selection
 from depthscope.app.figures.composed import compose
 from depthscope.app.figures.composed.training import Cells
-from depthscope.app.readings.mixing_history import read_mixing_history
 from depthscope.app.readings.readings import read_paths
+from depthscope.app.readings.run_arrays import mixing_by_step
 from tests.app.dashboard.opening import charts, open_page
 from tests.models.logit_models import LogitModel, ids, loss
 
@@ -34,10 +34,11 @@ def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypa
             optimizer.zero_grad()
     if not store:
         ds.save_run(recorder.run, path)
-    history = read_mixing_history(path)
+    (reading,) = read_paths([str(path)])[0]
+    history = mixing_by_step(reading)
     assert history.dims == ("step", "connection", "stream_out", "stream_in")
     np.testing.assert_allclose(history.values, expected, rtol=1e-4)
-    panels = {panel.key: panel.content for panel in compose("cells", read_paths([str(path)])[0]).panels}
+    panels = {panel.key: panel.content for panel in compose("cells", [reading]).panels}
     n = history.sizes["stream_in"]
     assert len([key for key in panels if key.startswith("h_res")]) == n * n
     assert len({panel.limits for key, panel in panels.items() if key.startswith("h_res")}) == 1

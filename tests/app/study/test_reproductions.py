@@ -25,7 +25,7 @@ from depthscope.app.study.reproductions.catalogue import STUDIES
 from depthscope.app.study.reproductions.cells import keep, kept_row, row_path, run_cells
 from depthscope.app.study.reproductions.claims import Claim, exponents
 from depthscope.app.study.reproductions.networks import make
-from depthscope.app.study.reproductions.plan import Cell, Measured, Row, Scale
+from depthscope.app.study.reproductions.plan import Cell, MeasuredCell, Row, Scale
 from depthscope.app.study.reproductions.results import results_table, summary_text
 from depthscope.app.study.reproductions.run import run_reproduction, scale_of
 from depthscope.app.study.reproductions.streams import Kronecker, Permutations
@@ -323,7 +323,7 @@ def test_an_interrupt_keeps_what_is_done_and_minutes_end_between_networks(tmp_pa
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(settings["family"])
-        return Measured({"loss": 1.0}, {}, None)
+        return MeasuredCell({"loss": 1.0}, {}, None)
 
     study, scale = replace(initialisation.STUDY, measure=measure, trained=False), Scale(depths=(1,), seeds=2)
     with pytest.raises(KeyboardInterrupt):

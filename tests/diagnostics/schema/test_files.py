@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,7 +79,7 @@ def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
 
 
 def test_an_ending_without_a_name_is_no_place_for_a_run(make_run, tmp_path):
-    for name in (".nc", ".zarr", ".zarr.zip"):
+    for name in (".nc", ".zarr"):
         with pytest.raises(schema.SchemaError, match="is an ending without a name"):
             schema.save_run(make_run("residual"), tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -87,6 +90,22 @@ def test_a_missing_path_and_a_strange_ending(tmp_path):
         schema.open_run(tmp_path / "none.nc")
     with pytest.raises(schema.SchemaError, match=r"ends in \.nc"):
         schema.open_run(tmp_path / "run.pkl")
+
+
+def test_a_zipped_run_of_an_earlier_version_is_unpacked_as_its_refusal_says(make_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run("residual", layers=1)
+    schema.save_run(run, "a.zarr")
+    shutil.make_archive("a.zarr", "zip", "a.zarr")
+    shutil.rmtree("a.zarr")
+    for refused in (schema.open_run, lambda path: schema.save_run(run, path)):
+        with pytest.raises(schema.SchemaError, match="are not read or written any more") as error:
+            refused("a.zarr.zip")
+    command = str(error.value).partition("python ")[2].partition(",")[0]
+    subprocess.run([sys.executable, *command.split()], check=True)
+    with schema.open_run("a.zarr") as back:
+        assert schema.integrity(back) == "verified"
+        xr.testing.assert_identical(back.load(), run)
 
 
 def test_two_chains_are_two_child_groups(make_run, tmp_path):

@@ -89,26 +89,6 @@ def test_only_new_bytes_are_read(begun, monkeypatch):
     assert followed.column("statistics/loss")[-1] == 100.0
 
 
-@pytest.mark.parametrize("rows", [3, 100])
-def test_numbers_that_come_after_their_row_was_looked_at_are_seen(begun, monkeypatch, rows):
-    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", rows)
-    store, path = begun
-    store.append(0, {**numbers(0), "metrics/late": ((), 0.0)})
-    followed = FollowedStore(path)
-    for step in range(1, 9):
-        store.append(step, numbers(step), complete=False)
-        followed.refresh()
-        assert np.isnan(followed.column("metrics/late")[-1])
-        store.add_later(step, {"metrics/late": float(step)})
-        assert followed.refresh()
-        assert followed.column("metrics/late").tolist() == list(range(step + 1))
-        assert followed.row(step)["metrics/late"][1] == step
-    # A row that is superseded takes with it what came later.
-    store.append(4, numbers(4))
-    assert followed.refresh()
-    np.testing.assert_array_equal(followed.column("metrics/late"), [0, 1, 2, 3, np.nan])
-
-
 def test_half_a_row_waits_for_its_end_and_damage_is_refused(begun):
     store, path = begun
     store.append(0, numbers(0))

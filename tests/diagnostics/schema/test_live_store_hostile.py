@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +17,9 @@ from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import FollowedStore, SchemaError, live_store, live_store_reading
 from depthscope.diagnostics.schema.live_store import LiveStore
-from depthscope.diagnostics.schema.live_store_frames import BEGIN, LATER, NOTE, ROW
+from depthscope.diagnostics.schema.live_store_frames import BEGIN, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import read_history
-from depthscope.diagnostics.schema.live_store_rows import LATER_HEAD, ROW_HEAD
+from depthscope.diagnostics.schema.live_store_rows import ROW_HEAD
 from tests.diagnostics.schema.live_logs import begins, chained, payloads, row, written
 
 READERS = (schema.open_run, FollowedStore)
@@ -195,8 +194,7 @@ def rearranged(frames: list[bytes]) -> dict[str, list[bytes]]:
 
 def test_frames_that_are_removed_doubled_swapped_or_replayed_are_noticed(two_runs, tmp_path, one_step):
     store = written(tmp_path / "c", one_step, range(4))
-    store.append(4, {**row(4.0), "metrics/late": ((), 1.0)}, complete=False)
-    store.add_later(4, {"metrics/late": 2.0})
+    store.append(4, {**row(4.0), "metrics/late": ((), 1.0)})
     store.note({"model": "x"})
     store.finish()
     log = tmp_path / "c" / schema.LOG
@@ -260,7 +258,7 @@ def forged_logs(log: bytes):
     """Each place in each JSON of a log with each of the values, or without what is there."""
     frames = payloads(log)
     for number, (kind, payload) in enumerate(frames):
-        if kind in (ROW, LATER):
+        if kind == ROW:
             continue
         content = json.loads(payload)
         for path in places_of(content):
@@ -369,16 +367,6 @@ FLOODS = {
         begun(variables=number([])),
         *[row_frame(0, 1, bytes(4))] * (n // 44),
     ],
-    "numbers that come later": lambda n: [
-        begun(variables=number([])),
-        row_frame(0, 1, bytes(4)),
-        *[(LATER, LATER_HEAD.pack(0, 0, 1) + bytes(4))] * (n // 40),
-    ],
-    "a large row whose numbers come later, one by one": lambda n: [
-        begun(variables=number([n // 8]) | {"statistics/y": number([])["statistics/x"]}),
-        row_frame(0, 1, bytes(n // 8 * 4)),
-        *[(LATER, LATER_HEAD.pack(0, 1, 2) + bytes(4))] * (n // 80),
-    ],
     "attempts": lambda n: [
         begun(),
         *[(NOTE, b'{"note": "opened", "time": 0, "pid": 0, "host": ""}')] * (n // 75),
@@ -435,24 +423,11 @@ def test_a_hole_in_a_file_is_refused(pair):
             door(store)
 
 
-def test_time_grows_with_the_bytes_of_a_log_and_not_with_its_frames_times_a_row(tmp_path):
-    """Numbers that come later were each copied with their row."""
-
-    def seconds(num: int) -> float:
-        folder = tmp_path / str(num)
-        folder.mkdir()
-        variables = number([num * 100]) | {"statistics/y": number([])["statistics/x"]}
-        later = [(LATER, LATER_HEAD.pack(0, 1, 2) + bytes(4))] * num
-        (folder / schema.LOG).write_bytes(
-            chained([begun(variables=variables), row_frame(0, 1, bytes(num * 400)), *later])
-        )
-        best = float("inf")
-        for _ in range(3):
-            start = time.process_time()
-            read_history(folder)
-            best = min(best, time.process_time() - start)
-        return best
-
-    seconds(1000)
-    small, large = seconds(2000), seconds(16_000)
-    assert large < 8 * 3 * small  # 64 times, were it frames × row
+def test_a_log_with_numbers_that_a_second_process_added_names_the_depthscope_that_reads_it(tmp_path):
+    later = (5, bytes(20))  # as version 0.2 before its release wrote with analysis="process"
+    (tmp_path / schema.LOG).write_bytes(
+        chained([begun(variables=number([])), row_frame(0, 1, bytes(4)), later])
+    )
+    for door in (FollowedStore, read_history):
+        with pytest.raises(SchemaError, match="save it as a file with that depthscope"):
+            door(tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 
 import h5py
 import numpy as np
@@ -84,16 +83,11 @@ def foreign_files(folder):
     with h5py.File(folder / "measured.nc", "w") as file:
         file["temperature"] = np.ones(3)
     (folder / "text.nc").write_text("not at all netCDF")
-    with zipfile.ZipFile(folder / "photos.zarr.zip", "w") as archive:
-        archive.writestr("beach.jpg", b"jpg")
-    (folder / "text.zarr.zip").write_text("no zip")
     (folder / "text.zarr").write_text("no folder")
     xr.Dataset({"x": ("y", [1.0])}).to_zarr(folder / "foreign.zarr", zarr_format=3, consolidated=False)
 
 
-@pytest.mark.parametrize(
-    "name", ["measured.nc", "text.nc", "photos.zarr.zip", "text.zarr.zip", "text.zarr", "foreign.zarr"]
-)
+@pytest.mark.parametrize("name", ["measured.nc", "text.nc", "text.zarr", "foreign.zarr"])
 def test_what_is_no_run_is_replaced_with_force_alone(make_run, tmp_path, name):
     foreign_files(tmp_path)
     alone = tmp_path / "alone"

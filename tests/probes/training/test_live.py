@@ -320,6 +320,12 @@ def test_a_finding_is_told_once_and_stops_the_training_after_the_step(models, id
     assert stopped.value.findings
     stored = diagnostics.open_run(tmp_path / "a.nc")
     assert schema.chain_dataset(stored, "metrics")["step"].values.tolist() == [0]
+    # A step that only the end of the block ends has nothing left to stop.
+    with (
+        pytest.warns(probes.ProbeWarning, match="stop_on ends a training for, and the training had ended"),
+        probes.record(model, metrics="live", stop_on="warn"),
+    ):
+        model(ids)
 
 
 def test_a_callback_or_a_sink_that_fails_never_ends_the_training(models, ids):

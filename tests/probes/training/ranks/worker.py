@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,10 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.training.live import live as live_module
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.recorder import ProbeWarning
-from tests.probes.training.beside import Beside
 
 EQUAL = 1e-10
 # Of numbers that come from a spectrum or an angle of float32 states, whose order differs.
@@ -207,12 +204,10 @@ def learning(world, folder):
 
 
 def streams(world, folder):
-    """Connections between streams; the first process has its rows completed beside the training."""
+    """Connections between streams."""
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0]]
     near = (*OF_GRADIENTS, *QUANTILES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_module, "AnalysisProcess", Beside)
-        recorder = compared(lambda: built(Streams), 2, counts, near=near, analysis="process")
+    recorder = compared(lambda: built(Streams), 2, counts, near=near)
     if dist.get_rank() == 0:
         one = trained(built(Streams), 2, counts=counts, group="none")
         for name in ("mixing_gain", "composite_gain"):
