@@ -64,41 +64,62 @@ class Mutant:
     what: str
 
 
-def mistakes(node: ast.AST) -> list[tuple[str, Callable[[], ast.AST]]]:
+Made = tuple[str, Callable[[], ast.AST]]
+
+
+def mistakes(node: ast.AST) -> list[Made]:
     """What can be done wrong at a node: in words, and what makes the node that takes its place."""
-    made: list[tuple[str, Callable[[], ast.AST]]] = []
+    return [*operators(node), *values(node), *conditions(node), *left_out(node)]
 
-    def changed(what: str, **fields: Any) -> None:
-        made.append((what, lambda: ast.copy_location(type(node)(**{**vars(node), **fields}), node)))
 
+def changed(node: ast.AST, what: str, **fields: Any) -> Made:
+    """The same node with other fields."""
+    return what, lambda: ast.copy_location(type(node)(**{**vars(node), **fields}), node)
+
+
+def operators(node: ast.AST) -> Iterator[Made]:
+    """Another operator, or its factors exchanged."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in EXCHANGED:
-            changed(f"{type(op).__name__} exchanged", ops=[EXCHANGED[type(op)]()])
+            yield changed(node, f"{type(op).__name__} exchanged", ops=[EXCHANGED[type(op)]()])
         case ast.BinOp(op=ast.MatMult()):
-            changed("factors exchanged", left=node.right, right=node.left)
+            yield changed(node, "factors exchanged", left=node.right, right=node.left)
         case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op) if type(op) in EXCHANGED:
-            changed(f"{type(op).__name__} exchanged", op=EXCHANGED[type(op)]())
+            yield changed(node, f"{type(op).__name__} exchanged", op=EXCHANGED[type(op)]())
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
-            made.append((f"without {type(node.op).__name__}", lambda: node.operand))
+            yield f"without {type(node.op).__name__}", lambda: node.operand
+
+
+def values(node: ast.AST) -> Iterator[Made]:
+    """Another number or truth value."""
+    match node:
         case ast.Constant(value=bool()):
-            changed(f"not {node.value}", value=not node.value)
+            yield changed(node, f"not {node.value}", value=not node.value)
         case ast.Constant(value=int() | float()):
-            changed(f"{node.value} + 1", value=node.value + 1)
+            yield changed(node, f"{node.value} + 1", value=node.value + 1)
+
+
+def conditions(node: ast.AST) -> Iterator[Made]:
+    """A condition reversed or left out, a loop that ends where it should go on."""
+    match node:
         case ast.If() | ast.IfExp() | ast.While():
-            changed("condition reversed", test=ast.UnaryOp(ast.Not(), node.test))
+            yield changed(node, "condition reversed", test=ast.UnaryOp(ast.Not(), node.test))
         case ast.comprehension(ifs=[_, *_]):
-            changed("without its condition", ifs=node.ifs[1:])
+            yield changed(node, "without its condition", ifs=node.ifs[1:])
         case ast.Continue() | ast.Break():
-            made.append(("exchanged", lambda: ast.copy_location(EXCHANGED[type(node)](), node)))
-        case ast.Expr(value=ast.Call()):
-            made.append(("left out", lambda: ast.copy_location(ast.Pass(), node)))
+            yield "exchanged", lambda: ast.copy_location(EXCHANGED[type(node)](), node)
+
+
+def left_out(node: ast.AST) -> Iterator[Made]:
+    """A statement or an argument that is not there."""
+    match node:
+        case ast.Expr(value=ast.Call()) | ast.AugAssign():
+            yield "left out", lambda: ast.copy_location(ast.Pass(), node)
         case ast.Call(keywords=[_, *_]):
             for at, keyword in enumerate(node.keywords):
                 if keyword.arg is not None:
-                    changed(f"without {keyword.arg}=", keywords=node.keywords[:at] + node.keywords[at + 1 :])
-    if isinstance(node, ast.AugAssign):
-        made.append(("left out", lambda: ast.copy_location(ast.Pass(), node)))
-    return made
+                    rest = node.keywords[:at] + node.keywords[at + 1 :]
+                    yield changed(node, f"without {keyword.arg}=", keywords=rest)
 
 
 def places(tree: ast.AST, inside: bool = False) -> Iterator[ast.AST]:
@@ -173,8 +194,8 @@ def exchange(changed: dict[Function, CodeType]) -> int:
     """Give every function in memory its changed code; how many there were."""
     gc.unfreeze()
     count = 0
-    for function in gc.get_objects():
-        if isinstance(function, FunctionType) and (name := named(function.__code__)) in changed:
+    for function in gc.get_objects():  # by their types: of isinstance some objects make a warning
+        if type(function) is FunctionType and (name := named(function.__code__)) in changed:
             function.__code__ = changed[name].replace(co_filename=function.__code__.co_filename)
             count += 1
     return count
@@ -185,7 +206,9 @@ class Trial:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.killed, self.tried = options, 0, 0
-        files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(ROOMS[options.room][0]))]
+        # What numba compiles is no code that could be exchanged.
+        paths = [path for path in sorted(ROOT.glob(ROOMS[options.room][0])) if "_compiled" not in path.name]
+        files = [str(path.relative_to(ROOT)) for path in paths]
         every = mutants(files)
         self.chosen = Random(options.seed).sample(every, min(options.number, len(every)))
         self.report(
@@ -252,6 +275,8 @@ class Trial:
                 resource.setrlimit(resource.RLIMIT_CPU, (int(longest), int(longest)))
                 try:
                     answer.write_bytes(pickle.dumps(task()))
+                except BaseException as error:
+                    answer.write_bytes(pickle.dumps(f"the process failed: {error!r}"))
                 finally:
                     os._exit(0)
             end = time.monotonic() + 10 * longest  # others may use the processors

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import analyze, schema
+from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store_history import read_history
 from depthscope.probes.checkpoints.errors import CheckpointError
@@ -39,7 +40,7 @@ from tests.probes.static.dialect_files import CASES
 from tests.probes.static.written_files import write_gguf
 from tests.thoroughness import sample_or_every
 
-REFUSALS = (schema.SchemaError, CheckpointError)
+REFUSALS = (schema.SchemaError, CheckpointError, AbsentError)
 NOISE = ("Exception ignored", "HDF5-DIAG", "Traceback (most recent call last)")
 SECONDS, MIB = 20, 700
 
