@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numcodecs
 import numpy as np
 import pytest
@@ -125,10 +126,22 @@ def write_small_gguf(path: Path) -> None:
     write_gguf(path.parent, case.tensors, case.config, case.settings).rename(path)
 
 
-def open_gguf(path: Path) -> None:
-    size, found = path.stat().st_size, check_gguf(path)
-    assert found.num_elements <= 8 * size * found.num_tensors
-    command("describe", str(path))
+def write_gguf_header(path: Path) -> None:
+    """Some of each kind of value, and little else."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(2)
+    writer.add_token_list(["a", "b", "ü"])
+    writer.add_token_types([1, 1, 3])
+    writer.add_tensor("output_norm.weight", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def open_gguf_header(path: Path) -> None:
+    found = check_gguf(path)
+    assert found.num_elements <= 8 * path.stat().st_size * found.num_tensors
 
 
 TENSORS = {
@@ -161,7 +174,8 @@ Write, Read = Callable[[Path], object], Callable[[Path], object]
 KINDS: dict[str, tuple[Write, Read]] = {
     **{f"run{suffix}": (save_run, open_run) for suffix in schema.SUFFIXES},
     "live": (save_live, open_live),
-    "m.gguf": (write_small_gguf, open_gguf),
+    "header.gguf": (write_gguf_header, open_gguf_header),
+    "m.gguf": (write_small_gguf, lambda path: command("describe", str(path))),
     "m.safetensors": (lambda path: save_file(TENSORS, path, metadata={"format": "pt"}), open_safetensors),
     "streams.safetensors": (save_streams, lambda path: command("describe", str(path), "--weights-only")),
     "new.pt": (save_pickle, open_pickle),
@@ -191,7 +205,7 @@ def whole(tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
 
 
 # Headers and logs take milliseconds; with a command, a library that loads a model, or a process for HDF5, seconds.
-QUICK = ("live", "m.safetensors", "new.pt", "old.pt")
+QUICK = ("live", "header.gguf", "m.safetensors", "new.pt", "old.pt")
 LONG = ("run.nc", "m.gguf", "streams.safetensors", "sharded")
 
 
@@ -209,7 +223,7 @@ def examples(number: int) -> settings:
 
 
 @pytest.mark.parametrize("kind", QUICK)
-@examples(60)
+@examples(100)
 @given(data=st.data())
 def test_damage_is_refused_in_a_sentence_or_changes_nothing(kind, whole, data):
     read_damaged(kind, whole(kind), data)
