@@ -450,14 +450,16 @@ STYLE_DESIGNS = (
     Design("branches that are sums of three", SummedBranches, layers=""),
     Design("modules registered twice", TwiceRegistered, layers="layers.{i}"),
     Design("a list of states that nobody uses", UnusedStates, layers="layers.{i}"),
-    Design("experts by index_add", MixtureOfExperts, layers="layers.{i}"),
+    Design("experts by index_add", MixtureOfExperts, layers=""),
     Design("class token", ClassToken, lambda seed: normal(seed, 2, 3, 16, 16)),
     Design("cross attention to the batch's memory", CrossAttending, with_memory, layers="layers.{i}"),
-    Design("one block with step embeddings", StepEmbedding, layers="block"),
-    Design("reads of the mean of two states", ReadAverages, layers="layers.{i}"),
+    Design("one block with step embeddings", StepEmbedding, layers=""),
+    Design(
+        "reads of the mean of two states", ReadAverages, layers="layers.{i}", family=f"residual|{OVER_DEPTH}"
+    ),
     Design("a branch that is thrown away", ThrownAway, layers="layers.{i}"),
     Design("the state is detached halfway", Detached, layers="layers.{i}"),
-    Design("a scan over tokens", Scan, layers="layers.{i}"),
+    Design("a scan over tokens", Scan, layers=""),
     Design(
         "attention residuals, keys normed outside",
         KeysOutside,
