@@ -15,6 +15,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -49,6 +50,7 @@ EXCHANGED: dict[type[ast.AST], type[ast.AST]] = {
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
     ast.Continue: ast.Break, ast.Break: ast.Continue,
 }  # fmt: skip
+FAILED = "the process failed"  # for a reason of this program's
 # What an error says, an annotation and what only a reader sees are no behaviour; a default is evaluated elsewhere.
 LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign, ast.arguments)
 
@@ -62,6 +64,9 @@ class Mutant:
     number: int
     way: int
     what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.what}"
 
 
 Made = tuple[str, Callable[[], ast.AST]]
@@ -211,6 +216,7 @@ class Trial:
         files = [str(path.relative_to(ROOT)) for path in paths]
         every = mutants(files)
         self.chosen = Random(options.seed).sample(every, min(options.number, len(every)))
+        self.before = earlier(options.again) if options.again else {}
         self.report(
             f"{len(every)} mutants of {len(files)} files, {len(self.chosen)} drawn by seed {options.seed}"
         )
@@ -229,7 +235,11 @@ class Trial:
         self.report(
             f"{len(good)} tests pass in {seconds:.0f} s of processor time, {len(found) - len(good)} do not"
         )
+        names = {item.nodeid for item in session.items}
         for mutant in self.chosen:
+            if (known := self.before.get(str(mutant))) in names:
+                self.tell(mutant, str(known), 0, 0)
+                continue
             changed = changed_functions(mutant)
             reaching = [(of[1], at) for at, of in good.items() if of[0] & set(changed)]
             items, spent = [], 0.0
@@ -254,7 +264,8 @@ class Trial:
 
     def tell(self, mutant: Mutant, result: str, run: int, reaching: int) -> None:
         """Count and report one mutant."""
-        if result in ("same code", "not exchanged"):
+        if result in ("same code", "not exchanged") or result.startswith(FAILED):
+            self.report(f"{mutant}: {result}")
             return
         self.tried += 1
         self.killed += result != "survived"
@@ -264,7 +275,7 @@ class Trial:
             if result == "survived"
             else f"killed: {result}"
         )
-        self.report(f"{mutant.file}:{mutant.line} {mutant.what}: {text}\n    {line}")
+        self.report(f"{mutant}: {text}\n    {line}")
 
     def forked(self, task: Callable[[], Any], longest: float) -> Any:
         """What a function gives in a forked process; how the process ended where it gives nothing."""
@@ -276,7 +287,7 @@ class Trial:
                 try:
                     answer.write_bytes(pickle.dumps(task()))
                 except BaseException as error:
-                    answer.write_bytes(pickle.dumps(f"the process failed: {error!r}"))
+                    answer.write_bytes(pickle.dumps(f"{FAILED}: {error!r}"))
                 finally:
                     os._exit(0)
             end = time.monotonic() + 10 * longest  # others may use the processors
@@ -287,6 +298,11 @@ class Trial:
             return (
                 pickle.loads(answer.read_bytes()) if answer.exists() else "the process did not end by itself"
             )
+
+
+def earlier(output: Path) -> dict[str, str]:
+    """Which test killed which mutant, by what this program printed."""
+    return dict(re.findall(r"^(\S+ .*?): killed: (\S+::.*)$", output.read_text(), re.MULTILINE))
 
 
 def calls(items: list[pytest.Item]) -> dict[int, tuple[set[Function], float, bool]]:
@@ -342,6 +358,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--longest", type=float, default=900, help="processor time after which a process is stopped"
+    )
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="OUTPUT",
+        help="try only what no test killed there that is still among the tests",
     )
     parser.add_argument("--tests", nargs="*", help="other tests than those of the room")
     options = parser.parse_args()
