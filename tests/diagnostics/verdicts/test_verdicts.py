@@ -11,7 +11,7 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
-from depthscope.diagnostics.verdicts import VERDICTS, wiring
+from depthscope.diagnostics.verdicts import VERDICTS, magnitude, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
 from tests.models.shown_harm import with_result
 from tests.models.synthetic_run import synthetic_run
@@ -791,6 +791,50 @@ def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
         "mixing_not_finite",
         "small_sample",
     }
+
+
+# --- what decides, on numbers alone
+
+
+def gradients(*values):
+    return xr.DataArray(list(values), {"weight": [f"m{number}" for number in range(len(values))]}, "weight")
+
+
+def test_a_module_is_silent_only_where_others_are_not():
+    silent = VERDICTS["silent_module"].function
+    assert list(silent(gradients(0.0, 0.0))) == []
+    (profile,) = silent(gradients(0.0, 1.0))
+    assert "m0 is exactly zero" in profile.sentence
+
+
+@pytest.mark.parametrize(("by_depth", "equal"), [([0.0, 1.0, 1.0], True), ([1.0, 0.0, 0.0], False)])
+def test_whether_a_batch_has_differences_is_asked_of_the_first_state(by_depth, equal):
+    residual = xr.DataArray(
+        np.reshape(by_depth, (3, 1, 1)),
+        {"tokens": ["ordinary"], "stream": ["mean"]},
+        ("depth", "tokens", "stream"),
+    )
+    found = VERDICTS["batch_without_differences"].function(residual, {})
+    assert bool(list(found or ())) == equal
+
+
+@pytest.mark.parametrize(
+    ("p99", "largest", "said"),
+    [
+        (1.0, 2.0, "(p99 over tokens)"),
+        (1.0, 1e4, "for the token with the largest one"),
+        (1e4, 1e5, "(p99 over tokens)"),
+    ],
+)
+def test_the_largest_token_is_judged_where_it_alone_is_beyond_the_limit(p99, largest, said):
+    gain = xr.DataArray(
+        [[1.0, 1.0], [1.0, p99], [1.0, largest]],
+        {"reduction": ["median", "p99", "max"], "connection": [0, 1]},
+        ("reduction", "connection"),
+    )
+    profile = magnitude._gain_profile(gain, "the gain", 0)
+    assert said in profile.words
+    assert profile.values.values[1] == (largest if "largest" in said else p99)
 
 
 def test_what_is_no_analysis_is_refused(mhc_run):
