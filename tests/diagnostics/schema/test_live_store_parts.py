@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema import FollowedStore, live_store_following, live_store_history
+from depthscope.diagnostics.schema import (
+    FollowedStore,
+    SchemaError,
+    live_store,
+    live_store_following,
+    live_store_history,
+)
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.live_store_statements import as_json, declared_of, parsed
@@ -94,3 +100,30 @@ def test_columns_stay_in_memory_up_to_a_limit(tmp_path, monkeypatch):
     assert asked_twice() == 2
     monkeypatch.setattr(live_store_following, "KEPT_BYTES", 1)
     assert asked_twice() >= 3
+
+
+@pytest.mark.parametrize("name", ["depthscope-rows.log", "columns/000001.cols"])
+def test_no_byte_that_is_another_one_passes_for_data(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", 4)
+    store = LiveStore(tmp_path / "a")
+    for step in range(6):
+        store.append(step, row(float(step)))
+    store.close()
+    file = tmp_path / "a" / name
+    content = file.read_bytes()
+    refused = 0
+    for at in range(len(content)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        try:
+            history = read_history(tmp_path / "a")
+            steps = history.steps().tolist()
+            found = {variable: history.values(variable).tolist() for variable in row(0.0)}
+        except SchemaError:
+            refused += 1
+            continue
+        rows = [row(float(step)) for step in range(history.num_rows)]
+        assert steps == list(range(history.num_rows)), at
+        assert found == {
+            variable: [np.asarray(of[variable][1]).tolist() for of in rows] for variable in row(0.0)
+        }, at
+    assert refused > 0.8 * len(content)  # the last row may pass for a torn one
