@@ -18,9 +18,9 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
 
+from tests.models.designs.layouts import unseen
 from tests.models.small_models import Feedforward
 from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
-from tests.models.unseen import unseen
 
 # Tiny random models draw warnings about settings that only trained ones need.
 transformers.logging.set_verbosity_error()

@@ -265,6 +265,7 @@ def test_cca_is_refused_without_spare_rows(rng):
 def test_procrustes_is_a_metric_and_sharp_near_zero(rng):
     x, y, z = rng.normal(size=(3, 20, 4))
     d = similarity.procrustes
+    assert float(d(x, y, squared=True)) == pytest.approx(2 - 2 * np.cos(float(d(x, y))), rel=1e-9)
     assert d(x, z) <= d(x, y) + d(y, z) + 1e-12
     assert float(d(x, y)) == pytest.approx(float(d(y, x)), rel=1e-12)
     moved = x + 1e-10 * y
@@ -282,6 +283,13 @@ def test_procrustes_is_as_sharp_near_as_far(rng, shape, noise):
 
 
 # Neighbours and distances
+
+
+@pytest.mark.parametrize("metric", ["correlation", "cosine", "euclidean"])
+@pytest.mark.parametrize(("compare", "of"), [("spearman", stats.spearmanr), ("pearson", stats.pearsonr)])
+def test_rsa_by_scipy(array, x, y, metric, compare, of):
+    got = similarity.rsa(array(x), array(y), metric=metric, compare=compare)
+    assert float(got) == pytest.approx(of(pdist(x, metric), pdist(y, metric)).statistic, rel=1e-9)
 
 
 def test_rsa_ranks_ties_by_their_mean(array):

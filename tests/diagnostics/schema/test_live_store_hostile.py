@@ -20,6 +20,7 @@ from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_frames import BEGIN, NOTE, ROW
 from depthscope.diagnostics.schema.live_store_history import read_history
 from depthscope.diagnostics.schema.live_store_rows import ROW_HEAD
+from tests.damage import ODD, places
 from tests.diagnostics.schema.live_logs import begins, chained, payloads, row, written
 
 READERS = (schema.open_run, FollowedStore)
@@ -217,34 +218,6 @@ def test_frames_that_are_removed_doubled_swapped_or_replayed_are_noticed(two_run
 
 # --- forged notes, declarations and coordinates, with their checksums
 
-VALUES = (
-    None,
-    True,
-    -1,
-    1 << 70,
-    1e308,
-    float("nan"),
-    "",
-    "x\x00\ud800",
-    [],
-    [[]],
-    {},
-    {"a": []},
-    ["a", 1],
-    [[1], [1, 2]],
-)
-
-
-def places_of(content: object, path: tuple = ()) -> list[tuple]:
-    inner = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    )
-    return [path, *(place for key, value in inner for place in places_of(value, (*path, key)))]
-
 
 def replaced(content: object, path: tuple, value: object) -> object:
     if not path:
@@ -261,8 +234,8 @@ def forged_logs(log: bytes):
         if kind == ROW:
             continue
         content = json.loads(payload)
-        for path in places_of(content):
-            for value in VALUES:
+        for path in places(content):
+            for value in ODD:
                 forged = json.dumps(replaced(content, path, value)).encode()
                 yield (
                     f"{number} {path} {value!r}",

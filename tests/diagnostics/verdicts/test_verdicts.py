@@ -11,7 +11,7 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
-from depthscope.diagnostics.verdicts import VERDICTS, wiring
+from depthscope.diagnostics.verdicts import VERDICTS, calibration, magnitude, streams, weight_updates, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
 from tests.models.shown_harm import with_result
 from tests.models.synthetic_run import synthetic_run
@@ -791,6 +791,72 @@ def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
         "mixing_not_finite",
         "small_sample",
     }
+
+
+# --- what decides, on numbers alone
+
+
+def gradients(*values):
+    return xr.DataArray(list(values), {"weight": [f"m{number}" for number in range(len(values))]}, "weight")
+
+
+def test_a_module_is_silent_only_where_others_are_not():
+    silent = VERDICTS["silent_module"].function
+    assert list(silent(gradients(0.0, 0.0))) == []
+    (profile,) = silent(gradients(0.0, 1.0))
+    assert "m0 is exactly zero" in profile.sentence
+
+
+@pytest.mark.parametrize(("by_depth", "equal"), [([0.0, 1.0, 1.0], True), ([1.0, 0.0, 0.0], False)])
+def test_whether_a_batch_has_differences_is_asked_of_the_first_state(by_depth, equal):
+    residual = xr.DataArray(
+        np.reshape(by_depth, (3, 1, 1)),
+        {"tokens": ["ordinary"], "stream": ["mean"]},
+        ("depth", "tokens", "stream"),
+    )
+    found = VERDICTS["batch_without_differences"].function(residual, {})
+    assert bool(list(found or ())) == equal
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_healthy_networks_are_counted_on_the_side_of_the_limit(above, monkeypatch):
+    monkeypatch.setattr(calibration, "healthy_values", lambda verdict: [float(n) for n in range(1000)])
+    value = 997.0 if above else 2.0
+    assert calibration.as_far("any", value, above=above) == " 3 of 1000 healthy networks look like this."
+    one = 999.0 if above else 0.0
+    assert calibration.as_far("any", one, above=above) == " 1 of 1000 healthy networks looks like this."
+
+
+@pytest.mark.parametrize(("count", "more"), [(3, "m2 is trained"), (5, "m2 and 2 more is trained")])
+def test_of_many_modules_some_are_named_and_the_others_counted(count, more):
+    frozen = gradients(*[1.0] * 9).copy(data=np.arange(9) < count)
+    words = weight_updates._frozen_words(frozen, ~frozen)
+    assert f"No parameter of m0, m1, {more}, while {9 - count} other modules are" in words
+
+
+@pytest.mark.parametrize(("last", "said"), [(0.5, True), (0.3, True), (0.2, False)])
+def test_streams_part_where_the_end_is_at_least_half_of_the_largest_distance(last, said):
+    cosine = xr.DataArray(1.0 - np.array([1e-4, 0.5, last]), dims="depth")
+    assert bool(streams._parting(cosine)) == said
+
+
+@pytest.mark.parametrize(
+    ("p99", "largest", "said"),
+    [
+        (1.0, 2.0, "(p99 over tokens)"),
+        (1.0, 1e4, "for the token with the largest one"),
+        (1e4, 1e5, "(p99 over tokens)"),
+    ],
+)
+def test_the_largest_token_is_judged_where_it_alone_is_beyond_the_limit(p99, largest, said):
+    gain = xr.DataArray(
+        [[1.0, 1.0], [1.0, p99], [1.0, largest]],
+        {"reduction": ["median", "p99", "max"], "connection": [0, 1]},
+        ("reduction", "connection"),
+    )
+    profile = magnitude._gain_profile(gain, "the gain", 0)
+    assert said in profile.words
+    assert profile.values.values[1] == (largest if "largest" in said else p99)
 
 
 def test_what_is_no_analysis_is_refused(mhc_run):

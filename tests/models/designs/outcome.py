@@ -68,6 +68,15 @@ def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options:
     return judged(design, run, truth)
 
 
+def all_outcomes(design: Design) -> tuple[Outcome | None, ...]:
+    """A design's outcome, the one after the advice of a refusal, and the one with its author's answers to all questions."""
+    first = outcome(design)
+    advice = hint(first.why) if first.word == "refused" else {}
+    answers = design.answers()
+    last = outcome(design, labels=not design.branches_named, **answers) if answers else None
+    return first, outcome(design, **advice) if advice else None, last
+
+
 def _bare(truth: notes.Truth, *, needs: bool = False) -> notes.Truth:
     """The states without labels, and on request all of them may be left out."""
     return {

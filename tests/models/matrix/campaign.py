@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.fuzz.isolation import Ended, in_child
 from tests.models.matrix.cases import SEQUENCES, TOKENS, Case, NotBuildable
+from tests.models.matrix.isolation import Ended, in_child
 from tests.models.matrix.verdict import CRASHED, NOT_BUILDABLE, Verdict, judge
 
 SECONDS = 20

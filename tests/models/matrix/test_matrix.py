@@ -174,6 +174,25 @@ def test_the_pages_own_part_is_kept_and_read():
     assert page.old_rows([Result("timm", "vit", "refused", "ChainError: no")], text) != []
 
 
+FAULTS = """
+import os, signal, time
+from tests.models.matrix.isolation import in_child
+crashed = in_child(lambda: os.kill(os.getpid(), signal.SIGSEGV), seconds=5)
+hung = in_child(lambda: time.sleep(60), seconds=1)
+failed = in_child(lambda: 1 / 0, seconds=5)
+large = in_child(lambda: len(bytearray(b"a" * 400_000_000)), seconds=20)
+print(crashed.signal == signal.SIGSEGV, hung.timed_out, "ZeroDivisionError" in failed.stderr, large.mib > 256)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_crashes_hangs_fails_or_grows_is_seen():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
 @pytest.mark.slow
 def test_no_model_of_a_draw_is_wrong_that_the_page_does_not_name(tmp_path):
     """A process of its own: it is forked for every model, which pytest's threads would not survive."""

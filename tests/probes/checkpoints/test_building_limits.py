@@ -52,10 +52,15 @@ def test_numbers_of_no_model(config):
 )
 def test_numbers_of_public_models(config):
     check_numbers(config, STORED, "m")
+    with pytest.raises(CheckpointError, match="of_no_model"):
+        check_numbers({**config, "of_no_model": 10**18}, STORED, "m")
 
 
 def test_a_stored_dimension_allows_a_number_as_large():
-    check_numbers({"vocab_size": 3_000_000}, StoredSize(10**9, 20, 3_000_000), "m")
+    stored = StoredSize(10**9, 20, 3_000_000)
+    check_numbers({"vocab_size": 3_000_000}, stored, "m")
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        check_numbers({"vocab_size": 3_000_000_000}, stored, "m")
 
 
 def test_nesting_has_an_end():

@@ -59,6 +59,9 @@ def test_what_public_checkpoints_contain_is_let_through(folder):
     )
     write(folder, "config.json", _name_or_path=str(folder.parent / "other"), attn_implementation="sdpa")
     check_references(folder)
+    write(folder, "tokenizer_config.json", vocab_file=str(folder.parent / "secret.model"))
+    with pytest.raises(CheckpointError, match="'vocab_file' names"):
+        check_references(folder)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

@@ -7,7 +7,6 @@ import pytest
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.read_outcome import read_outcome
-from tests.models.trial import TRIALS
 
 # Nothing is added to what it was computed from, or what is carried is not the state.
 NO_RESIDUAL_NETWORK = {
@@ -19,7 +18,7 @@ NO_RESIDUAL_NETWORK = {
 REFUSED = NO_RESIDUAL_NETWORK | {"DenseNet"}
 
 
-@pytest.mark.parametrize("design", [*DESIGNS, *TRIALS], ids=lambda design: design.name)
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
 def test_a_design_is_read_rightly_or_said_not_to_be(design: Design):
     found = read_outcome(design)
 

@@ -10,11 +10,10 @@ from depthscope.probes.reading import choice, connections
 from depthscope.probes.reading.read import read_model
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.read_outcome import reading_of
-from tests.models.trial import TRIALS
 
 
 def named(name: str):
-    return next(design for design in [*DESIGNS, *TRIALS] if design.name == name)
+    return next(design for design in DESIGNS if design.name == name)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
-"""Models with streams that no family declares, mixed by plain functions, in every layout that one can think of."""
+"""Streams that no family declares, mixed by plain functions, in every layout that one can think of."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import nn
 
-STREAMS, WIDTH, BATCH, TOKENS = 4, 16, 3, 11
+from tests.models.designs import truth
+from tests.models.designs.design import Design
+from tests.models.designs.parts import BATCH, STREAMS, WIDTH
 
 
 class Attention(nn.Module):
@@ -21,9 +25,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Two branches of one stream's width; the streams are read, mixed and written by bare parameters."""
 
-    def __init__(self, held: str, *, inlined: bool = False, dynamic: bool = False):
+    def __init__(self, layer: int, held: str, *, inlined: bool = False, dynamic: bool = False):
         super().__init__()
-        self.held, self.inlined = held, inlined
+        self.layer, self.held, self.inlined = layer, held, inlined
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.attention = Attention()
         self.up, self.down = nn.Linear(WIDTH, STREAMS * WIDTH), nn.Linear(STREAMS * WIDTH, WIDTH)
@@ -48,6 +52,9 @@ class Block(nn.Module):
             read = torch.einsum("n,btnd->btd", self.read[number], x)
             added = write * branch(self.norms[number](read))[:, :, None]
             x = torch.einsum("mn,btnd->btmd", self.mix[number], x) + added
+            post = {"h_post": self.write[number]} if self.whole is None else {}
+            truth.connection(h_res=self.mix[number], h_pre=self.read[number], **post)
+            truth.state(x, self.layer, ("mid", "post")[number], axes="b t n d -> b t n d")
         return closed(x, self.held)
 
 
@@ -72,17 +79,40 @@ class Unseen(nn.Module):
         self.held = held
         self.embed = nn.Embedding(64, WIDTH)
         self.offsets = nn.Parameter(torch.randn(STREAMS, WIDTH)) if apart else None
-        self.blocks = nn.ModuleList(Block(held, **options) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(layer, held, **options) for layer in range(3))
         self.head = nn.Linear(WIDTH, 64)
 
     def forward(self, ids):
         x = repeat(self.embed(ids), "b t d -> b t n d", n=STREAMS)
-        state = closed(x if self.offsets is None else x + self.offsets, self.held)
+        x = x if self.offsets is None else x + self.offsets
+        truth.state(x, -1, "embed", axes="b t n d -> b t n d")
+        state = closed(x, self.held)
         for block in self.blocks:
             state = block(state)
         return self.head(opened(state, self.held).mean(2))
 
 
+HELD = ("b t (n d)", "b t (d n)", "b (n t) d", "b (t n) d", "(b n) t d", "(n b) t d", "n b t d", "b t n d", "b n t d",
+        "t b n d", "b t d n", "n t b d", "t n b d", "b d n t", "tuple", "list")  # fmt: skip
+OPTIONS = ("inlined", "dynamic", "apart")
+
+
 def unseen(held: str, **options) -> Unseen:
     torch.manual_seed(0)
     return Unseen(held, **options).eval()
+
+
+def _design(number: int, held: str) -> Design:
+    """A layout with some of the options: all eight sets of them come twice."""
+    options = [option for at, option in enumerate(OPTIONS) if (number + number // 8) >> at & 1]
+    return Design(
+        f"streams as {held}" + "".join(f", {option}" for option in options),
+        partial(Unseen, held, **dict.fromkeys(options, True)),
+        family="hc|mhc|unknown",
+        streams=STREAMS,
+        layers="blocks.{i}" if " " in held else "",
+        layout=held.upper(),
+    )
+
+
+LAYOUT_DESIGNS = tuple(_design(number, held) for number, held in enumerate(HELD))

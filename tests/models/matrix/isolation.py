@@ -161,26 +161,3 @@ def _activity(group: int) -> tuple[float, bool]:
 def _state(path: str) -> str:
     with open(path) as file:
         return file.read().rpartition(")")[2].split()[0]
-
-
-class Printed:
-    """What this process prints on its descriptors 1 and 2, from C too, part by part.
-
-    Only in a process of `in_child`, whose descriptors are files in memory.
-    """
-
-    def __init__(self) -> None:
-        self.seen = [os.fstat(fd).st_size for fd in (1, 2)]
-
-    def take(self) -> tuple[str, str]:
-        """Standard output and error since the last call."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        texts = []
-        for index, fd in enumerate((1, 2)):
-            size = os.fstat(fd).st_size
-            texts.append(
-                os.pread(fd, min(size - self.seen[index], MIB), self.seen[index]).decode(errors="replace")
-            )
-            self.seen[index] = size
-        return texts[0], texts[1]
