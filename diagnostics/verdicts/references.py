@@ -69,7 +69,7 @@ def batch_without_differences(
         return None
     if tokens is not None and tokens >= FEWEST:
         return _equal_sequences(first, attrs, sequence_share)
-    what = "All tokens of each sequence are identical"
+    what = "All tokens of each sequence are identical at the embedding"
     if tokens is not None and tokens > 1:
         what = f"The sequences have {tokens:.2g} different tokens each"
     sentence = (

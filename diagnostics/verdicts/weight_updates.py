@@ -26,7 +26,7 @@ NUM_NAMED = 3  # modules in a sentence
     drawn_on=("update_ratio",),
 )
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """One step of the optimizer rewrites much of a module.
+    """One optimizer step rewrites much of a module.
 
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
@@ -83,7 +83,7 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
     drawn_on=("update_ratio",),
 )
 def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """A step of the optimizer leaves a module as it was.
+    """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
     has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.

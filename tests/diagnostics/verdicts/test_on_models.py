@@ -291,8 +291,8 @@ CASES: dict[str, Case] = {
     "loss_spike": Case(
         lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
     ),
-    "softmax_twice": case(with_softmax, FAIL, says="takes another one of it"),
-    "untrained_weights": case(pre_norm, INFO, says="as initialisers leave it"),
+    "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
+    "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),

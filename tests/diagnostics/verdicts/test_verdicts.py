@@ -299,7 +299,7 @@ def test_slow_collapse_says_at_which_connection(mixed):
     assert collapse.worst == 11
     assert collapse.threshold == pytest.approx(0.01)
     assert (
-        "0.0244 % of the initial differences between the streams survive at connection 11"
+        "0.0244 % of the initial differences between streams survive at connection 11"
         in collapse.sentence
     )
     assert "begins with 0.00781 at connection 6" in collapse.sentence
