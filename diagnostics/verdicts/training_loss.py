@@ -9,7 +9,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.causes import anywhere
+from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -43,7 +43,8 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
     )
 
 
-@verdict(metric="loss", limits=Limits(info=0.25, warn=0.75), follows_from={"diverged_loss": anywhere})
+# Half of the loss at the start is what text models learn in all.
+@verdict(metric="loss", limits=Limits(info=0.25, warn=0.5), follows_from={"diverged_loss": anywhere})
 def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Profile] | None:
     """The loss spiked: it rose far above its lowest value, and came down again.
 
@@ -77,7 +78,14 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 GUESSING = 0.97
 
 
-@verdict(metric="loss", limits=Limits(warn=GUESSING))
+# A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
+@verdict(
+    metric="loss",
+    limits=Limits(warn=GUESSING),
+    follows_from=dict.fromkeys(
+        ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
+    ),
+)
 def untrained_weights(
     attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:

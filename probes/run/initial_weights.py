@@ -63,14 +63,14 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
 
 
 def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Blocks every vector of which is as initialisers leave it, where those of most blocks are not.
+    """Blocks every vector of which is as initialisers leave it, where those of other blocks are not.
 
-    Returns: ``untouched_blocks``, their numbers in the chain; empty where none or most are so.
+    Returns: ``untouched_blocks``, their numbers in the chain; empty where none or all are so.
     """
     with torch.no_grad():
         known = dict(model.named_modules())
         fresh = [n for n, path in enumerate(chain.blocks) if path in known and _is_untouched([known[path]])]
-    return {"untouched_blocks": fresh} if 0 < 2 * len(fresh) < len(chain.blocks) else {}
+    return {"untouched_blocks": fresh} if 0 < len(fresh) < len(chain.blocks) else {}
 
 
 def _small_by_construction(

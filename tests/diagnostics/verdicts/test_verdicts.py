@@ -298,11 +298,8 @@ def test_slow_collapse_says_at_which_connection(mixed):
     assert collapse.value == pytest.approx(0.5**12, rel=1e-4)
     assert collapse.worst == 11
     assert collapse.threshold == pytest.approx(0.01)
-    assert (
-        "0.0244 % of the initial differences between streams survive at connection 11"
-        in collapse.sentence
-    )
-    assert "begins with 0.00781 at connection 6" in collapse.sentence
+    assert "0.0244 % of the initial differences between streams survive at connection 11" in collapse.sentence
+    assert "begins with 0.781 % at connection 6" in collapse.sentence
 
 
 def test_stuck_at_identity(mixed):
