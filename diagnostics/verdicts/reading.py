@@ -30,7 +30,11 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         "" if proof == PROVEN else f"{unproven_sentence(proof)} Every reading should be proven ({DEFAULT})."
     )
     return [
-        Profile(xr.DataArray(float(proof != PROVEN)), "the number of unproven readings is", sentence=sentence)
+        Profile(
+            xr.DataArray(float(proof != PROVEN)),
+            "the number of readings that are not proven is",
+            sentence=sentence,
+        )
     ]
 
 

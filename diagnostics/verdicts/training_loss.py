@@ -94,17 +94,15 @@ def untrained_weights(
     Normal for a network that was just built, or for blocks that were just added. Of a checkpoint: see which names of the file
     were not found in the model, and load it with strict=True.
     """
-    blocks = attrs.get("untouched_blocks")
-    if blocks and residual_norm is not None and "layer" in residual_norm.coords:
-        fresh = residual_norm["layer"].isin(blocks)
+    blocks, share = attrs.get("untouched_blocks"), share_of_guessing(attrs)
+    if residual_norm is not None and _are_left_out(blocks, residual_norm, share):
         named = ", ".join(map(str, blocks))
         yield Profile(
-            fresh.astype(float).assign_coords(residual_norm["depth"].coords),
+            residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the blocks that look untrained are",
             sentence=f"Every bias and gain of block {named} has its initial value, and those of the other blocks do not; "
             f"expected all or none ({DEFAULT}).",
         )
-    share = share_of_guessing(attrs)
     if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
         return
     yield Profile(
@@ -112,3 +110,11 @@ def untrained_weights(
         "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
         ceiling=Severity.FAIL if attrs.get("checkpoint") else Severity.INFO,
     )
+
+
+def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None) -> bool:
+    """Whether untouched blocks are no design: they are few, or the network has learned something without them."""
+    if not blocks or "layer" not in residual_norm.coords:
+        return False
+    every = {*residual_norm["layer"].values.tolist()} - {-1}
+    return 2 * len(blocks) < len(every) or (share is not None and share < GUESSING)

@@ -781,6 +781,22 @@ def test_a_finding_names_its_chain(make_run):
     assert failed[0].sentence.endswith("This is chain decoder.")
 
 
+def test_what_is_said_of_the_run_is_said_once(make_run):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    remark = {
+        "kind": "stale_statistics",
+        "sentence": "Two norms are as they were made",
+        "value": 2.0,
+        "sure": True,
+    }
+    attrs = {"family": "residual", "n_streams": 1, "remarks": [remark]}
+    found = diagnostics.judge(
+        diagnostics.analyze(schema.create_run({"encoder": part, "decoder": part}, attrs=attrs))
+    )
+    (stale,) = [each for each in found if each.verdict == "stale_statistics"]
+    assert stale.sentence.endswith("These are chains encoder, decoder.")
+
+
 def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
     part = diagnostics.analyze(mhc_run, metrics=["mixing_gain"])
     assert {f.verdict for f in diagnostics.judge(part, passed=True)} == {
