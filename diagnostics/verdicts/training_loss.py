@@ -94,7 +94,7 @@ def untrained_weights(
     Normal for a network that was just built, or for blocks that were just added. Of a checkpoint: see which names of the file
     were not found in the model, and load it with strict=True.
     """
-    blocks, share = attrs.get("untouched_blocks"), share_of_guessing(attrs)
+    blocks, share = attrs.get("untouched_blocks") or [], share_of_guessing(attrs)
     if residual_norm is not None and _are_left_out(blocks, residual_norm, share):
         named = ", ".join(map(str, blocks))
         yield Profile(
