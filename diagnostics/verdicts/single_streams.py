@@ -132,4 +132,9 @@ def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         where, sentence = np.flatnonzero(of_one.values), ""
         if len(where):
             sentence = f"Stream {name} is exactly zero from depth {where[0]} on; any size above 0 is expected ({DEFAULT})."
-        yield Profile(of_one.astype(float), f"stream {name} is zero at", stream=name, sentence=sentence)
+        yield Profile(
+            of_one.astype(float),
+            f"the number of depths at which stream {name} is zero is",
+            stream=name,
+            sentence=sentence,
+        )

@@ -70,7 +70,9 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         twice = bool(task["softmax_twice"])
         sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
         yield Profile(
-            xr.DataArray(float(twice)), "the softmaxes too many are", sentence=sentence if twice else ""
+            xr.DataArray(float(twice)),
+            "the number of superfluous softmaxes is",
+            sentence=sentence if twice else "",
         )
 
 
@@ -99,7 +101,7 @@ def untrained_weights(
         named = ", ".join(map(str, blocks))
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
-            "the blocks that look untrained are",
+            "the number of blocks that look untrained is",
             sentence=f"Every bias and gain of block {named} has its initial value, and those of the other blocks do not; "
             f"expected all or none ({DEFAULT}).",
         )

@@ -39,7 +39,7 @@ def at_each_limit(analysis: xr.Dataset) -> Iterator[Said]:
                 continue
             worst = (np.nanargmax if limits.above else np.nanargmin)(np.atleast_1d(values.values))
             for severity, limit in limits.levels:
-                step = 0.05 * abs(limit) or 1.0
+                step = 0.5 * (1.0 - limit) if limits.scale == "cosine" else 0.05 * abs(limit) or 1.0
                 moved = np.atleast_1d(values.values).copy()
                 moved[worst] = limit + step if limits.above else limit - step
                 other = replace(
