@@ -102,7 +102,7 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
-            sentence=f"Every bias and gain of block {named} has its initial value, and those of the other blocks do not; "
+            sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
     if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
@@ -115,8 +115,9 @@ def untrained_weights(
 
 
 def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None) -> bool:
-    """Whether untouched blocks are no design: they are few, or the network has learned something without them."""
+    """Whether untouched blocks are no design: they are few, the network has learned something, or its norms have."""
     if not blocks or "layer" not in residual_norm.coords:
         return False
     every = {*residual_norm["layer"].values.tolist()} - {-1}
-    return 2 * len(blocks) < len(every) or (share is not None and share < GUESSING)
+    few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
+    return few_or_all or (share is not None and share < GUESSING)

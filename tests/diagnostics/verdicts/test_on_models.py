@@ -443,10 +443,16 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
         assert all("No weight has changed in 5 measured steps" in each.sentence for each in lost)
 
 
-@pytest.mark.parametrize(("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, [])])
+@pytest.mark.parametrize(
+    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [WARN])]
+)
 def test_blocks_that_were_not_restored(restored, loss, expected):
-    """A few of them in any network; more of them only where the network has learned something."""
+    """A few of them, or all but the final norm, in any network; others where the network has learned something."""
     model = pre_norm()
+    if not restored:
+        norm = nn.LayerNorm(WIDTH)
+        nn.init.normal_(norm.weight, 1.0, 0.1)
+        model.head = nn.Sequential(norm, model.head)
     for block in model.blocks[:restored]:
         block.mlp.norm.weight.data += 0.1 * torch.randn(WIDTH)
     run = probes.capture(model, tokens())
