@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -137,16 +137,12 @@ def source_words(source: str) -> str:
     ``source``: key of the bibliography, several joined by commas, or "this project".
     Returns: Such as "Xie et al. 2025"; a key that the bibliography lacks stays as it is.
     """
-    return "; ".join(_author_year(key.strip()) for key in source.split(","))
+    return "; ".join(cited(part.strip()) for part in source.split(","))
 
 
-def cited(sentence: str) -> str:
-    """A sentence with the bibliography keys in it replaced by author and year.
+def cited(sentence: str, *, form: Callable[[Reference], str] = lambda found: found.author_year) -> str:
+    """A sentence with the bibliography keys in it replaced, by author and year unless `form` writes something else.
 
     Returns: Such as "… above 100 (Xie et al. 2025)".
     """
-    return _KEY.sub(lambda match: _author_year(match[0]), sentence)
-
-
-def _author_year(key: str) -> str:
-    return reference(key).author_year if key in _library() else key
+    return _KEY.sub(lambda key: form(reference(key[0])) if key[0] in _library() else key[0], sentence)

@@ -7,7 +7,7 @@ import re
 import textwrap
 from functools import cache
 
-from depthscope.app.text.bibliography import keys_of, reference, source_words
+from depthscope.app.text.bibliography import Reference, cited, source_words
 from depthscope.diagnostics import CATALOGUE, Metric
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
@@ -62,7 +62,7 @@ def _of_metric(metric: Metric) -> str:
     ]
     if isinstance(metric.null, str):
         facts.append(f"Noise baseline: none; {metric.null}.")
-    facts += [f"Source: {_source(key.strip())}" for key in metric.cite.split(",") if key.strip()]
+    facts += [f"Source: {cited(key.strip(), form=_full)}" for key in metric.cite.split(",") if key.strip()]
     return "\n".join(facts)
 
 
@@ -77,8 +77,5 @@ def _plain(docstring: str) -> str:
     return re.sub(r":math:`([^`]*)`", r"\1", text).replace("``", "`")
 
 
-def _source(key: str) -> str:
-    if not keys_of([key]):
-        return key
-    found = reference(key)
+def _full(found: Reference) -> str:
     return " ".join(filter(None, (f"{found.author_year}, {found.title}.", found.url)))

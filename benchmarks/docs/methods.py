@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.docs.published import published_results
-from depthscope.app.text.bibliography import keys_of, reference
+from depthscope.app.text.bibliography import Reference, cited, keys_of, reference
 from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric
 from depthscope.diagnostics.theory import LAWS, Law
@@ -155,11 +155,10 @@ def _null(metric: Metric) -> str:
 
 def _cited(keys: Iterable[str]) -> str:
     """Authors, year and a link; ``this project`` and what is no key as it is."""
-    return ", ".join(_short(key) if keys_of([key]) else key for key in keys)
+    return ", ".join(cited(key, form=_short) for key in keys)
 
 
-def _short(key: str) -> str:
-    found = reference(key)
+def _short(found: Reference) -> str:
     return f"[{found.author_year}]({found.url})" if found.url else found.author_year
 
 
@@ -177,7 +176,7 @@ def _sources() -> str:
 def _full(key: str) -> str:
     found = reference(key)
     arxiv = f" arXiv {found.eprint}." if found.eprint else ""
-    return f"{_short(key)}, *{found.title}*.{arxiv}"
+    return f"{_short(found)}, *{found.title}*.{arxiv}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

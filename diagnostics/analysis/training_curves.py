@@ -22,7 +22,9 @@ OF_LOSSES = {
     "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
     "loss_rise": {"long_name": "Rise of the loss above its lowest, over the loss at the start", "units": "1"},
     "loss_spike": {"long_name": "Largest rise of the loss so far, over the loss at the start", "units": "1"},
+    "unmoved_steps": {"long_name": "Measured steps so far, where no weight has moved in them", "units": "1"},
 }
+OF_WEIGHTS = ("weight_square_norm", "weight_gradient_square_norm")
 
 
 def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
@@ -65,7 +67,11 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
 
 def sums_of(curve: str) -> tuple[str, ...]:
     """The sums that a curve is computed from, of its own step alone, except for drifts, which are from the first step on."""
-    others = {DRIFT: ("connection_parameter",), "loss_spike": ("loss_rise",)}
+    others = {
+        DRIFT: ("connection_parameter",),
+        "loss_spike": ("loss_rise",),
+        "unmoved_steps": OF_WEIGHTS,
+    }
     return _sums_of(CATALOGUE[curve].function) if curve in CATALOGUE else others.get(curve, (curve,))
 
 
@@ -107,14 +113,23 @@ def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
 
 
 def losses(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    """What is known of the loss, by step; no metric of the catalogue, since it has no place in the network."""
+    """What is known of the loss and of all weights, by step; no metrics of the catalogue, since they have no place."""
     known = {name: statistics[name] for name in OF_LOSSES if name in statistics}
     if "loss_rise" in known:
         rises = known["loss_rise"]
         known["loss_spike"] = rises.copy(
             data=np.fmax.accumulate(rises.values, axis=rises.get_axis_num("step"))
         )
+    if set(OF_WEIGHTS) <= statistics.keys():
+        known["unmoved_steps"] = _unmoved_steps(*(statistics[name] for name in OF_WEIGHTS))
     return {name: value.assign_attrs(OF_LOSSES[name]) for name, value in known.items()}
+
+
+def _unmoved_steps(norms: xr.DataArray, gradients: xr.DataArray) -> xr.DataArray:
+    """How many steps so far had a gradient, where every weight norm is still the first one to the last bit; else 0."""
+    least, most = (extreme.accumulate(norms.values, axis=0) for extreme in (np.fmin, np.fmax))
+    moved = xr.DataArray(((least != most) & ~np.isnan(least)).any(axis=1), dims="step")
+    return (gradients > 0).any("weight").cumsum("step").where(~moved, 0).astype(float)
 
 
 def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -139,10 +139,15 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     InputError
         For what is no analysis, such as a run.
     """
+    chains: dict[Finding, list[str]] = {}  # what is said of the run alone, such as of its code, is said once
+    for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items():
+        for finding in _judge_chain(part, chain):
+            of_run = finding if finding.axis == "run" else replace(finding, chain=chain)
+            of = chains.setdefault(of_run, [])
+            of += [chain] if chain not in of else []
     found = [
-        replace(finding, chain=chain, sentence=_of_chain(finding.sentence, chain))
-        for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items()
-        for finding in _judge_chain(part, chain)
+        replace(finding, chain=of[0], sentence=_of_chains(finding.sentence, of))
+        for finding, of in chains.items()
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
     return Findings(sorted(reported, key=_severity_order))
@@ -200,9 +205,15 @@ def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
     return analysis.drop_vars(of_gradients)
 
 
-def _of_chain(sentence: str, chain: str) -> str:
-    """A sentence about one chain of several, which it names."""
-    return f"{sentence} This is chain {chain}." if chain else sentence
+def _of_chains(sentence: str, chains: list[str]) -> str:
+    """A sentence about one chain of several, or about some of them, which it names."""
+    if not chains[0]:
+        return sentence
+    return (
+        f"{sentence} This is chain {chains[0]}."
+        if len(chains) == 1
+        else f"{sentence} These are chains {', '.join(chains)}."
+    )
 
 
 def _severity_order(finding: Finding) -> tuple[bool, float, bool, float]:

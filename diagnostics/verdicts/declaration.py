@@ -117,7 +117,7 @@ class Profile:
     @property
     def quantity(self) -> str:
         """What the number is, without the verb that leads to it in a sentence."""
-        words = re.split(r",? (?:is|has the size|has a share of|there is left)\b", self.words)[0]
+        words = re.split(r",? (?:is|has the size)\b", self.words)[0]
         return words.removeprefix("the ").rstrip(" ,")
 
 
@@ -272,19 +272,20 @@ class Verdict:
         limits = profile.limits or self.limits
         side = "above" if limits.above else "below"
         where = place(profile.values, at) if profile.values.dims else ""
+        written = number
         said = f"{profile.words} {number(value)} {where}"
         if severity and profile.template:
-            percent = f"{number(100 * value)} %"
-            said = profile.template.format(value=number(value), percent=percent, where=where)
-        sentence = f"{said.rstrip()}, limit {number(limit)} ({self.limits.source})"
+            written = percent if "{percent}" in profile.template else number
+            said = profile.template.format(value=number(value), percent=percent(value), where=where)
+        sentence = f"{said.rstrip()}, limit {written(limit)} ({self.limits.source})"
         if severity and len(beyond) > 1:
             begins = ""
             if profile.begins and beyond[0] != at:
                 first = int(beyond[0])
                 begins = (
-                    f"begins with {number(float(profile.values[first]))} {place(profile.values, first)} and "
+                    f"begins with {written(float(profile.values[first]))} {place(profile.values, first)} and "
                 )
-            mildest = number(limits.levels[0][1])
+            mildest = written(limits.levels[0][1])
             sentence += f"; it {begins}is {side} {mildest} {span(profile.values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"
@@ -398,3 +399,23 @@ def number(value: float) -> str:
     if 0 < abs(value) < NOTHING:
         return "nothing (below rounding)"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A fraction in a sentence, as a percentage.
+
+    Parameters
+    ----------
+    value : float
+        Any.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> percent(0.00816)
+    '0.816 %'
+    """
+    return f"{number(100 * value)} %"

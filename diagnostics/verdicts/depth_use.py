@@ -52,11 +52,18 @@ def curse_of_depth(
     yield Profile(
         turned.copy(data=values),
         "the turn of the later half of the steps, as a share of that of independent branches, is",
-        template=f"the steps from depth {late[0]} to {late[-1]} turn the state {{percent}} as far as independent branches of "
-        "the same size would",
+        template=f"{_steps(turned, late)} turn the state {{percent}} as far as independent branches of the same size would",
         note=f"{_effective(effective_depth, len(steps))}{_growth(variance_growth)}",
         start="the first blocks learn first",
     )
+
+
+def _steps(turned: xr.DataArray, late: np.ndarray) -> str:
+    """The steps of the later half: as blocks, where these are known."""
+    if "layer" not in turned.coords:
+        return f"the steps from depth {late[0]} to {late[-1]}"
+    first, last = (turned["layer"].values[at] for at in (late[0], late[-1]))
+    return f"blocks {first} to {last}"
 
 
 def _effective(effective_depth: xr.DataArray | None, steps: int) -> str:

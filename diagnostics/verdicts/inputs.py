@@ -18,7 +18,7 @@ from depthscope.diagnostics.verdicts.wiring import told
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
 SHARED_INPUT = 0.01
-WORDS = "of the variance of the states, the share between sequences is"
+WORDS = "the share of the states' variance between sequences is"
 
 
 @verdict(
@@ -41,7 +41,7 @@ def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iter
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
         yield Profile(
-            spread, "of what the step adds, the share that depends on the token is", metric="step_spread"
+            spread, "the share of what the step adds that depends on the token is", metric="step_spread"
         )
 
 

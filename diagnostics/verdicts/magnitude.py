@@ -96,7 +96,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 # embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
 @verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8, source=CALIBRATED))
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The state grows without measure through the depth.
+    """The state grows by orders of magnitude through the depth.
 
     Scale branches by 1/√depth, normalise their input, or look for a skip that multiplies by more than 1.
     """
@@ -106,7 +106,7 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 # The inverse of those of an exploding state.
 @verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False, source=CALIBRATED))
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The state fades through the depth.
+    """The state shrinks towards zero through the depth.
 
     Keep the skip path at full strength, or raise the initial scale of layers without one.
     """
@@ -146,7 +146,7 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
 
 @verdict(metric="gradient_norm", limits=Limits(fail=0.0))
 def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
-    """A block passes no gradient on: everything below it is not trained.
+    """A block stops the gradient: nothing below it is trained.
 
     Look in that block for a detach, a no_grad, an argmax or a rounding on the way from its input to its output, the skip
     included. Where it is meant, as a frozen lower part is, freeze those weights: then no gradient is expected there.
@@ -305,7 +305,7 @@ def _free_limits(connections: int) -> Limits:
 def exploding_gradient(
     gradient_norm: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
 ) -> Iterator[Profile]:
-    """The gradient grows on its way back through the depth, beside the size of the states.
+    """The gradient grows on its way back through the depth, more than the states shrink.
 
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """

@@ -18,7 +18,7 @@ from depthscope.diagnostics.verdicts.finding import Finding
 
 @verdict(metric="residual_norm", limits=Limits(info=0.0), about="reading")
 def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
-    """What the run says of the network's connections is not proven.
+    """The reported connections could not be verified against the forward pass.
 
     The states are those of the model; that they are joined as reported is not recomputed. Name the blocks with layers=, or
     read the reason: what it names is in no finding and no figure.
@@ -26,8 +26,16 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     proof = str(attrs.get("proof", ""))
     if not proof.startswith((PROVEN, UNPROVEN)):  # a run of an earlier version says nothing
         return None
-    # The reason follows: every finding of an unproven reading carries it.
-    return [Profile(xr.DataArray(float(proof != PROVEN)), "the number of readings that are not proven is")]
+    sentence = (
+        "" if proof == PROVEN else f"{unproven_sentence(proof)} Every reading should be proven ({DEFAULT})."
+    )
+    return [
+        Profile(
+            xr.DataArray(float(proof != PROVEN)),
+            "the number of readings that are not proven is",
+            sentence=sentence,
+        )
+    ]
 
 
 JUDGED = "verdicts_judged"

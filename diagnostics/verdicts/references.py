@@ -57,19 +57,24 @@ def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> x
 
 @verdict(metric="dong_residual", limits=Limits(info=EQUAL, above=False), about="reading")
 def batch_without_differences(
-    dong_residual: xr.DataArray, attrs: Mapping[str, Any], sequence_share: xr.DataArray | None = None
+    dong_residual: xr.DataArray,
+    attrs: Mapping[str, Any],
+    sequence_share: xr.DataArray | None = None,
+    num_tokens: xr.DataArray | None = None,
 ) -> Iterable[Profile] | None:
     """The tokens of this batch do not differ, or its sequences do not.
 
     Capture the network on text or data with different tokens in every sequence, and different sequences.
     """
+    if num_tokens is not None and float(num_tokens.sel(scope="sequence", tokens="all").max()) <= 1.0:
+        return None  # data without tokens, which has no sequences to collapse
     tokens = distinct(attrs, "per_sequence")
     first = dong_residual.sel(tokens="ordinary", stream="mean", drop=True).isel(depth=0, drop=True)
     if tokens is None and not float(first) < EQUAL:
         return None
     if tokens is not None and tokens >= FEWEST:
         return _equal_sequences(first, attrs, sequence_share)
-    what = "All tokens of each sequence are identical"
+    what = "All tokens of each sequence are identical at the embedding"
     if tokens is not None and tokens > 1:
         what = f"The sequences have {tokens:.2g} different tokens each"
     sentence = (

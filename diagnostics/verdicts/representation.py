@@ -73,9 +73,9 @@ def rank_collapse(
         return
     yield Profile(
         judged,
-        "of the differences between the tokens of a sequence (the larger of Dong residual and three times the effective rank "
-        "over its noise baseline) there is left",
-        template="only {percent} of the differences between the tokens of a sequence is left {where}",
+        "the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and three "
+        "times the effective rank over its noise baseline) is",
+        template="only {percent} of the differences between the tokens of a sequence are left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -106,7 +106,7 @@ FEW_DIRECTIONS = 3.0
 def dimensional_collapse(
     effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
-    """Over the data the representation uses few directions.
+    """The representation uses few directions over the data.
 
     Look for the block where it falls. A head with few classes explains it at the end; elsewhere try less
     weight decay or decorrelation, and look at more data: N is given with the number.
@@ -116,7 +116,7 @@ def dimensional_collapse(
     null = float(effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True))
     most = reference_rank(null, value, attrs)
     share = (value - 1.0) / (most - 1.0 if most > 1.0 else np.nan)
-    words = "over the data the effective rank, as a share of the largest that it can have here, is"
+    words = "the effective rank over the data, as a fraction of the largest possible here, is"
     yield Profile(share, words, note=_rank_and_most(value, share, most), limits=_limits_of_rank(most))
 
 
@@ -174,7 +174,7 @@ MOST_ALIKE = 0.98
     suspicion=True,
 )
 def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """All tokens share one vector, beside which they hardly differ.
+    """All tokens share one large vector, and hardly differ otherwise.
 
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
     the depth, or an embedding with a large mean; remove the mean of the tokens, or decay that bias.

@@ -24,7 +24,7 @@ def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
-        words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
+        words = f"the {verb} weight of stream {stream}, relative to an equal share, is"
         yield Profile(relative, words, stream=str(stream), start=start)
 
 
@@ -50,7 +50,7 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 
     Fewer streams would do, or a start that writes to them all; check the gradient of H_post.
     """
-    yield from _unused_streams(write_share, "written")
+    yield from _unused_streams(write_share, "write")
 
 
 # Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
@@ -77,7 +77,7 @@ def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None 
         else "signal that the connections read"
     )
     yield Profile(
-        shares.isel(stream=top, drop=True), f"of the {what}, stream {name} has a share of", stream=name
+        shares.isel(stream=top, drop=True), f"the share of stream {name} in the {what} is", stream=name
     )
 
 
@@ -132,4 +132,9 @@ def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         where, sentence = np.flatnonzero(of_one.values), ""
         if len(where):
             sentence = f"Stream {name} is exactly zero from depth {where[0]} on; any size above 0 is expected ({DEFAULT})."
-        yield Profile(of_one.astype(float), f"stream {name} is zero at", stream=name, sentence=sentence)
+        yield Profile(
+            of_one.astype(float),
+            f"the number of depths at which stream {name} is zero is",
+            stream=name,
+            sentence=sentence,
+        )

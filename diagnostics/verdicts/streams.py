@@ -109,9 +109,9 @@ def _sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) 
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
-    """The mixing matrices have sums of 1 as doubly stochastic ones have, and negative entries.
+    """The rows and columns of the mixing matrices sum to 1, but entries are negative.
 
-    exp and normalisation cannot make them: what is applied is not what Sinkhorn returned, unless weights with signs are meant.
+    exp and normalisation cannot give them: what is applied is not what Sinkhorn returned, unless signed weights are meant.
     """
     # A Sinkhorn that ends on one side leaves the other sum nearly 1.
     sums = doubly_stochastic_violation.sel(kind=["row", "column"], reduction="max").max("kind")
@@ -167,8 +167,8 @@ def stream_collapse(
     parted = _parted_by_writes(stream_cosine)
     yield Profile(
         left,
-        "of the initial differences between the streams, against what all have in common, there is left",
-        template="only {percent} of the initial differences between the streams survive {where}",
+        "the surviving fraction of the initial differences between streams, against what all have in common, is",
+        template="only {percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
         ceiling=Severity.INFO if parted else Severity.FAIL,
@@ -224,8 +224,8 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     # What is left after earlier connections may be rounding already, and its ratios mean nothing.
     yield Profile(
         (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
-        "one connection alone leaves of the differences between streams, against what they have in common,",
-        template="one connection alone leaves {percent} of the differences between the streams {where}",
+        "the smallest fraction of the differences between streams that one connection leaves is",
+        template="one connection alone leaves {percent} of the differences between streams {where}",
         begins=True,
     )
 
@@ -345,7 +345,7 @@ def _parting(stream_cosine: xr.DataArray) -> str:
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
-    """The streams do not persist: they differ inside a block and are one again at its end.
+    """The streams do not persist: they differ inside a block and are merged at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.

@@ -41,7 +41,7 @@ def unmoved_mixing(initial_distance: xr.DataArray) -> Iterator[Profile]:
 def decayed_mixing(
     deflated_gain: xr.DataArray, replayed_deflated_gain: xr.DataArray
 ) -> Iterable[Profile] | None:
-    """Initialisation and weight decay alone explain what the streams lose of their differences.
+    """Initialisation and weight decay alone explain how much the streams lose of their differences.
 
     Training has not shaped the mixing: leave its logits out of weight decay, give them a higher learning rate, and
     look at their gradient.
@@ -57,10 +57,10 @@ def decayed_mixing(
     return [
         Profile(
             abs(measured - replayed).max() / abs(total),
-            "training changed the contraction of the streams over depth, in logarithms, by a share of",
+            "the relative change of the streams' contraction (its logarithm) by training is",
             note=(
-                f"Of the differences between streams {left} is left; the initial matrices after weight decay (logits "
-                f"times {decay}) alone leave {explained}."
+                f"A fraction of {left} of the differences between streams is left; the initial matrices after weight "
+                f"decay (logits times {decay}) alone leave {explained}."
             ),
         )
     ]
@@ -81,6 +81,6 @@ def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.Da
     if saturation >= NEARLY_PERMUTATIONS:
         yield Profile(
             logit_gradient_share.max("connection"),
-            "of the gradient that reaches H_res, the largest share that reaches its logits at any connection is",
+            "the largest fraction of the gradient of H_res that reaches its logits at any connection is",
             note=f"Every projection lets through less than {number(1 - saturation)} of what a uniform one does.",
         )

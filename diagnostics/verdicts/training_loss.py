@@ -9,7 +9,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.causes import anywhere
+from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -20,7 +20,7 @@ from depthscope.diagnostics.verdicts.finding import Severity
     follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
 )
 def loss_not_finite(loss_not_finite: xr.DataArray) -> Iterable[Profile]:
-    """The loss is NaN or infinite: the step teaches nothing, and its gradients spoil the weights.
+    """The loss is NaN or infinite: its gradients would destroy the weights.
 
     Stop, go back to a checkpoint from before, and look at that batch: labels that are all ignored, a logarithm of zero, an
     overflow in half precision. Then lower the learning rate or the loss scale, and clip the gradient.
@@ -32,20 +32,21 @@ def loss_not_finite(loss_not_finite: xr.DataArray) -> Iterable[Profile]:
 # that a training can learn.
 @verdict(metric="loss", limits=Limits(warn=0.25, fail=0.75), follows_from={"loss_not_finite": anywhere})
 def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
-    """The loss has risen again, far above the lowest that it had.
+    """The loss diverged: it has risen far above its lowest value.
 
     Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
     gradient; see what grew first. Without meaning for a loss that no training lowers, as an adversary's.
     """
     yield Profile(
         loss_rise,
-        f"the loss is {number(float(loss))}, and its rise above the lowest one, over the loss at the start, is",
+        f"the rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start, is",
     )
 
 
-@verdict(metric="loss", limits=Limits(info=0.25, warn=0.75), follows_from={"diverged_loss": anywhere})
+# Half of the loss at the start is what text models learn in all.
+@verdict(metric="loss", limits=Limits(info=0.25, warn=0.5), follows_from={"diverged_loss": anywhere})
 def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Profile] | None:
-    """The loss rose far above its lowest in between, and came down again.
+    """The loss spiked: it rose far above its lowest value, and came down again.
 
     See what grew before it: gradients, logits of attention or a learning rate at its peak. A longer warm-up, a tighter clip or
     leaving out the batches of those steps removes most spikes.
@@ -53,13 +54,13 @@ def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Pr
     if float(loss_rise) > 0.5 * float(loss_spike):  # it has not come down: see `diverged_loss`
         return None
     return [
-        Profile(loss_spike, "the largest rise of the loss above its lowest, over the loss at the start, is")
+        Profile(loss_spike, "the largest rise of the loss above its lowest value, relative to the start, is")
     ]
 
 
 @verdict(metric="loss", limits=Limits(fail=0.0))
 def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The loss takes the softmax of numbers that come from a softmax.
+    """The softmax is applied twice: by the model and again by the loss.
 
     Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
     probabilities the gradient is small, and the loss cannot fall to zero.
@@ -67,9 +68,11 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     task = attrs.get(TASK)
     if isinstance(task, Mapping) and "softmax_twice" in task:
         twice = bool(task["softmax_twice"])
-        sentence = f"The model's output is a softmax already, and the loss takes another one of it; expected none ({DEFAULT})."
+        sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
         yield Profile(
-            xr.DataArray(float(twice)), "the softmaxes too many are", sentence=sentence if twice else ""
+            xr.DataArray(float(twice)),
+            "the number of superfluous softmaxes is",
+            sentence=sentence if twice else "",
         )
 
 
@@ -77,7 +80,14 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 GUESSING = 0.97
 
 
-@verdict(metric="loss", limits=Limits(warn=GUESSING))
+# A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
+@verdict(
+    metric="loss",
+    limits=Limits(warn=GUESSING),
+    follows_from=dict.fromkeys(
+        ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
+    ),
+)
 def untrained_weights(
     attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -86,21 +96,28 @@ def untrained_weights(
     Normal for a network that was just built, or for blocks that were just added. Of a checkpoint: see which names of the file
     were not found in the model, and load it with strict=True.
     """
-    blocks = attrs.get("untouched_blocks")
-    if blocks and residual_norm is not None and "layer" in residual_norm.coords:
-        fresh = residual_norm["layer"].isin(blocks)
+    blocks, share = attrs.get("untouched_blocks") or [], share_of_guessing(attrs)
+    if residual_norm is not None and _are_left_out(blocks, residual_norm, share):
         named = ", ".join(map(str, blocks))
         yield Profile(
-            fresh.astype(float).assign_coords(residual_norm["depth"].coords),
-            "the blocks that look untrained are",
-            sentence=f"Every bias and gain of block {named} is as initialisers leave it, and those of the other blocks are "
-            f"not; expected all or none ({DEFAULT}).",
+            residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
+            "the number of blocks that look untrained is",
+            sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
+            f"expected all or none ({DEFAULT}).",
         )
-    share = share_of_guessing(attrs)
     if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
         return
     yield Profile(
         xr.DataArray(1.0 if share is None else share),
-        "every bias and gain is as initialisers leave it, and the loss over that of guessing among all classes is",
+        "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
         ceiling=Severity.FAIL if attrs.get("checkpoint") else Severity.INFO,
     )
+
+
+def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None) -> bool:
+    """Whether untouched blocks are no design: they are few, the network has learned something, or its norms have."""
+    if not blocks or "layer" not in residual_norm.coords:
+        return False
+    every = {*residual_norm["layer"].values.tolist()} - {-1}
+    few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
+    return few_or_all or (share is not None and share < GUESSING)

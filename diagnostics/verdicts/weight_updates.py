@@ -26,7 +26,7 @@ NUM_NAMED = 3  # modules in a sentence
     drawn_on=("update_ratio",),
 )
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """One step of the optimizer rewrites much of a module.
+    """One optimizer step rewrites much of a module.
 
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
@@ -76,23 +76,32 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
     )
 
 
+# Of a loop that accumulates gradients, the optimizer steps only now and then.
+FEWEST_STEPS = 5
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(
     metric="update_ratio",
     limits=Limits(warn=1e-7, above=False),
     drawn_on=("update_ratio",),
 )
-def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
-    """A step of the optimizer leaves a module as it was.
+def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
+    """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
     has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
     """
-    yield Profile(
-        update_ratio,
-        "the change of the weights in one step, relative to the weights, is",
-        metric="update_ratio",
-    )
+    words = "the change of the weights in one step, relative to the weights, is"
+    if update_ratio.notnull().any():
+        yield Profile(update_ratio, words, metric="update_ratio")
+    # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
+    elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
+        sentence = (
+            f"No weight has changed in {float(unmoved_steps):.0f} measured steps, although gradients reach them; a step of "
+            f"an optimizer is expected in each of {FEWEST_STEPS} ({DEFAULT})."
+        )
+        yield Profile(xr.DataArray(0.0), words, sentence=sentence)
 
 
 # Of the squares of all weights: what a silent module loses the network where it has less is nothing, as of the first query of

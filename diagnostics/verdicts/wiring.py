@@ -95,7 +95,7 @@ def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 @verdict(metric="read_share", limits=Limits(info=1.0))
 def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Read and write weights look exchanged.
+    """Read and write weights look swapped.
 
     The branch reads with what the documented design writes with: check their order where they are split, returned and applied.
     """
@@ -114,7 +114,7 @@ def rounded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 @verdict(metric="mixing_gain", limits=Limits(warn=1e-3))
 def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Coefficients are computed from another input than the streams that they are applied to.
+    """Coefficients are computed from something other than the streams they are applied to.
 
     In hyper-connections they are a function of the token's own streams at this connection: look for a stale variable, a
     shift or a norm over other tokens.
@@ -134,7 +134,7 @@ def rounded_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 @verdict(metric="channel_variance", limits=Limits(fail=0.0))
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Batch norms have trained weights and running statistics as they were made.
+    """BatchNorm has trained weights, but its running statistics were never updated.
 
     In evaluation they normalise with mean 0 and variance 1, which are those of no data. See whether the module was ever in
     training mode, whether its buffers are saved and loaded, and whether momentum is 0.

@@ -63,14 +63,19 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
 
 
 def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Blocks every vector of which is as initialisers leave it, where those of most blocks are not.
+    """Blocks every vector of which is as initialisers leave it, where others of the model are not.
 
-    Returns: ``untouched_blocks``, their numbers in the chain; empty where none or most are so.
+    Returns: ``untouched_blocks``, their numbers in the chain; empty where there is none, and where all are so and the norms
+    outside of the blocks too.
     """
     with torch.no_grad():
         known = dict(model.named_modules())
         fresh = [n for n, path in enumerate(chain.blocks) if path in known and _is_untouched([known[path]])]
-    return {"untouched_blocks": fresh} if 0 < 2 * len(fresh) < len(chain.blocks) else {}
+        inside = {id(p) for path in chain.blocks if path in known for p in all_parameters(known[path])}
+        outside = [p for p in all_parameters(model) if id(p) not in inside and _is_readable(p)]
+        if len(fresh) == len(chain.blocks) and not _distance_from_one(outside):
+            return {}
+    return {"untouched_blocks": fresh} if fresh else {}
 
 
 def _small_by_construction(

@@ -67,7 +67,10 @@ def _chain_layer_depth(path: str, chains: Sequence[Chain]) -> tuple[int, int, in
         containing = [block for block in layers if path == block or path.startswith(f"{block}.")]
         if containing:
             layer = layers[max(containing, key=len)]  # the innermost of nested blocks
-            return number, layer, max(i for i, place in enumerate(chain.points) if place.layer == layer)
+            own = [i for i, place in enumerate(chain.points) if place.layer == layer]
+            # The state of a block may be none of the chain's, as that of the first one where queries read outputs.
+            earlier = [i for i, place in enumerate(chain.points) if place.layer < layer]
+            return number, layer, max(own or earlier, default=0)
     return 0, OUTSIDE_BLOCKS, 0
 
 

@@ -314,16 +314,20 @@ def page_of_the_table() -> str:
     lines = []
     for name, verdict in VERDICTS.items():
         values, limits = calibration.healthy_values(name), verdict.limits
-        if len(values) < calibration.FEWEST or verdict.about == "reading":
+        if len(values) < calibration.ENOUGH_TO_TELL or verdict.about == "reading":
             continue
         ordered = values if limits.above else values[::-1]
         worst = next(row for row in grown if row.get(name) and float(row[name]) == ordered[-1])
-        beyond, count = alarms_of_new_kinds(name)
+        # Of fewer networks 99 % says nothing: no limit yet.
+        limit, of_new_kinds = "", ""
+        if len(values) >= calibration.FEWEST:
+            limit = f"{calibration.limit_with_margin(values, above=limits.above):.3g}"
+            of_new_kinds = "{} of {}".format(*alarms_of_new_kinds(name))
         lines.append((
             f"`{name}`", "above" if limits.above else "below",
             *("" if x is None else f"{x:g}" for x in (limits.warn, limits.fail)),
             str(len(values)), f"{ordered[len(ordered) // 2]:.3g}", f"{ordered[-1]:.3g}", worst["kind"],
-            f"{calibration.limit_with_margin(values, above=limits.above):.3g}", f"{beyond} of {count}",
+            limit, of_new_kinds,
             str(sum(name in row["loud"].split() for row in rows) or ""),
         ))  # fmt: skip
     told = "; ".join(f"{row['kind']} {row['number']} ({row['loud']})" for row in loud) or "none"
@@ -333,8 +337,8 @@ def page_of_the_table() -> str:
 {sum(kind.steps > 0 for kind in KINDS)} that it knows), and made {len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of
 one core): real text, digits, photographs and algorithmic tasks, by AdamW, SGD and Muon with warm-up and decay. The table is
 `diagnostics/verdicts/healthy_networks.csv`; the weights are not kept. Limits that cite them lie by a factor of
-{calibration.MARGIN:g} beyond what 99 % of the trained ones have. *Of a new kind*: networks beyond the limit that all other
-kinds give; of a suspicion that is no alarm yet, for an experiment decides.
+{calibration.MARGIN:g} beyond what 99 % of the trained ones have, where there are {calibration.FEWEST} or more. *Of a new
+kind*: networks beyond the limit that all other kinds give; of a suspicion that is no alarm yet, for an experiment decides.
 Loud about {len(loud)} of {len(rows)} networks: {told}.
 
 {page.table(head, lines)}

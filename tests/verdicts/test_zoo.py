@@ -38,6 +38,15 @@ def test_a_draw_that_nobody_has_seen_is_judged_right():
     assert len(wrong) <= allowed, "\n".join([f"draw {draw} (DEPTHSCOPE_DRAW={draw} repeats it):", *wrong])
 
 
+def test_the_weights_of_a_block_that_has_no_state_are_recorded():
+    plan = Plan(family="attention residuals", blocks=2, width=32)
+    model = built(plan)
+    run = measuring.recorded(model, plan, torch.optim.AdamW(model.parameters()))
+    layers = run["statistics"]["weight_layer"].to_series()
+    assert layers["blocks.0.norm"] == 0
+    assert float(run["statistics"]["weight_update_square_norm"].sel(weight="blocks.0.norm").isel(step=-1)) > 0
+
+
 def test_a_draw_is_the_same_for_the_same_seed():
     one, other = cases(7, 40), cases(7, 40)
     assert one == other

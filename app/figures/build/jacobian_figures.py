@@ -18,7 +18,7 @@ CURVES = {
     "singular_value": (
         "largest_jacobian_singular_value",
         "Largest singular value of each block's Jacobian",
-        "σ₁",
+        "σ₁ (at least)",
         1.0,
     ),
     "mean_square": (
@@ -56,7 +56,8 @@ def _curve(results: Mapping[str, xr.Dataset], analyses: Analyses, variable: str)
                 np.asarray(found["depth"].values, dtype=np.float64),
                 value,
                 run,
-                lower=value - error,
+                # The value that is found is a lower bound.
+                lower=value if variable == "singular_value" else value - error,
                 upper=value + error,
                 group=run,
                 text=[f"from depth {depth - 1} to {depth}" for depth in found["depth"].values.tolist()],
@@ -64,7 +65,9 @@ def _curve(results: Mapping[str, xr.Dataset], analyses: Analyses, variable: str)
         )
     ends = np.array([1.0, max((float(line.x.max()) for line in lines), default=1.0)])
     isometry = Line(ends, np.full(2, level), f"isometry: {level:g}", role="threshold")
-    band = "residual" if variable == "singular_value" else "standard error over random probes"
+    band = "± standard error over random probes"
+    if variable == "singular_value":
+        band = "the residual above the lower bound that is drawn"
     whole = "; ".join(f"{run} {_whole(found, variable)}" for run, found in results.items())
     missing = [run for run in analyses if run not in results]
     return Lines(
@@ -76,7 +79,7 @@ def _curve(results: Mapping[str, xr.Dataset], analyses: Analyses, variable: str)
         log_y=variable == "singular_value",
         caption=" ".join(
             [
-                f"∂ state / ∂ state before. {_how(results)} Shaded: ± {band}.",
+                f"∂ state / ∂ state before. {_how(results)} Shaded: {band}.",
                 f"From the first state to the last: {whole}.",
                 *([] if variable == "singular_value" else [ISOMETRY]),
                 *([f"Not measured in {', '.join(missing)}."] if missing else []),
@@ -122,6 +125,8 @@ def _largest(values: xr.DataArray) -> np.ndarray:
 
 def _whole(found: xr.Dataset, variable: str) -> str:
     value, error = (float(_largest(found[f"whole_{variable}{part}"])) for part in ("", "_error"))
+    if variable == "singular_value":
+        return f"≥ {number(value)} (residual {number(error)})"
     return quantity(value, error) if np.isfinite(error) else number(value)
 
 

@@ -154,7 +154,9 @@ def test_a_batch_of_equal_tokens_shows_no_collapse():
     found = findings(captured(pre_norm(), torch.full((4, 24), 7)))
     assert not [each for each in found if each.severity > INFO]
     told = one(found, "batch_without_differences").sentence
-    assert told.startswith("All tokens of each sequence are identical: this batch cannot show rank collapse")
+    assert told.startswith(
+        "All tokens of each sequence are identical at the embedding: this batch cannot show rank collapse"
+    )
 
 
 def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networks_own():

@@ -298,11 +298,8 @@ def test_slow_collapse_says_at_which_connection(mixed):
     assert collapse.value == pytest.approx(0.5**12, rel=1e-4)
     assert collapse.worst == 11
     assert collapse.threshold == pytest.approx(0.01)
-    assert (
-        "0.0244 % of the initial differences between the streams survive at connection 11"
-        in collapse.sentence
-    )
-    assert "begins with 0.00781 at connection 6" in collapse.sentence
+    assert "0.0244 % of the initial differences between streams survive at connection 11" in collapse.sentence
+    assert "begins with 0.781 % at connection 6" in collapse.sentence
 
 
 def test_stuck_at_identity(mixed):
@@ -782,6 +779,22 @@ def test_a_finding_names_its_chain(make_run):
     failed = [f for f in diagnostics.judge(diagnostics.analyze(run)) if f.severity == Severity.FAIL]
     assert [f.chain for f in failed] == ["decoder"]
     assert failed[0].sentence.endswith("This is chain decoder.")
+
+
+def test_what_is_said_of_the_run_is_said_once(make_run):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    remark = {
+        "kind": "stale_statistics",
+        "sentence": "Two norms are as they were made",
+        "value": 2.0,
+        "sure": True,
+    }
+    attrs = {"family": "residual", "n_streams": 1, "remarks": [remark]}
+    found = diagnostics.judge(
+        diagnostics.analyze(schema.create_run({"encoder": part, "decoder": part}, attrs=attrs))
+    )
+    (stale,) = [each for each in found if each.verdict == "stale_statistics"]
+    assert stale.sentence.endswith("These are chains encoder, decoder.")
 
 
 def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
