@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from depthscope.app.study.reproductions import (
+    answer,
     connections,
     figure_8,
     initialisation,
@@ -13,6 +14,7 @@ from depthscope.app.study.reproductions import (
 STUDIES = {
     study.name: study
     for study in (
+        answer.STUDY,
         connections.STUDY,
         initialisation.STUDY,
         stream_collapse.STUDY,
