@@ -48,7 +48,7 @@ class Views:
         ``view``: states of one depth (n, N, d) in, parts (P, N, f) out.
         Returns: Dims (tokens, depth, other_depth); NaN where a state is not finite.
         """
-        finite = self._states.finite_streams.all(axis=1)
+        finite = np.asarray(self._states.finite_streams.all(axis=1))
         tables = np.stack(by_kind(self._kinds, partial(self._table, view, most)))
         pairs = finite[:, None] & finite[None, :]
         return xr.Variable(("tokens", "depth", "other_depth"), np.where(pairs, tables, np.nan))
@@ -106,26 +106,38 @@ def whitened(streams: np.ndarray) -> np.ndarray:
     return ((left * some) @ right)[None]
 
 
+def most_whitened(width: int) -> int:
+    """The most tokens that are whitened."""
+    return max(ROWS, SPARE * width)
+
+
 _declared = partial(
     metric,
     dims="tokens depth other_depth",
-    basis="stream",
     null=0.0,
-    estimator=f"unbiased HSIC₁; over at most {ROWS} tokens, evenly spaced",
     most_tokens=lambda width: ROWS,
 )
+SAMPLED = f"unbiased HSIC₁; over at most {ROWS} tokens, evenly spaced"
 
 
-@_declared(symbol=r"\mathrm{CKA}_{n d}", label="CKA of joined streams", cite="kornblith2019similarity")
+@_declared(
+    basis="stream",
+    symbol=r"\mathrm{CKA}_{n d}",
+    label="CKA of joined streams",
+    cite="kornblith2019similarity",
+    estimator=SAMPLED,
+)
 def joined_cka(state_views: Views) -> xr.Variable:
     """Linear CKA between depths of all streams joined: the state of n·d features, not its mean over streams."""
     return state_views.compare(joined)
 
 
 @_declared(
+    basis="stream",
     symbol=r"\min_i \mathrm{CKA}(x_i)",
     label="CKA of the least similar stream",
     cite="kornblith2019similarity",
+    estimator=SAMPLED,
 )
 def least_stream_cka(state_views: Views) -> xr.Variable:
     """Linear CKA between depths of that stream which is least similar to itself at the other depth."""
@@ -133,9 +145,11 @@ def least_stream_cka(state_views: Views) -> xr.Variable:
 
 
 @_declared(
+    basis="feature",  # which features are large depends on it
     symbol=r"\mathrm{CKA}_{-}",
     label="CKA without large features",
     cite="timkey2021all",
+    estimator=SAMPLED,
 )
 def trimmed_cka(state_views: Views) -> xr.Variable:
     """Linear CKA between depths without the few features that are 10 times as large as the median one.
@@ -146,7 +160,13 @@ def trimmed_cka(state_views: Views) -> xr.Variable:
 
 
 @_declared(
-    symbol=r"\mathrm{CKA}_{w}", label="CKA of whitened states", cite="kornblith2019similarity", default=False
+    basis="stream",
+    symbol=r"\mathrm{CKA}_{w}",
+    label="CKA of whitened states",
+    cite="kornblith2019similarity",
+    estimator=f"unbiased HSIC₁; over at most {ROWS} tokens or twice as many as features, evenly spaced",
+    most_tokens=most_whitened,
+    default=False,
 )
 def whitened_cka(state_views: Views, residual_states: States) -> xr.Variable:
     """Linear CKA between depths of whitened states: directions of small variance count as much as large ones.
@@ -157,4 +177,4 @@ def whitened_cka(state_views: Views, residual_states: States) -> xr.Variable:
     count = int(residual_states.mask.sum())
     if count < SPARE * width:
         raise Unavailable(f"whitening {width} features needs {SPARE * width} tokens, and there are {count}")
-    return state_views.compare(whitened, max(ROWS, SPARE * width))
+    return state_views.compare(whitened, most_whitened(width))

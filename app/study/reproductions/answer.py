@@ -40,7 +40,6 @@ METRICS = (
     *(metric for metric, _ in (*VIEWS.values(), *FURTHER.values())),
     "angular_distance",
     "num_tokens",
-    "elements_moved",
 )
 # Windows of the held-out text on which networks without some of their blocks are compared with all of them.
 WINDOWS = 16

@@ -195,36 +195,38 @@ def _which_scale(found: Measurements) -> str:
 
 def _depth(found: Measurements) -> str:
     blocks = found.rows[0].settings["depth"]
-    starts = {title: found.mean("same_from", family) for family, title in FAMILIES.items()}
-    early = {title: mean for title, mean in starts.items() if mean is not None and mean.mean < blocks}
+    starts = {title: found.values("same_from", family) for family, title in FAMILIES.items()}
+    early = {title: [value for value in values if value < blocks] for title, values in starts.items()}
+    parts = [
+        f"in {len(values)} of {len(starts[title])} {title} networks from block {min(values):g} of {blocks}"
+        for title, values in early.items()
+        if values
+    ]
+    none = "not even the last two states are the same"
     told = (
-        f"From no depth on: in no network are even the states before and after the last of {blocks} blocks the same"
-        if not early
-        else "States are the same from block "
-        + _listed([f"{_interval(mean)} of {blocks} on in {title}" for title, mean in early.items()])
+        f"States are the same {_listed(parts)} on; in the others {none}" if parts else f"From none on: {none}"
     )
     return (
-        f"{told}, and leaving out the later half of the blocks raises the held-out loss by "
-        f"{_of_designs(found, 'skip_later', 2)} nats a byte."
+        f"{told}, and leaving out the later half of the blocks raises the held-out loss, in nats a byte, by "
+        f"{_of_designs(found, 'skip_later', 2)}."
     )
 
 
 def _cost(found: Measurements) -> str:
     plain = found.mean("kept_bytes", PLAIN)
     memory = [
-        f"{title} {mean.mean / plain.mean:.1f} times"
+        f"{mean.mean / plain.mean:.1f} times ({title})"
         for family, title in FAMILIES.items()
         if family != PLAIN and plain is not None and (mean := found.mean("kept_bytes", family)) is not None
     ]
     losses = _compared(found, "loss")
     told = "; ".join(f"{title} {_difference(each, p)}" for title, (each, p) in losses.items())
-    loss = f", and their loss less the residual network's is {told} nats a byte" if told else ""
-    kept = (
-        f"For the backward of a token {_listed(memory)} as much as a residual network is kept"
-        if memory
-        else ""
+    if not memory:
+        return "There is no residual network to compare with yet."
+    loss = f"; the held-out loss less the residual network's, in nats a byte: {told}" if told else ""
+    return (
+        f"A forward keeps {_listed(memory)} what a residual network keeps of a token for its backward{loss}."
     )
-    return f"{kept}{loss}." if kept else "No residual network is done to compare with."
 
 
 # --- tables
@@ -273,12 +275,8 @@ def _design_notes() -> str:
 
 def _same_from(found: Measurements, steps: int, family: str) -> str:
     values = found.values("same_from", family, steps=steps)
-    blocks = found.rows[0].settings["depth"]
-    return (
-        "none"
-        if all(value == blocks for value in values)
-        else _interval(found.mean("same_from", family, steps=steps), 2)
-    )
+    early = sorted({value for value in values if value < found.rows[0].settings["depth"]})
+    return ", ".join(f"{value:g} ({values.count(value)} of {len(values)})" for value in early) or "none"
 
 
 def _signed(mean: Estimate | None) -> str:

@@ -56,7 +56,9 @@ def read_table(path: Path) -> Measurements:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
         planned = int(first.split()[1])
         data = pd.read_csv(io.StringIO(rest), dtype=str, keep_default_na=False)
-        rows = [_row(line) for line in data.to_dict("records")]
+        rows = [
+            _row({str(name): str(value) for name, value in line.items()}) for line in data.to_dict("records")
+        ]
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is not the table of measurements of the study answer ({error}); expected one that "
