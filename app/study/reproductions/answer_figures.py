@@ -30,12 +30,16 @@ def _along_depth(found: Measurements) -> Lines | None:
     if not lines:
         return None
     ends = np.array([lines[0].x[0], lines[0].x[-1]])
-    limit = Line(ends, np.full(2, ALIKE), f"the same: {ALIKE:g}", role="threshold")
+    limit = _limit(ends)
     caption = (
         f"Debiased CKA of the state after each block with the last state, the least of four views; {SEEDS}, "
         f"{found.steps[0]} training steps. States above the dotted line are called the same."
     )
     return _lines("depth", "blocks passed", "CKA with the last state", [*lines, limit], caption)
+
+
+def _limit(x: np.ndarray) -> Line:
+    return Line(x, np.full(len(x), ALIKE), f"the same: {ALIKE:g}", role="threshold")
 
 
 def _left_out(found: Measurements) -> Lines | None:
@@ -68,7 +72,10 @@ def _doses(found: Measurements, name: str, number: str, label: str, caption: str
         known = {scale: each for scale, each in values.items() if each}
         if len(known) > 1:
             lines.append(band(np.array(list(known)), list(known.values()), title))
-    return _lines(name, "scale of the branches", label, lines, caption, log_x=True)
+    if len(lines) == 1:  # no legend names it
+        caption += f" So far of {lines[0].label} networks alone."
+    limit = [_limit(np.array([found.scales[0], found.scales[-1]]))] if lines and number == "alike" else []
+    return _lines(name, "scale of the branches", label, [*lines, *limit], caption, log_x=True)
 
 
 def _over_memory(found: Measurements) -> Lines | None:

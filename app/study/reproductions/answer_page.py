@@ -12,7 +12,7 @@ from depthscope.app.study.reproductions.answer import FAMILIES, FURTHER, STUDY, 
 from depthscope.app.study.reproductions.answer_figures import answer_figures
 from depthscope.app.study.reproductions.answer_table import Measurements, read_table, table_text
 from depthscope.app.study.reproductions.claims import Row
-from depthscope.diagnostics.analysis.differences import Difference
+from depthscope.diagnostics.analysis.differences import SIGNIFICANCE, Difference
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.experiments.intervals import Estimate
@@ -102,8 +102,8 @@ def _interval(found: Estimate | None, digits: int = 3) -> str:
     if found is None:
         return "–"
     if not math.isfinite(found.low):
-        return f"{found.mean:.{digits}g} (one seed)"
-    return f"{found.mean:.{digits}g} ({found.low:.{digits}g} to {found.high:.{digits}g})"
+        return f"{found.mean:#.{digits}g} (one network)"
+    return f"{found.mean:#.{digits}g} ({found.low:#.{digits}g} to {found.high:#.{digits}g})"
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -174,8 +174,8 @@ def _which(found: Measurements) -> str:
             if titles
         )
     return (
-        f"{told}: after {found.steps[0]} steps the CKA of the first and the last state is {_of_designs(found, 'alike')}, "
-        f"where {ALIKE:g} would be the same{_which_scale(found)}."
+        f"{told}: after {found.steps[0]} steps the CKA of the first and the last state, where {ALIKE:g} would be the same, is "
+        f"{_of_designs(found, 'alike')}{_which_scale(found)}."
     )
 
 
@@ -189,23 +189,23 @@ def _which_scale(found: Measurements) -> str:
         }
         if same:
             values = _listed([f"{title} {_interval(mean)}" for title, mean in same.items()])
-            return f"; with all branches scaled down to {scale:g} it is {values}"
+            return f"; with all branches scaled down to {scale:g}: {values}"
     return ""
 
 
 def _depth(found: Measurements) -> str:
     blocks = found.rows[0].settings["depth"]
     starts = {title: found.values("same_from", family) for family, title in FAMILIES.items()}
-    early = {title: [value for value in values if value < blocks] for title, values in starts.items()}
+    early = sorted({value for values in starts.values() for value in values if value < blocks})
     parts = [
-        f"in {len(values)} of {len(starts[title])} {title} networks from block {min(values):g} of {blocks}"
-        for title, values in early.items()
-        if values
+        f"after {first:g} of {blocks} blocks in "
+        + _listed([f"{v.count(first)} of {len(v)} {title}" for title, v in starts.items() if first in v])
+        for first in early
     ]
     none = "not even the last two states are the same"
-    told = (
-        f"States are the same {_listed(parts)} on; in the others {none}" if parts else f"From none on: {none}"
-    )
+    told = f"From none on: {none}"
+    if parts:
+        told = f"States are the same from the one {_listed(parts)} networks on; in the others {none}"
     return (
         f"{told}, and leaving out the later half of the blocks raises the held-out loss, in nats a byte, by "
         f"{_of_designs(found, 'skip_later', 2)}."
@@ -220,10 +220,12 @@ def _cost(found: Measurements) -> str:
         if family != PLAIN and plain is not None and (mean := found.mean("kept_bytes", family)) is not None
     ]
     losses = _compared(found, "loss")
-    told = "; ".join(f"{title} {_difference(each, p)}" for title, (each, p) in losses.items())
+    told = ", ".join(f"{title} {_difference(each, p)}" for title, (each, p) in losses.items())
+    apart = [title for title, (each, p) in losses.items() if p < SIGNIFICANCE and not each.undecided]
+    which = f"that of {_listed(apart)} differs" if apart else "none can be said to differ"
     if not memory:
         return "There is no residual network to compare with yet."
-    loss = f"; the held-out loss less the residual network's, in nats a byte: {told}" if told else ""
+    loss = f"; of the losses {which} from the residual network's (in nats a byte: {told})" if told else ""
     return (
         f"A forward keeps {_listed(memory)} what a residual network keeps of a token for its backward{loss}."
     )
@@ -256,7 +258,7 @@ def _designs(found: Measurements, steps: int) -> str:
         "seeds": lambda family: str(len(found.of(family, steps=steps))),
         "held-out loss": lambda family: _interval(found.mean("loss", family, steps=steps)),
         "CKA, first and last state": lambda family: _interval(found.mean("alike", family, steps=steps)),
-        "the same from block": partial(_same_from, found, steps),
+        "the same after block": partial(_same_from, found, steps),
         "loss without the later half": lambda family: _signed(found.mean("skip_later", family, steps=steps)),
         "kept, KiB a token": lambda family: _kibibytes(found.mean("kept_bytes", family, steps=steps)),
         "verdict": partial(_verdicts, found, steps),
@@ -267,8 +269,8 @@ def _designs(found: Measurements, steps: int) -> str:
 
 def _design_notes() -> str:
     return (
-        "*Loss* is in nats a byte. *The same from block*: every two states from there to the last one are; «none» where not "
-        "even the last two are. *Loss without the later half* is what is added to the loss where these blocks are left out. "
+        "*Loss* is in nats a byte. *The same after block*: every two states from the one after this block on; «none» where "
+        "not even the last two. *Loss without the later half* is what is added to the loss where these blocks are left out. "
         "*Verdict* is `same_representation`, in how many networks."
     )
 
@@ -349,7 +351,9 @@ def _doses(found: Measurements) -> str:
     )
     return (
         "Every branch's output is multiplied with a constant that is not trained: the smaller it is, the less the layers "
-        "can write.\n\n" + _grid(head, rows)
+        "can write. The verdict is a failure where the range can be left out at no cost, a warning where that could not be "
+        "tried (blocks of AttnRes read all earlier ones), and a note where leaving it out costs something.\n\n"
+        + _grid(head, rows)
     )
 
 

@@ -191,11 +191,11 @@ def test_the_page_has_the_numbers_of_the_table(tmp_path):
     text = page_text(found, answer_figures(found))
     values = np.array([2.0 + 0.01 * seed for seed in range(5)])
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
-    assert f"| residual | 5 | {values.mean():.3g} ({low:.3g} to {high:.3g}) | 0.52 (" in text
+    assert f"| residual | 5 | {values.mean():#.3g} ({low:#.3g} to {high:#.3g}) | 0.520 (" in text
     # HC's five losses all lie below the residual network's: 2 of C(10, 5) exchanges are as extreme, times four designs.
     assert f"| 1000 | HC | held-out loss | -0.1 (-0.12 to -0.077; p {4 * 2 / 252:.2g}) |" in text
     assert "No design holds one representation in all layers" in text
-    assert "with all branches scaled down to 0.01 it is residual 0.999" in text
+    assert "with all branches scaled down to 0.01: residual 0.999" in text
     assert "2.0 times (HC), 3.0 times (mHC)" in text
     assert "75 of 80 trainings are done" in text
     assert "75 of 80 networks, 150 processor seconds" in text
@@ -222,7 +222,7 @@ def test_one_seed_decides_nothing(tmp_path):
     (tmp_path / "answer.csv").write_text(table_text(rows_of(seeds=1), 15), encoding="utf-8")
     text = page_text(read_table(tmp_path / "answer.csv"), [])
     assert "are not decided" in text
-    assert "(one seed)" in text
+    assert "(one network)" in text
     assert "; p " not in text
 
 
