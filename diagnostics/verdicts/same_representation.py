@@ -25,7 +25,7 @@ FIXED = 0.02
 # One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
 STEP = 1.0 / 180.0
 WORDS = "the debiased CKA"
-# What else of the states has to be the same, by metric: their mean over streams hides what differs between streams, and of
+# What else of the states has to be alike, by metric: their mean over streams hides what differs between streams, and of
 # large features alone CKA may be 1. Whitened states are named, and decide nothing: what directions of small variance are
 # worth is what skipping the range shows.
 VIEWS = {
@@ -90,19 +90,13 @@ def same_representation(
     """
     if "unbiased" not in cka["estimator"]:
         return
-    of_mean = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
+    alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
     given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)
     views = {
         name: _between_blocks(table.sel(tokens="ordinary", drop=True))
         for name, table in given
         if table is not None
     }
-    alike = of_mean.copy(
-        # Of a silent stream there is no CKA, and the other views decide.
-        data=np.fmin.reduce(
-            [of_mean.values, *(of.values for name, of in views.items() if name != NAMED_ONLY)]
-        )
-    )
     angles = _between_blocks(angular_distance.sel(tokens="ordinary", drop=True))
     table, turned = alike.values, angles.values
     steps = len(table) - 1
@@ -111,6 +105,9 @@ def same_representation(
     still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
     # All steps within a range are small where each is: kept apart from the angle between its ends.
     small = turned < np.where(still, STEP, np.inf)
+    deciding = [of.values for name, of in views.items() if name != NAMED_ONLY]
+    # Of a silent stream there is no CKA, and the other views decide.
+    lowest = np.fmin.reduce([table, *deciding])
     kinds = (
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
@@ -118,15 +115,17 @@ def same_representation(
         (False, table >= ALIKE, ALL),
     )
     for failing, together, share in kinds:
-        first, last = longest_range(together)
+        first, last = longest_range(together & (lowest >= ALIKE))
         if last - first >= max(FEWEST_STEPS, share * steps):
-            words = _views(of_mean, views, slice(first, last + 1))
+            words = _views(alike, views, slice(first, last + 1))
             found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
             # On the axis of all depths: the finding is where it says, and undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
+    yield Profile(
+        alike.copy(data=lowest).isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is"
+    )
 
 
 def _between_blocks(table: xr.DataArray) -> xr.DataArray:
@@ -177,14 +176,12 @@ def _one_representation(
     )
 
 
-def _views(of_mean: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) -> str:
-    """The least CKA within a range by each view that has one; empty where none differs from the mean over streams."""
-    least = {
-        words: float(views[name].values[part, part].min()) for name, words in VIEWS.items() if name in views
-    }
-    mean = float(of_mean.values[part, part].min())
+def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) -> str:
+    """The least CKA within a range by each view in which it is another one than in the mean over streams."""
+    mean = float(alike.values[part, part].min())
+    least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
-    return f": of the mean over streams {mean:.3f}, {', '.join(told)}" if told else ""
+    return f"; {', '.join(told)}" if told else ""
 
 
 def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:

@@ -875,4 +875,4 @@ def test_one_representation_names_the_views_that_differ():
     states = walk(8, branch=0.01)
     states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
     (found,) = findings(residual_run(states))["same_representation"]
-    assert "of the mean over streams 1.000, without large features 0.99" in found.sentence
+    assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
