@@ -12,6 +12,8 @@ from depthscope.app.study.reproductions.answer_table import Measurements
 from depthscope.app.study.reproductions.figures import band
 from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
+# A design has one colour in all figures, whichever of them it is drawn in.
+COLOURS = {title: number for number, title in enumerate(FAMILIES.values())}
 SEEDS = "mean and range over seeds"
 
 
@@ -105,5 +107,13 @@ def _lines(
     if not lines:
         return None
     return Lines(
-        f"answer_{name}", caption, x_label, y_label, tuple(lines), log_x=log_x, caption=caption, alt=caption
+        f"answer_{name}",
+        caption,
+        x_label,
+        y_label,
+        tuple(lines),
+        log_x=log_x,
+        caption=caption,
+        alt=caption,
+        runs=COLOURS,
     )

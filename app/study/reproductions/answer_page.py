@@ -18,7 +18,7 @@ from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.experiments.intervals import Estimate
 from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
-MARK = "<!-- written by depthscope study answer --page: change the study, not this page -->"
+MARK = "<!-- written by depthscope: the page of the study answer; change the study, not this page -->"
 PAGE, TABLE, PICTURES = "answer.md", "answer.csv", "images"
 SEVERITIES = ("passed", "note", "warning", "failure")
 PLAIN = "residual"
@@ -330,6 +330,7 @@ def _doses(found: Measurements) -> str:
         [
             f"{scale:g}", title, str(len(networks)),
             _interval(found.mean("alike", family, scale=scale)),
+            _interval(found.mean("turn", family, scale=scale), 2),
             _interval(found.mean("loss", family, scale=scale)),
             _signed(found.mean("skip_same", family, scale=scale)),
             _verdicts(found, found.steps[0], family, scale),
@@ -345,6 +346,7 @@ def _doses(found: Measurements) -> str:
         "design",
         "seeds",
         "CKA, first and last state",
+        "angle between them, degrees",
         "held-out loss",
         "loss without the blocks that are the same",
         "verdict",
@@ -352,8 +354,9 @@ def _doses(found: Measurements) -> str:
     return (
         "Every branch's output is multiplied with a constant that is not trained: the smaller it is, the less the layers "
         "can write. The verdict is a failure where the range can be left out at no cost, a warning where that could not be "
-        "tried (blocks of AttnRes read all earlier ones), and a note where leaving it out costs something.\n\n"
-        + _grid(head, rows)
+        "tried (blocks of AttnRes read all earlier ones), and a note where leaving it out costs something. CKA counts "
+        "lengths that change from token to token as a difference, the angle does not: what AttnRes reads is scaled by a "
+        "softmax of its own at each token.\n\n" + _grid(head, rows)
     )
 
 
