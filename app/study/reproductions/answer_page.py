@@ -132,8 +132,8 @@ def _setting(found: Measurements) -> str:
     done = ""
     if len(found.rows) < found.planned:
         done = (
-            f" **{len(found.rows)} of {found.planned} trainings are done**: `depthscope study answer` goes on with the "
-            "others, and the page says what there is."
+            f" **{len(found.rows)} of {found.planned} trainings are done** ({_kinds_done(found)}): `depthscope study answer` "
+            "goes on with the others, and the page says what there is."
         )
     return (
         f"Five byte decoders that differ in how their layers are joined: {_listed(list(FAMILIES.values()))}. Each has "
@@ -144,6 +144,18 @@ def _setting(found: Measurements) -> str:
         f"{ALIKE:g} in each of four views: {_listed([title for _, title in VIEWS.values()])}. Intervals are 95 % over "
         f"seeds (Student's t).{done}"
     )
+
+
+def _kinds_done(found: Measurements) -> str:
+    short = found.steps[0]
+    counts = {
+        f"of {short} steps": sum(
+            r.settings["steps"] == short and r.settings["branch_scale"] == 1.0 for r in found.rows
+        ),
+        "with branches scaled down": sum(r.settings["branch_scale"] < 1.0 for r in found.rows),
+        "longer": sum(r.settings["steps"] > short for r in found.rows),
+    }
+    return ", ".join(f"{count or 'none'} {words}" for words, count in counts.items())
 
 
 def _answer(found: Measurements) -> list[tuple[str, str]]:
@@ -330,7 +342,7 @@ def _doses(found: Measurements) -> str:
         [
             f"{scale:g}", title, str(len(networks)),
             _interval(found.mean("alike", family, scale=scale)),
-            _interval(found.mean("turn", family, scale=scale), 2),
+            _interval(found.mean("turn", family, scale=scale)),
             _interval(found.mean("loss", family, scale=scale)),
             _signed(found.mean("skip_same", family, scale=scale)),
             _verdicts(found, found.steps[0], family, scale),
