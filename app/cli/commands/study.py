@@ -33,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=FAMILIES,
         metavar="STUDY",
         help="families: residual, HC and mHC side by side (default); answer: do all layers hold the same, in which "
-        "design, at what cost (an hour); connections, initialisation, stream-collapse, rescue, fig8: what of some papers "
+        "design, at what cost (80 minutes); connections, initialisation, stream-collapse, rescue, fig8: what of some papers "
         "holds in small networks, in some minutes each, kept network by network; width, depth: a coordinate check, how the "
         "change of the states by training scales, in standard parametrisation and in μP or CompleteP",
     )
