@@ -158,7 +158,9 @@ def _judged_metrics() -> tuple[str, ...]:
         if verdict.suspicion
         for name in (*verdict.needs, *verdict.wants)
     }
-    return tuple(name for name in CATALOGUE if taken & {name, f"{name}_null"})
+    return tuple(
+        name for name, metric in CATALOGUE.items() if metric.default and taken & {name, f"{name}_null"}
+    )
 
 
 def _places(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:

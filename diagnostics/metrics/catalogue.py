@@ -17,6 +17,7 @@ from depthscope.diagnostics.metrics import (
     paths,
     propagation,
     replay,
+    representation,
     shape,
     similarity,
     spectrum,
@@ -58,6 +59,10 @@ DECLARED: tuple[Metric, ...] = (
     similarity.stream_cosine,
     similarity.closest_stream_cosine,
     similarity.stream_cka,
+    representation.joined_cka,
+    representation.least_stream_cka,
+    representation.trimmed_cka,
+    representation.whitened_cka,
     # Those of every token, where the run was captured with streaming=True, are shown before it: `streamed.variants`.
     streamed.streamed_cka_error,
     # Expensive: an analysis computes these when they are named.

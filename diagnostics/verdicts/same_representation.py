@@ -25,6 +25,16 @@ FIXED = 0.02
 # One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
 STEP = 1.0 / 180.0
 WORDS = "the debiased CKA"
+# What else of the states has to be alike, by metric: their mean over streams hides what differs between streams, and of
+# large features alone CKA may be 1. Whitened states are named, and decide nothing: what directions of small variance are
+# worth is what skipping the range shows.
+VIEWS = {
+    "joined_cka": "of all streams joined",
+    "least_stream_cka": "of the least similar stream",
+    "trimmed_cka": "without large features",
+    "whitened_cka": "of whitened states",
+}
+NAMED_ONLY = "whitened_cka"
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
 # Share of the steps that a range must span.
@@ -68,6 +78,10 @@ def same_representation(
     angular_distance: xr.DataArray,
     attrs: Mapping[str, Any],
     num_tokens: xr.DataArray | None = None,
+    joined_cka: xr.DataArray | None = None,
+    least_stream_cka: xr.DataArray | None = None,
+    trimmed_cka: xr.DataArray | None = None,
+    whitened_cka: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """All layers hold one representation: the depth adds nothing.
 
@@ -77,6 +91,12 @@ def same_representation(
     if "unbiased" not in cka["estimator"]:
         return
     alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
+    given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)
+    views = {
+        name: _between_blocks(table.sel(tokens="ordinary", drop=True))
+        for name, table in given
+        if table is not None
+    }
     angles = _between_blocks(angular_distance.sel(tokens="ordinary", drop=True))
     table, turned = alike.values, angles.values
     steps = len(table) - 1
@@ -85,6 +105,9 @@ def same_representation(
     still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
     # All steps within a range are small where each is: kept apart from the angle between its ends.
     small = turned < np.where(still, STEP, np.inf)
+    deciding = [of.values for name, of in views.items() if name != NAMED_ONLY]
+    # Of a silent stream there is no CKA, and the other views decide.
+    lowest = np.fmin.reduce([table, *deciding])
     kinds = (
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
@@ -92,14 +115,17 @@ def same_representation(
         (False, table >= ALIKE, ALL),
     )
     for failing, together, share in kinds:
-        first, last = longest_range(together)
+        first, last = longest_range(together & (lowest >= ALIKE))
         if last - first >= max(FEWEST_STEPS, share * steps):
-            found = _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
+            words = _views(alike, views, slice(first, last + 1))
+            found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
             # On the axis of all depths: the finding is where it says, and undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
+    yield Profile(
+        alike.copy(data=lowest).isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is"
+    )
 
 
 def _between_blocks(table: xr.DataArray) -> xr.DataArray:
@@ -118,6 +144,7 @@ def _one_representation(
     last: int,
     attrs: Mapping[str, Any],
     num_tokens: xr.DataArray | None,
+    views: str,
     *,
     failing: bool,
 ) -> Profile:
@@ -130,9 +157,10 @@ def _one_representation(
     begins, ends = alike["depth"].values[[first, last]].tolist()
     sentence = (
         f"{_all(alike, first, last)} hold one representation: every two states from depth {begins} to depth "
-        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{_null(num_tokens)}), limit {number(limit)} "
-        f"({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches "
-        f"of the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than "
+        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{views}{_null(num_tokens)}), "
+        f"limit {number(limit)} ({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, "
+        f"where independent branches of the size of the first state turn them by {_law(last - first):.0f}°. No step turns "
+        "them by more than "
         f"{number(step)}°."
     )
     told, moving = _prediction(attrs, begins, ends)
@@ -146,6 +174,14 @@ def _one_representation(
         ceiling=Severity.FAIL if failing and not moving else Severity.WARN,
         start=_start(turned, attrs),
     )
+
+
+def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) -> str:
+    """The least CKA within a range by each view in which it is another one than in the mean over streams."""
+    mean = float(alike.values[part, part].min())
+    least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
+    told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
+    return f"; {', '.join(told)}" if told else ""
 
 
 def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:

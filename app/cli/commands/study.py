@@ -20,7 +20,8 @@ FAMILIES = "families"
 MINUTES = 10.0
 SCALING = ("width", "depth")
 # Named here and not imported: torch takes seconds. A test compares them with the studies that there are.
-REPRODUCTIONS = ("connections", "initialisation", "stream-collapse", "rescue", "fig8")
+REPRODUCTIONS = ("answer", "connections", "initialisation", "stream-collapse", "rescue", "fig8")
+PAGED = "answer"
 STUDIES = (FAMILIES, *REPRODUCTIONS, *SCALING)
 
 
@@ -31,10 +32,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=OneOf(lambda: STUDIES),
         default=FAMILIES,
         metavar="STUDY",
-        help="families: residual, HC and mHC side by side (default); connections, initialisation, stream-collapse, rescue, "
-        "fig8: what of some papers holds in small networks, in some minutes each, kept network by network; width, depth: a "
-        "coordinate check, how the change of the states by training scales, in standard parametrisation and in μP or "
-        "CompleteP",
+        help="families: residual, HC and mHC side by side (default); answer: do all layers hold the same, in which "
+        "design, at what cost (80 minutes); connections, initialisation, stream-collapse, rescue, fig8: what of some papers "
+        "holds in small networks, in some minutes each, kept network by network; width, depth: a coordinate check, how the "
+        "change of the states by training scales, in standard parametrisation and in μP or CompleteP",
     )
     parser.add_argument(
         "--out",
@@ -42,6 +43,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for runs and weights (families), for results and a figure (width, depth), or for everything of a study: "
         "the same command goes on with what is there",
+    )
+    parser.add_argument(
+        "--page",
+        type=OutputFolder(),
+        metavar="DIR",
+        help="of answer: write answer.md with its table and figures there; without --out from the table that is there",
     )
     parser.add_argument(
         "--memory",
@@ -73,6 +80,8 @@ def _run(args: argparse.Namespace) -> int:
         return _tell_memory(as_json=args.json)
     if args.study in SCALING:
         return _tell_scaling(args)
+    if args.page is not None and args.out is None:
+        return _tell_page(args)
     return _tell_reproduction(args) if args.study in REPRODUCTIONS else _tell_families(args)
 
 
@@ -84,7 +93,15 @@ def _require_fitting(args: argparse.Namespace) -> None:
         raise InputError(
             f"--quick and --depths belong to {', '.join(REPRODUCTIONS)}; leave them out of {args.study}"
         )
-    if args.out is None and not args.memory and args.study not in SCALING:
+    if args.page is not None and args.study != PAGED:
+        raise InputError(f"--page belongs to {PAGED}; leave it out of {args.study}")
+    if (
+        args.page is not None
+        and args.out is None
+        and (args.quick or args.depths or args.seeds or args.minutes)
+    ):
+        raise InputError("without --out nothing is trained; name the folder of the study, or --page alone")
+    if args.out is None and args.page is None and not args.memory and args.study not in SCALING:
         hint = ", or ask for --memory, which writes nothing" if args.study == FAMILIES else ""
         raise InputError(f"no folder came; name one with --out DIR{hint}")
 
@@ -113,6 +130,7 @@ def _tell_reproduction(args: argparse.Namespace) -> int:
         depths=args.depths,
         seeds=args.seeds,
         minutes=args.minutes,
+        page=None if args.page is None else Path(args.page),
     )
     if args.json:
         emit(
@@ -127,6 +145,19 @@ def _tell_reproduction(args: argparse.Namespace) -> int:
         return FINE
     say(found.summary.partition("\n")[2])  # without the mark that is for files
     for path in found.written:
+        say(f"saved: {path}")
+    return FINE
+
+
+def _tell_page(args: argparse.Namespace) -> int:
+    """Write the page from its table of measurements: nothing is trained."""
+    from depthscope.app.study.reproductions.answer_page import write_page
+
+    written = [str(path) for path in write_page(Path(args.page))]
+    if args.json:
+        emit({"study": args.study, "files": written})
+        return FINE
+    for path in written:
         say(f"saved: {path}")
     return FINE
 

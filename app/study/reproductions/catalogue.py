@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from depthscope.app.study.reproductions import connections, figure_8, initialisation, rescue, stream_collapse
+from depthscope.app.study.reproductions import (
+    answer,
+    connections,
+    figure_8,
+    initialisation,
+    rescue,
+    stream_collapse,
+)
 
 STUDIES = {
     study.name: study
     for study in (
+        answer.STUDY,
         connections.STUDY,
         initialisation.STUDY,
         stream_collapse.STUDY,

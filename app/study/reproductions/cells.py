@@ -35,6 +35,11 @@ def run_path(out: Path, cell: Cell) -> Path:
     return out / "runs" / f"{cell.name}-{cell.digest}.nc"
 
 
+def weights_path(out: Path, cell: Cell) -> Path:
+    """Where a cell's weights are kept, if they are."""
+    return out / "weights" / f"{cell.name}-{cell.digest}.safetensors"
+
+
 def kept_row(out: Path, cell: Cell) -> Row | None:
     """The row of a cell that is done.
 
@@ -130,7 +135,8 @@ def run_cells(
 
 
 def _measured(study: Study, cell: Cell, out: Path) -> Row:
-    found = study.measure(cell.settings)
+    where = [weights_path(out, cell)] if study.keeps_weights else []
+    found = study.measure(cell.settings, *where)
     if cell.keeps_run and found.run is not None:
         schema.save_run(found.run, run_path(out, cell))
     row = Row(cell.settings, found.numbers, found.curves)

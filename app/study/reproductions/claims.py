@@ -128,6 +128,25 @@ def deepest(rows: Sequence[Row]) -> int:
     return max((int(row.settings["depth"]) for row in rows), default=0)
 
 
+# Settings by which the networks of a study are laid out; the others are those of a variant.
+LAID_OUT = ("family", "depth", "seed")
+
+
+def by_variant(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Rows whose settings differ in family, depth and seed alone, together, in the order of the first of each.
+
+    Returns: With those settings in which the variants differ.
+    """
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(sorted((name, value) for name, value in row.settings.items() if name not in LAID_OUT))
+        found.setdefault(key, []).append(row)
+    shared = set.intersection(*map(set, found)) if found else set()
+    return [
+        ({name: value for name, value in key if (name, value) not in shared}, of) for key, of in found.items()
+    ]
+
+
 def by_seed(rows: Sequence[Row], name: str, family: str, depth: int) -> dict[int, float]:
     """A number of each seed."""
     return {
@@ -147,6 +166,11 @@ class Networks:
     def depth(self) -> int:
         """The largest number of layers."""
         return deepest(self.rows)
+
+    @property
+    def first_variant(self) -> Networks:
+        """Those of the variant that came first, which a study is of."""
+        return Networks(by_variant(self.rows)[0][1]) if self.rows else self
 
     def at_depth(self, family: str) -> list[Row]:
         """The deepest networks of a family."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from depthscope.app.figures import Figure, Line, Lines
-from depthscope.app.study.reproductions.claims import deepest
+from depthscope.app.study.reproductions.claims import by_variant, deepest
 from depthscope.app.study.reproductions.plan import Along, Row, RunNumber, Study
 
 LOSS = RunNumber("loss", "held-out loss, nats a byte")
@@ -19,11 +19,15 @@ def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:
     ``study``: with its numbers, curves and further figures.
     """
     found: list[Figure] = []
-    if study.trained:
+    if study.trained and rows:
+        # The first variant is what the study is of; a study draws its others itself.
+        first = by_variant(rows)[0][1]
         # Over one depth there is no curve; the table has the numbers.
-        if len({row.settings["depth"] for row in rows}) > 1:
-            found += [each for number in (LOSS, *study.numbers) if (each := _over_depth(study, rows, number))]
-        found += [each for curve in study.curves if (each := _along(study, rows, curve))]
+        if len({row.settings["depth"] for row in first}) > 1:
+            found += [
+                each for number in (LOSS, *study.numbers) if (each := _over_depth(study, first, number))
+            ]
+        found += [each for curve in study.curves if (each := _along(study, first, curve))]
     return [*found, *study.figures(rows)]
 
 
@@ -37,7 +41,7 @@ def _over_depth(study: Study, rows: Sequence[Row], number: RunNumber) -> Lines |
             for depth in depths
         ]  # fmt: skip
         if any(np.isfinite(each).any() for each in values):
-            lines.append(_band(np.array(depths, float), values, title))
+            lines.append(band(np.array(depths, float), values, title))
     if not lines:
         return None
     return _figure(
@@ -67,7 +71,7 @@ def _along(study: Study, rows: Sequence[Row], curve: Along) -> Lines | None:
             for place, seeds in zip(x, zip(*drawn, strict=True), strict=True)
             if np.isfinite(seeds).any()
         }
-        lines.append(_band(np.array(list(values)), list(values.values()), title))
+        lines.append(band(np.array(list(values)), list(values.values()), title))
         lines += _laws(rows, curve, family, title, depth, x)
     if not lines:
         return None
@@ -88,7 +92,7 @@ def _laws(
             return
 
 
-def _band(x: np.ndarray, values: Sequence[Sequence[float]], title: str) -> Line:
+def band(x: np.ndarray, values: Sequence[Sequence[float]], title: str) -> Line:
     """The mean over seeds, and from the least to the largest."""
     kept = [np.array([value for value in each if np.isfinite(value)]) for each in values]
     mean, low, high = (

@@ -13,7 +13,7 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.app.study.corpus import Corpus, draw_batch, split_corpus
-from depthscope.app.study.learner import create_learner, held_out_loss, train_step
+from depthscope.app.study.learner import Learner, create_learner, held_out_loss, train_step
 from depthscope.app.study.recipe import Recipe, schedule
 from depthscope.app.study.reproductions.networks import make
 from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, profile, slice_of
@@ -54,22 +54,16 @@ def train(
     ``build``: takes a family, a size and a seed.
     Returns: With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
     """
-    size = Size(settings["depth"], settings["width"], settings["heads"], settings["streams"])
-    recipe = Recipe(steps=settings["steps"], seed=settings["seed"], size=size)
-    model = build(settings["family"], size, settings["seed"])
-    learner = create_learner(settings["family"], recipe, model)
+    learner = fresh(settings, build)
+    model = learner.model
     numbers = [number for number in numbers if number.metric]
     curves = [curve for curve in curves if curve.metric]
     metrics = sorted({number.metric for number in numbers} | {curve.metric for curve in curves})
     # The first capture is for what the network does by itself; its gradients may all be zero.
-    first, _ = _analysed(model, settings, metrics)
-    generator = torch.Generator().manual_seed(settings["seed"])
-    for step in range(settings["steps"]):
-        batch = draw_batch(corpus().train, settings["batch"], settings["length"], generator)
-        rate = recipe.learning_rate * schedule(step / settings["steps"], recipe.warm_up)
-        train_step(learner, batch, rate, recipe.clip)
+    first, _ = analysed(model, settings, metrics)
+    run_steps(learner, settings)
     model.eval()
-    last, run = _analysed(model, settings, metrics)
+    last, run = analysed(model, settings, metrics)
     memory = run.attrs.get("memory", {})
     found = {
         **{f"start_{number.name}": number.of(first) for number in numbers},
@@ -87,9 +81,29 @@ def train(
     return model, MeasuredCell(found, lines, run)
 
 
-def _analysed(
+def fresh(settings: Mapping[str, Any], build: Callable[..., nn.Module] = make) -> Learner:
+    """A cell's network before its first step, with its optimizer.
+
+    ``build``: takes a family, a size and a seed.
+    """
+    size = Size(settings["depth"], settings["width"], settings["heads"], settings["streams"])
+    recipe = Recipe(steps=settings["steps"], seed=settings["seed"], size=size)
+    return create_learner(settings["family"], recipe, build(settings["family"], size, settings["seed"]))
+
+
+def run_steps(learner: Learner, settings: Mapping[str, Any]) -> None:
+    """Train for the cell's steps, on batches that its seed draws."""
+    recipe, generator = Recipe(), torch.Generator().manual_seed(settings["seed"])
+    for step in range(settings["steps"]):
+        batch = draw_batch(corpus().train, settings["batch"], settings["length"], generator)
+        rate = recipe.learning_rate * schedule(step / settings["steps"], recipe.warm_up)
+        train_step(learner, batch, rate, recipe.clip)
+
+
+def analysed(
     model: nn.Module, settings: Mapping[str, Any], metrics: Sequence[str]
 ) -> tuple[xr.Dataset, xr.DataTree]:
+    """The metrics of a network on the batch that every cell of its length is measured on, and its run with them."""
     attrs = {
         "model": f"small network, {settings['family']}, {settings['depth']} layers",
         "settings": dict(settings),

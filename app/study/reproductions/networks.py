@@ -157,6 +157,33 @@ class DepthAttentionLM(ByteDecoder):
         return self.queries[-1](values)
 
 
+class ScaledBranch(nn.Module):
+    """A branch whose output is multiplied by a constant that is not trained."""
+
+    def __init__(self, branch: nn.Module, scale: float):
+        super().__init__()
+        self.inner, self.scale = branch, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the branch and scale what it gives."""
+        return self.scale * self.inner(x)
+
+
+def scale_branches(model: nn.Module, scale: float) -> nn.Module:
+    """Multiply the output of every branch of a network by a constant; the network is changed and returned."""
+    if isinstance(model, DepthAttentionLM):
+        model.branches = nn.ModuleList(ScaledBranch(branch, scale) for branch in model.branches)
+        return model
+    # The connections of SmallLM have their sublayer as `branch`; a network without any would keep its scale unnoticed.
+    connections = [
+        module for module in model.modules() if isinstance(getattr(module, "branch", None), nn.Module)
+    ]
+    assert connections, f"{type(model).__name__} has no connections"
+    for connection in connections:
+        connection.branch = ScaledBranch(connection.branch, scale)
+    return model
+
+
 def make(family: str, size: Size, seed: int, *, diagonal: float = DIAGONAL, broken: float = 0.0) -> nn.Module:
     """A fresh network of a family.
 

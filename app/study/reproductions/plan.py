@@ -28,6 +28,8 @@ class Scale:
     ``seeds``: seeds 0 … seeds − 1.
     ``width, heads, streams``: of the network.
     ``steps, batch, length``: of the training, and bytes of a sequence.
+    ``variants``: what is changed or added in the settings, one set of networks after the other; ``seeds`` of a variant
+    are at most so many.
     """
 
     depths: tuple[int, ...]
@@ -38,6 +40,7 @@ class Scale:
     steps: int = 40
     batch: int = 8
     length: int = 64
+    variants: tuple[Mapping[str, float], ...] = ({},)
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,14 @@ class Study:
     ``sources``: papers, as people cite them.
     ``families``: title by family.
     ``scale, quick``: its size, and that of its tests.
-    ``measure``: from a cell's settings to what was measured.
+    ``measure``: from a cell's settings to what was measured; with the path of its weights where these are kept.
     ``numbers``: columns of the table and figures over depth.
     ``curves``: figures along the deepest networks.
     ``table``: what is tested.
     ``limits``: what is not tested here, in sentences.
     ``figures``: further figures, from the rows.
     ``trained``: whether networks are trained: else it has no depths, seeds and runs.
+    ``keeps_weights``: whether they are kept: what took minutes to train is not trained again when it is measured anew.
     """
 
     name: str
@@ -169,13 +173,14 @@ class Study:
     families: Mapping[str, str]
     scale: Scale
     quick: Scale
-    measure: Callable[[Mapping[str, Any]], MeasuredCell]
+    measure: Callable[..., MeasuredCell]
     numbers: tuple[RunNumber, ...]
     curves: tuple[Along, ...]
     table: tuple[Claim, ...]
     limits: str
     figures: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
     trained: bool = True
+    keeps_weights: bool = False
 
     def claims(self, rows: Sequence[Row]) -> list[Claim]:
         """What was tested, with the numbers of some rows."""
@@ -186,9 +191,11 @@ class Study:
         shared = {
             name: getattr(scale, name) for name in ("width", "heads", "streams", "steps", "batch", "length")
         }
-        for seed in range(scale.seeds):
-            for depth in scale.depths:
-                for family in self.families:
-                    settings = {"family": family, "depth": depth, "seed": seed, **shared}
-                    # Of the first seed alone: runs of all would take hundreds of megabytes.
-                    yield Cell(self.name, settings, keeps_run=self.trained and seed == 0)
+        for number, variant in enumerate(scale.variants):
+            changed = {name: value for name, value in variant.items() if name != "seeds"}
+            for seed in range(min(int(variant.get("seeds", scale.seeds)), scale.seeds)):
+                for depth in scale.depths:
+                    for family in self.families:
+                        settings = {"family": family, "depth": depth, "seed": seed, **shared, **changed}
+                        # Of the first seed alone: runs of all would take hundreds of megabytes.
+                        yield Cell(self.name, settings, keeps_run=self.trained and seed == number == 0)

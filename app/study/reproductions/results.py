@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from depthscope.app.paper.replaced_folder import foreign_files, replaced_folder,
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, judged, shown_attributes
 from depthscope.app.study.reproductions.cells import run_path
-from depthscope.app.study.reproductions.claims import by_seed, deepest
+from depthscope.app.study.reproductions.claims import by_seed, by_variant, deepest
 from depthscope.app.study.reproductions.figures import LOSS, study_figures
 from depthscope.app.study.reproductions.plan import Row, Scale, Study
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
@@ -55,8 +56,9 @@ def _scale_sentence(study: Study, scale: Scale) -> str:
     if not study.trained:
         return "Nothing is trained."
     depths, seeds = ", ".join(map(str, scale.depths)), scale.seeds
+    steps = " or ".join(str(each) for each in sorted({v.get("steps", scale.steps) for v in scale.variants}))
     return (
-        f"The networks are byte decoders of {depths} layers and width {scale.width}, each trained for {scale.steps} "
+        f"The networks are byte decoders of {depths} layers and width {scale.width}, each trained for {steps} "
         f"steps of {scale.batch} × {scale.length} bytes of Python's documentation, from {seeds} "
         f"seed{'s' if seeds > 1 else ''}. A claim counts where the 95 % interval over seeds lies inside its limit, which "
         "is this project's unless a paper prints it."
@@ -67,23 +69,30 @@ def results_table(study: Study, rows: Sequence[Row]) -> Table:
     """A row for each family and depth: means over seeds, half widths of their intervals in ``_error`` columns."""
     numbers = (LOSS, *study.numbers) if study.trained else study.numbers
     data, printed = [], []
-    for family, title in study.families.items():
-        for depth in sorted({row.settings["depth"] for row in rows if row.settings["family"] == family}):
-            values, words = {"family": family, "depth": depth}, {"family": title, "layers": str(depth)}
-            for number in numbers:
-                found = np.array(list(by_seed(rows, number.name, family, depth).values()))
-                one = estimate(found) if np.isfinite(found).any() else None
-                values[number.name] = one.mean if one else math.nan
-                values[f"{number.name}_error"] = one.mean - one.low if one else math.nan
-                words[number.title] = _cell(one.mean, one.mean - one.low) if one else "–"
-            data.append(values)
-            printed.append(words)
+    for variant, of in by_variant(rows):
+        for family, title in study.families.items():
+            for depth in sorted({row.settings["depth"] for row in of if row.settings["family"] == family}):
+                values = {"family": family, "depth": depth, **variant}
+                words = {"family": title, "layers": str(depth), **_variant_words(variant)}
+                for number in numbers:
+                    found = np.array(list(by_seed(of, number.name, family, depth).values()))
+                    one = estimate(found) if np.isfinite(found).any() else None
+                    values[number.name] = one.mean if one else math.nan
+                    values[f"{number.name}_error"] = one.mean - one.low if one else math.nan
+                    words[number.title] = cell(one.mean, one.mean - one.low) if one else "–"
+                data.append(values)
+                printed.append(words)
     caption = "Mean over seeds, and half of its 95 % interval (Student's t) where there are several."
     title = f"Numbers of the study {study.name}"
     return Table(study.name.replace("-", "_"), title, caption, pd.DataFrame(data), pd.DataFrame(printed))
 
 
-def _cell(mean: float, reach: float) -> str:
+def _variant_words(variant: Mapping[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): f"{value:g}" for name, value in variant.items()}
+
+
+def cell(mean: float, reach: float) -> str:
+    """A mean with half of its interval, where it has one, for a table."""
     return f"{mean:.3g}" if not math.isfinite(reach) else f"{mean:.3g} ± {reach:.1g}"
 
 

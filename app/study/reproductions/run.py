@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from depthscope.app.study.reproductions.answer_page import write_page
 from depthscope.app.study.reproductions.catalogue import STUDIES
 from depthscope.app.study.reproductions.cells import run_cells
 from depthscope.app.study.reproductions.claims import Claim
@@ -56,6 +57,7 @@ def run_reproduction(
     seeds: int | None = None,
     minutes: float | None = None,
     progress: bool | None = None,
+    page: Path | None = None,
 ) -> Outcome:
     """Run a study, or go on with one: cells that are kept in the folder with the same settings are not measured again.
 
@@ -63,6 +65,7 @@ def run_reproduction(
     ``quick``: tiny networks and a few steps: to see that it runs, not to learn from.
     ``minutes``: no further network begins after so long.
     ``progress``: show a bar on stderr; by default on a terminal.
+    ``page``: of the study of the answer: a folder where its page is written too.
     Raises InputError: For a size that cannot be run, or folders that are somebody else's.
     Raises OSError: Where a file of another origin has a name of the study's, or nothing can be written.
     """
@@ -72,4 +75,6 @@ def run_reproduction(
     rows, planned = run_cells(study, scale, out, minutes=minutes, progress=progress)
     with working("drawing"):
         written = write_results(study, scale, rows, planned, out)
+        if page is not None:
+            written += write_page(page, rows, planned)
     return Outcome(study.claims(rows), summary_text(study, scale, rows, planned), len(rows), planned, written)

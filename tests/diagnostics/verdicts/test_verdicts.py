@@ -919,3 +919,39 @@ def test_limits_are_told_as_people_read_them():
     assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
     assert VERDICTS["uniform_mixing"].limits.words == "FAIL below 0.01"
     assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"
+
+
+def streams_run(streams):
+    """A run of streams (depth, sample, token, stream, feature)."""
+    states = np.asarray(streams, np.float32)
+    run = residual_run(states.mean(axis=3))
+    trace = run["trace"].to_dataset().drop_vars("residual").drop_dims("stream", errors="ignore")
+    trace = trace.assign_coords(stream=np.arange(states.shape[3]))
+    return schema.create_run(
+        trace.assign(residual=(schema.STATE, states)), attrs={"family": "hc", "n_streams": states.shape[3]}
+    )
+
+
+def test_streams_that_change_while_their_mean_stays_are_no_single_representation():
+    mean = walk(8, branch=0.001)[..., None, :]
+    apart = walk(8, seed=3)[..., None, :]
+    still = streams_run(np.concatenate([mean, mean], axis=3))
+    moving = streams_run(np.concatenate([mean + apart, mean - apart], axis=3))
+    (found,) = findings(still)["same_representation"]
+    assert (found.severity, found.first, found.last) == (Severity.FAIL, 0, 8)
+    assert findings(moving, passed=True)["same_representation"][0].severity is Severity.PASS
+
+
+def test_a_large_feature_does_not_make_layers_the_same():
+    states = walk(8)
+    states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
+    alike = diagnostics.analyze(residual_run(states))["cka"].sel(estimator="unbiased", tokens="ordinary")
+    assert float(alike.min()) > 0.99
+    assert findings(residual_run(states), passed=True)["same_representation"][0].severity is Severity.PASS
+
+
+def test_one_representation_names_the_views_that_differ():
+    states = walk(8, branch=0.01)
+    states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
+    (found,) = findings(residual_run(states))["same_representation"]
+    assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
