@@ -192,7 +192,8 @@ class _Drawn:
             "places": list(range(len(names))),
             "names": names,
             "rows": f"yaxis{rows}" if rows else "",
-            "token": None if close_up is None else _marked_row(view),
+            "token": _marked_row(view),
+            "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
             "alt": visible(
                 f"Panels over the {len(names)} depths of {reading.name}: "
                 f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "

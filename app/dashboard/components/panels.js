@@ -23,7 +23,9 @@ export default function (component) {
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
   box.places = data.places;
-  box.token = data.token;
+  // Until the page repeats the token that was marked here, it repeats earlier ones.
+  if (box.marked === data.token) box.marked = undefined;
+  else if (box.marked === undefined) box.token = data.token;
   box.names = data.names;
   // What Python pinned last: it does not repeat what was pinned here, so that the figure is not sent again for it.
   const sent = JSON.stringify([data.pin, data.other]);
@@ -129,8 +131,10 @@ export default function (component) {
       send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
     } else if (data.rows && ["ArrowUp", "ArrowDown"].includes(event.key)) {
       event.preventDefault();
-      const tokens = Math.floor(Math.max(...plot._fullLayout[data.rows].range));
-      box.token = Math.min(Math.max((box.token ?? -1) + (event.key === "ArrowDown" ? 1 : -1), 0), tokens);
+      const at = data.tokens.indexOf(box.token) + (event.key === "ArrowDown" ? 1 : -1);
+      const token = data.tokens[Math.min(Math.max(at, 0), data.tokens.length - 1)];
+      if (token === box.token) return;
+      box.token = box.marked = token;
       send({ ...box.pinned, token: box.token }, WAIT);
     } else if (event.key === "Enter") {
       event.preventDefault();
