@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from depthscope.app.figures import Figure, Heatmap
 from depthscope.app.figures.numbers import figure_table
-from depthscope.app.text.numbers import number
+from depthscope.app.text.numbers import UNDEFINED, number
 
 __all__ = ["cut_words", "numbers_of", "spelled"]
 
@@ -39,7 +41,10 @@ def spelled(table: pd.DataFrame) -> Styler:
     rows, columns = _shown_size(table)
     shown = table.iloc[:rows, :columns]
     numbers = [name for name in shown if pd.api.types.is_float_dtype(shown[name])]
-    return shown.style.format(number, subset=numbers)
+    # Such as depths, of which some file may lack one.
+    counts = [name for name in numbers if (shown[name].dropna() % 1 == 0).all()]
+    spell: Any = number
+    return shown.style.format(spell, subset=numbers).format("{:.0f}", subset=counts, na_rep=UNDEFINED)
 
 
 def cut_words(table: pd.DataFrame) -> str:

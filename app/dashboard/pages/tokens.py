@@ -98,7 +98,7 @@ def _show_text(
     """The text itself, coloured; the browser has the numbers of all depths."""
     z = close_up.token_map(measure, sequence, stream)[: _length(close_up, sequence)]
     known = z[np.isfinite(z)]
-    rounded = [[float(f"{each:.4g}") if np.isfinite(each) else None for each in row] for row in z]
+    rounded = [[float(f"{each:.6g}") if np.isfinite(each) else None for each in row] for row in z]
     st.markdown("## Text")
     _text(
         data={
