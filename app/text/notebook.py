@@ -134,7 +134,7 @@ def _array_html(array: Any) -> str:
 
 
 def _tree_html(tree: Any) -> str:
-    """A run as what it is, where from, whether it is proven, what is in it and was found; any other tree as xarray shows it."""
+    """A run as what it is, where from, whether it is proven, what is in it and found; any other tree as xarray shows it."""
     if "schema_version" not in tree.attrs:
         return str(tree._repr_html_())
     attrs = tree.attrs
