@@ -17,6 +17,7 @@ from depthscope.app.text.visible import visible
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
+from depthscope.diagnostics.verdicts.locations import connection_name
 
 MOST_BYTES = 400 * 2**20
 """Of the states in memory; of a larger run the first sequences are shown. A heuristic of ours: several runs may be open."""
@@ -158,9 +159,9 @@ class CloseUp:
         """Such as ``connection 5: attn of block 2``."""
         if "branch" not in self._trace or "connection_layer" not in self._trace:
             return f"connection {connection}"
-        branch = visible(self._trace["branch"].values[connection])
+        branch = str(self._trace["branch"].values[connection])
         layer = int(self._trace["connection_layer"].values[connection])
-        return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
+        return f"connection {connection}: {visible(connection_name(branch, layer))}"
 
     def texts(self, sequence: int) -> list[str]:
         """Text of every position of a sequence; its number where the run has no text."""

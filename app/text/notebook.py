@@ -21,6 +21,9 @@ from depthscope.app.text.visible import visible
 LONGEST_LINE = 10**6
 """Letters: the browser breaks the lines."""
 
+MOST_FINDINGS = 2
+"""Of a run, the worst; `ds.judge` shows all."""
+
 # Colours that are legible on white and on black, next to the word of the severity.
 _STYLE = Markup(
     ".depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
@@ -125,7 +128,7 @@ def _array_html(array: Any) -> str:
 
 
 def _tree_html(tree: Any) -> str:
-    """A run as what it is, where from, whether it is proven, and what is in it; any other tree as xarray shows it."""
+    """A run as what it is, where from, whether it is proven, what is in it and found; any other tree as xarray shows it."""
     if "schema_version" not in tree.attrs:
         return str(tree._repr_html_())
     attrs = tree.attrs
@@ -142,6 +145,7 @@ def _tree_html(tree: Any) -> str:
         "Seed": attrs.get("seed"),
         "Created": attrs.get("created"),
         "Has": ", ".join(tree.children),
+        "Findings, of its stored metrics": _stored_findings(tree),
     }
     rows = Markup("").join(
         Markup(
@@ -155,6 +159,25 @@ def _tree_html(tree: Any) -> str:
         "<p>{}</p><p>Next: <code>analysis = ds.analyze(run)</code>, <code>ds.judge(analysis)</code>, "
         "<code>ds.figures.collapse(run)</code></p></div></div>"
     ).format(_STYLE + card_style(), rows, _norm_curve(tree))
+
+
+def _stored_findings(tree: Any) -> str | None:
+    """What verdicts say of the metrics that a run has; None where it has none: an analysis takes longer than a look."""
+    if "metrics" not in tree:
+        return None
+    from depthscope.app.text.cards import card_of
+    from depthscope.diagnostics import judge
+    from depthscope.diagnostics.errors import InputError
+
+    try:
+        cards = [card_of(finding) for finding in judge(tree["metrics"].to_dataset())]
+    except InputError as error:
+        return f"not judged: {error}"
+    more = f"; {len(cards) - MOST_FINDINGS} more" if len(cards) > MOST_FINDINGS else ""
+    return (
+        "; ".join(f"{card.title.rstrip('.')} ({card.where})" for card in cards[:MOST_FINDINGS]) + more
+        or "none"
+    )
 
 
 def _norm_curve(tree: Any) -> Markup:

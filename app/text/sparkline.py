@@ -11,6 +11,7 @@ import numpy as np
 
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
+from depthscope.diagnostics.numbers import number as short_number
 
 if TYPE_CHECKING:  # an extra: the terminal's curve needs none
     from markupsafe import Markup
@@ -43,7 +44,7 @@ def curve_words(finding: Finding) -> str:
     side = "above" if curve.above else "below"
     low, high = (number(float(end)) for end in (curve.known.min(), curve.known.max()))
     reach = f"{low} throughout" if curve.is_flat else f"{curve.of}{low} to {high}"
-    words = f"{finding.axis} 0–{len(curve.values) - 1}: {reach}, worse {side} {number(curve.limit)}"
+    words = f"{finding.axis} 0–{len(curve.values) - 1}: {reach}, worse {side} {short_number(curve.limit)}"
     return f"{words}; {missing} undefined" if missing else words
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from depthscope.diagnostics.experiments.kinds import KINDS
+from depthscope.diagnostics.numbers import number
 
 SETTLED_BY: dict[str, str] = {
     # Steps that are said to do nothing: without them nothing changes.
@@ -123,10 +124,10 @@ def consequence_words(result: Mapping[str, Any]) -> str:
     parts = []
     if result.get("loss_change") is not None:
         reach = result.get("half_width")
-        interval = "" if reach is None else f" ± {reach:.2g}"
+        interval = "" if reach is None else f" ± {number(reach, digits=2)}"
         parts.append(
-            f"the loss changes by {result['loss_change']:+.3g}{interval} (from {result['loss']:.3g})"
+            f"the loss changes by {number(result['loss_change'], sign=True)}{interval} (from {number(result['loss'])})"
         )
     if result.get("output_change") is not None:
-        parts.append(f"the output changes by {100 * result['output_change']:.3g} %")
+        parts.append(f"the output changes by {number(100 * result['output_change'])} %")
     return f"{changed} {' and '.join(parts[:2])}."

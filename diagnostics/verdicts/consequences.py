@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from depthscope.diagnostics.experiments import consequence_words
+from depthscope.diagnostics.numbers import number
 from depthscope.diagnostics.verdicts.age import TASK
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
@@ -79,7 +80,9 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool,
         scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""
     at_chance = (
-        "" if cost is None else f" The loss, {base:.3g}, is no better than guessing, and shows nothing."
+        ""
+        if cost is None or base is None
+        else f" The loss, {number(base)}, is no better than guessing, and shows nothing."
     )
     if result.get("claim") == "harmful":  # what a network that has learned nothing does with it is no excuse
         return True, at_chance

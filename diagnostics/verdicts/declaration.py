@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics import numbers
 from depthscope.diagnostics.verdicts.age import Age, age_of
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
@@ -394,11 +395,11 @@ def number(value: float) -> str:
     Examples
     --------
     >>> number(3012.7), number(0.05), number(1e-7)
-    ('3013', '0.05', '1e-07')
+    ('3013', '0.05', '1e-7')
     """
     if 0 < abs(value) < NOTHING:
         return "nothing (below rounding)"
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return numbers.number(value)
 
 
 def percent(value: float) -> str:

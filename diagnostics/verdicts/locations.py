@@ -8,6 +8,21 @@ import xarray as xr
 _SITES = {"mid": "inside block {layer}", "post": "after block {layer}", "final": "after the final norm"}
 
 
+def state_name(site: str, layer: int) -> str:
+    """Such as ``after block 3``, ``embedding`` or, of a site without a name of ours, ``SITE of block 3``."""
+    if site == "final" or (site in _SITES and layer >= 0):
+        return _SITES[site].format(layer=layer)
+    # A negative layer is none: a state outside the blocks is named by its site.
+    return {"embed": "embedding"}.get(site, site if layer < 0 else f"{site} of block {layer}")
+
+
+def connection_name(branch: str, layer: int) -> str:
+    """Such as ``mlp of block 3``."""
+    if layer < 0:
+        return branch
+    return f"block {layer}" if branch == "block" else f"{branch} of block {layer}"
+
+
 def place(values: xr.DataArray, position: int) -> str:
     """One position on the axis of a profile.
 
@@ -24,8 +39,8 @@ def place(values: xr.DataArray, position: int) -> str:
     site = known.get("site")
     if site == "embed":
         return f"at the embedding (depth {position})"
-    if site in _SITES:
-        return f"{_SITES[site].format(layer=known.get('layer', '?'))} (depth {position})"
+    if site in _SITES and "layer" in known:
+        return f"{state_name(site, known['layer'])} (depth {position})"
     return f"at depth {position}"
 
 
@@ -33,9 +48,7 @@ def _name_of_connection(here: xr.DataArray, position: int) -> str:
     if "branch" not in here.coords or "connection_layer" not in here.coords:
         return f"connection {position}"
     branch, layer = here.coords["branch"].item(), here.coords["connection_layer"].item()
-    return (
-        f"connection {position} ({f'block {layer}' if branch == 'block' else f'{branch} of block {layer}'})"
-    )
+    return f"connection {position} ({connection_name(branch, layer)})"
 
 
 def span(values: xr.DataArray, positions: np.ndarray) -> str:

@@ -12,7 +12,7 @@ export default function ({ parentElement, data }) {
     const select = make("select", { "aria-label": "Of which token", onchange: () => { box.chosen = select.selectedIndex; draw(); } },
       ...data.matrices.map((matrix) => make("option", {}, matrix.of)));
     select.selectedIndex = box.chosen;
-    box.replaceChildren(select, matrixView(data.matrices[box.chosen]));
+    box.replaceChildren(matrixView(data.matrices[box.chosen], select));
   };
   draw();
 }

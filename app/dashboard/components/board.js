@@ -54,11 +54,12 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
   const cell = (row, each, i) => {
     const name = data.columns[i];
     if (!each.state) return make("td", {}, each.text);
+    const text = each.text.replace(" ", "\u00a0");  // a sign and its place are one word
     const words = `${name}: ${data.states[each.state]}${each.place ? `, ${each.place}` : ""}`;
-    if (!row.judged || each.mild) return make("td", { class: each.state.toLowerCase(), title: words }, each.text);
+    if (!row.judged || each.mild) return make("td", { class: each.state.toLowerCase(), title: words }, text);
     return make("td", { class: each.state.toLowerCase() },
       make("button", { type: "button", tabindex: -1, title: words, "aria-label": `${words}. Open the microscope there`,
-                       onclick: () => open(row.name, each.depth) }, each.text));
+                       onclick: () => open(row.name, each.depth) }, text));
   };
 
   const curve = (row) => {

@@ -136,7 +136,7 @@ function step(event, box, open) {
     const y = map ? (trace.y?.[row] ?? row) : trace.y[column];
     // Of a logarithmic map the numbers themselves are the custom data.
     const value = map ? ((map.customdata ?? map.z)[row][column]) : y;
-    const words = Number.isFinite(value) ? Number(value).toPrecision(4) : "undefined";
+    const words = Number.isFinite(value) ? digits(Number(value)) : "undefined";
     speak(box, map ? `column ${x}, row ${y}: ${words}` : `${trace.name ?? ""}, ${x}: ${words}`);
     if (map) box.depthscopeAt.cell = { x, y };
   } else if (event.key === "Enter" && open && at.cell) {

@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.figure_numbers import numbers_of
+from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, spelled
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.labels import words
@@ -33,9 +33,6 @@ PLOTLY_ROUTE = "/depthscope/plotly"
 """Where the server answers with the files of the installed plotly, so that no page asks another machine."""
 
 PLOTLY_SOURCE = f"{PLOTLY_ROUTE}/plotly.min.js"
-
-MOST_ROWS, MOST_COLUMNS = 1000, 100
-"""Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
 
 
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
@@ -61,7 +58,7 @@ def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: 
     )
 
 
-_plot = component("chart", "plotly_page")
+_plot = component("chart", "plotly_page", "numbers")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
@@ -108,7 +105,8 @@ def card(
             clickable=clickable,
             axes=f"{shown.x_label} {shown.y_label} {isinstance(shown, Lines) and (shown.log_x, shown.log_y)}",
         )
-        st.caption(escaped(_short(shown.caption)))
+        if shown.caption:
+            st.caption(escaped(_short(shown.caption)))
 
 
 def _short(caption: str) -> str:
@@ -164,9 +162,9 @@ def _numbers(figure: Figure, key: str) -> None:
             st.caption(escaped(f"Laws that are not drawn: {' '.join(figure.missing)}"))
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
-        st.dataframe(table.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=320, width=620)
-        if table.shape[0] > MOST_ROWS or table.shape[1] > MOST_COLUMNS:
-            st.caption(f"The first {MOST_ROWS} rows and {MOST_COLUMNS} columns; the file has every number.")
+        st.dataframe(spelled(table), hide_index=True, height=320, width=620)
+        if cut := cut_words(table):
+            st.caption(f"{cut.capitalize()}.")
         st.download_button(
             "Download CSV",
             # Computed when it is asked for: a file that is ready for every chart of every visitor fills the memory.

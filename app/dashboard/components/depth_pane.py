@@ -38,8 +38,8 @@ MOST_CARDS = 3
 
 _FACTS = "microscope_facts"
 
-_pane = component("pane", "matrices", styles=("matrices",))
-_bench = component("bench", "matrices", styles=("matrices",))
+_pane = component("pane", "numbers", "matrices", styles=("matrices",))
+_bench = component("bench", "numbers", "matrices", styles=("matrices",))
 
 
 def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_token: Any) -> None:

@@ -10,14 +10,6 @@ function make(tag, attributes = {}, ...inside) {
   return made;
 }
 
-// Three digits, as the tables of Python have them; null is undefined.
-function digits(value) {
-  if (value === null || value === undefined) return "–";
-  const size = Math.abs(value);
-  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-  return text.replaceAll("-", "−");
-}
-
 const sum = (values) => (values.includes(null) ? null : values.reduce((all, value) => all + value, 0));
 
 function matrixTable(matrix) {
@@ -61,5 +53,4 @@ function eigenvaluePlane(matrix) {
     make("figcaption", {}, `Eigenvalues: ${words.join(", ") || "undefined"}`));
 }
 
-const matrixView = (matrix) => make("div", { class: "matrix-view" },
-  make("p", { class: "of" }, matrix.of), matrixTable(matrix), eigenvaluePlane(matrix));
+const matrixView = (matrix, heading) => make("div", { class: "matrix-view" }, heading, matrixTable(matrix), eigenvaluePlane(matrix));

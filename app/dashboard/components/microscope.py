@@ -192,10 +192,12 @@ class _Drawn:
             "places": list(range(len(names))),
             "names": names,
             "rows": f"yaxis{rows}" if rows else "",
+            "token": _marked_row(view),
+            "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
             "alt": visible(
                 f"Panels over the {len(names)} depths of {reading.name}: "
                 f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
-                "one to compare with, escape forgets it, enter goes to the numbers of the depth."
+                "one to compare with, escape forgets it, up and down mark a token, enter goes to the numbers of the depth."
             ),
         }
         return cls(reading, close_up, view, data)
@@ -299,12 +301,17 @@ def _token_panel(close_up: CloseUp, view: View) -> Panel:
     # The names of the tokens that stand out; the others are named where the mouse is.
     largest = np.nan_to_num(np.abs(z[:last]), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))
-    marked = view.token[1] if view.token is not None and view.token[0] == view.sequence else None
+    marked = _marked_row(view)
     ticks = {} if marked is None or marked >= last else {marked: tokens[marked]}
     for token in np.argsort(-largest):
         if len(ticks) < NAMED_TOKENS and all(abs(token - each) * height >= LINE * last for each in ticks):
             ticks[int(token)] = tokens[token]
     return Panel(figure, height=height, ticks=ticks, marked=marked)
+
+
+def _marked_row(view: View) -> int | None:
+    """The token that is marked, where the map shows its sequence."""
+    return view.token[1] if view.token is not None and view.token[0] == view.sequence else None
 
 
 def _picture_panels(reading: Reading, close_up: CloseUp, view: View, depths: int) -> list[Panel]:

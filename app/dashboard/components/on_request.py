@@ -35,7 +35,7 @@ def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: s
                 format_func=lambda name: CATALOGUE[name].title,
                 # Of the names: a choice of metrics that are computed by now would be no option any more.
                 key=f"{key}_{'_'.join(names)}",
-                width=720,
+                width=900,
             )
         else:
             st.markdown(

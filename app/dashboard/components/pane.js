@@ -22,10 +22,10 @@ export default function ({ parentElement, data, setStateValue }) {
     const places = other === null ? [depth - 1, depth, depth + 1].filter((i) => data.names[i] !== undefined) : [depth, other];
     const rows = data.numbers.map((row) => make("tr", {}, make("th", { scope: "row", title: row.help }, row.name),
       ...places.map((i) => make("td", {}, row.values[i])), make("td", {}, row.noise[depth])));
-    return make("table", {}, make("caption", { class: "hidden" }, "Metrics at this depth and around it"),
+    return make("div", { class: "scroll" }, make("table", {}, make("caption", { class: "hidden" }, "Metrics at this depth and around it"),
       make("thead", {}, make("tr", {}, make("td"), ...places.map((i) => make("th", { scope: "col" }, `depth ${i}`)),
         make("th", { scope: "col", title: "What independent noise of the same shape would give" }, "noise baseline"))),
-      make("tbody", {}, ...rows));
+      make("tbody", {}, ...rows)));
   };
 
   // A click on a token marks it in the map, in the tables and on the matrices.
@@ -35,11 +35,12 @@ export default function ({ parentElement, data, setStateValue }) {
     make("tbody", {}, ...rows.map(([text, sequence, position, ...values]) => make("tr", isMarked(sequence, position) ? { class: "marked" } : {},
       make("td", {}, make("button", { type: "button", "aria-label": `Mark token ${position} of sequence ${sequence}, “${text}”`,
         onclick: () => setStateValue("token", isMarked(sequence, position) ? null : [sequence, position]) }, text)),
-      ...[sequence, position, ...values].map((value) => make("td", {}, typeof value === "string" ? value : digits(value))))))));
+      ...[sequence, position, ...values].map((value) => make("td", {}, value)))))));
 
+  const matrix = (heading, each) => [make("h3", {}, heading), matrixView(each, make("p", { class: "of" }, each.of))];
   const matrices = (depth) => (data.connections[depth] ?? []).flatMap((i) => [
-    make("h3", {}, `H_res of ${data.matrices[i].name}`), matrixView(data.matrices[i]),
-    ...(i > 0 ? [make("h3", {}, `Product of H_res from the embedding (${i + 1} connections)`), matrixView(data.products[i])] : []),
+    ...matrix(`H_res of ${data.matrices[i].name}`, data.matrices[i]),
+    ...(i > 0 ? matrix(`Product of H_res from the embedding (${i + 1} connections)`, data.products[i]) : []),
   ]);
 
   const draw = () => {

@@ -23,6 +23,9 @@ export default function (component) {
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
   box.places = data.places;
+  // Until the page repeats the token that was marked here, it repeats earlier ones.
+  if (box.marked === data.token) box.marked = undefined;
+  else if (box.marked === undefined) box.token = data.token;
   box.names = data.names;
   // What Python pinned last: it does not repeat what was pinned here, so that the figure is not sent again for it.
   const sent = JSON.stringify([data.pin, data.other]);
@@ -126,6 +129,13 @@ export default function (component) {
       event.preventDefault();
       const depth = box.places[Math.min(Math.max(end ?? nearest(from) + step, 0), last)];
       send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
+    } else if (data.rows && ["ArrowUp", "ArrowDown"].includes(event.key)) {
+      event.preventDefault();
+      const at = data.tokens.indexOf(box.token) + (event.key === "ArrowDown" ? 1 : -1);
+      const token = data.tokens[Math.min(Math.max(at, 0), data.tokens.length - 1)];
+      if (token === box.token) return;
+      box.token = box.marked = token;
+      send({ ...box.pinned, token: box.token }, WAIT);
     } else if (event.key === "Enter") {
       event.preventDefault();
       if (box.waiting) send(box.pinned, 0);  // without the rest of the wait
@@ -163,6 +173,10 @@ export default function (component) {
     const figure = JSON.parse(data.figure);
     box.fullRange = figure.layout.xaxis.range;
     const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
+    // On a phone a title that has no room gives up its unit.
+    for (const note of layout.annotations ?? []) {
+      if (note.text.replace(/<[^>]*>/g, "").length * 6.4 > box.clientWidth) note.text = note.text.replace(/(: | \()[^<]*<\/b>/, "</b>");
+    }
     // Another revision each time: plotly would bring back a zoom that was given up.
     layout.xaxis = { ...layout.xaxis, uirevision: Math.random() };
     // A zoom of the address comes after the first drawing: what plotly draws first is what a double click goes back to.

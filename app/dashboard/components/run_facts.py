@@ -12,6 +12,7 @@ from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.figures import Selection
 from depthscope.app.readings.readings import Reading, memory_sentence
 from depthscope.app.tables.tables import column_of
+from depthscope.app.text.numbers import number
 
 _DIGEST_LENGTH = len("sha256:") + 12
 """Twelve hexadecimal digits distinguish data sets at a glance; the run has all of them."""
@@ -96,7 +97,7 @@ def _is_change(change: Any) -> bool:
 
 
 def _proof_words(proof: Any) -> str:
-    return f"states rebuilt to {proof:.1e}" if isinstance(proof, (int, float)) else str(proof)
+    return f"states rebuilt to {number(proof, digits=2)}" if isinstance(proof, (int, float)) else str(proof)
 
 
 def _last_value(reading: Reading, metric: str, selection: Selection) -> str | None:

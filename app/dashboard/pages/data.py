@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import MOST_COLUMNS, MOST_ROWS, build, card
+from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose, chosen_run
+from depthscope.app.dashboard.components.figure_numbers import cut_words, spelled
 from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
@@ -106,18 +107,11 @@ def show_table(table: Table) -> None:
     cites = {name: CATALOGUE[name].cite for name in table.metrics if name in CATALOGUE}
     with st.container(border=True):
         st.markdown(f"**{escaped(table.title)}**")
-        st.dataframe(
-            data.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=min(38 + 35 * len(data), 380)
-        )
+        st.dataframe(spelled(data), hide_index=True, height=min(38 + 35 * len(data), 380))
         undefined = int(data.isna().to_numpy().sum())
-        size = f"{data.shape[0]} rows"
-        gaps = f"; {undefined} cells are undefined" if undefined else ""
-        cut = (
-            f"; the first {MOST_ROWS} rows and {MOST_COLUMNS} columns are shown, the files have all"
-            if data.shape[0] > MOST_ROWS or data.shape[1] > MOST_COLUMNS
-            else ""
-        )
-        st.caption(f"{size}{gaps}{cut}. {escaped(table.caption)}")
+        gaps = f"{undefined} cells are undefined" if undefined else ""
+        size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps, cut_words(data)]))
+        st.caption(f"{size}. {escaped(table.caption)}")
         with st.container(horizontal=True):
             for ending, mime, write in (
                 ("csv", "text/csv", lambda: to_csv(table).encode()),

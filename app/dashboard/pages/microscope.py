@@ -56,7 +56,7 @@ def _look(reading: Reading, follows: bool = False) -> None:
         view = _choose_view(reading, close_up)
         show_panels(reading, close_up, view, on_pin=_pinned)
         st.caption(
-            "Click or ←/→ pins a depth, shift-click compares it with another, a click in the map marks its token, dragging "
+            "Click or ←/→ pins a depth, with shift another to compare with; a click in the map or ↑/↓ marks a token; dragging "
             "zooms in, a double click shows all. Shaded: where the findings are."
         )
     with right, st.container(key="microscope_detail"):

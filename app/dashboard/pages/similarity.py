@@ -24,6 +24,7 @@ from depthscope.app.figures import FIGURES, Analyses, Heatmap, Selection
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import feeds, names_of, pick
 from depthscope.app.figures.catalogue.similarity import build_cut
+from depthscope.app.figures.specification import NOISE_BASELINE
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number, quantity
 
@@ -222,7 +223,7 @@ def _show_pair(
         st.caption(escaped(f"{names[a]} against {names[b]}, run {selection['run']}"))
         table = _pair_table(data, pair, selection.get("tokens", "all"))
         st.table(table.set_index("measure"), border="horizontal")
-        st.caption("Noise: what independent noise of the same shape would give.")
+        st.caption(f"{NOISE_BASELINE.capitalize()}: what independent noise of the same shape would give.")
     with right:
         if feeds(data, ("cka",)):
             # The fields that the two rows depend on; `run` would otherwise be the first one.
@@ -250,7 +251,7 @@ def _pair_table(data: xr.Dataset, pair: tuple[int, int], tokens: str) -> pd.Data
     if angle is not None:
         # Independent directions are orthogonal on average: an angle of π/2.
         rows.append(("angular distance / π", number(float(angle.isel(at))), number(0.5)))
-    return pd.DataFrame(rows, columns=["measure", "value", "noise"])
+    return pd.DataFrame(rows, columns=["measure", "value", NOISE_BASELINE])
 
 
 PAGE = Page(

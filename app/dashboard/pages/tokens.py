@@ -8,6 +8,7 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.figure_numbers import cut_words, spelled
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import depth_names
 from depthscope.app.dashboard.components.page import Page
@@ -20,13 +21,10 @@ from depthscope.app.readings.token_rows import found_tokens, token_rows
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.numbers import number
 
-MOST_ROWS = 500
-"""Of tokens in the table: more than anybody scrolls through; the file has all. A heuristic of ours."""
-
 ROW = 15
 """Pixels of a token in the map where its text is at its side."""
 
-_text = component("token_text", "matrices")
+_text = component("token_text", "numbers", "matrices")
 
 _ORDER = (
     *("position", "text", "norm", "times median", "massive", "distance to mean"),
@@ -35,20 +33,18 @@ _ORDER = (
 
 _COLUMNS = {
     "position": st.column_config.NumberColumn(width=60),
-    "text": st.column_config.TextColumn(width=70),
-    "norm": st.column_config.NumberColumn(format="%.4g", width=62),
-    "times median": st.column_config.NumberColumn("× median", format="%.4g", width=76, help="times median"),
+    "text": st.column_config.TextColumn(width=98),
+    "norm": st.column_config.NumberColumn(width=62),
+    "times median": st.column_config.NumberColumn("× median", width=76, help="times median"),
     "massive": st.column_config.CheckboxColumn(width=64),
     "distance to mean": st.column_config.NumberColumn(
-        "distance", format="%.3g", width=66, help="distance to the mean token"
+        "distance", width=66, help="distance to the mean token"
     ),
     "cosine with last state": st.column_config.NumberColumn(
-        "cos last", format="%.3g", width=66, help="cosine with the last state"
+        "cos last", width=66, help="cosine with the last state"
     ),
     "largest feature": st.column_config.NumberColumn("feature", width=62, help="largest feature"),
-    "its value": st.column_config.NumberColumn(
-        "value", format="%.3g", width=62, help="value of the largest feature"
-    ),
+    "its value": st.column_config.NumberColumn("value", width=62, help="value of the largest feature"),
 }
 """Names and widths in pixels such that all columns are seen at once on a laptop."""
 
@@ -86,7 +82,7 @@ def _show(chosen: ChosenRuns) -> None:
     with st.container(border=True):
         names = depth_names(reading) or [str(i) for i in range(close_up.num_depths)]
         _show_text(close_up, names, measure, sequence, stream, depth)
-    left, right = st.columns([2, 3], gap="medium")
+    left, right = st.columns([3, 5], gap="medium")
     with left:
         figure = token_figure(close_up, measure, sequence, stream, reading.name)
         rows = figure.z.shape[0]
@@ -102,7 +98,7 @@ def _show_text(
     """The text itself, coloured; the browser has the numbers of all depths."""
     z = close_up.token_map(measure, sequence, stream)[: _length(close_up, sequence)]
     known = z[np.isfinite(z)]
-    rounded = [[float(f"{each:.4g}") if np.isfinite(each) else None for each in row] for row in z]
+    rounded = [[float(f"{each:.6g}") if np.isfinite(each) else None for each in row] for row in z]
     st.markdown("## Text")
     _text(
         data={
@@ -174,7 +170,7 @@ def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, ru
         y_label="position",
         z_label="",
         log_z=_is_spread(measure, z[np.isfinite(z)]),
-        caption=f"Run {run}. {telling}{gaps}",
+        caption=f"{telling} Run {run}.{gaps}",
         alt=f"{TOKEN_MEASURES[measure]} of {len(z)} tokens at {z.shape[1]} depths of {run}. {telling}{gaps}",
         x_text=[f"depth {i}" for i in range(z.shape[1])],
         y_text=[f"“{text}”" for text in texts[: len(z)]],
@@ -202,11 +198,10 @@ def _show_table(reading: Reading, close_up: CloseUp, depth: int, sequence: int, 
         st.info(_none_words(words, massive_only, num_massive, everywhere), icon="ℹ️")
     else:
         st.dataframe(
-            shown.head(MOST_ROWS),
+            spelled(shown[[*(["sequence"] if everywhere else []), *_ORDER]]),
             hide_index=True,
             height=min(38 + 35 * len(shown), 470),
             column_config=_COLUMNS,
-            column_order=[*(["sequence"] if everywhere else []), *_ORDER],
             key="tokens_table",
         )
     st.caption(escaped(_table_words(rows, shown, reading, depth, num_massive)))
@@ -234,13 +229,12 @@ def _table_words(
     sinks = rows[rows["massive"]]
     features = ", ".join(map(str, sinks["largest feature"].value_counts().head(4).index))
     parts = [
-        f"Depth {depth} of {reading.name}: {len(shown)} of {len(rows)} tokens"
-        + (f", the first {MOST_ROWS} of them" if len(shown) > MOST_ROWS else "")
-        + ", the largest norms first.",
+        f"Depth {depth} of {reading.name}: {len(shown)} of {len(rows)} tokens" + ", the largest norms first.",
         f"{num_massive} have a massive activation (above 100 and 1000 × the median), in features {features}."
         if num_massive
         else "None has a massive activation (above 100 and 1000 × the median).",
         f"{undefined} are not finite." if undefined else "",
+        f"{cut.capitalize()}." if (cut := cut_words(shown)) else "",
     ]
     return " ".join(filter(None, parts))
 

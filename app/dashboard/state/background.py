@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,23 +124,26 @@ class Analyses:
 
     def _serve(self) -> None:
         process: subprocess.Popen[str] | None = None
-        try:
-            while (job := self._next()) is not None:
+        while (job := self._next()) is not None:
+            reason = ""
+            try:
                 if process is not None and process.poll() is not None:
                     _end(process)
                     process = None
                 process = process or _process()
-                for answer in _answers(process, job):
+                for answer in _answers(process, job.request):
                     with self._changed:
                         job.progress = tuple(answer.get("progress", job.progress))
-                        job.reason = answer.get("reason", job.reason)
+                        reason = answer.get("reason", reason)
                         self._changed.notify_all()
-                with self._changed:
-                    job.is_done = True
-                    self._changed.notify_all()
-        finally:
-            if process is not None:
-                _end(process)
+            except (OSError, ValueError) as error:  # it cannot be started, or has died
+                reason = _lost(process, error)
+                process = None
+                logging.getLogger(__name__).warning("%s: %s", ascii(job.request), reason)
+            with self._changed:
+                job.reason, job.is_done = reason, True
+                self._changed.notify_all()
+        _end(process)
 
     def _next(self) -> _Job | None:
         end = time.monotonic() + IDLE_SECONDS
@@ -171,26 +176,44 @@ def _process() -> subprocess.Popen[str]:
     )
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str] | None) -> None:
     """It ends when it reads the end of its requests."""
-    with suppress(BrokenPipeError):  # it has ended
-        process.communicate()
+    if process is not None:
+        with suppress(BrokenPipeError):  # it has ended
+            process.communicate()
 
 
-def _answers(process: subprocess.Popen[str], job: _Job) -> Iterator[dict[str, Any]]:
-    """What the process says of one request, until it is done or has died."""
+def _answers(process: subprocess.Popen[str], request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the process says of one request, until it is done.
+
+    Raises OSError, ValueError: Where it dies before that.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(job.request) + "\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            answer = json.loads(line)
-            yield answer
-            if "reason" in answer:
-                return
-    except OSError:
-        pass
-    yield {
-        "reason": "The process that analysed it was ended, perhaps for its memory. Analyse it by itself: depthscope analyze"
-    }
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        answer = json.loads(line)
+        yield answer
+        if "reason" in answer:
+            return
+    raise ChildProcessError("it ended before it answered")
+
+
+def _lost(process: subprocess.Popen[str] | None, error: Exception) -> str:
+    """Why no answer came; the process is gone afterwards."""
+    if process is None:
+        return f"No process could be started to analyse it: {error}."
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+    code = process.poll()
+    process.kill()
+    process.communicate()
+    if code is None:
+        how = f"gave an answer that cannot be read ({error})"
+    elif code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        how += ", perhaps for its memory" if -code == signal.SIGKILL else ""
+    else:
+        how = f"ended with exit status {code}"
+    return f"The process that analysed it {how}. Analyse it by itself: depthscope analyze"

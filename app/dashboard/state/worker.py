@@ -42,6 +42,10 @@ def work() -> None:
             say(reason=_test(request) if "metric" in request else _analyse(request, progress))
         except (OSError, ValueError) as error:  # it has gone, or cannot be tested
             say(reason=sentence(error))
+        except (
+            Exception
+        ) as error:  # a foreign file may fail in any way, and the next one is none of its business
+            say(reason=f"The analysis failed. {type(error).__name__}: {sentence(error)}")
 
 
 def _analyse(request: Mapping[str, Any], progress: Callable[[str, int, int], None]) -> str:

@@ -139,7 +139,7 @@ def _cell_names(figure: Heatmap) -> list[list[str]] | None:
 
 
 def _hover(figure: Heatmap) -> str:
-    value = "%{customdata:.4g}" if figure.log_z else "%{z:.4g}"
+    value = "%{customdata:.4~g}" if figure.log_z else "%{z:.4~g}"
     names = "%{text}<br>" if _cell_names(figure) is not None else ""
     if figure.named_only:
         return f"{names}<b>{value}</b><extra></extra>"

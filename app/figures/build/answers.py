@@ -10,7 +10,9 @@ import xarray as xr
 from depthscope.app.figures.build.values import names_of, pick
 from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.text.numbers import number
+from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.experiments.results import sentence, table_rows
+from depthscope.diagnostics.verdicts.locations import place
 
 MOST_BLOCKS = 3
 """Blocks that are named."""
@@ -67,7 +69,9 @@ def _lowest_rank(analysis: xr.Dataset) -> str:
     if ranks is None or not np.isfinite(ranks).any():
         return ""
     low = int(np.nanargmin(ranks))
-    lowest = f"Effective rank is lowest at {names_of(analysis['effective_rank'], 'depth')[low]}: {number(float(ranks[low]))}"
+    lowest = (
+        f"Effective rank is lowest {_place(analysis, 'effective_rank', low)}: {number(float(ranks[low]))}"
+    )
     known = np.ravel(np.nan if null is None else null.values)
     # One baseline for all depths, or one for each.
     baseline = float(known[low] if known.size == ranks.size else known[0])
@@ -83,8 +87,7 @@ def _most_similar_tokens(analysis: xr.Dataset) -> str:
     if cosines is None or not np.isfinite(cosines).any():
         return ""
     high = int(np.nanargmax(cosines))
-    place = names_of(analysis["token_cosine"], "depth")[high]
-    return f"Tokens are most similar at {place}: mean cosine {number(float(cosines[high]))}."
+    return f"Tokens are most similar {_place(analysis, 'token_cosine', high)}: mean cosine {number(float(cosines[high]))}."
 
 
 def _streams(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -116,11 +119,11 @@ def _mixers(analysis: xr.Dataset) -> str:
     distance = _profile(analysis, "identity_distance", "connection")
     if distance is None or not np.isfinite(distance).any():
         return ""
-    names = names_of(analysis["identity_distance"], "connection")
     most = int(np.nanargmax(distance))
     if distance[most] < 1e-3:
         return "No connection mixes the streams."
-    return f"They mix most at {names[most]} (distance from the identity {number(float(distance[most]))})."
+    where = _place(analysis, "identity_distance", most)
+    return f"They mix most {where}: distance from the identity {number(float(distance[most]))}."
 
 
 def _survivors(analysis: xr.Dataset) -> str:
@@ -129,14 +132,11 @@ def _survivors(analysis: xr.Dataset) -> str:
         return ""
     last = int(np.flatnonzero(np.isfinite(left))[-1])
     share = float(left[last])
-    names = names_of(analysis["deflated_gain"], "connection")
+    where = _place(analysis, "deflated_gain", last)
     if share > 1.5:
-        return f"The initial differences between streams have grown {number(share)} × at {names[last]}."
-    if share > 0.5:
-        return f"{number(100 * share)} % of the initial differences between streams survive at {names[last]}."
-    return (
-        f"Only {number(100 * share)} % of the initial differences between streams survive at {names[last]}."
-    )
+        return f"The initial differences between streams have grown {number(share)} × {where}."
+    only = "" if share > 0.5 else "Only "
+    return f"{only}{number(100 * share)} % of the initial differences between streams survive {where}."
 
 
 def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -146,14 +146,22 @@ def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
         return ""
     if not np.isfinite(norms[~np.isnan(norms)]).all():
         return "The gradient is infinite at some depths."
-    names = names_of(analysis["gradient_norm"], "depth")
     low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
     ratio = float(norms[low] / norms[high]) if norms[high] > 0 else float("nan")
-    largest, smallest = (f"{names[at]} ({number(float(norms[at]))})" for at in (high, low))
+    largest, smallest = (
+        f"{number(float(norms[at]))} {_place(analysis, 'gradient_norm', at)}" for at in (high, low)
+    )
     if norms[high] == 0:
         return "There is no gradient at any depth."
     faded = f"it fades to {number(100 * ratio)} % of its largest" if ratio < FADED else "it vanishes nowhere"
-    return f"Gradient: largest at {largest}, smallest at {smallest}; {faded}."
+    return f"Gradient: largest {largest}, smallest {smallest}; {faded}."
+
+
+def _place(analysis: xr.Dataset, metric: str, position: int) -> str:
+    """Where that is, as verdicts name it."""
+    values = pick(analysis, metric, Selection())
+    assert values is not None  # it has a profile
+    return visible(place(values, position), longest=LONGEST_NAME)
 
 
 def _profile(analysis: xr.Dataset, metric: str, axis: str = "depth") -> np.ndarray | None:

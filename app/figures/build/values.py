@@ -7,6 +7,7 @@ import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
 from depthscope.app.text.visible import LONGEST_NAME, visible
+from depthscope.diagnostics.verdicts.locations import connection_name, state_name
 
 LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
 """Dimensions of an analysis of which a selection takes one label."""
@@ -79,7 +80,7 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
 
 
 def names_of(array: xr.DataArray, along: str) -> list[str]:
-    """What people call each position: module path, else layer and site."""
+    """What people call each position, as verdicts do: module path, else block and site."""
     # Both axes of a matrix share the names, which are coordinates of the first one.
     base = along.removeprefix("other_")
     if base == "weight":
@@ -89,9 +90,10 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     kind = _labels(array, part, base)
     if layer is None or kind is None:
         return [f"{base} {i}" for i in range(array.sizes[along])]
-    # A negative layer is none: states outside the layers, such as the embedding, are named by their site.
-    sites = [visible(site, longest=LONGEST_NAME) for site in kind]
-    return [site if int(n) < 0 else f"layer {int(n)} {site}" for n, site in zip(layer, sites, strict=True)]
+    name = state_name if base == "depth" else connection_name
+    return [
+        visible(name(str(site), int(n)), longest=LONGEST_NAME) for n, site in zip(layer, kind, strict=True)
+    ]
 
 
 def _labels(array: xr.DataArray, name: str, base: str) -> list | None:

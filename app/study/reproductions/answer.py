@@ -17,7 +17,7 @@ from depthscope.app.study.learner import held_out_loss
 from depthscope.app.study.reproductions.claims import Claim, Networks
 from depthscope.app.study.reproductions.measuring import analysed, corpus, fresh
 from depthscope.app.study.reproductions.networks import DepthAttentionLM, make, scale_branches
-from depthscope.app.study.reproductions.plan import Along, Measured, RunNumber, Scale, Study
+from depthscope.app.study.reproductions.plan import Along, MeasuredCell, RunNumber, Scale, Study
 from depthscope.app.study.reproductions.weights import trained_once
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics import judge
@@ -69,7 +69,7 @@ CURVES = (
 HC_PAPER, MHC_PAPER, ATTNRES_PAPER = "Zhu et al. 2025, 2409.19606", "Xie et al., 2512.24880", "2603.15031"
 
 
-def measure(settings: Mapping[str, Any], weights: Path) -> Measured:
+def measure(settings: Mapping[str, Any], weights: Path) -> MeasuredCell:
     """Train one network, or read its weights, and ask which of its states are the same and what its blocks are worth.
 
     ``weights``: where they are kept.
@@ -111,7 +111,7 @@ def measure(settings: Mapping[str, Any], weights: Path) -> Measured:
         "skip_last": costs["last"],
         "skip_each": costs["each"],
     }
-    return Measured({name: float(value) for name, value in numbers.items()}, curves, run)
+    return MeasuredCell({name: float(value) for name, value in numbers.items()}, curves, run)
 
 
 def _build(family: str, size: Size, seed: int, scale: float) -> nn.Module:

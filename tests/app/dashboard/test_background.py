@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -79,24 +81,41 @@ def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, ma
         run_differences.differences_between(readings, "effective_rank", Selection())
 
 
-def test_a_process_that_is_killed_is_said_and_others_go_on(root, monkeypatch):
-    pids = []
-    begin = background._process
+BEGIN = background._process
 
-    def begun():
-        process = begin()
-        pids.append(process.pid)
-        if len(pids) == 1:
-            os.kill(process.pid, signal.SIGKILL)
-        return process
 
-    monkeypatch.setattr(background, "_process", begun)
+def killed():
+    process = BEGIN()
+    os.kill(process.pid, signal.SIGKILL)
+    return process
+
+
+def other(code):
+    return lambda: subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def not_started():
+    raise OSError("no memory for another process")
+
+
+ENDS = {
+    "was ended by SIGKILL, perhaps for its memory. Analyse it by itself: depthscope analyze": killed,
+    "ended with exit status 3": other("import sys; input(); sys.exit(3)"),
+    "gave an answer that cannot be read": other("print('{\"progress\": [1', flush=True); input(); input()"),
+    "No process could be started to analyse it: no memory for another process": not_started,
+}
+
+
+def test_a_process_that_gives_no_answer_is_said_and_others_go_on(root, monkeypatch):
+    begin = iter([*ENDS.values(), BEGIN])
+    monkeypatch.setattr(background, "_process", lambda: next(begin)())
     analyses = Analyses(most=1)
     path = root / "a.nc"
-    analyses.ask({"a": path})
-    until(lambda: analyses.result_of(path, version_of(path)) is not None)
-    assert "was ended" in analyses.result_of(path, version_of(path))
-    os.utime(path, ns=(0, 10**18))  # another version is another chance
-    analyses.ask({"a": path})
-    until(lambda: analyses.result_of(path, version_of(path)) is not None)
-    assert analyses.result_of(path, version_of(path)) == ""
+    for number, said in enumerate([*ENDS, None]):
+        os.utime(path, ns=(0, 10**18 + number))  # another version is another chance
+        analyses.ask({"a": path})
+        until(lambda: analyses.result_of(path, version_of(path)) is not None)
+        reason = analyses.result_of(path, version_of(path))
+        assert reason == "" if said is None else said in reason

@@ -13,6 +13,7 @@ import pytest
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.figures import FIGURES
 from depthscope.app.tables.tables import spoken
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import CHART, ROOT, Watch, serving_process, status, wait_for
 from tests.app.dashboard.walking import (
@@ -360,6 +361,27 @@ def test_a_token_that_is_clicked_is_marked_everywhere_and_in_the_address(page, a
     shapes = f"document.querySelector('{MICROSCOPE} .plot').layout.shapes"
     lines = f"() => {shapes}.filter((s) => s.type === 'line').map((s) => s.y0)"
     wait_for(lambda: page.evaluate(lines) == [int(position[1])], 20)
+
+
+def test_up_and_down_mark_the_tokens_of_the_map(page, address):
+    open_microscope(page, address, "&token=0.1")
+    page.locator(MICROSCOPE).focus()
+    for key, row in (("ArrowDown", 2), ("ArrowUp", 1), ("ArrowUp", 0), ("ArrowUp", 0)):
+        page.keyboard.press(key)
+        wait_for(lambda row=row: f"token=0.{row}" in href(page), 20)
+    marked = f"() => document.querySelector('{MICROSCOPE} .plot').layout.shapes.filter((s) => s.type === 'line')[0]?.y0"
+    wait_for(lambda: page.evaluate(marked) == 0, 20)
+
+
+def test_the_browser_writes_numbers_as_python_does(page):
+    source = (ROOT / "app" / "dashboard" / "components" / "numbers.js").read_text(encoding="utf-8")
+    draw = np.random.default_rng(0)
+    values = [0.0, 1.0, -1.0, 9.996, 0.9996, 99999.4, 1e5, 1e-3, 9.999e-4, 4.42e-7, 1e6, 25409.0, 3e-12]
+    values += list(draw.normal(size=300) * 10.0 ** draw.integers(-9, 9, 300))
+    written = page.evaluate(f"(values) => {{ {source}; return values.map(digits); }}", values)
+    assert written == [number(value) for value in values]
+    special = page.evaluate(f"() => {{ {source}; return [null, NaN, Infinity, -Infinity].map(digits); }}")
+    assert special == [number(value) for value in (np.nan, np.nan, np.inf, -np.inf)]
 
 
 def test_the_text_is_coloured_and_its_tokens_are_walked_by_keys(page, address):

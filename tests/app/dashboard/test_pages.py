@@ -82,7 +82,7 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatc
     assert all(f"{label}:" in said for label in ("Where", "Why", "Next"))
     facts = test.table[0].value
     assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
-    assert "1.0e-07" in facts.loc["Reconstruction proof"].iloc[0].replace("\\", "")
+    assert "rebuilt to 1e-7" in facts.loc["Reconstruction proof"].iloc[0].replace("\\", "")
     assert facts.loc["Tokens analysed"].iloc[0] == "28"
 
 

@@ -251,8 +251,8 @@ def test_alt_text_names_the_lowest_point():
         },
     )
     figure = FIGURES["stable_rank"].build({"a": data})
-    assert "lowest 1.50 at depth 2 (layer 1 post)" in figure.alt
-    assert "highest 9.00 at depth 0 (embed)" in figure.alt
+    assert "lowest 1.50 at depth 2 (after block 1)" in figure.alt
+    assert "highest 9.00 at depth 0 (embedding)" in figure.alt
 
 
 def test_an_undefined_number_is_a_gap_and_not_a_zero():

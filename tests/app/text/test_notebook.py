@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 
 import depthscope as ds
+from depthscope.app.text.cards import card_of
 from depthscope.app.text.notebook import _metric_html, show_in_notebooks
 from depthscope.diagnostics import analyze, judge
 from depthscope.diagnostics.verdicts import Findings
@@ -84,6 +85,12 @@ def test_a_run_is_a_card_and_no_tree(formatter, mhc_run):
     assert mhc_run.attrs["model"] in shown
     assert "proven" in shown or mhc_run.attrs.get("proof") is None
     assert shown.count("<polyline") == 1
+    assert "Findings" not in shown
+    analysis = analyze(mhc_run)
+    measured = mhc_run.assign({"metrics": xr.DataTree(analysis)})
+    (worst, *others) = judge(analysis)
+    assert f"{card_of(worst).title.rstrip('.')} ({card_of(worst).where})" in formatter(measured)
+    assert (f"; {len(others) - 1} more" in formatter(measured)) == (len(others) > 1)
     hostile = mhc_run.copy()
     hostile.attrs["model"] = "<script>alert(1)</script>"
     assert "<script" not in formatter(hostile)

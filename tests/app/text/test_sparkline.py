@@ -26,11 +26,9 @@ def points_of(svg) -> list[list[tuple[float, float]]]:
 
 
 def test_the_words_name_range_limit_side_and_gaps():
-    assert (
-        curve_words(finding([0.1, NAN, 0.9])) == "depth 0–2: 0.100 to 0.900, worse above 0.500; 1 undefined"
-    )
+    assert curve_words(finding([0.1, NAN, 0.9])) == "depth 0–2: 0.100 to 0.900, worse above 0.5; 1 undefined"
     assert curve_words(finding([3.0, 2.0], above=False, axis="connection")) == (
-        "connection 0–1: 2.00 to 3.00, worse below 0.500"
+        "connection 0–1: 2.00 to 3.00, worse below 0.5"
     )
 
 
@@ -48,12 +46,12 @@ def test_blocks_rise_with_the_numbers_and_leave_gaps():
 def test_one_repeated_number_is_no_curve():
     repeated = finding([0.05, 0.05, NAN, 0.05], threshold=0.2, above=False)
     assert curve_blocks(repeated) == ""
-    assert curve_words(repeated) == "depth 0–3: 0.0500 throughout, worse below 0.200; 1 undefined"
+    assert curve_words(repeated) == "depth 0–3: 0.0500 throughout, worse below 0.2; 1 undefined"
 
 
 def test_of_numbers_that_all_read_one_the_distance_from_one_is_drawn():
     alike = finding([1.0 - 1e-6, 1.0 - 4e-5, 1.0 - 2e-6], threshold=0.99)
-    assert curve_words(alike) == "depth 0–2: 1 − x from 1e-6 to 4e-5, worse below 0.0100"
+    assert curve_words(alike) == "depth 0–2: 1 − x from 1e-6 to 4e-5, worse below 0.01"
     assert max(curve_blocks(alike)) == curve_blocks(alike)[1] > curve_blocks(alike)[0]
     (line,) = points_of(curve_svg(alike))
     assert min(line, key=lambda point: point[1]) == line[1]

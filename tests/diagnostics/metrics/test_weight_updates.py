@@ -104,7 +104,7 @@ def test_a_module_that_a_step_rewrites_is_named():
 def test_a_module_that_stands_still_is_named():
     (found,) = judged([1e-3, 1e-3, 0.0]).values()
     assert (found.verdict, found.severity.name) == ("lost_update", "WARN")
-    assert "is 0 in head, limit 1e-07" in found.sentence
+    assert "is 0 in head, limit 1e-7" in found.sentence
 
 
 def test_where_no_optimizer_ran_nothing_is_said():

@@ -57,7 +57,7 @@ def test_a_finding_is_at_its_worst_place_and_begins_at_its_first(seed):
 def test_what_spreads_says_with_which_number_it_begins():
     found = judged([1.0, 0.5, 0.008, 0.004, 4e-9], begins=True, warn=0.01, above=False)
     assert found.excess == pytest.approx(0.01 / 4e-9)
-    assert "is 4e-09 at depth 4, limit 0.01" in found.sentence
+    assert "is 4e-9 at depth 4, limit 0.01" in found.sentence
     assert "it begins with 0.008 at depth 2 and is below 0.01 from depth 2 to depth 4" in found.sentence
     # Of equal numbers no place is the worst.
     assert place_of(judged([0.0, 2.0, 2.0], warn=1.0)) == "depth 1–2"
