@@ -1,4 +1,4 @@
-"""What do peers have, and by which name? ``python -m benchmarks.capture.features`` looks every name up where it is installed."""
+"""What do peers have, and by which name? Looked up where they are installed: ``python -m benchmarks.capture.features``."""
 
 from __future__ import annotations
 
