@@ -121,8 +121,8 @@ Written by `{command}` on {date}; {machine}. Not edited by hand.
 **How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward the
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
 is timed in turn, {rounds} rounds after two that do not count, in time of the processor. A ratio is the median over that of the
-plain step in the same process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer has
-one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its distance
+plain step in the same process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer
+has one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its distance
 from 1.00 is noise. *Statements* are those of Python that a user writes for it.
 
 **What is in a row.** Putting hooks on and taking them off, the step, and what the tool does with the tensors.
