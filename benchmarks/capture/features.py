@@ -7,6 +7,7 @@ import importlib
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from benchmarks.shared import tables
 
@@ -85,7 +86,7 @@ def resolved(path: str) -> bool:
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:count]))
+            found: Any = importlib.import_module(".".join(parts[:count]))
         except ModuleNotFoundError:
             continue
         for part in parts[count:]:

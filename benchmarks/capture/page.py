@@ -35,9 +35,9 @@ def text(results: dict[str, Any]) -> str:
     return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The page docs/benchmarks.md."""
-    parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
+def markdown(results: dict[str, Any], *, small: bool = False) -> str:
+    """The first part of docs/benchmarks.md, or the part of small sizes."""
+    parts = [(SMALL if small else HEAD).format(**results, peers=layout.pinned(results["versions"]))]
     parts += map(layout.as_markdown, tables(results))
     return "\n".join([*parts, layout.named(results["versions"]), ""])
 
@@ -122,8 +122,8 @@ Written by `{command}` on {date}; {machine}. Not edited by hand.
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
 is timed in turn, {rounds} rounds after two that do not count, in time of the processor. A ratio is the median over that of the
 plain step in the same process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer
-has one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its distance
-from 1.00 is noise. *Statements* are those of Python that a user writes for it.
+has one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its
+distance from 1.00 is noise. *Statements* are those of Python that a user writes for it.
 
 **What is in a row.** Putting hooks on and taking them off, the step, and what the tool does with the tensors.
 
@@ -146,4 +146,13 @@ memory are empty, and its times come from fewer rounds.
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 
 Peers: `pip install {peers}`; baukit is not on PyPI, and is measured where it is installed.
+"""
+
+SMALL = """## The peers on small sizes
+
+Written by `{command}` on {date}; {machine}. Not edited by hand.
+
+As above, but for the sizes: one step of each tool in turn, {rounds} rounds, in time of the processor, relative to the plain step
+of the same process. *Statements* are those of Python that a user writes for a tool; torchinstruments and neural-observatory give
+no states.
 """
