@@ -153,6 +153,7 @@ SMALL = """## The peers on small sizes
 Written by `{command}` on {date}; {machine}. Not edited by hand.
 
 As above, but for the sizes: one step of each tool in turn, {rounds} rounds, in time of the processor, relative to the plain
-step of the same process. *Statements* are those of Python that a user writes for a tool; torchinstruments and neural-observatory
-give no states. The goals of a one-shot capture are 4 × a plain forward and 1.2 × the cache of transformer-lens.
+step of the same process. *Statements* are those of Python that a user writes for a tool; torchinstruments and
+neural-observatory give no states. The goals of a one-shot capture are 4 × a plain forward and 1.2 × the cache of
+transformer-lens.
 """
