@@ -74,7 +74,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     )
     printed = pd.DataFrame(
         [_row(run, finding) for run, finding in found],
-        columns=["run", "severity", "verdict", "where", "value", "threshold", "source"],
+        columns=["run", "verdict", "severity", "where", "value", "threshold", "source"],
     )
     metrics = tuple(dict.fromkeys(finding.metric for _, finding in found))
     caption = (
@@ -89,6 +89,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         printed,
         metrics=metrics,
         cited=("source",),
+        keys=2,  # a run has several findings: its name alone names no row
     )
 
 
@@ -128,8 +129,8 @@ def _named_number(finding: Finding) -> dict[str, Any]:
 def _row(run: str, finding: Finding) -> dict[str, str]:
     return {
         "run": run,
-        "severity": finding.severity.name.lower(),
         "verdict": spoken(finding.verdict),
+        "severity": finding.severity.name.lower(),
         "where": place_of(finding),
         "value": number(float(finding.value)),
         "threshold": number(float(finding.threshold)),

@@ -96,7 +96,7 @@ _LETTERS = {
 _LONGEST_WORD, _LONGEST_PHRASE = 14, 16
 # Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
 _LONGEST_UNBROKEN = 18
-_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
+_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?)0*(\d+)(?!\w)")
 
 
 class Latex(str):
@@ -115,7 +115,7 @@ def tex(text: str, *, words: bool = True) -> Latex:
 
     Examples
     --------
-    >>> tex("a_b 3.2e-7 ± 1%"), tex("naïve")
+    >>> tex("a_b 3.2e-07 ± 1%"), tex("naïve")
     ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve')
     >>> tex("мо 2")
     '\\protect\\depthscopeword{1084-1086}\\allowbreak{} 2'
@@ -127,7 +127,7 @@ def tex(text: str, *, words: bool = True) -> Latex:
     shown = unicodedata.normalize("NFC", visible(plain, lines=True))
     pieces = [_picture(piece, words) if foreign else _with_breaks(piece) for piece, foreign in _pieces(shown)]
     # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
-    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2}$", "".join(pieces)))
+    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2\3}$", "".join(pieces)))
 
 
 def _with_breaks(text: str) -> str:

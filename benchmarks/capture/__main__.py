@@ -40,7 +40,8 @@ def main() -> None:
     else:
         print(page.text(results))
     if arguments.markdown:
-        tables.put_section(arguments.markdown, "benchmarks.capture", page.markdown(results))
+        part = "benchmarks.capture.small" if arguments.small else "benchmarks.capture"
+        tables.put_section(arguments.markdown, part, page.markdown(results, small=arguments.small))
 
 
 def parsed() -> argparse.Namespace:
@@ -59,6 +60,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--markdown", type=Path, help="write the page, docs/benchmarks.md")
+    parser.add_argument("--small", action="store_true", help="write the page's part of small sizes instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.capture.tools import statements
 from benchmarks.shared import tables as layout
 from benchmarks.shared.tables import Table
 
@@ -26,9 +27,9 @@ def text(results: dict[str, Any]) -> str:
     return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The page docs/benchmarks.md."""
-    parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
+def markdown(results: dict[str, Any], *, small: bool = False) -> str:
+    """The first part of docs/benchmarks.md, or the part of small sizes."""
+    parts = [(SMALL if small else HEAD).format(**results, peers=layout.pinned(results["versions"]))]
     parts += map(layout.as_markdown, tables(results))
     return "\n".join([*parts, layout.named(results["versions"]), ""])
 
@@ -48,11 +49,11 @@ def times(title: str, entry: dict[str, Any]) -> Table:
     modes = entry["modes"]
     # A tool may take one mode only, such as a forward without a backward.
     names = list(dict.fromkeys(name for rows in modes.values() for name in rows))
-    header = ["", *(f"{mode}, × plain" for mode in modes), "same states"]
+    header = ["", *(f"{mode}, × plain" for mode in modes), "same states", "statements"]
     rows = []
     for name in names:
         cells = [modes[mode].get(name, {}) for mode in modes]
-        rows.append([name, *(cost(cell) for cell in cells), same(cells)])
+        rows.append([name, *(cost(cell) for cell in cells), same(cells), str(statements(name))])
         if title == TITLES["tiny"]:  # in other cases hooks are lost in the difference of two long times
             rows[-1].append(site(cells[0], entry["sites"]))
     if title == TITLES["tiny"]:
@@ -111,9 +112,10 @@ Written by `{command}` on {date}; {machine}. Not edited by hand.
 
 **How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward the
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
-is timed in turn, {rounds} rounds after two that do not count. A ratio is the median over that of the plain step in the same
-process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer has one of its own, with
-plain, since some change torch when they are imported. *Plain again* is a second plain step: its distance from 1.00 is noise.
+is timed in turn, {rounds} rounds after two that do not count, in time of the processor. A ratio is the median over that of the
+plain step in the same process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer
+has one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its
+distance from 1.00 is noise. *Statements* are those of Python that a user writes for it.
 
 **What is in a row.** Putting hooks on and taking them off, the step, and what the tool does with the tensors.
 
@@ -124,6 +126,7 @@ plain, since some change torch when they are imported. *Plain again* is a second
 * *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
 * transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
+* torchinstruments and neural-observatory keep statistics of the same modules' outputs, and give no states.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
 in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for
@@ -135,4 +138,14 @@ memory are empty, and its times come from fewer rounds.
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 
 Peers: `pip install {peers}`; baukit is not on PyPI, and is measured where it is installed.
+"""
+
+SMALL = """## The peers on small sizes
+
+Written by `{command}` on {date}; {machine}. Not edited by hand.
+
+As above, but for the sizes: one step of each tool in turn, {rounds} rounds, in time of the processor, relative to the plain
+step of the same process. *Statements* are those of Python that a user writes for a tool; torchinstruments and
+neural-observatory give no states. The goals of a one-shot capture are 4 × a plain forward and 1.2 × the cache of
+transformer-lens.
 """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -233,6 +236,41 @@ def torchlens(case: Case, backward: bool) -> Tool:
     return Tool(step, Captured)
 
 
+def torchinstruments(case: Case, backward: bool) -> Tool:
+    """Statistics of each module's output; it gives no states."""
+    from torchinstruments import AlwaysSampler, inject_observer, remove_observer
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with TemporaryDirectory() as folder:
+            chosen = {"sampler": AlwaysSampler(), "selector": lambda name, _: name in case.sites}
+            inject_observer(case.model, output_dir=folder, **chosen)
+            try:
+                yield
+            finally:
+                remove_observer(case.model)
+
+    return Tool(lambda batch: run(case, batch, backward=backward), around=around)
+
+
+def neural_observatory(case: Case, backward: bool) -> Tool:
+    """Outputs of modules, and statistics of them in its report; the report is not timed."""
+    from neural_observatory import Observatory, ObservatoryConfig
+
+    settings = ObservatoryConfig(include_layers=list(case.sites), exclude_layer_types=[])
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        watching = Observatory(case.model, settings)
+        watching.watch()
+        try:
+            yield
+        finally:
+            watching.stop()
+
+    return Tool(lambda batch: run(case, batch, backward=backward), around=around)
+
+
 def baukit(case: Case, backward: bool) -> Tool:
     from baukit import TraceDict
 
@@ -376,9 +414,45 @@ PEERS: dict[str, Prepare] = {
     "captum": captum,
     "pyvene": pyvene,
     "torchlens": torchlens,
+    "torchinstruments": torchinstruments,
+    "neural-observatory": neural_observatory,
     "baukit": baukit,
 }
 TOOLS = PLAIN | OWN | PEERS
+
+
+# What only the benchmark needs; a user has `run`, the step itself, without any tool.
+HARNESS = ("Tool", "Captured", "CannotTakeError", "Case", "read_run", "run", "build", "no_statistics")
+
+
+def statements(name: str) -> int:
+    """Statements of Python that a user of a tool writes: those of its function here, and of what that calls here."""
+    counted: dict[str, int] = {}
+    waiting = [TOOLS[name]]
+    while waiting:
+        function = waiting.pop()
+        body = ast.parse(inspect.getsource(function)).body[0]
+        counted[function.__name__] = sum(map(_of_user, ast.walk(body)))
+        used = (
+            {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - set(HARNESS) - set(counted)
+        )
+        here = [globals()[each] for each in sorted(used) if each in globals()]
+        waiting += [each for each in here if getattr(each, "__module__", None) == __name__]
+    return sum(counted.values())
+
+
+def _of_user(node: ast.AST) -> bool:
+    match node:
+        case ast.FunctionDef() | ast.ClassDef() | ast.Raise() | ast.If(body=[ast.Raise()]):
+            return False
+        case ast.Expr(value=ast.Constant() | ast.Yield()) | ast.Return(value=ast.Name()):
+            return False
+        case (
+            ast.Expr(value=ast.Call(func=ast.Name(id=called)))
+            | ast.Return(value=ast.Call(func=ast.Name(id=called)))
+        ):
+            return called not in globals()
+    return isinstance(node, ast.stmt)
 
 
 def groups() -> Iterable[list[str]]:

@@ -26,7 +26,7 @@ class UserModel:
 
     ``states``: by the name of a chain (empty where it is the only one) the module and side of each state, in order of
     depth; ``>`` before a path is what the module gives (``>1:`` the second of several), ``<`` what it takes first, and
-    ``<name:`` what it takes by that name.
+    ``<name:`` what it takes by that name. ``not_covered``: modules whose states the run has to name as left out.
     """
 
     name: str
@@ -35,6 +35,7 @@ class UserModel:
     outcome: str = RIGHT
     says: str = ""
     states: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    not_covered: tuple[str, ...] = ()
     tokens_first: bool = False
     seen: Callable[[Any], nn.Module] = lambda model: model
 
@@ -297,7 +298,14 @@ MODELS = (
     UserModel("torchao, int8 weights", ("torchao",), torchao, states={"": blocks("model.layers")}),
     UserModel("bitsandbytes, 8 bit", ("bitsandbytes",), lambda: bitsandbytes(8), states={"": blocks("model.layers")}),
     UserModel("bitsandbytes, 4 bit", ("bitsandbytes",), lambda: bitsandbytes(4), states={"": blocks("model.layers")}),
-    UserModel("diffusers, UNet2DConditionModel", ("diffusers",), unet, UNPROVEN, "the memory grows"),
+    UserModel(
+        "diffusers, UNet2DConditionModel", ("diffusers",), unet,
+        states={
+            "stage0": [">conv_in", ">down_blocks.0.resnets.0", ">down_blocks.0.attentions.0"],
+            "stage1": ["<mid_block.resnets.0", *(f">mid_block.{n}" for n in ("resnets.0", "attentions.0", "resnets.1"))],
+        },
+        not_covered=("up_blocks",),
+    ),
     UserModel(
         "diffusers, SD3Transformer2DModel", ("diffusers",), sd3,
         states={
@@ -308,10 +316,14 @@ MODELS = (
         },
     ),
     UserModel(
-        "diffusers, FluxTransformer2DModel", ("diffusers",), flux, UNPROVEN, "gives no state of the chain",
+        "diffusers, FluxTransformer2DModel", ("diffusers",), flux,
         states={
             "hidden_states": ["<hidden_states:transformer_blocks.0", *(f">1:transformer_blocks.{n}" for n in range(2))],
+            "encoder_hidden_states": [
+                "<encoder_hidden_states:transformer_blocks.0", *(f">0:transformer_blocks.{n}" for n in range(2))
+            ],
         },
+        not_covered=("single_transformer_blocks",),
     ),
     UserModel(
         "Keras 3 on torch", ("keras",), keras,

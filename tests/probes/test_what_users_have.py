@@ -92,6 +92,8 @@ def test_other_packages_are_read_as_the_table_says(case: UserModel):
         proof = str(run.attrs["proof"])
         assert (proof == "proven") == (case.outcome == RIGHT), proof
         assert case.says in proof
+        left_out = {part["module"] for part in run.attrs.get("not_covered", [])}
+        assert left_out >= set(case.not_covered)
         for chain, places in case.states.items():
             residual = schema.chain_dataset(run, "trace", chain)["residual"].isel(stream=0)
             expected = seen_by_hooks(model, batch, list(places))

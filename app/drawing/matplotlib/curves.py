@@ -205,13 +205,15 @@ def _limits_including(value: float, axes: Axes) -> tuple[float, float]:
 def _draw_limits(axes: Axes, figure: Lines) -> None:
     """Thresholds and the healthy band, as far as they are in view; they never move the axes."""
     low, high = axes.get_ylim()
+    words: dict[str, list[tuple[float, float]]] = {"right": [], "left": []}
     for line in figure.lines:
         if line.role == "threshold" and low <= line.y[0] <= high:
-            side = _free_side(axes, figure, line.y[0], line.label)
+            side = _free_side(axes, figure, line.y[0], line.label, words)
             label = "" if side else plain(line.label)  # crowded at both ends: named in the legend
             axes.plot(line.x, line.y, color="0.35", linestyle=":", linewidth=0.9, zorder=1, label=label)
             if side:
                 _name_threshold(axes, line, side)
+                words[side].append(_heights_of_words(axes, line.y[0]))
     if figure.healthy is not None:
         bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
         if bottom < top:
@@ -225,12 +227,14 @@ def _share_of_words(axes: Axes, text: str) -> float:
     return min(1.0, 0.5 * len(text) * mpl.rcParams["font.size"] / 72 / max(inches, 0.5))
 
 
-def _free_side(axes: Axes, figure: Lines, value: float, name: str) -> str:
-    """The end of the axes where no curve runs through the words above a threshold, or nothing."""
+def _free_side(
+    axes: Axes, figure: Lines, value: float, name: str, words: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """The end of the axes where neither a curve nor other words are in the way of a threshold's name, or nothing."""
     measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
     first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
     wide = _share_of_words(axes, name) * (last - first)
-    low, high = (_height_of(axes, value) + shift for shift in _room_of_words(axes, value))
+    low, high = _heights_of_words(axes, value)
     for side, near in (("right", lambda x: x >= last - wide), ("left", lambda x: x <= first + wide)):
         heights = [
             _height_of(axes, y)
@@ -240,9 +244,16 @@ def _free_side(axes: Axes, figure: Lines, value: float, name: str) -> str:
             for x, y in zip(line.x, values, strict=True)
             if near(x)
         ]
-        if not any(low <= height <= high for height in heights):
+        is_taken = any(bottom < high and low < top for bottom, top in words[side])
+        if not is_taken and not any(low <= height <= high for height in heights):
             return side
     return ""
+
+
+def _heights_of_words(axes: Axes, value: float) -> tuple[float, float]:
+    """Where the words about a threshold begin and end, between the bottom (0) and the top (1) of the axes."""
+    below, above = _room_of_words(axes, value)
+    return _height_of(axes, value) + below, _height_of(axes, value) + above
 
 
 def _room_of_words(axes: Axes, value: float) -> tuple[float, float]:

@@ -34,6 +34,18 @@ def test_curves_draw_the_numbers_of_the_specification():
     assert axes.get_ylim()[1] < 1e6  # a far threshold does not flatten the curves
 
 
+def test_names_of_near_thresholds_do_not_cover_one_another():
+    heights = (0.95, 0.96, 0.97)
+    lines = [Line(X[[0, -1]], np.full(2, y), f"limit {y}", role="threshold") for y in heights]
+    curve = replace(CURVES.lines[0], y=X / X.max(), lower=None, upper=None)
+    figure = replace(CURVES, log_y=False, healthy=None, lines=(curve, *lines))
+    drawn = to_matplotlib(figure)
+    drawn.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in drawn.axes[0].texts]
+    assert 0 < len(boxes) < len(heights)  # others are in the legend
+    assert not any(one.overlaps(other) for one in boxes for other in boxes if one is not other)
+
+
 def test_null_is_dashed_in_the_colour_of_its_run():
     lines = to_matplotlib(CURVES).axes[0].get_lines()
     assert lines[1].get_color() == lines[0].get_color() != lines[2].get_color()

@@ -323,6 +323,9 @@ def test_findings_are_listed_by_severity_over_all_runs(readings):
     assert table.printed["severity"].tolist() == table.data["severity"].str.lower().tolist()
     assert table.printed["severity"].tolist() == ["fail", "warn", "info", "info"]
     assert table.printed["run"].tolist() == ["m_1 & <2>", "plain", "plain", "m_1 & <2>"]
+    # A row of each part says which finding it is of: a run has several.
+    narrow = to_latex(table, {}, replace(VENUES["iclr"], text=3.0))
+    assert narrow.count("run & verdict") == narrow.count(r"\toprule") > 1
 
 
 def test_intervals_name_their_runs_where_they_differ(make_run):

@@ -68,9 +68,10 @@ def mean(values):
 def symmetric(x):
     """Eigenvalues, descending, and eigenvectors of a symmetric matrix."""
     values, vectors = eigsy(matrix(x.tolist()))
+    values = list(values)  # numpy makes an array of float64 of a matrix of mpmath 1.4
     order = sorted(range(len(x)), key=lambda i: -values[i])
     vectors = np.array(vectors.tolist(), dtype=object)
-    return cleaned(np.array(list(values))[order], largest(values)), vectors[:, order]
+    return cleaned(np.array(values)[order], largest(values)), vectors[:, order]
 
 
 def energies(x):
