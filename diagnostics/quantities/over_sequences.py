@@ -27,7 +27,9 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
         mean, error, degrees = mean_and_error(value.transpose("sequence", ...).values)
-        return template.copy(deep=False, data=mean), _with_degrees(template.copy(deep=False, data=error), degrees)
+        return template.copy(deep=False, data=mean), _with_degrees(
+            template.copy(deep=False, data=error), degrees
+        )
     if "group" not in value.dims:
         return value, None
     template = value.isel(group=0, drop=True)

@@ -33,9 +33,10 @@ SAMPLED = 4096  # numbers of a matrix that tell its size
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
-def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
+def start_facts(model: nn.Module, chain: Chain, *, is_touched: bool = False) -> dict[str, Any]:
     """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
+    ``is_touched``: whether they are known not to be as initialisers leave them.
     Returns: Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the
     largest distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the
     matrices of one block are far larger than those of the others.
@@ -49,7 +50,7 @@ def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
         if _out_of_line(blocks.values()):
             return {}
         every = [weight for of in blocks.values() for weight in of]
-        facts: dict[str, Any] = {"untouched": 1} if all(_untouched([every])) else {}
+        facts: dict[str, Any] = {"untouched": 1} if not is_touched and all(_untouched([every])) else {}
         moved = _distance_from_one([p for block in by_block for p in block])
         if moved is not None:
             facts["norms_moved"] = moved
