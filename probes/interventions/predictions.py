@@ -23,12 +23,12 @@ FEWEST_KINDS = 3  # of ids; a tensor of fewer different numbers is taken for a m
 def output_values(output: Any, pick: Pick | None = None, *, batch_axis: int = 0) -> torch.Tensor:
     """The model's main output as (B, T, V), T = 1 where it has one vector a sequence.
 
-    ``pick``: ``pick(output)`` returns the tensor; by default ``logits``, or the first floating tensor with two axes.
+    ``pick``: ``pick(output)`` returns the tensor; by default ``logits``, or the first floating tensor with two axes, or one.
     ``batch_axis``: axis of the sequences: 1 for a model that takes its tokens first.
     Returns: float32, or float64 where the output is.
     """
     found = pick(output) if pick is not None else _main_tensor(output)
-    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.ndim < 2:
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.ndim < 1:
         raise CaptureError(
             "the output has no floating tensor with a batch axis to compare; pass logits=lambda output: …"
         )
@@ -40,15 +40,15 @@ def by_token(values: torch.Tensor, batch_axis: int) -> torch.Tensor:
     """An output as (B, T, V); T = 1 where it has other axes than these three."""
     if values.ndim == 3:
         return values.transpose(0, 1) if batch_axis == 1 else values
-    return values.flatten(1).unsqueeze(1)
+    return values.reshape(len(values), -1).unsqueeze(1)
 
 
 def _main_tensor(output: Any) -> torch.Tensor | None:
     named = named_logits(output)
     if named is not None:
         return named
-    tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2]
-    return tensors[0] if tensors else None
+    tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.ndim]
+    return next((t for t in tensors if t.ndim > 1), tensors[0] if tensors else None)
 
 
 def named_logits(output: Any) -> torch.Tensor | None:

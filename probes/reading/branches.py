@@ -115,12 +115,17 @@ def _carry_gates(memory: Memory) -> set[int]:
 
 
 def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
-    """Back over what does not mix the memory, to what a branch reads of it."""
+    """What the norm of a branch takes, back over that norm, its gain and what only moves; a weight before it is the read's."""
+    found = value
     while value.number not in memory.trunk and memory.inside(value):
         if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
             break
-        value = memory.inside(value)[0]
-    return value
+        before = memory.inside(value)[0]
+        is_gain = any(parent.kind == PARAMETER and parent.numel > 1 for parent in value.parents)
+        if memory.passes_function(value) or (value is found and (is_gain or only_moves(value))):
+            found = before
+        value = before
+    return found
 
 
 def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int]) -> dict[int, Numbers]:

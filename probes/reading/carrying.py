@@ -32,6 +32,7 @@ from depthscope.probes.reading.operations import (
     factors,
     is_along_features,
     part_of,
+    spreads,
 )  # fmt: skip
 from depthscope.probes.reading.tensor_memory import patched
 
@@ -121,6 +122,8 @@ class Rules:
     def _product(self, value: TracedValue) -> Numbers | None:
         carriers = [f for f in factors(value) if self._of(f) is not None]
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
+            return None
+        if spreads(value, carriers[0]):  # features of each number: a layer
             return None
         return self._carried[carriers[0].number].expand(value.shape)
 

@@ -221,6 +221,10 @@ class Linear:
         if counts != {1}:
             raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
         root = self.states.memory.root
+        if (streams := self.states.num_streams([root])) > 1:
+            raise ReadingError(
+                f"branches read earlier states next to the last one, and these have {streams} streams"
+            )
         outputs = [self.states.output(branch) for branch in branches]
         if any(output.shape[1] > 1 for output in outputs):
             raise ReadingError("the memory grows, and a branch gives several streams of it")

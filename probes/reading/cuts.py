@@ -270,9 +270,12 @@ class _Life:
             handed = []  # what gave it is no block, where more is done to it before the first one
         names = [step.name for step in way[1:]]
         usual = max((_common_length(names, of) for of in patterns), default=0)
+        if last:  # what hands the last state on, contains the sum; the norm of the head does not
+            around, shown = self.memory.graph.stack(value), self.memory.graph.shown
+            given = [n for n in handed if any(s.call in around for s in shown.get(way[n].number, ()))]
+            handed = [n for n in handed if n <= usual] or given[:1]
         if handed and not widen:
-            within = [n for n in handed if n <= usual] or handed[:1]
-            way = way[: (within if last else handed)[-1] + 1]
+            way = way[: handed[-1] + 1]
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does

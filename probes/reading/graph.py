@@ -77,6 +77,9 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
+    arguments: tuple[
+        int | str, ...
+    ] = ()  # in which one, by position or keyword, it takes each floating tensor
 
     @property
     def container(self) -> str | None:

@@ -24,6 +24,7 @@ from depthscope.probes.reading.operations import (
     addends,
     centred,
     is_statistic,
+    only_moves,
 )  # fmt: skip
 
 
@@ -122,6 +123,21 @@ class Memory:
         if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
             return True
         return value.name in MOVES and value.numel < inside[0].numel
+
+    def mixed_between(self, first: TracedValue, last: TracedValue) -> bool:
+        """Whether, on the ways from one value to another, other values of the memory are added."""
+        reached = {first.number}
+        for number in sorted(self.back([last], range(first.number + 1))):
+            value = self.graph.values[number]
+            if any(parent.number in reached for parent in self.inside(value)):
+                reached.add(number)
+                if self.mixes(value) and not only_moves(value) and value.name not in JOINS:
+                    return True
+        return False
+
+    def adds_constant(self, value: TracedValue) -> bool:
+        """Whether an operation adds to the memory what is not computed from it."""
+        return len(addends(value)) > len(self.inside(value))
 
     def passes_function(self, value: TracedValue) -> bool:
         """Whether a step is a norm or an activation of the memory itself."""

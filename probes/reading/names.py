@@ -86,6 +86,7 @@ class BranchNames:
             for call, numbers in found.items()
             if any(graph.values[n].name in PRODUCTS for n in numbers)
             and not any(self.memory.passes_function(graph.values[n]) for n in numbers)
+            and not any(self.memory.adds_constant(graph.values[n]) for n in numbers)
         }
 
     def changed_between_blocks(self) -> list[list[int]]:

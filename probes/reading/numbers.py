@@ -173,13 +173,17 @@ class Numbers:
 
     def step(self, axis: int) -> int:
         """How far the numbers of neighbours along an axis are apart."""
-        whole = self.array
-        vector = (
-            self.axes[axis]
-            if whole is None
-            else np.moveaxis(whole, axis, -1).reshape(-1, self.shape[axis])[0]
-        )
+        vector = self._along(axis)
         return abs(int(vector[-1] - vector[-2]))
+
+    def distinct_along(self, axis: int) -> int:
+        """How many different elements lie along an axis."""
+        return len(np.unique(self._along(axis)))
+
+    def _along(self, axis: int) -> np.ndarray:
+        if self.array is None:
+            return self.axes[axis]
+        return np.moveaxis(self.array, axis, -1).reshape(-1, self.shape[axis])[0]
 
     @_once
     def expand(self, shape: Sequence[int]) -> Numbers:

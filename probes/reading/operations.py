@@ -58,6 +58,16 @@ def only_moves(value: TracedValue) -> bool:
     return value.name in SAME or value.name in MOVES
 
 
+def spreads(value: TracedValue, number: TracedValue) -> bool:
+    """Whether a product with weights makes features of each of some numbers, as of the columns of a table."""
+    others = [parent for parent in value.parents if parent is not number]
+    return (
+        value.name in PRODUCTS
+        and value.numel > number.numel
+        and any(w.of_parameter and w.numel > MOST_STREAMS for w in others)
+    )
+
+
 def addends(value: TracedValue) -> list[TracedValue]:
     """What an operation adds up, whatever it multiplies."""
     if value.name in JOINS:

@@ -6,8 +6,9 @@ In the calls that have a place every operation is compared with the one that was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -155,7 +156,12 @@ class PlacedRecorder(TorchDispatchMode):
                 _push_mode(mode)
 
     def enter(
-        self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
+        self,
+        path: str,
+        kind: str,
+        tensors: Sequence[torch.Tensor] = (),
+        module: nn.Module | None = None,
+        given: Mapping[int | str, Any] = MappingProxyType({}),
     ) -> None:
         """Note that a module is called."""
         self._hand_over()

@@ -86,7 +86,7 @@ def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
             continue
         seen.add(value.number)
         inside = memory.inside(value)
-        if not inside or value.number in memory.writes or len(addends(value)) > len(inside):
+        if not inside or value.number in memory.writes or memory.adds_constant(value):
             return False
         waiting += inside
     return True

@@ -69,7 +69,7 @@ class Rereading:
 
     def _read(self) -> NetworkReading:
         if self.graph.error is not None:
-            return NetworkReading((), {}, f"the forward could not be recorded: {self.graph.error!r}")
+            return NetworkReading((), {}, f"the forward could not be recorded: {_reason(self.graph.error)}")
         try:
             found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
@@ -115,6 +115,10 @@ class Rereading:
             return [reader.again() for reader in self._readers]
 
 
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, ReadingError) else repr(error)
+
+
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
     path = graph.path(memory.root)
     branches = branches_of(memory)
@@ -156,6 +160,8 @@ class _Reader:
 
     def reading(self) -> MemoryReading:
         """The memory's description; ReadingError where none can be given."""
+        if (of_all_tokens := self._of_all_tokens()) is not None:
+            return self._instead(of_all_tokens)
         scaling = list(self.names.scaling.values())
         found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
         changed = [] if found.over_depth else self.names.changed_between_blocks()
@@ -164,8 +170,8 @@ class _Reader:
         self.states = States(self.memory, self.branches)
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             return self._instead(plain)
-        if found.inner:
-            outer = without_inner(self.memory, found.inner)
+        outer = without_inner(self.memory, found.inner) if found.inner else self.memory
+        if outer.carried.keys() < self.memory.carried.keys():
             if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
                 return self._between_blocks(
                     found.cuts
@@ -179,6 +185,28 @@ class _Reader:
         self._inner = other
         return other.reading()
 
+    def _of_all_tokens(self) -> _Reader | None:
+        """The reader of the memory before the blocks at its end that go on with some of the tokens alone."""
+        memory = self.memory
+        trunk = [self.graph.values[number] for number in sorted(memory.trunk)]
+        whole = [value for value in trunk if memory.is_whole(value)]
+        after = [value for value in trunk if value.number > whole[-1].number]
+        if memory.writes.keys().isdisjoint(value.number for value in after):
+            return None
+        gone = self.graph.later(after[0])
+        cut = replace(
+            memory,
+            carried={number: of for number, of in memory.carried.items() if not gone[number]},
+            writes={number: of for number, of in memory.writes.items() if not gone[number]},
+            leaves=[(read, taker) for read, taker in memory.leaves if not gone[read.number]],
+        )
+        return self._until(whole[-1], cut)
+
+    def _until(self, value: TracedValue, memory: Memory) -> _Reader | None:
+        """The reader of a memory up to one of its values; None where no branch comes before that."""
+        shorter = replace(memory, end=value, trunk=memory.back([value]), branches=None)
+        return _Reader(shorter, self.others) if branches_of(shorter) else None
+
     def _before_last_mixture(self) -> _Reader | None:
         """The reader of the memory up to its last write, where only the head reads a mixture of the states before."""
         memory = self.memory
@@ -189,11 +217,11 @@ class _Reader:
             value = after
         if value is memory.end:
             return None
-        shorter = replace(memory, end=value, trunk=memory.back([value]), branches=None)
-        reader = _Reader(shorter, self.others) if branches_of(shorter) else None
+        reader = self._until(value, memory)
         if reader is None or len(reader.branches) < len(self.branches):
             return None
         number_blocks([reader.names])
+        shorter = reader.memory
         found = cuts_of(shorter, reader.branches, reader.names.layers)
         states = {value.number for cut in found.cuts for value in cut}
         is_plain = not found.over_depth and all(
@@ -360,6 +388,7 @@ class _Reader:
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
         values[0] = self._first_state(values)
+        values = self._with_given(values)
         for (
             branch
         ) in self.branches:  # what is added to the first value, as positions are, is no norm of the branch
@@ -385,6 +414,17 @@ class _Reader:
         ]
         cuts = [[value] for value in parts.states]
         return self._described(cuts, connections, [error] * max(len(pairs), 1), over_depth=True)
+
+    def _with_given(self, values: Sequence[TracedValue]) -> list[TracedValue]:
+        """The same, with what a block makes of its state, where the next state is a mixture of that and of earlier ones."""
+        memory, sums = self.memory, [write for branch in self.branches for write in branch.writes]
+        found = [values[0]]
+        for before, after in pairwise(values):
+            made = [v for v in sums if before.number < v.number < after.number and before in memory.line(v)]
+            if made and memory.mixed_between(made[-1], after):
+                found.append(made[-1])
+            found.append(after)
+        return found
 
     def _first_state(self, values: Sequence[TracedValue]) -> TracedValue:
         """The last value through which all that is read and all later states come."""

@@ -7,7 +7,8 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import Listener
-from depthscope.probes.model.tensors import split_over
+from depthscope.probes.model.tensors import floats_in, split_over
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -28,6 +29,7 @@ from depthscope.probes.reading.graph import (
     UNSEEN,
     Graph,
     ModuleCall,
+    ReadingError,
     Shown,
     TracedValue,
     container_of,
@@ -66,6 +68,8 @@ from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
 _Taken = tuple[KnownOperation, Any, Any, list[TracedValue], list[torch.Tensor]]
+
+NESTED = "the model computes with nested tensors, whose tokens lie along no axis; pad them, and pass a mask"
 
 
 class GraphRecorder(TorchDispatchMode):
@@ -129,12 +133,18 @@ class GraphRecorder(TorchDispatchMode):
         return False  # torch would wrap every call of the method below; nothing of it is compiled anyway
 
     def enter(
-        self, path: str, kind: str, tensors: Sequence[torch.Tensor] = (), module: nn.Module | None = None
+        self,
+        path: str,
+        kind: str,
+        tensors: Sequence[torch.Tensor] = (),
+        module: nn.Module | None = None,
+        given: Mapping[int | str, Any] = MappingProxyType({}),
     ) -> list[int]:
         """Note that a module is called with some tensors; the numbers of their values. Some layers are one operation."""
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind))
+        arguments = tuple(of for of, value in given.items() for _ in floats_in(value))
+        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, arguments))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
         only = only_operation(module, tensors, self._hooks)
@@ -227,6 +237,8 @@ class GraphRecorder(TorchDispatchMode):
         return entry.value
 
     def _leaf(self, tensor: torch.Tensor) -> TracedValue:
+        if tensor.is_nested:
+            raise ReadingError(NESTED)
         value = self._new(LEAF, None, (), {}, (), tensor)
         name = self._names.get(id(tensor)) or (self._lent_name(tensor) if self._is_lent(tensor) else None)
         if name is not None or isinstance(tensor, nn.Parameter):
@@ -336,7 +348,7 @@ class GraphRecorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(hasattr(of, "_op_dispatcher") for of in types):
             return NotImplemented  # a DTensor's own operations follow, on the part that this process has
-        if any(map(is_imagined, types)):
+        if any(map(self._is_unreadable, types)):
             return func(*args, **kwargs)
         if operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs)
@@ -351,6 +363,12 @@ class GraphRecorder(TorchDispatchMode):
             except Exception as error:
                 self.graph.error = without_frames(error)
         return result
+
+    def _is_unreadable(self, of: type) -> bool:
+        """Whether the tensors of a class are not looked at; nested ones end the recording."""
+        if of.__name__ == "NestedTensor":
+            self.graph.error = ReadingError(NESTED)
+        return self.graph.error is not None or is_imagined(of)
 
     def _note_result(self, taken: _Taken, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note what an operation gave, and tell those who listen."""

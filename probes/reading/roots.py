@@ -17,6 +17,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     addends,
     only_moves,
+    spreads,
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
@@ -87,7 +88,7 @@ class _Sums:
 
     def _carrier(self, value: TracedValue) -> tuple[TracedValue | None, bool]:
         operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
-        if not operands:
+        if not operands or any(spreads(value, operand) for operand in operands):
             return None, False
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False

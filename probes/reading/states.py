@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
+from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import CHANNEL_NORMS, FUNCTIONS, NORMS, PRODUCTS
@@ -157,15 +157,21 @@ def feature_axis(memory: Memory) -> int:
         axis = _axis_after_activations(memory.graph, value, taker)
         if axis is None or value.shape[axis] < 2:
             continue
-        step = memory.carried[value.number].step(axis)
-        fitting = [dim for dim, stride in enumerate(strides) if memory.shape[dim] > 1 and stride == step]
+        numbers = memory.carried[value.number]
+        step, most = (
+            numbers.step(axis),
+            numbers.distinct_along(axis),
+        )  # more than there are are several axes' in one
+        sizes = zip(memory.shape, strides, strict=True)
+        fitting = [dim for dim, (size, stride) in enumerate(sizes) if size >= max(most, 2) and stride == step]
         others += not fitting
         for dim in fitting:
             votes[dim] += 1
     if others and not any(votes):
         path = memory.graph.path(memory.root) or "the model"
         raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
-    return max(range(len(votes)), key=lambda dim: (votes[dim], dim))
+    usual = 1 if memory.root.name == "convolution" and not any(votes) else len(votes) - 1
+    return max(range(len(votes)), key=lambda dim: (votes[dim], dim == usual, dim))
 
 
 def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue) -> int | None:
@@ -191,4 +197,7 @@ def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
         return len(value.shape) - 1
     if taker.name in CHANNEL_NORMS or taker.name == "convolution":
         return 1 if len(value.shape) > 1 else None
+    for gain in taker.parents if taker.shape == value.shape else ():
+        if gain.kind == PARAMETER and gain.numel == max(gain.shape, default=0) > 1:  # one number a feature
+            return len(value.shape) - len(gain.shape) + gain.shape.index(gain.numel)
     return len(value.shape) - 1 if taker.name in NORMS or RECURRENT.search(taker.name) else None

@@ -527,8 +527,10 @@ class StructureFinder:
         point = next((point for point in chain.points if point.at == "input"), None)
         if point is None:
             return ""
+        call = next(of for of in self.graph.calls if (of.path, of.number) == (point.path, point.index))
+        of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
         names = list(inspect.signature(self.model.get_submodule(point.path).forward).parameters)
-        return names[point.item] if point.item < len(names) else ""
+        return of if isinstance(of, str) else names[of] if of < len(names) else ""
 
 
 def _distinct(paths: Sequence[str]) -> list[str]:

@@ -107,8 +107,8 @@ class RecordedForward:
         if tape.recorder is None and module is self._model:
             tape.recorder = self._new_recorder(tape, args, kwargs)
         if tape.recorder is not None:
-            path = self._paths[id(module)]
-            tape.recorder.enter(path, type(module).__name__, floats_in(args, kwargs), module)
+            path, given = self._paths[id(module)], {**dict(enumerate(args)), **kwargs}
+            tape.recorder.enter(path, type(module).__name__, floats_in(args, kwargs), module, given)
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,13 +37,24 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+@contextmanager
+def _padded() -> Iterator[None]:
+    """Let torch's encoder layers run their operations on padded batches, not one kernel on nested tensors."""
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_on)
+
+
 def call_observed(session: Session, batch: Any) -> Any:
     """The output of a session's model for one batch, with the session's hooks on.
 
     The model is called once more where the first forward found the structure, but lost the value of a state that was
     rewritten in place: the second forward copies states as they pass.
     """
-    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner):
+    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner), _padded():
         output = call_model(session.model, batch)
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import Memory, follow, start_of
+from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM
 
 
@@ -59,8 +60,10 @@ def _normed(after: Memory) -> list[int]:
     for number in sorted(after.carried):
         value = after.graph.values[number]
         inside = after.inside(value)
-        if after.depth[number] == 0 and (
-            after.passes_function(value) or any(p.number in found for p in inside)
-        ):
+        if after.depth[number] == 0 and (_is_norm(after, value) or any(p.number in found for p in inside)):
             found.add(number)
     return sorted(found)
+
+
+def _is_norm(memory: Memory, value: TracedValue) -> bool:
+    return memory.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)

@@ -15,7 +15,7 @@ from depthscope.probes.reading.description import (
     ConnectionReading,
     MemoryReading,
 )
-from depthscope.probes.reading.graph import Graph, Shown, TracedValue
+from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.numbers import Numbers
@@ -203,7 +203,7 @@ class _ChainOf:
         self, depth: int, point: HookPoint, value: TracedValue, layout: str
     ) -> tuple[HookPoint, TracedValue]:
         """What shows a state in the layout of the others; where nothing does, what shows it in its own."""
-        moved = [other for other in self._moved(value) if self.layout_of(other)]
+        moved = [other for other in self._before_all_readers(self._moved(value)) if self.layout_of(other)]
         # Streams and parts of their features that are one axis elsewhere may come in another order there.
         alike = ("F" in layout) == ("F" in (self.layout_of(value) or layout))
         if alike and any(self.layout_of(other) == layout for other in moved):
@@ -315,8 +315,11 @@ class _ChainOf:
         state, same = self.memory.states[depth], self._same(value)
         if self._num_tensors > 1:  # what other streams are copies of has not the gradient of this one
             same = [other for other in same if other.number >= value.number]
+        else:
+            before = self._before_all_readers(self._moved(value))
+            same = [other for other in same if other in before] or [before[0]]
         if layout:
-            same = [other for other in self._moved(value) if self.layout_of(other) == layout]
+            same = [other for other in before if self.layout_of(other) == layout]
             value = same[0] if same else value
         for other in same:
             self._require_whole(other)
@@ -421,6 +424,21 @@ class _ChainOf:
             seen.update(other.number for other in new)
             found += new
         return found
+
+    def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
+        """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
+        numbers, takers = {of.number for of in moved}, self.graph.takers
+        readers = [
+            of for of in moved if any(_has_gradient(t) and t.number not in numbers for t in takers(of))
+        ]
+        ways: list[set[int]] = []
+        for reader in readers:
+            way = {reader.number}
+            while reader.parents and reader.parents[0].number in numbers:
+                reader = reader.parents[0]
+                way.add(reader.number)
+            ways.append(way)
+        return [of for of in moved if all(of.number in way for way in ways)] or list(moved[:1])
 
     @staticmethod
     def _is_same(value: TracedValue, parent: TracedValue) -> bool:
@@ -571,3 +589,8 @@ class _ChainOf:
                 own = numbers.reshape(other.shape) if other.numel == value.numel else None
                 return min(calls), "" if own is None else self.layout_of(other, own)
         return None
+
+
+def _has_gradient(taker: TracedValue) -> bool:
+    """Whether a gradient comes through an operation."""
+    return taker.is_floating and taker.name not in SHAPE_ONLY and taker.name != "detach"

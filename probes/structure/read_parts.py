@@ -168,6 +168,10 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
     for connection in memory.connections:
+        if (
+            not connection.branches
+        ):  # the state before is what a block gave, the next one a mixture of all that were
+            continue
         if len(connection.branches) != 1:
             raise StreamConnectionError(
                 f"{len(connection.branches)} branches lie between two states of sums over depth; expected one"

@@ -122,12 +122,13 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
     """
     chain, memory = part.chain, part.memory
     first, begin = max(memory.states[0].values), chain.points[0]
-    if begin.site != "post" or begin.layer < 0:
+    around = graph.values[first].call  # where the block was called, it was changed
+    is_in_block = graph.calls[around].kind in chain.block_class.split("/")
+    if begin.site != "post" or begin.layer < 0 or is_in_block:
         return chain
     for number in sorted(n for n in memory.carried if n < first):
         value = graph.values[number]
         calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
-        around = graph.values[first].call  # where the block was called, it was changed
         blocks = [c for c in calls if _stage_of(c.path) is not None and c.parent == around]
         if not blocks or value.shape != graph.values[first].shape or layout_of(value) != part.layout:
             continue
