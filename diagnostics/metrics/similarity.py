@@ -6,7 +6,6 @@ States are compared in the mean over streams, which a plain head reads.
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import xarray as xr
@@ -175,8 +174,10 @@ def mean_turns(mean_states: MeanStates) -> xr.Variable:
 
 def _influences(states: np.ndarray) -> np.ndarray:
     values = np.full(len(states), np.nan)
-    if states.shape[1]:
-        values[1:] = [geometry.block_influence(before, after) for before, after in pairwise(states)]
+    at_once = max(1, BLOCK // max(1, states[0].size))
+    for first in range(0, len(states) - 1 if states.shape[1] else 0, at_once):
+        steps = states[first : first + at_once + 1]
+        values[first + 1 : first + len(steps)] = geometry.block_influence(steps[:-1], steps[1:])
     return values
 
 

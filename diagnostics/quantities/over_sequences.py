@@ -27,7 +27,9 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
         mean, error, degrees = mean_and_error(value.transpose("sequence", ...).values)
-        return template.copy(data=mean), _with_degrees(template.copy(data=error), degrees)
+        return template.copy(deep=False, data=mean), _with_degrees(
+            template.copy(deep=False, data=error), degrees
+        )
     if "group" not in value.dims:
         return value, None
     template = value.isel(group=0, drop=True)
@@ -38,8 +40,8 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
         means[label], errors[label], of_label = mean_and_error(values[scopes == label])
         degrees = max(degrees, of_label)  # the other one is that of the pooled tokens, 0
     by_scope = template.expand_dims(scope=list(means))
-    value = by_scope.copy(data=np.stack(list(means.values())))
-    return value, _with_degrees(by_scope.copy(data=np.stack(list(errors.values()))), degrees)
+    value = by_scope.copy(deep=False, data=np.stack(list(means.values())))
+    return value, _with_degrees(by_scope.copy(deep=False, data=np.stack(list(errors.values()))), degrees)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

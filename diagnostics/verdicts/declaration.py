@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,7 @@ class Verdict:
             PASS among them; one for each stream where several numbers are beyond; empty where the question
             does not apply.
         """
-        age = age_of(analysis)
+        age = cache(partial(age_of, analysis))  # most verdicts pass, and ask for none
         found = [self._judge(profile, age) for profile in self.profiles(analysis)]
         merged = _merged_by_stream([finding for finding in found if finding is not None])
         return [self._with_reference(finding) for finding in merged]
@@ -226,7 +227,7 @@ class Verdict:
         """
         return [name for name in self.needs if name != "attrs" and name not in analysis]
 
-    def _judge(self, profile: Profile, age: Age) -> Finding | None:
+    def _judge(self, profile: Profile, age: Callable[[], Age]) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
@@ -237,8 +238,8 @@ class Verdict:
         severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
-        of_start = _words_of_start(profile, age) if severity > Severity.INFO else ""
-        if of_start and age.trained is False:
+        of_start = _words_of_start(profile, age()) if severity > Severity.INFO else ""
+        if of_start and age().trained is False:
             severity = Severity.INFO
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])

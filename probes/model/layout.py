@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -52,23 +53,28 @@ def canonical(
     ``fractions``: number of fractions F of each stream.
     Returns: Shape (B, T, N, D), N streams times fractions; axes that the layout does not name have size 1.
     """
+    split, order, merged = _arrangement(layout, tuple(state.shape), batch_size, num_streams, fractions)
+    return state.reshape(split).permute(order).reshape(merged)
+
+
+@lru_cache(maxsize=1024)
+def _arrangement(
+    layout: str, shape: tuple[int, ...], batch_size: int, num_streams: int, fractions: int
+) -> tuple[list[int], list[int], tuple[int, int, int, int]]:
+    """Of a state of a shape: the sizes of all axes, their order as (B, T, N, D), and the sizes of these."""
     groups = parse_layout(layout)
-    if len(groups) != state.ndim:
-        raise LayoutError(
-            f"layout {layout!r} has {len(groups)} axes, the state has shape {tuple(state.shape)}"
-        )
+    if len(groups) != len(shape):
+        raise LayoutError(f"layout {layout!r} has {len(groups)} axes, the state has shape {shape}")
     known = {"B": batch_size, "N": num_streams // fractions, "F": fractions}
     sizes: dict[str, int] = {}
-    for group, size in zip(groups, state.shape, strict=True):
-        sizes |= _split(group, size, known, layout, state)
+    for group, size in zip(groups, shape, strict=True):
+        sizes |= _split(group, size, known, layout, shape)
     letters = [letter for group in groups for letter in group]
-    split = state.reshape([sizes[letter] for letter in letters])
     # Streams before fractions: stream n, fraction f gets the index n · F + f of the result.
-    order = [letter for letter in "BTHWNFD" if letter in letters]
-    moved = split.permute([letters.index(letter) for letter in order])
+    order = [letters.index(letter) for letter in "BTHWNFD" if letter in letters]
     tokens = math.prod(sizes.get(letter, 1) for letter in "HWT")
     streams = sizes.get("N", 1) * sizes.get("F", 1)
-    return moved.reshape(sizes.get("B", 1), tokens, streams, sizes["D"])
+    return [sizes[letter] for letter in letters], order, (sizes.get("B", 1), tokens, streams, sizes["D"])
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
@@ -92,7 +98,7 @@ def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: 
 
 
 def _split(
-    group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor
+    group: Sequence[str], size: int, known: dict[str, int], layout: str, shape: tuple[int, ...]
 ) -> dict[str, int]:
     """Sizes of the axes that are merged in one tensor dimension; at most one of them may be unknown."""
     # An axis that is not merged needs no splitting: its size is the tensor's, whatever the batch size is.
@@ -101,7 +107,7 @@ def _split(
     rest, remainder = divmod(size, math.prod(fixed.values()))
     if remainder or len(free) > 1 or (not free and rest != 1):
         raise LayoutError(
-            f"layout {layout!r} does not fit a state of shape {tuple(state.shape)} with batch {known['B']} and "
+            f"layout {layout!r} does not fit a state of shape {shape} with batch {known['B']} and "
             f"{known['N']} streams; pass layout= and, for streams, a model whose connections are found"
         )
     if free:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -187,7 +187,7 @@ class _Life:
         """The values alive where fewest are, between each write and the next read."""
         found: list[Cut] = []
         sizes: list[int] = []
-        patterns: list[list[str]] = []  # what is done to states after the writes before them
+        patterns: dict[tuple[str, ...], None] = {}  # what is done to states after the writes before them
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
@@ -203,7 +203,7 @@ class _Life:
                 )
             found.append(list(dict.fromkeys(value for value, _ in moved)))
             if time != self.memory.root.number:
-                patterns.append(max((names for _, names in moved), key=len, default=[]))
+                patterns[max((names for _, names in moved), key=len, default=())] = None
         self._widen_first(found, wider)
         return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]
 
@@ -270,8 +270,8 @@ class _Life:
         return [self.memory.graph.values[number] for number in self._alive]
 
     def advanced(
-        self, value: TracedValue, last: bool, patterns: Sequence[Sequence[str]], *, widen: bool = False
-    ) -> tuple[TracedValue, list[str]]:
+        self, value: TracedValue, last: bool, patterns: Collection[Sequence[str]], *, widen: bool = False
+    ) -> tuple[TracedValue, tuple[str, ...]]:
         """Forward while a value goes to one step alone that does not mix it; at the end only as after the writes before.
 
         Where a block hands one of them on, to that one.
@@ -300,7 +300,7 @@ class _Life:
         else:  # without what only puts it into another order, as the next block does
             while len(way) > 1 and self._only_moves(way[-2], way[-1]):
                 way.pop()
-        return way[-1], [step.name for step in way[1:]]
+        return way[-1], tuple(step.name for step in way[1:])
 
     @staticmethod
     def _only_moves(before: TracedValue, step: TracedValue) -> bool:

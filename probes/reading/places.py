@@ -234,13 +234,15 @@ class PlacedRecorder(TorchDispatchMode):
         frame = self._stack[-1] if self._stack else None
         if frame is None or frame.wanted is None or self.error is not None:
             return func(*args, **(kwargs or {}))
-        self._hand_over()
-        if operation_of(func).is_composite:
+        if self._waiting:
+            self._hand_over()
+        count, operations = frame.count, frame.operations
+        is_known = count < len(operations) and operations[count] is func
+        if not is_known and operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs or {})
-        count = frame.count
         frame.count += 1
-        result = func(*args, **(kwargs or {}))
-        if count >= len(frame.operations) or frame.operations[count] is not func:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if not is_known:
             self._stop(frame.path)
             return result
         for value in frame.wanted.get(count, ()):

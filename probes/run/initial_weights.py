@@ -10,12 +10,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, all_parameters, module_paths
+from depthscope.probes.model.modules import all_parameters, module_paths
 from depthscope.probes.structure.branch_scales import BranchScale
 from depthscope.probes.structure.chain import Chain
 
@@ -33,26 +33,25 @@ SAMPLED = 4096  # numbers of a matrix that tell its size
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
-def start_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
+def start_facts(model: nn.Module, chain: Chain, *, is_touched: bool = False) -> dict[str, Any]:
     """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
+    ``is_touched``: whether they are known not to be as initialisers leave them.
     Returns: Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the
     largest distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the
     matrices of one block are far larger than those of the others.
     """
     with torch.no_grad():
-        # A block may have been taken out since it was measured, such as by layer drop of the user's own.
-        known = dict(model.named_modules())
-        modules = [known[path] for path in chain.blocks if path in known]
-        by_block = [[p for p in all_parameters(module) if _is_readable(p)] for module in modules]
+        blocks = _weights_of_blocks(model, chain)
+        by_block = [list({id(p): p for _, p, _ in of}.values()) for of in blocks.values()]
         if not by_block or not all(by_block):
             return {}
         # A block that was drawn many times as large as the others is no start by construction, whatever else is.
-        if _out_of_line(modules):
+        if _out_of_line(blocks.values()):
             return {}
-        of_blocks = [p for block in by_block for p in block]
-        facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
-        moved = _distance_from_one(of_blocks)
+        every = [weight for of in blocks.values() for weight in of]
+        facts: dict[str, Any] = {"untouched": 1} if not is_touched and all(_untouched([every])) else {}
+        moved = _distance_from_one([p for block in by_block for p in block])
         if moved is not None:
             facts["norms_moved"] = moved
         # Connections of several streams have small factors of their own. Without norms nothing tells the age.
@@ -69,9 +68,10 @@ def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
     outside of the blocks too.
     """
     with torch.no_grad():
-        known = dict(model.named_modules())
-        fresh = [n for n, path in enumerate(chain.blocks) if path in known and _is_untouched([known[path]])]
-        inside = {id(p) for path in chain.blocks if path in known for p in all_parameters(known[path])}
+        blocks = _weights_of_blocks(model, chain)
+        untouched = zip(blocks, _untouched(blocks.values()), strict=True)
+        fresh = [number for number, is_untouched in untouched if is_untouched]
+        inside = {id(weight.parameter) for of in blocks.values() for weight in of}
         outside = [p for p in all_parameters(model) if id(p) not in inside and _is_readable(p)]
         if len(fresh) == len(chain.blocks) and not _distance_from_one(outside):
             return {}
@@ -104,15 +104,36 @@ def _is_readable(parameter: nn.Parameter) -> bool:
     )
 
 
-def _out_of_line(modules: Sequence[nn.Module]) -> bool:
+class _Weight(NamedTuple):
+    """A parameter of a block, and those of the module that owns it."""
+
+    name: str
+    parameter: nn.Parameter
+    own: list[nn.Parameter]
+
+
+def _weights_of_blocks(model: nn.Module, chain: Chain) -> dict[int, list[_Weight]]:
+    """The parameters that can be read of each block of a chain, by its number; their names are those inside of the block."""
+    # A block may have been taken out since it was measured, such as by layer drop of the user's own.
+    known = dict(module_paths(model))
+    found: dict[int, list[_Weight]] = {}
+    for number, block in enumerate(chain.blocks):
+        if block not in known:
+            continue
+        weights = found.setdefault(number, [])
+        for path, part in module_paths(known[block]):
+            named = [(name, p) for name, p in part._parameters.items() if p is not None and _is_readable(p)]
+            own = [p for _, p in named]
+            weights += [_Weight(f"{path}.{name}", p, own) for name, p in named]
+    return found
+
+
+def _out_of_line(blocks: Iterable[Sequence[_Weight]]) -> bool:
     """Whether a matrix of some block is far larger than those of the same name in the other blocks."""
     samples: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for module in modules:
-        for path, part in module_paths(module):
-            for name, parameter in part._parameters.items():
-                if parameter is not None and _is_readable(parameter) and parameter.ndim > 1:
-                    some = parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)]
-                    samples[f"{path}.{name}"].append(some)
+    for name, parameter, _ in (weight for of in blocks for weight in of):
+        if parameter.ndim > 1:
+            samples[name].append(parameter.flatten()[:: max(1, parameter.numel() // SAMPLED)])
     several = [_of_each(of, _root_mean_squares) for of in samples.values() if len(of) > 2]
     return any(max(of) > OUT_OF_LINE * statistics.median(of) > 0 for of in several)
 
@@ -121,20 +142,19 @@ def _out_of_line(modules: Sequence[nn.Module]) -> bool:
 FEWEST = 8
 
 
-def _is_untouched(modules: list[nn.Module]) -> bool:
-    """Whether no vector can have been trained, and some could have been: each is constant, or as torch draws a bias.
+def _untouched(blocks: Iterable[Sequence[_Weight]]) -> list[bool]:
+    """Whether no vector of some blocks can have been trained, and some could: each is constant, or as torch draws a bias.
 
     Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
     """
-    owned = [
-        [p for p in part._parameters.values() if p is not None and _is_readable(p)]
-        for module in modules
-        for part in all_modules(module)
+    vectors = [[w for w in of if w.parameter.ndim == 1 and w.parameter.numel() >= FEWEST] for of in blocks]
+    every = [weight.parameter for of in vectors for weight in of]
+    constant = iter(_of_each(every, lambda rows: rows.amin(1) == rows.amax(1)))
+    moved = [[weight for weight in of if not next(constant)] for of in vectors]
+    return [
+        bool(of) and all(_is_drawn_by_torch(weight.parameter, weight.own) for weight in trained)
+        for of, trained in zip(vectors, moved, strict=True)
     ]
-    vectors = [(p, own) for own in owned for p in own if p.ndim == 1 and p.numel() >= FEWEST]
-    constant = _of_each([p for p, _ in vectors], lambda rows: rows.amin(1) == rows.amax(1))
-    moved = (pair for pair, same in zip(vectors, constant, strict=True) if not same)
-    return bool(vectors) and all(_is_drawn_by_torch(vector, own) for vector, own in moved)
 
 
 def _of_each(vectors: Sequence[torch.Tensor], measure: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:

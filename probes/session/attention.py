@@ -19,7 +19,7 @@ from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import AttentionRows, AttentionWatch
+from depthscope.probes.session.attention_rows import AttentionRows, AttentionWatch, measured
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.tape import Tape
@@ -127,15 +127,17 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
         key = of_call[-1] = number, depth
         places.heads[key] = places.heads.get(key, 0) + seen.rows.shape[2]
         places.keys[key], places.modules[key] = seen.rows.shape[-1], call.path
-        add_rows(forward, key, seen.rows)
+        forward.attending.append((key, seen.rows))
     places.seen.update(places.heads.keys())
     return places
 
 
-def add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
-    """Give a forward what its queries attend to before a state: (3, S, H, T), see `AttentionRows`."""
-    known = forward.attention.get(key)
-    forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
+def measure_rows(forward: Forward) -> None:
+    """Give a forward what its queries attend to before each state: (3, S, H, T), see `AttentionRows`."""
+    waiting, forward.attending = forward.attending, []
+    for (key, _), rows in zip(waiting, measured([of for _, of in waiting]), strict=True):
+        known = forward.attention.get(key)
+        forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
 def later_attention(
@@ -159,7 +161,7 @@ def later_attention(
             return
         for seen, key in zip(watch.found, expected, strict=True):
             if key is not None:
-                add_rows(forward, key, seen.rows)
+                forward.attending.append((key, seen.rows))
                 places.seen[key] += 1
 
     return OperationsShown(watch), done

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,8 @@ aten = torch.ops.aten
 MASKED = -1e8
 # Elements of the weights that are held at once while fused attention is computed again: 64 MB.
 CHUNK = 2**24
+# Numbers of the queries and keys of a call that is measured with others at the end of the forward: 512 KB, which is held.
+SMALL = 2**17
 
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 # Through these the weights stay what they are, up to their type, shape, and what dropout takes away.
@@ -72,13 +74,32 @@ class AttentionRows:
     ----------
     value : int
         Number of its value in the recorded graph.
-    rows : Tensor
+    rows : Tensor or FusedCall
         (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of
-        these.
+        these; or what these are computed from at the end of the forward, by `measured`.
     """
 
     value: int
-    rows: torch.Tensor
+    rows: torch.Tensor | FusedCall
+
+
+class FusedCall(NamedTuple):
+    """Queries (S, H, Q, d), scaled, and keys (S, H, K, d) of the sampled sequences, copied: a model may write over its own."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    is_causal: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its rows."""
+        return (3, *self.query.shape[:3])
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls have in common that are measured together."""
+        return self.query.shape, self.key.shape, self.query.device, self.is_causal
 
 
 class AttentionWatch:
@@ -214,28 +235,51 @@ class AttentionWatch:
         if mask is not None:
             mask = mask.expand(query.shape[0], *mask.shape[-3:]) if mask.ndim == 4 else mask
             mask = mask[self._chosen] if mask.ndim == 4 else mask
-        parts = []
-        size = max(1, CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-        for begin in range(0, q.shape[2], size):
-            logits = q[:, :, begin : begin + size] @ k.mT
-            if given.get("is_causal"):
-                position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
-                later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
-                logits = logits.masked_fill(later, -math.inf)
-            if mask is not None:
-                part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask
-                part = part[..., : k.shape[2]]  # padded to a multiple of 8 for the kernel
-                logits = logits.masked_fill(~part, -math.inf) if part.dtype == torch.bool else logits + part
-            parts.append(row_numbers(logits.softmax(-1), logits > MASKED))
-        self._add(result, torch.cat(parts, dim=-1))
+        call = FusedCall(q, k, mask, bool(given.get("is_causal")))
+        fits = (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])  # else the error is to be raised here
+        waits = fits and mask is None and q.numel() + k.numel() <= SMALL
+        self._add(result, call if waits else _rows_of(call))
 
     # --- both
 
-    def _add(self, made: torch.Tensor, rows: torch.Tensor) -> None:
+    def _add(self, made: torch.Tensor, rows: torch.Tensor | FusedCall) -> None:
         self.found.append(AttentionRows(self._number(made), rows))
 
     def _refuse(self, reason: str) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+def measured(rows: Sequence[torch.Tensor | FusedCall]) -> list[torch.Tensor]:
+    """What calls of attention did; small ones of the same kind at once, since each operation costs more than its numbers."""
+    found: dict[int, torch.Tensor] = {n: of for n, of in enumerate(rows) if isinstance(of, torch.Tensor)}
+    alike: dict[tuple[Any, ...], list[tuple[int, FusedCall]]] = {}
+    for number, of in enumerate(rows):
+        if isinstance(of, FusedCall):
+            alike.setdefault(of.kind, []).append((number, of))
+    for calls in alike.values():
+        query, key = (torch.cat([getattr(of, name) for _, of in calls]) for name in ("query", "key"))
+        together = _rows_of(FusedCall(query, key, None, calls[0][1].is_causal))
+        found |= zip((number for number, _ in calls), together.chunk(len(calls), dim=1), strict=True)
+    return [found[number] for number in range(len(rows))]
+
+
+def _rows_of(call: FusedCall) -> torch.Tensor:
+    """The same of one call, some queries at a time."""
+    q, k, mask, _ = call
+    parts = []
+    size = max(1, CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for begin in range(0, q.shape[2], size):
+        logits = q[:, :, begin : begin + size] @ k.mT
+        if call.is_causal:
+            position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
+            later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
+            logits = logits.masked_fill(later, -math.inf)
+        if mask is not None:
+            part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask
+            part = part[..., : k.shape[2]]  # padded to a multiple of 8 for the kernel
+            logits = logits.masked_fill(~part, -math.inf) if part.dtype == torch.bool else logits + part
+        parts.append(row_numbers(logits.softmax(-1), logits > MASKED))
+    return torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -333,7 +333,7 @@ class StructureFinder:
             chain = replace(
                 self._with_final(chain, memories[-1]),
                 scales=branch_scales(self.graph, branches),
-                family="highway" if any(map(_gates_the_state, joints)) else "",
+                family="highway" if _gate_the_state(joints) else "",
             )
             found.append(FoundChain(chain, memories, layout))
         return found
@@ -582,13 +582,21 @@ def _require_plain_tokens(
             )
 
 
-def _gates_the_state(connection: ConnectionReading) -> bool:
-    """Whether the state before is scaled otherwise at each token, and not only dropped at some, as by a mask."""
-    parts = connection.parts
-    scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"].flatten(1)
-    largest = scale.amax(0)
-    smallest = torch.where(scale == 0, largest, scale).amin(0)
-    return bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any())
+def _gate_the_state(connections: Iterable[ConnectionReading]) -> bool:
+    """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
+    known: set[tuple[Any, ...]] = set()
+    for parts in (connection.parts for connection in connections):
+        scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"]
+        place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
+        if place in known:
+            continue
+        known.add(place)
+        scale = scale.reshape(len(scale), -1)
+        largest = scale.amax(0)
+        smallest = torch.where(scale == 0, largest, scale).amin(0)
+        if bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any()):
+            return True
+    return False
 
 
 def _require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:

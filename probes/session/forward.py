@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
+from depthscope.probes.session.attention_rows import FusedCall
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -61,6 +62,7 @@ class Forward:
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
+    attending: list[tuple[Key, torch.Tensor | FusedCall]] = field(default_factory=list)  # not measured yet
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.

@@ -34,7 +34,12 @@ from depthscope.probes.model.sequence_shards import TokenShards, require_whole_s
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.reading.places import KnownPlaces
-from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
+from depthscope.probes.session.attention import (
+    AttentionPlaces,
+    attention_sums,
+    measure_rows,
+    placed_attention,
+)
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.compiled_regions import fuses, regions_of
@@ -352,6 +357,7 @@ class Session:
 
     def _add_attention(self, forward: Forward) -> None:
         """Add what the queries of a forward attend to to the statistics."""
+        measure_rows(forward)
         most = max(self.attention.heads.values(), default=0)
         for (number, depth), rows in forward.attention.items() if self._sums else ():
             mask = forward.masks.get(number)
@@ -614,7 +620,7 @@ class Session:
                 else None,
                 live_tokens=self.live_tokens,
                 exact_sums=self._exact_sums,
-                compiled_sums=loops,
+                compiled_sums=self._sums and not self._only_own,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward

@@ -20,6 +20,7 @@ MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 
 class _Kernels(NamedTuple):
     sizes: Callable[..., Any]
+    near_median: Callable[..., Any]
     units: Callable[..., Any]
 
 
@@ -30,7 +31,7 @@ def _kernels() -> _Kernels | None:
         import numba
 
         compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-        kernels = _Kernels(compiled(_sizes), compiled(_units))
+        kernels = _Kernels(compiled(_sizes), compiled(_near_median), compiled(_units))
         # Compiled now, for the types that come later.
         x, mean, magnitude = (
             np.ones((1, 2, 4), np.float32),
@@ -40,6 +41,7 @@ def _kernels() -> _Kernels | None:
         kernels.sizes(
             x, x.view(np.int32), mean, mean.view(np.int32), np.empty((1, 3)), magnitude, np.zeros(3, int)
         )
+        kernels.near_median(magnitude[0], 1, magnitude[1], np.zeros(3, int))
         kernels.units(np.ones((2, 1, 4), np.float32), np.empty((1, 2, 4)), np.empty((1, 2)), np.empty((1, 1)))
     except Exception:  # numba missing, too old for this Python, or without a folder to write to
         return None
@@ -64,7 +66,17 @@ def token_sizes(states_KND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     mean, norms = np.empty((K, D), np.float32), np.empty((K, V))
     magnitudes, numbers = np.empty((V, K * D), np.int32), np.zeros(V, int)
     kernels.sizes(states, states.view(np.int32), mean, mean.view(np.int32), norms, magnitudes, numbers)
-    return mean, norms, _medians(magnitudes.view(np.float32), numbers)
+    medians = np.full(V, np.nan)
+    near, below = np.empty(K * D, np.int32), np.empty(3, int)
+    for v in np.flatnonzero(numbers):
+        kernels.near_median(magnitudes[v], K * D - numbers[v] + numbers[v] // 2, near, below)
+        first, count, largest = below.tolist()
+        ranked = np.partition(near[:count], first)
+        upper = ranked[first : first + 1].view(np.float32)[0]
+        lower = ranked[:first].max() if first else np.int32(largest)
+        pair = float(upper), float(upper if numbers[v] % 2 else lower.view(np.float32))
+        medians[v] = sum(pair) / 2.0
+    return mean, norms, medians
 
 
 def _medians(sizes_VM: np.ndarray, numbers_V: np.ndarray) -> np.ndarray:
@@ -133,6 +145,29 @@ def _sizes(
                 number += of_view[d] != 0
             norms[k, v] = np.sqrt(square)
             numbers[v] += number
+
+
+def _near_median(magnitudes: np.ndarray, rank: int, near: np.ndarray, below: np.ndarray) -> None:
+    """Fill ``near`` with the numbers that begin with the same bits as the one of a rank.
+
+    ``below``: that rank among these, how many they are, and the largest number below them.
+    """
+    counts = np.zeros(1 << 13, np.int64)
+    for magnitude in magnitudes:
+        counts[magnitude >> 18] += 1  # numbers of one octave and its 32nd part
+    first, before, smaller = 0, 0, 0
+    while smaller + counts[first] <= rank:
+        smaller += counts[first]
+        before = first if counts[first] else before
+        first += 1
+    count, largest = 0, np.int32(0)
+    for magnitude in magnitudes:
+        if magnitude >> 18 == first:
+            near[count] = magnitude
+            count += 1
+        elif magnitude >> 18 == before:
+            largest = max(largest, magnitude)
+    below[0], below[1], below[2] = rank - smaller, count, largest
 
 
 def _units(x: np.ndarray, unit: np.ndarray, length: np.ndarray, turned: np.ndarray) -> None:

@@ -74,6 +74,7 @@ class LiveMetrics:
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
         self._grown: set[int] = set()  # chains that have left their start
+        self._touched: set[int] = set()  # chains whose weights are not as initialisers leave them any more
         self._small_starts: dict[str, str] = {}  # why branches are small, as it was said first
         self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
@@ -186,7 +187,11 @@ class LiveMetrics:
         """Whether the blocks of a group are still near their start at this step; empty once they have left it."""
         if group.number in self._grown:
             return {}
-        facts = start_facts(self._session.model, self._session.structure.chains[group.number])
+        is_touched = group.number in self._touched
+        chain = self._session.structure.chains[group.number]
+        facts = start_facts(self._session.model, chain, is_touched=is_touched)
+        if "untouched" not in facts:
+            self._touched.add(group.number)
         if not facts or facts.get("norms_moved", 0.0) > YOUNG:
             # Weights do not come back, and to look at all of them at every step would cost a small model as much as the step.
             self._grown.add(group.number)

@@ -18,7 +18,7 @@ from depthscope.probes.training.ranks.packing import apportioned
 from tests.probes.training.ranks.worker import SCENARIOS
 
 WORKER = Path(__file__).parent / "worker.py"
-SECONDS = 240  # of which starting torch in four processes on two busy cores may take a third
+SECONDS = 300  # of which starting torch in four processes on two busy cores may take a third
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of torch has no gloo", allow_module_level=True)

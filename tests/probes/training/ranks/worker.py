@@ -343,6 +343,31 @@ def compiled_in_shards(world, folder):
     compiled_pairs(Streams, ("blocks, shards",), 4, counts)
 
 
+def weights_untouched(world, folder):
+    """Weights of compiled models in several processes are bit for bit those of a training without a recorder."""
+    for kind, way in ((Plain, "blocks, DDP"), (Streams, "blocks, shards")):
+        after = []
+        for is_recorded in (False, True):
+            torch._dynamo.reset()
+            model = WAYS_TO_COMPILE[way](one_dimensional(built(kind)))
+            if is_recorded:
+                trained(model, 4, counts=[[2] * world] * 4, rate=0.1)
+            else:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                before = [local_part(of).clone() for of in model.parameters()]
+                for step in range(4):
+                    loss_of(model, batches([2] * world, seed=step)[dist.get_rank()]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            after.append([local_part(of) for of in model.parameters()])
+        assert all(map(torch.equal, *after)), (kind, way)
+        assert not all(map(torch.equal, before, after[0])), "nothing was trained"
+
+
+def local_part(parameter):
+    return getattr(parameter, "_local_tensor", parameter).detach()
+
+
 def compiled_refused(world, folder):
     """What cannot be measured in compiled code, and exchanges something in a forward, is refused; nothing waits."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -705,6 +730,7 @@ SCENARIOS = {
         parts_of_sequences,
         compiled,
         compiled_streams,
+        weights_untouched,
         compiled_refused,
         pipeline,
     ),
