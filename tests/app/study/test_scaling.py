@@ -91,4 +91,4 @@ def test_what_does_not_go_together_is_refused(capsys):
     assert main(["study", "width", "--memory"]) == USAGE
     assert "--memory belongs to the study of families" in capsys.readouterr().err
     assert main(["study", "breadth"]) == USAGE
-    assert "expected one of families, connections, initialisation" in capsys.readouterr().err
+    assert "expected one of families, answer, connections, initialisation" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.docs import methods, published
 from depthscope.diagnostics import CATALOGUE
+from depthscope.diagnostics.numbers import number
 from depthscope.diagnostics.theory import LAWS
 from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -52,7 +53,9 @@ def test_a_verdict_has_all_its_facts(sections):
     for name in VERDICTS:
         verdict, section = VERDICTS[name], sections[name]
         for severity, limit in verdict.limits.levels:
-            assert f"{severity.name} {'above' if verdict.limits.above else 'below'} {limit:g}" in section
+            assert (
+                f"{severity.name} {'above' if verdict.limits.above else 'below'} {number(limit)}" in section
+            )
         assert verdict.advice in section
         assert verdict.title in section
 

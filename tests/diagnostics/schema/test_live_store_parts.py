@@ -32,19 +32,6 @@ def test_a_variable_that_a_row_lacks_takes_no_later_one_with_it(tmp_path):
     np.testing.assert_array_equal(history.values("statistics/norm_sum")[:, 0, 0], [1.0, 2.0])
 
 
-def test_a_row_has_its_variables_with_those_that_came_later_and_no_more(tmp_path):
-    store = LiveStore(tmp_path / "a")
-    store.append(0, row(1.0), complete=False)
-    store.append(1, {**row(2.0), "metrics/late": ((), 1.0), "metrics/later": ((), 1.0)}, complete=False)
-    store.add_later(0, {"metrics/late": 3.0})
-    store.close()
-
-    found = read_history(tmp_path / "a").row(0)
-
-    assert list(found) == [*row(1.0), "metrics/late"]
-    assert found["metrics/late"][1] == 3.0
-
-
 @pytest.mark.parametrize("text", ["half \ud800", "nul \0"])
 def test_texts_of_a_frame_can_be_printed_and_saved(text):
     (found,) = parsed(as_json({"note": text})).values()
