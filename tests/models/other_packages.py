@@ -240,6 +240,29 @@ def densenet() -> tuple[Any, Any]:
     return model, _random(2, 3, 32, 32)
 
 
+def graph_network() -> tuple[Any, Any]:
+    from torch_geometric.data import Data
+    from torch_geometric.nn import DeepGCNLayer, GCNConv
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+            layers = (
+                DeepGCNLayer(GCNConv(16, 16), nn.LayerNorm(16), nn.ReLU(), block="res") for _ in range(3)
+            )
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, data):
+            x = self.embed(data.x)
+            for layer in self.layers:
+                x = layer(x, data.edge_index)
+            return self.head(x)
+
+    edges = torch.randint(0, 8, (2, 20), generator=torch.Generator().manual_seed(0))
+    return _seeded(Net), Data(x=_random(8, 5), edge_index=edges)
+
+
 def timm(name: str, **options: Any) -> tuple[Any, Any]:
     import timm
 
@@ -329,6 +352,7 @@ MODELS = (
         "Keras 3 on torch", ("keras",), keras,
         states={"": [">embed", *(f">{site}{n}" for n in range(3) for site in ("mid", "post"))]},
     ),
+    UserModel("torch_geometric, DeepGCNLayer", ("torch_geometric",), graph_network, states={"": blocks("layers")}),
     UserModel("torchvision, DenseNet", ("torchvision",), densenet, REFUSED, "no value was found"),
     UserModel(
         "timm, ViT", ("timm",), lambda: timm("vit_tiny_patch16_224", img_size=32, depth=3),

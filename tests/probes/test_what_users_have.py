@@ -69,6 +69,8 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 def canonical(state: torch.Tensor, *, tokens_first: bool) -> np.ndarray:
     """(B, T, D)."""
+    if state.ndim == 2:
+        return state.unsqueeze(1).numpy()
     if state.ndim == 4:
         return state.flatten(2).mT.numpy()
     return (state.transpose(0, 1) if tokens_first else state).float().numpy()
