@@ -41,10 +41,11 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def _padded() -> Iterator[None]:
-    """Let torch's encoder layers run their operations on padded batches, not one kernel on nested tensors."""
+def _padded(model: nn.Module) -> Iterator[None]:
+    """Let torch's encoders run on a padded batch as it is, of which their kernel would make a nested tensor."""
     was_on = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())
+    torch.backends.mha.set_fastpath_enabled(was_on and not packs)
     try:
         yield
     finally:
@@ -57,7 +58,7 @@ def call_observed(session: Session, batch: Any) -> Any:
     The model is called once more where the first forward found the structure, but lost the value of a state that was
     rewritten in place: the second forward copies states as they pass.
     """
-    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner), _padded():
+    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner), _padded(session.model):
         output = call_model(session.model, batch)
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):
