@@ -133,7 +133,7 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
     if not unused:
         return
     at, n = sorted(unused), facts[0].num_streams
-    apart = max(float((facts[i].mix - unused[i].to(facts[i].mix)).abs().max()) for i in at)
+    apart = max(_distance(facts[i].mix, unused[i].to(facts[i].mix)) for i in at)
     identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
     yield Remark(
         "discarded_mixing",
@@ -143,6 +143,13 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
         apart,
         tuple(at),
     )
+
+
+def _distance(applied: torch.Tensor, computed: torch.Tensor) -> float:
+    """How far matrices are apart, token by token; of their means where one was computed for a part of the batches."""
+    if len(applied) != len(computed):
+        applied, computed = (of.flatten(0, -3).mean(0) for of in (applied, computed))
+    return float((applied - computed).abs().max())
 
 
 def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
