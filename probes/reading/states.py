@@ -137,12 +137,14 @@ class States:
         return value
 
     def after_functions(self, value: TracedValue) -> TracedValue:
-        """Forward over the norms and activations with which a step begins, where all of the memory goes through these."""
+        """Forward over the norms and activations with which a step begins, and the gain of a norm in single operations."""
         memory, found = self.memory, value
-        for at in memory.after(value) if memory.start.functions else ():
+        for at in memory.after(value):
             if at.number in memory.writes or memory.mixes(at) or at.numel != value.numel:
                 break
-            found = at if memory.passes_function(at) else found
+            is_gain = at.name in PRODUCTS and any(of.kind == PARAMETER and of.numel > 1 for of in at.parents)
+            follows = found is not value and is_gain and found in memory.inside(at)
+            found = at if memory.passes_function(at) or follows else found
         return found
 
 
