@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
@@ -73,8 +74,15 @@ class Ranked:
         )
 
 
-def memories(graph: Graph) -> list[Memory]:
-    """The memories of a forward: the model's, and further ones in the order of their ranks."""
+class FoundMemories(NamedTuple):
+    """The memories of a forward: the model's first, then further ones by rank; and those that lie inside of their branches."""
+
+    apart: list[Memory]
+    inside: list[Ranked]
+
+
+def memories(graph: Graph) -> FoundMemories:
+    """What is carried through a forward."""
     first, rest = candidates(graph)
     learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
     ranked = _ranked(graph, first) or _ranked(graph, learned)
@@ -93,12 +101,13 @@ def memories(graph: Graph) -> list[Memory]:
     first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
-    _take(graph, taken, ranked[1:])
+    inside: list[Ranked] = []
+    _take(graph, taken, inside, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
             memory = without_forks(graph, start_of(root))
-            _take(graph, taken, _with_shares([Ranked(memory, _used(memory))], everything))
-    return [memory for memory, _ in taken]
+            _take(graph, taken, inside, _with_shares([Ranked(memory, _used(memory))], everything))
+    return FoundMemories([memory for memory, _ in taken], inside)
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
@@ -140,8 +149,8 @@ def _unknown(graph: Graph) -> str:
     return f"; nothing is known of {', '.join(list(found)[:3])}, which may hide the sums" if found else ""
 
 
-def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
-    """Take the memories that are apart from those taken, and inside of no branch of theirs."""
+def _take(graph: Graph, taken: list[Taken], inside: list[Ranked], ranked: Sequence[Ranked]) -> None:
+    """Take the memories that are apart from those taken, and note which are inside of a branch of these."""
     for other in ranked:
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
@@ -150,8 +159,12 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
         branches = branches_of(other.memory)
         if not all(other.memory.trunk.intersection(w.number for w in b.writes) for b in branches):
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
-        if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
+        if not branches:
+            continue
+        if not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
+        elif not any(other.memory.trunk & known.memory.trunk for known in inside):
+            inside.append(other)
 
 
 def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:

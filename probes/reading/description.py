@@ -111,9 +111,19 @@ class MemoryReading:
 
 
 @dataclass(frozen=True)
+class InsideReading:
+    """A memory that lies inside of one branch of another: its name, its blocks, and its share of the weights."""
+
+    name: str
+    blocks: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
 class NetworkReading:
     """The memories of one forward, the model's first; none where ``refused`` has the reason."""
 
     memories: tuple[MemoryReading, ...]
     left_out: Mapping[str, str]  # memories that were found and are not described, with the reasons
     refused: str = ""
+    inside: tuple[InsideReading, ...] = ()

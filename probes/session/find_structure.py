@@ -145,6 +145,7 @@ class StructureFinder:
                     self.model,
                     chains,
                     {name for memory in read for name in memory.parameters},
+                    self.rereading.reading.inside,
                     named=self.options.blocks is not None,
                 ),
                 *self._unread,

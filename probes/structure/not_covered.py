@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from depthscope.probes.model.modules import all_modules, own_parameters
-from depthscope.probes.reading.graph import Graph, ModuleCall, container_of
+from depthscope.probes.reading.description import InsideReading
+from depthscope.probes.reading.graph import Graph, ModuleCall
 from depthscope.probes.reading.operations import MATRICES, weights
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.named_blocks import block_paths
@@ -105,14 +106,21 @@ class UsedParameters:
 
 
 def not_covered(
-    graph: Graph, model: nn.Module, chains: Sequence[Chain], covered: Iterable[str], *, named: bool
+    graph: Graph,
+    model: nn.Module,
+    chains: Sequence[Chain],
+    covered: Iterable[str],
+    inside: Iterable[InsideReading] = (),
+    *,
+    named: bool,
 ) -> tuple[LeftOut, ...]:
     """The parts of a model that ran and lie in no chain, in the order in which they ran.
 
     ``covered``: names of the parameters that work between the states of the chains.
+    ``inside``: what is carried inside of one branch of a chain.
     ``named``: whether the user named the blocks.
     """
-    return tuple(_LeftOutParts(graph, model, chains, covered, named=named).found())
+    return tuple(_LeftOutParts(graph, model, chains, covered, named=named).found(inside))
 
 
 class _LeftOutParts:
@@ -139,30 +147,26 @@ class _LeftOutParts:
         for path in paths & self._modules.keys():
             self._on_chains |= self._used.within(self._modules[path])
 
-    def found(self) -> list[LeftOut]:
+    def found(self, inside: Iterable[InsideReading]) -> list[LeftOut]:
         """Every part that is to be named."""
         parts = [part for part in self._parts("", self._model) if part is not None]
-        parts += () if self._named else self._inside_branches()
+        parts += () if self._named else self._inside_branches(inside)
         return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
 
-    def _inside_branches(self) -> Iterator[LeftOut]:
-        """Blocks of the classes of those that are read, which give no state: a branch of the chain has them inside."""
+    def _inside_branches(self, inside: Iterable[InsideReading]) -> Iterator[LeftOut]:
+        """Blocks of chains that lie inside of one branch of those that are read, and inside of none of their blocks."""
         blocks = {path for chain in self._chains for path in chain.blocks}
-        kinds = {type(self._modules[path]) for path in blocks if path in self._modules}
-        by_container: dict[str, list[str]] = {}
-        for path in self._calls:
-            container = container_of(path)
-            if container is None or path in blocks | self._show_states or not self._is_block(path):
+        for of in inside:
+            paths = [path for path in of.blocks if path in self._modules]
+            nested = any(f"{path}.".startswith(f"{block}.") for path in paths for block in blocks)
+            if not paths or nested or of.share < FURTHER_SHARE:
                 continue
-            if type(self._modules[path]) not in kinds:
-                continue
-            nested = any(f"{a}.".startswith(f"{b}.") for of in blocks for a, b in ((path, of), (of, path)))
-            if not nested and self._used.within(self._modules[path]) <= self._on_chains:
-                by_container.setdefault(container, []).append(path)
-        for container, paths in by_container.items():
-            kind, share = type(self._modules[paths[0]]).__name__, self._used.share(self._own_of(paths))
-            why = "they lie inside of one branch of the chain that is read"
-            yield LeftOut(container, self._num_calls(paths), kind, share, why, self._pattern(paths))
+            kinds = "/".join(dict.fromkeys(type(self._modules[path]).__name__ for path in paths))
+            share, why = (
+                self._used.share(self._own_of(paths)),
+                "they lie inside of one branch of the chain that is read",
+            )
+            yield LeftOut(of.name, self._num_calls(paths), kinds, share, why, self._pattern(paths))
 
     def _first_call(self, path: str) -> int:
         inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))

@@ -401,3 +401,40 @@ def test_an_output_of_one_number_a_sequence_is_compared():
     )
     assert change.loss_change.size >= 3
     assert float(abs(change.loss_change).max()) > 0
+
+
+class SumsOfScales(nn.Module):
+    """A U-net whose upper scale adds what the lower one, of residual blocks too, gives."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.upper, self.lower = (nn.ModuleList(self.block(width) for _ in range(3)) for width in (6, 8))
+        self.embed, self.down, self.up = (
+            nn.Conv2d(3, 6, 2, 2),
+            nn.Conv2d(6, 8, 2, 2),
+            nn.ConvTranspose2d(8, 6, 2, 2),
+        )
+        self.head = nn.Conv2d(6, 2, 1)
+
+    @staticmethod
+    def block(width):
+        return nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(2, width), nn.ReLU())
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.upper:
+            x = x + block(x)
+        low = self.down(x)
+        for block in self.lower:
+            low = low + block(low)
+        return self.head(functional.relu(self.up(low)) + x)
+
+
+def test_a_chain_inside_of_a_branch_is_named():
+    run = ds.capture(SumsOfScales().eval(), torch.randn(2, 3, 16, 16))
+    (inside,) = [part for part in run.attrs["not_covered"] if part["module"] == "lower"]
+    assert inside["blocks"] == 3
+    assert inside["layers"] == "lower.{i}"
+    named = ds.capture(SumsOfScales().eval(), torch.randn(2, 3, 16, 16), layers=inside["layers"])
+    assert named["trace"].sizes["depth"] == 4
