@@ -20,7 +20,7 @@ from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 MARK = "<!-- written by depthscope: the page of the study answer; change the study, not this page -->"
 PAGE, TABLE, PICTURES = "answer.md", "answer.csv", "images"
-SEVERITIES = ("passed", "note", "warning", "failure")
+SEVERITIES = ("passed", "noted", "warned", "failed")
 PLAIN = "residual"
 
 
@@ -101,9 +101,8 @@ def _section(pictures: dict[str, str], title: str, names: str | tuple[str, ...],
 def _interval(found: Estimate | None, digits: int = 3) -> str:
     if found is None:
         return "–"
-    if not math.isfinite(found.low):
-        return f"{found.mean:#.{digits}g} (one network)"
-    return f"{found.mean:#.{digits}g} ({found.low:#.{digits}g} to {found.high:#.{digits}g})"
+    mean, low, high = (f"{value:#.{digits}g}".rstrip(".") for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high})" if math.isfinite(found.low) else f"{mean} (one network)"
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -261,7 +260,7 @@ def _compared(
 def _difference(each: Difference, p: float) -> str:
     value, reach = float(each.value.item()), float(each.half_width.item())
     sure = f"p {p:.2g}" if not each.undecided else "too few seeds to decide"
-    return f"{value:+.2g} ({value - reach:+.2g} to {value + reach:+.2g}; {sure})"
+    return f"{value:+#.2g} ({value - reach:+#.2g} to {value + reach:+#.2g}; {sure})"
 
 
 def _designs(found: Measurements, steps: int) -> str:
@@ -331,7 +330,7 @@ def _blocks(found: Measurements) -> str:
         curves = [row.curves["skip_each"] for row in found.of(family)]
         if curves:
             rows.append(
-                [title, *(f"{sum(values) / len(values):+.2g}" for values in zip(*curves, strict=True))]
+                [title, *(f"{sum(values) / len(values):+#.2g}" for values in zip(*curves, strict=True))]
             )
     head = ["left out", *(f"block {number}" for number in range(len(rows[0]) - 1))] if rows else []
     return "What the loss gains without one block, mean over seeds, in nats a byte:\n\n" + _grid(head, rows)

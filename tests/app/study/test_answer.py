@@ -193,13 +193,13 @@ def test_the_page_has_the_numbers_of_the_table(tmp_path):
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
     assert f"| residual | 5 | {values.mean():#.3g} ({low:#.3g} to {high:#.3g}) | 0.520 (" in text
     # HC's five losses all lie below the residual network's: 2 of C(10, 5) exchanges are as extreme, times four designs.
-    assert f"| 1000 | HC | held-out loss | -0.1 (-0.12 to -0.077; p {4 * 2 / 252:.2g}) |" in text
+    assert f"| 1000 | HC | held-out loss | -0.10 (-0.12 to -0.077; p {4 * 2 / 252:.2g}) |" in text
     assert "No design holds one representation in all layers" in text
     assert "with all branches scaled down to 0.01: residual 0.999" in text
     assert "2.0 times (HC), 3.0 times (mHC)" in text
     assert "75 of 80 trainings are done" in text
     assert "75 of 80 networks, 150 processor seconds" in text
-    assert "5 failure" in text
+    assert "5 failed" in text
 
 
 @pytest.mark.parametrize(
