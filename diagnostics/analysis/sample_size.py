@@ -64,13 +64,13 @@ def _of_power_law(eigenvalues: int) -> str:
         return ""
     return (
         f"{max(eigenvalues, 0)} eigenvalues from the {FIRST}th on: a power law needs {EIGENVALUES} or more "
-        "(this project); sample more tokens"
+        "(depthscope's default); sample more tokens"
     )
 
 
 def _of_cka(analysis: xr.Dataset, num_tokens: int) -> str:
     if num_tokens < TOKENS_FOR_CKA:
-        return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (this project)"
+        return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (depthscope's default)"
     if "cka_stderr" not in analysis:
         return ""
     error = float(analysis["cka_stderr"].sel(estimator="unbiased", tokens="all").max())
@@ -85,7 +85,7 @@ def _of_neighbours(num_tokens: int) -> str:
     return (
         f"{num_tokens} tokens: neighbours are far apart, a dimension has a standard error of about "
         f"{100 / max(num_tokens, 1) ** 0.5:.0f} % of it, and chance alone shares many; take "
-        f"{TOKENS_FOR_NEIGHBOURS} or more (this project)"
+        f"{TOKENS_FOR_NEIGHBOURS} or more (depthscope's default)"
     )
 
 
