@@ -35,9 +35,10 @@ def batches(batch: Any) -> Iterator[Any]:
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The output of a model for a batch: a mapping is passed as keywords, a tuple or list as positional arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    with _padded(model):
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def call_observed(session: Session, batch: Any) -> Any:
     The model is called once more where the first forward found the structure, but lost the value of a state that was
     rewritten in place: the second forward copies states as they pass.
     """
-    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner), _padded(session.model):
+    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner):
         output = call_model(session.model, batch)
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):

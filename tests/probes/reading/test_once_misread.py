@@ -361,9 +361,12 @@ class Encoder(nn.Module):
 def test_padded_encoders_are_read_and_torch_is_left_as_it_was():
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[1, 6:] = True
-    run = ds.capture(Encoder().eval(), {"ids": torch.randint(0, 50, (2, 9)), "mask": mask})
+    batch = {"ids": torch.randint(0, 50, (2, 9)), "mask": mask}
+    run = ds.capture(Encoder().eval(), batch)
     assert run.attrs["proof"] == "proven"
     assert run["trace"].sizes["depth"] >= 4
+    loss = {"loss": lambda output, batch: output.square().mean((1, 2))}
+    assert ds.interventions.ablate(Encoder().eval(), batch, "skip", **loss).loss_change.size >= 3
     assert torch.backends.mha.get_fastpath_enabled()
 
 
