@@ -6,9 +6,8 @@ In the calls that have a place every operation is compared with the one that was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -155,14 +154,7 @@ class PlacedRecorder(TorchDispatchMode):
             for mode in reversed(above):
                 _push_mode(mode)
 
-    def enter(
-        self,
-        path: str,
-        kind: str,
-        tensors: Sequence[torch.Tensor] = (),
-        module: nn.Module | None = None,
-        given: Mapping[int | str, Any] = MappingProxyType({}),
-    ) -> None:
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called."""
         self._hand_over()
         number = self._calls[path] = self._calls.get(path, -1) + 1
@@ -172,7 +164,7 @@ class PlacedRecorder(TorchDispatchMode):
         self._stack.append(_Frame(path, call, operations, wanted))
         self._switch()
 
-    def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def leave(self, path: str, output: Any) -> None:
         """Note that a call has ended, and what it returned."""
         self._hand_over()
         while self._stack and self._stack[-1].path != path:  # what raised, and was caught by the model

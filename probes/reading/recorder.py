@@ -7,8 +7,7 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -132,53 +131,48 @@ class GraphRecorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap every call of the method below; nothing of it is compiled anyway
 
-    def enter(
-        self,
-        path: str,
-        kind: str,
-        tensors: Sequence[torch.Tensor] = (),
-        module: nn.Module | None = None,
-        given: Mapping[int | str, Any] = MappingProxyType({}),
-    ) -> list[int]:
-        """Note that a module is called with some tensors; the numbers of their values. Some layers are one operation."""
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module is called with some arguments. Some layers are one operation."""
+        given = [*enumerate(args), *kwargs.items()]
+        taken = [(of, tensor) for of, value in given for tensor in floats_in(value)]
+        tensors, kind = [tensor for _, tensor in taken], type(module).__name__
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        arguments = tuple(of for of, value in given.items() for _ in floats_in(value))
+        arguments = tuple(of for of, _ in taken)
         self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, arguments))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
         only = only_operation(module, tensors, self._hooks)
         if only is not None:
-            operation, args = only
+            operation, operands = only
             values: list[TracedValue] = []
-            self._layer = operation, self._replaced(args, values), {}, values, []
+            self._layer = operation, self._replaced(operands, values), {}, values, []
             if operation.carries:
-                self._hold_operands(args, self._layer[1], is_saved(args))
+                self._hold_operands(operands, self._layer[1], is_saved(operands))
             self._off = torch._C._DisableTorchDispatch()
             self._off.__enter__()
         numbers = self._show("input", tensors)
         self._hold_shown(path, tensors)
         self._depth_in_blocks += path in self._numbered
         self._begins[self._stack[-1]] = len(self.graph.values), numbers
-        return numbers
 
-    def leave(self, path: str, output: Any, tensors: Sequence[torch.Tensor] = ()) -> list[int]:
-        """Note that the innermost call has ended, and what it hands on; the numbers of these values."""
+    def leave(self, path: str, output: Any) -> None:
+        """Note that the innermost call has ended, and what it hands on."""
         if self._layer is not None:
             self._off.__exit__(None, None, None)
             taken, self._layer = self._layer, None
             if isinstance(output, torch.Tensor):
                 self.note(*taken, output)
                 self.known(output).made_at = OUTPUT
+        tensors = floats_in(output)
         self._find_unseen(tensors)
-        numbers = self._show("output", tensors)
+        self._show("output", tensors)
         self._depth_in_blocks -= path in self._numbered
         self._hold_shown(path, tensors)
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
         self._stack.pop()
         self._running.pop()
-        return numbers
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
         """Hold what an outermost module with a number takes or gives: its states, where no sum shows them."""

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as hooked
 
-from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.reading.graph import Graph, tensors_of
 from depthscope.probes.reading.recorder import GraphRecorder
 
@@ -22,12 +21,12 @@ def recording(recorder: GraphRecorder) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         path = recorder.paths.get(id(module))
         if path is not None:
-            recorder.enter(path, type(module).__name__, floats_in(args), module)
+            recorder.enter(path, module, args, {})
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         path = recorder.paths.get(id(module))
         if path is not None:
-            recorder.leave(path, output, floats_in(output))
+            recorder.leave(path, output)
 
     before = hooked.register_module_forward_pre_hook(enter)
     after = hooked.register_module_forward_hook(leave, always_call=True)

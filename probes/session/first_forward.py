@@ -20,7 +20,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.tensors import floats_in, tensors_in
+from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
@@ -107,13 +107,12 @@ class RecordedForward:
         if tape.recorder is None and module is self._model:
             tape.recorder = self._new_recorder(tape, args, kwargs)
         if tape.recorder is not None:
-            path, given = self._paths[id(module)], {**dict(enumerate(args)), **kwargs}
-            tape.recorder.enter(path, type(module).__name__, floats_in(args, kwargs), module, given)
+            tape.recorder.enter(self._paths[id(module)], module, args, kwargs)
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped
         if tape is not None and tape.recorder is not None:
-            tape.recorder.leave(self._paths[id(module)], output, floats_in(output))
+            tape.recorder.leave(self._paths[id(module)], output)
 
     def _new_recorder(self, tape: Tape, args: Any, kwargs: Any) -> GraphRecorder | PlacedRecorder:
         """What records the values of a forward that begins."""

@@ -162,11 +162,9 @@ class _LeftOutParts:
             if not paths or nested or of.share < FURTHER_SHARE:
                 continue
             kinds = "/".join(dict.fromkeys(type(self._modules[path]).__name__ for path in paths))
-            share, why = (
-                self._used.share(self._own_of(paths)),
-                "they lie inside of one branch of the chain that is read",
-            )
-            yield LeftOut(of.name, self._num_calls(paths), kinds, share, why, self._pattern(paths))
+            why = "they lie inside of one branch of the chain that is read"
+            share, pattern = self._used.share(self._own_of(paths)), self._pattern(paths)
+            yield LeftOut(of.name, self._num_calls(paths), kinds, share, why, pattern)
 
     def _first_call(self, path: str) -> int:
         inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))

@@ -314,14 +314,14 @@ class _ChainOf:
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
         """What shows a value that is a state, or a stream of one."""
-        state, same = self.memory.states[depth], self._same(value)
+        state, same, moved = self.memory.states[depth], self._same(value), self._moved(value)
         if self._num_tensors > 1:  # what other streams are copies of has not the gradient of this one
             same = [other for other in same if other.number >= value.number]
         else:
-            before = self._before_all_readers(self._moved(value))
-            same = [other for other in same if other in before] or [before[0]]
+            moved = self._before_all_readers(moved)
+            same = [other for other in same if other in moved] or moved[:1]
         if layout:
-            same = [other for other in before if self.layout_of(other) == layout]
+            same = [other for other in moved if self.layout_of(other) == layout]
             value = same[0] if same else value
         for other in same:
             self._require_whole(other)

@@ -168,9 +168,7 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
     for connection in memory.connections:
-        if (
-            not connection.branches
-        ):  # the state before is what a block gave, the next one a mixture of all that were
+        if not connection.branches:  # a mixture is read of what a block gave and of earlier outputs
             continue
         if len(connection.branches) != 1:
             raise StreamConnectionError(
