@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from depthscope.app.figures.composed.specification import Points
-from depthscope.app.figures.specification import Figure, Heatmap, Line
+from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line
 
 
 def figure_table(figure: Figure | Points) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def _points(line: Line) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "line": line.label,
-            "role": line.role,
+            "role": NOISE_BASELINE if line.role == "null" else line.role,
             "x": line.x,
             "where": line.text if line.text is not None else "",
             "y": line.y,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from depthscope.app.tables.tables import (
     units_note,
 )
 from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
+from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics.errors import InputError
 
@@ -346,14 +347,14 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
             run: value for run, row in facts.items() if (value := row.get(key)) is not None and value == value
         }
         if len(set(map(str, known.values()))) > 1:
-            listed = ", ".join(
-                f"{run}: {number(value) if isinstance(value, float) else _in_short(key, str(value))}"
-                for run, value in known.items()
-            )
+            listed = ", ".join(f"{run}: {_in_short(key, value)}" for run, value in known.items())
             sentences.append(f"the runs have {words} ({listed})")
     return [*sentences, *filter(None, [_unproven(readings)])]
 
 
-def _in_short(key: str, value: str) -> str:
+def _in_short(key: str, value: object) -> str:
+    if isinstance(value, float):  # a count, which is a mean where sequences differ
+        return f"{value:.7g}"
     # The first letters of a digest tell as much as all 64 of them.
-    return value[:8] if key == "data_digest" else shortened(value, LONGEST_NAME)
+    is_digest = key == "data_digest" and re.fullmatch("[0-9a-f]{16,}", str(value))
+    return str(value)[:8] if is_digest else shortened(str(value), LONGEST_NAME)

@@ -16,7 +16,7 @@ from depthscope.app.figures.specification import Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import number, quantity
+from depthscope.app.text.numbers import UNDEFINED, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
     Difference,
@@ -225,8 +225,10 @@ def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
                 "difference": f"{each.second} − {each.first}",
                 "at": f"{axis} {each.value[axis].values[place] if axis in each.value.coords else place}",
                 "value": number(value),
-                "95 % interval": f"{number(value - reach)} to {number(value + reach)}",
-                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else "–",
+                "95 % interval": f"{number(value - reach)} to {number(value + reach)}"
+                if np.isfinite(reach)
+                else UNDEFINED,
+                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else UNDEFINED,
             }
         )
     return pd.DataFrame(rows)

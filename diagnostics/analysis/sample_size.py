@@ -54,8 +54,8 @@ def _of_rank(analysis: xr.Dataset, name: str, count: int, what: str) -> str:
         return ""
     at = int(value.isel(step=-1).argmax("depth"))
     return (
-        f"{count} {what} for a rank of {largest:.3g} at depth {at}: more of them would raise it; read it as a share "
-        "of its null"
+        f"{count} {what} for a rank of {largest:.3g} at depth {at}: more of them would raise it; read it as a "
+        "fraction of its noise baseline"
     )
 
 

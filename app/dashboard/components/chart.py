@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, spelled
+from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.labels import words
@@ -162,7 +162,7 @@ def _numbers(figure: Figure, key: str) -> None:
             st.caption(escaped(f"Laws that are not drawn: {' '.join(figure.missing)}"))
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
-        st.dataframe(spelled(table), hide_index=True, height=320, width=620)
+        show_frame(table, height=320, width=620)
         if cut := cut_words(table):
             st.caption(f"{cut.capitalize()}.")
         st.download_button(

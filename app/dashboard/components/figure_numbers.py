@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+import streamlit as st
 from pandas.io.formats.style import Styler
 
 from depthscope.app.figures import Figure, Heatmap
 from depthscope.app.figures.numbers import figure_table
 from depthscope.app.text.numbers import UNDEFINED, number
 
-__all__ = ["cut_words", "numbers_of", "spelled"]
+__all__ = ["cut_words", "numbers_of", "show_frame"]
 
 MOST_CELLS, MOST_ROWS, MOST_COLUMNS = 20_000, 1000, 100
 """Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
@@ -33,11 +34,16 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
     return shown.rename(columns={"x": figure.x_label, "y": figure.y_label})
 
 
-def spelled(table: pd.DataFrame) -> Styler:
+def show_frame(table: pd.DataFrame, **options: Any) -> None:
     """The first rows and columns of a table, its numbers as everywhere on the pages; they are sorted as numbers.
 
     ``table``: without two columns of one name.
+    ``options``: of `st.dataframe`.
     """
+    st.dataframe(_spelled(table), hide_index=True, placeholder=UNDEFINED, **options)
+
+
+def _spelled(table: pd.DataFrame) -> Styler:
     rows, columns = _shown_size(table)
     shown = table.iloc[:rows, :columns]
     numbers = [name for name in shown if pd.api.types.is_float_dtype(shown[name])]

@@ -118,7 +118,7 @@ def _show_map(
         with st.container(horizontal=True, vertical_alignment="bottom"):
             second = choose_one("Map of", list(groups), "map_of", default=second, width=200)
             others = [name for name in groups if name != second]
-            first = choose_one("less", others, "map_less", default=first, width=200)
+            first = choose_one("minus", others, "map_less", default=first, width=200)
     pair = {name: groups[name] for name in (first, second)}
     try:
         figure, rows = difference_map(pair, [FIGURES[name].metric for name in names], view, axis=axis)

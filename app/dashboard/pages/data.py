@@ -13,7 +13,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.controls import choose, chosen_run
-from depthscope.app.dashboard.components.figure_numbers import cut_words, spelled
+from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
 from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
@@ -107,7 +107,7 @@ def show_table(table: Table) -> None:
     cites = {name: CATALOGUE[name].cite for name in table.metrics if name in CATALOGUE}
     with st.container(border=True):
         st.markdown(f"**{escaped(table.title)}**")
-        st.dataframe(spelled(data), hide_index=True, height=min(38 + 35 * len(data), 380))
+        show_frame(data, height=min(38 + 35 * len(data), 380))
         undefined = int(data.isna().to_numpy().sum())
         gaps = f"{undefined} cells are undefined" if undefined else ""
         size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps, cut_words(data)]))

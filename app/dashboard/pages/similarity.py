@@ -185,10 +185,10 @@ def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
     reach = float(np.abs(known).max()) if known.size else 0.0
     place = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if known.size else (0, 0)
     words = (
-        f"{left.run} less {right.run}; the largest difference is {number(float(z[place]))}, between depths {place[0]} and "
+        f"{left.run} minus {right.run}; the largest difference is {number(float(z[place]))}, between depths {place[0]} and "
         f"{place[1]} of {shallow.run}."
         if known.size
-        else f"{left.run} less {right.run}: undefined everywhere."
+        else f"{left.run} minus {right.run}: undefined everywhere."
     )
     nearest = "" if len(left.x) == len(right.x) else " Runs of unequal depth: at the nearest relative depths."
     return replace(

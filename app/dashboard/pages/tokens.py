@@ -8,7 +8,7 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
-from depthscope.app.dashboard.components.figure_numbers import cut_words, spelled
+from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import depth_names
 from depthscope.app.dashboard.components.page import Page
@@ -197,9 +197,8 @@ def _show_table(reading: Reading, close_up: CloseUp, depth: int, sequence: int, 
     if shown.empty:
         st.info(_none_words(words, massive_only, num_massive, everywhere), icon="ℹ️")
     else:
-        st.dataframe(
-            spelled(shown[[*(["sequence"] if everywhere else []), *_ORDER]]),
-            hide_index=True,
+        show_frame(
+            shown[[*(["sequence"] if everywhere else []), *_ORDER]],
             height=min(38 + 35 * len(shown), 470),
             column_config=_COLUMNS,
             key="tokens_table",

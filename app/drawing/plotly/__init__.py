@@ -42,7 +42,24 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     """
     drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
     set_layout(drawn, **_layout(figure))
+    if not _shows_something(figure):
+        _say_undefined(drawn)
     return drawn
+
+
+def _shows_something(figure: Figure) -> bool:
+    drawn = [line.y for line in figure.lines] if isinstance(figure, Lines) else [figure.z]
+    return any(bool(np.isfinite(values).any()) for values in drawn)
+
+
+def _say_undefined(drawn: go.Figure) -> None:
+    """An empty chart without a word looks as if it had failed; its ticks would be those of nothing."""
+    drawn.add_annotation(
+        text="undefined everywhere", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
+    )
+    drawn.update_xaxes(showticklabels=False)
+    drawn.update_yaxes(showticklabels=False, showgrid=False)
+    drawn.update_traces(showscale=False, selector={"type": "heatmap"})
 
 
 _LOG = {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}}

@@ -17,6 +17,9 @@ from depthscope.diagnostics.verdicts.locations import place
 MOST_BLOCKS = 3
 """Blocks that are named."""
 
+HALVES = {"mid": "first half of ", "post": "second half of "}
+"""Site of a state → what of a block wrote it, where the run shows a state inside the block."""
+
 HARDLY = 0.1
 """Of the share that each of n streams would have: below it a stream hardly takes part. A heuristic of ours."""
 
@@ -36,10 +39,10 @@ def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Data
 def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
     """The blocks that turn the state least, and what the loss says of leaving them out."""
     influence = _profile(analysis, "block_influence")
-    if influence is None:
+    if influence is None or not np.isfinite(influence).any():
         return ""
-    order = [int(each) for each in np.argsort(np.where(np.isfinite(influence), influence, np.inf))]
-    least = [each for each in order if np.isfinite(influence[each])][:MOST_BLOCKS]
+    # NaN comes last: of a step that is undefined nothing can be said.
+    least = [int(each) for each in np.argsort(influence) if np.isfinite(influence[each])][:MOST_BLOCKS]
     names = _sublayers(analysis["block_influence"])
     turns = ", ".join(f"{names[each]} ({number(float(influence[each]))})" for each in least)
     words = f"Least needed, by how far they turn the state (1 − cos): {turns}."
@@ -53,9 +56,15 @@ def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> st
 
 
 def _sublayers(along: xr.DataArray) -> list[str]:
-    """What writes each depth: its module, else the name of the depth."""
-    modules = along["module"].values if "module" in along.coords else [""] * along.sizes["depth"]
-    return [str(module) or name for module, name in zip(modules, names_of(along, "depth"), strict=True)]
+    """What writes each depth: a block, or half of one where the run shows states inside blocks."""
+    if not {"site", "layer"} <= set(along.coords):
+        return names_of(along, "depth")
+    sites, layers = along["site"].values, along["layer"].values
+    halved = {int(layer) for site, layer in zip(sites, layers, strict=True) if site == "mid"}
+    return [
+        f"{HALVES.get(str(site), '') if layer in halved else ''}block {layer}" if site in HALVES else name
+        for name, site, layer in zip(names_of(along, "depth"), sites, layers, strict=True)
+    ]
 
 
 def _collapse(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:

@@ -19,8 +19,8 @@ def test_the_blocks_least_needed_are_those_that_turn_least(mhc):
     said = answer_to("similarity", mhc, {})
     influence = mhc["block_influence"].isel(step=-1).sel(tokens="all")
     least = int(np.nanargmin(influence.values))
-    module = str(mhc["module"].values[least])
-    assert said.partition(": ")[2].startswith(module)
+    half = {"mid": "first", "post": "second"}[str(mhc["site"].values[least])]
+    assert said.partition(": ")[2].startswith(f"{half} half of block {mhc['layer'].values[least]} (")
     assert "was not measured" in said
 
 

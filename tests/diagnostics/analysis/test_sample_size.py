@@ -34,7 +34,7 @@ def test_a_rank_that_more_tokens_would_raise_is_noted(run_of):
     few, many = run_of(6, 10, 64, 64), run_of(6, 80, 64, 64)
     said = notes(few, "effective_rank", "participation_ratio")
     assert said["effective_rank"].startswith("60 tokens for a rank of 4")
-    assert "share of its null" in said["effective_rank"]
+    assert "fraction of its noise baseline" in said["effective_rank"]
     assert not notes(many, "effective_rank", "participation_ratio")
     ranks = [
         float(diagnostics.effective_rank(run, scope="data", center=True)[0, 0, 0]) for run in (few, many)
