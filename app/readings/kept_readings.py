@@ -35,7 +35,7 @@ FOLDER = ".depthscope"
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
 
-MOST_POSITIONS = 256
+MOST_POSITIONS = 1024
 """Of a curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
 
 NAME_LENGTH = 80
@@ -180,8 +180,9 @@ def finding_document(finding: Finding | None) -> dict[str, Any] | None:
     if finding is None:
         return None
     shown = finding.severity > Severity.PASS and len(finding.profile) <= MOST_POSITIONS
-    profile = [each if math.isfinite(each) else None for each in finding.profile] if shown else []
-    return {**finding.as_dict(), "profile": profile}
+    # Six digits: it is drawn, and not measured again.
+    profile = [float(f"{each:.6g}") if math.isfinite(each) else None for each in finding.profile]
+    return {**finding.as_dict(), "profile": profile if shown else []}
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:

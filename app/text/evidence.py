@@ -40,8 +40,8 @@ def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
 
     Examples
     --------
-    >>> constraint_sentence({"a": {"constraint": "doubly stochastic within 1e-07"}})
-    'H_res: doubly stochastic within 1e-07.'
+    >>> constraint_sentence({"a": {"constraint": "doubly stochastic within 1e-7"}})
+    'H_res: doubly stochastic within 1e-7.'
     """
     known = {
         run: visible(of["constraint"], longest=LONGEST_TEXT)

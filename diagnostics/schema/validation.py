@@ -142,7 +142,7 @@ def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
     if not (isinstance(constraint, str) and constraint.strip()):
         raise SchemaError(
             f"{path} has the constraint {constraint!r}; expected what the matrices satisfy in words, such as "
-            "'doubly stochastic within 1e-06', or no such attribute"
+            "'doubly stochastic within 1e-6', or no such attribute"
         )
     left_out = attrs.get("not_covered", [])
     if not (isinstance(left_out, (list, tuple)) and all(_says_something(part) for part in left_out)):

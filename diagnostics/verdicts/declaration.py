@@ -417,7 +417,7 @@ def percent(value: float) -> str:
 
     Examples
     --------
-    >>> percent(0.00816)
-    '0.816 %'
+    >>> percent(0.00816), percent(1e-35)
+    ('0.816 %', '0 % (below rounding)')
     """
-    return f"{number(100 * value)} %"
+    return f"{number(100 * value)} %" if not 0 < abs(value) < NOTHING else "0 % (below rounding)"

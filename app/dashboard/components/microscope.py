@@ -329,13 +329,10 @@ def _picture_panels(reading: Reading, close_up: CloseUp, view: View, depths: int
 def _picture_panel(
     title: str, matrices: Sequence[Matrix], reading: Reading, close_up: CloseUp, depths: int
 ) -> Panel:
-    places = depths_of_connections(reading, close_up)
-    # Of several connections that write one depth, as of two tracks, the last one.
-    last = {int(place): number for number, place in enumerate(places)}
     figure = picture_figure(
-        [matrices[number].h_res for number in last.values()],
-        [close_up.connection_name(number) for number in last.values()],
-        list(last),
+        [each.h_res for each in matrices],
+        [close_up.connection_name(number) for number in range(len(matrices))],
+        [int(place) for place in depths_of_connections(reading, close_up)],
         depths,
         name="h_res",
         title=f"{title}, and its sums less 1",

@@ -29,14 +29,19 @@ __all__ = [
 
 
 def show_answers(chosen: ChosenRuns, question: str) -> None:
-    """One sentence a run, before any figure."""
-    answers = {
+    """One sentence a run, before any figure; what is true of all of them is said once."""
+    found = {
         name: answer_to(question, reading.analysis, reading.results)
         for name, reading in chosen.readings.items()
     }
+    answers = {name: answer for name, answer in found.items() if answer}
+    # Empty for a single sentence, which is the answer.
+    last = {answer.rpartition(". ")[2] if ". " in answer else "" for answer in answers.values()}
+    of_all = last.pop() if len(answers) > 1 and len(last) == 1 else ""
     for name, answer in answers.items():
-        if answer:
-            st.markdown(f"**{escaped(name)}**: {escaped(answer)}")
+        st.markdown(f"**{escaped(name)}**: {escaped(answer.removesuffix(of_all))}")
+    if of_all:
+        st.caption(escaped(of_all))
 
 
 def show_findings(chosen: ChosenRuns, question: str) -> None:

@@ -24,9 +24,6 @@ BENCH = "Composites"
 PICTURE_HEIGHT = 210
 """Pixels of a row of pictures."""
 
-MOST_STEPS = 20
-"""Pictures of a training; with more, a matrix is a few pixels wide."""
-
 
 def _show(chosen: ChosenRuns) -> None:
     show_figures(chosen, "mixing", before={BENCH: _show_bench})
@@ -120,16 +117,15 @@ def step_pictures(history: xr.DataArray, connection: int, close_up: CloseUp, run
     ``close_up``: of the run, for the name of the connection.
     """
     steps = history["step"].values if "step" in history.coords else np.arange(history.sizes["step"])
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int))
     return picture_figure(
-        list(history.isel(connection=connection).values[shown]),
-        [f"step {steps[i]}" for i in shown],
-        range(len(shown)),
-        len(shown),
+        list(history.isel(connection=connection).values),
+        [f"step {step}" for step in steps],
+        range(len(steps)),
+        len(steps),
         name="h_res_steps",
         title=f"H_res over the training, step {steps[0]} to {steps[-1]}: {close_up.connection_name(connection)}",
         run=run,
-        x_label=f"{len(shown)} of {len(steps)} measured steps",
+        x_label="measured step (0 = first)",
         of="mean over tokens",
     )
 

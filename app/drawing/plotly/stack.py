@@ -198,6 +198,7 @@ def panel_title(high: float) -> dict[str, Any]:
         "yref": "paper",
         "y": high,
         "yanchor": "bottom",
+        "yshift": 3,  # above the names of the first row of a map, or of the topmost tick
         "showarrow": False,
         "font": {"size": 12},
     }

@@ -15,6 +15,9 @@ from depthscope.app.text.numbers import number
 APART, SUM = 1, 1
 """Cells between a matrix and its sums and after them, and of the sums."""
 
+MOST_COLUMNS = 300
+"""Of cells: with more, one has less than three pixels of a page, and what is seen is the raster of the screen."""
+
 
 def picture_figure(
     matrices: Sequence[np.ndarray],
@@ -32,16 +35,20 @@ def picture_figure(
 
     Below each matrix are its column sums less 1, at its right its row sums less 1.
 
-    ``names, places``: of each matrix, and its position on the axis, which counts the ``num_places`` from 0.
+    ``names, places``: of each matrix, and its position on the axis, which counts the ``num_places`` from 0. Of several
+    matrices at one place the last is shown.
     ``of``: whose the matrices are, such as the mean over tokens.
     """
     n = len(matrices[0])
     side = n + APART + SUM
     wide = side + APART
-    z = np.full((side, num_places * wide), np.nan)
+    # With too many places one matrix stands for several: the last one, so that what comes of all is among them.
+    every = -(-num_places // max(MOST_COLUMNS // wide, 1))
+    shown = {round(place) // every: number for number, place in enumerate(places)}
+    z = np.full((side, -(-num_places // every) * wide), np.nan)
     columns = [""] * z.shape[1]
-    for matrix, words, place in zip(matrices, names, places, strict=True):
-        start = round(place) * wide
+    for group, number_of in shown.items():
+        matrix, words, start = matrices[number_of], names[number_of], group * wide
         z[:n, start : start + n] = matrix
         z[:n, start + n + APART] = matrix.sum(axis=1) - 1
         z[n + APART, start : start + n] = matrix.sum(axis=0) - 1
@@ -60,8 +67,8 @@ def picture_figure(
     )
     return Heatmap(
         name=name,
-        title=title,
-        x=(np.arange(z.shape[1]) + 0.5) / wide - 0.5,
+        title=f"{title} (1 of every {every})" if every > 1 else title,
+        x=every * (np.arange(z.shape[1]) + 0.5) / wide - 0.5,
         y=np.arange(side, dtype=float),
         z=z,
         x_label=x_label,
@@ -70,7 +77,7 @@ def picture_figure(
         limits=(-reach, reach),
         diverging=True,
         caption=words,
-        alt=f"{title}: {len(matrices)} matrices of {n} × {n} streams. {words}",
+        alt=f"{title}: {len(matrices)} matrices of {n} × {n} streams, {len(shown)} of them shown. {words}",
         x_text=columns,
         y_text=[*(f"to {target}" for target in range(n)), "", "column sum less 1"],
         run=run,

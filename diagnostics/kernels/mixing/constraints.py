@@ -12,6 +12,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 from depthscope.diagnostics.kernels.mixing.stochastic import doubly_stochastic_violation
+from depthscope.diagnostics.numbers import number
 
 EXACT = 1e-5
 """Up to this error an entry counts as 0, 1, 1/n or equal to another one: float32 rounds sums of some numbers to 1e-6."""
@@ -66,7 +67,7 @@ class Constraint:
 
     @property
     def words(self) -> str:
-        """The constraint as people read it, such as ``doubly stochastic within 1e-07, circulant``."""
+        """The constraint as people read it, such as ``doubly stochastic within 1e-7, circulant``."""
         if self.name in _AS_AT_START:
             return _AS_AT_START[self.name]
         words = "".join([self._base(), *(f", {structure}" for structure in self.also)])
@@ -90,7 +91,7 @@ class Constraint:
 
 
 def _within(error: float) -> str:
-    return f"within {error:.0e}" if error else "exactly"
+    return f"within {number(error, digits=1)}" if error else "exactly"
 
 
 def constraint_errors(p: Array) -> dict[str, Array]:

@@ -157,6 +157,16 @@ def test_a_small_heat_map_stays_as_it_is():
     assert shrink(figure) is figure
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_chart_of_nothing_says_so(known):
+    values = np.full(3, 2.0 if known else np.nan)
+    line = Lines("rank", "Rank", "depth", "rank", (Line(np.arange(3.0), values, "a"),))
+    cells = Heatmap("map", "Map", np.arange(3.0), np.arange(3.0), np.tile(values, (3, 1)), "x", "y", "z")
+    for figure in (line, cells):
+        said = [each.text for each in to_plotly(figure).layout.annotations]
+        assert ("undefined everywhere" in said) is not known
+
+
 def test_a_logarithmic_bar_has_round_numbers():
     axis = np.arange(2.0)
     z = np.array([[1.0, 10.0], [100.0, np.nan]])
