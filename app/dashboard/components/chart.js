@@ -16,6 +16,8 @@ export default function (component) {
   const figure = JSON.parse(data.figure);
   // Equal units on both axes: on a narrow page a square map leaves the rest of its height empty.
   const isSquare = Boolean(figure.layout.yaxis?.scaleanchor) && parentElement.clientWidth > 0;
+  const isNarrow = parentElement.clientWidth > 0 && parentElement.clientWidth < 420;
+  if (isNarrow) figure.data.forEach(layBar);
   const height = isSquare ? Math.min(data.height, Math.max(260, parentElement.clientWidth)) : data.height;
   box.style.height = `${height}px`;
   box.onpointerdown = (event) => {
@@ -101,6 +103,13 @@ export default function (component) {
     box.depthscopeResize = null;
     window.Plotly?.purge(box);
   };
+}
+
+// On a phone a colour bar at the side of a map takes a third of its width: it lies above it.
+function layBar(trace) {
+  if (!trace.colorbar) return;
+  const title = { ...trace.colorbar.title, side: "top", text: (trace.colorbar.title?.text ?? "").replace("<br>", "") };
+  Object.assign(trace.colorbar, { orientation: "h", x: 0.5, xanchor: "center", y: 1.02, yanchor: "bottom", len: 1, title });
 }
 
 // Left and right go from point to point, up and down to the next curve or row, Enter opens a cell that a click would open.

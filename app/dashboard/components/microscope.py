@@ -335,7 +335,7 @@ def _picture_panel(
         [int(place) for place in depths_of_connections(reading, close_up)],
         depths,
         name="h_res",
-        title=f"{title}, and its sums less 1",
+        title=f"{title}, and its sums − 1",
         run=reading.name,
         x_label="depth",
         of=matrices[0].of,

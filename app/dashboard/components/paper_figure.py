@@ -42,7 +42,8 @@ def show_paper_figure(figure: Figure, call: str) -> None:
                     disabled=ending == "pgf" and shutil.which("pdflatex") is None,
                 )
         st.caption("In LaTeX:")
-        st.code(figure_tex(figure), "latex", wrap_lines=True)
+        # In no language: the highlighter takes what follows an escaped percent sign for a comment.
+        st.code(figure_tex(figure), None, wrap_lines=True)
         if keys := figure_keys(figure):
             st.caption("The sources that the caption cites, as BibTeX:")
             st.code(cut(keys).strip(), "bibtex", wrap_lines=True)

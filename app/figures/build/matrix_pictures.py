@@ -1,6 +1,6 @@
 """What does H_res look like at every depth? Its matrices as small pictures side by side, on one scale, with their sums.
 
-Sums are shown less 1: what is equal in all streams is kept where they are 1, and there the edge is blank.
+Sums are shown as their distance from 1: what is equal in all streams is kept where they are 1, and there the edge is blank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def picture_figure(
 ) -> Heatmap:
     """Matrices of streams × streams over one axis: targets are rows, the first one on top, sources are columns.
 
-    Below each matrix are its column sums less 1, at its right its row sums less 1.
+    Below each matrix are its column sums − 1, at its right its row sums − 1.
 
     ``names, places``: of each matrix, and its position on the axis, which counts the ``num_places`` from 0. Of several
     matrices at one place the last is shown.
@@ -53,7 +53,7 @@ def picture_figure(
         z[:n, start + n + APART] = matrix.sum(axis=1) - 1
         z[n + APART, start : start + n] = matrix.sum(axis=0) - 1
         columns[start : start + n] = [f"{words}, from {source}" for source in range(n)]
-        columns[start + n + APART] = f"{words}, row sum less 1"
+        columns[start + n + APART] = f"{words}, row sum − 1"
     known = z[np.isfinite(z)]
     reach = max(float(np.abs(known).max()) if known.size else 1.0, 1e-12)
     ends = (
@@ -62,8 +62,8 @@ def picture_figure(
         else "some of them undefined, which are gaps"
     )
     words = (
-        f"Run {run}, {of}: entries {ends}, all on one scale. Rows are targets, columns sources; at the right row sums less 1, "
-        f"below column sums less 1. 1/n = {number(1 / n)} everywhere is uniform mixing."
+        f"Run {run}, {of}: entries {ends}, all on one scale. Rows are targets, columns sources; at the right row sums − 1, "
+        f"below column sums − 1. 1/n = {number(1 / n)} everywhere is uniform mixing."
     )
     return Heatmap(
         name=name,
@@ -79,7 +79,7 @@ def picture_figure(
         caption=words,
         alt=f"{title}: {len(matrices)} matrices of {n} × {n} streams, {len(shown)} of them shown. {words}",
         x_text=columns,
-        y_text=[*(f"to {target}" for target in range(n)), "", "column sum less 1"],
+        y_text=[*(f"to {target}" for target in range(n)), "", "sum − 1"],
         run=run,
         square=False,
         categorical=("x", "y"),
