@@ -18,7 +18,8 @@ export default function (component) {
   const isSquare = Boolean(figure.layout.yaxis?.scaleanchor) && parentElement.clientWidth > 0;
   const isNarrow = parentElement.clientWidth > 0 && parentElement.clientWidth < 420;
   if (isNarrow) figure.data.forEach(layBar);
-  const height = isSquare ? Math.min(data.height, Math.max(260, parentElement.clientWidth)) : data.height;
+  const room = parentElement.clientWidth + (isNarrow ? 50 : 0);  // for the bar
+  const height = isSquare ? Math.min(data.height, Math.max(260, room)) : data.height;
   box.style.height = `${height}px`;
   box.onpointerdown = (event) => {
     if (!event.target.closest(".modebar")) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from it

@@ -235,7 +235,7 @@ def show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
         if known[name].rows:
             colours = shown.colours if len(histories) > 1 else None
             figure = profile_figure(name, shown.choice, having, colours)
-            card(folded(figure, shown.group_of), key=f"training_{name}", height=190)
+            card(folded(figure, shown.group_of), key=f"training_{name}", height=210)
 
 
 def _show_numbers(

@@ -9,6 +9,7 @@ from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
 from depthscope.app.figures import FIGURES, Heatmap
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.matrix_pictures import picture_figure
 
 
 @pytest.mark.parametrize(("by", "of"), [("mean", np.nanmean), ("largest", np.nanmax)])
@@ -109,3 +110,22 @@ def test_every_matrix_says_which_of_its_axes_have_neighbours(whole):
             able = {name: data for name, data in whole.items() if kind.metric in data}
             if able and all(data[kind.metric].notnull().any() for data in able.values()):
                 assert set(kind.build(able).categorical) == categorical, kind.name
+
+
+@pytest.mark.parametrize(("count", "every"), [(16, 1), (43, 2), (400, 10)])
+def test_of_too_many_matrices_some_are_drawn_and_the_last_of_all_is_one_of_them(count, every):
+    matrices = [np.full((4, 4), number / count) for number in range(count)]
+    names = [f"connection {number}" for number in range(count)]
+    figure = picture_figure(
+        matrices, names, range(count), count, name="h", title="H", run="a", x_label="connection", of="mean"
+    )
+    shown = [name for name in figure.x_text if name.endswith("from 0")]
+    assert shown[-1] == f"connection {count - 1}, from 0"
+    assert len(shown) == -(-count // every)
+    assert figure.z.shape[1] <= 300
+    assert (f"1 of every {every}" in figure.title) is (every > 1)
+    # Each stands where it was: its middle is inside of the places that it stands for.
+    for x, name in zip(figure.x, figure.x_text, strict=True):
+        if name:
+            place = int(name.removeprefix("connection ").partition(",")[0])
+            assert abs(x - place) < every
