@@ -49,7 +49,11 @@ _DESCRIBED = {
 
 _PLACES = re.compile(r' (?:d|x|y)="[^"]*"')
 _STYLE = re.compile(r' style="([^"]*)"')
-_DIGITS = re.compile(r"(\.\d\d)\d+")
+_DIGITS = re.compile(r"(\.\d)\d+")
+_UNTURNED = re.compile(r' transform="rotate\(-?0 [^"]*"')
+# In elements that have no text, so that no word of a run is taken for a name.
+_PART = re.compile("<(?:use|path|g|clipPath|image|rect) [^>]*>")
+_NAME = re.compile(r'(?<= id=")[^"]+(?=")|(?<= href="#)[^"]+(?=")|(?<=url\(#)[^)]+(?=\))')
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
 MARK = '<meta name="generator" content="depthscope report">'
@@ -178,15 +182,21 @@ class _Evidence:
 
 
 class _Styles:
-    """The styles of all drawings, each written once: matplotlib repeats them at every mark, a third of the file."""
+    """The styles of all drawings, each written once, and short names of their parts: matplotlib repeats both at every mark."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+        self._names: dict[str, int] = {}
 
     def shared(self, drawing: str) -> str:
-        """A drawing with classes in place of its styles."""
+        """A drawing with classes in place of its styles, and numbers in place of the names of its marks and clips."""
+
+        def short(found: re.Match[str]) -> str:
+            return f"m{self._names.setdefault(found[0], len(self._names))}"
+
+        named = _PART.sub(lambda part: _NAME.sub(short, part[0]), drawing)
         return _STYLE.sub(
-            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', drawing
+            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', named
         )
 
     def sheet(self) -> Markup:
@@ -202,9 +212,9 @@ def _svg(styles: _Styles, figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
     drawing = to_svg(figure, width="full", page=True).replace("<svg ", opening, 1)
-    # A hundredth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
-    drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), drawing)
-    return Markup(styles.shared(drawing).replace(" xlink:href=", " href="))
+    # A tenth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
+    drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), _UNTURNED.sub("", drawing))
+    return Markup(styles.shared(drawing.replace(" xlink:href=", " href=")))
 
 
 def _plot(figure: Figure) -> Markup:

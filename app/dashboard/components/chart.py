@@ -10,12 +10,11 @@ from typing import Any
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, show_frame
+from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, offer_csv, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
-from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.glossary import help_on
 from depthscope.app.text.visible import visible
 
@@ -165,15 +164,7 @@ def _numbers(figure: Figure, key: str) -> None:
         show_frame(table, height=320, width=620)
         if cut := cut_words(table):
             st.caption(f"{cut.capitalize()}.")
-        st.download_button(
-            "Download CSV",
-            # Computed when it is asked for: a file that is ready for every chart of every visitor fills the memory.
-            lambda: csv_text(table).encode(),
-            file_name=f"{figure.name}.csv",
-            mime="text/csv",
-            key=f"{key}_csv",
-            on_click="ignore",  # a rerun would close the popover
-        )
+        offer_csv(table, figure.name, key=f"{key}_csv")
 
 
 def clicked_cell(key: str) -> tuple[float, float] | None:

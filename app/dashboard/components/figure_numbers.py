@@ -10,9 +10,10 @@ from pandas.io.formats.style import Styler
 
 from depthscope.app.figures import Figure, Heatmap
 from depthscope.app.figures.numbers import figure_table
+from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.numbers import UNDEFINED, number
 
-__all__ = ["cut_words", "numbers_of", "show_frame"]
+__all__ = ["cut_words", "numbers_of", "offer_csv", "show_frame"]
 
 MOST_CELLS, MOST_ROWS, MOST_COLUMNS = 20_000, 1000, 100
 """Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
@@ -41,6 +42,22 @@ def show_frame(table: pd.DataFrame, **options: Any) -> None:
     ``options``: of `st.dataframe`.
     """
     st.dataframe(_spelled(table), hide_index=True, placeholder=UNDEFINED, **options)
+
+
+def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Download CSV") -> None:
+    """A button that saves a table.
+
+    ``name``: of the file, without its ending.
+    """
+    st.download_button(
+        label,
+        # Computed when it is asked for: a file that is ready for every table of every visitor fills the memory.
+        lambda: csv_text(table).encode(),
+        file_name=f"{name}.csv",
+        mime="text/csv",
+        key=key,
+        on_click="ignore",  # a rerun would close the popover around it
+    )
 
 
 def _spelled(table: pd.DataFrame) -> Styler:

@@ -8,7 +8,7 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
-from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
+from depthscope.app.dashboard.components.figure_numbers import cut_words, offer_csv, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import depth_names
 from depthscope.app.dashboard.components.page import Page
@@ -18,7 +18,6 @@ from depthscope.app.figures import Heatmap
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.token_rows import found_tokens, token_rows
-from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.numbers import number
 
 ROW = 15
@@ -204,14 +203,7 @@ def _show_table(reading: Reading, close_up: CloseUp, depth: int, sequence: int, 
             key="tokens_table",
         )
     st.caption(escaped(_table_words(rows, shown, reading, depth, num_massive)))
-    st.download_button(
-        "Download CSV",
-        lambda: csv_text(shown).encode(),
-        file_name=f"tokens_depth_{depth}.csv",
-        mime="text/csv",
-        key="tokens_csv",
-        on_click="ignore",
-    )
+    offer_csv(shown, f"tokens_depth_{depth}", key="tokens_csv")
 
 
 def _none_words(words: str, massive_only: bool, num_massive: int, everywhere: bool) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import FONT, GREY
+from depthscope.app.drawing.plotly.colours import GREY
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.drawing.plotly.layout import set_layout
 from depthscope.app.drawing.plotly.stack import (
@@ -17,13 +17,13 @@ from depthscope.app.drawing.plotly.stack import (
     BOTTOM,
     GAP,
     LANE,
-    LEFT,
     SEVERITY_COLOURS,
     TOP,
     Panel,
     add_panel,
     hidden_axis,
     panel_title,
+    panels_layout,
     stack_height,
 )
 from depthscope.app.figures import Heatmap
@@ -76,31 +76,10 @@ def draw_history(
             text=f"<b>{words(panel.figure.title, 90)}</b>{_note(panel)}", **panel_title(high)
         )
         top -= panel.height
+    ends = {"autorange": True} if zoom is None else {"range": list(zoom), "autorange": False}
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
-    set_layout(
-        drawn,
-        **axes,
-        shapes=[_line(step) for step in resumed],
-        xaxis={
-            **({"autorange": True} if zoom is None else {"range": list(zoom), "autorange": False}),
-            "title": {"text": "step", "standoff": 6},
-            "zeroline": False,
-            "showgrid": False,
-            "anchor": "free",
-            "position": 0,
-        },
-        template="none",
-        height=total,
-        # Room on the right for the colour bars of maps.
-        margin={"l": LEFT, "r": 64 if has_maps else 16, "t": TOP, "b": BOTTOM},
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": FONT, "size": 12},
-        hovermode="closest",
-        showlegend=False,
-        uirevision="history",
-        dragmode="zoom",
-    )
+    layout = panels_layout(total, "step", uirevision="history", bars=has_maps, **ends)
+    set_layout(drawn, **axes, **layout, shapes=[_line(step) for step in resumed])
     return drawn
 
 

@@ -102,30 +102,41 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
+    ends = [-0.5, len(names) - 0.5]
     set_layout(
-        drawn,
-        **axes,
-        xaxis={
-            "range": [-0.5, len(names) - 0.5],
-            "title": {"text": "depth (0 = embedding)", "standoff": 6},
-            "gridcolor": FAINT,
+        drawn, **axes, **panels_layout(total, "depth (0 = embedding)", uirevision="microscope", range=ends)
+    )
+    return drawn
+
+
+def panels_layout(
+    height: int, title: str, *, uirevision: str, bars: bool = True, **axis: Any
+) -> dict[str, Any]:
+    """Options of a drawing of panels over one axis.
+
+    ``bars``: with room on the right for the colour bars of maps.
+    ``axis``: further options of the shared axis.
+    """
+    return {
+        "xaxis": {
+            **axis,
+            "title": {"text": title, "standoff": 6},
             "zeroline": False,
             "showgrid": False,
             "anchor": "free",
             "position": 0,
         },
-        template="none",
-        height=total,
-        margin={"l": LEFT, "r": 64, "t": TOP, "b": BOTTOM},
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"family": FONT, "size": 12},
-        hovermode="closest",
-        showlegend=False,
-        uirevision="microscope",
-        dragmode="zoom",
-    )
-    return drawn
+        "template": "none",
+        "height": height,
+        "margin": {"l": LEFT, "r": 64 if bars else 16, "t": TOP, "b": BOTTOM},
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"family": FONT, "size": 12},
+        "hovermode": "closest",
+        "showlegend": False,
+        "uirevision": uirevision,
+        "dragmode": "zoom",
+    }
 
 
 def hidden_axis(low: float, high: float, lanes: int) -> dict[str, Any]:

@@ -85,6 +85,10 @@ def _lowest_rank(analysis: xr.Dataset) -> str:
     known = np.ravel(np.nan if null is None else null.values)
     # One baseline for all depths, or one for each.
     baseline = float(known[low] if known.size == ranks.size else known[0])
+    if 0 < baseline <= 1:  # the rank of one token is 1 whatever the network does
+        return (
+            "Sequences have one token each: no rank within a sequence can fall. See the ranks over all data."
+        )
     return (
         f"{lowest}, {100 * ranks[low] / baseline:.0f} % of the {NOISE_BASELINE}."
         if baseline > 0

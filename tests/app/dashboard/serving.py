@@ -37,7 +37,7 @@ def serving_process(path: Path) -> Iterator[tuple[str, int]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 60)
+        wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 180)
         yield f"http://127.0.0.1:{port}", server.pid
     finally:
         server.kill()

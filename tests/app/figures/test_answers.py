@@ -52,6 +52,17 @@ def test_the_gradient_is_said_to_fade_where_it_does(norms, words):
     assert bool(words) == bool(said)
 
 
+def test_sequences_of_one_token_have_no_rank_that_could_fall():
+    ranks, null = (xr.DataArray(np.full((1, 3), value), dims=("step", "depth")) for value in (1.0, 0.99))
+    analysis = xr.Dataset({"effective_rank": ranks, "effective_rank_null": null}, {"step": [0]})
+    assert "one token each" in answer_to("collapse", analysis, {})
+
+
+def test_steps_that_are_all_undefined_have_no_answer():
+    analysis = xr.Dataset({"block_influence": (("step", "depth"), np.full((1, 3), np.nan))}, {"step": [0]})
+    assert answer_to("similarity", analysis, {}) == ""
+
+
 def test_a_run_that_lacks_the_numbers_has_no_answer():
     for question in ("similarity", "mixing", "gradients", "collapse"):
         assert answer_to(question, xr.Dataset(), {}) == ""
