@@ -17,7 +17,7 @@ export default function (component) {
   // Equal units on both axes: on a narrow page a square map leaves the rest of its height empty.
   const isSquare = Boolean(figure.layout.yaxis?.scaleanchor) && parentElement.clientWidth > 0;
   const isNarrow = parentElement.clientWidth > 0 && parentElement.clientWidth < 420;
-  if (isNarrow) figure.data.forEach(layBar);
+  for (const trace of figure.data) placeBar(trace, isNarrow);
   const room = parentElement.clientWidth + (isNarrow ? 50 : 0);  // for the bar
   const height = isSquare ? Math.min(data.height, Math.max(260, room)) : data.height;
   box.style.height = `${height}px`;
@@ -106,11 +106,14 @@ export default function (component) {
   };
 }
 
-// On a phone a colour bar at the side of a map takes a third of its width: it lies above it.
-function layBar(trace) {
-  if (!trace.colorbar) return;
-  const title = { ...trace.colorbar.title, side: "top", text: (trace.colorbar.title?.text ?? "").replace("<br>", "") };
-  Object.assign(trace.colorbar, { orientation: "h", x: 0.5, xanchor: "center", y: 1.02, yanchor: "bottom", len: 1, title });
+// The title of a colour bar is a line further out than plotly puts it, which is over labels with a sign. On a phone a bar at the
+// side takes a third of the map's width: it lies above it.
+function placeBar({ colorbar }, isNarrow) {
+  const title = colorbar?.title;
+  if (title && isNarrow) {
+    Object.assign(colorbar, { orientation: "h", x: 0.5, xanchor: "center", y: 1.02, yanchor: "bottom", len: 1 });
+    title.side = "top";
+  } else if (title?.text) title.text = `<br>${title.text}`;
 }
 
 // Left and right go from point to point, up and down to the next curve or row, Enter opens a cell that a click would open.

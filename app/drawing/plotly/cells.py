@@ -84,8 +84,7 @@ def draw_heatmap(
     shown = np.log10(z, out=np.full_like(z, np.nan), where=z > 0) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
     bar = {
-        # A line further out than plotly puts it, which is over labels with a sign.
-        "title": {"text": f"<br>{words(figure.z_label)}", "side": "right", "font": {"size": 12.5}},
+        "title": {"text": words(figure.z_label), "side": "right", "font": {"size": 12.5}},
         "thickness": 12,
         "outlinewidth": 0,
         "len": 0.9,
