@@ -57,7 +57,7 @@ def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: 
     )
 
 
-_plot = component("chart", "plotly_page", "numbers")
+_plot = component("chart", "plotly_page", "numbers", "back")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:

@@ -52,7 +52,7 @@ STATES = {
 _KEY = "verdict_board"
 _WAITED = "verdict_board_waited"
 
-_board_component = component("board", more_css=card_style())
+_board_component = component("board", "back", more_css=card_style())
 
 
 def show_verdict_board() -> None:
