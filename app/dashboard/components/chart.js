@@ -18,7 +18,7 @@ export default function (component) {
   const isSquare = Boolean(figure.layout.yaxis?.scaleanchor) && parentElement.clientWidth > 0;
   const isNarrow = parentElement.clientWidth > 0 && parentElement.clientWidth < 420;
   for (const trace of figure.data) placeBar(trace, isNarrow);
-  const room = parentElement.clientWidth + (isNarrow ? 50 : 0);  // for the bar
+  const room = parentElement.clientWidth + (isNarrow ? 100 : 0);  // for the bar
   const height = isSquare ? Math.min(data.height, Math.max(260, room)) : data.height;
   box.style.height = `${height}px`;
   box.onpointerdown = (event) => {
