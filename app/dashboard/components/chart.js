@@ -20,6 +20,8 @@ export default function (component) {
   for (const trace of figure.data) placeBar(trace, isNarrow);
   const room = parentElement.clientWidth + (isNarrow ? 100 : 0);  // for the bar
   const height = isSquare ? Math.min(data.height, Math.max(260, room)) : data.height;
+  // Both axes of a square have one title; below a map with a bar above it plotly writes it over the cells.
+  if (isSquare && isNarrow) delete figure.layout.xaxis.title;
   box.style.height = `${height}px`;
   box.onpointerdown = (event) => {
     if (!event.target.closest(".modebar")) box.focus({ preventScroll: true });  // plotly would keep the arrow keys from it
