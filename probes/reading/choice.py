@@ -212,7 +212,7 @@ def _with_hidden_sums(memory: Memory) -> Memory:
 def _between_expansions(memory: Memory) -> Memory:
     """The memory from where it is spread over streams by weights, to where these are merged by weights (as in AltUp)."""
     values = memory.graph.values
-    reads = {branch.source.number: branch.reads for branch in branches_of(memory)}
+    reads = {number: branch.reads for branch in branches_of(memory) for number in branch.way()}
     writes = memory.writes.keys() & memory.trunk
     known: set[int] = set()
     for number in sorted(memory.carried):
@@ -232,7 +232,7 @@ def _between_expansions(memory: Memory) -> Memory:
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
-        if all(memory.depth[read.number] == 0 for read in taken):
+        if taken and all(memory.depth[read.number] == 0 for read in taken):
             start = replace(memory.start, root=join, numbers=memory.carried[number])
             return _between_expansions(without_forks(memory.graph, start))
         if not any(write > number for write in writes - born) and len(writes) > len(born):

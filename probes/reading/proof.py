@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -191,18 +192,18 @@ class WeightCoverage:
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
     ) -> TracedValue | None:
-        """A marked sum of a value and of something that weights computed from it, of the memory's size or with many of them.
+        """A marked sum, or history, of a value and of something as large that weights computed from it; with many of them.
 
         ``after``: what the value was computed from.
         """
         for number in numbers:
             value = self.graph.values[number]
-            if not marks[number] or number in self._others or value.name not in ("add", "sub"):
+            if not marks[number] or number in self._others or value.name not in ("add", "sub", "stack"):
                 continue
             if self._joining_blocks.intersection(self.graph.stack(value)):
                 continue
             added = addends(value)
-            pairs = (added, added[::-1]) if len(added) == 2 else ()
+            pairs = (added, added[::-1]) if len(added) == 2 and value.name != "stack" else [*pairwise(added)]
             if any(
                 self._is_branch(a, b, few=value.numel != self.memory.count)
                 for a, b in pairs

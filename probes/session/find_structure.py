@@ -464,6 +464,13 @@ class StructureFinder:
                 "its weights, and of their gradients"
             )
             self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
+        read_before = [n for n, p in enumerate(points) if any(of.is_read_before for of in p.streams)]
+        if read_before and self.options.gradients:
+            why = (
+                f"no gradients of the states {', '.join(map(str, read_before))}: a branch that is written into each had read a "
+                "tensor of it before, so that autograd gives one sum of both gradients"
+            )
+            self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
         self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))
         if memory.over_depth:
             rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
