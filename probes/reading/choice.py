@@ -24,6 +24,7 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
@@ -332,10 +333,21 @@ def _is_spread(memory: Memory, value: TracedValue) -> bool:
         return False
     for number in memory.back([value]):
         added = [v for v in addends(graph.values[number]) if not memory.holds(v)]
-        apart = graph.values[number].name in SUMS and any(map(graph.depends_on_input, added))
-        if apart and memory.root.number in memory.back([value], {number}):
+        if graph.values[number].name not in SUMS or not any(map(graph.depends_on_input, added)):
+            continue
+        if memory.root.number in memory.back([value], {number}):
+            return False  # to some alone
+        if any(_differs_between_streams(memory.carried[number], of.shape) for of in added):
             return False
     return True
+
+
+def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
+    """Whether what has a shape, and is added to a memory, is another for each of its streams along an axis of these."""
+    for axis in range(-len(shape), 0):
+        if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
+            return True
+    return False
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
