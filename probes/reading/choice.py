@@ -303,7 +303,9 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
-        known = [other.memory.count for other in found if _is_spread(other.memory, of.memory.root)]
+        root = of.memory.root
+        earlier = [other.memory for other in found if other.memory.root is not root]
+        known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
     return sorted(found, key=lambda of: of.rank, reverse=True)
 

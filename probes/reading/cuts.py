@@ -299,6 +299,8 @@ class _Life:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
             while len(way) > 1 and self._only_moves(way[-2], way[-1]):
+                if widen and way[-1].shape.count(1) < way[-2].shape.count(1):
+                    break  # an axis with which `repeat_interleave` spreads is none of the state's
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
 

@@ -265,7 +265,7 @@ def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) 
     model = memory.carried[inside[0].number]
     depth = max(memory.depth[p.number] for p in inside)
     for piece in addends(value):
-        if memory.holds(piece) or not memory.graph.depends(piece, memory.root):
+        if memory.holds(piece) or not piece.numel or not memory.graph.depends(piece, memory.root):
             continue
         if len(model.shape) != len(piece.shape):
             continue

@@ -100,7 +100,7 @@ class _Sums:
             return max(
                 operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
             ), False
-        added = [p for p in addends(value) if p in operands]
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]

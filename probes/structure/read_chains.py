@@ -95,7 +95,7 @@ class _ChainOf:
             joined = self._weighed_connections()
         elif inside:
             joined = self._plain_connections(depths)
-        if not joined and self._is_plain:
+        if self._is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
