@@ -40,7 +40,9 @@ from depthscope.probes.reading.operations import (
     is_unknown,
     named,
     weights,
+    weights_in,
 )  # fmt: skip
+from depthscope.probes.reading.beginnings import with_further_beginnings
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.tracks import tracks
 
@@ -91,7 +93,8 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _within_long_skip(graph, ranked).memory
+    best = _with_moved_streams(_within_long_skip(graph, ranked), ranked).memory
+    best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
         best = without_inner(best, set().union(*merges))
@@ -122,6 +125,20 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
             inner = other.memory, branches_of(other.memory)
             if inner[1] and _nested(graph, inner, outer):
                 return other
+    return best
+
+
+def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; that of the same first value with streams, where no weights work in what only moves these, as `roll` does."""
+    graph, stop = best.memory.graph, best.memory.carried
+    sources = [branch.source for branch in branches_of(best.memory)]
+    if all(weights_in(graph, graph.earlier([source], stop)) for source in sources):
+        return best
+    for of in ranked:
+        memory = of.memory
+        if memory.root is best.memory.root and memory.count < best.memory.count and of.share >= best.share:
+            if all(branch.source.numel == memory.count for branch in branches_of(memory)):
+                return of
     return best
 
 

@@ -154,7 +154,7 @@ class _Life:
     def times(self) -> list[tuple[int, float]]:
         """Moments: after which write, and before which read."""
         times: dict[int, float] = {}
-        root = self.memory.root.number
+        root = max(self.memory.begins)
         for branch in self.branches:
             at = bisect_right(self.writes, branch.before)
             time = max(root, self.writes[at - 1]) if at else root
@@ -197,12 +197,12 @@ class _Life:
                 live, size = self._fewest(time, until)
             sizes.append(size)
             moved = [self.advanced(value, last, patterns) for value in live]
-            if time == self.memory.root.number:
+            if time == max(self.memory.begins):
                 wider = list(
                     dict.fromkeys(self.advanced(value, last, patterns, widen=True)[0] for value in live)
                 )
             found.append(list(dict.fromkeys(value for value, _ in moved)))
-            if time != self.memory.root.number:
+            if time != max(self.memory.begins):
                 patterns[max((names for _, names in moved), key=len, default=())] = None
         self._widen_first(found, wider)
         return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]

@@ -39,6 +39,7 @@ class Start:
     banned: frozenset[int] = frozenset()  # numbers of values that are opaque
     # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
+    others: Mapping[int, Numbers] = field(default_factory=dict)  # further first values, each a stream of the first state
 
 
 @dataclass
@@ -64,6 +65,11 @@ class Memory:
         return self.start.root
 
     @property
+    def begins(self) -> set[int]:
+        """The numbers of all first values."""
+        return {self.root.number, *self.start.others}
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of one stream of the first value."""
         return self.start.shape
@@ -84,7 +90,7 @@ class Memory:
 
     def inside(self, value: TracedValue) -> list[TracedValue]:
         """The values of the memory that a value of it carries on."""
-        if value.number in self.born or value is self.root:
+        if value.number in self.born or value.number in self.begins:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 
@@ -177,8 +183,10 @@ def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
+    memory.carried |= start.others
+    memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
-    waiting += [taker.number for taker in graph.takers(root)]
+    waiting += [taker.number for first in memory.begins for taker in graph.takers(graph.values[first])]
     heapq.heapify(waiting)
     number = root.number
     while waiting and (until is None or waiting[0] <= until):

@@ -125,7 +125,7 @@ class WeightCoverage:
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self._used = weights_in(graph, graph.earlier(outputs))
-        self._before = graph.earlier([memory.root])
+        self._before = graph.earlier([graph.values[number] for number in memory.begins])
         self._head = graph.earlier(outputs, memory.carried)
         carried = memory.back([memory.end, *(branch.read for branch in branches)])
         end = max(value.number for value in last)
@@ -140,7 +140,7 @@ class WeightCoverage:
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
         memory, values = self.memory, self.graph.values
-        taken = (p for number in carried - {memory.root.number} for p in values[number].parents)
+        taken = (p for number in carried - memory.begins for p in values[number].parents)
         ends = [p for p in taken if not memory.holds(p)]
         ends += [values[number] for number in memory.born & carried]
         ends += [branch.source for branch in self.branches]
