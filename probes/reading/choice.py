@@ -109,8 +109,7 @@ def memories(graph: Graph) -> FoundMemories:
     _take(graph, taken, inside, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
-            memory = without_forks(graph, start_of(root))
-            _take(graph, taken, inside, _with_shares([Ranked(memory, _used(memory))], everything))
+            _take(graph, taken, inside, _with_shares([_larger(_of_root(graph, root))], everything))
     return FoundMemories([memory for memory, _ in taken], inside)
 
 
@@ -301,11 +300,9 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     total = sum(graph.values[number].numel for number in graph.parameter_names)
     for root in roots:  # grows while it is gone through
-        plain = passing = without_forks(graph, start_of(root))
-        if _leads_on(plain):
-            passing = without_forks(graph, replace(start_of(root), functions=True))
-        both = [Ranked(plain, _used(plain)), Ranked(passing, _used(passing))]
-        found.append(both[_size(both[1].used) > 1.05 * _size(both[0].used)])
+        both = _of_root(graph, root)
+        plain = both[0].memory
+        found.append(_larger(both))
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
@@ -325,6 +322,21 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
     return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
+    """The memory that begins with a value, and that on which norms and activations lie, where such a one leads on."""
+    plain = without_forks(graph, start_of(root))
+    found = [Ranked(plain, _used(plain))]
+    if _leads_on(plain):
+        passing = without_forks(graph, replace(start_of(root), functions=True))
+        found.append(Ranked(passing, _used(passing)))
+    return found
+
+
+def _larger(both: Sequence[Ranked]) -> Ranked:
+    """The one without functions, unless more of the weights work on the other."""
+    return both[_size(both[-1].used) > 1.05 * _size(both[0].used)]
 
 
 def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
