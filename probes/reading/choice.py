@@ -405,10 +405,11 @@ def _leads_on(memory: Memory) -> bool:
 
 
 def _breaks(memory: Memory) -> list[TracedValue]:
-    """Where tokens were mixed or joined, or channels padded, another memory may begin."""
+    """Where tokens were mixed, joined or added up, or channels padded, another memory may begin."""
     return [
         of for read, of in memory.leaves
         if (of.name in JOINS and of.numel >= memory.count)
+        or (of.name in REDUCES and len(of.shape) > 1 and of.shape[-1] == read.shape[-1])
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
     ]  # fmt: skip
 
