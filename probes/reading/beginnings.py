@@ -1,4 +1,4 @@
-"""With which values does a memory begin, where each stream of the first state is a tensor of its own?"""
+"""Which further values does a memory begin with? Those of a first state whose streams are tensors of their own."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from depthscope.probes.reading.beginnings import with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
@@ -42,7 +43,6 @@ from depthscope.probes.reading.operations import (
     weights,
     weights_in,
 )  # fmt: skip
-from depthscope.probes.reading.beginnings import with_further_beginnings
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.tracks import tracks
 
@@ -128,16 +128,17 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
 
 
 def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that of the same first value with streams, where no weights work in what only moves these, as `roll` does."""
+    """The memory; that with streams of the same first value, if some branches of it only move these, as `roll` does."""
     graph, stop = best.memory.graph, best.memory.carried
     sources = [branch.source for branch in branches_of(best.memory)]
     if all(weights_in(graph, graph.earlier([source], stop)) for source in sources):
         return best
     for of in ranked:
         memory = of.memory
-        if memory.root is best.memory.root and memory.count < best.memory.count and of.share >= best.share:
-            if all(branch.source.numel == memory.count for branch in branches_of(memory)):
-                return of
+        is_finer = memory.root is best.memory.root and memory.count < best.memory.count
+        one_stream = (branch.source.numel == memory.count for branch in branches_of(memory))
+        if is_finer and of.share >= best.share and all(one_stream):
+            return of
     return best
 
 

@@ -298,16 +298,16 @@ class _Life:
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
-            while len(way) > 1 and self._only_moves(way[-2], way[-1]):
-                if widen and way[-1].shape.count(1) < way[-2].shape.count(1):
-                    break  # an axis with which `repeat_interleave` spreads is none of the state's
+            while len(way) > 1 and self._only_moves(way[-2], way[-1], widen):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
 
     @staticmethod
-    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
+    def _only_moves(before: TracedValue, step: TracedValue, widen: bool) -> bool:
+        """Whether a step gives the same elements; at the beginning none that drops the axis by which streams are repeated."""
         same = (step.numel, step.dtype) == (before.numel, before.dtype)
-        return same and only_moves(step)
+        drops = widen and step.shape.count(1) < before.shape.count(1)
+        return same and only_moves(step) and not drops
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

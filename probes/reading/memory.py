@@ -39,7 +39,9 @@ class Start:
     banned: frozenset[int] = frozenset()  # numbers of values that are opaque
     # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
-    others: Mapping[int, Numbers] = field(default_factory=dict)  # further first values, each a stream of the first state
+    others: Mapping[int, Numbers] = field(
+        default_factory=dict
+    )  # further first values, each a stream of the first state
 
 
 @dataclass

@@ -14,6 +14,7 @@ from depthscope.probes.reading.operations import (
     PARTS,
     PRODUCTS,
     REDUCES,
+    TURNS,
     VIEWS,
     addends,
     only_moves,
@@ -92,7 +93,7 @@ class _Sums:
             return None, False
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
-        if only_moves(value):
+        if only_moves(value) or value.name in TURNS:
             return operands[0], False
         mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:

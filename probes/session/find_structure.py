@@ -424,9 +424,9 @@ class StructureFinder:
                 )
         raise LayoutError(
             f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
-            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
-            "in each row of the batch, padded where they differ in length; where the rows are the nodes of a graph, "
-            "say so with layout='B D'"
+            "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
+            "in each row of the batch, padded where they differ in length; or say with layout='T D' that all tokens are to be "
+            "read as those of one sequence; where the rows are the nodes of a graph, say layout='B D'"
         )
 
     def _weighed(self, memory: MemoryReading) -> FoundChain:
@@ -467,8 +467,8 @@ class StructureFinder:
         read_before = [n for n, p in enumerate(points) if any(of.is_read_before for of in p.streams)]
         if read_before and self.options.gradients:
             why = (
-                f"no gradients of the states {', '.join(map(str, read_before))}: a branch that is written into each had read a "
-                "tensor of it before, so that autograd gives one sum of both gradients"
+                f"no gradients of the states {', '.join(map(str, read_before))}: a branch that is written into each had read "
+                "a tensor of it before, so that autograd gives one sum of both gradients"
             )
             self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
         self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))
