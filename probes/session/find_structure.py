@@ -146,6 +146,11 @@ class StructureFinder:
                     chains,
                     {name for memory in read for name in memory.parameters},
                     self.rereading.reading.inside,
+                    others={
+                        memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
+                        for memory in self.memories
+                        if memory.is_proven and memory not in read
+                    },
                     named=self.options.blocks is not None,
                 ),
                 *self._unread,
