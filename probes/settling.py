@@ -118,7 +118,8 @@ def _looks_ahead(
     )
     if not (ahead or repeats):
         return []
-    batch_axis = 1 if str(options.get("layout") or "").replace(" ", "").startswith("TB") else 0
+    layout = str(options.get("layout") or "").replace(" ", "")
+    batch_axis = 1 if layout.startswith("TB") or (layout and "B" not in layout) else 0
     part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
     try:
         again = partial(_output_again, model, batch_axis=batch_axis)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from depthscope.probes.reading.beginnings import with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
@@ -24,6 +25,7 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
@@ -39,6 +41,7 @@ from depthscope.probes.reading.operations import (
     is_unknown,
     named,
     weights,
+    weights_in,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.tracks import tracks
@@ -90,7 +93,8 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _within_long_skip(graph, ranked).memory
+    best = _with_moved_streams(_within_long_skip(graph, ranked), ranked).memory
+    best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
         best = without_inner(best, set().union(*merges))
@@ -105,8 +109,7 @@ def memories(graph: Graph) -> FoundMemories:
     _take(graph, taken, inside, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
-            memory = without_forks(graph, start_of(root))
-            _take(graph, taken, inside, _with_shares([Ranked(memory, _used(memory))], everything))
+            _take(graph, taken, inside, _with_shares([_larger(_of_root(graph, root))], everything))
     return FoundMemories([memory for memory, _ in taken], inside)
 
 
@@ -121,6 +124,21 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
             inner = other.memory, branches_of(other.memory)
             if inner[1] and _nested(graph, inner, outer):
                 return other
+    return best
+
+
+def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; that with streams of the same first value, if some branches of it only move these, as `roll` does."""
+    graph, stop = best.memory.graph, best.memory.carried
+    sources = [branch.source for branch in branches_of(best.memory)]
+    if all(weights_in(graph, graph.earlier([source], stop)) for source in sources):
+        return best
+    for of in ranked:
+        memory = of.memory
+        is_finer = memory.root is best.memory.root and memory.count < best.memory.count
+        one_stream = (branch.source.numel == memory.count for branch in branches_of(memory))
+        if is_finer and of.share >= best.share and all(one_stream):
+            return of
     return best
 
 
@@ -212,7 +230,7 @@ def _with_hidden_sums(memory: Memory) -> Memory:
 def _between_expansions(memory: Memory) -> Memory:
     """The memory from where it is spread over streams by weights, to where these are merged by weights (as in AltUp)."""
     values = memory.graph.values
-    reads = {branch.source.number: branch.reads for branch in branches_of(memory)}
+    reads = {number: branch.reads for branch in branches_of(memory) for number in branch.way()}
     writes = memory.writes.keys() & memory.trunk
     known: set[int] = set()
     for number in sorted(memory.carried):
@@ -232,7 +250,7 @@ def _between_expansions(memory: Memory) -> Memory:
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
-        if all(memory.depth[read.number] == 0 for read in taken):
+        if taken and all(memory.depth[read.number] == 0 for read in taken):
             start = replace(memory.start, root=join, numbers=memory.carried[number])
             return _between_expansions(without_forks(memory.graph, start))
         if not any(write > number for write in writes - born) and len(writes) > len(born):
@@ -283,11 +301,9 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found: list[Ranked] = []
     total = sum(graph.values[number].numel for number in graph.parameter_names)
     for root in roots:  # grows while it is gone through
-        plain = passing = without_forks(graph, start_of(root))
-        if _leads_on(plain):
-            passing = without_forks(graph, replace(start_of(root), functions=True))
-        both = [Ranked(plain, _used(plain)), Ranked(passing, _used(passing))]
-        found.append(both[_size(both[1].used) > 1.05 * _size(both[0].used)])
+        both = _of_root(graph, root)
+        plain = both[0].memory
+        found.append(_larger(both))
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
@@ -302,9 +318,26 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
-        known = [other.memory.count for other in found if _is_spread(other.memory, of.memory.root)]
+        root = of.memory.root
+        earlier = [other.memory for other in found if other.memory.root is not root]
+        known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
     return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
+    """The memory that begins with a value, and that on which norms and activations lie, where such a one leads on."""
+    plain = without_forks(graph, start_of(root))
+    found = [Ranked(plain, _used(plain))]
+    if _leads_on(plain):
+        passing = without_forks(graph, replace(start_of(root), functions=True))
+        found.append(Ranked(passing, _used(passing)))
+    return found
+
+
+def _larger(both: Sequence[Ranked]) -> Ranked:
+    """The one without functions, unless more of the weights work on the other."""
+    return both[_size(both[-1].used) > 1.05 * _size(both[0].used)]
 
 
 def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
@@ -332,10 +365,21 @@ def _is_spread(memory: Memory, value: TracedValue) -> bool:
         return False
     for number in memory.back([value]):
         added = [v for v in addends(graph.values[number]) if not memory.holds(v)]
-        apart = graph.values[number].name in SUMS and any(map(graph.depends_on_input, added))
-        if apart and memory.root.number in memory.back([value], {number}):
+        if graph.values[number].name not in SUMS or not any(map(graph.depends_on_input, added)):
+            continue
+        if memory.root.number in memory.back([value], {number}):
+            return False  # to some alone
+        if any(_differs_between_streams(memory.carried[number], of.shape) for of in added):
             return False
     return True
+
+
+def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
+    """Whether what has a shape, and is added to a memory, is another for each of its streams along an axis of these."""
+    for axis in range(-len(shape), 0):
+        if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
+            return True
+    return False
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
@@ -362,10 +406,12 @@ def _leads_on(memory: Memory) -> bool:
 
 
 def _breaks(memory: Memory) -> list[TracedValue]:
-    """Where tokens were mixed or joined, or channels padded, another memory may begin."""
+    """Where tokens were mixed, joined or added up, or channels padded, another memory may begin."""
     return [
         of for read, of in memory.leaves
         if (of.name in JOINS and of.numel >= memory.count)
+        # Over one more axis than those of sequences, tokens and features, as over the codebooks of a sound.
+        or (of.name in REDUCES and of.shape[-1] == read.shape[-1] and len(read.shape) > 3)
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
     ]  # fmt: skip
 

@@ -154,7 +154,7 @@ class _Life:
     def times(self) -> list[tuple[int, float]]:
         """Moments: after which write, and before which read."""
         times: dict[int, float] = {}
-        root = self.memory.root.number
+        root = max(self.memory.begins)
         for branch in self.branches:
             at = bisect_right(self.writes, branch.before)
             time = max(root, self.writes[at - 1]) if at else root
@@ -197,12 +197,12 @@ class _Life:
                 live, size = self._fewest(time, until)
             sizes.append(size)
             moved = [self.advanced(value, last, patterns) for value in live]
-            if time == self.memory.root.number:
+            if time == max(self.memory.begins):
                 wider = list(
                     dict.fromkeys(self.advanced(value, last, patterns, widen=True)[0] for value in live)
                 )
             found.append(list(dict.fromkeys(value for value, _ in moved)))
-            if time != self.memory.root.number:
+            if time != max(self.memory.begins):
                 patterns[max((names for _, names in moved), key=len, default=())] = None
         self._widen_first(found, wider)
         return [cut for cut, before in zip(found, [None, *found], strict=False) if cut != before]
@@ -298,14 +298,16 @@ class _Life:
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
-            while len(way) > 1 and self._only_moves(way[-2], way[-1]):
+            while len(way) > 1 and self._only_moves(way[-2], way[-1], widen):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
 
     @staticmethod
-    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
+    def _only_moves(before: TracedValue, step: TracedValue, widen: bool) -> bool:
+        """Whether a step gives the same elements; at the beginning none that drops the axis by which streams are repeated."""
         same = (step.numel, step.dtype) == (before.numel, before.dtype)
-        return same and only_moves(step)
+        drops = widen and step.shape.count(1) < before.shape.count(1)
+        return same and only_moves(step) and not drops
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

@@ -39,6 +39,9 @@ class Start:
     banned: frozenset[int] = frozenset()  # numbers of values that are opaque
     # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
+    others: Mapping[int, Numbers] = field(
+        default_factory=dict
+    )  # further first values, each a stream of the first state
 
 
 @dataclass
@@ -64,6 +67,11 @@ class Memory:
         return self.start.root
 
     @property
+    def begins(self) -> set[int]:
+        """The numbers of all first values."""
+        return {self.root.number, *self.start.others}
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of one stream of the first value."""
         return self.start.shape
@@ -84,7 +92,7 @@ class Memory:
 
     def inside(self, value: TracedValue) -> list[TracedValue]:
         """The values of the memory that a value of it carries on."""
-        if value.number in self.born or value is self.root:
+        if value.number in self.born or value.number in self.begins:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 
@@ -177,8 +185,10 @@ def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
+    memory.carried |= start.others
+    memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
-    waiting += [taker.number for taker in graph.takers(root)]
+    waiting += [taker.number for first in memory.begins for taker in graph.takers(graph.values[first])]
     heapq.heapify(waiting)
     number = root.number
     while waiting and (until is None or waiting[0] <= until):
@@ -265,7 +275,7 @@ def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) 
     model = memory.carried[inside[0].number]
     depth = max(memory.depth[p.number] for p in inside)
     for piece in addends(value):
-        if memory.holds(piece) or not memory.graph.depends(piece, memory.root):
+        if memory.holds(piece) or not piece.numel or not memory.graph.depends(piece, memory.root):
             continue
         if len(model.shape) != len(piece.shape):
             continue

@@ -48,7 +48,9 @@ FUNCTIONS = NORMS | names(
     "relu gelu silu leaky_relu elu hardswish hardtanh sigmoid tanh mish prelu _prelu_kernel softplus hardsigmoid clamp "
     "relu6 threshold clamp_min"
 )
-STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std pow")  # what a norm divides by
+# What a norm divides by, and what may be done to that before.
+STATISTICS = names("rsqrt sqrt reciprocal linalg_vector_norm norm std var pow amax max")
+SCALINGS_OF_NORMS = names("clamp_min clamp add sub mul div maximum")
 # Norms along the channels of images, whose features are the second axis.
 CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
@@ -162,12 +164,12 @@ def is_along_features(mean: TracedValue) -> bool:
 
 def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
     """Whether a factor is a norm of what it scales, or of what that was computed from."""
-    for _ in range(6):
-        if value.name in STATISTICS:
+    for _ in range(8):
+        if value.name in STATISTICS or (value.name in REDUCES and value.parents[0].name == "abs"):
             return graph.depends(value, of) or any(graph.depends(value, p) for p in of.parents[:1])
-        if not value.parents or not (
-            only_moves(value) or value.name in ("clamp_min", "clamp", "add", "maximum", "mul")
-        ):
+        if not value.parents or not (only_moves(value) or value.name in SCALINGS_OF_NORMS):
             return False
-        value = max(value.parents, key=lambda v: v.number)
+        value, *others = sorted(value.parents, key=lambda v: -v.number)
+        if any(graph.depends(other, of) for other in others):
+            return False  # a product of two statistics, as a cosine is
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -124,7 +125,7 @@ class WeightCoverage:
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self._used = weights_in(graph, graph.earlier(outputs))
-        self._before = graph.earlier([memory.root])
+        self._before = graph.earlier([graph.values[number] for number in memory.begins])
         self._head = graph.earlier(outputs, memory.carried)
         carried = memory.back([memory.end, *(branch.read for branch in branches)])
         end = max(value.number for value in last)
@@ -139,7 +140,7 @@ class WeightCoverage:
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
         memory, values = self.memory, self.graph.values
-        taken = (p for number in carried - {memory.root.number} for p in values[number].parents)
+        taken = (p for number in carried - memory.begins for p in values[number].parents)
         ends = [p for p in taken if not memory.holds(p)]
         ends += [values[number] for number in memory.born & carried]
         ends += [branch.source for branch in self.branches]
@@ -191,18 +192,18 @@ class WeightCoverage:
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
     ) -> TracedValue | None:
-        """A marked sum of a value and of something that weights computed from it, of the memory's size or with many of them.
+        """A marked sum, or history, of a value and of something as large that weights computed from it; with many of them.
 
         ``after``: what the value was computed from.
         """
         for number in numbers:
             value = self.graph.values[number]
-            if not marks[number] or number in self._others or value.name not in ("add", "sub"):
+            if not marks[number] or number in self._others or value.name not in ("add", "sub", "stack"):
                 continue
             if self._joining_blocks.intersection(self.graph.stack(value)):
                 continue
             added = addends(value)
-            pairs = (added, added[::-1]) if len(added) == 2 else ()
+            pairs = (added, added[::-1]) if len(added) == 2 and value.name != "stack" else [*pairwise(added)]
             if any(
                 self._is_branch(a, b, few=value.numel != self.memory.count)
                 for a, b in pairs

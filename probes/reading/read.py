@@ -522,9 +522,8 @@ def _scale_first_source(parts: DepthParts) -> None:
     parts.sources[0] = parts.sources[0] * scale
     for number, of in parts.weights.items():
         own = of[:, 0] / scale
-        parts.weights[number] = torch.cat(
-            [own.unsqueeze(1), of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1
-        )
+        scaled = torch.cat([own.unsqueeze(1), of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
+        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
 
 
 def _begin_with_constant(parts: DepthParts) -> None:

@@ -14,6 +14,7 @@ from depthscope.probes.reading.operations import (
     PARTS,
     PRODUCTS,
     REDUCES,
+    TURNS,
     VIEWS,
     addends,
     only_moves,
@@ -92,7 +93,7 @@ class _Sums:
             return None, False
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
-        if only_moves(value):
+        if only_moves(value) or value.name in TURNS:
             return operands[0], False
         mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
@@ -100,7 +101,7 @@ class _Sums:
             return max(
                 operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
             ), False
-        added = [p for p in addends(value) if p in operands]
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]

@@ -146,6 +146,11 @@ class StructureFinder:
                     chains,
                     {name for memory in read for name in memory.parameters},
                     self.rereading.reading.inside,
+                    others={
+                        memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
+                        for memory in self.memories
+                        if memory.is_proven and memory not in read
+                    },
                     named=self.options.blocks is not None,
                 ),
                 *self._unread,
@@ -424,9 +429,9 @@ class StructureFinder:
                 )
         raise LayoutError(
             f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
-            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
-            "in each row of the batch, padded where they differ in length; where the rows are the nodes of a graph, "
-            "say so with layout='B D'"
+            "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
+            "in each row of the batch, padded where they differ in length; or say with layout='T D' that all tokens are to be "
+            "read as those of one sequence; where the rows are the nodes of a graph, say layout='B D'"
         )
 
     def _weighed(self, memory: MemoryReading) -> FoundChain:
@@ -462,6 +467,13 @@ class StructureFinder:
             why = (
                 f"one tensor is each of the {memory.num_streams} streams before it, so that only sums over them are known of "
                 "its weights, and of their gradients"
+            )
+            self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
+        read_before = [n for n, p in enumerate(points) if any(of.is_read_before for of in p.streams)]
+        if read_before and self.options.gradients:
+            why = (
+                f"no gradients of the states {', '.join(map(str, read_before))}: a branch that is written into each had read "
+                "a tensor of it before, so that autograd gives one sum of both gradients"
             )
             self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
         self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))

@@ -63,7 +63,8 @@ class Options:
     layers : str or iterable of str, optional
         Module paths of the blocks, a ModuleList's path, or a pattern such as ``"model.layers.{i}"``; found when not given.
     layout : str, optional
-        Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
+        Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given. One without ``B``, such as ``"T D"``,
+        says that all tokens are of one sequence, as where several images are packed into one axis.
     streams : int, optional
         Number of streams, where the layout merges them with another axis, as ``"B T (N D)"`` does.
     chain : str, optional
@@ -111,6 +112,11 @@ class Options:
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the user says that all tokens of a batch are of one sequence."""
+        return self.layout is not None and not any("B" in group for group in parse_layout(self.layout))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))

@@ -507,6 +507,8 @@ class Session:
         if self._kind == TRAINING:
             stamp = training_stamp(stamp)
         batch_axis = self._first_batch_axis if self._observer is None else self.structure.batch_axis
+        if self.options.is_packed:
+            lead, batch_axis = lead.unsqueeze(0), 0
         forward = Forward(
             **self._drawn(lead, batch_axis, stamp),
             stamp=stamp,

@@ -38,6 +38,8 @@ class HookPoint:
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's
     streams: tuple[HookPoint, ...] = ()  # what shows each stream, where each is a tensor of its own
+    # Whether a branch that is written into this state read the tensor already: it has the gradient of that, too.
+    is_read_before: bool = False
 
 
 @dataclass(frozen=True)

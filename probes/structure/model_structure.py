@@ -38,9 +38,8 @@ class ShownTensor(NamedTuple):
     stream: int
     point: HookPoint
     num_tensors: int  # that make up the state
-    is_shared: (
-        bool  # whether it is every stream of the state: each has a gradient, and the tensor has their sum
-    )
+    # Whether the tensor's gradient is more than that of this stream: it is every stream, or was read before the state was.
+    is_shared: bool
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -106,7 +105,7 @@ class Structure:
         found = []
         for chain, depth, point in self.captured:
             of = point.streams or (point,)
-            is_shared = len(set(of)) < len(of)
+            is_shared = len(set(of)) < len(of) or any(p.is_read_before for p in of)
             found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 

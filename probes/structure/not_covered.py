@@ -7,7 +7,7 @@ that is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,24 +112,33 @@ def not_covered(
     covered: Iterable[str],
     inside: Iterable[InsideReading] = (),
     *,
+    others: Mapping[str, set[str]],
     named: bool,
 ) -> tuple[LeftOut, ...]:
     """The parts of a model that ran and lie in no chain, in the order in which they ran.
 
     ``covered``: names of the parameters that work between the states of the chains.
     ``inside``: what is carried inside of one branch of a chain.
+    ``others``: the blocks of proven memories that are none of the chains, by the names with which `chain=` reads them.
     ``named``: whether the user named the blocks.
     """
-    return tuple(_LeftOutParts(graph, model, chains, covered, named=named).found(inside))
+    return tuple(_LeftOutParts(graph, model, chains, covered, others, named=named).found(inside))
 
 
 class _LeftOutParts:
     """A walk through the modules of a model, down to those of which nothing lies in a chain."""
 
     def __init__(
-        self, graph: Graph, model: nn.Module, chains: Sequence[Chain], covered: Iterable[str], *, named: bool
+        self,
+        graph: Graph,
+        model: nn.Module,
+        chains: Sequence[Chain],
+        covered: Iterable[str],
+        others: Mapping[str, set[str]],
+        *,
+        named: bool,
     ):
-        self._model, self._chains, self._named = model, chains, named
+        self._model, self._chains, self._others, self._named = model, chains, others, named
         self._show_states = {path for chain in chains for p in chain.points for path in (p.path, p.module)}
         self._used = UsedParameters(graph, model)
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
@@ -257,12 +266,22 @@ class _LeftOutParts:
         if self._named:
             return "layers= names other blocks"
         if any(chain.has_streams or chain.history for chain in self._chains):
-            return "of a model whose states have connections, the chain that has them is read alone"
+            return f"of a model whose states have connections, the chain that has them is read alone{self._way_to(blocks)}"
         if self._used.share(self._own_of(blocks)) < FURTHER_SHARE * self._used.share(self._on_chains):
             return (
-                f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are read"
+                f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are "
+                f"read{self._way_to(blocks)}"
             )
+        if way := self._way_to(blocks):
+            return f"its states have connections, which are read of one chain at a time{way}"
         return "no chain of its states was found, or none that is proven"
+
+    def _way_to(self, blocks: Sequence[str]) -> str:
+        """How the chain of some blocks can be read, if it was found and proven."""
+        for name, own in self._others.items():
+            if any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in own for b in blocks):
+                return f"; chain={name!r} reads it in their place"
+        return ""
 
     def _pattern(self, blocks: Sequence[str]) -> str:
         patterns = {re.sub(r"\d+(?=\D*$)", "{i}", path) for path in blocks}

@@ -95,7 +95,7 @@ class _ChainOf:
             joined = self._weighed_connections()
         elif inside:
             joined = self._plain_connections(depths)
-        if not joined and self._is_plain:
+        if self._is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
@@ -308,9 +308,21 @@ class _ChainOf:
                 f"{[value.shape for _, value in found]}; expected one tensor, or one for each stream with the same axes. "
                 "Stack the streams into one, or name the modules whose states are wanted with layers="
             )
-        streams = [point for point, _ in found] * (self.memory.num_streams if len(found) == 1 else 1)
+        end = max(numbers)
+        streams = [
+            replace(point, is_read_before=self._is_read_before(value, end)) for point, value in found
+        ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
+
+    def _is_read_before(self, value: TracedValue, end: int) -> bool:
+        """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
+        taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
+        return any(
+            of.way[0] < end and self.graph.earlier([self.graph.values[of.way[0]]], {value.number})[number]
+            for of in self.branches
+            for number in taken
+        )
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
         """What shows a value that is a state, or a stream of one."""

@@ -112,7 +112,8 @@ def _with_batch(parts: list[Part], batch_size: int) -> list[Part]:
         return [("B", 1, 0), *parts]
     raise LayoutError(
         f"the first state has the axes {[size for _, size, _ in parts]}, of which none is one of {batch_size} sequences; call "
-        "the model with one sequence in each row of the batch, or say how it is read with layout="
+        "the model with one sequence in each row of the batch, or say how it is read with layout=, as layout='T D' for all "
+        "tokens as those of one sequence"
     )
 
 

@@ -1,0 +1,69 @@
+"""Which further values does a memory begin with? Those of a first state whose streams are tensors of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from depthscope.probes.reading.branches import branches_of
+from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.operations import PRODUCTS, SAME, VIEWS, addends
+
+PASSES = SAME | VIEWS | {*PRODUCTS}
+
+
+def with_further_beginnings(memory: Memory) -> Memory:
+    """The memory with further first values: added to it as streams are, by several sums of the first connection, never later.
+
+    What is added by one sum alone, as positions are, is a part of the first value; what later blocks add again, as a
+    condition is, is no stream.
+    """
+    branches = branches_of(memory)
+    if not branches:
+        return memory
+    first = min(branches, key=lambda branch: branch.writes[0].number)
+    until = max(write.number for write in first.writes)
+    sums: dict[int, set[int]] = {}
+    for number in sorted(of for of in memory.carried if of <= until):
+        value = memory.graph.values[number]
+        for addend in addends(value):
+            if not memory.holds(addend):
+                for origin in _scaled(addend):
+                    sums.setdefault(origin.number, set()).add(number)
+    found = {
+        number: memory.start.numbers
+        for number, of in sums.items()
+        if len(of) > 1 and _is_beginning(memory, memory.graph.values[number], until)
+    }
+    for number in [n for n in found if not found.keys().isdisjoint(_origins(memory, n))]:
+        del found[number]  # a copy of another one
+    if not found:
+        return memory
+    return without_forks(memory.graph, replace(memory.start, others=found))
+
+
+def _scaled(value: TracedValue) -> Iterator[TracedValue]:
+    """A value and what it is a copy of, a view, or a product with weights."""
+    yield value
+    while value.name in PASSES and (of := [p for p in value.parents if p.is_floating]):
+        value = max(of, key=lambda parent: parent.numel)
+        yield value
+
+
+def _origins(memory: Memory, number: int) -> set[int]:
+    return {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
+
+
+def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:
+    """Whether a value is like the first one, and needed for the first connection alone."""
+    graph, root = memory.graph, memory.root
+    if value.shape != root.shape or graph.depends(value, root) or not graph.depends_on_input(value):
+        return False
+    waiting, last = [value], value.number
+    while waiting:
+        for taker in graph.takers(waiting.pop()):
+            if not memory.holds(taker):
+                waiting += [taker] if taker.name in PASSES else []
+            last = max(last, taker.number)
+    return last <= until

@@ -1,0 +1,225 @@
+"""With what a memory begins and ends, in small networks after public code that were once misread, refused or crashed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import depthscope as ds
+from depthscope.probes.model.layout import LayoutError
+from tests.probes.reading.test_once_misread import WIDTH, Trunk, difference, mlp
+
+
+class Streams(Trunk):
+    """n streams as tensors in a list, which static weights read, mix and write; ``start`` says how they begin."""
+
+    def __init__(self, start: str):
+        super().__init__(head=nn.Linear(WIDTH, 3))
+        self.start, n = start, 3
+        self.starts = nn.ModuleList(nn.Linear(5, WIDTH) for _ in range(n))
+        self.mix = nn.Parameter(torch.eye(n) + 0.1 * torch.randn(3, n, n))
+        self.read, self.write = nn.Parameter(torch.rand(3, n)), nn.Parameter(torch.rand(3, n))
+
+    def first(self, x):
+        if self.start == "projections in a list":
+            return [project(x) for project in self.starts]
+        one, n = self.embed(x), len(self.starts)
+        if self.start == "a stack of one":
+            return torch.stack([one] * n, -2).unbind(-2)
+        return one.unsqueeze(-2).repeat_interleave(n, -2).unbind(-2)
+
+    def forward(self, x):
+        streams = self.first(x)
+        self.passed = [torch.stack(list(streams), -2)]
+        for number, branch in enumerate(self.branches):
+            out = branch(sum(w * s for w, s in zip(self.read[number], streams, strict=True)))
+            streams = [
+                sum(m * s for m, s in zip(row, streams, strict=True)) + w * out
+                for row, w in zip(self.mix[number], self.write[number], strict=True)
+            ]
+            self.passed.append(torch.stack(streams, -2))
+        return self.head(sum(streams))
+
+
+@pytest.mark.parametrize("start", ["projections in a list", "a stack of one", "repeated"])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (7, 5)], ids=["tokens", "rows"])
+def test_streams_in_a_list_are_read_however_they_begin(start, shape):
+    model, x = Streams(start).eval(), torch.randn(*shape)
+    run = ds.capture(model, x, max_sequences=16)
+    assert run.attrs["proof"] == "proven"
+    for found, passed in zip(run.trace.residual.values, model.passed, strict=True):
+        assert difference(found, passed.detach()) < 1e-6
+    for found, true in zip(run.trace.h_res.values, model.mix, strict=True):
+        assert difference(found[0, 0], true.detach()) < 1e-5
+
+
+class Rolled(Trunk):
+    """A circulant H_res: Σ c_k roll(X, k), which has no weights but the c_k."""
+
+    def __init__(self):
+        super().__init__()
+        self.starts = nn.ModuleList(nn.Linear(5, WIDTH) for _ in range(4))
+        self.shares, self.read = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.rand(3, 4, 1))
+
+    def forward(self, x):
+        streams = torch.stack([start(x) for start in self.starts], 2)
+        for branch, shares, read in zip(self.branches, self.shares.softmax(-1), self.read, strict=True):
+            mixed = sum(share * torch.roll(streams, k, 2) for k, share in enumerate(shares))
+            streams = mixed + branch((read * streams).sum(2)).unsqueeze(2)
+        return self.head(streams.mean(2))
+
+
+def test_what_only_moves_streams_is_no_branch():
+    run = ds.capture(model := Rolled().eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert run.trace.sizes["stream"] == 4
+    row = model.shares.softmax(-1)[0].detach()
+    assert difference(run.trace.h_res.values[0, 0, 0, 0], row[[0, 3, 2, 1]]) < 1e-5
+
+
+class Diffusion(Trunk):
+    """A DiT: patches by a convolution, and a condition whose projections scale, shift and gate every branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.label = nn.Conv2d(4, WIDTH, 2, 2), nn.Embedding(7, WIDTH)
+        self.modulations = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3))
+
+    def forward(self, image, label):
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        self.passed = [x]
+        for branch, modulation in zip(self.branches, self.modulations, strict=True):
+            scale, shift, gate = modulation(functional.silu(self.label(label)))[:, None].chunk(3, -1)
+            x = x + gate * branch(functional.layer_norm(x, (WIDTH,)) * (1 + scale) + shift)
+            self.passed.append(x)
+        return self.head(x)
+
+
+def test_an_image_that_a_convolution_made_is_no_spread_of_itself():
+    model = Diffusion().eval()
+    run = ds.capture(model, (torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3])))
+    assert run.attrs["proof"] == "proven"
+    for found, passed in zip(run.trace.residual.values, model.passed, strict=True):
+        assert difference(found, passed.detach()) < 1e-6
+
+
+class Pairs(nn.Module):
+    """A track of tokens and one of their pairs, which begins with a sum of rows and columns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.single, self.rows, self.columns = (nn.Embedding(9, WIDTH) for _ in range(3))
+        self.of_pairs, self.of_tokens = (nn.ModuleList(mlp() for _ in range(3)) for _ in range(2))
+        self.bias, self.head = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        s, z = self.single(ids), self.rows(ids)[:, :, None] + self.columns(ids)[:, None]
+        for pairs, tokens in zip(self.of_pairs, self.of_tokens, strict=True):
+            z = z + pairs(z)
+            s = s + self.bias(z).squeeze(-1).softmax(-1) @ tokens(s)
+        return self.head(s), self.head(z + z.transpose(1, 2))
+
+
+def test_pairs_of_tokens_are_a_state_of_their_own():
+    run = ds.capture(Pairs().eval(), torch.randint(0, 9, (2, 7)))
+    assert sorted(of.residual.shape for of in run["trace"].children.values()) == [
+        (4, 2, 7, 1, WIDTH),
+        (4, 2, 49, 1, WIDTH),
+    ]
+
+
+class Reversible(Trunk):
+    """y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁): at the end y₁ has been read by G."""
+
+    def forward(self, x):
+        x = torch.cat([self.embed(x)] * 2, -1)
+        for first, second in zip(self.branches[:3], self.branches[3:], strict=True):
+            a, b = x.chunk(2, -1)
+            a = a + first(b)
+            x = torch.cat([a, b + second(a)], -1)
+        return self.head(x)
+
+    def __init__(self):
+        super().__init__(6, nn.Linear(2 * WIDTH, 3))
+
+
+def test_a_stream_that_was_read_before_its_state_was_complete_has_no_gradient():
+    run = ds.capture(
+        Reversible().eval(), torch.randn(2, 6, 5), gradients=True, loss=lambda out, _: out.square().mean()
+    )
+    assert run.trace.sizes["stream"] == 2
+    assert torch.as_tensor(run.trace.gradient.values[-1]).isnan().all()
+    assert any("autograd gives one sum of both" in str(of) for of in run.attrs["not_covered"])
+
+
+class LastMixture(Trunk):
+    """Attention over depth of which the head reads the last mixture and the last output, and not a mixture of all."""
+
+    def __init__(self, norm: str):
+        super().__init__()
+        self.queries, self.norm = nn.Parameter(torch.randn(3, WIDTH)), norm
+
+    def forward(self, x):
+        values = [self.embed(x)]
+        for query, branch in zip(self.queries, self.branches, strict=True):
+            stack = torch.stack(values, 2)
+            h = ((stack * query).sum(-1).softmax(-1).unsqueeze(-1) * stack).sum(2)
+            if self.norm == "by a norm":
+                taken = h / (h.norm(dim=-1, keepdim=True) / WIDTH**0.5)
+            else:
+                taken = h / h.abs().mean(-1, keepdim=True)
+            values.append(branch(taken))
+        return self.head(h + values[-1])
+
+
+@pytest.mark.parametrize("norm", ["by a norm", "by a mean"])
+def test_a_history_ends_with_the_last_sum_and_a_norm_is_no_weight_of_a_read(norm):
+    run = ds.capture(LastMixture(norm).eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert run.attrs["family"] == "depth_attention"
+    assert difference(run.trace.depth_read.sum("source").values, torch.ones(3, 2, 6)) < 1e-5
+
+
+class Queries(Trunk):
+    """A decoder after DETR: its state begins with zeros, goes through norms, and attends to what the encoder gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, WIDTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.decoder = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = (seen := self.embed(x) if x.shape[-1] == 5 else x) + branch(seen)
+        state = torch.zeros(len(x), 4, WIDTH)
+        for norm, layer in zip(self.norms, self.decoder, strict=True):
+            scores = ((state + self.queries) @ x.mT).softmax(-1)
+            state = norm(state + layer(scores @ x))
+        return self.head(state)
+
+
+def test_a_decoder_that_begins_with_zeros_is_a_tower():
+    run = ds.capture(Queries().eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert sorted(of.sizes["token"] for of in run["trace"].children.values()) == [4, 6]
+
+
+class Packed(Trunk):
+    """Attention over all rows, as of the patches of several images in one axis."""
+
+    def step(self, number, branch, x):
+        return x + (x @ x.mT).softmax(-1) @ branch(x)
+
+
+def test_packed_tokens_are_refused_unless_they_are_said_to_be_of_one_sequence():
+    model, rows = Packed().eval(), torch.randn(12, 5)
+    with pytest.raises(LayoutError, match="layout='T D'"):
+        ds.capture(model, rows)
+    run = ds.capture(model, rows, layout="T D")
+    assert run.trace.residual.shape == (4, 1, 12, 1, WIDTH)
+    assert run.attrs["proof"] == "proven"
+    assert difference(run.trace.residual.values[-1], model.passed[-1].detach()) < 1e-6
