@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -72,14 +73,21 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
 
 
 def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
-    """The chain of what some modules take, and of what the last one gives, which no memory has as its states."""
+    """The chain of what some modules take, and of what the last one gives, which no memory has as its states.
+
+    Where a module takes first what the one before has no part in, as a list of all before, it is what that one gave.
+    """
     blocks = [graph.calls[call] for call in calls]
-    values = [graph.sides[call, "input"][0] for call in calls] + [graph.sides[calls[-1], "output"][0]]
+    ends = [
+        (calls[0], "input"),
+        *(_handed_on(graph, *pair) for pair in pairwise(calls)),
+        (calls[-1], "output"),
+    ]
+    values = [graph.sides[end][0] for end in ends]
     labels = block_labels(blocks, constant=len({value.shape for value in values}) == 1)
     points = []
-    for depth, (call, (layer, site)) in enumerate(zip([*blocks, blocks[-1]], labels, strict=True)):
-        at = "input" if depth < len(blocks) else "output"
-        module = blocks[depth - 1].path if depth else "(input)"
+    for depth, ((number, at), (layer, site)) in enumerate(zip(ends, labels, strict=True)):
+        call, module = graph.calls[number], blocks[depth - 1].path if depth else "(input)"
         points.append(HookPoint(call.path, call.number, at, layer, site, module))
     return Chain(
         name="",
@@ -90,6 +98,11 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
         shapes=tuple(value.shape for value in values),
         proof=proof,
     )
+
+
+def _handed_on(graph: Graph, before: int, after: int) -> tuple[int, str]:
+    taken, given = graph.sides[after, "input"][0], graph.sides[before, "output"][0]
+    return (after, "input") if graph.depends(taken, given) else (before, "output")
 
 
 def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[int, str]]:

@@ -105,7 +105,9 @@ class SequenceAxis:
             return isinstance(value.args[1], int) and value.args[1] % rank == dim
         if "attention" in value.name:
             return position < 3 and dim == rank - 2
-        return value.name == "convolution" and position == 0 and dim >= 2
+        if value.name != "convolution" or position or dim < 2:
+            return False
+        return value.args[1].shape[dim] > 1  # a kernel of one element reads each place alone
 
     def _by_size(self, value: TracedValue) -> tuple[int, int] | None:
         """Of an operation that is not known: the only axis of the size of the batch."""

@@ -102,3 +102,34 @@ def test_settings_that_a_model_does_not_run_with_are_no_bug_of_ours(
     for command in (words, ["describe", str(tmp_path)]):
         assert main(command) == USAGE
         assert "the model stops with" in capsys.readouterr().err
+
+
+class Dense(nn.Module):
+    """Layers that take every output so far, each as an argument of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12 + 8 * number, 8) for number in range(3))
+        for layer in self.layers:
+            layer.forward = lambda *given, of=layer: torch.tanh(
+                nn.functional.linear(torch.cat(given, -1), of.weight)
+            )
+
+    def forward(self, x):
+        given = [x]
+        for layer in self.layers:
+            given.append(layer(*given))
+        return torch.cat(given, -1)
+
+
+def test_named_layers_that_take_all_before_are_recorded_by_what_they_give():
+    model, x = Dense(), torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    run = ds.capture(model, x, layers="layers.{i}", layout="B T D", gradients=False)
+    assert run.attrs["proof"].startswith("unproven")
+    parts = model(x).detach().split([12, 8, 8, 8], -1)
+    found = [
+        state for stage in run["trace"].children.values() for state in stage["residual"].values[:, :, :, 0]
+    ]
+    assert len(found) == 4
+    for expected, state in zip(parts, found, strict=True):
+        assert torch.equal(torch.from_numpy(state), expected)

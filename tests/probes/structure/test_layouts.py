@@ -23,6 +23,9 @@ WAYS = {
     "copies behind": lambda x: x.repeat_interleave(3, 0),
     "a linear layer": lambda x: functional.linear(x, torch.ones(5, WIDTH)),
     "a convolution": lambda x: functional.conv1d(x.mT, torch.ones(5, WIDTH, 1)),
+    "a convolution of kernel 1 along the sequences": lambda x: functional.conv1d(
+        x.permute(1, 2, 0), torch.ones(5, WIDTH, 1)
+    ),
     "a sum over tokens": lambda x: x.sum(1),
     "one token": lambda x: x[:, 1],
     "stacked": lambda x: torch.stack([x, x + 1], 2),
@@ -61,8 +64,15 @@ def test_the_sequences_are_where_a_change_of_one_of_them_shows(name, axis):
     assert not sequences.is_mixed(graph.values[0], graph.values[-1])
 
 
-def test_an_attention_along_the_axis_is_seen():
-    graph, _ = recorded(Function(WAYS["attended"]), torch.randn(BATCH, TOKENS, WIDTH))
+MIXED = {
+    "an attention": WAYS["attended"],
+    "a convolution": lambda x: functional.conv1d(x.mT, torch.ones(5, WIDTH, 3), padding=1).relu(),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_along_the_axis_is_seen(name):
+    graph, _ = recorded(Function(MIXED[name]), torch.randn(BATCH, TOKENS, WIDTH))
     first = next(value for value in graph.values if value.kind == "input")
     assert SequenceAxis(graph, TOKENS, 1).is_mixed(first, graph.outputs[0])
 
