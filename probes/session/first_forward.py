@@ -121,7 +121,8 @@ class RecordedForward:
         recorder = placed or GraphRecorder(self._model, batch, hooks=1)
         forward = self._current.recorded
         assert forward is not None
-        recorder.on_taken = partial(self._meet, forward, tape)
+        if self._observer is not None or self._gradients:
+            recorder.on_taken = partial(self._meet, forward, tape)
         if self._operations:
             recorder.on_value = partial(self._record_operation, forward, tape)
         return recorder
