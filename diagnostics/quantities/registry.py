@@ -268,7 +268,9 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS, *OF_ROUTERS) if name in statistics]
+    known = [
+        name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS, *OF_ROUTERS) if name in statistics
+    ]
     # Of a live store the trace may be of an earlier step than the last row.
     pooled = statistics.attrs.get(POOLED_STEP)
     rows = [] if pooled is None else np.flatnonzero(statistics["step"].values == pooled).tolist()
