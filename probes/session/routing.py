@@ -87,15 +87,14 @@ def _entropy_share(scores: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class RoutingPlaces:
-    """Where a model routes: by module path and index of the call, the state that each of its choices leads to, or None."""
+    """Where a model routes: by module path and index of the call, the state that each choice in it leads to, or None."""
 
     calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
 
     @property
     def paths(self) -> set[str]:
-        """The modules that later forwards look at: those that lie in no other one of them, which would see the same."""
-        placed = {path for (path, _), keys in self.calls.items() if path and any(keys)}
-        return {path for path in placed if not any(path.startswith(f"{other}.") for other in placed)}
+        """The modules that later forwards look at."""
+        return {path for path, _ in self.calls}
 
 
 def watch_routing(recorder: GraphRecorder) -> RoutingWatch:
@@ -114,22 +113,34 @@ def placed_routing(tape: Tape, forward: Forward, structure: Structure) -> Routin
     tape.routing, graph = None, tape.recorder.graph
     states = [[tape.recorded(point) for point in chain.points] for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
+    keys: list[Key | None] = []
     for seen in watch.found:
-        call = graph.calls[graph.values[seen.given[0]].call]
-        key = None
-        if _is_made_by_layer(graph, graph.values[seen.taken], seen.routed.experts):
-            found = (first_state_after(number, graph, depths) for number in seen.given)
-            place = next((of for of in found if of is not None), None)
-            tokens = None if place is None else num_tokens(structure, *place, forward.batch_size)
-            if (
-                place is not None
-                and tokens is not None
-                and len(seen.routed.chosen) == tokens * forward.batch_size
-            ):
-                key = place[:2]
-                forward.routed.setdefault(key, []).append(seen.routed)
-        places.calls.setdefault((call.path, call.number), []).append(key)
+        key = _place(seen, graph, structure, depths, forward.batch_size)
+        keys.append(key)
+        if key is not None:
+            forward.routed.setdefault(key, []).append(seen.routed)
+    stacks = [graph.stack(graph.values[seen.given[0]]) for seen in watch.found]
+    routes = {
+        graph.calls[stack[-1]].path for stack, key in zip(stacks, keys, strict=True) if key and stack
+    } - {""}
+    for stack, key in zip(stacks, keys, strict=True):
+        # The outermost one: what is chosen in modules inside of it is seen with it.
+        call = next((graph.calls[n] for n in stack if graph.calls[n].path in routes), None)
+        if call is not None:
+            places.calls.setdefault((call.path, call.number), []).append(key)
     return places
+
+
+def _place(seen: _Choice, graph: Graph, structure: Structure, depths: Any, batch_size: int) -> Key | None:
+    """Chain and depth of the state that a router's choice leads to; None where it is no choice of experts for each token."""
+    if not _is_made_by_layer(graph, graph.values[seen.taken], seen.routed.experts):
+        return None
+    for number in seen.given:
+        place = first_state_after(number, graph, depths)
+        tokens = None if place is None else num_tokens(structure, *place, batch_size)
+        if place is not None and tokens is not None and len(seen.routed.chosen) == tokens * batch_size:
+            return place[:2]
+    return None
 
 
 def _is_made_by_layer(graph: Graph, scores: TracedValue, experts: int) -> bool:
@@ -150,9 +161,7 @@ def later_routing(
     places: RoutingPlaces, forward: Forward, path: str, module: nn.Module
 ) -> tuple[OperationsShown, Callable[[Any], None]] | None:
     """What looks at one call of a module that routes, and what is done when it has ended; None where it does not route."""
-    index = forward.next_index("routing", path)
-    # Those of the modules inside of it are seen with it; a forward calls them in one order.
-    expected = places.calls.get((path, index))
+    expected = places.calls.get((path, forward.next_index("routing", path)))
     if expected is None:
         return None
     watch = RoutingWatch()

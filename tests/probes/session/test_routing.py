@@ -145,3 +145,37 @@ def test_a_choice_that_leads_to_no_state_or_is_of_no_layer_is_none_of_a_router(i
     model.blocks = nn.ModuleList(Sparse() for _ in range(3))
     run = probes.capture(model, {"input_ids": ids}, settle=0)
     assert "expert_token_count" not in run["statistics"]
+
+
+def test_a_router_of_groups_inside_of_one_of_experts_is_seen_with_it(ids):
+    class Grouped(Experts):
+        """Chooses two of the experts after a module of its own chose among pairs of them."""
+
+        def __init__(self) -> None:
+            super().__init__("logits", 2)
+            self.pairs = Pairs()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.pairs(x))
+
+    class Pairs(nn.Module):
+        """A choice that is one among the outputs of a layer too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.values = nn.Linear(D, 3), nn.Parameter(torch.randn(3, D))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.values[self.gate(x).argmax(-1)]
+
+    model = network()
+    model.blocks = nn.ModuleList(Grouped() for _ in range(3))
+    with probes.record(model, every=1, gradients=True) as recorder:
+        for _ in range(3):
+            loss = model(ids)["loss"]
+            loss.backward()
+            recorder.step(loss)
+    counts = recorder.run["statistics"]["expert_token_count"].values
+    assert counts.shape == (3, 4, 3 + EXPERTS)
+    assert np.array_equal(counts[0], counts[2], equal_nan=True)
+    assert counts[2, 1:, 3:].tolist() == [block.counts() for block in model.blocks]
