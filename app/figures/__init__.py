@@ -53,6 +53,8 @@ DEFINED: dict[str, FigureKind] = {
         collapse.zero_fraction,
         collapse.attention_entropy,
         collapse.sink_mass,
+        collapse.expert_load,
+        collapse.router_entropy,
         collapse.spectrum,
         collapse.spectrum_map,
         collapse.spectral_density,

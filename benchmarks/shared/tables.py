@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -16,16 +17,17 @@ OWN = ("torch", "depthscope", "transformers")  # installed with this package: no
 
 
 def circumstances(module: str, packages: Iterable[str]) -> dict[str, Any]:
-    """Day, machine, versions and command of a run.
+    """Day, machine with its load at the end, versions and command of a run.
 
     ``module``: run by ``python -m``.
     ``packages``: packages whose versions are listed, where they are installed.
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used",
+        "machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used, load "
+        f"{os.getloadavg()[0]:.0f}",
         "versions": versions(packages),
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 
 

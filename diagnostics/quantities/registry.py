@@ -21,6 +21,7 @@ from depthscope.diagnostics.schema import (
     COEFFICIENTS,
     OF_ATTENTION,
     OF_CHECKPOINTS,
+    OF_ROUTERS,
     OF_STREAMING,
     OF_STREAMS,
     OF_WEIGHTS,
@@ -49,7 +50,7 @@ LABELS: dict[str, tuple[str, ...]] = CHOICES | {
 DIMS = (
     *("estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
     *("other_depth", "connection", "other_connection", "weight"),
-    *("component", "order", "stream", "head", "quantile", "reduction"),
+    *("component", "order", "stream", "head", "expert", "quantile", "reduction"),
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
@@ -186,7 +187,7 @@ class Quantities:
             return {dim: list(self._values[dim])}
         if dim in LABELS:
             return {dim: list(LABELS[dim])}
-        if dim in ("component", "head"):
+        if dim in ("component", "head", "expert"):
             return {dim: np.arange(size)}
         if dim == "group":
             return {"scope": ("group", group_scopes(self._values["scope"], self["mask"].sizes["sample"]))}
@@ -267,7 +268,9 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS) if name in statistics]
+    known = [
+        name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS, *OF_ROUTERS) if name in statistics
+    ]
     # Of a live store the trace may be of an earlier step than the last row.
     pooled = statistics.attrs.get(POOLED_STEP)
     rows = [] if pooled is None else np.flatnonzero(statistics["step"].values == pooled).tolist()

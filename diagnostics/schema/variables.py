@@ -30,6 +30,7 @@ QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 HEADS = ("step", "depth", "head")
+EXPERTS = ("step", "depth", "expert")
 DEPTH_STEP = ("step", "depth")
 CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
@@ -202,6 +203,15 @@ STATISTICS: dict[str, Variable] = {
         HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
     ),
     "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
+    "expert_token_count": Variable(
+        EXPERTS, "f", "how often a router chose each of its experts, over real tokens"
+    ),
+    "router_entropy_sum": Variable(
+        DEPTH_STEP,
+        "f",
+        "Σ over real tokens of the entropy of a router's scores, as a share of that of uniform ones",
+    ),
+    "routed_token_count": Variable(DEPTH_STEP, "f", "real tokens that a router chose experts for"),
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
     "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer"),
@@ -259,6 +269,7 @@ STATISTICS: dict[str, Variable] = {
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 """Statistics of each module's weights: their square root, or that of a ratio of them, is a metric."""
 
+OF_ROUTERS = ("expert_token_count", "router_entropy_sum", "routed_token_count")
 OF_CHECKPOINTS = ("first_state_cka", "last_state_cka", "first_state_distance")
 """Statistics that compare the states of a checkpoint with those of others, from `probe_checkpoints`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -56,3 +56,13 @@ def own_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter of a model, once: those that `Module.parameters` gives, in another order."""
     return own_parameters(all_modules(model))
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of modules that are given by their paths, by all of their names."""
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }

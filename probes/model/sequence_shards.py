@@ -34,6 +34,11 @@ ADVICE = (
     "sequence parallelism, such as its saved checkpoint in one process; a training can be recorded by all processes that "
     "share sequences, with group='world' or a group of them"
 )
+CONTEXT = "context parallelism"
+OF_CONTEXT = (
+    "each process has two parts of every sequence that do not follow each other, and nothing in the model says which; call a "
+    "replica of the model without it, such as its saved checkpoint in one process"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def token_shards(model: nn.Module) -> TokenShards | None:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             values = list(_referred_to(hook, 0, set()))
             if any(map(_is_of_context_parallelism, values)):
-                raise CaptureError(f"context parallelism at {path or 'the model'}; {ADVICE}")
+                raise CaptureError(f"context parallelism at {path or 'the model'}: {OF_CONTEXT}")
             if not any(map(_is_token_shard, values)):
                 continue
             named = {
@@ -125,9 +130,7 @@ def require_whole_sequences(model: nn.Module, *, hooks: bool, known: TokenShards
     if torch.distributed.get_world_size() == 1:
         return
     if _is_of_context_parallelism(nn.functional.scaled_dot_product_attention):
-        raise CaptureError(
-            f"the model runs under context parallelism, each process with some tokens of every sequence; {ADVICE}"
-        )
+        raise CaptureError(f"the model runs under context parallelism: {OF_CONTEXT}")
     if known is not None:
         if hooks and token_shards(model) != known:
             raise CaptureError(
@@ -137,9 +140,9 @@ def require_whole_sequences(model: nn.Module, *, hooks: bool, known: TokenShards
     for path, module in module_paths(model) if hooks else ():
         found = _shards_tokens(module)
         if found:
-            raise CaptureError(
-                f"{found} at {path or 'the model'}: each process has some tokens of every sequence there; {ADVICE}"
-            )
+            why = f"each process has some tokens of every sequence there; {ADVICE}"
+            why = OF_CONTEXT if found == CONTEXT else why
+            raise CaptureError(f"{found} at {path or 'the model'}: {why}")
 
 
 def _shards_tokens(module: nn.Module) -> str:
@@ -147,7 +150,7 @@ def _shards_tokens(module: nn.Module) -> str:
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         for value in _referred_to(hook, 0, set()):
             if _is_of_context_parallelism(value):
-                return "context parallelism"
+                return CONTEXT
             if _is_token_shard(value):
                 return f"sequence parallelism ({value})"
     return ""

@@ -408,7 +408,8 @@ class Graph:
 
     def ends_of(self, call: int) -> tuple[TracedValue, TracedValue] | None:
         """The first floating value that a call took, and the first that it gave; None where either is missing."""
-        taken, given = (self.sides.get((call, at)) for at in ("input", "output"))
+        sides = self.sides
+        taken, given = sides.get((call, "input")), sides.get((call, "output"))
         return (taken[0], given[0]) if taken and given else None
 
     def let_go(self) -> None:

@@ -107,11 +107,17 @@ def only_operation(
 
     ``hooks``: how many hooks before, and after, a call are of whoever records it.
     """
-    is_plain = len(tensors) == 1 and type(tensors[0]) is torch.Tensor
-    if module is None or type(module) not in (nn.Linear, nn.LayerNorm) or not is_plain:
+    kind = type(module)
+    if (kind is not nn.Linear and kind is not nn.LayerNorm) or len(tensors) != 1:
         return None
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    is_plain = all(parameter is None or type(parameter) is nn.Parameter for parameter in (weight, bias))
+    assert module is not None
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    is_plain = (
+        type(tensors[0]) is torch.Tensor
+        and (weight is None or type(weight) is nn.Parameter)
+        and (bias is None or type(bias) is nn.Parameter)
+    )
     if not len(module._forward_hooks) == len(module._forward_pre_hooks) == hooks or not is_plain:
         return None
     # A mode of the user's would not see the operations inside.

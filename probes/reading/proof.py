@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,9 @@ from depthscope.probes.reading.states import States
 ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 
 
+# Numbers of a state whose step is recomputed with others, and how many at once: 2 MB of each operand.
+SMALL, MOST_WAITING = 2**13, 64
+
 # Heuristic: what has less of the weights, relative to those of the branches, is no part of the trunk.
 FURTHER_WEIGHTS = 0.1
 
@@ -43,37 +47,103 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
-    error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
+    return _relative(*(float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true)))
+
+
+def _relative(error: float, largest: float) -> float:
     error /= max(largest, 1e-9)
     return error if math.isfinite(error) else math.inf
 
 
 def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """(tokens, to, from, features or 1) applied to (tokens, from, features)."""
+    """(…, tokens, to, from, features or 1) applied to (…, tokens, from, features)."""
     matrix = matrix.to(state)
-    if state.shape[1] == 1:
-        return matrix[:, :, 0] * state
+    if state.shape[-2] == 1:
+        return matrix[..., 0, :] * state
     if matrix.shape[-1] == 1:
         return matrix[..., 0] @ state
     return (matrix * state[:, None]).sum(2)
 
 
-def recomputed(states: States, before: Cut, parts: ConnectionParts) -> float:
-    """How far the next state, and every read, is from what the reported parts give."""
-    state = states.array(parts.start)
-    total = _applied(parts.h_res, state)
-    for branch in parts.branches:
-        total = total + _applied(branch.write, branch.out)
-    if parts.constant is not None:
-        total = total + parts.constant
-    errors = [_error(total, states.array(parts.target))]
-    first = min(value.number for value in parts.start)
-    for branch in parts.branches:
-        for read, weight in branch.reads:
-            base = parts.start if read.number >= first else before
-            if [read] != base and _is_pure(states, base, read):
-                errors.append(_error(_applied(weight, states.array(base)), states.array([read])))
-    return max(errors)
+class _Step(NamedTuple):
+    """A step of small states: its connection, what is applied to what, and the next state."""
+
+    parts: ConnectionParts
+    factors: list[tuple[torch.Tensor, torch.Tensor]]
+    target: torch.Tensor
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What steps have in common that are recomputed together."""
+        tensors = (self.target, *(tensor for pair in self.factors for tensor in pair))
+        return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+
+
+class Recomputed:
+    """How far the next states, and every read, are from what the reported parts give: the errors of connections.
+
+    Small steps of one kind are recomputed at once, each number by the same operations: an operation costs more than these.
+    """
+
+    def __init__(self, states: States):
+        self._states = states
+        self._waiting: list[_Step] = []
+
+    def add(self, before: Cut, parts: ConnectionParts) -> None:
+        """Take the step from a state to the next one."""
+        parts.error = max(self._errors_of_reads(before, parts), default=0.0)
+        state = self._states.array(parts.start)
+        factors = [(parts.h_res, state), *((branch.write, branch.out) for branch in parts.branches)]
+        step = _Step(parts, factors, self._states.array(parts.target))
+        is_plain = all(matrix.shape[1:3] == (1, 1) for matrix, _ in factors) and parts.constant is None
+        if is_plain and step.target.numel() <= SMALL:
+            self._waiting.append(step)
+            if len(self._waiting) == MOST_WAITING:
+                self.end()
+            return
+        total = _total(factors)
+        if parts.constant is not None:
+            total = total + parts.constant
+        parts.error = max(parts.error, _error(total, step.target))
+
+    def end(self) -> None:
+        """Note the errors of the steps that wait."""
+        kinds: dict[tuple[Any, ...], list[_Step]] = {}
+        for step in self._waiting:
+            kinds.setdefault(step.kind, []).append(step)
+        self._waiting.clear()
+        for steps in kinds.values():
+            columns = zip(*(step.factors for step in steps), strict=True)
+            total = _total([(_joined(m for m, _ in of), _joined(x for _, x in of)) for of in columns])
+            true = _joined(step.target for step in steps)
+            sizes = [
+                torch.linalg.vector_norm(of.flatten(1), math.inf, dim=1).tolist()
+                for of in (total - true, true)
+            ]
+            for step, error, largest in zip(steps, *sizes, strict=True):
+                step.parts.error = max(step.parts.error, _relative(error, largest))
+
+    def _errors_of_reads(self, before: Cut, parts: ConnectionParts) -> list[float]:
+        states, errors = self._states, list[float]()
+        first = min(value.number for value in parts.start)
+        for branch in parts.branches:
+            for read, weight in branch.reads:
+                base = parts.start if read.number >= first else before
+                if [read] != base and _is_pure(states, base, read):
+                    errors.append(_error(_applied(weight, states.array(base)), states.array([read])))
+        return errors
+
+
+def _total(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    first, *rest = (_applied(*pair) for pair in factors)
+    for other in rest:
+        first = first + other
+    return first
+
+
+def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Tensors (tokens, …) of several steps as one, with the steps first."""
+    return torch.stack(list(tensors))
 
 
 def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:

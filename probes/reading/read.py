@@ -30,7 +30,7 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, Va
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES
-from depthscope.probes.reading.proof import WeightCoverage, recomputed, recomputed_depth, tolerance
+from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
 from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
 
@@ -246,7 +246,7 @@ class _Reader:
         self._cuts, self.linear = found, Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
-        parts = []
+        parts, proof = [], Recomputed(self.states)
         for number, after in enumerate(found.cuts[1:], 1):
             before = found.cuts[number - 1]
             of = self.linear.joined_by(before, after, self.branches)
@@ -255,8 +255,9 @@ class _Reader:
                 if ordered != after:
                     found.cuts[number] = ordered
                     of = self.linear.joined_by(before, ordered, self.branches)
-                of.error = recomputed(self.states, before, of)
+                proof.add(before, of)
             parts.append(of)
+        proof.end()
         if any(not branch.reads for of in parts for branch in of.branches):
             return self._over_depth(found.cuts)  # a branch reads an earlier state than the last one
         connections = [self._connection(number, of) for number, of in enumerate(parts)]

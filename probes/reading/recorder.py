@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in, split_over
 from depthscope.probes.reading.graph import (
@@ -38,6 +39,7 @@ from depthscope.probes.reading.graph import (
 )
 from depthscope.probes.reading.known_operations import (
     ADD,
+    EMPTY,
     FUSED,
     MUL,
     SAVING,
@@ -88,7 +90,7 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.circumstances = circumstances(model, batch)
         self.paths: dict[int, str] = {}  # of modules
         self._names: dict[int, str] = {}  # of parameters
-        for path, module in model.named_modules():
+        for path, module in module_paths(model):
             self.paths[id(module)] = path
             self.graph.modules[path] = type(module).__name__
             for name, parameter in module._parameters.items():
@@ -133,13 +135,14 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called with some arguments. Some layers are one operation."""
-        given = [*enumerate(args), *kwargs.items()]
-        taken = [(of, tensor) for of, value in given for tensor in floats_in(value)]
-        tensors, kind = [tensor for _, tensor in taken], type(module).__name__
+        tensors, arguments, kind = list[torch.Tensor](), list[int | str](), type(module).__name__
+        for of, value in (*enumerate(args), *kwargs.items()):
+            floats = floats_in(value)
+            tensors += floats
+            arguments += [of] * len(floats)
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        arguments = tuple(of for of, _ in taken)
-        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, arguments))
+        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, tuple(arguments)))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
         only = only_operation(module, tensors, self._hooks)
@@ -182,7 +185,7 @@ class GraphRecorder(TorchDispatchMode):
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
         for item, number in enumerate(numbers):
-            if split := split_over(tensors[item]):
+            if not is_plain(tensors[item]) and (split := split_over(tensors[item])):
                 self.graph.split[number] = split
             self._num_shown += 1
             shown = Shown(self._stack[-1], at, item, self._num_shown)
@@ -208,6 +211,9 @@ class GraphRecorder(TorchDispatchMode):
 
     def known(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now."""
+        entry = self._entries.get(id(tensor))
+        if entry is not None and not self._writes and entry() is tensor and entry.value.kind != CONSTANT:
+            return entry.value  # as nearly always
         tensor = own_part(tensor)
         entry = self._entries.get(id(tensor))
         if entry is not None and entry() is not tensor:  # of a tensor that is gone
@@ -302,23 +308,26 @@ class GraphRecorder(TorchDispatchMode):
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
-        tensor = own_part(tensor)
         base = value
         while base.remade and base.alias:
             base = base.parents[0]
         if not self._holds or base.held is not None or (base.remade and not base.costly and not saved):
             return
+        tensor = own_part(tensor)
         if not is_plain(tensor):
             base = value  # no view of its memory can be taken
         is_lent = self._is_lent(tensor)
         if is_lent and tensor.ndim > 1 and min(tensor.shape[-2:]) > MOST_STREAMS:
             return  # the weight of a layer, whose memory is freed after the call
-        silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
-        with unseen_by_modes(tensor):
-            held = tensor if tensor.grad_fn is None else tensor.detach()
-            held = held.detach().clone() if is_lent else held
-            base.held = held if base is value else held.as_strided(*base.geometry)
-        self._silent = silent
+        if base is value and tensor.grad_fn is None and not is_lent:
+            base.held = tensor
+        else:
+            silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
+            with unseen_by_modes(tensor):
+                held = tensor if tensor.grad_fn is None else tensor.detach()
+                held = held.detach().clone() if is_lent else held
+                base.held = held if base is value else held.as_strided(*base.geometry)
+            self._silent = silent
         self._newly_held.append(base)
 
     def _replaced(self, arguments: Iterable[Any], values: list[TracedValue]) -> list[Any]:
@@ -416,7 +425,16 @@ class GraphRecorder(TorchDispatchMode):
 
     def _find_unseen(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note the tensors that were computed since the last operation, by what is no operation."""
-        for tensor in map(own_part, tensors):
+        for tensor in tensors:
+            entry = self._entries.get(id(tensor))
+            if (
+                entry is not None
+                and entry() is tensor
+                and not entry.value.alias
+                and entry.value.name not in EMPTY
+            ):
+                continue
+            tensor = own_part(tensor)
             entry = self._entries.get(id(tensor))
             if entry is None or entry() is not tensor:
                 is_unseen = tensor.grad_fn is not None and id(tensor) not in self._given

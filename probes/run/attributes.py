@@ -32,8 +32,9 @@ def run_attributes(
     # NaN where nothing was compared, as where all sampled tokens are padding.
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
-    stamp = weights_stamp(session.model)
+    stamp = weights_stamp(session.model) if digests else 0
     unchanged = digests and session.reservoir.stored_stamp in (stamp, training_stamp(stamp))
+    parameters = all_parameters(session.model)
     constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
@@ -53,12 +54,12 @@ def run_attributes(
         "block": structure.chains[0].block_class,
         "num_blocks": len(structure.chains[0].blocks),
         # Tied weights count once, as parameters() lists them.
-        "num_parameters": sum(parameter.numel() for parameter in all_parameters(session.model)),
+        "num_parameters": sum(parameter.numel() for parameter in parameters),
         "seed": options.seed,
         "data_digest": _data_digest(sequences) if digests else None,
         "distinct_tokens": _distinct_tokens(sequences),
         "weights_digest": weights_digest(session.model) if unchanged else None,
-        "weights_not_read": _not_read(session.model) or None,
+        "weights_not_read": _not_read(parameters) or None,
         "sampling": {
             "max_sequences": options.max_sequences,
             "seed": options.seed,
@@ -75,9 +76,8 @@ def run_attributes(
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _not_read(model: nn.Module) -> str:
+def _not_read(parameters: list[nn.Parameter]) -> str:
     """Why nothing is said of the weights themselves; empty where all are in this process."""
-    parameters = list(all_parameters(model))
     offloaded = sum(parameter.is_meta for parameter in parameters)
     if not offloaded:
         return ""

@@ -43,6 +43,7 @@ SUMMED = frozenset(
         ),
         *schema.SUMS_OF_COEFFICIENTS,
         *("attention_query_count", "attention_entropy_sum", "sink_mass_sum"),
+        *schema.OF_ROUTERS,
         *("feature_sum", "unit_sum"),
     )
 )

@@ -104,7 +104,7 @@ def step_variables(
     # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
     pairs = stacked(sums, "unit_square", depths) - stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
-    for name in OF_HEADS:
+    for name in (*OF_HEADS, *schema.OF_ROUTERS):
         if any(of.array(name, depths) is not None for of in sums):
             variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, depths))
     coords: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import AttentionRows, AttentionWatch, measured
+from depthscope.probes.session.attention_rows import AttentionWatch, measured
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.tape import Tape
@@ -116,12 +116,12 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     for seen in watch.found:
         call = graph.calls[graph.values[seen.value].call]
         of_call = places.calls.setdefault((call.path, call.number), [])
-        place = _place(seen, graph, depths)
+        place = first_state_after(seen.value, graph, depths)
         of_call.append(None)  # before the first state, or in what is no chain
         if place is None:
             continue
         number, depth, state = place
-        if seen.rows.shape[-1] != _num_tokens(structure, number, depth, state, forward.batch_size):
+        if seen.rows.shape[-1] != num_tokens(structure, number, depth, state, forward.batch_size):
             places.reasons[OTHER_TOKENS] += 1
             continue
         key = of_call[-1] = number, depth
@@ -193,20 +193,24 @@ def attention_sums(
     }
 
 
-def _place(
-    seen: AttentionRows, graph: Graph, depths: list[list[tuple[int, TracedValue]]]
+def first_state_after(
+    made: int, graph: Graph, depths: list[list[tuple[int, TracedValue]]]
 ) -> tuple[int, int, TracedValue] | None:
-    """Chain, depth and value of the first state that was computed from an attention's output, after another one."""
-    attention = graph.values[seen.value]
+    """Chain, depth and value of the first state that was computed from a value, after another one.
+
+    ``made``: the number of the value, such as what an attention gives.
+    ``depths``: of each chain, its states.
+    """
+    origin = graph.values[made]
     for number, of_chain in enumerate(depths):
-        later = ((depth, value) for depth, value in of_chain if value.number > attention.number)
-        depth, value = next(later, (0, attention))
-        if depth > 0 and graph.depends(value, attention):
+        later = ((depth, value) for depth, value in of_chain if value.number > origin.number)
+        depth, value = next(later, (0, origin))
+        if depth > 0 and graph.depends(value, origin):
             return number, depth, value
     return None
 
 
-def _num_tokens(
+def num_tokens(
     structure: Structure, number: int, depth: int, state: TracedValue, batch_size: int
 ) -> int | None:
     """How many tokens a state has; None where its shape does not tell them."""

@@ -29,6 +29,7 @@ from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
+from depthscope.probes.session.routing import watch_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 from depthscope.probes.structure.tape import Tape, place_of, value_at
 
@@ -59,6 +60,8 @@ class RecordedForward:
         Where a later forward shows what is measured: then no other operation of it is looked at.
     attention : int, optional
         Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
+    routing : bool
+        Whether it is looked at what routers choose.
     hides : callable, optional
         Whether the module of a path runs inside of compiled code.
     """
@@ -73,9 +76,10 @@ class RecordedForward:
         observer: Observer | None = None,
         known: KnownPlaces | None = None,
         attention: int | None = None,
+        routing: bool = False,
         hides: Callable[[str], bool] | None = None,
     ):
-        self._observer, self._known, self._attention = observer, known, attention
+        self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
@@ -121,7 +125,8 @@ class RecordedForward:
         recorder = placed or GraphRecorder(self._model, batch, hooks=1)
         forward = self._current.recorded
         assert forward is not None
-        recorder.on_taken = partial(self._meet, forward, tape)
+        if self._observer is not None or self._gradients:
+            recorder.on_taken = partial(self._meet, forward, tape)
         if self._operations:
             recorder.on_value = partial(self._record_operation, forward, tape)
         return recorder
@@ -136,6 +141,8 @@ class RecordedForward:
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
+        if self._routing and isinstance(recorder, GraphRecorder):
+            tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
             tape.logits = self._observer.matrices(recorder.graph)
         return MethodWatch(recorder, recorder.end)

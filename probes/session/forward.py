@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -28,6 +28,14 @@ Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINA
 TensorKey: TypeAlias = tuple[
     int, int, int
 ]  # a chain, a depth, and a stream where each is a tensor of its own
+
+
+class Routed(NamedTuple):
+    """What a router chose: the experts of each row (rows, k), and the entropy of its scores as a share of uniform ones'."""
+
+    chosen: torch.Tensor
+    entropy: torch.Tensor
+    experts: int
 
 
 @dataclass(eq=False)
@@ -63,6 +71,8 @@ class Forward:
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
     attending: list[tuple[Key, torch.Tensor | FusedCall]] = field(default_factory=list)  # not measured yet
+    routed: dict[Key, list[Routed]] = field(default_factory=dict)  # by the state that a router leads to
+    unrouted: bool = False  # whether a router chose more or fewer times than in the first forward
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.

@@ -15,6 +15,7 @@ from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
+from depthscope.probes.session.routing import RoutingPlaces, later_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 
 
@@ -33,6 +34,8 @@ class LaterForwards:
         Gives the forwards that ended, whose checkpoints a backward recomputes.
     attention : AttentionPlaces, optional
         Which calls attend, where that is looked at.
+    routing : RoutingPlaces, optional
+        Which calls route, where that is looked at.
     hides : callable, optional
         Whether the module of a path runs inside of compiled code.
     points : sequence of ShownTensor, optional
@@ -46,6 +49,7 @@ class LaterForwards:
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
         attention: AttentionPlaces | None = None,
+        routing: RoutingPlaces | None = None,
         hides: Callable[[str], bool] | None = None,
         points: Sequence[ShownTensor] | None = None,
     ):
@@ -54,7 +58,7 @@ class LaterForwards:
         self._structure = observer.structure
         self._current = current
         self._ended = ended
-        self._attention = attention
+        self._attention, self._routing = attention, routing
         self._hides = hides or (lambda path: False)
         self._points = self._structure.shown if points is None else points
 
@@ -68,6 +72,9 @@ class LaterForwards:
             if self._hides(path):
                 continue
             attachment.around(modules[path], "forward", partial(self._around_attention, path))
+        for path in () if self._routing is None else sorted(self._routing.paths):
+            if not self._hides(path):
+                attachment.around(modules[path], "forward", partial(self._around_routing, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
@@ -155,6 +162,13 @@ class LaterForwards:
         if forward is None or self._attention is None:
             return None
         found = later_attention(self._attention, forward, path, module)
+        return None if found is None else MethodWatch(*found)
+
+    def _around_routing(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        forward = self._current.recorded
+        if forward is None or self._routing is None:
+            return None
+        found = later_routing(self._routing, forward, path, module)
         return None if found is None else MethodWatch(*found)
 
     # --- branches ---

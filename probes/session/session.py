@@ -60,6 +60,7 @@ from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
+from depthscope.probes.session.routing import RoutingPlaces, placed_routing, routing_sums
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure, require_same
@@ -116,6 +117,7 @@ class Session:
         self.last: Forward | None = None
         self.num_forwards = 0
         self.attention = AttentionPlaces()  # as the first forward shows
+        self.routing = RoutingPlaces()  # as the first forward shows
         self._attention_is_known = True  # or the second one, where the first was counted along the wrong axis
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = self._new_reservoir()
@@ -277,6 +279,7 @@ class Session:
                 gradients=self.options.gradients,
                 report=self.report,
                 attention=self._first_attention,
+                routing=self._sums and self.shards is None,
             )
             first.attach(attachment)
         else:
@@ -294,6 +297,7 @@ class Session:
                     observer=self._observer,
                     known=places,
                     attention=None if is_placed else self._later_attention,
+                    routing=bool(self.routing.calls) and not is_placed,
                     hides=hides,
                 ).attach(attachment)
             later = LaterForwards(
@@ -302,6 +306,7 @@ class Session:
                 self._current,
                 lambda: self.forwards,
                 self.attention if is_placed or not self._is_recorded else None,
+                self.routing if is_placed or not self._is_recorded else None,
                 hides=hides,
                 points=None if hides is None else self._points_outside,
             )
@@ -363,6 +368,16 @@ class Session:
             mask = forward.masks.get(number)
             of_rows = None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)]
             forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, most))
+
+    def _add_routing(self, forward: Forward) -> None:
+        """Add what the routers of a forward chose to the statistics, where they chose as often as in the first one."""
+        routed, forward.routed = forward.routed, {}
+        if forward.unrouted or not routed:
+            return
+        most = max(sum(of.experts for of in each) for each in routed.values())
+        for (number, depth), each in routed.items():
+            sums = routing_sums(each, forward.masks.get(number), forward.batch_axis, most)
+            forward.chain_sums(number).add_values(depth, sums)
 
     def detach(self) -> int:
         """Take every hook off; gradient hooks stay on the tensors of ended forwards, until these are folded or dropped.
@@ -560,6 +575,7 @@ class Session:
             elif tape is not None:
                 self._end_traced(tape, forward)
             self._add_attention(forward)
+            self._add_routing(forward)
             self.step_loss.listen(output)
             for sums in forward.sums:
                 sums.end_forward()
@@ -584,6 +600,7 @@ class Session:
             if not self.keeps_rest or not (self.reservoir.stored or self.forwards or self._measured):
                 raise
             forward.without_connections = str(error)
+        placed_routing(tape, forward, self.structure)
         if tape.attention is not None:
             self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -607,6 +624,7 @@ class Session:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
             self._place_attention(tape, forward, structure)
+            self.routing = placed_routing(tape, forward, structure)
             # A capture follows a forward for the logits; of its one set of weights no value moves.
             loops = self._sums and not self._only_own and bool(structure.sites)
             observer = Observer(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,33 @@ class _Place(NamedTuple):
     start: int
 
 
-_Layout = dict[str, _Place]
-_known: dict[tuple[tuple[str, _Place], ...], _Layout] = {}  # of all trainings of the process: a few
+ROWS_AT_ONCE = 128  # whose memory is taken together: small tensors between others would leave gaps
+
+
+class _Layout:
+    """Where statistics are in the vectors of rows that have the same ones, and the memory of the next rows."""
+
+    def __init__(self, places: dict[str, _Place], size: int, device: torch.device):
+        self.places, self._size, self._device = places, size, device
+        self._block, self._used, self._lock = torch.empty(0, size), 0, threading.Lock()
+
+    def room(self) -> tuple[torch.Tensor, int]:
+        """Memory for one more row: a block of them, and which of its rows."""
+        with self._lock:
+            if self._used == len(self._block):
+                self._block = torch.empty(ROWS_AT_ONCE, self._size, dtype=torch.float64, device=self._device)
+                self._used = 0
+            self._used += 1
+            return self._block, self._used - 1
+
+
+_known: dict[tuple[Any, ...], _Layout] = {}  # of all trainings of the process: a few
 
 
 class RowSums:
     """The statistics of one chain in one step, as `TokenSums.compact` has them; on the device until they are asked for."""
 
-    __slots__ = ("_apart", "_layout", "_vector")
+    __slots__ = ("_apart", "_block", "_layout", "_row")
 
     def __init__(self, compact: TokenSums):
         places: dict[str, _Place] = {}
@@ -48,8 +68,11 @@ class RowSums:
                 parts.append(torch.stack(tensors).flatten().double())
                 places[name] = _Place(tuple(values), tuple(tensors[0].shape), tensors[0].dtype, start)
                 start += len(parts[-1])
-        self._vector = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-        self._layout = _known.setdefault(tuple(places.items()), places)
+        vector = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        key = (*places.items(), vector.device)
+        layout = _known.setdefault(key, _Layout(places, start, vector.device))
+        self._layout, (self._block, self._row) = layout.places, layout.room()
+        self._block[self._row] = vector
 
     def keys(self, name: str) -> Sequence[int]:
         """The depths or connections at which a statistic was added up."""
@@ -62,7 +85,7 @@ class RowSums:
         if place is None:
             return array_of(self._apart.get(name, {}), keys)
         count = math.prod(place.shape) * len(place.keys)
-        numbers = self._vector[place.start : place.start + count].to(place.dtype)
+        numbers = self._block[self._row, place.start : place.start + count].to(place.dtype)
         rows = numbers.reshape(len(place.keys), *place.shape)
         if tuple(keys) == place.keys:
             return rows.cpu().numpy()

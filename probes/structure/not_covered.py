@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, own_parameters
+from depthscope.probes.model.modules import all_modules, module_paths, named_parameters
 from depthscope.probes.reading.description import InsideReading
 from depthscope.probes.reading.graph import Graph, ModuleCall
 from depthscope.probes.reading.operations import MATRICES, weights
@@ -76,8 +76,7 @@ class UsedParameters:
     the forward did.
     """
 
-    def __init__(self, graph: Graph, model: nn.Module):
-        own = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    def __init__(self, graph: Graph, own: Mapping[str, nn.Parameter]):
         used = {own[name] for name in graph.parameter_names.values() if name in own}
         outside, vocabularies = set[str](), set[int]()
         taken = [(graph.values[number], of) for number, of in weights(graph).items()]
@@ -96,8 +95,9 @@ class UsedParameters:
     def within(self, module: nn.Module) -> set[int]:
         """Those of a module and its parts."""
         if module not in self._within:
-            found = {id(p) for p in own_parameters(all_modules(module)) if id(p) in self.sizes}
-            self._within[module] = found
+            found = {id(p) for p in module._parameters.values()} & self.sizes.keys()
+            parts = (self.within(part) for part in module._modules.values() if part is not None)
+            self._within[module] = found.union(*parts)
         return self._within[module]
 
     def share(self, parameters: Iterable[int]) -> float:
@@ -140,8 +140,9 @@ class _LeftOutParts:
     ):
         self._model, self._chains, self._others, self._named = model, chains, others, named
         self._show_states = {path for chain in chains for p in chain.points for path in (p.path, p.module)}
-        self._used = UsedParameters(graph, model)
-        self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self._modules: dict[str, nn.Module] = dict(module_paths(model, shared=True))
+        own = named_parameters(self._modules)
+        self._used = UsedParameters(graph, own)
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
@@ -151,7 +152,6 @@ class _LeftOutParts:
         paths = {path for chain in chains for path in chain.blocks}
         paths |= {c.path for chain in chains for c in chain.connections}
         paths |= {c.branch_path for chain in chains for c in chain.connections if c.branch_path}
-        own = dict(model.named_parameters(remove_duplicate=False))
         self._on_chains = {id(own[name]) for name in covered if name in own} & self._used.sizes.keys()
         for path in paths & self._modules.keys():
             self._on_chains |= self._used.within(self._modules[path])

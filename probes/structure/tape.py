@@ -16,6 +16,7 @@ class Tape:
     def __init__(self) -> None:
         self.recorder: GraphRecorder | PlacedRecorder | None = None
         self.attention: Any = None  # what watches it, of the session
+        self.routing: Any = None  # what watches the choices of routers, of the session
         self.logits: Any = None  # what watches these, of the session
         self.is_on = False  # whether the model's own forward has begun
         self.met: set[int] = set()  # numbers of the values that something took

@@ -85,6 +85,7 @@ def synthetic_run(
         **statements,
     }
     streamed = _streamed_statistics(states[:, mask]).merge(_of_checkpoints(len(states)))
+    streamed = streamed.merge(_of_routers(len(states), int(mask.sum()), seed))
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
 
@@ -104,6 +105,17 @@ def _attention(rng: np.random.Generator, depths: int, shape: tuple[int, int, int
         of_one[0] = np.nan
         found[name] = (schema.QUERY, of_one)
     return found
+
+
+def _of_routers(depths: int, tokens: int, seed: int) -> xr.Dataset:
+    """Three experts before every state but the embedding, of which each token chooses one."""
+    rng = np.random.default_rng(seed)  # apart from all other draws, which must stay what they were
+    counts = rng.multinomial(tokens, [0.5, 0.3, 0.2], (1, depths)).astype(float)
+    counts[:, 0] = np.nan
+    routed = counts.sum(-1)
+    values = counts, routed * rng.uniform(0.5, 0.9, routed.shape), routed
+    dims = {name: schema.STATISTICS[name].dims for name in schema.OF_ROUTERS}
+    return xr.Dataset({name: (dims[name], value) for name, value in zip(dims, values, strict=True)})
 
 
 def _forward(

@@ -75,7 +75,9 @@ def test_a_declaration_is_enough_for_a_figure(whole):
         assert figure.metric == figure.name == name
         assert metric.title in figure.title
         assert any(character.isdigit() for character in figure.alt)
-        assert isinstance(figure, Heatmap) == (metric.pairwise or bool({"order", "head"} & set(metric.dims)))
+        assert isinstance(figure, Heatmap) == (
+            metric.pairwise or bool({"order", "head", "expert"} & set(metric.dims))
+        )
         measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
         assert any(np.isfinite(values).any() for values in measured)
 

@@ -46,7 +46,7 @@ def hsic_matrix(
     y
         Other layers (M, N, d'), for an (L, M) table.
     mask
-        Booin_float32s (N,), False for tokens that do not count.
+        Booleans (N,), False for tokens that do not count.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def cka_matrix(
     y
         Other layers (M, N, d') over the same tokens, for an (L, M) table.
     mask
-        Booin_float32s (N,), False for tokens that do not count.
+        Booleans (N,), False for tokens that do not count.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
     x
         Layers (L, N, d) over the same tokens.
     mask
-        Booin_float32s (N,), False for tokens that do not count.
+        Booleans (N,), False for tokens that do not count.
 
     Returns
     -------
