@@ -42,6 +42,14 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
+    """How far a value is from what it is made of; what is not finite must come out so again."""
+    known = true.isfinite()
+    if not bool(known.all()):
+        if bool((again.isfinite() & ~known).any()):
+            return math.inf
+        again, true = again[known], true[known]
+    if not true.numel():
+        return 0.0
     error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
     error /= max(largest, 1e-9)
     return error if math.isfinite(error) else math.inf

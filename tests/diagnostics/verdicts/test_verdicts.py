@@ -345,7 +345,10 @@ def with_cosines(mixed, distances):
     trace = run["trace"].to_dataset().load()
     cosine = 1.0 - np.asarray(distances)
     states = np.zeros(trace["residual"].shape)
-    states[..., 0] = np.sqrt(cosine)[:, None, None, None]
+    # What they have in common turns with the depth: states that no block changes are those of a network before training.
+    turn = np.linspace(0.0, 1.0, len(cosine))
+    for feature, share in ((0, np.cos(turn)), (-1, np.sin(turn))):
+        states[..., feature] = (np.sqrt(cosine) * share)[:, None, None, None]
     for stream in range(states.shape[3]):  # what is its own of each is orthogonal to that of the others
         states[:, :, :, stream, 1 + stream] = np.sqrt(1.0 - cosine)[:, None, None]
     trace["residual"] = trace["residual"].copy(data=states.astype(np.float32))
