@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import numbers
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.age import Age, age_of
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
@@ -401,23 +402,3 @@ def number(value: float) -> str:
     if 0 < abs(value) < NOTHING:
         return "nothing (below rounding)"
     return numbers.number(value)
-
-
-def percent(value: float) -> str:
-    """A fraction in a sentence, as a percentage.
-
-    Parameters
-    ----------
-    value : float
-        Any.
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
-    >>> percent(0.00816)
-    '0.816 %'
-    """
-    return f"{number(100 * value)} %"

@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, percent, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.references import below_input, distinct, reference_rank
 
@@ -87,7 +87,7 @@ def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArr
     at = int(np.nanargmin(judged.values))
     left = float(residual[at])
     return (
-        f"Tokens of a sequence are {100 * (1 - left):.3g} % equal there (Dong residual {number(left)}; effective rank "
+        f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
         f"{number(float(rank[at]))} where noise has {number(null)})."
     )
 
@@ -232,7 +232,7 @@ def idle_layer(
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        template="the step {where} barely changes the residual stream: it turns it by {value} of a half turn",
+        template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
         start=_start_of_small_steps(turned, attrs),
     )
 

@@ -361,7 +361,7 @@ def passing_streams(
         for kind in ("pre", "post")
         if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
     ]
-    words = "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is"
+    words = "streams that differ inside the blocks are equal between them: the largest 1 − cosine there is"
     return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
 

@@ -12,6 +12,7 @@ from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.experiments.results import sentence, table_rows
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.locations import place
 
 MOST_BLOCKS = 3
@@ -136,7 +137,7 @@ def _survivors(analysis: xr.Dataset) -> str:
     if share > 1.5:
         return f"The initial differences between streams have grown {number(share)} × {where}."
     only = "" if share > 0.5 else "Only "
-    return f"{only}{number(100 * share)} % of the initial differences between streams survive {where}."
+    return f"{only}{percent(share)} of the initial differences between streams survive {where}."
 
 
 def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -153,7 +154,7 @@ def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
     )
     if norms[high] == 0:
         return "There is no gradient at any depth."
-    faded = f"it fades to {number(100 * ratio)} % of its largest" if ratio < FADED else "it vanishes nowhere"
+    faded = f"it fades to {percent(ratio)} of its largest" if ratio < FADED else "it vanishes nowhere"
     return f"Gradient: largest {largest}, smallest {smallest}; {faded}."
 
 
