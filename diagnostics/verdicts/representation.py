@@ -15,7 +15,7 @@ from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, percent, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.references import below_input, distinct, reference_rank
+from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer, reference_rank
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
@@ -41,6 +41,11 @@ def _rank_and_most(value: xr.DataArray, share: xr.DataArray, most: float) -> str
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
 # 3.5. Attention without skips loses its rank before its Dong residual. Heuristic.
 RESIDUAL_OF_SHARE = 3.0
+
+
+# Where a sequence has one answer, its tokens are averaged in the end, and are nearly equal before that in networks that have
+# solved their task: 0.1 for two classes.
+ONE_ANSWER = Limits(warn=0.03, above=False)
 
 
 @verdict(
@@ -73,8 +78,9 @@ def rank_collapse(
         return
     yield Profile(
         judged,
-        "the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and three "
-        "times the effective rank over its noise baseline) is",
+        limits=ONE_ANSWER if one_answer(attrs) else None,
+        words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
+        "three times the effective rank over its noise baseline) is",
         template="only {percent} of the differences between the tokens of a sequence are left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )

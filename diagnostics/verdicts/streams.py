@@ -51,8 +51,8 @@ ONE_STEP = 1e-4
 
 
 SUM_ERROR = 1e-2
-# How far the sums of the composite are from 1 where errors have added up to something: a gain of a quarter. Heuristic.
-ADDED_UP = 0.25
+# Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure. Heuristic.
+ADDED_UP, FAILING = 1.25, 4.0
 
 
 # An error alone is a suspicion: twenty rounds leave some tokens of trained networks with 0.07, whose logits are some 8 apart.
@@ -82,13 +82,16 @@ def sinkhorn_not_converged(
     if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
         return None
     low, high = _sums_of_the_product(composite_attenuation, composite_gain)
-    harmless = high < 1.0 + ADDED_UP and low > 1.0 - ADDED_UP
+    factor = np.fmax(high, 1.0 / low if low > 0 else np.inf)  # NaN where nothing is known
+    worst_allowed = (
+        Severity.INFO if factor < ADDED_UP else Severity.WARN if factor < FAILING else Severity.FAIL
+    )
     return [
         Profile(
             worst.sel(kind=kind, drop=True),
             f"the worst error of a {kind} sum is",
             metric="doubly_stochastic_violation",
-            ceiling=Severity.INFO if harmless else Severity.FAIL,
+            ceiling=worst_allowed,
             note=""
             if np.isnan(low)
             else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
@@ -105,7 +108,8 @@ def _sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) 
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2))
+# A tenth is no error of rounding or of a formula any more.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=0.1))
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -210,7 +214,7 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(fail=COLLAPSED, above=False),
+    limits=Limits(warn=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )

@@ -76,6 +76,33 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         )
 
 
+# A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
+# that loses more is broken, or sees what it was never trained on.
+@verdict(
+    metric="loss",
+    limits=Limits(warn=1.05, fail=1.25),
+    follows_from=dict.fromkeys(
+        ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
+    ),
+)
+def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The network is trained, and worse than an answer that never changes.
+
+    See whether every weight was loaded to its place, whether the labels belong to the inputs, whether norms, scales and
+    positions are those of the training, and read the other findings: one of them may say where it breaks. On data of another
+    kind than it was trained on it says only that they are foreign to it.
+    """
+    task = attrs.get(TASK)
+    task = task if isinstance(task, Mapping) else {}
+    loss, constant = task.get("loss"), task.get("constant")
+    if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
+        yield Profile(
+            xr.DataArray(loss / constant),
+            "the loss, relative to that of always answering with how often each class comes, is",
+            begun=True,
+        )
+
+
 # Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
 GUESSING = 0.97
 
@@ -121,3 +148,24 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
     every = {*residual_norm["layer"].values.tolist()} - {-1}
     few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
     return few_or_all or (share is not None and share < GUESSING)
+
+
+@verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})
+def equal_blocks(attrs: Mapping[str, Any], residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """Blocks hold the same weights as another block, to the last digit.
+
+    They are not shared, so that training would have parted them: look for a checkpoint whose keys are mapped to the wrong
+    blocks, or blocks that were copied to make a network deeper. Layers that are made by copying one begin so.
+    """
+    blocks = attrs.get("equal_blocks") or []
+    if "layer" not in residual_norm.coords:
+        return
+    named = ", ".join(map(str, blocks))
+    yield Profile(
+        residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
+        "the number of blocks with the weights of another one is",
+        sentence=f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
+        if blocks
+        else "",
+        start="all layers were copies of one",
+    )
