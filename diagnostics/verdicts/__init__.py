@@ -72,7 +72,7 @@ VERDICTS: dict[str, Verdict] = {
         wiring.unlearnable_mixing,
         wiring.swapped_weights,
         wiring.rounded_mixing,
-        wiring.rounded_coefficients,
+        streams.rounded_coefficients,
         wiring.foreign_coefficients,
         streams.sinkhorn_not_converged,
         streams.negative_mixing,

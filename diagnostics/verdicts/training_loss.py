@@ -94,11 +94,18 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """
     task = attrs.get(TASK)
     task = task if isinstance(task, Mapping) else {}
-    loss, constant = task.get("loss"), task.get("constant")
+    # Of too few targets to know how often each class comes, equal probabilities lose no less.
+    loss, constant = task.get("loss"), task.get("constant", task.get("guessing"))
     if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
         yield Profile(
             xr.DataArray(loss / constant),
-            "the loss, relative to that of always answering with how often each class comes, is",
+            "the loss, relative to that of "
+            + (
+                "always answering with how often each class comes"
+                if "constant" in task
+                else "equal probabilities"
+            )
+            + ", is",
             begun=True,
         )
 
