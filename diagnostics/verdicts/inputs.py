@@ -35,12 +35,16 @@ WORDS = "the share of the states' variance between sequences is"
     },
     drawn_on=("step_spread",),
 )
-def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def constant_branch(
+    step_spread: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.
 
     Look for weights that are zero beside a bias, for a norm whose gain is zero, or for a nonlinearity that no token passes.
     """
     tokens = distinct(attrs, "in_all")
+    if tokens is None and num_tokens is not None:
+        tokens = float(num_tokens.sel(scope="data", tokens="all").max())
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
         constant = int((spread < CONSTANT).sum())

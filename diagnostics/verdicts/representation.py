@@ -266,11 +266,8 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
-# What is massive is defined by Sun et al. 2024. One or two tokens a sequence are sinks, however long it is; that more than
-# these and than 5 % are too many is ours.
-SINKS = 2
-
-
+# What is massive is defined by Sun et al. 2024; that more than 5 % of the tokens are too many is ours. Of a short sequence a
+# single sink is more: whether it does harm is tried.
 @verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
@@ -282,19 +279,14 @@ def massive_activations(
     """
     share = massive_token_fraction.max("stream")
     attrs = massive_token_fraction.attrs
-    # Of a short sequence a single sink is more than 5 %.
-    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.inf))
-    normal = per_sequence <= SINKS
     # The ratio of the depth that the sentence tells, which is where most tokens have one.
     at = int(np.nanargmax(share.values)) if share.notnull().any() else 0
     largest = float(massive_activation.isel(depth=at).max())
-    expected = (
-        f" It is {number(per_sequence)} a sequence, where one or two sinks are normal." if normal else ""
-    )
+    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
+    expected = f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
     yield Profile(
         share,
         "the share of tokens with a massive activation is",
-        ceiling=Severity.INFO if normal else Severity.FAIL,
         note=_massive_locations(attrs, largest) + expected,
     )
 

@@ -99,7 +99,7 @@ def sinkhorn_not_converged(
 
 
 def harm_of_sums(low: float, high: float) -> Severity:
-    """How bad errors of single sums are at most, by the sums of the product of all matrices; FAIL where these are not known."""
+    """How bad errors of single sums are at most, by the sums of the product of all; FAIL where these are not known."""
     factor = np.fmax(high, 1.0 / low if low > 0 else np.inf)
     return Severity.INFO if factor < ADDED_UP else Severity.WARN if factor < FAILING else Severity.FAIL
 

@@ -242,9 +242,8 @@ def test_what_is_not_a_number_fails():
 
 def test_sums_that_cancel_are_no_attenuation(mixed):
     turned = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5  # orthogonal: nothing fades, and a row adds to 0
-    found = findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11))["attenuation"][0]
-    assert (found.severity, found.value) == (Severity.INFO, pytest.approx(0.0, abs=1e-6))
-    assert "cancel" in found.sentence
+    found = findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11), passed=True)["attenuation"][0]
+    assert (found.severity, found.value) == (Severity.PASS, pytest.approx(1.0, abs=1e-6))
 
 
 # --- streams ---------------------------------------------------------------------------------------------------
@@ -440,16 +439,18 @@ def test_one_massive_token_is_no_collapse():
     assert (massive.severity, massive.first, massive.last) == (Severity.INFO, 3, 8)
     assert "feature" in massive.sentence
     assert " 7;" in massive.sentence
-    assert "It is 1 a sequence, where one or two sinks are normal." in massive.sentence
+    assert "It is 1 a sequence." in massive.sentence
 
 
 @pytest.mark.parametrize("length", [4, 12])
-def test_a_sink_in_a_short_sequence_is_normal(length):
+def test_a_sink_in_a_short_sequence_is_loud_where_it_does_harm(length):
     states = 0.3 * walk(8)[:, :, :length]
     states[3:, :, 0, 7] = 24000.0
-    (massive,) = findings(residual_run(states))["massive_activations"]
-    assert massive.severity == Severity.INFO
-    assert massive.value == pytest.approx(1 / length)
+    for cost, severity in ((0.0, Severity.WARN), (1.0, Severity.INFO)):
+        analysis = with_result(diagnostics.analyze(residual_run(states)), loss_change=cost)
+        (massive,) = [each for each in diagnostics.judge(analysis) if each.verdict == "massive_activations"]
+        assert massive.severity == severity
+        assert massive.value == pytest.approx(1 / length)
 
 
 def test_the_median_of_states_after_a_relu_is_that_of_what_is_not_zero():
