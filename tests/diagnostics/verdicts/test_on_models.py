@@ -164,7 +164,9 @@ def copied_block(number: int, first: int) -> nn.Module:
     """Blocks of which the one after ``first`` has its weights."""
     if number in (first, first + 1):
         torch.manual_seed(first)
-    return Block()
+    block = Block()
+    nn.init.normal_(block.mlp.norm.weight, 1.0, 0.1)  # trained, as fresh blocks may be copies
+    return block
 
 
 class Uncausal(Block):
@@ -313,7 +315,7 @@ CASES: dict[str, Case] = {
         sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
-    "equal_blocks": case(lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3"),
+    "equal_blocks": case(lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),
@@ -364,19 +366,19 @@ CASES: dict[str, Case] = {
     "swapped_weights": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
     "rounded_mixing": wired("cast", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
     "rounded_coefficients": case(
-        lambda: streams(random_logits(1.0), make=HalfPrecision), WARN, says="a number of bfloat16",
+        lambda: streams(random_logits(1.0), make=HalfPrecision), INFO, says="a number of bfloat16",
         beside=("sinkhorn_not_converged", "one_sided_mixing"),
     ),
     "foreign_coefficients": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
-        FAIL, "connection", 0, 11, says="column sum",
+        WARN, "connection", 0, 11, says="column sum",
     ),
     "negative_mixing": case(
-        lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), FAIL, "connection", 0, 11
+        lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), WARN, "connection", 0, 11
     ),
     "expansive_mixing": case(
-        drifting, WARN, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
+        drifting, INFO, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
     ),
     "uniform_mixing": case(lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 0),
     "stream_collapse": case(

@@ -118,6 +118,8 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "loss_spike",
         "softmax_twice",
         "looks_ahead",
+        "rounded_coefficients",
+        "worse_than_constant",
         "untrained_weights",
         "batch_without_differences",
         *WIRING,
@@ -259,17 +261,18 @@ def test_sinkhorn_that_stopped_early(mixed):
 
 
 def test_an_expansion_under_a_doubly_stochastic_claim(mixed):
-    columns_off = np.tile([0.1, 0.2, 0.3, 0.4], (4, 1))
+    columns_off = np.tile([0.0, 0.1, 0.3, 0.6], (4, 1))
     (found,) = findings(mixed([columns_off] * 12, family="mhc"))["expansive_mixing"]
     assert found.value == pytest.approx(np.linalg.norm(columns_off, 2), rel=1e-6)
-    assert found.sentence.count("1.1") == 2  # one connection, and the product
+    assert found.sentence.count("1.36") == 2  # one connection, and the product
     assert (found.severity, found.because) == (Severity.INFO, "sinkhorn_not_converged")
 
 
 def test_negative_entries_cannot_come_from_sinkhorn(mixed):
-    found = findings(mixed([1.2 * np.eye(4) - 0.05] * 12, family="mhc"))["negative_mixing"][0]
-    assert found.severity == Severity.FAIL
-    assert found.value == pytest.approx(0.05, rel=1e-5)
+    for size, severity in ((0.05, Severity.WARN), (0.2, Severity.FAIL)):
+        matrices = [(1 + 4 * size) * np.eye(4) - size] * 12
+        found = findings(mixed(matrices, family="mhc"))["negative_mixing"][0]
+        assert (found.severity, found.value) == (severity, pytest.approx(size, rel=1e-5))
 
 
 @pytest.mark.parametrize("position", [0, 4])
@@ -277,7 +280,7 @@ def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position)
     matrices = np.stack([np.eye(4) * 0.9 + 0.025] * 12)
     matrices[position] = UNIFORM
     found = findings(mixed(matrices, family="mhc"))
-    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert found["uniform_mixing"][0].severity == Severity.WARN
     assert found["uniform_mixing"][0].first == position
     assert found["stream_collapse"][0].first == position
     assert "gain_explosion" not in found
@@ -285,7 +288,7 @@ def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position)
 
 def test_zero_bias_initialisation_is_flagged(mixed):
     found = findings(mixed([UNIFORM] * 12, family="mhc"))
-    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert found["uniform_mixing"][0].severity == Severity.WARN
     assert "connection 0" in found["uniform_mixing"][0].sentence
 
 
@@ -540,7 +543,7 @@ def test_a_common_vector_in_all_tokens():
     found = findings(residual_run(states))
     (common,) = found["common_vector"]
     assert (common.severity, common.first, common.last) == (Severity.FAIL, 4, 8)
-    assert "Without their common mean it is -0.0" in common.sentence
+    assert "Without their common mean it is −0.0" in common.sentence
     assert not {"rank_collapse", "dimensional_collapse", "one_direction"} & set(found)
 
 
@@ -921,7 +924,7 @@ def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
 
 def test_limits_are_told_as_people_read_them():
     assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
-    assert VERDICTS["uniform_mixing"].limits.words == "FAIL below 0.01"
+    assert VERDICTS["uniform_mixing"].limits.words == "WARN below 0.01"
     assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"
 
 
