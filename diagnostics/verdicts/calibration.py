@@ -31,7 +31,7 @@ def healthy_networks() -> tuple[Mapping[str, str], ...]:
 
 def _has_learned(row: Mapping[str, str]) -> bool:
     """Whether a network's loss is below that of guessing: one whose training failed is no example of health."""
-    return not float(row["loss"]) >= LEARNED * float(row["guessing"])
+    return float(row["loss"]) < LEARNED * float(row["guessing"])
 
 
 @cache

@@ -21,6 +21,7 @@ from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, 
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
 
+ROUNDED = 1e-6  # of a sum and a singular value that are the same
 DIRECTIONS = ("forward", "backward")
 
 # A stream with less than half of its sum left counts as faded. Heuristic.
@@ -264,10 +265,10 @@ def attenuation(
     for direction in DIRECTIONS:
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
         side = "row" if direction == "forward" else "column"
-        # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger. Where no
-        # entry is negative it is below every sum.
+        # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
+        # says nothing. Where no entry is negative it is below every sum.
         yield Profile(
-            weakest.copy(data=np.maximum(weakest.values, least.values)),
+            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values),
             f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
             limits=limits,
             metric="composite_attenuation",

@@ -315,7 +315,9 @@ CASES: dict[str, Case] = {
         sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
-    "equal_blocks": case(lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)),
+    "equal_blocks": case(
+        lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)
+    ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),

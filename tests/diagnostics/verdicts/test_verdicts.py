@@ -244,8 +244,7 @@ def test_what_is_not_a_number_fails():
 
 def test_sums_that_cancel_are_no_attenuation(mixed):
     turned = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5  # orthogonal: nothing fades, and a row adds to 0
-    found = findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11), passed=True)["attenuation"][0]
-    assert (found.severity, found.value) == (Severity.PASS, pytest.approx(1.0, abs=1e-6))
+    assert "attenuation" not in findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11), passed=True)
 
 
 # --- streams ---------------------------------------------------------------------------------------------------
