@@ -77,10 +77,10 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
-# that loses more is broken, or sees what it was never trained on.
+# that loses more than the noise of a sample is broken, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(warn=1.05, fail=1.25),
+    limits=Limits(fail=1.05),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
@@ -136,6 +136,7 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
+            limits=Limits(fail=GUESSING) if len(blocks) == len(_blocks_of(residual_norm)) else None,
             sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
@@ -148,11 +149,15 @@ def untrained_weights(
     )
 
 
+def _blocks_of(residual_norm: xr.DataArray) -> set[int]:
+    return {*residual_norm["layer"].values.tolist()} - {-1}
+
+
 def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None) -> bool:
     """Whether untouched blocks are no design: they are few, the network has learned something, or its norms have."""
     if not blocks or "layer" not in residual_norm.coords:
         return False
-    every = {*residual_norm["layer"].values.tolist()} - {-1}
+    every = _blocks_of(residual_norm)
     few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
     return few_or_all or (share is not None and share < GUESSING)
 

@@ -36,7 +36,8 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
     tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
     ``targets_per_sequence``, 1 where a sequence has one class; ``constant``, see `_constant_loss`.
     """
-    for node in _nodes(None if loss is None else loss.grad_fn):
+    start = None if loss is None else loss.grad_fn
+    for node in _nodes(start):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
             continue
         before, number = node.next_functions[0]
@@ -51,7 +52,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
             **_targets_per_sequence(_target_of(node), batch),
-            **(_constant_loss(_target_of(node)) if node is loss.grad_fn and _is_mean(node) else {}),
+            **_constant_loss(_target_of(node) if node is start and _is_mean(node) else None),
         }
     return {}
 
