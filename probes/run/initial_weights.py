@@ -186,11 +186,11 @@ def _largest(parameter: torch.Tensor) -> float:
 
 def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
-    vectors = [p for p in parameters if p.ndim == 1 and p.numel() > 1]
+    vectors = [p for p in parameters if p.ndim == 1 and p.numel() >= FEWEST]
     means = _of_each(vectors, lambda rows: rows.float().mean(1))
     near = [p for p, mean in zip(vectors, means, strict=True) if abs(mean - 1.0) < 0.5]
     distances = sorted(_of_each(near, lambda rows: (rows.float() - 1.0).abs().amax(1)))
-    # The median: weights that write streams begin near 1 too.
+    # The median: other vectors may begin near 1 too.
     return distances[len(distances) // 2] if distances else None
 
 
