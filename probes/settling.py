@@ -245,7 +245,7 @@ def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, i
         return plan(kind, together=True), (0, analysis.sizes.get("depth", 1) - 1)
     if kind in ("bypass", "without_attention"):
         first, last = _steps(finding, analysis)
-        steps = range(first, last + 1)
+        steps = list(range(first, last + 1))
         if kind == "without_attention":  # between the halves of blocks there is none
             steps = [depth for depth in steps if not math.isnan(finding.profile[depth])]
         return plan(kind, depths=steps), (first, last)

@@ -183,14 +183,14 @@ class ModelUnderTest:
 
     def forward(
         self,
-        edits: Mapping[int | Gathered, Edit],
+        edits: Mapping[Any, Edit],
         reads: Mapping[int, Edit] | None = None,
         *,
         checked: bool = True,
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        ``edits``: by depth. An edit that returns the very tensor it was given changes nothing. Of `Gathered`: see there.
+        ``edits``: by depth, or by `Gathered`. An edit that returns the very tensor it was given changes nothing.
         ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
         ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
         forward takes a third of the time; for further changes at places where an earlier forward was checked.

@@ -11,7 +11,6 @@ import torch
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import kind_named
 from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.gathered import Gathered
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 
 Numbers: TypeAlias = int | Iterable[int] | None
@@ -118,7 +117,7 @@ class Change:
 
     name: str
     kind: str
-    edits: Callable[[ModelUnderTest], Mapping[int | Gathered, Edit]]
+    edits: Callable[[ModelUnderTest], Mapping[Any, Edit]]
     block: int = -1
     depth: int = -1
     connection: int = -1
