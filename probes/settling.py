@@ -244,9 +244,12 @@ def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, i
     kind = SETTLED_BY[finding.verdict]
     if kind == "identity":
         return plan(kind, together=True), (0, analysis.sizes.get("depth", 1) - 1)
-    if kind == "bypass":
+    if kind in ("bypass", "without_attention"):
         first, last = _steps(finding, analysis)
-        return plan(kind, depths=range(first, last + 1)), (first, last)
+        steps = list(range(first, last + 1))
+        if kind == "without_attention":  # between the halves of blocks there is none
+            steps = [depth for depth in steps if not math.isnan(finding.profile[depth])]
+        return plan(kind, depths=steps), (first, last)
     at = finding.first if kind == "merge_streams" else worst_depth(finding, analysis)
     at = depths_of(finding, analysis)[0] if at is None else at
     return plan(kind, depths=at), (at, at)

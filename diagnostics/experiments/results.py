@@ -18,7 +18,7 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
-from depthscope.diagnostics.numbers import number
+from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import without_suffix
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
 from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
@@ -241,9 +241,9 @@ def sentence(row: dict[str, Any]) -> str:
     """
     name, change = row["experiment"], row["loss_change"]
     of_later = mean_later_change(row)
-    later = "" if of_later is None else f", what later blocks add changes by {number(100 * of_later)} %"
+    later = "" if of_later is None else f", what later blocks add changes by {percent(of_later)}"
     if change is None:
-        return f"{name}: the output changes by {number(100 * (row['output_change'] or 0.0))} %{later}"
+        return f"{name}: the output changes by {percent(row['output_change'] or 0.0)}{later}"
     low, high = row["loss_change_low"], row["loss_change_high"]
     loss = f"{name}: loss {number(change, sign=True)} nats"
     if low is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from depthscope.diagnostics.experiments.kinds import KINDS
-from depthscope.diagnostics.numbers import number
+from depthscope.diagnostics.numbers import number, percent
 
 SETTLED_BY: dict[str, str] = {
     # Steps that are said to do nothing: without them nothing changes.
@@ -16,10 +16,11 @@ SETTLED_BY: dict[str, str] = {
             "idle_layer",
             "curse_of_depth",
             "wasted_layer",
-            "attention_entropy_collapse",
         ),
         "bypass",
     ),
+    # Attention alone: what the rest of its block does is not asked.
+    "attention_entropy_collapse": "without_attention",
     # States of which a collapse is said to leave little: with only that left, nothing changes.
     "rank_collapse": "merge_tokens",
     "common_vector": "without_mean",
@@ -99,6 +100,7 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
 
 _CHANGED = {
     "bypass": "Without the steps from depth {first} to {last}",
+    "without_attention": "Without the attention on the way to depths {first} to {last}",
     "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
     "without_mean": "Without the mean of all tokens at depth {last}",
     "one_direction": "With only the mean and the first direction of the states at depth {last}",
@@ -121,6 +123,7 @@ def consequence_words(result: Mapping[str, Any]) -> str:
     changed = _CHANGED[result["kind"]].format(first=first, last=last)
     if first == last:
         changed = changed.replace(f"the steps from depth {first} to {last}", f"the step to depth {last}")
+        changed = changed.replace(f"depths {first} to {last}", f"depth {last}")
     parts = []
     if result.get("loss_change") is not None:
         reach = result.get("half_width")
@@ -129,5 +132,5 @@ def consequence_words(result: Mapping[str, Any]) -> str:
             f"the loss changes by {number(result['loss_change'], sign=True)}{interval} (from {number(result['loss'])})"
         )
     if result.get("output_change") is not None:
-        parts.append(f"the output changes by {number(100 * result['output_change'])} %")
+        parts.append(f"the output changes by {percent(result['output_change'])}")
     return f"{changed} {' and '.join(parts[:2])}."

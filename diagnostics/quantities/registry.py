@@ -54,7 +54,16 @@ DIMS = (
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
-FACTS = ("family", "proof", "constraint", "norms_moved", "small_start", "untouched", "untouched_blocks")
+FACTS = (
+    "family",
+    "proof",
+    "constraint",
+    "norms_moved",
+    "small_start",
+    "untouched",
+    "untouched_blocks",
+    "equal_blocks",
+)
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
 ROW_FACTS = ("norms_moved", "small_start", "untouched")

@@ -14,6 +14,9 @@ TASK = "task"
 LEARNED = 0.7
 # Norms begin at 1; within 0.15 of it a network has made some hundred steps at most, or more at a small learning rate.
 YOUNG = 0.15
+# Each step moves a gain and a weight of the head by about the learning rate, and a head of 64 features or more needs less than
+# this of each to know how often every class comes.
+BEGUN = 0.05
 # Steps of a recording after which nothing is as it was drawn any more.
 MANY_STEPS = 300
 # ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
@@ -21,17 +24,21 @@ MOVED = 0.1
 
 
 class Age(NamedTuple):
-    """Whether a network is past its start; None where no fact tells. Heuristics of ours, each named in the words."""
+    """Whether a network is past its start; None where no fact tells. Heuristics of ours, each named in the words.
+
+    ``begun``: whether it is past its first steps, after which it knows how often each class comes.
+    """
 
     trained: bool | None
     words: str
+    begun: bool = False
 
 
 def age_of(analysis: xr.Dataset) -> Age:
     """What the facts say, the surest first: what was learned, then how long, then what the weights look like."""
     attrs = analysis.attrs
     moved, share = _number(attrs.get("norms_moved")), share_of_guessing(attrs)
-    near = moved is not None and moved <= YOUNG
+    near, at_first = (moved is not None and moved <= limit for limit in (YOUNG, BEGUN))
     gains = f"its norm gains are still within {moved or 0.0:.2g} of 1"
     step = (_number(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
@@ -47,15 +54,17 @@ def age_of(analysis: xr.Dataset) -> Age:
         (share is not None and share < LEARNED, True, of_guessing),
         (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
+        ((moved or 0.0) > YOUNG, True, f"its norm gains are up to {moved or 0.0:.2g} from 1"),
         (attrs.get("untouched"), False, "the weights are as they were drawn"),
         (are_one, False, ONE_STREAM),
         (_nothing_is_added(analysis), False, NOTHING_ADDED),
         (attrs.get("small_start"), False, str(attrs.get("small_start"))),
-        (near and share is not None, False, f"{of_guessing}, and {gains}"),
+        (at_first and share is not None, False, f"{of_guessing}, and {gains}"),
         (near and step > 0, False, f"it has trained for {step:.0f} steps, and {gains}"),
     )
-    unknown = Age(None, gains if near else "how long it has trained is not known")
-    return next((Age(trained, words) for is_so, trained, words in facts if is_so), unknown)
+    known_as = ((trained, words) for is_so, trained, words in facts if is_so)
+    trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
+    return Age(trained, words, bool(trained) or (trained is None and (moved or 0.0) > BEGUN))
 
 
 # What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and

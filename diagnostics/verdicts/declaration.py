@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import numbers
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.age import Age, age_of
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
@@ -93,6 +94,8 @@ class Profile:
     start : str
         Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
         is asked of the facts in `age`.
+    begun : bool
+        Whether it says nothing of a network in its first steps: a note where no fact shows that it is past them.
     template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
@@ -111,6 +114,7 @@ class Profile:
     ceiling: Severity = Severity.FAIL
     note: str = ""
     start: str = ""
+    begun: bool = False
     template: str = ""
     sentence: str = ""
     limits: Limits | None = None
@@ -239,7 +243,7 @@ class Verdict:
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
         of_start = _words_of_start(profile, age()) if severity > Severity.INFO else ""
-        if of_start and age().trained is False:
+        if (of_start and age().trained is False) or (profile.begun and severity and not age().begun):
             severity = Severity.INFO
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
@@ -401,23 +405,3 @@ def number(value: float) -> str:
     if 0 < abs(value) < NOTHING:
         return "nothing (below rounding)"
     return numbers.number(value)
-
-
-def percent(value: float) -> str:
-    """A fraction in a sentence, as a percentage.
-
-    Parameters
-    ----------
-    value : float
-        Any.
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
-    >>> percent(0.00816), percent(1e-35)
-    ('0.816 %', '0 % (below rounding)')
-    """
-    return f"{number(100 * value)} %" if not 0 < abs(value) < NOTHING else "0 % (below rounding)"

@@ -13,17 +13,20 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.references import FEWEST, distinct
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
 SHARED_INPUT = 0.01
+# Of what a step adds, the share that depends on the token.
+CONSTANT = 1e-3
 WORDS = "the share of the states' variance between sequences is"
 
 
 @verdict(
     metric="step_spread",
-    limits=Limits(warn=1e-3, fail=1e-6, above=False),
+    limits=Limits(warn=CONSTANT, fail=1e-6, above=False),
     follows_from={
         "rank_collapse": from_there_on,
         "dead_state": from_there_on,
@@ -32,16 +35,25 @@ WORDS = "the share of the states' variance between sequences is"
     },
     drawn_on=("step_spread",),
 )
-def constant_branch(step_spread: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def constant_branch(
+    step_spread: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.
 
     Look for weights that are zero beside a bias, for a norm whose gain is zero, or for a nonlinearity that no token passes.
     """
     tokens = distinct(attrs, "in_all")
+    if tokens is None and num_tokens is not None:
+        tokens = float(num_tokens.sel(scope="data", tokens="all").max())
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
+        constant = int((spread < CONSTANT).sum())
         yield Profile(
-            spread, "the share of what the step adds that depends on the token is", metric="step_spread"
+            spread,
+            "the share of what the step adds that depends on the token is",
+            metric="step_spread",
+            # The rest of the network works without a block that does nothing, and not without most of them.
+            ceiling=Severity.FAIL if 2 * constant > int(spread.notnull().sum()) else Severity.WARN,
         )
 
 

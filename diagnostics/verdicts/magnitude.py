@@ -19,18 +19,13 @@ from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_
 from depthscope.diagnostics.verdicts.claims import ONE_EXACT_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
-from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 
+ROUNDED = 1e-6  # of a sum and a singular value that are the same
 DIRECTIONS = ("forward", "backward")
 
 # A stream with less than half of its sum left counts as faded. Heuristic.
 FADED = 0.5
-
-CANCELLED = (
-    "Entries of both signs cancel in it: no singular value of the mixing is as small, so no stream fades, but what all "
-    "streams have in common does."
-)
 
 
 def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
@@ -266,20 +261,15 @@ def attenuation(
     limits = (
         None if satisfies(attrs, ONE_EXACT_SUM) else _free_limits(composite_attenuation.sizes["connection"])
     )
-    faint = FADED if limits is None else float(limits.warn or FADED)
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
     for direction in DIRECTIONS:
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
         side = "row" if direction == "forward" else "column"
-        # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger. Where no
-        # entry is negative it is below every sum, and the sum is judged.
-        faded = weakest.copy(data=np.maximum(weakest.values, least.values))
-        cancelled = not (faded < faint).any()
+        # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
+        # says nothing. Where no entry is negative it is below every sum.
         yield Profile(
-            weakest if cancelled else faded,
+            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values),
             f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
-            ceiling=Severity.INFO if cancelled else Severity.FAIL,
-            note=CANCELLED if cancelled else "",
             limits=limits,
             metric="composite_attenuation",
         )
@@ -338,15 +328,10 @@ def vanishing_gradient(
         return
     alone = _over_the_last(gradient)
     relative = _over_the_last(_relative_gradient(gradient_norm, residual_norm, relative_gradient))
-    # Of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
-    follows = bool((alone < 0.1).any()) and not bool((relative < 0.1).any())
+    # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
     yield Profile(
-        alone,
-        "the gradient's norm, relative to that at the last block, is",
-        ceiling=Severity.INFO if follows else Severity.FAIL,
-        note="Times the size of the state it stays within a factor of 10: it follows the size of the states."
-        if follows
-        else "",
+        xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
+        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more), is",
         # A state that only a weighted mean over all depths reads gets its share of the gradient.
         limits=Limits(warn=0.1 / alone.sizes["depth"], fail=1e-3 / alone.sizes["depth"], above=False)
         if str(attrs.get("family", "")).startswith("depth_")

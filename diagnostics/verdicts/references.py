@@ -39,6 +39,12 @@ def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) ->
     return null if math.isnan(null) else min(bound for bound in bounds if not math.isnan(bound))
 
 
+def one_answer(attrs: Mapping[str, Any]) -> bool:
+    """Whether the labels are one a sequence."""
+    task = attrs.get(TASK)
+    return isinstance(task, Mapping) and task.get("targets_per_sequence") == 1
+
+
 def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> xr.DataArray | None:
     """Differences between tokens, 1 where they are as large as can be, relative to what came in; None where nothing did.
 

@@ -6,6 +6,7 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, over
 from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.wiring import ROUNDING as ROUNDED
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Families whose streams never mix by construction: an identity is no finding.
@@ -51,8 +53,8 @@ ONE_STEP = 1e-4
 
 
 SUM_ERROR = 1e-2
-# How far the sums of the composite are from 1 where errors have added up to something: a gain of a quarter. Heuristic.
-ADDED_UP = 0.25
+# Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure. Heuristic.
+ADDED_UP, FAILING = 1.25, 4.0
 
 
 # An error alone is a suspicion: twenty rounds leave some tokens of trained networks with 0.07, whose logits are some 8 apart.
@@ -81,14 +83,13 @@ def sinkhorn_not_converged(
     typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
     if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
         return None
-    low, high = _sums_of_the_product(composite_attenuation, composite_gain)
-    harmless = high < 1.0 + ADDED_UP and low > 1.0 - ADDED_UP
+    low, high = sums_of_the_product(composite_attenuation, composite_gain)
     return [
         Profile(
             worst.sel(kind=kind, drop=True),
             f"the worst error of a {kind} sum is",
             metric="doubly_stochastic_violation",
-            ceiling=Severity.INFO if harmless else Severity.FAIL,
+            ceiling=harm_of_sums(low, high),
             note=""
             if np.isnan(low)
             else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
@@ -97,7 +98,13 @@ def sinkhorn_not_converged(
     ]
 
 
-def _sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) -> tuple[float, float]:
+def harm_of_sums(low: float, high: float) -> Severity:
+    """How bad errors of single sums are at most, by the sums of the product of all; FAIL where these are not known."""
+    factor = np.fmax(high, 1.0 / low if low > 0 else np.inf)
+    return Severity.INFO if factor < ADDED_UP else Severity.WARN if factor < FAILING else Severity.FAIL
+
+
+def sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) -> tuple[float, float]:
     """The smallest and the largest sum of the composite at any connection; NaN where they are not known."""
     if least is None or most is None or "p1" not in least["reduction"] or "p99" not in most["reduction"]:
         return float("nan"), float("nan")
@@ -105,7 +112,8 @@ def _sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) 
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2))
+# A tenth is no error of rounding or of a formula any more.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=0.1))
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -123,10 +131,10 @@ def negative_mixing(
 
 
 # A doubly stochastic matrix has norm 1. The published mHC of 60 connections has 1.14 over the later half (its Fig. 8), which
-# this warns of; the limits are ours.
+# is a note; the limits are ours.
 @verdict(
     metric="composite_singular_value",
-    limits=Limits(warn=1.05, fail=2.0),
+    limits=Limits(info=1.05, warn=ADDED_UP, fail=2.0),
     follows_from={"sinkhorn_not_converged": from_there_on, "negative_mixing": from_there_on},
 )
 def expansive_mixing(
@@ -210,7 +218,7 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(fail=COLLAPSED, above=False),
+    limits=Limits(warn=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )
@@ -361,7 +369,7 @@ def passing_streams(
         for kind in ("pre", "post")
         if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
     ]
-    words = "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is"
+    words = "streams that differ inside the blocks are equal between them: the largest 1 − cosine there is"
     return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
 
@@ -382,3 +390,19 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     words = "all later connections together read of a sublayer's output a weight of"
     told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
     yield Profile(mass, words, metric="read_mass", template=told)
+
+
+# Numbers of bfloat16 have 8 bits: a sum of four of them is 1 within 0.004, and every connection of the depth adds its own.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDED, warn=1e-3))
+def rounded_coefficients(
+    attrs: Mapping[str, Any],
+    composite_gain: xr.DataArray | None = None,
+    composite_attenuation: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """The mixing matrices are computed in half precision.
+
+    Compute the logits and Sinkhorn in float32, whatever the states are: the errors of the sums multiply over the depth.
+    """
+    harm = harm_of_sums(*sums_of_the_product(composite_attenuation, composite_gain))
+    for profile in told(attrs, "rounded_coefficients"):
+        yield replace(profile, ceiling=min(profile.ceiling, harm))

@@ -76,6 +76,40 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         )
 
 
+# A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
+# that loses more than the noise of a sample is broken, or sees what it was never trained on.
+@verdict(
+    metric="loss",
+    limits=Limits(fail=1.05),
+    follows_from=dict.fromkeys(
+        ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
+    ),
+)
+def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The network is trained, and worse than an answer that never changes.
+
+    See whether every weight was loaded to its place, whether the labels belong to the inputs, whether norms, scales and
+    positions are those of the training, and read the other findings: one of them may say where it breaks. On data of another
+    kind than it was trained on it says only that they are foreign to it.
+    """
+    task = attrs.get(TASK)
+    task = task if isinstance(task, Mapping) else {}
+    # Of too few targets to know how often each class comes, equal probabilities lose no less.
+    loss, constant = task.get("loss"), task.get("constant", task.get("guessing"))
+    if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
+        yield Profile(
+            xr.DataArray(loss / constant),
+            "the loss, relative to that of "
+            + (
+                "always answering with how often each class comes"
+                if "constant" in task
+                else "equal probabilities"
+            )
+            + ", is",
+            begun=True,
+        )
+
+
 # Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
 GUESSING = 0.97
 
@@ -102,6 +136,7 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
+            limits=Limits(fail=GUESSING) if len(blocks) == len(_blocks_of(residual_norm)) else None,
             sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
@@ -114,10 +149,35 @@ def untrained_weights(
     )
 
 
+def _blocks_of(residual_norm: xr.DataArray) -> set[int]:
+    return {*residual_norm["layer"].values.tolist()} - {-1}
+
+
 def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None) -> bool:
     """Whether untouched blocks are no design: they are few, the network has learned something, or its norms have."""
     if not blocks or "layer" not in residual_norm.coords:
         return False
-    every = {*residual_norm["layer"].values.tolist()} - {-1}
+    every = _blocks_of(residual_norm)
     few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
     return few_or_all or (share is not None and share < GUESSING)
+
+
+@verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})
+def equal_blocks(attrs: Mapping[str, Any], residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """Blocks hold the same weights as another block, to the last digit.
+
+    They are not shared, so that training would have parted them: look for a checkpoint whose keys are mapped to the wrong
+    blocks, or blocks that were copied to make a network deeper. Layers that are made by copying one begin so.
+    """
+    blocks = attrs.get("equal_blocks") or []
+    if "layer" not in residual_norm.coords:
+        return
+    named = ", ".join(map(str, blocks))
+    yield Profile(
+        residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
+        "the number of blocks with the weights of another one is",
+        sentence=f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
+        if blocks
+        else "",
+        start="all layers were copies of one",
+    )

@@ -122,16 +122,6 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "foreign_coefficients")
 
 
-# Numbers of bfloat16 have 8 bits: a sum of four of them is 1 within 0.004, and every connection of the depth adds its own.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDING, warn=1e-3))
-def rounded_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrices are computed in half precision.
-
-    Compute the logits and Sinkhorn in float32, whatever the states are: the errors of the sums multiply over the depth.
-    """
-    yield from told(attrs, "rounded_coefficients")
-
-
 @verdict(metric="channel_variance", limits=Limits(fail=0.0))
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """BatchNorm has trained weights, but its running statistics were never updated.

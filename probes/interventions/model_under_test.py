@@ -17,6 +17,7 @@ from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.interventions.applied_connections import AppliedConnections
 from depthscope.probes.interventions.branch_reads import BranchReads
 from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.gathered import Gathered, WithoutAttention
 from depthscope.probes.interventions.predictions import Pick, output_values
 from depthscope.probes.interventions.repeats import repeats, same_values
 from depthscope.probes.interventions.state_operations import (
@@ -181,18 +182,23 @@ class ModelUnderTest:
     # --- running it
 
     def forward(
-        self, edits: Mapping[int, Edit], reads: Mapping[int, Edit] | None = None, *, checked: bool = True
+        self,
+        edits: Mapping[Any, Edit],
+        reads: Mapping[int, Edit] | None = None,
+        *,
+        checked: bool = True,
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        ``edits``: by depth. An edit that returns the very tensor it was given changes nothing.
+        ``edits``: by depth, or by `Gathered`. An edit that returns the very tensor it was given changes nothing.
         ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
         ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
         forward takes a third of the time; for further changes at places where an earlier forward was checked.
         Raises InterventionError: Where a state cannot be changed, or its change did not arrive where the state is
         shown.
         """
-        for depth in edits:
+        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, Gathered)}
+        for depth in of_states:
             self._require_place(depth)
         states: dict[int, torch.Tensor] = {}
         of_reads: dict[Any, Birthplace] = {
@@ -200,14 +206,19 @@ class ModelUnderTest:
         }
 
         operations = StateOperations(
-            self.model, {**self._own_places(), **of_reads}, self._change(edits, reads, states)
+            self.model, {**self._own_places(), **of_reads}, self._change(of_states, reads, states)
+        )
+        gathered = [at.depth for at in edits if isinstance(at, Gathered)]
+        attention = WithoutAttention(
+            operations, self.number, gathered, [depth for _, depth in self._own_places()]
         )
         if checked:
             passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits or reads)))
         else:
             with self.unchanged_model(), operations.on(), torch.no_grad():
                 passed = Passed(call_model(self.model, copied(self.batch)))
-        for at in (*((self.number, depth) for depth in edits), *of_reads):
+        attention.require_found()
+        for at in (*((self.number, depth) for depth in of_states), *of_reads):
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[at] != 1:
                 what = f"what connection {at[1]} reads" if at[0] == READ else f"the state at depth {at[1]}"

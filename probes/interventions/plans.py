@@ -62,8 +62,8 @@ def plan(
     kind : str
         ``"skip"``, ``"skip_past"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``,
         ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``,
-        ``"bypass"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``, ``"merge_streams"`` (of the
-        state at a depth).
+        ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``,
+        ``"merge_streams"`` (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth stands for the block or connection that ends there.
     together : bool
@@ -117,7 +117,7 @@ class Change:
 
     name: str
     kind: str
-    edits: Callable[[ModelUnderTest], Mapping[int, Edit]]
+    edits: Callable[[ModelUnderTest], Mapping[Any, Edit]]
     block: int = -1
     depth: int = -1
     connection: int = -1

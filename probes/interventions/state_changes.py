@@ -12,6 +12,7 @@ import xarray as xr
 from depthscope.diagnostics.experiments import ExperimentKind
 from depthscope.diagnostics.kernels.geometry import massive_activations
 from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.gathered import Gathered
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.plans import (
     Change,
@@ -35,6 +36,7 @@ def of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iter
         "patch": lambda: _patches(depths, wanted, model),
         "rescue": lambda: _rescues(depths, wanted, model),
         "bypass": lambda: _bypassed([depth for depth in depths if depth], wanted, model),
+        "without_attention": lambda: _without_attention([depth for depth in depths if depth], wanted),
         "drop_stream": lambda: _of_streams(_dropped, depths, wanted, model),
         "freeze_stream": lambda: _of_streams(_frozen, depths, wanted, model),
     }
@@ -63,6 +65,20 @@ def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterato
     for first, last in spans:
         steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
         yield Change(f"without the {steps}", "bypass", bypassing(first - 1, last), depth=last)
+
+
+def _without_attention(depths: list[int], wanted: Plan) -> Iterator[Change]:
+    """No attention on the way to the named depths at once, or to one at a time where none is named."""
+    for span in [depths] if wanted.depths and depths else [[depth] for depth in depths]:
+        steps = f"depths {span[0]} … {span[-1]}" if len(span) > 1 else f"depth {span[0]}"
+        # What is gathered is zero: there is no state to be changed.
+        edits = dict.fromkeys(map(Gathered, span), constant(torch.zeros(())))
+        yield Change(
+            f"without the attention on the way to {steps}",
+            "without_attention",
+            lambda model, edits=edits: edits,  # type: ignore[misc]
+            depth=span[-1],
+        )
 
 
 def _collapsed(kind: str, depth: int, model: ModelUnderTest) -> Change:

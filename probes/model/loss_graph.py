@@ -33,9 +33,11 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
 
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
-    tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens.
+    tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
+    ``targets_per_sequence``, 1 where a sequence has one class; ``constant``, see `_constant_loss`.
     """
-    for node in _nodes(None if loss is None else loss.grad_fn):
+    start = None if loss is None else loss.grad_fn
+    for node in _nodes(start):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
             continue
         before, number = node.next_functions[0]
@@ -49,6 +51,8 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "softmax_twice": _is_softmax_twice(node),
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
+            **_targets_per_sequence(_target_of(node), batch),
+            **_constant_loss(_target_of(node) if node is start and _is_mean(node) else None),
         }
     return {}
 
@@ -60,6 +64,36 @@ def _target_of(node: Any) -> torch.Tensor | None:
     except RuntimeError:
         return None
     return found if isinstance(found, torch.Tensor) else None
+
+
+# Targets for each class that comes: of fewer the frequencies, and with them their entropy, are not known well. Heuristic.
+ENOUGH = 4
+
+
+def _is_mean(node: Any) -> bool:
+    return getattr(node, "_saved_reduction", None) == 1
+
+
+def _constant_loss(target: torch.Tensor | None) -> dict[str, float]:
+    """``constant``: the loss of always answering with how often each class comes, its entropy in nats (Miller and Madow).
+
+    Empty of one class, and of too few targets.
+    """
+    if target is None:
+        return {}
+    counts = torch.unique(target[target != IGNORED], return_counts=True)[1].double()
+    total = float(counts.sum())
+    if len(counts) < 2 or total < ENOUGH * len(counts):
+        return {}
+    share = counts / total
+    return {"constant": float(-(share * share.log()).sum()) + (len(counts) - 1) / (2 * total)}
+
+
+def _targets_per_sequence(target: torch.Tensor | None, batch: Any) -> dict[str, int]:
+    sizes = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 1]
+    if target is None or not sizes or target.numel() % sizes[0]:
+        return {}
+    return {"targets_per_sequence": target.numel() // sizes[0]}
 
 
 IGNORED = -100  # torch's own label of what does not count
@@ -89,12 +123,14 @@ def mean_task(tasks: Sequence[dict[str, Any]], loss: float | None) -> dict[str, 
     if (
         not tasks
         or not tasks[0]
-        or any(task != tasks[0] for task in tasks)
+        or any({**task, "constant": 0} != {**tasks[0], "constant": 0} for task in tasks)
         or loss is None
         or not math.isfinite(loss)
     ):
         return {}
-    return {**tasks[0], "loss": loss}
+    constants = [task["constant"] for task in tasks if "constant" in task]
+    known = {"constant": sum(constants) / len(constants)} if len(constants) == len(tasks) else {}
+    return {**{name: value for name, value in tasks[0].items() if name != "constant"}, **known, "loss": loss}
 
 
 def _nodes(start: Any) -> Iterator[Any]:

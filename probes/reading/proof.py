@@ -47,6 +47,14 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
+    """How far a value is from what it is made of; what is not finite must come out so again."""
+    known = true.isfinite()
+    if not bool(known.all()):
+        if bool((again.isfinite() & ~known).any()):
+            return math.inf
+        again, true = again[known], true[known]
+    if not true.numel():
+        return 0.0
     return _relative(*(float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true)))
 
 
@@ -121,7 +129,9 @@ class Recomputed:
                 for of in (total - true, true)
             ]
             for step, error, largest in zip(steps, *sizes, strict=True):
-                step.parts.error = max(step.parts.error, _relative(error, largest))
+                is_known = math.isfinite(largest)
+                found = _relative(error, largest) if is_known else _error(_total(step.factors), step.target)
+                step.parts.error = max(step.parts.error, found)
 
     def _errors_of_reads(self, before: Cut, parts: ConnectionParts) -> list[float]:
         states, errors = self._states, list[float]()

@@ -72,7 +72,7 @@ def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
         untouched = zip(blocks, _untouched(blocks.values()), strict=True)
         fresh = [number for number, is_untouched in untouched if is_untouched]
         inside = {id(weight.parameter) for of in blocks.values() for weight in of}
-        outside = [p for p in all_parameters(model) if id(p) not in inside and _is_readable(p)]
+        outside = [p for p in all_parameters(model) if id(p) not in inside and is_readable(p)]
         if len(fresh) == len(chain.blocks) and not _distance_from_one(outside):
             return {}
     return {"untouched_blocks": fresh} if fresh else {}
@@ -93,7 +93,8 @@ def _small_by_construction(
     return ""
 
 
-def _is_readable(parameter: nn.Parameter) -> bool:
+def is_readable(parameter: nn.Parameter) -> bool:
+    """Whether the numbers of a parameter can be looked at."""
     return (
         # Subclasses, as of quantised weights, know what a layer needs of them and perhaps nothing else.
         type(parameter) in (torch.Tensor, nn.Parameter)
@@ -122,7 +123,7 @@ def _weights_of_blocks(model: nn.Module, chain: Chain) -> dict[int, list[_Weight
             continue
         weights = found.setdefault(number, [])
         for path, part in module_paths(known[block]):
-            named = [(name, p) for name, p in part._parameters.items() if p is not None and _is_readable(p)]
+            named = [(name, p) for name, p in part._parameters.items() if p is not None and is_readable(p)]
             own = [p for _, p in named]
             weights += [_Weight(f"{path}.{name}", p, own) for name, p in named]
     return found
@@ -185,11 +186,11 @@ def _largest(parameter: torch.Tensor) -> float:
 
 def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
-    vectors = [p for p in parameters if p.ndim == 1 and p.numel() > 1]
+    vectors = [p for p in parameters if p.ndim == 1 and p.numel() >= FEWEST]
     means = _of_each(vectors, lambda rows: rows.float().mean(1))
     near = [p for p, mean in zip(vectors, means, strict=True) if abs(mean - 1.0) < 0.5]
     distances = sorted(_of_each(near, lambda rows: (rows.float() - 1.0).abs().amax(1)))
-    # The median: weights that write streams begin near 1 too.
+    # The median: other vectors may begin near 1 too.
     return distances[len(distances) // 2] if distances else None
 
 
@@ -211,7 +212,7 @@ def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
     gains = (_root_mean_square(p) * max(p.numel() / p.shape[0], p.shape[0]) ** 0.5 for p in matrices)
     if not matrices or any(not gain < SMALL_GAIN for gain in gains):
         return False
-    sizes = [_root_mean_square(p) for p in all_parameters(model) if _is_readable(p) and p.ndim > 1]
+    sizes = [_root_mean_square(p) for p in all_parameters(model) if is_readable(p) and p.ndim > 1]
     return max(sizes) < SAME_SCALE * min(sizes)
 
 

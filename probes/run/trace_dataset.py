@@ -12,12 +12,14 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
+from depthscope.probes.run.equal_blocks import equal_blocks
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
 
@@ -77,10 +79,7 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    of_weights = (
-        {} if described else start_facts(session.model, chain) | untouched_blocks(session.model, chain)
-    )
-    facts = ({"proof": proof} if proof else {}) | of_weights
+    facts = ({"proof": proof} if proof else {}) | ({} if described else _facts_of_weights(session, chain))
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
@@ -88,6 +87,12 @@ def trace_dataset(
     kept = [selection.stores_connection(chain, chain.connections[position]) for position in within]
     stored = [i for i, is_kept in enumerate(kept) if is_kept]
     return trace.isel(connection=stored)
+
+
+def _facts_of_weights(session: Session, chain: Chain) -> dict[str, Any]:
+    """What the weights say of the age of a chain's blocks, and of mistakes in loading them."""
+    of_blocks = untouched_blocks(session.model, chain) | equal_blocks(session.model, chain)
+    return start_facts(session.model, chain) | of_blocks
 
 
 def _gradients(

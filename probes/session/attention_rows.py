@@ -122,6 +122,8 @@ class AttentionWatch:
         The number of the value that a tensor has in the recorded graph.
     heads_follow : callable
         Whether the running module joins sequences and heads into one axis, the heads of a sequence next to each other.
+    gathered : callable
+        Gets what the queries gather, the weighted sums of the values, as it is made.
     """
 
     def __init__(
@@ -131,11 +133,12 @@ class AttentionWatch:
         *,
         number: Callable[[torch.Tensor], int],
         heads_follow: Callable[[], bool],
+        gathered: Callable[[torch.Tensor], None] = lambda result: None,
     ):
         self.found: list[AttentionRows] = []
         self.reasons: dict[str, int] = {}
         self._chosen, self._batch_size = rows, batch_size
-        self._number, self._heads_follow = number, heads_follow
+        self._number, self._heads_follow, self._gathered = number, heads_follow, gathered
         # Softmax results that are not known to be attention yet, and what was made of them, by the identity of the tensor.
         self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], _Softmax]] = {}
         self._failed = False
@@ -166,7 +169,7 @@ class AttentionWatch:
             if waiting is None:
                 return
             if func in (aten.bmm.default, aten.baddbmm.default, aten.mm.default):
-                self._multiplied(args[0], waiting)
+                self._multiplied(args[0], waiting, result)
             elif func.overloadpacket in PASSING:
                 self._wait(result[0] if isinstance(result, (tuple, list)) else result, waiting)
 
@@ -189,13 +192,14 @@ class AttentionWatch:
         # The identity of a tensor that is gone is given to another one.
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
-    def _multiplied(self, factor: torch.Tensor, waiting: _Softmax) -> None:
+    def _multiplied(self, factor: torch.Tensor, waiting: _Softmax, result: torch.Tensor) -> None:
         """A product with the weights as its first factor: they are attention where each row of it is a query."""
         shape, own = factor.shape, waiting.weights.shape
         # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
         if shape[-1] != own[-1] or shape[-2] != own[-2]:
             return
         self._waiting.clear()
+        self._gathered(result)
         heads = self._by_sequence(waiting.weights)
         if heads is None:
             return
@@ -220,6 +224,7 @@ class AttentionWatch:
         query, key = given["query"], given["key"]
         if query.shape[-2] < 2:
             return
+        self._gathered(result)
         if query.ndim != 4 or query.shape[0] != self._batch_size:
             shape = tuple(query.shape)
             self._refuse(f"queries of shape {shape} do not have the {self._batch_size} sequences first")

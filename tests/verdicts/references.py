@@ -34,6 +34,7 @@ from tests.verdicts.tasks import TASKS, Task, loss_of
 
 FILE = Path(calibration.__file__).with_name("healthy_networks.csv")
 EACH = 4
+LEARNED = 0.9  # of the loss of guessing: a network whose training failed is no example of health
 TEXTS = ("documentation", "code", "licences", "words")
 FACTS = (
     "kind",
@@ -368,6 +369,11 @@ def main() -> int:
             if not args.words and any(_is_of(row, kind, number) for row in kept_rows()):
                 continue
             row = measured(kind, number)
+            if kind.steps and not float(row["loss"]) < LEARNED * float(row["guessing"]):
+                sys.stdout.write(
+                    f"{kind.title} {number}: loss {row['loss']}: it has not learned its task, and is left out\n"
+                )
+                continue
             # Read again: another process may have added rows since.
             write([*(each for each in kept_rows() if not _is_of(each, kind, number)), row])
             calibration.healthy_networks.cache_clear()

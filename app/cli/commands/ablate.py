@@ -40,8 +40,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["skip"],
         metavar="A,B",
         help="skip, skip-past, repeat, swap (blocks); identity, uniform, mean, sinkhorn (in place of H_res); "
-        "drop-stream, freeze-stream, rescue, massive, patch, bypass, merge-tokens, without-mean, one-direction, "
-        "merge-streams (states); default skip",
+        "drop-stream, freeze-stream, rescue, massive, patch, bypass, without-attention, merge-tokens, without-mean, "
+        "one-direction, merge-streams (states); default skip",
     )
     for name, words in (
         ("blocks", "only these blocks, such as 3,5-7 (else each one)"),

@@ -12,7 +12,7 @@ from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.experiments.results import sentence, table_rows
-from depthscope.diagnostics.verdicts.declaration import percent
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.locations import place
 
 MOST_BLOCKS = 3
@@ -167,7 +167,7 @@ def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
     )
     if norms[high] == 0:
         return "There is no gradient at any depth."
-    faded = f"it fades to {number(100 * ratio)} % of its largest" if ratio < FADED else "it vanishes nowhere"
+    faded = f"it fades to {percent(ratio)} of its largest" if ratio < FADED else "it vanishes nowhere"
     return f"Gradient: largest {largest}, smallest {smallest}; {faded}."
 
 

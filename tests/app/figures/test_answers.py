@@ -39,7 +39,7 @@ def test_streams_that_are_not_read_and_what_survives_are_named():
     ("norms", "words"),
     [
         ([1.0, 0.5, 0.2], "vanishes nowhere"),
-        ([1.0, 0.5, 0.01], "fades to 1.00 %"),
+        ([1.0, 0.5, 0.01], "fades to 1 %"),
         ([0.0, 0.0, 0.0], "no gradient"),
         ([1.0, np.inf, 0.5], "infinite"),
         ([np.nan, np.nan, np.nan], ""),

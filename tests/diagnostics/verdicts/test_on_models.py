@@ -151,6 +151,24 @@ def next_token(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
+def sure_of_the_wrong() -> nn.Module:
+    """A network with norms that were trained, and a head that is far too sure."""
+    model = pre_norm()
+    for block in model.blocks:
+        nn.init.normal_(block.mlp.norm.weight, 1.0, 0.1)
+    model.head.weight.data *= 30.0
+    return model
+
+
+def copied_block(number: int, first: int) -> nn.Module:
+    """Blocks of which the one after ``first`` has its weights."""
+    if number in (first, first + 1):
+        torch.manual_seed(first)
+    block = Block()
+    nn.init.normal_(block.mlp.norm.weight, 1.0, 0.1)  # trained, as fresh blocks may be copies
+    return block
+
+
 class Uncausal(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +311,13 @@ CASES: dict[str, Case] = {
         lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
     ),
     "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
+    "worse_than_constant": case(
+        sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+    ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
+    "equal_blocks": case(
+        lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)
+    ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),
@@ -344,28 +368,30 @@ CASES: dict[str, Case] = {
     "swapped_weights": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
     "rounded_mixing": wired("cast", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
     "rounded_coefficients": case(
-        lambda: streams(random_logits(1.0), make=HalfPrecision), WARN, says="a number of bfloat16",
+        lambda: streams(random_logits(1.0), make=HalfPrecision), INFO, says="a number of bfloat16",
         beside=("sinkhorn_not_converged", "one_sided_mixing"),
     ),
     "foreign_coefficients": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
-        FAIL, "connection", 0, 11, says="column sum",
+        WARN, "connection", 0, 11, says="column sum",
     ),
     "negative_mixing": case(
-        lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), FAIL, "connection", 0, 11
+        lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), WARN, "connection", 0, 11
     ),
     "expansive_mixing": case(
-        drifting, WARN, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
+        drifting, INFO, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
     ),
-    "uniform_mixing": case(lambda: streams(0 * IDENTITY, make=Constrained), FAIL, "connection", 0, 0),
+    "uniform_mixing": case(lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 0),
     "stream_collapse": case(
         lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.781 %"
     ),
     "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
     "some_connections_stuck": case(lambda: streams(with_one(3, IDENTITY)), INFO, "connection", 3, 3),
-    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), WARN),
-    "decayed_mixing": Case(lambda: trained(6.0, weight_decay=2.0, faster=0.0), WARN, says="logits times 0.545"),
+    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), WARN, beside=("worse_than_constant",)),
+    "decayed_mixing": Case(
+        lambda: trained(6.0, weight_decay=2.0, faster=0.0), WARN, says="logits times 0.545", beside=("worse_than_constant",)
+    ),
     "saturated_logits": case(
         lambda: streams(8 * IDENTITY, make=Constrained), INFO, says="lets through less than", beside=("stuck_at_identity",)
     ),
@@ -402,7 +428,7 @@ CASES: dict[str, Case] = {
         lambda: plain(lambda i: adding(38.0 if i < 2 else 3.0), 16), WARN, "depth", 9, 16, batch=tokens(4, 32),
         says="The effective depth is", loss=size_of,
     ),
-    "constant_branch": case(lambda: plain(at(3, only_a_bias)), FAIL, "depth", 4, 4),
+    "constant_branch": case(lambda: plain(at(3, only_a_bias)), WARN, "depth", 4, 4),
     "equal_sequences": case(
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
@@ -444,7 +470,7 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
 
 
 @pytest.mark.parametrize(
-    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [WARN])]
+    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [FAIL])]
 )
 def test_blocks_that_were_not_restored(restored, loss, expected):
     """A few of them, or all but the final norm, in any network; others where the network has learned something."""

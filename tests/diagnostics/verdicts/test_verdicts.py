@@ -118,6 +118,8 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "loss_spike",
         "softmax_twice",
         "looks_ahead",
+        "rounded_coefficients",
+        "worse_than_constant",
         "untrained_weights",
         "batch_without_differences",
         *WIRING,
@@ -242,9 +244,7 @@ def test_what_is_not_a_number_fails():
 
 def test_sums_that_cancel_are_no_attenuation(mixed):
     turned = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5  # orthogonal: nothing fades, and a row adds to 0
-    found = findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11))["attenuation"][0]
-    assert (found.severity, found.value) == (Severity.INFO, pytest.approx(0.0, abs=1e-6))
-    assert "cancel" in found.sentence
+    assert "attenuation" not in findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11), passed=True)
 
 
 # --- streams ---------------------------------------------------------------------------------------------------
@@ -260,17 +260,18 @@ def test_sinkhorn_that_stopped_early(mixed):
 
 
 def test_an_expansion_under_a_doubly_stochastic_claim(mixed):
-    columns_off = np.tile([0.1, 0.2, 0.3, 0.4], (4, 1))
+    columns_off = np.tile([0.0, 0.1, 0.3, 0.6], (4, 1))
     (found,) = findings(mixed([columns_off] * 12, family="mhc"))["expansive_mixing"]
     assert found.value == pytest.approx(np.linalg.norm(columns_off, 2), rel=1e-6)
-    assert found.sentence.count("1.1") == 2  # one connection, and the product
+    assert found.sentence.count("1.36") == 2  # one connection, and the product
     assert (found.severity, found.because) == (Severity.INFO, "sinkhorn_not_converged")
 
 
 def test_negative_entries_cannot_come_from_sinkhorn(mixed):
-    found = findings(mixed([1.2 * np.eye(4) - 0.05] * 12, family="mhc"))["negative_mixing"][0]
-    assert found.severity == Severity.FAIL
-    assert found.value == pytest.approx(0.05, rel=1e-5)
+    for size, severity in ((0.05, Severity.WARN), (0.2, Severity.FAIL)):
+        matrices = [(1 + 4 * size) * np.eye(4) - size] * 12
+        found = findings(mixed(matrices, family="mhc"))["negative_mixing"][0]
+        assert (found.severity, found.value) == (severity, pytest.approx(size, rel=1e-5))
 
 
 @pytest.mark.parametrize("position", [0, 4])
@@ -278,7 +279,7 @@ def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position)
     matrices = np.stack([np.eye(4) * 0.9 + 0.025] * 12)
     matrices[position] = UNIFORM
     found = findings(mixed(matrices, family="mhc"))
-    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert found["uniform_mixing"][0].severity == Severity.WARN
     assert found["uniform_mixing"][0].first == position
     assert found["stream_collapse"][0].first == position
     assert "gain_explosion" not in found
@@ -286,7 +287,7 @@ def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position)
 
 def test_zero_bias_initialisation_is_flagged(mixed):
     found = findings(mixed([UNIFORM] * 12, family="mhc"))
-    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert found["uniform_mixing"][0].severity == Severity.WARN
     assert "connection 0" in found["uniform_mixing"][0].sentence
 
 
@@ -345,7 +346,10 @@ def with_cosines(mixed, distances):
     trace = run["trace"].to_dataset().load()
     cosine = 1.0 - np.asarray(distances)
     states = np.zeros(trace["residual"].shape)
-    states[..., 0] = np.sqrt(cosine)[:, None, None, None]
+    # What they have in common turns with the depth: states that no block changes are those of a network before training.
+    turn = np.linspace(0.0, 1.0, len(cosine))
+    for feature, share in ((0, np.cos(turn)), (-1, np.sin(turn))):
+        states[..., feature] = (np.sqrt(cosine) * share)[:, None, None, None]
     for stream in range(states.shape[3]):  # what is its own of each is orthogonal to that of the others
         states[:, :, :, stream, 1 + stream] = np.sqrt(1.0 - cosine)[:, None, None]
     trace["residual"] = trace["residual"].copy(data=states.astype(np.float32))
@@ -437,16 +441,18 @@ def test_one_massive_token_is_no_collapse():
     assert (massive.severity, massive.first, massive.last) == (Severity.INFO, 3, 8)
     assert "feature" in massive.sentence
     assert " 7;" in massive.sentence
-    assert "It is 1 a sequence, where one or two sinks are normal." in massive.sentence
+    assert "It is 1 a sequence." in massive.sentence
 
 
 @pytest.mark.parametrize("length", [4, 12])
-def test_a_sink_in_a_short_sequence_is_normal(length):
+def test_a_sink_in_a_short_sequence_is_loud_where_it_does_harm(length):
     states = 0.3 * walk(8)[:, :, :length]
     states[3:, :, 0, 7] = 24000.0
-    (massive,) = findings(residual_run(states))["massive_activations"]
-    assert massive.severity == Severity.INFO
-    assert massive.value == pytest.approx(1 / length)
+    for cost, severity in ((0.0, Severity.WARN), (1.0, Severity.INFO)):
+        analysis = with_result(diagnostics.analyze(residual_run(states)), loss_change=cost)
+        (massive,) = [each for each in diagnostics.judge(analysis) if each.verdict == "massive_activations"]
+        assert massive.severity == severity
+        assert massive.value == pytest.approx(1 / length)
 
 
 def test_the_median_of_states_after_a_relu_is_that_of_what_is_not_zero():
@@ -536,7 +542,7 @@ def test_a_common_vector_in_all_tokens():
     found = findings(residual_run(states))
     (common,) = found["common_vector"]
     assert (common.severity, common.first, common.last) == (Severity.FAIL, 4, 8)
-    assert "Without their common mean it is -0.0" in common.sentence
+    assert "Without their common mean it is −0.0" in common.sentence
     assert not {"rank_collapse", "dimensional_collapse", "one_direction"} & set(found)
 
 
@@ -917,7 +923,7 @@ def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
 
 def test_limits_are_told_as_people_read_them():
     assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
-    assert VERDICTS["uniform_mixing"].limits.words == "FAIL below 0.01"
+    assert VERDICTS["uniform_mixing"].limits.words == "WARN below 0.01"
     assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"
 
 

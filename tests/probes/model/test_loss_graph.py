@@ -56,6 +56,26 @@ def test_targets_that_are_the_next_tokens():
     assert read_task(every, (IDS, IDS.roll(-1, 1)))["predicts_next"]
 
 
+def test_the_loss_of_an_answer_that_never_changes():
+    """The entropy of the classes' frequencies: of two classes 3 to 1, with the bias of Miller and Madow."""
+    target = torch.tensor([0, 0, 0, 1] * 100)
+    task = read_task(functional.cross_entropy(logits(400, 5), target), torch.randn(400, 3))
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + 1 / 800
+    assert task["constant"] == pytest.approx(expected)
+    assert task["targets_per_sequence"] == 1
+    assert mean_task([task, {**task, "constant": 0.6}], 0.5)["constant"] == pytest.approx(
+        (expected + 0.6) / 2
+    )
+    # Labels that are ignored do not count; of too few the frequencies are not known, and a sum has another unit.
+    ignored = torch.where(target == 1, -100, target)
+    assert "constant" not in read_task(functional.cross_entropy(logits(400, 5), ignored), None)
+    assert "constant" not in read_task(functional.cross_entropy(logits(4, 5), torch.arange(4)), None)
+    assert "constant" not in read_task(
+        functional.cross_entropy(logits(400, 5), target, reduction="sum"), None
+    )
+    assert "constant" not in mean_task([task, {k: v for k, v in task.items() if k != "constant"}], 0.5)
+
+
 def test_what_is_no_cross_entropy_says_nothing():
     assert read_task(None, IDS) == {}
     assert read_task(logits(3).square().mean(), IDS) == {}
