@@ -111,7 +111,7 @@ def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, 
     checkpoint = [{key: value.clone() for key, value in first.model.state_dict().items()}]
     first.steps(recorder, 2)
     recorder._store._store.close()  # what the kernel does when the process is killed
-    recorder._abandon()
+    recorder.abandon()
     if name != "a":
         with pytest.raises(FileNotFoundError, match=rf"no run at .*the steps .* are in .*{name}\.live"):
             schema.open_run(tmp_path / name)

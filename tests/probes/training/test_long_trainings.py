@@ -16,7 +16,7 @@ from torch import nn
 import depthscope as ds
 from depthscope.probes.statistics.row_sums import RowSums
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.training.recorder import ProbeWarning
+from depthscope.probes.training.notices import ProbeWarning
 
 KIB = 1024
 
