@@ -11,11 +11,14 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
-from depthscope.probes.run.connection_variables import connection_coords, connection_variables
+from depthscope.probes.run.connection_variables import (
+    connection_coords,
+    connection_variables,
+    logit_variables,
+)
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
-from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.model_structure import FINAL
