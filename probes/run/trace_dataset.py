@@ -21,6 +21,7 @@ from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
 
@@ -64,33 +65,34 @@ def trace_dataset(
     within = connections_within(chain, depths)
     if within and selection.stores_connections(chain):
         of_connections = connection_variables(session, number, sequences, evidence, tokens, within)
-        coords.update(
-            {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
-        )
-        variables.update(of_connections)
         if chain.has_streams and selection.stores_variable(chain, "h_res"):
-            variables.update(logit_variables(logits, len(sequences), tokens))
+            of_connections |= logit_variables(logits, len(sequences), tokens)
+        variables |= {
+            name: of_connections[name] for name in of_connections if name not in schema.TRACE_COORDS
+        }
+        coords |= {name: of_connections[name] for name in of_connections if name in schema.TRACE_COORDS}
         connections = tuple(chain.connections[position] for position in within)
-        coords.update(connection_coords(connections))
-        coords.update(linear_coords(connections, over_depth=chain.over_depth))
+        coords |= connection_coords(connections) | linear_coords(connections, over_depth=chain.over_depth)
     if selection.includes("attention"):
         variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
-    # The chain's own: another chain of the run may be unproven.
-    proof = chain_proof(chain, evidence)
-    of_weights = (
-        {} if described else start_facts(session.model, chain) | untouched_blocks(session.model, chain)
-    )
-    facts = ({"proof": proof} if proof else {}) | of_weights
-    trace = xr.Dataset(variables, coords, attrs=facts)
+    trace = xr.Dataset(variables, coords, attrs=_facts(session, chain, evidence, described=described))
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
     kept = [selection.stores_connection(chain, chain.connections[position]) for position in within]
     stored = [i for i, is_kept in enumerate(kept) if is_kept]
     return trace.isel(connection=stored)
+
+
+def _facts(session: Session, chain: Chain, evidence: Evidence, *, described: bool) -> dict[str, Any]:
+    """Whether the chain is proven, where another of the run may not be, and what its weights say of their start."""
+    facts: dict[str, Any] = {"proof": proof} if (proof := chain_proof(chain, evidence)) else {}
+    if not described:
+        facts |= start_facts(session.model, chain) | untouched_blocks(session.model, chain)
+    return facts
 
 
 def _gradients(

@@ -48,12 +48,10 @@ def draw_history(
     panels: Sequence[Panel],
     marks: Sequence[Mark],
     *,
-    zoom: tuple[float, float] | None = None,
     resumed: Sequence[float] = (),
 ) -> go.Figure:
     """Panels over one axis of steps.
 
-    ``zoom``: first and last step that are shown; None for all.
     ``resumed``: steps at which the training went on after an end.
     """
     total = stack_height(panels, marks)
@@ -62,7 +60,7 @@ def draw_history(
     top = float(room)
     axes: dict[str, Any] = {}
     if marks:
-        first, last = zoom or _ends(panels)
+        first, last = _ends(panels)
         axes["yaxis"] = hidden_axis((top - LANE * len(marks)) / room, top / room, len(marks))
         for lane, mark in enumerate(marks):
             drawn.add_trace(_bar(mark, lane))
@@ -82,7 +80,7 @@ def draw_history(
         **axes,
         shapes=[_line(step) for step in resumed],
         xaxis={
-            **({"autorange": True} if zoom is None else {"range": list(zoom), "autorange": False}),
+            "autorange": True,
             "title": {"text": "step", "standoff": 6},
             "zeroline": False,
             "showgrid": False,
