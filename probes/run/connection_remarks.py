@@ -11,9 +11,10 @@ from torch import nn
 
 from depthscope.probes.connections.computation import Applied, Origin, Search, trace_origins
 from depthscope.probes.connections.computed_forward import ComputedForward
+from depthscope.probes.connections.connection_facts import Facts
 from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
 from depthscope.probes.connections.proof import Evidence, Joint
-from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
+from depthscope.probes.connections.remarks import passing_inside, remarks
 from depthscope.probes.structure.model_structure import Structure
 
 
