@@ -78,7 +78,10 @@ def trace_dataset(
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
-    trace = xr.Dataset(variables, coords, attrs=_facts(session, chain, evidence, described=described))
+    # The chain's own: another chain of the run may be unproven.
+    proof = chain_proof(chain, evidence)
+    facts = ({"proof": proof} if proof else {}) | ({} if described else _facts_of_weights(session, chain))
+    trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
@@ -87,12 +90,9 @@ def trace_dataset(
     return trace.isel(connection=stored)
 
 
-def _facts(session: Session, chain: Chain, evidence: Evidence, *, described: bool) -> dict[str, Any]:
-    """Whether the chain is proven, where another of the run may not be, and what its weights say of their start."""
-    facts: dict[str, Any] = {"proof": proof} if (proof := chain_proof(chain, evidence)) else {}
-    if not described:
-        facts |= start_facts(session.model, chain) | untouched_blocks(session.model, chain)
-    return facts
+def _facts_of_weights(session: Session, chain: Chain) -> dict[str, Any]:
+    """What the weights say of the age of a chain's blocks, and of mistakes in loading them."""
+    return start_facts(session.model, chain) | untouched_blocks(session.model, chain)
 
 
 def _gradients(
