@@ -70,9 +70,10 @@ def draw_history(
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(
-            text=f"<b>{words(panel.figure.title, 90)}</b>{_note(panel)}", **panel_title(high)
+        caption = (
+            panel.figure.caption and f"  <span style='font-size:10.5px'>{words(panel.figure.caption)}</span>"
         )
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{caption}", **panel_title(high))
         top -= panel.height
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
     set_layout(
@@ -109,14 +110,6 @@ def _ends(panels: Sequence[Panel]) -> tuple[float, float]:
     steps += [line.x for each in figures if not isinstance(each, Heatmap) for line in each.lines]
     known = np.concatenate(steps or [np.zeros(1)])
     return float(known.min()), float(known.max())
-
-
-def _note(panel: Panel) -> str:
-    return (
-        f"  <span style='font-size:10.5px'>{words(panel.figure.caption)}</span>"
-        if panel.figure.caption
-        else ""
-    )
 
 
 def _bar(mark: Mark, lane: int) -> go.Scatter:
