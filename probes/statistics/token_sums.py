@@ -166,9 +166,7 @@ class TokenSums:
     def _compiles(self, tensor: torch.Tensor) -> bool:
         return self.compiles and tensor.device.type == "cpu" and is_available()
 
-    def block_statistics(
-        self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None
-    ) -> BlockStatistics:
+    def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> BlockStatistics:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
         if self.live is None:
             return block_statistics(x_tND, previous, self._spare, is_exact=self.is_exact)
