@@ -48,10 +48,12 @@ def draw_history(
     panels: Sequence[Panel],
     marks: Sequence[Mark],
     *,
+    zoom: tuple[float, float] | None = None,
     resumed: Sequence[float] = (),
 ) -> go.Figure:
     """Panels over one axis of steps.
 
+    ``zoom``: first and last step that are shown; None for all.
     ``resumed``: steps at which the training went on after an end.
     """
     total = stack_height(panels, marks)
@@ -60,7 +62,7 @@ def draw_history(
     top = float(room)
     axes: dict[str, Any] = {}
     if marks:
-        first, last = _ends(panels)
+        first, last = zoom or _ends(panels)
         axes["yaxis"] = hidden_axis((top - LANE * len(marks)) / room, top / room, len(marks))
         for lane, mark in enumerate(marks):
             drawn.add_trace(_bar(mark, lane))
@@ -70,10 +72,9 @@ def draw_history(
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         add_panel(drawn, panel, number, (low, high), axes)
-        caption = (
-            panel.figure.caption and f"  <span style='font-size:10.5px'>{words(panel.figure.caption)}</span>"
+        drawn.add_annotation(
+            text=f"<b>{words(panel.figure.title, 90)}</b>{_note(panel)}", **panel_title(high)
         )
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{caption}", **panel_title(high))
         top -= panel.height
     has_maps = any(isinstance(panel.figure, Heatmap) for panel in panels)
     set_layout(
@@ -81,7 +82,7 @@ def draw_history(
         **axes,
         shapes=[_line(step) for step in resumed],
         xaxis={
-            "autorange": True,
+            **({"autorange": True} if zoom is None else {"range": list(zoom), "autorange": False}),
             "title": {"text": "step", "standoff": 6},
             "zeroline": False,
             "showgrid": False,
@@ -110,6 +111,14 @@ def _ends(panels: Sequence[Panel]) -> tuple[float, float]:
     steps += [line.x for each in figures if not isinstance(each, Heatmap) for line in each.lines]
     known = np.concatenate(steps or [np.zeros(1)])
     return float(known.min()), float(known.max())
+
+
+def _note(panel: Panel) -> str:
+    return (
+        f"  <span style='font-size:10.5px'>{words(panel.figure.caption)}</span>"
+        if panel.figure.caption
+        else ""
+    )
 
 
 def _bar(mark: Mark, lane: int) -> go.Scatter:
