@@ -61,13 +61,18 @@ class Notices:
     def warn(self) -> None:
         """Say what there is to say, now that everything is in order: the user may have turned warnings into errors."""
         sentences, self._sentences = self._sentences, []
-        # The user's line, from here.
-        frame, level = sys._getframe(0), 1
-        while sentences and frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
-            frame, level = frame.f_back, level + 1
         for sentence in sentences:
-            warnings.warn(sentence, ProbeWarning, stacklevel=level)
+            warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
 
     def forget(self) -> None:
         """Say nothing of what was noted so far."""
         self._sentences = []
+
+
+def _user_frame() -> int:
+    """How many frames above `warnings.warn` in `Notices.warn` the user's line is."""
+    # A function of its own: a frame that refers to itself would keep the recorder alive.
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
+        frame, level = frame.f_back, level + 1
+    return level

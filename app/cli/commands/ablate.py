@@ -67,8 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     def measure(subject: Subject, options: dict[str, Any], progress: Progress) -> xr.Dataset:
         from depthscope.probes.interventions import ablate
 
-        text = {"token_text": subject.token_text}
-        return ablate(subject.loaded.model, subject.batch, _plans(args), **text, **options)
+        model, batch = subject.loaded.model, subject.batch
+        return ablate(model, batch, _plans(args), token_text=subject.token_text, **options)
 
     _print(*measured(args, "ablate", "changing", measure), args)
     return FINE

@@ -29,8 +29,8 @@ def _run(args: argparse.Namespace) -> int:
     def measure(subject: Subject, options: dict[str, Any], progress: Progress) -> xr.Dataset:
         from depthscope.probes.lens import lens
 
-        text = {"token_text": subject.token_text}
-        return lens(subject.loaded.model, subject.batch, tuned=args.tuned, seed=args.seed, **text, **options)
+        model, batch, text = subject.loaded.model, subject.batch, subject.token_text
+        return lens(model, batch, tuned=args.tuned, seed=args.seed, token_text=text, **options)
 
     _print(*measured(args, "lens", "reading", measure), args)
     return FINE
