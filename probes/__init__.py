@@ -13,8 +13,9 @@ from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.training.live.findings import TrainingStopped
+from depthscope.probes.training.notices import ProbeWarning
 from depthscope.probes.training.record import record
-from depthscope.probes.training.recorder import ProbeWarning, Recorder
+from depthscope.probes.training.recorder import Recorder
 
 __all__ = [
     "CaptureError",

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from depthscope.app.cli.checkpoints import require_device, site_names
+from depthscope.app.cli.checkpoints import read_as, require_device, site_names
 from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import OutputFile, run_endings
 from depthscope.app.cli.several_runs import exit_code
@@ -53,7 +53,6 @@ def probe_history(args: argparse.Namespace) -> int:
     with working("importing torch"):
         from depthscope.probes.history.history import probe_checkpoints
     require_device(args.device)
-    options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}
     with working("probing") as progress:
         found = probe_checkpoints(
             args.checkpoints,
@@ -71,7 +70,7 @@ def probe_history(args: argparse.Namespace) -> int:
             attrs={"data": text_name(args.text)},
             progress=progress,
             sites=site_names(args),
-            **{name: value for name, value in options.items() if value is not None},
+            **read_as(args),
         )
     for path, why in found.left_out.items():
         remark(f"left out {quoted(path)}: {why}")

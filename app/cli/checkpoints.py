@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_layers
 from depthscope.app.cli.paths import InputPath
@@ -88,6 +88,12 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
         metavar="|".join(DTYPES),
         help="precision of the model (default its own)",
     )
+
+
+def read_as(args: argparse.Namespace) -> dict[str, Any]:
+    """How the model is read, of ``--layers``, ``--layout`` and ``--streams`` what was given; the rest is detected."""
+    options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def load(args: argparse.Namespace) -> LoadedModel:

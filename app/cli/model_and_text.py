@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_json
-from depthscope.app.cli.checkpoints import add_checkpoint, load
+from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, read_as
 from depthscope.app.cli.paths import InputPath, InputText, OutputFile, read_bounded, run_endings
 from depthscope.app.cli.values import Number, quoted
-from depthscope.app.text.terminal import printable, working
+from depthscope.app.text.terminal import Progress, printable, working
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    import xarray as xr
 
     from depthscope.probes.checkpoints.load import LoadedModel
 
@@ -188,15 +190,31 @@ def _require_same_text(text: str, recorded: dict[str, Any]) -> None:
         )
 
 
-def save(result: Any, subject: Subject, args: argparse.Namespace, what: str) -> Path | None:
-    """Save a result where ``--out`` says, or next to its run; None where neither is given."""
+def measured(
+    args: argparse.Namespace,
+    what: str,
+    doing: str,
+    measure: Callable[[Subject, dict[str, Any], Progress], xr.Dataset],
+) -> tuple[xr.Dataset, Path | None]:
+    """The result of an experiment, saved where ``--out`` says, or next to its run; no path where neither is given.
+
+    ``what``: the experiment's name, which the name of its file has; ``doing``: what is printed meanwhile.
+    ``measure``: takes the subject, how its model is read, and what shows the progress.
+    """
+    # An existing result is refused before any work.
+    is_run = args.checkpoint.endswith(tuple(run_endings()))
+    _result_place(Path(args.checkpoint) if is_run else None, args, what)
+    subject = open_subject(args)
+    with working(f"{doing} {subject.loaded.name}") as progress, capture_errors_for_users():
+        result = measure(subject, read_as(args), progress)
+    result.attrs.update(subject.loaded.attrs)
     from depthscope.diagnostics.experiments import save_result
 
-    place = result_place(subject.run, args, what)
-    return None if place is None else save_result(result, place)
+    place = _result_place(subject.run, args, what)
+    return result, None if place is None else save_result(result, place)
 
 
-def result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path | None:
+def _result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path | None:
     """Where the result goes; an existing one is refused without ``--force``."""
     from depthscope.diagnostics.experiments import beside
 
@@ -208,9 +226,3 @@ def result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path 
     if place.exists() and not args.force:
         raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place
-
-
-def require_result_place(args: argparse.Namespace, what: str) -> None:
-    """Refuse an existing result before any work."""
-    is_run = args.checkpoint.endswith(tuple(run_endings()))
-    result_place(Path(args.checkpoint) if is_run else None, args, what)

@@ -55,7 +55,7 @@ def _is_live_store(path: Path) -> bool:
     return is_live_store(path)
 
 
-def read_bounded(text: str, limit: int = MAX_TEXT_BYTES) -> bytes:
+def read_bounded(text: str) -> bytes:
     """All bytes of a file, or of stdin for ``-``, up to a limit.
 
     Raises InputError: For more than the limit, or a standard input that is closed.
@@ -63,13 +63,13 @@ def read_bounded(text: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     if text == "-":
         if sys.stdin is None or sys.stdin.closed:
             raise InputError("standard input is closed; name a file, or pipe a text into --text -")
-        content = sys.stdin.buffer.read(limit + 1)
+        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     else:
         # Not blocking: some files of /proc are regular, and reading them waits for ever for what may come.
         with open(os.open(Path(text).expanduser(), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            content = file.read(limit + 1) or b""
-    if len(content) > limit:
-        raise InputError(f"{quoted(text)} has more than {limit} bytes; give a part of it")
+            content = file.read(MAX_TEXT_BYTES + 1) or b""
+    if len(content) > MAX_TEXT_BYTES:
+        raise InputError(f"{quoted(text)} has more than {MAX_TEXT_BYTES} bytes; give a part of it")
     return content
 
 

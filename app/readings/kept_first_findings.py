@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import Begun, FirstFindings, KnownFindings
 from depthscope.app.readings.followed_history import history_of
-from depthscope.app.readings.kept_readings import UNUSABLE, finding_document, finding_of, folders_of, stem_of
+from depthscope.app.readings.kept_readings import finding_document, finding_of, keep_document, kept_document
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.atomic_writes import replaced_file
 
 
 def keep_first_findings(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
@@ -25,20 +23,9 @@ def keep_first_findings(path: Path, version: FileVersion, readings: Sequence[Rea
         history = history_of(reading)
         found = FirstFindings(history)
         found.look(float("inf"))
-        begun = [
-            {
-                "finding": finding_document(each.finding),
-                "step": each.step,
-                "before": each.before,
-                "lasts": each.lasts,
-            }
-            for each in found.begun()
-        ]
-        text = json.dumps({"num_judged": found.num_judged, "begun": begun}, default=str)
-        for place in _places(path, version, reading.chain):
-            with suppress(OSError), replaced_file(place) as fresh:
-                fresh.write_text(text, encoding="utf-8")
-                break
+        begun = [{**vars(each), "finding": finding_document(each.finding)} for each in found.begun()]
+        document = {"num_judged": found.num_judged, "begun": begun}
+        keep_document(path, version, _ending(reading.chain), document)
 
 
 def kept_first_findings(path: Path, version: FileVersion, chain: str) -> KnownFindings | None:
@@ -46,18 +33,13 @@ def kept_first_findings(path: Path, version: FileVersion, chain: str) -> KnownFi
 
     Returns: None where that is not kept of these very files, or cannot be read.
     """
-    for place in _places(path, version, chain):
-        with suppress(*UNUSABLE):
-            document = json.loads(place.read_text(encoding="utf-8"))
-            begun = []
-            for each in document["begun"]:
-                finding = finding_of(each["finding"])
-                assert finding is not None
-                begun.append(Begun(finding, each["step"], each["before"], each["lasts"]))
-            return KnownFindings(int(document["num_judged"]), tuple(begun))
-    return None
+    return kept_document(path, version, _ending(chain), _read)
 
 
-def _places(path: Path, version: FileVersion, chain: str) -> list[Path]:
-    of = hashlib.sha256(chain.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return [folder / f"{stem_of(path, version)}.begun.{of}.json" for folder in folders_of(path)]
+def _read(document: Any) -> KnownFindings:
+    begun = tuple(Begun(**{**each, "finding": finding_of(each["finding"])}) for each in document["begun"])
+    return KnownFindings(int(document["num_judged"]), begun)
+
+
+def _ending(chain: str) -> str:
+    return f".begun.{hashlib.sha256(chain.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.json"

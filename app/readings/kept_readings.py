@@ -10,12 +10,12 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -28,6 +28,8 @@ from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
+
+T = TypeVar("T")
 
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
@@ -89,10 +91,27 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
 
 def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
     """What the verdicts of a run were, without opening its analysis."""
+    return kept_document(path, version, ".json", lambda documents: [_summary(each) for each in documents])
+
+
+def keep_document(path: Path, version: FileVersion, ending: str, document: Any) -> None:
+    """Keep a further answer about a run; where no folder can be written to, nothing is kept."""
+    text = json.dumps(document, default=str)
     for folder in folders_of(path):
-        place = folder / f"{stem_of(path, version)}.json"
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replaced_file(folder / f"{stem_of(path, version)}{ending}") as fresh:
+                fresh.write_text(text, encoding="utf-8")
+            return
+
+
+def kept_document(path: Path, version: FileVersion, ending: str, read: Callable[[Any], T]) -> T | None:
+    """What ``read`` makes of an answer that was kept of these very files; None where there is none that it can read."""
+    for folder in folders_of(path):
+        place = folder / f"{stem_of(path, version)}{ending}"
+        # Damaged, or of somebody else: it is made anew.
         with suppress(*UNUSABLE):
-            return [_summary(document) for document in json.loads(place.read_text(encoding="utf-8"))]
+            return read(json.loads(place.read_text(encoding="utf-8")))
     return None
 
 

@@ -26,11 +26,11 @@ class Corpus:
         return float(-(frequencies * frequencies.log()).sum())
 
 
-def split_corpus(text: str, *, held_out: float = 0.1) -> Corpus:
-    """Cut a text into training bytes and a held-out end."""
+def split_corpus(text: str) -> Corpus:
+    """Cut a text into training bytes and a held-out end, a tenth."""
     ids = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
     # The end and not random windows: neighbouring windows of a text share words, and the loss would leak.
-    border = len(ids) - int(len(ids) * held_out)
+    border = len(ids) - len(ids) // 10
     return Corpus(ids[:border], ids[border:])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,6 @@ def optimizer_of(
 def run_scaling_study(
     over: str,
     *,
-    sizes: Sequence[int] | None = None,
     seeds: int | None = None,
     steps: int | None = None,
 ) -> dict[str, xr.Dataset]:
@@ -146,7 +145,7 @@ def run_scaling_study(
         name: coordinate_check(
             partial(_made, PARAMETRISATIONS[name], over),
             batch,
-            sizes or of_study,
+            of_study,
             over=over,
             seeds=seeds or SEEDS,
             steps=steps or STEPS,

@@ -1,18 +1,18 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
-from depthscope.diagnostics.experiments.jacobians import jacobian_rows
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
-from depthscope.diagnostics.experiments.patches import patch_rows
 from depthscope.diagnostics.experiments.results import (
     RESULTS,
     SUFFIX,
     base_loss,
     beside,
     describe_results,
+    jacobian_rows,
     lens_rows,
     mean_later_change,
     open_result,
+    patch_rows,
     prediction_depths,
     prediction_words,
     result_for,

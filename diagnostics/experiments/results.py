@@ -17,7 +17,7 @@ from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
-from depthscope.diagnostics.experiments.variables import ESTIMATES
+from depthscope.diagnostics.experiments.variables import CELLS, ESTIMATES
 from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import without_suffix
 from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
@@ -301,3 +301,61 @@ def prediction_words(result: xr.Dataset) -> str:
         f"by the {lens} lens the prediction stands from depth {found.mean:.1f} of {last} on"
         for lens, found in known.items()
     )
+
+
+MOMENTS = ("mean_square", "mean_square_error", "square_variance", "square_variance_error")
+
+
+def jacobian_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row a Jacobian with plain values, that of the complete chain last; None for what is not known."""
+    depths = result["depth"].values.tolist()
+    blocks = [_row(result.isel(depth=at), "", depth - 1, depth) for at, depth in enumerate(depths)]
+    return [*blocks, _row(result, "whole_", 0, depths[-1])]
+
+
+def _row(result: xr.Dataset, prefix: str, start: int, stop: int) -> dict[str, Any]:
+    def plain(name: str) -> Any:
+        values = result[prefix + name].values.tolist()
+        return [_plain(each) for each in values] if isinstance(values, list) else _plain(values)
+
+    return {
+        "start": start,
+        "stop": stop,
+        "singular_values": plain("singular_value"),
+        "errors": plain("singular_value_error"),
+        **{name: plain(name) for name in MOMENTS},
+    }
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def patch_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row for each cell that was patched; None for what is not known, and for a token or stream that is all at once.
+
+    ``result``: of `depthscope.interventions.patch`.
+    Returns: The largest change of the measure first.
+    """
+    change = result["change"].transpose(*CELLS)
+    rows = []
+    for at in zip(*np.nonzero(np.isfinite(change.values)), strict=True):
+        cell = dict(zip(CELLS, map(int, at), strict=True))
+        row: dict[str, Any] = {
+            dim: result[dim].values[cell[dim]].item() if dim != "site" else str(result[dim].values[at[0]])
+            for dim in CELLS
+        }
+        row["block"] = int(result["layer"].values[cell["depth"]])
+        row |= {name: None for name in ("token", "stream", "block") if row[name] < 0}
+        row["connection"] = (
+            int(result["connection"].values[cell["depth"]]) if row["site"] != "residual" else None
+        )
+        for name in ("effect", "change"):
+            for ending in ESTIMATES:
+                found = float(result[name + ending].values[at])
+                row[name + ending] = found if math.isfinite(found) else None
+        if "token_text" in result and row["token"] is not None:
+            texts = result["token_text"].values[:, cell["token"]]
+            row["token_text"] = " / ".join(dict.fromkeys(str(text) for text in texts if str(text)))
+        rows.append(row)
+    return sorted(rows, key=lambda row: -abs(row["change"]))

@@ -230,10 +230,10 @@ def ratio(xp: Any, over: Array, under: Array) -> Array:
     return xp.where(under == 0, xp.full_like(under, xp.nan), over / safe)
 
 
-def masked_mean(xp: Any, values: Array, valid: Array, axis: int = -1) -> Array:
-    """The mean of ``values`` where ``valid``, NaN where none is."""
+def masked_mean(xp: Any, values: Array, valid: Array) -> Array:
+    """The mean of ``values`` over their last axis where ``valid``, NaN where none is."""
     counted = xp.where(valid, values, xp.zeros_like(values))
-    return ratio(xp, xp.sum(counted, axis=axis), xp.sum(xp.astype(valid, xp.float64), axis=axis))
+    return ratio(xp, xp.sum(counted, axis=-1), xp.sum(xp.astype(valid, xp.float64), axis=-1))
 
 
 def selected(x: Rows) -> list[Array]:

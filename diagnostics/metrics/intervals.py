@@ -27,12 +27,11 @@ def factor(degrees: float, level: float = LEVEL) -> float:
     return float(stdtrit(degrees, (1 + level) / 2))
 
 
-def half_width(error: xr.DataArray, level: float = LEVEL) -> xr.DataArray:
+def half_width(error: xr.DataArray) -> xr.DataArray:
     r"""Half the width of the interval around a value, :math:`t_{S-1} \cdot \mathrm{se}`.
 
     ``error``: A standard error as `analyze` gives it, ``<metric>_stderr``.
-    ``level``: probability of covering what all sequences would give. It does not cover the bias of a small sample, such
-    as that of a rank.
+    It does not cover the bias of a small sample, such as that of a rank.
     Raises InputError: Where the error does not say how many sequences it comes from, as those written by earlier
     versions.
     """
@@ -41,7 +40,7 @@ def half_width(error: xr.DataArray, level: float = LEVEL) -> xr.DataArray:
             f"{error.name or 'the error'} does not say how many sequences it comes from (attribute {DEGREES!r}); "
             "analyze the run again: analyze(run)"
         )
-    return error * factor(float(error.attrs[DEGREES]), level)
+    return error * factor(float(error.attrs[DEGREES]))
 
 
 def margin(error: xr.DataArray) -> tuple[xr.DataArray, str]:

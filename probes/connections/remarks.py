@@ -6,94 +6,24 @@ Shapes: K sequence, T token, n stream, D feature.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
+from depthscope.probes.connections.computation import SAME, UNIFORM
+from depthscope.probes.connections.connection_facts import (
+    CLEAR_ERROR,
+    EXACT_SUM,
+    Facts,
+    Remark,
+    Rule,
+    places,
+    short,
+)
+from depthscope.probes.connections.matrix_sums import FAR, after_rounds, one_sided
 
-# Heuristics: a sum of float32 numbers of n streams that was made 1 by a division is so within a few roundings.
-EXACT_SUM = 1e-5
-# An error of a sum that no rounding explains, in float32.
-CLEAR_ERROR = 1e-3
-# Rounds of Sinkhorn that a matrix shows. A heuristic: implementations make 10 to 50; one normalisation shows less than 1
-# unless the matrix is nearly the identity.
-FEW_ROUNDS = 1.2
-MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each round, nearly; a heuristic
-FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
 FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
-
-
-@dataclass(frozen=True)
-class Remark:
-    """One thing that is odd about the connections.
-
-    ``kind``: what it is, which is the name of the verdict that reports it.
-    ``sentence``: in plain words, with the numbers.
-    ``value``: the number that it rests on; that verdict states what it is compared with.
-    ``connections``: where.
-    ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
-    """
-
-    kind: str
-    sentence: str
-    value: float
-    connections: tuple[int, ...]
-    sure: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"connections": list(self.connections)}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one connection, of the sampled sequences.
-
-    ``name``: the module that it belongs to.
-    ``mix``: H_res as applied (K, T, n, n), and the identity where nothing mixes.
-    ``mixes``: whether the model computes a matrix.
-    ``stored``: H_res before the model rounded it to another precision.
-    ``rounded_to``: that precision; empty where it is applied as stored.
-    ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
-    ``mask``: (K, T), True on tokens that are no padding.
-    ``origin``: from what the weights were computed; None where no forward was followed.
-    ``spread_in, spread_out``: ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
-    """
-
-    name: str
-    mix: torch.Tensor
-    mixes: bool
-    stored: torch.Tensor
-    rounded_to: str = ""
-    read: torch.Tensor | None = None
-    write: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    origin: Origin | None = None
-    spread_in: float = 1.0
-    spread_out: float = 1.0
-
-    def tokens(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights of the tokens that are no padding, (tokens, …), in float64."""
-        flat = weights.flatten(0, 1).double()
-        return flat if self.mask is None else flat[self.mask.flatten()]
-
-    @property
-    def num_streams(self) -> int:
-        """Number of streams n."""
-        return self.mix.shape[-1]
-
-    def sum_errors(self, matrix: torch.Tensor | None = None) -> tuple[float, float]:
-        """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
-        values = self.tokens(self.stored if matrix is None else matrix)
-        return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
-
-
-Rule = Callable[[Sequence[Facts]], Iterator[Remark]]
 
 
 def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
@@ -105,19 +35,6 @@ def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
     if not facts or len(finite) < len(facts) or facts[0].num_streams < 2:
         return ()
     return tuple(remark for rule in RULES for remark in rule(facts))
-
-
-def _places(facts: Sequence[Facts], at: Sequence[int]) -> str:
-    """Some connections in words."""
-    if len(at) == len(facts):
-        return f"at all {len(facts)} connections" if len(at) > 1 else f"at {facts[0].name}"
-    names = ", ".join(f"{number} ({facts[number].name})" for number in at[:3])
-    more = f" and {len(at) - 3} more" if len(at) > 3 else ""
-    return f"at connection{'s' if len(at) > 1 else ''} {names}{more} of {len(facts)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2g}"
 
 
 # --- the matrix that is applied is not the one that is computed
@@ -137,9 +54,9 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
     identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
     yield Remark(
         "discarded_mixing",
-        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output "
+        f"H_res is computed and discarded {places(facts, at)}: a {n} × {n} matrix is computed there and no output "
         f"depends on it; what is applied is {'the identity' if identity else 'another matrix'}, from which its entries "
-        f"differ by up to {_number(apart)}",
+        f"differ by up to {short(apart)}",
         apart,
         tuple(at),
     )
@@ -169,7 +86,7 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
     difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
     yield Remark(
         "transposed_mixing",
-        f"H_res is transposed {_places(facts, at)}: {why}; entries of the two differ by up to {_number(difference)}",
+        f"H_res is transposed {places(facts, at)}: {why}; entries of the two differ by up to {short(difference)}",
         difference,
         tuple(at),
     )
@@ -196,14 +113,14 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
     late = [
         i
         for i, (row, column) in errors.items()
-        if column <= EXACT_SUM and row > CLEAR_ERROR and not _one_sided(facts[i], 1)
+        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(facts[i], 1)
     ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
         yield Remark(
             "transposed_mixing",
-            f"H_res may be transposed {_places(facts, late)}: its sums over the destinations are 1 within "
-            f"{_number(column)} and those over the sources, which carry the signal, are off by up to {_number(row)}; mHC "
+            f"H_res may be transposed {places(facts, late)}: its sums over the destinations are 1 within "
+            f"{short(column)} and those over the sources, which carry the signal, are off by up to {short(row)}; mHC "
             "normalises the latter last (arXiv 2512.24880, Eq. 9)",
             row,
             tuple(late),
@@ -223,9 +140,9 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
     stored = max(max(facts[i].sum_errors()) for i in at)
     yield Remark(
         "rounded_mixing",
-        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs "
-        f"from the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those "
-        f"of the stored one are by {_number(stored)}",
+        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {places(facts, at)}: the applied matrix differs "
+        f"from the stored one by up to {short(difference)}, and its sums are off by up to {short(applied)} where those "
+        f"of the stored one are by {short(stored)}",
         difference,
         tuple(at),
         sure=False,
@@ -244,8 +161,8 @@ def computed_in_half_precision(facts: Sequence[Facts]) -> Iterator[Remark]:
         if HALF_PRECISION < error < FAR:
             yield Remark(
                 "rounded_coefficients",
-                f"Every entry of H_res is a number of {str(dtype).removeprefix('torch.')} {_places(facts, at)}, and its sums "
-                f"are off by up to {_number(error)}: the coefficients are computed in half precision",
+                f"Every entry of H_res is a number of {str(dtype).removeprefix('torch.')} {places(facts, at)}, and its sums "
+                f"are off by up to {short(error)}: the coefficients are computed in half precision",
                 error,
                 tuple(at),
             )
@@ -271,7 +188,7 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     sure = any(axis.size == 1 for axis in axes)
     yield Remark(
         "constant_mixing",
-        f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(max(far[i] for i in at))}, "
+        f"H_res is 1 in every entry {places(facts, at)}, whatever its parameters (within {short(max(far[i] for i in at))}, "
         f"at every token): {'it is normalised' if sure else 'as after a normalisation'} along an axis of size one; all {n} "
         f"streams become their sum, {n} times as large at each connection",
         float(n),
@@ -296,7 +213,7 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
             "the gradient keeps its sum and the signal does not: normalise the other axis",
         ),
     ):
-        at = [number for number in mixing if _one_sided(facts[number], side)]
+        at = [number for number in mixing if one_sided(facts[number], side)]
         # A free matrix may have exact rows at one connection; a normalisation is made at all of them.
         if not at or 2 * len(at) <= len(mixing):
             continue
@@ -310,72 +227,13 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
         seen = f" ({count} normalisations, all along it)" if count else ""
         yield Remark(
             "one_sided_mixing",
-            f"H_res is normalised along one axis only{seen} {_places(facts, at)}: sums over {exact} are 1 within "
-            f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would "
-            f"leave {_number(_after_rounds(facts, at, side))}; {loss}",
+            f"H_res is normalised along one axis only{seen} {places(facts, at)}: sums over {exact} are 1 within "
+            f"{short(good)}, sums over {others} are off by up to {short(bad)}, where 20 rounds of Sinkhorn would "
+            f"leave {short(after_rounds(facts, at, side))}; {loss}",
             bad,
             tuple(at),
             sure=count > 1,
         )
-
-
-def _one_sided(facts: Facts, side: int) -> bool:
-    """Whether the sums of one side (0 rows, 1 columns) alone are exact, by a normalisation and not by truncation."""
-    errors = facts.sum_errors()
-    if errors[side] > EXACT_SUM or errors[1 - side] <= CLEAR_ERROR:
-        return False
-    rounds = _rounds(facts, -1 - side)
-    axes = facts.origin.axes if facts.origin is not None else ()
-    along = {each.axis for each in axes if not each.turned and each.size != 1}
-    if not along or 0 in along:  # the code does not show it: only what is clear by itself is said
-        return rounds < FEW_ROUNDS and errors[1 - side] > FAR
-    normalised = [each.number for each in axes if not each.turned]
-    between = any(each.turned and normalised[0] < each.number < normalised[-1] for each in axes)
-    # With an exchange of the axes between them, normalisations along one axis of the code may be along both.
-    return len(along) == 1 and (not between or rounds < FEW_ROUNDS)
-
-
-def _once_more(matrix: torch.Tensor, last: int) -> torch.Tensor:
-    """One round of Sinkhorn that ends with the sums along ``last`` (−1 rows, −2 columns) exact."""
-    first = -3 - last
-    matrix = matrix / matrix.sum(first, keepdim=True)
-    return matrix / matrix.sum(last, keepdim=True)
-
-
-def _inexact(matrix: torch.Tensor, last: int) -> torch.Tensor:
-    return (matrix.sum(-3 - last) - 1).abs().amax(-1)
-
-
-def _rounds(facts: Facts, last: int) -> float:
-    """How many rounds of Sinkhorn the errors of the sums show, the median over tokens.
-
-    Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix
-    itself measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
-    """
-    matrix = facts.tokens(facts.stored)
-    if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
-        return 0.0
-    error = _inexact(matrix, last)
-    again = matrix
-    for _ in range(MEASURED_ROUNDS):
-        again = _once_more(again, last)
-    left = _inexact(again, last)
-    factor = ((left / error.clamp_min(1e-300)) ** (1 / MEASURED_ROUNDS)).clamp(1e-12, 1 - 1e-9)
-    known = error > EXACT_SUM
-    if not known.any():
-        return math.inf
-    return float((error[known].clamp_max(1 - 1e-9).log() / factor[known].log()).median())
-
-
-def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float:
-    """The error that 20 rounds leave on these matrices."""
-    worst = 0.0
-    for number in at:
-        matrix = facts[number].tokens(facts[number].stored).clamp_min(0)
-        for _ in range(20):
-            matrix = _once_more(matrix, -1 - side).nan_to_num()
-        worst = max(worst, float(_inexact(matrix, -1 - side).max()))
-    return max(worst, torch.finfo(torch.float32).eps)
 
 
 def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
@@ -390,9 +248,9 @@ def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
         after = max(facts[number].spread_in for number in at)
         yield Remark(
             "passing_streams",
-            f"Streams are expanded and merged inside each block and do not persist: before {_places(facts, at)[3:]} all "
-            f"{facts[0].num_streams} are one again (their differences fall from {_number(before)} of their norm to "
-            f"{_number(after)}), so that one stream is handed on, as in a plain residual network",
+            f"Streams are expanded and merged inside each block and do not persist: before {places(facts, at)[3:]} all "
+            f"{facts[0].num_streams} are one again (their differences fall from {short(before)} of their norm to "
+            f"{short(after)}), so that one stream is handed on, as in a plain residual network",
             after,
             tuple(at),
         )
@@ -430,7 +288,7 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     uniform = uniform if 2 * len(uniform) > len(measured) else []
     apart = max((_from_uniform(facts[i]) for i in uniform), default=0.0)
     alike = (
-        f"every entry is 1/{facts[0].num_streams} within {_number(apart)}, and streams that are read, mixed "
+        f"every entry is 1/{facts[0].num_streams} within {short(apart)}, and streams that are read, mixed "
         "and written alike stay alike"
     )
     severed = "the graph is cut before it is applied (detach, no_grad or .data)"
@@ -439,9 +297,9 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
             logits, write = (max(measured[i][side] or 0.0 for i in chosen) for side in (0, 1))
             yield Remark(
                 "unlearnable_mixing",
-                f"H_res is {what} and its logits get no gradient {_places(facts, chosen)}: for a random combination of the "
-                f"outputs the largest gradient of a logit is {_number(logits)} where that of a write weight is "
-                f"{_number(write)}; {why}",
+                f"H_res is {what} and its logits get no gradient {places(facts, chosen)}: for a random combination of the "
+                f"outputs the largest gradient of a logit is {short(logits)} where that of a write weight is "
+                f"{short(write)}; {why}",
                 logits / write,
                 tuple(chosen),
             )
@@ -468,7 +326,7 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         yield Remark(
             "foreign_coefficients",
             "Coefficients are computed from another input than the streams that they are applied to "
-            f"{_places(facts, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
+            f"{places(facts, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
             float(len(states)),
             tuple(states),
         )
@@ -478,7 +336,7 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         later = any(known[i].later for i in tokens)
         yield Remark(
             "foreign_coefficients",
-            f"Coefficients of one token are computed from the streams of other tokens {_places(facts, tokens)}: "
+            f"Coefficients of one token are computed from the streams of other tokens {places(facts, tokens)}: "
             f"{share:.0%} of their gradient is there{', also at later tokens of the sequence' if later else ''}",
             share,
             tuple(tokens),
@@ -495,9 +353,9 @@ def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
         writes = [facts[i].tokens(weights) for i in at if (weights := facts[i].write) is not None]
         yield Remark(
             "swapped_weights",
-            f"Read and write weights look exchanged {_places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
-            f"{_number(max(float(each.max()) for each in reads))}, and its output is written with {write:.2g} σ(·), up to "
-            f"{_number(max(float(each.max()) for each in writes))}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
+            f"Read and write weights look exchanged {places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
+            f"{short(max(float(each.max()) for each in reads))}, and its output is written with {write:.2g} σ(·), up to "
+            f"{short(max(float(each.max()) for each in writes))}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
             "Eq. 8)",
             read,
             tuple(at),
@@ -507,7 +365,7 @@ def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
         every = tuple(range(len(facts)))
         yield Remark(
             "swapped_weights",
-            f"Read and write weights look exchanged {_places(facts, every)}: the branch reads all streams with weight 1 and "
+            f"Read and write weights look exchanged {places(facts, every)}: the branch reads all streams with weight 1 and "
             "its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
             "way round (arXiv 2409.19606, Eq. 14)",
             float(facts[0].num_streams),

@@ -14,7 +14,7 @@ from torch import nn
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import StreamConnectionError
-from depthscope.probes.interventions.applied_connections import AppliedConnections
+from depthscope.probes.connections.proof import gather_evidence
 from depthscope.probes.interventions.branch_reads import BranchReads
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.gathered import Gathered, WithoutAttention
@@ -31,6 +31,7 @@ from depthscope.probes.interventions.state_operations import (
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed
@@ -426,3 +427,30 @@ def copied(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: copied(value) for name, value in batch.items()}
     return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+class AppliedConnections:
+    """The parts of the connections of a model's first chain, forward by forward.
+
+    ``session``: that stores every sequence of a forward.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.are_proven = (
+            False  # whether the next states were recomputed from the parts of an unchanged forward
+        )
+
+    def of_last_forward(self) -> dict[int, Parts]:
+        """The parts by the number of the connection, on the CPU; empty where the model has none.
+
+        Raises ReconstructionError: Where those of the first forward do not give its states.
+        """
+        if not self._session.structure.connections:
+            return {}
+        sequences = sorted(self._session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+        joints = sampled_joints(self._session, sequences)
+        if not self.are_proven:  # in the first forward alone: a changed one does not satisfy its own equation
+            gather_evidence(joints)
+            self.are_proven = True
+        return {number: joint.parts for number, joint in enumerate(joints)}

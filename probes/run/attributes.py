@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 import torch
+import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
@@ -104,3 +106,34 @@ def _data_digest(sequences: list[Sequence]) -> str:
             # As bytes: numpy has no bfloat16. Flat: of packed sequences a row is a single number, which has no bytes to view.
             digest.update(sequence.row.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+PARTS = {"h_res", "h_pre", "h_post"}
+"""The formula counts connections that read, write and mix by one scalar for each stream."""
+
+
+def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any] | None) -> dict[str, Any]:
+    """The attribute ``memory`` of a run.
+
+    ``measured``: what `kept_bytes` found, where gradients were captured.
+    Returns: The counts of `StreamMemory`, those of `kept_bytes`, and ``sentence``; empty where nothing is known.
+    """
+    facts: dict[str, Any] = {}
+    sentences: list[str] = []
+    if set(trace.data_vars) >= PARTS:
+        memory = StreamMemory(
+            width=trace.sizes["feature"],
+            streams=trace.sizes["stream"],
+            sublayers=trace.sizes["connection"],
+            element_bytes=dtype.itemsize,
+        )
+        facts |= memory.as_dict()
+        sentences.append(memory.sentence())
+    if measured:
+        facts |= measured
+    if measured and "measured_kept_bytes" in measured:
+        a_token = measured["measured_kept_bytes"] / measured["measured_tokens"]
+        sentences.append(f"measured: a forward keeps {bytes_text(a_token)} a token for its backward in all")
+    if sentences:
+        facts["sentence"] = "; ".join(sentences)
+    return facts

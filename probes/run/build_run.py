@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.proof import Evidence, gather_evidence
-from depthscope.probes.run.attributes import run_attributes
-from depthscope.probes.run.connection_remarks import connection_remarks
+from depthscope.probes.run.attributes import memory_facts, run_attributes
+from depthscope.probes.run.connection_remarks import connection_remarks, module_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.groups import chain_groups
 from depthscope.probes.run.joints import sampled_joints
-from depthscope.probes.run.memory import memory_facts
-from depthscope.probes.run.module_remarks import module_remarks
-from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset
+from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.reservoir import Sequence
@@ -108,3 +107,26 @@ def build_run(
             **(attrs or {}),
         },
     )
+
+
+def step_numbers(session: Session, row: StepStatistics, proven: Proven) -> dict[str, tuple[Any, ...]]:
+    """The row of one step, as `build_run` has it in ``/statistics``.
+
+    Returns: By ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups; without the
+    step.
+    """
+    numbers: dict[str, tuple[Any, ...]] = {}
+    chains = session.structure.chains
+    for number in range(len(chains)):
+        groups = chain_groups(session, number)
+        starts = [group.depths[0] for group in groups]
+        for stage, (name, depths) in enumerate(groups):
+            variables, _ = step_variables(
+                number, depths, [row], proven.evidence, session.observer.parameter_cells
+            )
+            variables.update(weight_variables([row.weights], chains, number, starts, stage)[0])
+            for label, (dims, values, *attrs) in variables.items():
+                dims = (dims,) if isinstance(dims, str) else dims
+                if dims[0] == "step":
+                    numbers[f"{group_path('statistics', name)}/{label}"] = (dims[1:], values[0], *attrs)
+    return numbers

@@ -89,31 +89,15 @@ def depth_variables(
     return found
 
 
-def linear_coords(
-    connections: Sequence[Connection],
-    *,
-    read_depths: Sequence[int | None] | None = None,
-    after_sum: Sequence[str] | None = None,
-    proofs: Sequence[str] | None = None,
-    over_depth: bool = False,
-) -> dict[str, Any]:
+def linear_coords(connections: Sequence[Connection], *, over_depth: bool = False) -> dict[str, Any]:
     """Coordinates of the connection axis that say more than where a connection is; those that are trivial are left out.
 
-    ``read_depths``: the depth whose state H_pre reads; None for the state that the connection is applied to.
-    ``after_sum``: what makes the next state of the sum: ``"norm"``, ``"activation"``, or empty; by the connections'
-    style by default.
     ``over_depth``: whether the chain has variables of `depth_variables`, whose sources are then numbered.
     """
     coords: dict[str, Any] = {"source": np.arange(len(connections) + 1)} if over_depth else {}
-    own = [connection.depth_in for connection in connections]
-    depths = [i if d is None else d for i, d in zip(own, read_depths or [None] * len(own), strict=True)]
-    if depths != own:
-        coords["read_depth"] = ("connection", np.array(depths))
-    after = list(after_sum or ("norm" if each.style == "normed" else "" for each in connections))
+    after = ["norm" if each.style == "normed" else "" for each in connections]
     if any(after):
         coords["after_sum"] = ("connection", np.array(after, dtype=object))
-    if proofs:
-        coords["proof"] = ("connection", np.array(proofs, dtype=object))
     return coords
 
 

@@ -11,12 +11,15 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
-from depthscope.probes.run.connection_variables import connection_coords, connection_variables
+from depthscope.probes.run.connection_variables import (
+    connection_coords,
+    connection_variables,
+    logit_variables,
+)
 from depthscope.probes.run.equal_blocks import equal_blocks
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
-from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
@@ -63,15 +66,14 @@ def trace_dataset(
     within = connections_within(chain, depths)
     if within and selection.stores_connections(chain):
         of_connections = connection_variables(session, number, sequences, evidence, tokens, within)
-        coords.update(
-            {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
-        )
-        variables.update(of_connections)
         if chain.has_streams and selection.stores_variable(chain, "h_res"):
-            variables.update(logit_variables(logits, len(sequences), tokens))
+            of_connections |= logit_variables(logits, len(sequences), tokens)
+        variables |= {
+            name: of_connections[name] for name in of_connections if name not in schema.TRACE_COORDS
+        }
+        coords |= {name: of_connections[name] for name in of_connections if name in schema.TRACE_COORDS}
         connections = tuple(chain.connections[position] for position in within)
-        coords.update(connection_coords(connections))
-        coords.update(linear_coords(connections, over_depth=chain.over_depth))
+        coords |= connection_coords(connections) | linear_coords(connections, over_depth=chain.over_depth)
     if selection.includes("attention"):
         variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))

@@ -18,7 +18,6 @@ from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
-from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.session.session import Session
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ def follow(
     followed.
     """
     structure = session.structure
-    sampled = [s for s in _sequences(session) if first <= s.index < first + batch_size]
+    stored = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    sampled = [s for s in stored if first <= s.index < first + batch_size]
     if not structure.connections or not sampled:
         return None
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
@@ -91,7 +91,3 @@ def follow(
         rows=[sequence.index - first for sequence in sampled],
         loss=loss,
     )
-
-
-def _sequences(session: Session) -> list[Sequence]:
-    return sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)

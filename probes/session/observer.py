@@ -290,17 +290,12 @@ class Observer:
         if self.logits is not None and seen is not None:
             self.logits.record(forward, number, mix, seen, after)
 
-    def record_connection(
-        self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None
-    ) -> None:
-        """Record the coefficients of a connection.
-
-        ``sampled``: of the sampled sequences, where more was read of these.
-        """
+    def record_connection(self, forward: Forward, number: int, complete: Parts) -> None:
+        """Record the coefficients of a connection."""
         forward.fired.add(("connection", 0, number))
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
-            forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
+            forward.parts[0, number] = complete.sampled(rows)
         if not self._sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
@@ -309,7 +304,7 @@ class Observer:
             live.add_connection(number, complete.mix, complete.read, complete.write, mask)
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
-        sums.add_values(number, coefficient_sums(complete, sampled, mask, forward.rows))
+        sums.add_values(number, coefficient_sums(complete, mask))
         values = None if self.parameters is None else self.parameters.values(number)
         if values is not None:
             sums.latest.setdefault("connection_parameter", {})[number] = values

@@ -135,9 +135,8 @@ class Session:
         self._current = CurrentForward(self.owner)
         # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
         self._places = None if only_own else KnownPlaces()
-        self._containers: list[
-            tuple[nn.Module, list[nn.Module | None]]
-        ] = []  # of states, with their children
+        # Of states, with their children.
+        self._containers: list[tuple[nn.Module, list[nn.Module | None]]] = []
         self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
         self._lock = threading.RLock()  # guards all of the above against forwards of other threads
         self._searching = True  # for the structure, by hooks on every module

@@ -96,7 +96,11 @@ def heading(found: StaticDescription) -> str:
             "  values       at an input that adds nothing: biases through the family's own constraint; "
             "rows of H_res are destinations"
         )
-    return "\n".join([*lines, *([f"  settings     {', '.join(_settings(found))}"] if found.settings else [])])
+    if found.settings:
+        assumed = {name: " (assumed: config.json does not tell)" for name in found.assumed}
+        known = (f"{name} {value:g}{assumed.get(name, '')}" for name, value in found.settings.items())
+        lines.append(f"  settings     {', '.join(known)}")
+    return "\n".join(lines)
 
 
 def _why_none(found: StaticDescription) -> list[str]:
@@ -126,13 +130,6 @@ def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
         kind = f"{one.family} connections ({one.style}), {streams}{fractions}{width}, {dtypes}"
         kinds[kind] = kinds.get(kind, 0) + 1
     return [f"{count} {kind}" for kind, count in kinds.items()]
-
-
-def _settings(found: StaticDescription) -> list[str]:
-    return [
-        f"{name} {value:g}" + (" (assumed: config.json does not tell)" if name in found.assumed else "")
-        for name, value in found.settings.items()
-    ]
 
 
 def tables(found: StaticDescription) -> list[Table]:

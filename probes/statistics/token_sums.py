@@ -8,47 +8,30 @@ the device; only `array` reads it back.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from depthscope.probes.statistics.block_statistics import (
+    BlockStatistics,
+    Profile,
+    block_statistics,
+    blocks_of,
+    joined,
+    scaled_tokens,
+    stream_cosines,
+)
 from depthscope.probes.statistics.compiled_state import compiled_squares, compiled_state, is_available
 from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
-BLOCK_NUMBERS_CPU = 2**17  # a block and the one of the depth before fit into a second-level cache of 2 MiB
-BLOCK_NUMBERS_GPU = 2**24  # no such cache to fit into, and launching many small kernels would cost more
-MAX_BLOCK_TOKENS = 4096  # they are added in float32, whose error grows with their number
 SQUARES = "gradient_square_norm_sum"
 WHOLE_TOKENS = "whole_token_count"
 """Real tokens of the sequences of which a process has a part; it has ``token_count`` of them."""
-TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-
-
-class _BlockStatistics(NamedTuple):
-    """Norms and sums of some tokens of a state; live sums have the mean over several streams before these."""
-
-    norm_tN: torch.Tensor
-    largest_tN: torch.Tensor
-    feature_sum_ND: torch.Tensor
-    unit_sum_ND: torch.Tensor
-    cosine_tN: torch.Tensor | None
-    unit_tND: torch.Tensor
-
-
-class _Profile(NamedTuple):
-    """Norms and sums of all tokens of a state."""
-
-    norm_tN: torch.Tensor
-    largest_tN: torch.Tensor
-    feature_sum_ND: torch.Tensor
-    unit_sum_ND: torch.Tensor
-    cosine_sum_N: torch.Tensor | None
 
 
 class TokenSums:
@@ -96,7 +79,7 @@ class TokenSums:
         if compiles:
             profile = self._compiled_profile(depth, state_BTND, mask_BT, previous)
         else:
-            profile = _joined(self._block_statistics(depth, state_BTND, mask_BT, previous))
+            profile = joined(self._block_statistics(depth, state_BTND, mask_BT, previous))
         # Counted without reading the mask back from the device, which would wait for it.
         if mask_BT is None:
             count = torch.tensor(float(state_BTND.shape[0] * state_BTND.shape[1]), dtype=torch.float64)
@@ -111,7 +94,7 @@ class TokenSums:
             mean_ND = profile.feature_sum_ND[streams] / count.clamp_min(1)
             self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, profile.largest_tN[:, streams])
 
-    def _add_profile(self, depth: int, count: torch.Tensor, profile: _Profile, num_streams: int) -> None:
+    def _add_profile(self, depth: int, count: torch.Tensor, profile: Profile, num_streams: int) -> None:
         """Add the sums of a state; those of the mean over several streams, which come before theirs, to `mean_view`."""
         norm_tV = profile.norm_tN
         sums = {
@@ -153,7 +136,7 @@ class TokenSums:
         state_BTND: torch.Tensor,
         mask_BT: torch.Tensor | None,
         previous: deque[torch.Tensor],
-    ) -> _Profile:
+    ) -> Profile:
         """The same of all tokens as `_block_statistics`, in one pass."""
         before = previous.popleft() if previous else None
         found = compiled_state(
@@ -162,7 +145,7 @@ class TokenSums:
         self._units.append(found.unit_tVD)
         if self.live is not None and state_BTND.shape[2] > 1:
             self.live.add_stream_cosines(depth, found.stream_cosine_sums, found.pair_cosine_sum_NN)
-        return _Profile(*found[:5])
+        return Profile(*found[:5])
 
     def _block_statistics(
         self,
@@ -170,10 +153,10 @@ class TokenSums:
         state_BTND: torch.Tensor,
         mask_BT: torch.Tensor | None,
         previous: deque[torch.Tensor],
-    ) -> list[_BlockStatistics]:
+    ) -> list[BlockStatistics]:
         """Statistics of a state block by block, each compared with the unit vectors of its tokens one depth before."""
-        blocks: list[_BlockStatistics] = []
-        for x_tND in _blocks(state_BTND, mask_BT):
+        blocks: list[BlockStatistics] = []
+        for x_tND in blocks_of(state_BTND, mask_BT):
             of_block = previous.popleft() if previous else None
             blocks.append(self._block(depth, x_tND, of_block))
             self._units.append(blocks[-1].unit_tND)
@@ -183,13 +166,13 @@ class TokenSums:
     def _compiles(self, tensor: torch.Tensor) -> bool:
         return self.compiles and tensor.device.type == "cpu" and is_available()
 
-    def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> _BlockStatistics:
+    def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> BlockStatistics:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
         if self.live is None:
-            return _block(x_tND, previous, self._spare, is_exact=self.is_exact)
-        block = _block(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
+            return block_statistics(x_tND, previous, self._spare, is_exact=self.is_exact)
+        block = block_statistics(with_mean(x_tND), previous, self._spare, is_exact=self.is_exact)
         if x_tND.shape[1] > 1:
-            cosines = stream_cosine_sums(_stream_cosines(x_tND), block.norm_tN[:, 1:])
+            cosines = stream_cosine_sums(stream_cosines(x_tND), block.norm_tN[:, 1:])
             self.live.add_stream_cosines(depth, *cosines)
         return block
 
@@ -219,8 +202,8 @@ class TokenSums:
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
     ) -> None:
         """Block by block; for a live row those of the mean over several streams come first."""
-        for x_tND in _blocks(gradient_BTND, mask_BT):
-            _, largest, size = _scale(x_tND if self.live is None else with_mean(x_tND))
+        for x_tND in blocks_of(gradient_BTND, mask_BT):
+            _, largest, size = scaled_tokens(x_tND if self.live is None else with_mean(x_tND))
             self._add_squares(depth, largest.double().mul_(size).square_().sum((0, 2)), x_tND.shape[1])
 
     def _add_compiled_squares(
@@ -354,82 +337,6 @@ class TokenSums:
     def _add_maximum(self, name: str, key: int, value: torch.Tensor) -> None:
         parts = self.maxima.setdefault(name, {})
         parts[key] = torch.maximum(parts[key], value) if key in parts else value
-
-
-def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """A state in float32, some tokens at a time (t, N, D), zero on padding. Read-only: it may be the model's own tensor."""
-    _, T, N, D = state_BTND.shape
-    numbers = BLOCK_NUMBERS_CPU if state_BTND.device.type == "cpu" else BLOCK_NUMBERS_GPU
-    tokens = min(max(numbers // (N * D), 1), MAX_BLOCK_TOKENS)
-    # Batch and token axes are flattened for some sequences at a time: where the layout "(B N) T D" makes the state a
-    # strided view, flattening copies, and the full state at once would not fit into the cache.
-    sequences = max(tokens // T, 1)
-    masks = itertools.repeat(None) if mask_BT is None else _split_tokens(mask_BT, sequences, tokens)
-    for x, real in zip(_split_tokens(state_BTND.detach(), sequences, tokens), masks, strict=False):
-        yield x.float() if real is None else _without_padding(x, real)
-
-
-def _split_tokens(tensor_BT: torch.Tensor, sequences: int, tokens: int) -> Iterator[torch.Tensor]:
-    for rows in tensor_BT.split(sequences):
-        yield from rows.flatten(0, 1).split(tokens)
-
-
-def _without_padding(x_tND: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
-    """A float32 copy with zeros on padding."""
-    x = x_tND.to(torch.float32, copy=True)
-    # By a bit mask (all ones or all zeros): NaN times zero is NaN, and masked_fill takes five times as long.
-    x.view(torch.int32).bitwise_and_(real_t.int().neg()[:, None, None])
-    return x
-
-
-def _stream_cosines(x_tND: torch.Tensor) -> torch.Tensor:
-    """Cosines between the streams of every token, in float64: 1 − cosine tells whether streams have begun to part."""
-    x = x_tND.double()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit = x / norm.where(norm > 0, 1.0)
-    return unit @ unit.mT
-
-
-def _block(
-    x_tND: torch.Tensor,
-    previous_unit: torch.Tensor | None,
-    spare: torch.Tensor | None,
-    *,
-    is_exact: bool = False,
-) -> _BlockStatistics:
-    """Statistics of a block; ``previous_unit`` is overwritten, and so is ``spare`` where its shape fits."""
-    scaled, largest, size = _scale(x_tND, spare if spare is not None and spare.shape == x_tND.shape else None)
-    unit = scaled.mul_(size.clamp_min(TINY).reciprocal())  # zero tokens stay zero
-    cosine = None if previous_unit is None else previous_unit.mul_(unit).sum(-1)
-    norm = largest.double().mul_(size)
-    dtype = torch.float64 if is_exact else None
-    feature_sum, unit_sum = x_tND.sum(0, dtype=dtype), unit.sum(0, dtype=dtype)
-    return _BlockStatistics(norm.squeeze(-1), largest.squeeze(-1), feature_sum, unit_sum, cosine, unit)
-
-
-def _scale(
-    x_tND: torch.Tensor, out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every token over its largest absolute value, that value, and the norm of what remains."""
-    # Squares of float32 underflow below 1e-23 and overflow above 1e19; after scaling they lie between 0 and 1.
-    largest = torch.maximum(x_tND.amax(-1, keepdim=True), x_tND.amin(-1, keepdim=True).neg_())
-    scaled = torch.mul(x_tND, largest.clamp(TINY, HUGE).reciprocal_(), out=out)
-    return scaled, largest, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-
-
-def _joined(blocks: list[_BlockStatistics]) -> _Profile:
-    cosines = [block.cosine_tN for block in blocks if block.cosine_tN is not None]
-    return _Profile(
-        torch.cat([block.norm_tN for block in blocks]),
-        torch.cat([block.largest_tN for block in blocks]),
-        _sum_exactly([block.feature_sum_ND for block in blocks]),
-        _sum_exactly([block.unit_sum_ND for block in blocks]),
-        torch.cat(cosines).sum(0, dtype=torch.float64) if cosines else None,
-    )
-
-
-def _sum_exactly(sums_ND: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(sums_ND).sum(0, dtype=torch.float64)
 
 
 def merge_sums(parts: list[TokenSums], more: list[TokenSums]) -> list[TokenSums]:

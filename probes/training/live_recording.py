@@ -15,9 +15,8 @@ from depthscope.diagnostics.errors import StorageError, TakenError
 from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
 from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_history import read_history
-from depthscope.probes.run.build_run import Proven, prove
+from depthscope.probes.run.build_run import Proven, prove, step_numbers
 from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.run.step_numbers import step_numbers
 from depthscope.probes.session.session import Session
 from depthscope.probes.training.live.row import LiveRow
 

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import math
-import os
 import sys
 import threading
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import cache
-from importlib import import_module
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,66 +13,36 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.errors import DepthscopeError, InputError
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.losses import LossCourse
-from depthscope.probes.model.errors import CaptureError, as_capture_error
-from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import remove_inert_hooks
 from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
-from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Measured
-from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.row_sums import RowSums
-from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
+from depthscope.probes.training.notices import Notices
+from depthscope.probes.training.open_recorders import OPEN, close_at_exit
 from depthscope.probes.training.ranks.channel import LostError
 from depthscope.probes.training.ranks.exchange import Ranks
 from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
 from depthscope.probes.training.ranks.sequence_parts import put_together
 from depthscope.probes.training.settled_end import SettledEnd
-
-OURS = str(Path(__file__).parents[1])  # the folder of the probes
-
-MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are reported one by one
-
-_open: weakref.WeakSet[Recorder] = weakref.WeakSet()
-
-
-def _leave_child_alone() -> None:
-    """In a child process no recorder writes, warns or measures: the parent's goes on."""
-    for recorder in list(_open):
-        recorder._abandon()
-
-
-def _close_all() -> None:
-    for recorder in list(_open):
-        recorder.close()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_leave_child_alone)
-
-
-@cache
-def _close_at_exit() -> None:
-    """Close what is open when the interpreter ends: a generator that nobody closed leaves its block too late to save."""
-    # The last one registered runs first. HDF5's own, which ends the library, and that of thread pools, which saving needs,
-    # come with their imports: so import them now.
-    for name in ("h5py", "h5netcdf", "concurrent.futures.thread"):
-        with suppress(ImportError):
-            import_module(name)
-    # Thread pools end before `atexit` begins, with the threads; the private name is the one that they use themselves.
-    getattr(threading, "_register_atexit", atexit.register)(_close_all)
-
-
-class ProbeWarning(DepthscopeError, UserWarning):
-    """A step could not be measured, or the run not be saved; the user's run goes on."""
+from depthscope.probes.training.step_sums import (
+    PooledSums,
+    added_up,
+    finite_gradients,
+    make_gradients_undefined,
+)
 
 
 class Recorder:
@@ -112,7 +74,9 @@ class Recorder:
     ):
         if every < 1:
             raise InputError(f"every is {every}; expected 1 or more")
-        self.errors: list[Exception] = []
+        self._notices = Notices()
+        self._say = self._notices.say
+        self.errors = self._notices.errors
         self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
@@ -125,16 +89,11 @@ class Recorder:
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
         self._sampled_step = 0  # the step of the raw sequences
         self._told_undefined = False  # that several backwards through one forward leave no gradients
-        # Why the last measured steps in a row are missing, and which.
-        self._not_measured = ""
-        self._missing: list[int] = []
         self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
         self._trained = False  # whether the last measured step was one of a training
-        self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
-        self._pooled_stamp: int | None = None
+        self._pooled = PooledSums()
         self._course = LossCourse([] if store is None else store.earlier_losses(first_step))
         self._stack = ExitStack()
-        self._sentences: list[str] = []  # for the end of the step
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
 
@@ -146,14 +105,14 @@ class Recorder:
                 )
             if self._state != "abandoned":
                 self._state = "open"
-                _open.add(self)
+                OPEN.add(self)
                 if self._ranks is not None:
                     self._meet(self._ranks)
                 if self._store is not None:
-                    _close_at_exit()
+                    close_at_exit()
                     self._open_store(self._store)
                 self._attach_if_measuring()
-        self._warn()
+        self._notices.warn()
         return self
 
     def __exit__(
@@ -176,7 +135,7 @@ class Recorder:
 
     def __del__(self) -> None:
         if getattr(self, "_state", "new") == "open" and not sys.is_finalizing():
-            self._sentences.append("a recorder was never closed; use it in a with block")
+            self._say("a recorder was never closed; use it in a with block")
             self.close()
 
     def __reduce__(self) -> Any:
@@ -218,7 +177,7 @@ class Recorder:
                 self._attach_if_measuring()
             else:
                 self.position += 1
-        self._warn()
+        self._notices.warn()
         # Last of all: nothing of ours is half done when the training ends here.
         if self._ranks is not None:
             self._stop_together(self._ranks)
@@ -242,7 +201,7 @@ class Recorder:
             self._say(str(error), error)
         except BaseException:
             self._state = "new"
-            _open.discard(self)
+            OPEN.discard(self)
             raise
 
     @property
@@ -287,7 +246,7 @@ class Recorder:
         return build_run(
             self._session,
             rows,
-            self._pooled,
+            self._pooled.sums,
             attrs=attrs,
             token_text=self._token_text,
             proven=proven,
@@ -317,14 +276,14 @@ class Recorder:
             if self._state != "open":
                 return
             self._state = "closed"
-            _open.discard(self)
+            OPEN.discard(self)
             try:
                 # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it. Of
                 # several processes the others may not have such a step, and would be waited for.
                 unended = self._session.pending and self._session.trains >= self._trained
                 if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
-                self._say_how_many()
+                self._notices.say_how_many()
                 if self._live is not None:
                     self._live.judge(self._say)
                     self._live.say_too_late(self._say)
@@ -337,7 +296,7 @@ class Recorder:
                 self._settle(self._settled)
             if self._store is not None:
                 self._finish_store(self._store)
-        self._warn()
+        self._notices.warn()
 
     def _settle(self, settled: SettledEnd) -> None:
         try:
@@ -345,14 +304,14 @@ class Recorder:
         except Exception as error:  # what follows the block must still be reached
             self._say(f"what is suspected was not settled: {error}", error)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
-        self._state, self._sentences, self._store, self._live = "abandoned", [], None, None
-        self._ranks = None
+        self._state, self._store, self._live, self._ranks = "abandoned", None, None, None
+        self._notices.forget()
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
         self._detach()
-        _open.discard(self)
+        OPEN.discard(self)
 
     def _open_store(self, store: LiveRecording) -> None:
         try:
@@ -401,11 +360,11 @@ class Recorder:
         self._trained = self._session.trains
         self._tell_undefined_gradients()
         self._tell_missing_connections()
-        complete = _added_up(parts)
+        complete = added_up(parts)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         overflowed = scale is not None and (
-            (weights is not None and weights.overflowed) or not _finite_gradients(sums)
+            (weights is not None and weights.overflowed) or not finite_gradients(sums)
         )
         if overflowed:
             self._overflowed.append(self.position)
@@ -413,7 +372,7 @@ class Recorder:
                 f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
                 "the forward's numbers stand"
             )
-            _make_gradients_undefined(sums)
+            make_gradients_undefined(sums)
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
@@ -487,7 +446,7 @@ class Recorder:
         step = self.position
 
         def first_run() -> xr.DataTree:
-            return build_run(self._session, self._rows, self._pooled, digests=False)
+            return build_run(self._session, self._rows, self._pooled.sums, digests=False)
 
         try:
             row = live.measure(complete, measured, first_run, overflowed=overflowed)
@@ -518,16 +477,9 @@ class Recorder:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self._session.without_connections and parts[-1].stamp != self._pooled_stamp:
+        if self._session.without_connections and not self._pooled.is_of(parts[-1].stamp):
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
-        # An error from here on leaves half of a sum: what is pooled begins anew then.
-        (pooled, self._pooled), (stamp, self._pooled_stamp) = (self._pooled, []), (self._pooled_stamp, None)
-        for part in parts:
-            # Sums over several steps describe one model only as long as its weights are the same.
-            if part.stamp != stamp:
-                pooled, stamp = [], part.stamp
-            pooled = merge_sums(pooled, part.sums)
-        self._pooled, self._pooled_stamp = pooled, stamp
+        self._pooled.add(parts)
         return row
 
     def _weight_norms(self) -> WeightNorms | None:
@@ -545,41 +497,9 @@ class Recorder:
             action(*args)
         except (Exception, GeneratorExit) as error:
             self._session.drop()
-            self._say_not_measured(error)
+            self._notices.say_not_measured(self.position, error)
         else:
-            self._say_how_many()
-
-    def _say_not_measured(self, error: BaseException) -> None:
-        """Say why the present step is missing; of a reason that holds at every step, at last only for which it held."""
-        reason = str(error) or type(error).__name__
-        if reason != self._not_measured:
-            self._say_how_many()
-        self._not_measured = reason
-        self._missing.append(self.position)
-        if len(self._missing) > MOST_ALIKE:
-            return
-        more = "; further steps for which that holds are told together" * (len(self._missing) == MOST_ALIKE)
-        self._say(f"step {self.position} was not measured: {reason}{more}", error)
-
-    def _say_how_many(self) -> None:
-        """Say which steps in a row were missing without a sentence of their own."""
-        missing, self._missing, self._not_measured = self._missing[MOST_ALIKE:], [], ""
-        if missing:
-            self._say(
-                f"steps {missing[0]} to {missing[-1]} were not measured for the same reason ({len(missing)} of them)"
-            )
-
-    def _say(self, message: str, error: BaseException | None = None) -> None:
-        """Note a sentence for the end of the step."""
-        if error is not None:
-            self.errors.append(as_capture_error(without_frames(error)))
-        self._sentences.append(message)
-
-    def _warn(self) -> None:
-        """Say what there is to say, now that everything is in order: the user may have turned warnings into errors."""
-        sentences, self._sentences = self._sentences, []
-        for sentence in sentences:
-            warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
+            self._notices.say_how_many()
 
     def _attach_if_measuring(self) -> None:
         """Remove the hooks of the step before, and put on those of the present one if it is measured."""
@@ -610,31 +530,3 @@ def _copy_that_measures_nothing() -> Recorder:
     recorder = Recorder(Session(nn.Identity(), Options()))
     recorder._state = "abandoned"
     return recorder
-
-
-def _user_frame() -> int:
-    """How many frames above `warnings.warn` in `_warn` the user's line is."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _added_up(parts: list[Measured]) -> list[TokenSums]:
-    """The sums of all forwards of a step, by chain."""
-    sums: list[TokenSums] = []
-    for part in parts:
-        sums = merge_sums(sums, part.sums)
-    return sums
-
-
-def _finite_gradients(sums: list[TokenSums]) -> bool:
-    gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
-    return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
-
-
-def _make_gradients_undefined(sums: list[TokenSums]) -> None:
-    for chain in sums:
-        for name in (GRADIENT, *GRADIENT_SUMS):
-            parts = chain.sums.get(name, {})
-            chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}

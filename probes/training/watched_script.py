@@ -20,8 +20,9 @@ from depthscope.probes.model.hooks import Attachment
 from depthscope.probes.session.backward_roots import living_scalers
 from depthscope.probes.session.compiled_calls import is_compiled, living_modules
 from depthscope.probes.training.learning_rate import num_updated
+from depthscope.probes.training.notices import ProbeWarning
 from depthscope.probes.training.record import record
-from depthscope.probes.training.recorder import ProbeWarning, Recorder
+from depthscope.probes.training.recorder import Recorder
 
 Reference: TypeAlias = Callable[[], Any]  # a weak one
 NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimizer; there is no public name

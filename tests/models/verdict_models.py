@@ -13,6 +13,7 @@ from torch import nn
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Finding
+from tests.models.plain_stack import Stack
 
 VOCABULARY, WIDTH, STREAMS, LAYERS = 64, 32, 4, 6
 CONNECTIONS = 2 * LAYERS
@@ -81,32 +82,21 @@ class Layer(nn.Module):
         return self.step(x, *self.parts)
 
 
-class Plain(nn.Module):
+def stack(blocks: Sequence[nn.Module]) -> Stack:
     """An embedding, blocks and a head on the last state."""
-
-    def __init__(self, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+    return Stack(blocks, nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY))
 
 
-def pre_norm(layers: int = LAYERS) -> Plain:
+def pre_norm(layers: int = LAYERS) -> Stack:
     """A fresh transformer with its norms before the branches."""
     torch.manual_seed(0)
-    return Plain([Block() for _ in range(layers)])
+    return stack([Block() for _ in range(layers)])
 
 
-def plain(make: Callable[[int], nn.Module], layers: int = LAYERS) -> Plain:
+def plain(make: Callable[[int], nn.Module], layers: int = LAYERS) -> Stack:
     """A stack of blocks that are made by their number."""
     torch.manual_seed(0)
-    return Plain([make(number) for number in range(layers)])
+    return stack([make(number) for number in range(layers)])
 
 
 def prediction(output: Any, batch: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 
 from depthscope import diagnostics
 from depthscope.app.figures import FIGURES, Lines
-from depthscope.app.figures.build.judged_limits import judged_limits, passing_range
+from depthscope.app.figures.build.curve_figure import judged_limits, passing_range
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, last_step
 from tests.diagnostics.verdicts.test_verdicts import residual_run, walk

@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.checkpoints import capture_errors_for_users
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.model_and_text import add_subject, open_subject, require_result_place, save
+from depthscope.app.cli.model_and_text import Subject, add_subject, measured
 from depthscope.app.cli.paths import InputRun
 from depthscope.app.cli.values import Names, Spans
-from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+from depthscope.app.text.terminal import Progress, emit, printable, say, show_rows
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,24 +61,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_result_place(args, "ablate")
     if ("patch" in args.do) != (args.source is not None):
         raise InputError("--do patch and --from RUN go together: the run is where the states come from")
-    subject = open_subject(args)
-    from depthscope.probes import interventions
 
-    with working(f"changing {subject.loaded.name}"), capture_errors_for_users():
-        result = interventions.ablate(
-            subject.loaded.model,
-            subject.batch,
-            _plans(args),
-            token_text=subject.token_text,
-            layers=args.layers,
-            layout=args.layout,
-            streams=args.streams,
-        )
-    result.attrs.update(subject.loaded.attrs)
-    _print(result, save(result, subject, args, "ablate"), args)
+    def measure(subject: Subject, options: dict[str, Any], progress: Progress) -> xr.Dataset:
+        from depthscope.probes.interventions import ablate
+
+        model, batch = subject.loaded.model, subject.batch
+        return ablate(model, batch, _plans(args), token_text=subject.token_text, **options)
+
+    _print(*measured(args, "ablate", "changing", measure), args)
     return FINE
 
 

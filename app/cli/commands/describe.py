@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from depthscope.app.cli.arguments import add_json
-from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
+from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, read_as, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath
 from depthscope.app.cli.values import Number
@@ -70,11 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 
     batch = encode_text(loaded, sample_text(), seed=args.seed, sequences=SEQUENCES, length=LENGTH)
-    options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}
-    # Only what was given: an option that is left out means "detect it".
-    given = {name: value for name, value in options.items() if value is not None}
     with capture_errors_for_users():
-        found = probes.describe(loaded.model, batch, sites=site_names(args), **given)
+        found = probes.describe(loaded.model, batch, sites=site_names(args), **read_as(args))
     if args.json:
         emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
     else:

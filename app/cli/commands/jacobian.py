@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.checkpoints import capture_errors_for_users
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.model_and_text import add_subject, open_subject, require_result_place, save
+from depthscope.app.cli.model_and_text import Subject, add_subject, measured
 from depthscope.app.cli.values import Number
-from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+from depthscope.app.text.terminal import Progress, emit, printable, say, show_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,28 +43,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_result_place(args, "jacobian")
     args.sequences, args.length = args.sequences or SEQUENCES, args.length or LENGTH
-    subject = open_subject(args)
-    from depthscope.probes.jacobian import jacobians_by_depth
 
-    with working(f"measuring {subject.loaded.name}") as progress, capture_errors_for_users():
+    def measure(subject: Subject, options: dict[str, Any], progress: Progress) -> xr.Dataset:
+        from depthscope.probes.jacobian import jacobians_by_depth
+
+        asked = {name: getattr(args, name) for name in ("values", "tokens", "routing", "seed")}
         result = jacobians_by_depth(
-            subject.loaded.model,
-            subject.batch,
-            values=args.values,
-            tokens=args.tokens,
-            routing=args.routing,
-            seed=args.seed,
-            progress=progress,
-            layers=args.layers,
-            layout=args.layout,
-            streams=args.streams,
+            subject.loaded.model, subject.batch, **asked, progress=progress, **options
         )
-    result.attrs.update(subject.loaded.attrs)
-    if subject.data_digest is not None:
-        result.attrs["data_digest"] = subject.data_digest
-    _print(result, save(result, subject, args, "jacobian"), args)
+        if subject.data_digest is not None:
+            result.attrs["data_digest"] = subject.data_digest
+        return result
+
+    _print(*measured(args, "jacobian", "measuring", measure), args)
     return FINE
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.checkpoints import capture_errors_for_users
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.model_and_text import add_subject, open_subject, require_result_place, save
-from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+from depthscope.app.cli.model_and_text import Subject, add_subject, measured
+from depthscope.app.text.terminal import Progress, emit, printable, say, show_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,23 +26,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_result_place(args, "lens")
-    subject = open_subject(args)
-    from depthscope.probes.lens import lens
+    def measure(subject: Subject, options: dict[str, Any], progress: Progress) -> xr.Dataset:
+        from depthscope.probes.lens import lens
 
-    with working(f"reading {subject.loaded.name}"), capture_errors_for_users():
-        result = lens(
-            subject.loaded.model,
-            subject.batch,
-            tuned=args.tuned,
-            seed=args.seed,
-            token_text=subject.token_text,
-            layers=args.layers,
-            layout=args.layout,
-            streams=args.streams,
-        )
-    result.attrs.update(subject.loaded.attrs)
-    _print(result, save(result, subject, args, "lens"), args)
+        model, batch, text = subject.loaded.model, subject.batch, subject.token_text
+        return lens(model, batch, tuned=args.tuned, seed=args.seed, token_text=text, **options)
+
+    _print(*measured(args, "lens", "reading", measure), args)
     return FINE
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_json
-from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
+from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, read_as, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import RESULT_FILE, read_text
 from depthscope.app.cli.paths import InputText, OutputFile
@@ -93,9 +93,7 @@ def _run(args: argparse.Namespace) -> int:
             against=columns[1],
             token_text=_token_texts(loaded, batches),
             progress=progress,
-            layers=args.layers,
-            layout=args.layout,
-            streams=args.streams,
+            **read_as(args),
         )
     result.attrs.update(loaded.attrs)
     files = [] if args.out is None else [save_result(result, args.out)]

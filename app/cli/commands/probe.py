@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_json, add_out
 from depthscope.app.cli.checkpoint_history import PROBED_RUN, is_history, probe_history
-from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
+from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, read_as, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import InputText
@@ -153,9 +153,7 @@ def _run(args: argparse.Namespace) -> int:
             loaded.model,
             forwards,
             gradients=args.gradients,
-            layers=args.layers,
-            layout=args.layout,
-            streams=args.streams,
+            **read_as(args),
             sites=site_names(args),
             max_sequences=args.keep or args.sequences,
             seed=args.seed,

@@ -9,12 +9,13 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
-from depthscope.app.figures.build.judged_limits import judged_limits, limit_labels, passing_range
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
 from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.verdicts import VERDICTS, Limits, Severity, last_step
+from depthscope.diagnostics.verdicts.declaration import number
 
 _AXES = {
     ("depth", "depth"): "depth (0 = embedding)",
@@ -224,3 +225,39 @@ def _sources(metric: str, lines: Sequence[Line], curves: Sequence[Curve]) -> tup
     # Of a null that is not drawn the source would be cited for nothing.
     law = null_law(metric) if any(line.role == "null" for line in lines) else None
     return tuple(dict.fromkeys([*cited, *([law.cite] if law else [])]))
+
+
+_WORDS = {Severity.INFO: "note", Severity.WARN: "warn", Severity.FAIL: "fail"}
+
+
+def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits]]:
+    """The limits of every run that is judged by its values of a metric."""
+    found = {}
+    for run, analysis in analyses.items():
+        last = last_step(analysis)
+        limits = frozenset(each for verdict in VERDICTS.values() for each in verdict.limits_on(metric, last))
+        if limits:
+            found[run] = limits
+    return found
+
+
+def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
+    """Every limit with its label, such as ``warn: 10``, once."""
+    levels = {
+        (value, f"{_WORDS[severity]}: {number(value)}")
+        for limits in judged.values()
+        for each in limits
+        for severity, value in each.levels
+    }
+    return sorted(levels)
+
+
+def passing_range(judged: dict[str, frozenset[Limits]]) -> tuple[float, float] | None:
+    """The values that no verdict reports, ±inf where it is open."""
+    if len(set(judged.values())) != 1:
+        return None
+    (limits,) = set(judged.values())
+    ends = [(each.levels[0][1], each.above) for each in limits]
+    low = max((value for value, above in ends if not above), default=-np.inf)
+    high = min((value for value, above in ends if above), default=np.inf)
+    return (low, high) if low < high else None

@@ -73,7 +73,9 @@ def page_text(found: Measurements, figures: Sequence[Lines]) -> str:
         f"# {STUDY.question}",
         _setting(found),
         "## The answer",
-        *(f"**{lead}** {sentence}" for lead, sentence in _answer(found)),
+        f"**In which design?** {_which(found)}",
+        f"**From which depth?** {_depth(found)}",
+        f"**At what cost?** {_cost(found)}",
         "## The designs",
         *(text for steps in found.steps for text in (f"After {steps} steps:", _designs(found, steps))),
         _design_notes(),
@@ -155,14 +157,6 @@ def _kinds_done(found: Measurements) -> str:
         "longer": sum(r.settings["steps"] > short for r in found.rows),
     }
     return ", ".join(f"{count or 'none'} {words}" for words, count in counts.items())
-
-
-def _answer(found: Measurements) -> list[tuple[str, str]]:
-    return [
-        ("In which design?", _which(found)),
-        ("From which depth?", _depth(found)),
-        ("At what cost?", _cost(found)),
-    ]
 
 
 def _which(found: Measurements) -> str:

@@ -92,13 +92,12 @@ def keep(out: Path, cell: Cell, row: Row) -> None:
 
 
 def run_cells(
-    study: Study, scale: Scale, out: Path, *, minutes: float | None = None, progress: bool | None = None
+    study: Study, scale: Scale, out: Path, *, minutes: float | None = None
 ) -> tuple[list[Row], int]:
     """Measure every cell that is not saved yet, one after the other.
 
     ``out``: folder of the study; rows and runs of other settings in it stay.
     ``minutes``: no further cell begins after so long; one is measured in any case.
-    ``progress``: show a bar on stderr; by default on a terminal.
     Raises TakenError: Where a file of another origin has the name of a cell; before anything is measured.
     """
     cells = list(study.cells(scale))
@@ -108,7 +107,7 @@ def run_cells(
         if cell.keeps_run:
             schema.require_replaceable(run_path(out, cell))
     rows: list[Row] = []
-    with _one_study(out), progress_bar(study.name, visible=progress) as show, single_threaded():
+    with _one_study(out), progress_bar(study.name) as show, single_threaded():
         started = time.monotonic()
         measured = 0
         try:

@@ -56,7 +56,6 @@ def run_reproduction(
     depths: Sequence[int] | None = None,
     seeds: int | None = None,
     minutes: float | None = None,
-    progress: bool | None = None,
     page: Path | None = None,
 ) -> Outcome:
     """Run a study, or go on with one: cells that are kept in the folder with the same settings are not measured again.
@@ -64,7 +63,6 @@ def run_reproduction(
     ``out``: folder for ``cells/``, ``runs/``, ``results/``, ``paper/`` and ``summary.md``. Files of others in it stay.
     ``quick``: tiny networks and a few steps: to see that it runs, not to learn from.
     ``minutes``: no further network begins after so long.
-    ``progress``: show a bar on stderr; by default on a terminal.
     ``page``: of the study of the answer: a folder where its page is written too.
     Raises InputError: For a size that cannot be run, or folders that are somebody else's.
     Raises OSError: Where a file of another origin has a name of the study's, or nothing can be written.
@@ -72,7 +70,7 @@ def run_reproduction(
     study = STUDIES[name]
     scale = scale_of(study, quick=quick, depths=depths, seeds=seeds)
     require_own(study, out)
-    rows, planned = run_cells(study, scale, out, minutes=minutes, progress=progress)
+    rows, planned = run_cells(study, scale, out, minutes=minutes)
     with working("drawing"):
         written = write_results(study, scale, rows, planned, out)
         if page is not None:

@@ -85,13 +85,11 @@ class Task:
         return f"{', '.join(self.metrics)}{where}{chain} of {self.run}"
 
 
-def chain_trace(
-    path: str, chain: str, attrs: Mapping[str, Any], *, max_bytes: int | None = None
-) -> xr.Dataset:
+def chain_trace(path: str, chain: str, attrs: Mapping[str, Any]) -> xr.Dataset:
     """The trace of one chain with what its metrics need of the statistics; arrays are read when they are used."""
-    trace = open_group(path, "trace", chain, max_bytes=max_bytes)
+    trace = open_group(path, "trace", chain)
     try:
-        statistics = open_group(path, "statistics", chain, max_bytes=max_bytes)
+        statistics = open_group(path, "statistics", chain)
     except (FileNotFoundError, ValueError):  # a run may have none
         statistics = None
     found = registry.sources(registry.with_facts(trace, attrs), statistics)

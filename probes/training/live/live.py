@@ -20,9 +20,14 @@ from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.learning_rate import LearningRate
-from depthscope.probes.training.live.findings import OnFinding, TrainingStopped, Watched
+from depthscope.probes.training.live.findings import (
+    SAMPLED_TOKENS,
+    OnFinding,
+    TrainingStopped,
+    Watched,
+    histories,
+)
 from depthscope.probes.training.live.group import live_groups
-from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.on_host import on_host
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.rows import packed

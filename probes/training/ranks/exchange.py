@@ -193,7 +193,8 @@ class Ranks:
         sums = unpacked(known, self.group.size, statistics, maxima, sampled, factor, self._seed)
         if local is not None:
             keep_own(sums, local.sums)
-        together = Measurement(sums, float(base[0]), float(base[1]), self._loss(base), parts=parts)
+        loss = None if base[4] else float(base[3]) * factor
+        together = Measurement(sums, float(base[0]), float(base[1]), loss, parts=parts)
         return together, None if weights is None else _norms(weights, of_weights, num_modules)
 
     def _prepared(self, local: Measurement) -> _Prepared:
@@ -312,9 +313,6 @@ class Ranks:
         if self._reduction == MEAN:
             return 1.0 / float(base[2]) if base[2] > 0 else float("nan")
         return 1.0 if self._reduction == SUM else 1.0 / self._num_losses
-
-    def _loss(self, base: torch.Tensor) -> float | None:
-        return None if base[4] else float(base[3]) * self._common_factor(base)
 
     # --- stopping ---
 

@@ -158,6 +158,12 @@ def frozen_reference(model: Model, ids: torch.Tensor, x: torch.Tensor | None = N
         weights.append([w.detach() for w in block.connect.weights(state)])
         state = block(state).detach()
 
+    return constant_jacobian(model, weights, x)
+
+
+def constant_jacobian(model: Model, weights: list[list[torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+    """The Jacobian of all blocks at a state, with given weights of theirs."""
+
     def frozen(state):
         for block, (pre, post, mix) in zip(model.blocks, weights, strict=True):
             branch = block.mlp(torch.einsum("btn,btnd->btd", pre, state))
@@ -278,13 +284,7 @@ def test_weights_of_an_earlier_depth_are_frozen_too(takes, ids):
         weights.append([w.detach() for w in block.connect.weights(state)])
         state = block(state).detach()
 
-    def frozen(state):
-        for block, (pre, post, mix) in zip(model.blocks, weights, strict=True):
-            branch = block.mlp(torch.einsum("btn,btnd->btd", pre, state))
-            state = mix @ state + post.unsqueeze(-1) * branch.unsqueeze(-2)
-        return state
-
-    expected = dense_jacobian(frozen, first).reshape(first.numel(), first.numel()).double()
+    expected = constant_jacobian(model, weights, first)
     op = jacobian(model, ids, tokens="all", routing="frozen")
     rows = torch.stack([op.rmatvec(u) for u in torch.eye(op.shape[0], dtype=torch.float64)])
     assert (rows - expected).norm() / expected.norm() < 1e-5

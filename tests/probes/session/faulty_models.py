@@ -64,6 +64,21 @@ class Noted(nn.Module):
                 values = torch.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), values, 0.0)
             noted[depth] = float(values.square().sum())
 
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return block(x)
+
+    def through(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The blocks one after another, each state noted."""
+        noted, real = self.begin(), None if attention_mask is None else attention_mask.bool()
+        self.note(0, x, noted, real)
+        for number, block in enumerate(self.blocks):
+            x = self.run(block, x)
+            self.note(number + 1, x, noted, real)
+            if number == 1:
+                x = self.act(x)
+        self.notes.forwards.append(noted)
+        return x
+
     def act(self, x: torch.Tensor) -> torch.Tensor:
         if self.midway is None:
             return x
@@ -99,16 +114,7 @@ class Plain(Noted):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.checkpointing)
 
     def forward(self, ids, attention_mask=None):
-        noted, x = self.begin(), self.embed(ids)
-        real = None if attention_mask is None else attention_mask.bool()
-        self.note(0, x, noted, real)
-        for number, block in enumerate(self.blocks):
-            x = self.run(block, x)
-            self.note(number + 1, x, noted, real)
-            if number == 1:
-                x = self.act(x)
-        self.notes.forwards.append(noted)
-        return self.head(x)
+        return self.head(self.through(self.embed(ids), attention_mask))
 
 
 class Connection(nn.Module):
@@ -153,16 +159,7 @@ class Streams(Plain):
         self.offsets = nn.Parameter(torch.randn(STREAMS, WIDTH))
 
     def forward(self, ids, attention_mask=None):
-        noted, x = self.begin(), self.embed(ids)[:, :, None] + self.offsets
-        real = None if attention_mask is None else attention_mask.bool()
-        self.note(0, x, noted, real)
-        for number, block in enumerate(self.blocks):
-            x = self.run(block, x)
-            self.note(number + 1, x, noted, real)
-            if number == 1:
-                x = self.act(x)
-        self.notes.forwards.append(noted)
-        return self.head(x.mean(2))
+        return self.head(self.through(self.embed(ids)[:, :, None] + self.offsets, attention_mask).mean(2))
 
 
 class Opened(Noted):
@@ -179,16 +176,8 @@ class Opened(Noted):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids, attention_mask=None):
-        noted, x = self.begin(), self.expand(self.embed(ids))
-        real = None if attention_mask is None else attention_mask.bool().repeat_interleave(STREAMS, 0)
-        self.note(0, x, noted, real)
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            self.note(number + 1, x, noted, real)
-            if number == 1:
-                x = self.act(x)
-        self.notes.forwards.append(noted)
-        return self.head(self.reduce(x))
+        mask = None if attention_mask is None else attention_mask.repeat_interleave(STREAMS, 0)
+        return self.head(self.reduce(self.through(self.expand(self.embed(ids)), mask)))
 
 
 class DecoderBlock(Block):
@@ -211,18 +200,9 @@ class EncoderDecoder(Noted):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids, attention_mask=None):
-        noted, x = self.begin(), self.embed(ids)
-        real = None if attention_mask is None else attention_mask.bool()
-        self.note(0, x, noted, real)
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            self.note(number + 1, x, noted, real)
-            if number == 1:
-                x = self.act(x)
-        y = self.embed(ids.flip(1))
+        x, y = self.through(self.embed(ids), attention_mask), self.embed(ids.flip(1))
         for layer in self.decoder:
             y = layer(y, x)
-        self.notes.forwards.append(noted)
         return self.head(y)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthscope.probes.statistics import token_sums
+from depthscope.probes.statistics import block_statistics
 from depthscope.probes.statistics.token_sums import TokenSums
 
 B, T, N, D = 3, 11, 2, 16
@@ -16,7 +16,7 @@ STREAMS_APART = (0, 2, 1, 3)  # as lucidrains' connections hold them: (B N) T D
 @pytest.fixture(params=[1, 4, 1000], ids=["token by token", "ragged", "at once"])
 def blocks(request, monkeypatch) -> None:
     """Sizes of a block, in tokens."""
-    monkeypatch.setattr(token_sums, "BLOCK_NUMBERS_CPU", request.param * N * D)
+    monkeypatch.setattr(block_statistics, "BLOCK_NUMBERS_CPU", request.param * N * D)
 
 
 def draw(seed: int, *, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:

@@ -10,7 +10,7 @@ import xarray as xr
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.probes.statistics import compiled_state, live_sums, token_sums
+from depthscope.probes.statistics import block_statistics, compiled_state, live_sums, token_sums
 from depthscope.probes.statistics.live_sums import LiveSums, draw_places, with_mean
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE
@@ -178,10 +178,10 @@ def test_one_compiled_pass_gives_what_torch_gives(streams, masked):
     real[1, 1] = not masked
     before = with_mean(x.flatten(0, 1).flip(0))
     before = before / before.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    (tokens,) = token_sums._blocks(x, real)
-    plain = token_sums._block(with_mean(tokens), before.clone(), None)
+    (tokens,) = block_statistics.blocks_of(x, real)
+    plain = block_statistics.block_statistics(with_mean(tokens), before.clone(), None)
     sums, pairs = live_sums.stream_cosine_sums(
-        token_sums._stream_cosines(tokens), plain.norm_tN[:, -streams:]
+        block_statistics.stream_cosines(tokens), plain.norm_tN[:, -streams:]
     )
     compiled = compiled_state.compiled_state(x, real if masked else None, before.clone())
     expected = (*plain[:4], plain.cosine_tN.sum(0), plain.unit_tND)

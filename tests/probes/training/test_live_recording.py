@@ -22,30 +22,13 @@ from depthscope.diagnostics.schema import live_store
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_log import RowLog
 from depthscope.probes.training import live_recording
+from tests.models.plain_stack import Block, Stack
 
 IDS = torch.arange(10).reshape(2, 5)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.mlp(x)
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
+def stack() -> Stack:
+    return Stack([Block(8) for _ in range(2)], nn.Embedding(16, 8))
 
 
 class Training:
@@ -53,7 +36,7 @@ class Training:
 
     def __init__(self, model: nn.Module | None = None):
         torch.manual_seed(0)
-        self.model = model or Stack()
+        self.model = model or stack()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
 
     def steps(self, recorder, count: int):
@@ -111,7 +94,7 @@ def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, 
     checkpoint = [{key: value.clone() for key, value in first.model.state_dict().items()}]
     first.steps(recorder, 2)
     recorder._store._store.close()  # what the kernel does when the process is killed
-    recorder._abandon()
+    recorder.abandon()
     if name != "a":
         with pytest.raises(FileNotFoundError, match=rf"no run at .*the steps .* are in .*{name}\.live"):
             schema.open_run(tmp_path / name)
@@ -255,7 +238,7 @@ def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
 
 def test_a_block_that_measures_nothing_leaves_nothing(tmp_path):
     for name in ("a", "a.nc"):
-        with probes.record(Stack(), store=tmp_path / name, start_step=5):
+        with probes.record(stack(), store=tmp_path / name, start_step=5):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -301,9 +284,9 @@ def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
 @pytest.mark.parametrize("value", [object(), {"a": {1, Stack}}, [torch.zeros(1)]])
 def test_attributes_that_cannot_be_saved_are_refused_at_the_start(value, tmp_path):
     for start in (
-        lambda attrs: probes.record(Stack(), store=tmp_path / "a", attrs=attrs),
-        lambda attrs: probes.record(Stack(), attrs=attrs),
-        lambda attrs: probes.capture(Stack(), IDS, gradients=False, attrs=attrs),
+        lambda attrs: probes.record(stack(), store=tmp_path / "a", attrs=attrs),
+        lambda attrs: probes.record(stack(), attrs=attrs),
+        lambda attrs: probes.capture(stack(), IDS, gradients=False, attrs=attrs),
     ):
         with pytest.raises(
             ValueError, match=r"attrs came with 'config', which no file takes .*; give text, numbers"

@@ -16,20 +16,11 @@ from torch import nn
 import depthscope as ds
 from depthscope.probes.statistics.row_sums import RowSums
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.training.recorder import ProbeWarning
+from depthscope.probes.training.notices import ProbeWarning
+from tests.models.plain_stack import Block
+from tests.models.small_models import Feedforward
 
 KIB = 1024
-
-
-class Block(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.branch(x)
 
 
 class Tower(nn.Module):
@@ -38,7 +29,7 @@ class Tower(nn.Module):
     def __init__(self, width_in: int, width_out: int, layers: int = 3, width: int = 16):
         super().__init__()
         self.begin = nn.Linear(width_in, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, Feedforward(width)) for _ in range(layers))
         self.norm, self.end = nn.LayerNorm(width), nn.Linear(width, width_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from depthscope import diagnostics, probes
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.training.live.findings import TrainingStopped
-from depthscope.probes.training.recorder import ProbeWarning
+from depthscope.probes.training.notices import ProbeWarning
 
 EQUAL = 1e-10
 # Of numbers that come from a spectrum or an angle of float32 states, whose order differs.

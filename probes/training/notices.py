@@ -1,0 +1,78 @@
+"""How does a recorder say what went wrong? As warnings at the end of a step: the user's run goes on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from depthscope.diagnostics.errors import DepthscopeError
+from depthscope.probes.model.errors import as_capture_error
+from depthscope.probes.model.hooks import without_frames
+
+OURS = str(Path(__file__).parents[1])  # the folder of the probes
+
+MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are reported one by one
+
+
+class ProbeWarning(DepthscopeError, UserWarning):
+    """A step could not be measured, or the run not be saved; the user's run goes on."""
+
+
+class Notices:
+    """Sentences for the end of a step.
+
+    ``errors``: what is behind them.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self._sentences: list[str] = []
+        # Why the last measured steps in a row are missing, and which.
+        self._not_measured = ""
+        self._missing: list[int] = []
+
+    def say(self, message: str, error: BaseException | None = None) -> None:
+        """Note a sentence for the end of the step."""
+        if error is not None:
+            self.errors.append(as_capture_error(without_frames(error)))
+        self._sentences.append(message)
+
+    def say_not_measured(self, step: int, error: BaseException) -> None:
+        """Say why a step is missing; of a reason that holds at every step, at last only for which it held."""
+        reason = str(error) or type(error).__name__
+        if reason != self._not_measured:
+            self.say_how_many()
+        self._not_measured = reason
+        self._missing.append(step)
+        if len(self._missing) > MOST_ALIKE:
+            return
+        more = "; further steps for which that holds are told together" * (len(self._missing) == MOST_ALIKE)
+        self.say(f"step {step} was not measured: {reason}{more}", error)
+
+    def say_how_many(self) -> None:
+        """Say which steps in a row were missing without a sentence of their own."""
+        missing, self._missing, self._not_measured = self._missing[MOST_ALIKE:], [], ""
+        if missing:
+            self.say(
+                f"steps {missing[0]} to {missing[-1]} were not measured for the same reason ({len(missing)} of them)"
+            )
+
+    def warn(self) -> None:
+        """Say what there is to say, now that everything is in order: the user may have turned warnings into errors."""
+        sentences, self._sentences = self._sentences, []
+        for sentence in sentences:
+            warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
+
+    def forget(self) -> None:
+        """Say nothing of what was noted so far."""
+        self._sentences = []
+
+
+def _user_frame() -> int:
+    """How many frames above `warnings.warn` in `Notices.warn` the user's line is."""
+    # A function of its own: a frame that refers to itself would keep the recorder alive.
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
+        frame, level = frame.f_back, level + 1
+    return level
