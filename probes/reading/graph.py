@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,18 +31,6 @@ FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
 OUTPUT = -1  # the place of what a call gives that is one operation
 MOST_MADE = 16  # tensors that were made again, from which the next ones are made
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """No search for garbage: many objects are made, and as they all stay it would take longer than what is done."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class ReadingError(CaptureError):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
@@ -26,7 +27,7 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace, no_collection
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.operations import Listener
@@ -34,7 +35,6 @@ from depthscope.probes.reading.graph import (
     TracedValue,
     container_of,
     dropped,
-    no_collection,
     tensors_of,
 )
 from depthscope.probes.reading.known_operations import (
