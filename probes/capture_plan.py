@@ -318,6 +318,7 @@ def _row_bytes(found: _Shapes) -> int:
     sizes = {name: len(labels) for name, labels in LABELS.items()} | dict.fromkeys(CHOSEN, 1)
     sizes |= {"depth": found.num_states, "other_depth": found.num_states, "stream": found.views}
     sizes |= {"connection": found.num_connections, "component": found.streams}
+    sizes["expert"] = 0  # what chooses among experts shows only when it runs
     live = sum(prod(sizes[dim] for dim in CATALOGUE[name].dims) for name in LIVE)
     n = found.streams
     sums = found.num_states * 8 * n + found.num_connections * (n * n + 2 * n + 8)

@@ -80,7 +80,7 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 # that loses more than the noise of a sample is broken, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(fail=1.05),
+    limits=Limits(warn=1.05),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
@@ -88,9 +88,8 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The network is trained, and worse than an answer that never changes.
 
-    See whether every weight was loaded to its place, whether the labels belong to the inputs, whether norms, scales and
-    positions are those of the training, and read the other findings: one of them may say where it breaks. On data of another
-    kind than it was trained on it says only that they are foreign to it.
+    See whether every weight is in its place and the labels belong to the inputs, and read the other findings: one of them may
+    say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
     task = attrs.get(TASK)
     task = task if isinstance(task, Mapping) else {}

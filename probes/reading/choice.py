@@ -411,7 +411,7 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         of for read, of in memory.leaves
         if (of.name in JOINS and of.numel >= memory.count)
         # Over one more axis than those of sequences, tokens and features, as over the codebooks of a sound.
-        or (of.name in REDUCES and of.shape[-1] == read.shape[-1] and len(read.shape) > 3)
+        or (of.name in REDUCES and len(read.shape) > 3 and of.shape[-1:] == read.shape[-1:])
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
     ]  # fmt: skip
 
