@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,16 +31,19 @@ class _Layout:
 
     def __init__(self, places: dict[str, _Place], size: int, device: torch.device):
         self.places, self._size, self._device = places, size, device
-        self._block, self._used, self._lock = torch.empty(0, size), 0, threading.Lock()
+        self._used, self._lock = 0, threading.Lock()
+        # The rows own the memory: with the last row of a training it is given back.
+        self._block: weakref.ref[torch.Tensor] | None = None
 
     def room(self) -> tuple[torch.Tensor, int]:
         """Memory for one more row: a block of them, and which of its rows."""
         with self._lock:
-            if self._used == len(self._block):
-                self._block = torch.empty(ROWS_AT_ONCE, self._size, dtype=torch.float64, device=self._device)
-                self._used = 0
+            block = None if self._block is None else self._block()
+            if block is None or self._used == ROWS_AT_ONCE:
+                block = torch.empty(ROWS_AT_ONCE, self._size, dtype=torch.float64, device=self._device)
+                self._block, self._used = weakref.ref(block), 0
             self._used += 1
-            return self._block, self._used - 1
+            return block, self._used - 1
 
 
 _known: dict[tuple[Any, ...], _Layout] = {}  # of all trainings of the process: a few
