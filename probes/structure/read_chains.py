@@ -146,14 +146,27 @@ class _ChainOf:
 
     def _as_read(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
+        if (made := self._made_elsewhere(point, value)) is not None:
+            return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
         if point.site != "post" or following is None or self._hands_on(point, value) is not False:
             return point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        return replace(
-            point, layer=following.layer, site="pre", module=self.graph.calls[self._unit(following)].path
-        )
+        block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
+        module = made if made.startswith(f"{block}.") else block
+        return replace(point, layer=following.layer, site="pre", module=module)
+
+    def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:
+        """The module that makes a mixture, where the block after which it is named gives another state, and takes another."""
+        made, labels = self.graph.path(value), [(state.layer, state.site) for state in self.memory.states]
+        is_mixture = point.site == "pre" or labels.count((point.layer, "post")) > 1
+        if not made or not is_mixture or f"{point.module}.".startswith(f"{made}."):
+            return None
+        same = {other.number for other in self._same(value)}
+        calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
+        sides = (self.graph.sides.get((call, at), ()) for call in calls for at in ("input", "output"))
+        return None if any(of.number in same for side in sides for of in side) else made
 
     def _hands_on(self, point: HookPoint, value: TracedValue) -> bool | None:
         """Whether the module after which a state is named gives it; None where it gives nothing."""

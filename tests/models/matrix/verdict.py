@@ -290,7 +290,8 @@ def _named(depth: Depth, record: Record) -> list[tuple[Seen, str]]:
     # A state inside a block is called after the sublayer whose output was added; no module need give the sum.
     if depth.site in ("embed", "mid") or depth.module == "(input)":
         return []
-    taken = depth.site == "pre"  # changed between two blocks: what the next one takes
+    # Changed between two blocks: what the next one takes, or what a module gives that mixes it of earlier states.
+    is_mixture = depth.site == "pre"
     # A branch inside a block can name the state that its output was added to: then it is what the block around it gives.
     parts = depth.module.split(".")
     around = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
@@ -298,6 +299,7 @@ def _named(depth: Depth, record: Record) -> list[tuple[Seen, str]]:
         (seen, record.axes.get((path, number, taken), ""))
         for path in around
         for number, call in enumerate(record.given(path))
+        for taken in {is_mixture, is_mixture and path != depth.module}
         for seen in (call.taken if taken else call.given)
     ]
 

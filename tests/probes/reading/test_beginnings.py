@@ -223,3 +223,61 @@ def test_packed_tokens_are_refused_unless_they_are_said_to_be_of_one_sequence():
     assert run.trace.residual.shape == (4, 1, 12, 1, WIDTH)
     assert run.attrs["proof"] == "proven"
     assert difference(run.trace.residual.values[-1], model.passed[-1].detach()) < 1e-6
+
+
+class Mixer(nn.Module):
+    """Attention over the sums that were put aside and the running one."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, aside, running):
+        stack = torch.stack([*aside, running], 2)
+        return ((stack * self.query).sum(-1).softmax(-1).unsqueeze(-1) * stack).sum(2)
+
+
+class RunningBlock(nn.Module):
+    """Reads the mixture, and gives the running sum alone, which begins anew with some blocks."""
+
+    def __init__(self, begins: bool):
+        super().__init__()
+        self.mixer, self.branch, self.begins = Mixer(), mlp(), begins
+
+    def forward(self, running, aside):
+        out = self.branch(self.mixer(aside, running))
+        return out if self.begins else running + out
+
+
+class RunningSums(nn.Module):
+    """Block-wise attention residuals whose embedding ends with a norm that has gains, as inkling2's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Linear(5, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        self.blocks = nn.ModuleList(RunningBlock(number % 2 == 0) for number in range(4))
+        self.last, self.passed = Mixer(), []
+
+    def forward(self, x):
+        running, aside, self.passed = self.norm(self.embed(x)), [], []
+        for block in self.blocks:
+            after = block(running, aside)
+            aside, running = [*aside, running] if block.begins else aside, after
+            self.passed.append(running)
+        return self.head(self.last(aside, running))
+
+
+def test_a_running_sum_that_a_block_gives_is_a_state_and_a_mixture_has_the_name_of_what_makes_it():
+    run = ds.capture(model := RunningSums().eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert (
+        float(run.trace.depth_read.sum("source").min()) > 1 - 1e-5
+    )  # of a running sum each output has its weight
+    module, site = run.trace.module.values.tolist(), run.trace.site.values.tolist()
+    for number in (1, 3):
+        at = [n for n, of in enumerate(zip(module, site, strict=True)) if of == (f"blocks.{number}", "post")]
+        assert len(at) == 1
+        assert difference(run.trace.residual.values[at[0]], model.passed[number].detach()) < 1e-6
+    assert {"blocks.1.mixer", "blocks.2.mixer", "last"} <= set(module)
