@@ -80,7 +80,7 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 # that loses more than the noise of a sample is broken, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(warn=1.05),
+    limits=Limits(info=1.05),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),

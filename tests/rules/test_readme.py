@@ -14,7 +14,7 @@ from tests.models.small_models import llama
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.mark.filterwarnings("ignore::depthscope.probes.training.recorder.ProbeWarning")
+@pytest.mark.filterwarnings("ignore::depthscope.probes.training.notices.ProbeWarning")
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = llama()

@@ -312,7 +312,7 @@ CASES: dict[str, Case] = {
     ),
     "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
     "worse_than_constant": case(
-        sure_of_the_wrong, WARN, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+        sure_of_the_wrong, INFO, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "equal_blocks": case(
