@@ -56,9 +56,7 @@ def test_plotly_draws_the_letters():
         for figure in (curves(text), cells(text)):
             sent = to_plotly(figure).to_plotly_json()
             # Our own line breaks, bold number and hover fields are the only markup.
-            ours = re.compile(
-                r"<br>|</?b>|<extra></extra>|%\{(text|y:\.4~g|x:\.4~g|z:\.4g|customdata:\.4g)\}"
-            )
+            ours = re.compile(r"<br>|</?b>|<extra></extra>|%\{(text|(x|y|z|customdata):\.4~g)\}")
             found = strings(
                 [[trace.get(key) for key in ("name", "text", "hovertemplate")] for trace in sent["data"]]
             )
