@@ -34,7 +34,7 @@ class Part:
 
 
 @dataclass
-class Plan:
+class CompiledPlan:
     """Where everything that is measured is made.
 
     ``outside``: what is made in no compiled part; None where no operation has to be looked at.
@@ -107,7 +107,7 @@ class Planner:
             found.append(CallInRegion(path, count))
         return found
 
-    def plan(self, needed: Collection[int]) -> Plan:
+    def plan(self, needed: Collection[int]) -> CompiledPlan:
         """The plan of a forward.
 
         ``needed``: numbers of the values by which the connections are read.
@@ -124,7 +124,7 @@ class Planner:
                 parameters.setdefault(self._key(*around), []).append((value, self._name(value, around[0])))
             elif outside is not None:
                 self._add_outside(outside, value)
-        return Plan(self._graph, outside, self._parts(targets, parameters), tuple(points))
+        return CompiledPlan(self._graph, outside, self._parts(targets, parameters), tuple(points))
 
     def _states(self) -> tuple[dict[int, Target], list[ShownTensor]]:
         """The states, and outputs of branches, that compiled code hands out, and the states that hooks see."""

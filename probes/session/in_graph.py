@@ -35,7 +35,7 @@ from depthscope.probes.reading.places import (
     PlacedRecorder,
     circumstances,
 )
-from depthscope.probes.session.compiled_plan import Part, Plan, Planner, Target
+from depthscope.probes.session.compiled_plan import CompiledPlan, Part, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import CurrentForward, Forward, own_call, own_calls
@@ -59,7 +59,7 @@ CHECKPOINTED = (
 class PartsRecorder(PlacedRecorder):
     """The values of a later forward by which the connections are read, of compiled parts and of what is around them."""
 
-    def __init__(self, plan: Plan, batch: Sequence[torch.Tensor]):
+    def __init__(self, plan: CompiledPlan, batch: Sequence[torch.Tensor]):
         assert plan.outside is not None
         super().__init__(plan.outside, batch)
         self._inside = plan.num_read
@@ -105,7 +105,7 @@ class InGraph(KnownPlaces):
         self._current, self._owner, self._report = current, owner, report
         self._graphs: list[tuple[type[nn.Module], CompiledGraph]] = []
         self._passages = Passages(regions, self._is_measured, self._run, self._unseen)
-        self.plan: Plan | None = None
+        self.plan: CompiledPlan | None = None
         self.failed = ""  # why compiled code cannot be measured
         self._fails_next = ""  # the same from the next step on
         self.observer: Observer | None = None
