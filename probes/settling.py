@@ -24,6 +24,7 @@ from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.model_under_test import copied
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
+from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.forced_eager import eager
@@ -118,8 +119,8 @@ def _looks_ahead(
     )
     if not (ahead or repeats):
         return []
-    layout = str(options.get("layout") or "").replace(" ", "")
-    batch_axis = 1 if layout.startswith("TB") or (layout and "B" not in layout) else 0
+    layout = str(options.get("layout") or "")
+    batch_axis = 1 if layout.replace(" ", "").startswith("TB") or (layout and is_packed(layout)) else 0
     part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
     try:
         again = partial(_output_again, model, batch_axis=batch_axis)

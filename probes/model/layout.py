@@ -43,6 +43,11 @@ def parse_layout(layout: str) -> list[list[str]]:
     return groups
 
 
+def is_packed(layout: str) -> bool:
+    """Whether a layout names no axis of sequences: all tokens are said to be of one."""
+    return not any("B" in group for group in parse_layout(layout))
+
+
 def canonical(
     state: torch.Tensor, layout: str, *, batch_size: int, num_streams: int, fractions: int = 1
 ) -> torch.Tensor:

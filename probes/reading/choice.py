@@ -129,16 +129,14 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
 
 def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     """The memory; that with streams of the same first value, if some branches of it only move these, as `roll` does."""
-    graph, stop = best.memory.graph, best.memory.carried
-    sources = [branch.source for branch in branches_of(best.memory)]
-    if all(weights_in(graph, graph.earlier([source], stop)) for source in sources):
-        return best
-    for of in ranked:
-        memory = of.memory
-        is_finer = memory.root is best.memory.root and memory.count < best.memory.count
-        one_stream = (branch.source.numel == memory.count for branch in branches_of(memory))
-        if is_finer and of.share >= best.share and all(one_stream):
-            return of
+    memory, graph = best.memory, best.memory.graph
+    finer = (of for of in ranked if of.memory.root is memory.root and of.memory.count < memory.count)
+    for of in finer:
+        one_stream = (branch.source.numel == of.memory.count for branch in branches_of(of.memory))
+        if of.share >= best.share and all(one_stream):
+            sources = (branch.source for branch in branches_of(memory))
+            works = all(weights_in(graph, graph.earlier([source], memory.carried)) for source in sources)
+            return best if works else of
     return best
 
 

@@ -92,7 +92,7 @@ class Memory:
 
     def inside(self, value: TracedValue) -> list[TracedValue]:
         """The values of the memory that a value of it carries on."""
-        if value.number in self.born or value.number in self.begins:
+        if value is self.root or value.number in self.born or value.number in self.start.others:
             return []
         return [parent for parent in value.parents if parent.number in self.carried]
 

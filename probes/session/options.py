@@ -14,7 +14,7 @@ import torch
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
-from depthscope.probes.model.layout import parse_layout
+from depthscope.probes.model.layout import is_packed, parse_layout
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
@@ -116,7 +116,7 @@ class Options:
     @property
     def is_packed(self) -> bool:
         """Whether the user says that all tokens of a batch are of one sequence."""
-        return self.layout is not None and not any("B" in group for group in parse_layout(self.layout))
+        return self.layout is not None and is_packed(self.layout)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))

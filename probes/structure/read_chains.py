@@ -163,17 +163,18 @@ class _ChainOf:
         is_mixture = point.site == "pre" or labels.count((point.layer, "post")) > 1
         if not made or not is_mixture or f"{point.module}.".startswith(f"{made}."):
             return None
-        same = {other.number for other in self._same(value)}
-        calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
-        sides = (self.graph.sides.get((call, at), ()) for call in calls for at in ("input", "output"))
-        return None if any(of.number in same for side in sides for of in side) else made
+        return None if self._shows(point, value, "input", "output") else made
 
     def _hands_on(self, point: HookPoint, value: TracedValue) -> bool | None:
         """Whether the module after which a state is named gives it; None where it gives nothing."""
+        return self._shows(point, value, "output")
+
+    def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
+        """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
         same = {other.number for other in self._same(value)}
         calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
-        given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
-        return not same.isdisjoint(given) if given else None
+        shown = [of.number for call in calls for at in ats for of in self.graph.sides.get((call, at), ())]
+        return not same.isdisjoint(shown) if shown else None
 
     def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
@@ -331,11 +332,9 @@ class _ChainOf:
     def _is_read_before(self, value: TracedValue, end: int) -> bool:
         """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
         taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
-        return any(
-            of.way[0] < end and self.graph.earlier([self.graph.values[of.way[0]]], {value.number})[number]
-            for of in self.branches
-            for number in taken
-        )
+        sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
+        behind = self.graph.earlier(sources if taken else (), {value.number})
+        return any(behind[number] for number in taken)
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
         """What shows a value that is a state, or a stream of one."""
