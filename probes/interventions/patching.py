@@ -370,6 +370,13 @@ def _run_pair(
 def _cells(place: _Place, wanted: _Wanted, pair: _Pair) -> Iterator[tuple[Cell, torch.Tensor]]:
     """Each cell of a place with its tokens and streams, (T, N)."""
     _, num_tokens, num_streams = place.differs.shape
+    first = pair.real.shape[1]
+    # A matrix that is the same for all tokens has one.
+    if wanted.tokens != () and num_tokens not in (first, 1):
+        raise InterventionError(
+            f"the state has {num_tokens} tokens here and {first} at depth 0, so that a token has no number that holds at "
+            'every depth; take tokens="all"'
+        )
     tokens = _ones("token", wanted.tokens, num_tokens, each_too=False)
     for token, at in tokens:
         for stream, of in _ones("stream", wanted.streams, num_streams, each_too=num_streams > 1):
@@ -401,5 +408,6 @@ def _measured(
         place.checked = True
     else:
         found = corrupted.clone()
-    is_real = (pair.real & chosen.any(1)).any(1)
+    # Patched as a whole, a state of a later stage has no padding that is known.
+    is_real = pair.real.any(1) if bool(chosen.any(1).all()) else (pair.real & chosen.any(1)).any(1)
     return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found

@@ -13,6 +13,7 @@ from torch import nn
 
 from depthscope.probes import SiteError
 from depthscope.probes.interventions import InterventionError, patch
+from tests.models.designs.catalogue import DESIGNS
 from tests.models.families import FAMILIES, STREAMS, built
 from tests.models.small_models import llama
 from tests.probes.interventions.local_streams import LocalStreams, ids
@@ -310,6 +311,22 @@ def test_an_effect_without_a_clear_denominator_is_nan_with_a_reason():
     )
     assert float(one.effect.squeeze()) == pytest.approx(1)  # of one sequence, without an interval
     assert bool(one.effect_error.isnull().all())
+
+
+def test_states_of_stages_with_fewer_tokens_are_patched_as_a_whole():
+    """A network in stages: no token has one number at every depth, and all of them at once give the clean output."""
+    design = next(design for design in DESIGNS if design.name == "ResNet with stages")
+    model, clean, corrupted = design.build(3), design.batch(1), design.batch(2)
+
+    def loss(output, batch):
+        return output.square().mean()
+
+    at_once = patch(model, clean, corrupted, loss=loss, tokens="all")
+    np.testing.assert_allclose(at_once["patched"], float(at_once["clean"]), rtol=1e-6)
+    assert at_once["depth"].values.tolist() == [0, 1, 2, 3, 4]
+    each = patch(model, clean, corrupted, loss=loss, tokens=3)
+    assert each["depth"].values.tolist() == [0, 1, 2]
+    assert ['tokens="all"' in why for why in each.attrs["left_out"]] == [True, True]
 
 
 def test_measures_without_and_with_labels():
