@@ -322,7 +322,7 @@ def test_states_of_stages_with_fewer_tokens_are_patched_as_a_whole():
         return output.square().mean()
 
     at_once = patch(model, clean, corrupted, loss=loss, tokens="all")
-    np.testing.assert_allclose(at_once["patched"], float(at_once["clean"]), rtol=1e-6)
+    np.testing.assert_allclose(at_once["patched"], at_once["clean"].item(), rtol=1e-6)
     assert at_once["depth"].values.tolist() == [0, 1, 2, 3, 4]
     each = patch(model, clean, corrupted, loss=loss, tokens=3)
     assert each["depth"].values.tolist() == [0, 1, 2]
