@@ -60,6 +60,18 @@ CASES = {
     "rotations that shrink": (
         ORTHOGONAL * RNG.uniform(0.3, 1.0, (TOKENS, 1, N)), "of spectral norm at most 1", (),
     ),
+    "signed, with sums of rows alone": (
+        EYE + NOISE - NOISE.mean(-1, keepdims=True), "rows sum to 1, with negative entries,", (),
+    ),
+    "signed, with sums of columns alone": (
+        EYE + NOISE - NOISE.mean(-2, keepdims=True), "columns sum to 1, with negative entries,", (),
+    ),
+    "a choice of one source, the same for two streams": (
+        softmax(NOISE, -1) >= softmax(NOISE, -1).max(-1, keepdims=True), "row-stochastic only", (),
+    ),
+    "a choice of one destination, the same for two streams": (
+        softmax(NOISE, -2) >= softmax(NOISE, -2).max(-2, keepdims=True), "column-stochastic only", (),
+    ),
     "gates": (1 / (1 + np.exp(-NOISE)), "non-negative", ()),
     "outer products": (NOISE[:, :, :1] * NOISE[:, :1], "unconstrained", ("rank 1",)),
     "free": (EYE + 0.1 * NOISE, "unconstrained", ()),
