@@ -19,6 +19,7 @@ from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
@@ -110,7 +111,7 @@ def measure(
     ``forwards``: for the experiments that the suspicions name.
     """
     require_module(model)
-    session = Session(model, options, only_own=True, sums=not described)
+    session = Session(model, options, scope=Scope(only_own=True, sums=not described))
     gradients = session.options.gradients
     step, losses, tasks = (
         [TokenSums()],
@@ -122,8 +123,8 @@ def measure(
         for item in batches(batch):
             with no_collection():
                 measured, value, task = _measure_batch(session, item, loss)
-            assert session.last is not None
-            began = session.last.first_index
+            assert session.step.last is not None
+            began = session.step.last.first_index
             if first is None:
                 first = item, began, measured.batch_size
             sequences += measured.batch_size
@@ -177,12 +178,12 @@ def _measure_batch(
         output = call_observed(session, batch)
         session.raise_first_error()
         value = loss_value(output, batch, loss, required=gradients)
-        if not session.forwards and gradients:
+        if not session.step.forwards and gradients:
             session.fold()  # says why nothing was seen
         task = read_task(value, batch)  # before the backward, which frees the graph
         if gradients and value is not None:
             with own_call(session.owner):
-                _run_backward(value, session.forwards[-1])
+                _run_backward(value, session.step.forwards[-1])
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach()), task

@@ -23,6 +23,7 @@ from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
@@ -225,15 +226,15 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
 
 def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    session = Session(model, selection.options, only_own=True)
+    session = Session(model, selection.options, scope=Scope(only_own=True))
     session.attach()
     try:
         # Weights that are constants here too: torch runs other operations where they are none.
         with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
             call_observed(session, batch)
         session.raise_first_error()
-        assert session.last is not None
-        return session, session.last
+        assert session.step.last is not None
+        return session, session.step.last
     finally:
         session.detach()
 

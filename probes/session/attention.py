@@ -132,12 +132,19 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     return places
 
 
-def measure_rows(forward: Forward) -> None:
-    """Give a forward what its queries attend to before each state: (3, S, H, T), see `AttentionRows`."""
+def add_attention(forward: Forward, heads: int, *, sums: bool) -> None:
+    """Give a forward what its queries attend to before each state, (3, S, H, T), see `AttentionRows`; and its sums.
+
+    ``heads``: the most before one state.
+    """
     waiting, forward.attending = forward.attending, []
     for (key, _), rows in zip(waiting, measured([of for _, of in waiting]), strict=True):
         known = forward.attention.get(key)
         forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
+    for (number, depth), rows in forward.attention.items() if sums else ():
+        mask = forward.masks.get(number)
+        of_rows = None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)]
+        forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, heads))
 
 
 def later_attention(

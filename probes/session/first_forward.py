@@ -282,3 +282,17 @@ def _record_logits(
     before = tape.recorded(chain.points[chain.connections[number].depth_in])
     if before is not None:
         observer.record_logits(forward, number, mix, tape.logits, before.number)
+
+
+def out_of_sight(model: nn.Module, forward: Forward) -> str:
+    """Why the parts of a model ran where no hook sees them; empty where they did not."""
+    if forward.transformed:
+        return (
+            "modules of the model ran inside of a transformation of torch.func (vmap, grad, …), whose tensors stand for "
+            "others and are not read"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is TorchScript, whose parts run outside of Python: capture the module that it was made from"
+    if isinstance(model, torch.fx.GraphModule) and not any(True for _ in model.children()):
+        return "the model is a graph of operations, as torch.export makes: capture the module that it was made from"
+    return ""

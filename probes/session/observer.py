@@ -278,6 +278,26 @@ class Observer:
             return times, "" if times else self.logits.reasons.get(number, FIRST)
         return 0, ""
 
+    def require_complete(self, forward: Forward) -> None:
+        """Require that a forward showed each state and connection."""
+        missing = [
+            f"{self.structure.chains[number].name or 'depth'} {'final' if depth == FINAL else depth}: "
+            f"{point.at} of {point.path or 'the model'}"
+            for number, depth, point in self.structure.captured
+            if ("state", number, depth) not in forward.fired
+        ]
+        missing += [
+            f"connection {number}: {connection.path}"
+            for number, connection in enumerate(self.structure.connections)
+            if ("connection", 0, number) not in forward.fired and not forward.without_connections
+        ]
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} requested places did not fire in a forward: {', '.join(missing[:5])}. "
+                "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
+            )
+        self.require_usual_calls(forward)
+
     def record_logits(
         self,
         forward: Forward,

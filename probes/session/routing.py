@@ -177,6 +177,17 @@ def later_routing(
     return OperationsShown(watch), done
 
 
+def add_routing(forward: Forward) -> None:
+    """Add what the routers of a forward chose to its sums, where they chose as often as in the first one."""
+    routed, forward.routed = forward.routed, {}
+    if forward.unrouted or not routed:
+        return
+    most = max(sum(of.experts for of in each) for each in routed.values())
+    for (number, depth), each in routed.items():
+        sums = routing_sums(each, forward.masks.get(number), forward.batch_axis, most)
+        forward.chain_sums(number).add_values(depth, sums)
+
+
 def routing_sums(
     routed: list[Routed], mask_BT: torch.Tensor | None, batch_axis: int, experts: int
 ) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ class Recorder:
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale, self._live = weights, scale or LossScale(None), live
         self._ranks, self._settled = ranks, settled
-        session.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
+        session.step.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
@@ -280,7 +280,7 @@ class Recorder:
             try:
                 # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it. Of
                 # several processes the others may not have such a step, and would be waited for.
-                unended = self._session.pending and self._session.trains >= self._trained
+                unended = self._session.pending and self._session.step.trains >= self._trained
                 if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
                 self._notices.say_how_many()
@@ -357,7 +357,7 @@ class Recorder:
             parts = self._session.fold()
             if not num_tokens(parts):
                 raise CaptureError("no batch of it had a real token; nothing to measure")
-        self._trained = self._session.trains
+        self._trained = self._session.step.trains
         self._tell_undefined_gradients()
         self._tell_missing_connections()
         complete = added_up(parts)
@@ -386,7 +386,7 @@ class Recorder:
 
     def _tell_undefined_gradients(self) -> None:
         """Say once where the gradients of the present step are undefined, which their forwards tell."""
-        if self._told_undefined or not self._session.gradients_undefined:
+        if self._told_undefined or not self._session.step.gradients_undefined:
             return
         self._told_undefined = True
         self._say(
@@ -397,7 +397,7 @@ class Recorder:
 
     def _tell_missing_connections(self) -> None:
         """Say where the connections of the present step were not read: the rest of it is in its row."""
-        why = self._session.without_connections
+        why = self._session.step.without_connections
         if not why:
             self._sampled_step = self.position
             return
@@ -425,14 +425,14 @@ class Recorder:
                 put_together(sequences, together[0].parts, len(ranks.shards.ranks))
         except BaseException:
             if sequences:
-                self._session.reservoir.forget()  # they stay parts
+                self._session.step.reservoir.forget()  # they stay parts
             raise
         for sequence in sequences:
             sequence.part = None  # in the other processes too: nobody asks for it again
         if together is None:
             return None
         step, weights = together
-        stamp = self._session.present_stamp
+        stamp = self._session.step.stamp(self._session.model)
         return [Measured(stamp, round(step.sequences), step.sums)], step.loss, weights
 
     def _measure_live(
@@ -458,9 +458,9 @@ class Recorder:
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
-        self._task = self._session.step_loss.task
+        self._task = self._session.step.loss.task
         if loss is None:
-            return self._session.step_loss.value()
+            return self._session.step.loss.value()
         try:
             return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -477,7 +477,7 @@ class Recorder:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self._session.without_connections and not self._pooled.is_of(parts[-1].stamp):
+        if self._session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
         self._pooled.add(parts)
         return row

@@ -228,7 +228,7 @@ def test_copies_made_while_probed_hold_plain_methods(ids):
         recorder.step()
         copied = pickle.loads(pickle.dumps(model))
         twin = copy.deepcopy(model)
-        seen = len(recorder._session.forwards)
+        seen = len(recorder._session.step.forwards)
         for other in (copied, twin):
             assert torch.equal(other(ids), model(ids))
             assert other.connections[0].width_connection.__self__ is other.connections[0]
