@@ -35,7 +35,7 @@ from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.model_call import call_model, call_observed
+from depthscope.probes.session.model_call import call_model, call_observed, copied
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
@@ -418,15 +418,6 @@ def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:
     if name not in names:
         raise InterventionError(f"no chain {name!r} in this model; {did_you_mean(name, names)}")
     return names.index(name)
-
-
-def copied(batch: Any) -> Any:
-    """The batch with tensors of its own: one of them may be the first state, or be written by the model."""
-    if isinstance(batch, torch.Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, Mapping):
-        return {name: copied(value) for name, value in batch.items()}
-    return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
 
 
 class AppliedConnections:
