@@ -236,7 +236,7 @@ def _state(
 def _fill_mean(
     x: np.ndarray, start: int, stride: int, wide: np.ndarray, total: np.ndarray, mean: np.ndarray
 ) -> None:
-    """Fill in the streams of a token in float64, and their mean: of streams that nearly cancel, the rounding would be the mean."""
+    """Fill in the streams of a token and their mean, in float64: of streams that nearly cancel, rounding would be the mean."""
     N, D = wide.shape
     total[:] = 0.0
     for n in range(N):
@@ -250,7 +250,7 @@ def _fill_mean(
         mean[d] = total[d] / N
 
 
-def _add_vector(
+def _add_vector(  # noqa: C901  one loop for each case
     row: np.ndarray, unit_row: np.ndarray, feature_row: np.ndarray, sum_row: np.ndarray, has_previous: bool
 ) -> tuple[float, np.float32]:
     """Add a vector and its direction; its norm, and its cosine with the one whose direction was in ``unit_row``."""
