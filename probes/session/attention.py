@@ -37,21 +37,13 @@ SHARE_OF_STEP = 1 / 64
 class AttentionPlaces:
     """Where a model attends, as its first forward showed.
 
-    Parameters
-    ----------
-    calls : dict
-        By module path and index of the call: for each time that it attends, chain and depth of the state that this leads to,
-        or None where it leads to none that is known.
-    heads : dict
-        Number of heads by chain and depth; those of several calls between two states follow each other.
-    keys : dict
-        Number of queries by chain and depth, which is that of the tokens.
-    modules : dict
-        The path of the module, by chain and depth.
-    reasons : dict of str to int
-        Why attention was seen and is not measured, and how often.
-    sequences : int or None
-        How many of the sampled sequences are looked at in a forward; None for all.
+    ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
+    leads to, or None where it leads to none that is known.
+    ``heads``: number of heads by chain and depth; those of several calls between two states follow each other.
+    ``keys``: number of queries by chain and depth, which is that of the tokens.
+    ``modules``: the path of the module, by chain and depth.
+    ``reasons``: why attention was seen and is not measured, and how often.
+    ``sequences``: how many of the sampled sequences are looked at in a forward; None for all.
     """
 
     calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)

@@ -70,13 +70,9 @@ CLOSED = frozenset(
 class AttentionRows:
     """What one call of attention did, for each query.
 
-    Parameters
-    ----------
-    value : int
-        Number of its value in the recorded graph.
-    rows : Tensor or FusedCall
-        (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of
-        these; or what these are computed from at the end of the forward, by `measured`.
+    ``value``: number of its value in the recorded graph.
+    ``rows``: (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of these;
+    or what these are computed from at the end of the forward, by `measured`.
     """
 
     value: int
@@ -105,25 +101,13 @@ class FusedCall(NamedTuple):
 class AttentionWatch:
     """The attention weights of the sampled sequences of one forward; a listener of operations.
 
-    Attributes
-    ----------
-    found : list of AttentionRows
-        In the order of the forward.
-    reasons : dict of str to int
-        Why attention was seen and not measured, and how often.
-
-    Parameters
-    ----------
-    rows : Tensor
-        Sampled sequences of the batch.
-    batch_size : int
-        Its sequences.
-    number : callable
-        The number of the value that a tensor has in the recorded graph.
-    heads_follow : callable
-        Whether the running module joins sequences and heads into one axis, the heads of a sequence next to each other.
-    gathered : callable
-        Gets what the queries gather, the weighted sums of the values, as it is made.
+    ``found``: in the order of the forward.
+    ``reasons``: why attention was seen and not measured, and how often.
+    ``rows``: sampled sequences of the batch.
+    ``number``: the number of the value that a tensor has in the recorded graph.
+    ``heads_follow``: whether the running module joins sequences and heads into one axis, the heads of a sequence next to each
+    other.
+    ``gathered``: gets what the queries gather, the weighted sums of the values, as it is made.
     """
 
     def __init__(

@@ -162,22 +162,11 @@ class SecondForward:
 class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
-    Parameters
-    ----------
-    callers : list of Module
-        The modules that the user may call; see `compiled_callers`.
-    owner : object
-        Stands for the session that measures.
-    wanted : callable
-        Whether the call that begins is to be measured.
-    run_hooked : callable
-        Calls a function with the session's hooks on the model; returns its result and the forward that the hooks recorded.
-    gradients : bool
-        Whether gradients are wanted.
-    listen : callable
-        Called with what a measured call of the user's returned.
-    report : callable
-        Called with every exception of ours.
+    ``callers``: the modules that the user may call; see `compiled_callers`.
+    ``wanted``: whether the call that begins is to be measured.
+    ``run_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that the hooks
+    recorded.
+    ``listen``: called with what a measured call of the user's returned.
     """
 
     def __init__(

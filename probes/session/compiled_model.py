@@ -25,17 +25,7 @@ ONE_MORE_FORWARD = (
 
 
 class CompiledModel:
-    """The compiled code of a session's model, as far as there is any.
-
-    Parameters
-    ----------
-    model : Module
-        The session's model.
-    current : CurrentForward
-        The running forward.
-    report : callable
-        Called with every exception of ours.
-    """
+    """The compiled code of a session's model, as far as there is any."""
 
     def __init__(self, model: nn.Module, current: CurrentForward, report: Report):
         self.model, self._current, self._report = model, current, report

@@ -44,26 +44,12 @@ class RewrittenError(CaptureError):
 class RecordedForward:
     """Hooks on every module, and a mode around the model's forward, that record its operations.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model.
-    current : CurrentForward
-        The running forward.
-    gradients : bool
-        Whether gradients are wanted.
-    report : callable
-        Called with every exception that a gradient hook raises.
-    observer : Observer, optional
-        Of a known structure that only operations show: it gets the states that no module shows.
-    known : KnownPlaces, optional
-        Where a later forward shows what is measured: then no other operation of it is looked at.
-    attention : int, optional
-        Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
-    routing : bool
-        Whether it is looked at what routers choose.
-    hides : callable, optional
-        Whether the module of a path runs inside of compiled code.
+    ``observer``: of a known structure that only operations show: it gets the states that no module shows.
+    ``known``: where a later forward shows what is measured: then no other operation of it is looked at.
+    ``attention``: of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not
+    looked for.
+    ``routing``: whether it is looked at what routers choose.
+    ``hides``: whether the module of a path runs inside of compiled code.
     """
 
     def __init__(

@@ -35,18 +35,12 @@ from depthscope.probes.structure.tape import Tape
 class Scope:
     """Whose forwards a session measures, and how much of them.
 
-    Parameters
-    ----------
-    only_own : bool
-        Whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
-    sums : bool
-        Whether statistics of all tokens are added up, next to the sampled sequences.
-    live_tokens : int
-        How many tokens of a step are sampled for a live row; 0 for none.
-    exact_sums : bool
-        As `TokenSums.is_exact`.
-    shards : TokenShards, optional
-        How the tokens of a sequence are spread over processes that measure together; refused where they are and this is None.
+    ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
+    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
+    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
+    ``exact_sums``: as `TokenSums.is_exact`.
+    ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
+    is None.
     """
 
     only_own: bool = False
@@ -59,22 +53,9 @@ class Scope:
 class FirstReading:
     """What is known of a model from its first measured forward, and again where modules came or went since.
 
-    Parameters
-    ----------
-    model : Module
-        The session's model.
-    options : Options
-        What to capture.
-    scope : Scope
-        How much of a forward is measured.
-    step : Step
-        Of the session; its sample begins anew where a first forward counts for nothing.
-    compiled : CompiledModel
-        Of the session.
-    loss_scale : callable, optional
-        Gives the factor by which the loss is multiplied at present; None for 1.
-    report : callable
-        Called with every exception of ours.
+    ``scope``: how much of a forward is measured.
+    ``step``: of the session; its sample begins anew where a first forward counts for nothing.
+    ``loss_scale``: gives the factor by which the loss is multiplied at present; None for 1.
     """
 
     def __init__(

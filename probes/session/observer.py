@@ -29,30 +29,15 @@ from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Stru
 class Observer:
     """Records what passes through a model of known structure; the first forward and all later ones feed it alike.
 
-    Parameters
-    ----------
-    structure : Structure
-        What the model was found to be.
-    options : Options
-        What to capture.
-    report : callable
-        Called with every exception that a gradient hook raises.
-    loss_scale : callable, optional
-        Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
-    calls : mapping of str to int
-        How often each module was called in the forward that showed the structure.
-    sums : bool
-        Whether statistics of all tokens are added up, next to the sampled sequences.
-    parameters : ConnectionParameters, optional
-        The biases and gates of the connections, whose values are stored with the statistics.
-    logits : LogitStatistics, optional
-        Of the matrices of the connections.
-    live_tokens : int
-        How many tokens of a step are sampled for a live row; 0 for none.
-    exact_sums : bool
-        As `TokenSums.is_exact`.
-    compiled_sums : bool
-        As `TokenSums.compiles`.
+    ``structure``: what the model was found to be.
+    ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
+    ``calls``: how often each module was called in the forward that showed the structure.
+    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
+    ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
+    ``logits``: of the matrices of the connections.
+    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
+    ``exact_sums``: as `TokenSums.is_exact`.
+    ``compiled_sums``: as `TokenSums.compiles`.
     """
 
     def __init__(

@@ -52,16 +52,9 @@ MOST_ERRORS = 8  # of one step, whose first one is what is said
 class Session:
     """The hooks of one probe on one model, and the forwards that they saw.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model, which no hook changes.
-    options : Options
-        What to capture.
-    loss_scale : callable, optional
-        Gives the factor by which the loss is multiplied at present; None for 1.
-    scope : Scope
-        How much of a forward is measured.
+    ``model``: the user's model, which no hook changes.
+    ``loss_scale``: gives the factor by which the loss is multiplied at present; None for 1.
+    ``scope``: how much of a forward is measured.
     """
 
     def __init__(

@@ -24,14 +24,8 @@ TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 a
 class Step:
     """The forwards of the present step that count, and the sample of all steps.
 
-    Parameters
-    ----------
-    options : Options
-        What to capture.
-    loss : StepLoss
-        Of the step's backwards.
-    only_own : bool
-        Whether only calls of ours are recorded, all of which count.
+    ``loss``: of the step's backwards.
+    ``only_own``: whether only calls of ours are recorded, all of which count.
     """
 
     def __init__(self, options: Options, loss: StepLoss, *, only_own: bool):

@@ -35,24 +35,8 @@ from depthscope.probes.training.step_sums import (
 class MeasuredSteps:
     """The measured steps of a recorder.
 
-    Parameters
-    ----------
-    session : Session
-        Of the model.
-    notices : Notices
-        Of the recorder.
-    earlier_losses : list of float
-        Of the steps before the first one.
-    attrs, token_text
-        As in `probes.capture`.
-    weights : WeightUpdates, optional
-        Measures the weights.
-    scale : LossScale
-        Of the loss.
-    live : Live, optional
-        Computes metrics of each step.
-    ranks : Ranks, optional
-        Of several processes.
+    ``earlier_losses``: of the steps before the first one.
+    ``attrs``, ``token_text``: as in `probes.capture`.
     """
 
     def __init__(

@@ -42,10 +42,7 @@ class _Job:
 class Analyses:
     """Analyses and tests of runs by other processes; one for the server.
 
-    Parameters
-    ----------
-    most : int, optional
-        Processes at a time; as many as there are cores by default.
+    ``most``: processes at a time; as many as there are cores by default.
     """
 
     def __init__(self, most: int | None = None):
