@@ -19,14 +19,13 @@ from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
-from depthscope.probes.session.options import CaptureOptions, Options, takes_options
+from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.settling import MOST_FORWARDS, settle
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums

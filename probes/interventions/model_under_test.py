@@ -32,11 +32,10 @@ from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.joints import sampled_joints
-from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed, copied
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain

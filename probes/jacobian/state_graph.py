@@ -23,11 +23,10 @@ from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.session.first_reading import Scope
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import Structure

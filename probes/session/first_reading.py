@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import Report
-from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention
 from depthscope.probes.session.compiled_model import CompiledModel
@@ -22,32 +20,13 @@ from depthscope.probes.session.first_forward import RewrittenError, out_of_sight
 from depthscope.probes.session.forward import Forward, own_call, own_calls
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.present_modules import module_types
 from depthscope.probes.session.routing import RoutingPlaces, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import Structure, require_same
 from depthscope.probes.structure.tape import Tape
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Whose forwards a session measures, and how much of them.
-
-    ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
-    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
-    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
-    ``exact_sums``: as `TokenSums.is_exact`.
-    ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
-    is None.
-    """
-
-    only_own: bool = False
-    sums: bool = True
-    live_tokens: int = 0
-    exact_sums: bool = False
-    shards: TokenShards | None = None
 
 
 class FirstReading:
@@ -185,10 +164,9 @@ class FirstReading:
             self.attention.limit_cost(structure, forward.batch_size)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
-        in_loop = self.scope.sums and not self.scope.only_own
         # A capture follows a forward for the logits; of its one set of weights no value moves.
         parameters = logits = None
-        if in_loop and structure.sites:
+        if self.scope.is_loop and structure.sites:
             parameters = ConnectionParameters(self.model, structure)
             logits = LogitStatistics(self.options.gradients, self._report, self._loss_scale)
         return Observer(
@@ -196,13 +174,10 @@ class FirstReading:
             self.options,
             self._report,
             self._loss_scale,
+            self.scope,
             calls=Counter(call.path for call in tape.graph.calls),
-            sums=self.scope.sums,
             parameters=parameters,
             logits=logits,
-            live_tokens=self.scope.live_tokens,
-            exact_sums=self.scope.exact_sums,
-            compiled_sums=in_loop,
         )
 
     def _adopt(self, observer: Observer, tape: Tape | None) -> None:

@@ -19,7 +19,7 @@ from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums
@@ -32,12 +32,8 @@ class Observer:
     ``structure``: what the model was found to be.
     ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
     ``calls``: how often each module was called in the forward that showed the structure.
-    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
     ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
     ``logits``: of the matrices of the connections.
-    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
-    ``exact_sums``: as `TokenSums.is_exact`.
-    ``compiled_sums``: as `TokenSums.compiles`.
     """
 
     def __init__(
@@ -45,15 +41,12 @@ class Observer:
         structure: Structure,
         options: Options,
         report: Report,
-        loss_scale: Callable[[], torch.Tensor | None] | None = None,
+        loss_scale: Callable[[], torch.Tensor | None] | None,
+        scope: Scope,
         *,
         calls: Mapping[str, int],
-        sums: bool = True,
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
-        live_tokens: int = 0,
-        exact_sums: bool = False,
-        compiled_sums: bool = False,
     ):
         self.structure = structure
         self.options = options
@@ -65,9 +58,7 @@ class Observer:
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
-        self._sums = sums
-        self._live_tokens = live_tokens
-        self._exact_sums, self._compiled_sums = exact_sums, compiled_sums
+        self._scope = scope
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -105,12 +96,12 @@ class Observer:
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
-        if not self._sums:
+        if not self._scope.sums:
             return
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
-        sums.is_exact, sums.compiles = self._exact_sums, self._compiled_sums
+        sums.is_exact, sums.compiles = self._scope.exact_sums, self._scope.is_loop
         self._begin_live(sums)
         if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:
             sums.add_values(depth, {WHOLE_TOKENS: forward.whole_tokens[number]})
@@ -118,8 +109,8 @@ class Observer:
 
     def _begin_live(self, sums: TokenSums) -> LiveSums | None:
         """What a live row needs of a chain in this forward; None where none is wanted."""
-        if sums.live is None and self._live_tokens:
-            sums.live = LiveSums(self._live_tokens, self.options.seed)
+        if sums.live is None and self._scope.live_tokens:
+            sums.live = LiveSums(self._scope.live_tokens, self.options.seed)
         return sums.live
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
@@ -301,7 +292,7 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows)
-        if not self._sums:
+        if not self._scope.sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
         live = self._begin_live(sums)

@@ -15,6 +15,7 @@ from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import is_packed, parse_layout
+from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
@@ -145,6 +146,30 @@ class Options:
         given = self.streaming if isinstance(self.streaming, Mapping) else {}
         chosen = {**STREAMING_DEFAULTS, **given}
         return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Whose forwards a session measures, and how much of them.
+
+    ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
+    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
+    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
+    ``exact_sums``: as `TokenSums.is_exact`.
+    ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
+    is None.
+    """
+
+    only_own: bool = False
+    sums: bool = True
+    live_tokens: int = 0
+    exact_sums: bool = False
+    shards: TokenShards | None = None
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether a loop of the user's is measured."""
+        return self.sums and not self.only_own
 
 
 def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -35,11 +35,11 @@ from depthscope.probes.session.first_forward import (
     RewrittenError,
     record_operations,
 )
-from depthscope.probes.session.first_reading import FirstReading, Scope
+from depthscope.probes.session.first_reading import FirstReading
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.present_modules import PresentModules
 from depthscope.probes.session.routing import add_routing, placed_routing
 from depthscope.probes.session.step import Step

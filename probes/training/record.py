@@ -15,8 +15,7 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
-from depthscope.probes.session.first_reading import Scope
-from depthscope.probes.session.options import CaptureOptions, Options, takes_options
+from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
