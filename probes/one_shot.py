@@ -47,7 +47,7 @@ def capture(
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
 
-    The model is run as it stands (its mode, its precision); its weights, gradients, buffers, random state and hooks are the
+    The model is run as it is (its mode, its precision); its weights, gradients, buffers, random state and hooks are the
     same afterwards.
 
     Parameters

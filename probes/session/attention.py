@@ -27,7 +27,7 @@ from depthscope.probes.structure.tape import Tape
 OTHER_TOKENS = "its queries are not the tokens of the state"
 OUTSIDE = "it is computed outside of all modules but the model itself, where only a first forward looks"
 CHANGED = "a later forward attended another number of times than the first"
-# In a training loop: per query, the weights of all heads beside the D² multiplications of a layer's weights, of which a
+# In a training loop: per query, the weights of all heads compared with the D² multiplications of a layer's weights, of which a
 # sequence has 12 or more, and three times that with its backward. A few passes over the weights are then about 2 % of a
 # measured step. Heuristic.
 SHARE_OF_STEP = 1 / 64
@@ -70,7 +70,7 @@ class AttentionPlaces:
         self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most)
         if self.sequences == 0:
             self.reasons[
-                f"{most} attention weights a query beside states of {width} features would cost more than about 2 % of a "
+                f"{most} attention weights per query, for states of {width} features, would cost more than about 2 % of a "
                 'measured step: request the site "attention" in sites= to measure them all the same'
             ] += len(self.heads)
 
@@ -219,5 +219,5 @@ def num_tokens(
         ]
     except (
         LayoutError
-    ):  # attention is looked at beside the states: where it cannot be placed, these are read all the same
+    ):  # attention is an addition to the states: where it cannot be placed, these are read all the same
         return None

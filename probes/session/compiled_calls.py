@@ -145,7 +145,7 @@ class SecondForward:
             if self.inner and (self.read is None or self.inner & self.read):
                 raise CaptureError(
                     "the loss reads two outputs of the compiled model of which one is computed from the other, so their "
-                    "gradients cannot be told apart; compile the whole model instead of its blocks, or record without "
+                    "gradients cannot be separated; compile the whole model instead of its blocks, or record without "
                     "gradients"
                 )
             for number in self.inner:
@@ -196,7 +196,7 @@ class CompiledCalls:
         """Put one hook before and one after the call of each caller."""
         for caller in self._callers:
             if vars(caller).get(COMPILED_CALL) is not None:
-                # Hooks on this module would be compiled with it; around what stands for its call, nothing is.
+                # Hooks on this module would be compiled with it; around what replaces its call, nothing is.
                 self._attachment.around(caller, COMPILED_CALL, self._around)
             else:
                 # Before the user's own hooks: these run in our forward as well, on arguments that they did not see yet.

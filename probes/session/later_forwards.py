@@ -138,7 +138,7 @@ class LaterForwards:
                 if len(waiting) > 1:
                     raise CaptureError(
                         "a reentrant checkpoint was recomputed when several forwards waited for their gradients, which "
-                        "cannot be told apart; run each backward before the next forward, or use use_reentrant=False"
+                        "cannot be distinguished; run each backward before the next forward, or use use_reentrant=False"
                     )
                 for forward in waiting:
                     self._observer.hook_gradient(forward, state, tensors[item])

@@ -27,7 +27,7 @@ from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Stru
 
 
 class Observer:
-    """Records what passes through a model of known structure; the first forward and all later ones feed it alike.
+    """Records what passes through a model of known structure; the first forward and all later ones feed it in the same way.
 
     ``structure``: what the model was found to be.
     ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.

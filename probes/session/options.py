@@ -89,7 +89,7 @@ class Options:
         stream, and the similarity of all depths in the mean (metrics ``streamed_…``). This takes L·D² float64 numbers for the
         moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
         and float32 states of at most 2·D tokens and one forward, which wait to be added; more batches take no more memory.
-        Single streams are left out where they take more than 32 MiB a depth (N·D² > 4 million); more than 256
+        Single streams are left out where they take more than 32 MiB per depth (N·D² > 4 million); more than 256
         MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
         decomposed. Runs of parts of the data can be added: `probes.merge_runs`. True is for every token;
         ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
@@ -200,7 +200,7 @@ def _require_streaming(given: Mapping[str, int]) -> None:
 def takes_options(declared: type) -> Callable[[Function], Function]:
     """Decorate a function that passes its ``**options`` on to `Options`.
 
-    The options appear one by one in its signature and in its docstring, where ``**options`` stands, so that `help` and
+    The options appear one by one in its signature and in its docstring, in place of ``**options``, so that `help` and
     notebooks show them as if they were written there; a name that is none of them is refused.
 
     Parameters

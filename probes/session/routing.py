@@ -1,8 +1,9 @@
 """To which experts do tokens go? What routers choose, by chain and depth, seen where the choice is made.
 
-A router chooses columns of scores, one row for each token, by the largest ones. It is told by what is done, never by a name:
-its scores were made by a layer with as many outputs, and what it chose leads to a state. The first forward, whose operations
-are all recorded, shows in which calls of which modules that is; later ones look at the operations of these modules alone.
+A router chooses columns of scores, one row for each token, by the largest ones. It is recognised by its operations, never by a
+name: its scores were made by a layer with as many outputs, and what it chose leads to a state. The first forward, whose
+operations are all recorded, shows in which calls of which modules that is; later ones look at the operations of these modules
+alone.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Control:
 
 
 MOST_DEPTHS = 12
-"""Spectra in one figure: with more, lines cannot be told apart. A heuristic of ours."""
+"""Spectra in one figure: with more, lines cannot be distinguished. A heuristic of ours."""
 
 CONTROLS = {
     "scope": Control(

@@ -212,7 +212,7 @@ def test_the_summary_and_the_table_say_what_is_missing():
     assert text.count("not decided (") == len(initialisation.CLAIMS)
     table = results_table(initialisation.STUDY, rows)
     assert np.isnan(table.data["loss"].values[1])
-    assert table.printed["held-out loss, nats a byte"].tolist()[:2] == ["2.02 ± 0.05", "–"]
+    assert table.printed["held-out loss, nats per byte"].tolist()[:2] == ["2.02 ± 0.05", "–"]
 
 
 # --- the printed matrices
