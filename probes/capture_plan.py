@@ -314,7 +314,7 @@ def _memory_bytes(found: _Shapes, raw: Mapping[str, int]) -> dict[str, int]:
 
 
 def _row_bytes(found: _Shapes) -> int:
-    """What a measured step adds to the store: the numbers of the live metrics, and the sums that have one a step."""
+    """What a measured step adds to the store: the numbers of the live metrics, and the sums that have one per step."""
     sizes = {name: len(labels) for name, labels in LABELS.items()} | dict.fromkeys(CHOSEN, 1)
     sizes |= {"depth": found.num_states, "other_depth": found.num_states, "stream": found.views}
     sizes |= {"connection": found.num_connections, "component": found.streams}

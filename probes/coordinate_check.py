@@ -1,4 +1,4 @@
-"""Does training change the states alike at every width or depth? Models of several sizes, a few steps each."""
+"""Does training change the states by as much at every width or depth? Models of several sizes, a few steps each."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def coordinate_check(
         Widths, or depths; five or more, of which each is at least double the one before: three have an error too, but their
         interval reaches 12.7 standard errors to each side.
     over : str
-        What the sizes are, in words: ``"width"`` or ``"depth"``.
+        What the sizes are: ``"width"`` or ``"depth"``.
     seeds : int
         Models of each size.
     steps : int
         Training steps.
     learning_rate : float
-        Of Adam without weight decay, for all parameters alike, where `optimizer` is not given.
+        Of Adam without weight decay, the same for all parameters, where `optimizer` is not given.
     optimizer : callable, optional
         ``optimizer(model, size)`` returns that of the model.
     loss : callable, optional

@@ -39,7 +39,7 @@ class ConnectionFacts:
     column_sum_error: float
 
 
-# What was proven, in words; an unproven reading gives its own reason.
+# Descriptions of what was proven; an unproven reading gives its own reason.
 OVER_DEPTH = "each next state is recomputed from the embedding and the branches' outputs, weighted over depth"
 PROOFS = {
     (

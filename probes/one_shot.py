@@ -25,7 +25,7 @@ from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
-from depthscope.probes.session.options import CaptureOptions, Options, takes_options
+from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.settling import MOST_FORWARDS, settle
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -47,7 +47,7 @@ def capture(
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
 
-    The model is run as it stands (its mode, its precision); its weights, gradients, buffers, random state and hooks are the
+    The model is run as it is (its mode, its precision); its weights, gradients, buffers, random state and hooks are the
     same afterwards.
 
     Parameters
@@ -110,7 +110,7 @@ def measure(
     ``forwards``: for the experiments that the suspicions name.
     """
     require_module(model)
-    session = Session(model, options, only_own=True, sums=not described)
+    session = Session(model, options, scope=Scope(only_own=True, sums=not described))
     gradients = session.options.gradients
     step, losses, tasks = (
         [TokenSums()],
@@ -122,8 +122,8 @@ def measure(
         for item in batches(batch):
             with no_collection():
                 measured, value, task = _measure_batch(session, item, loss)
-            assert session.last is not None
-            began = session.last.first_index
+            assert session.step.last is not None
+            began = session.step.last.first_index
             if first is None:
                 first = item, began, measured.batch_size
             sequences += measured.batch_size
@@ -177,12 +177,12 @@ def _measure_batch(
         output = call_observed(session, batch)
         session.raise_first_error()
         value = loss_value(output, batch, loss, required=gradients)
-        if not session.forwards and gradients:
+        if not session.step.forwards and gradients:
             session.fold()  # says why nothing was seen
         task = read_task(value, batch)  # before the backward, which frees the graph
         if gradients and value is not None:
             with own_call(session.owner):
-                _run_backward(value, session.forwards[-1])
+                _run_backward(value, session.step.forwards[-1])
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach()), task

@@ -21,7 +21,6 @@ from depthscope.diagnostics.verdicts.age import TASK
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
 from depthscope.probes.interventions.effects import ablate
-from depthscope.probes.interventions.model_under_test import copied
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
@@ -29,7 +28,7 @@ from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.model_call import call_model
+from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import ModelOptions, takes_options
 
 Loss = Callable[[Any, Any], torch.Tensor]

@@ -47,7 +47,7 @@ def tabulate(reading: Reading, selection: Selection, asked: Collection[str]) -> 
     columns = {"num_tokens", *by_depth.metrics, *(by_connection.metrics if by_connection else ())}
     analysis = reading.analysis
     named = [name for name in asked if name in analysis and name not in columns]
-    # A matrix of every two depths has no place in a table with one row a depth.
+    # A matrix of every two depths has no place in a table with one row per depth.
     pairs = [
         str(name)
         for name, values in analysis.data_vars.items()
@@ -132,7 +132,7 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
 
 
 def _printed_dims(values: xr.DataArray) -> str:
-    """Such as "depth × other depth", which explains why a metric is in no table of one row a depth."""
+    """Such as "depth × other depth", which explains why a metric is in no table of one row per depth."""
     return " × ".join(str(dim).replace("_", " ") for dim in values.dims if dim != "step")
 
 

@@ -23,7 +23,7 @@ class Command:
     name : str
         The word on the command line; the file has the same name.
     help : str
-        One line, in lower case and without a full stop: it stands in the list of commands.
+        One line, in lower case and without a full stop: it is shown in the list of commands.
     add_arguments : callable
         Takes the command's parser. `depthscope.app.cli.arguments` has the arguments that commands share, and
         `depthscope.app.cli.values` and `paths` the types of all others: their values are checked before `run`.

@@ -63,7 +63,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=InputPath(must_exist=False),
         metavar="CHECKPOINT",
-        help="the checkpoint of the run, where a run file stands in place of CHECKPOINT",
+        help="the checkpoint of the run, where a run file is given in place of CHECKPOINT",
     )
     parser.add_argument(
         "--text",
@@ -81,10 +81,10 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         "--length",
         type=Number(2, 2**20),
         metavar="T",
-        help=f"tokens a sequence (default {LENGTH}, or the run's)",
+        help=f"tokens per sequence (default {LENGTH}, or the run's)",
     )
     parser.add_argument(
-        "--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5); of a run: beside it by default"
+        "--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5); of a run: next to it by default"
     )
     parser.add_argument("--force", action="store_true", help="replace the file of --out where it exists")
     add_json(parser)
@@ -216,13 +216,13 @@ def measured(
 
 def _result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path | None:
     """Where the result goes; an existing one is refused without ``--force``."""
-    from depthscope.diagnostics.experiments import beside
+    from depthscope.diagnostics.experiments import result_path
 
     if args.out is not None:
         return Path(args.out)
     if run is None:
         return None
-    place = beside(run, what)
+    place = result_path(run, what)
     if place.exists() and not args.force:
         raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place

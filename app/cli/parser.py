@@ -17,7 +17,7 @@ from depthscope.app.cli.values import Text, check_arguments, quoted
 from depthscope.app.text.terminal import MAX_MESSAGE, printable
 
 _ABOUT = """See what happens to the signal on its way through the depth of a network, forward and backward,
-and where it dies, explodes or collapses: residual, hyper-connection (HC) and mHC streams alike."""
+and where it dies, explodes or collapses: residual, hyper-connection (HC) and mHC streams."""
 
 _EXAMPLES = """start here:
   depthscope demo                                          a real model, a dashboard, no arguments
@@ -92,7 +92,7 @@ def _closest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     longer = [option for option in known if len(name) > 2 and option.startswith(name)]
     if longer:
         return f"did you mean {', '.join(longer)}?"
-    # The dashes are the same in all of them and would make every two names alike.
+    # The dashes are the same in all of them and would make any two names similar.
     plain = {option.lstrip("-"): option for option in known}
     advice = did_you_mean(name.strip("-")[:100], plain, otherwise="expected one of " + ", ".join(known))
     for bare, option in plain.items():
@@ -161,7 +161,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if name not in ("-h", "--help") and any(
             name in each._option_string_actions for each in commands.values()
         ):
-            parser.error(f"option {quoted(words[0])} stands before the command; give the command first")
+            parser.error(f"option {quoted(words[0])} came before the command; give the command first")
         parser.check_options(words[:1])
     # argparse would answer with all names; the closest one is what helps after a typing error.
     elif words[0] not in commands:

@@ -133,14 +133,9 @@ class InputRun(Checked):
 class OutputFile(Checked):
     """A file that is written: nothing that exists is replaced without ``--force``.
 
-    Parameters
-    ----------
-    noun : str
-        What is written, for the message.
-    endings : callable
-        Returns how its name may end.
-    example : str
-        A name for the message; the endings are listed without one.
+    ``noun``: what is written, for the message.
+    ``endings``: returns how its name may end.
+    ``example``: a name for the message; the endings are listed without one.
     """
 
     noun: str

@@ -66,14 +66,9 @@ class Text:
 class Number:
     """A number in a range; whole unless `whole` is false.
 
-    Parameters
-    ----------
-    lowest, highest : float
-        The range, ends included.
-    whole : bool
-        Whether fractions are refused.
-    meaning : str
-        What the ends are, for the message, such as ``"minutes, at most a week"``.
+    ``lowest``, ``highest``: the range, ends included.
+    ``whole``: whether fractions are refused.
+    ``meaning``: what the ends are, for the message, such as ``"minutes, at most a week"``.
     """
 
     lowest: float
@@ -178,10 +173,7 @@ class Checked:
 class OneOf(Checked):
     """One label of several.
 
-    Parameters
-    ----------
-    labels : callable
-        Returns them. It may import their declaration: it is called when the option was given, never for help.
+    ``labels``: returns them. It may import their declaration: it is called when the option was given, never for help.
     """
 
     labels: Callable[[], Sequence[str]]
@@ -206,12 +198,8 @@ def _nearest(value: str, labels: Sequence[str]) -> str:
 class Names(Checked):
     """Names with commas between them, as a list.
 
-    Parameters
-    ----------
-    noun : str
-        What they name, for the message.
-    labels : callable, optional
-        Returns the names that there are; any name is taken without it.
+    ``noun``: what they name, for the message.
+    ``labels``: returns the names that there are; any name is taken without it.
     """
 
     noun: str = "name"

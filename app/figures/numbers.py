@@ -21,7 +21,7 @@ def figure_table(figure: Figure | Points) -> pd.DataFrame:
         flat = np.concatenate([np.ravel(values) for values in figure.points.values()])
         return pd.DataFrame({"run": np.concatenate(runs), "real": flat.real, "imaginary": flat.imag})
     if isinstance(figure, Heatmap):
-        # Wide, as the matrix is drawn: one row a cell would repeat both positions in every row.
+        # Wide, as the matrix is drawn: one row per cell would repeat both positions in every row.
         table = pd.DataFrame(figure.z, columns=figure.x)
         table.insert(0, "y", figure.y)
         table.insert(1, "where", figure.y_text if figure.y_text is not None else "")

@@ -12,7 +12,7 @@ RUN_COLOURS = (
     *("#A96B59", "#E76300", "#B9AC70", "#717581", "#92DADD"),
 )
 """The ten colours of Petroff, "Accessible Color Sequences for Data Visualization" (arXiv:2107.02270), in their order, which is
-``petroff10`` of matplotlib: told apart by eyes without one kind of cones, and neighbours differ in grey."""
+``petroff10`` of matplotlib: distinguishable for people without one kind of cone, and neighbours differ in grey."""
 
 MARK_EDGE = "#808080"
 """Around every mark: on white and on the dark page it has a contrast of more than 3 : 1, which pale colours lack on one."""

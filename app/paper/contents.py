@@ -29,7 +29,7 @@ class Contents:
     ``readings``: runs, analysed and judged.
     ``view``: which slice of the numbers figures and tables show.
     ``drawn``: each figure with the question that it answers, in display order.
-    ``summary, findings``: one row a run; one row a finding.
+    ``summary, findings``: one row per run; one row per finding.
     ``tables``: each run by depth and by connection.
     """
 

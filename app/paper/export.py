@@ -208,13 +208,13 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         reading.name: [finding.as_dict() for finding in reading.findings] for reading in contents.readings
     }
     measured = _measured(bundle)
-    told = (contents.readings, contents.view, measured, bundle.by)
+    described = (contents.readings, contents.view, measured, bundle.by)
     texts = {
         "data/findings.json": json.dumps(found, indent=2, default=str, ensure_ascii=False) + "\n",
         "figures.tex": figures_tex(bundle.shown, CITES, venue),
         "tables.tex": tables_tex(bundle.tables),
-        "methods.tex": methods_tex(methods_latex(*told)),
-        "methods.txt": methods_text(*told),
+        "methods.tex": methods_tex(methods_latex(*described)),
+        "methods.txt": methods_text(*described),
         "supplement.tex": supplement_tex(contents.figures, bundle.further_tables, CITES),
         "preamble.tex": preamble_tex(),
     }
@@ -253,7 +253,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "software": software(),
         "commit": source_commit(),
-        # Beside those of matplotlib, for names in other alphabets.
+        # In addition to those of matplotlib, for names in other alphabets.
         "fonts": further_fonts(reading.name for reading in contents.readings),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.

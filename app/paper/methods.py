@@ -187,8 +187,8 @@ def _checked(readings: Sequence[Reading]) -> Iterable[Sentence]:
     open_runs = [reading.name for reading in readings if reading.attrs.get("orientation") == "ambiguous"]
     if open_runs:
         yield (
-            f"Of {_those(open_runs, readings)} the states fit H_res and its transpose alike, so that forward and backward may "
-            "be exchanged there",
+            f"Of {_those(open_runs, readings)} the states fit H_res and its transpose equally well: forward and backward "
+            "may be exchanged there",
             (),
             "",
         )

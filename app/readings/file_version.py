@@ -29,19 +29,19 @@ class FileVersion:
     size: int  # bytes in all
 
     @classmethod
-    def of(cls, path: Path, *beside: Path) -> FileVersion:
+    def of(cls, path: Path, *others: Path) -> FileVersion:
         """The version that is there now; after a short wait where it was changed just now.
 
         ``path``: A file, or the folder of a store.
-        ``*beside``: files that belong to it, where they exist.
+        ``*others``: files that belong to it, where they exist.
         Raises StorageError: Where nothing is there, or something else than files and folders: a pipe would wait for
         ever to be read.
         """
-        found = _files_of(path, beside)
+        found = _files_of(path, others)
         newest = max((entry.st_mtime_ns for _, entry in found), default=0)
         if 0 <= time.time_ns() - newest < _TICK_NS:
             time.sleep(_TICK_NS / 1e9)
-            found = _files_of(path, beside)
+            found = _files_of(path, others)
         facts = [
             (name, entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
             for name, entry in found
@@ -50,9 +50,9 @@ class FileVersion:
         return cls(digest, sum(entry.st_size for _, entry in found))
 
 
-def _files_of(path: Path, beside: Sequence[Path]) -> list[tuple[str, os.stat_result]]:
+def _files_of(path: Path, others: Sequence[Path]) -> list[tuple[str, os.stat_result]]:
     found = list(_files(path))
-    for other in beside:
+    for other in others:
         # Not there, or something that is no file: then it is not read either.
         with suppress(OSError):
             found += _files(other)

@@ -32,7 +32,7 @@ from depthscope.diagnostics.experiments import results_beside
 T = TypeVar("T")
 
 FOLDER = ".depthscope"
-"""Beside the run; its dot hides it from the list of runs."""
+"""Next to the run; its dot hides it from the list of runs."""
 
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""

@@ -17,7 +17,7 @@ class Corpus:
 
     @property
     def unigram_entropy(self) -> float:
-        """Loss, in nats a byte, of a model that knows only how frequent each held-out byte is.
+        """Loss, in nats per byte, of a model that knows only how frequent each held-out byte is.
 
         A trained model that does not beat it has learned nothing about sequences.
         """

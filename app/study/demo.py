@@ -172,7 +172,7 @@ def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | N
 def about(attrs: Mapping[str, Any]) -> str:
     """One line on a run: its family, and the result of its training where that is known.
 
-    Returns: Such as ``mhc, 4 streams; held-out loss 2.39 nats a byte after 106 steps (byte frequencies alone: 3.14)``.
+    Returns: Such as ``mhc, 4 streams; held-out loss 2.39 nats per byte after 106 steps (byte frequencies alone: 3.14)``.
     """
     streams = attrs.get("n_streams", 1)
     text = f"{attrs.get('family')}, {streams} stream{'s' if streams != 1 else ''}"
@@ -180,7 +180,7 @@ def about(attrs: Mapping[str, Any]) -> str:
     if not training:
         return text
     return (
-        f"{text}; held-out loss {training['held_out_loss']:.2f} nats a byte after {training['steps']} steps "
+        f"{text}; held-out loss {training['held_out_loss']:.2f} nats per byte after {training['steps']} steps "
         f"(byte frequencies alone: {training['unigram_entropy']:.2f})"
     )
 

@@ -24,7 +24,7 @@ class Learner:
     initial: dict[str, torch.Tensor]
     """The connections' parameters at step 0."""
     losses: list[float] = field(default_factory=list)
-    """Training loss of every step, nats a byte."""
+    """Training loss of every step, nats per byte."""
     recorder: Recorder | None = None
     """Measures the model while it learns."""
 
@@ -65,7 +65,7 @@ def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip
 
 
 def held_out_loss(model: nn.Module, corpus: Corpus, *, length: int = 128, windows: int = 64) -> float:
-    """Mean loss on evenly spread windows of the held-out text, in nats a byte.
+    """Mean loss on evenly spread windows of the held-out text, in nats per byte.
 
     ``length, windows``: length and number of the windows: the same ones for every model.
     """

@@ -16,7 +16,7 @@ from depthscope.diagnostics.kernels.memory import bytes_text
 STREAMS = (1, 2, 4, 8)
 """Numbers of streams; one is the residual model."""
 
-COLUMNS = ("streams", "elements moved", "fused", "kept for the backward", "recomputed", "measured in all")
+COLUMNS = ("streams", "elements moved", "fused", "saved for the backward", "recomputed", "measured in all")
 """Elements in units of a plain residual's; bytes of a token."""
 
 

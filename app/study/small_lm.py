@@ -167,7 +167,7 @@ class SmallLM(nn.Module):
         ``attention_mask``: (B, T). Padding must be on the right, where a causal model never looks at it; so the mask is
         only for whoever measures the model.
         ``labels``: (B, T), usually the ids themselves; shifted here; -100 is left out of the loss.
-        Returns: Logits (B, T, V) and the mean loss in nats a byte.
+        Returns: Logits (B, T, V) and the mean loss in nats per byte.
         """
         streams = self.expand(self.embedding(input_ids))
         for block in self.blocks:

@@ -160,8 +160,8 @@ def _save(learner: Learner, corpus: Corpus, recipe: Recipe, path: Path, spent: f
 def require_weights_of(model: nn.Module, path: Path) -> None:
     """Refuse to replace a file that is not the weights of such a model.
 
-    Told by the names of the tensors: a mark in the header would change the digest of equal weights, since safetensors writes
-    several entries of it in random order.
+    They are recognised by the names of the tensors: a mark in the header would change the digest of equal weights, since
+    safetensors writes several entries of it in random order.
 
     ``model``: A model of the study; its sizes do not matter.
     """

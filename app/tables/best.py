@@ -24,7 +24,7 @@ def best_of(
 
     ``metric``: name in the catalogue, whose declaration says what is better.
     ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.
-    Returns: Empty where the metric says of no number that it is better, where all are alike, and where nulls differ: a
+    Returns: Empty where the metric says of no number that it is better, where all are equal, and where nulls differ: a
     rank of 107 where noise has 240 is no better than one of 15 where it has 84.
     """
     better = better or (CATALOGUE[metric].better if metric in CATALOGUE else "")
@@ -33,16 +33,16 @@ def best_of(
         return set()
     worse = {place: _worse(values[place], better) for place in known}
     first = min(known, key=worse.__getitem__)
-    alike = {
+    equal = {
         place
         for place in known
-        # Independent intervals add as squares; without any, only equal numbers are alike.
+        # Independent intervals add as squares; without any, only equal numbers are.
         if abs(values[place] - values[first])
         <= math.hypot(*(margins[i] for i in (place, first) if math.isfinite(margins[i])))
-        # Of two that are printed alike a reader cannot see why one is better.
+        # Of two that are printed the same a reader cannot see why one is better.
         or number(values[place]) == number(values[first])
     }
-    return alike if len(alike) < len(known) else set()
+    return equal if len(equal) < len(known) else set()
 
 
 def are_comparable(nulls: Sequence[float]) -> bool:

@@ -71,7 +71,7 @@ _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 
 
 def summary_table(readings: Sequence[Reading], view: Selection | None = None) -> Table:
-    """One row a run: what it is, its decisive numbers, how much was found."""
+    """One row per run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
     facts = [_facts(reading, view) for reading in readings]
     # Two tables in step: numbers at full precision for the CSV, text for people.
@@ -241,7 +241,7 @@ class _Marked:
         """What bold means here, or why nothing is."""
         if self.why_not:
             return [f"Nothing is bold: {self.why_not}."]
-        bold = "Bold: the best of the runs, and those that are not told apart from it; nothing where no value is better."
+        bold = "Bold: the best run, and those that do not differ from it significantly; nothing where no value is better."
         apart = "Where the baseline differs between runs, no number is called the best."
         return [bold] * bool(self.best) + [apart] * self.nulls_differ
 

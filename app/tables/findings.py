@@ -104,7 +104,7 @@ def sentences_table(readings: Sequence[Reading]) -> Table | None:
     data = pd.DataFrame(rows)
     return Table(
         "finding_sentences",
-        "Findings in words",
+        "Findings",
         "In the order of the findings.",
         data,
         data,

@@ -1,4 +1,4 @@
-"""Which numbers does a paper print? One row a depth, one row a connection, with errors and nulls."""
+"""Which numbers does a paper print? One row per depth, one row per connection, with errors and nulls."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def spoken(name: str) -> str:
     return " ".join("CKA" if word == "cka" else word for word in name.split("_"))
 
 
-# --- one row a depth, one row a connection
+# --- one row per depth, one row per connection
 
 
 def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:

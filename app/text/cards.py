@@ -64,12 +64,12 @@ class Card:
 
     @property
     def curve(self) -> str:
-        """What the curve of the numbers that were judged shows, in words; empty for a single number."""
+        """What the curve of the numbers that were judged shows, as a phrase; empty for a single number."""
         return curve_words(self.finding)
 
     @property
     def follows(self) -> str:
-        """The finding that this one follows from, in words; empty for none."""
+        """The finding that this one follows from, as a phrase; empty for none."""
         return self.finding.because.replace("_", " ")
 
     @property

@@ -19,7 +19,7 @@ def names() -> list[str]:
 
 @cache  # decoding the TeX of a source takes a while, and a page asks again each time it is drawn
 def explanation(name: str, *, width: int = 100) -> str:
-    """A verdict or a metric in words, with its equation, its limits and its sources.
+    """A description of a verdict or a metric, with its equation, its limits and its sources.
 
     Returns: Equations are TeX, as in the docstrings that they come from.
     """

@@ -156,7 +156,7 @@ def _accented(letter: str) -> str:
     if not (base.isascii() and base.isalpha() and marks and all(mark in _ACCENTS for mark in marks)):
         return ""
     above = [mark for mark in marks if _ACCENTS[mark] not in _BELOW]
-    # TeX sets one mark on a letter; a second one would stand beside it. Marks below go around everything else.
+    # TeX sets one mark on a letter; a second one would be set next to it. Marks below go around everything else.
     if len(above) > 1 or len(marks) - len(above) > 1:
         return ""
     code = rf"\{base}" if base in "ij" else base

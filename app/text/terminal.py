@@ -36,7 +36,7 @@ ASCII = dict(zip("▁▂▃▄▅▆▇█·–—−×…└σπλαβγκχρ�
 """What is printed for a sign of ours that the encoding of the terminal lacks."""
 
 QUIET_SECONDS = 3.0
-"""Seconds of work after which a log is told what goes on. A heuristic of ours: a damaged run is refused in less."""
+"""Seconds of work after which a log gets a line about the progress. A heuristic of ours: a damaged run is refused in less."""
 
 Progress = Callable[[str, int, int], None]
 """Takes the part that is being computed, the number done and the number in all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.capture.tools import statements
+from benchmarks.capture.statements import statements
 from benchmarks.shared import tables as layout
 from benchmarks.shared.tables import Table
 

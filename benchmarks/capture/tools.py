@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -419,40 +417,6 @@ PEERS: dict[str, Prepare] = {
     "baukit": baukit,
 }
 TOOLS = PLAIN | OWN | PEERS
-
-
-# What only the benchmark needs; a user has `run`, the step itself, without any tool.
-HARNESS = ("Tool", "Captured", "CannotTakeError", "Case", "read_run", "run", "build", "no_statistics")
-
-
-def statements(name: str) -> int:
-    """Statements of Python that a user of a tool writes: those of its function here, and of what that calls here."""
-    counted: dict[str, int] = {}
-    waiting = [TOOLS[name]]
-    while waiting:
-        function = waiting.pop()
-        body = ast.parse(inspect.getsource(function)).body[0]
-        counted[function.__name__] = sum(map(_of_user, ast.walk(body)))
-        used = (
-            {node.id for node in ast.walk(body) if isinstance(node, ast.Name)} - set(HARNESS) - set(counted)
-        )
-        here = [globals()[each] for each in sorted(used) if each in globals()]
-        waiting += [each for each in here if getattr(each, "__module__", None) == __name__]
-    return sum(counted.values())
-
-
-def _of_user(node: ast.AST) -> bool:
-    match node:
-        case ast.FunctionDef() | ast.ClassDef() | ast.Raise() | ast.If(body=[ast.Raise()]):
-            return False
-        case ast.Expr(value=ast.Constant() | ast.Yield()) | ast.Return(value=ast.Name()):
-            return False
-        case (
-            ast.Expr(value=ast.Call(func=ast.Name(id=called)))
-            | ast.Return(value=ast.Call(func=ast.Name(id=called)))
-        ):
-            return called not in globals()
-    return isinstance(node, ast.stmt)
 
 
 def groups() -> Iterable[list[str]]:

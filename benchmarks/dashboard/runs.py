@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -17,27 +19,12 @@ def made_run(
     ``seed``: of all draws.
     """
     rng = np.random.default_rng(seed)
-    shape = (sequences, tokens)
-    states = np.empty((layers + 1, *shape, streams, features))
-    states[0] = rng.standard_normal((*shape, streams, features))
-    logits = 0.1 * rng.standard_normal((layers, *shape, streams, streams)) + 4.0 * np.eye(streams)
-    mixing = np.exp(logits)
-    for _ in range(20):
-        mixing /= mixing.sum(-2, keepdims=True)
-        mixing /= mixing.sum(-1, keepdims=True)
-    read = np.full((layers, *shape, streams), 1.0 / streams)
-    write = rng.uniform(0.5, 1.0, (layers, *shape, streams))
-    branch = 0.1 * rng.standard_normal((layers, *shape, features))
-    for layer in range(layers):
-        kept = states[layer] if streams == 1 else mixing[layer] @ states[layer]
-        added = branch[layer][..., None, :] * (1.0 if streams == 1 else write[layer][..., None])
-        states[layer + 1] = kept + added
+    states, connections = _propagated(rng, layers, (sequences, tokens, streams, features))
     state = ("depth", "sample", "token", "stream", "feature")
-    route = ("connection", "sample", "token")
     variables = {
         "residual": (state, states.astype(np.float32)),
         "gradient": (state, (1e-3 * rng.standard_normal(states.shape)).astype(np.float32)),
-        "mask": (("sample", "token"), np.ones(shape, dtype=bool)),
+        "mask": (("sample", "token"), np.ones((sequences, tokens), dtype=bool)),
         "token_text": (
             ("sample", "token"),
             np.array([[f"w{t}" for t in range(tokens)]] * sequences, dtype=object),
@@ -49,16 +36,7 @@ def made_run(
         "site": ("depth", np.array(["embed"] + ["post"] * layers, dtype=object)),
     }
     if streams > 1:
-        variables |= {
-            "h_res": ((*route, "stream_out", "stream_in"), mixing.astype(np.float32)),
-            "h_pre": ((*route, "stream"), read.astype(np.float32)),
-            "h_post": ((*route, "stream"), write.astype(np.float32)),
-            "branch_in": (
-                (*route, "feature"),
-                np.einsum("cbtn,cbtnd->cbtd", read, states[:-1]).astype(np.float32),
-            ),
-            "branch_out": ((*route, "feature"), branch.astype(np.float32)),
-        }
+        variables |= connections
         coords |= {
             "connection_layer": ("connection", np.arange(layers)),
             "connection_module": (
@@ -77,3 +55,34 @@ def made_run(
         "seed": seed,
     }
     return create_run(xr.Dataset(variables, coords), attrs=attrs)
+
+
+def _propagated(
+    rng: np.random.Generator, layers: int, shape: tuple[int, int, int, int]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The states of a run, and the variables of the connections between them."""
+    *batch, streams, features = shape
+    states = np.empty((layers + 1, *shape))
+    states[0] = rng.standard_normal(shape)
+    logits = 0.1 * rng.standard_normal((layers, *batch, streams, streams)) + 4.0 * np.eye(streams)
+    mixing = np.exp(logits)
+    for _ in range(20):
+        mixing /= mixing.sum(-2, keepdims=True)
+        mixing /= mixing.sum(-1, keepdims=True)
+    read = np.full((layers, *batch, streams), 1.0 / streams)
+    write = rng.uniform(0.5, 1.0, (layers, *batch, streams))
+    branch = 0.1 * rng.standard_normal((layers, *batch, features))
+    for layer in range(layers):
+        mixed = states[layer] if streams == 1 else mixing[layer] @ states[layer]
+        states[layer + 1] = mixed + branch[layer][..., None, :] * (
+            1.0 if streams == 1 else write[layer][..., None]
+        )
+    route = ("connection", "sample", "token")
+    arrays = {
+        "h_res": ((*route, "stream_out", "stream_in"), mixing),
+        "h_pre": ((*route, "stream"), read),
+        "h_post": ((*route, "stream"), write),
+        "branch_in": ((*route, "feature"), np.einsum("cbtn,cbtnd->cbtd", read, states[:-1])),
+        "branch_out": ((*route, "feature"), branch),
+    }
+    return states, {name: (dims, values.astype(np.float32)) for name, (dims, values) in arrays.items()}

@@ -17,7 +17,7 @@ from depthscope.diagnostics.quantities.over_sequences import mean_and_error
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 
 SIGNIFICANCE = 1 - LEVEL
-"""A difference is told where chance alone gives one like it less often than this, over all depths together."""
+"""A difference is reported where chance alone gives one like it less often than this, over all depths together."""
 
 MOST_EXCHANGES = 20_000
 """Exchanges of the labels of seeds: all of them up to so many, else a draw of so many."""
@@ -32,7 +32,7 @@ class Difference:
     ``value, half_width``: one dimension, ``depth`` or ``connection``; half of the 95 % interval of one number, by
     Student's t. NaN where there is none.
     ``p``: how often chance gives a difference as large at any of the depths: corrected for their number.
-    ``how``: what was tested, in words: ``"paired over the same 8 sequences"``.
+    ``how``: what was tested: ``"paired over the same 8 sequences"``.
     ``undecided``: why no difference can be tested however large it is; empty where it can.
     """
 
@@ -216,4 +216,4 @@ def _largest(runs: np.ndarray, chosen: tuple[int, ...], scale: np.ndarray) -> fl
 
 def _too_few(first: int, second: int) -> str:
     enough = next(n for n in itertools.count(2) if 2 / math.comb(2 * n, n) < SIGNIFICANCE)
-    return f"{first} and {second} seeds can be assigned in too few ways for a difference to be told; train {enough} of each"
+    return f"{first} and {second} seeds can be assigned in too few ways to detect a difference; train {enough} of each"

@@ -19,7 +19,7 @@ class ExperimentKind:
     unit : str
         What one experiment changes: a ``"block"``, a ``"connection"`` or the state at a ``"depth"``.
     sentence : str
-        What is changed, as an equation or in words.
+        What is changed, as an equation or a description.
     streams : bool
         Whether the model must have several residual streams.
     """

@@ -30,17 +30,17 @@ from depthscope.diagnostics.schema.netcdf_image import netcdf_image
 SUFFIX = ".h5"
 EXPERIMENTS = "depthscope experiments"
 RESULTS = ("ablate", "lens", "jacobian")
-"""The commands whose results are kept beside a run."""
+"""The commands whose results are saved next to a run."""
 
 COLUMNS = ("loss_change", "kl", "output_change")
 
 
-def beside(run: str | os.PathLike[str], what: str) -> Path:
+def result_path(run: str | os.PathLike[str], what: str) -> Path:
     """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
 
     Examples
     --------
-    >>> beside("runs/a.nc", "ablate").name
+    >>> result_path("runs/a.nc", "ablate").name
     'a.ablate.h5'
     """
     path = Path(run)
@@ -60,7 +60,7 @@ def results_beside(
     digests = {"weights_digest": weights_digest, "data_digest": data_digest}
     for what in RESULTS:
         with suppress(OSError, ValueError):
-            found = open_result(beside(run, what))
+            found = open_result(result_path(run, what))
             if all(len({of_run, found.attrs.get(name)} - {None}) < 2 for name, of_run in digests.items()):
                 results[what] = found
     return results
@@ -293,12 +293,12 @@ def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
 def prediction_words(result: xr.Dataset) -> str:
     """From which depth on the states hold the model's prediction, by each lens, in one sentence.
 
-    Returns: Such as ``by the logit lens the prediction stands from depth 9.8 of 12 on``; empty where no lens reads it.
+    Returns: Such as ``by the logit lens the prediction no longer changes from depth 9.8 of 12 on``; empty without a lens.
     """
     last = int(result["depth"].max())
     known = {lens: found for lens, found in prediction_depths(result).items() if math.isfinite(found.mean)}
     return ", ".join(
-        f"by the {lens} lens the prediction stands from depth {found.mean:.1f} of {last} on"
+        f"by the {lens} lens the prediction no longer changes from depth {found.mean:.1f} of {last} on"
         for lens, found in known.items()
     )
 

@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: every formula of depthscope, on numpy arrays and on torch tensors alike.
+"""Arrays in, arrays out: every formula of depthscope, on numpy arrays and on torch tensors.
 
 The last two dims are the matrix and all leading dims are batch. Results are float64 on the device of the
 input, because Gram matrices and products over depth square the condition number; NaN means undefined and 0 is

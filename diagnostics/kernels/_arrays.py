@@ -1,4 +1,4 @@
-"""What does every kernel need to run on numpy arrays and torch tensors alike? Checks, masks, centring, Gram matrices.
+"""What does every kernel need to run on both numpy arrays and torch tensors? Checks, masks, centring, Gram matrices.
 
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 """

@@ -1,4 +1,4 @@
-r"""What does a widened residual stream cost? Elements read and written, and activations kept for the backward.
+r"""What does a widened residual stream cost? Elements read and written, and activations saved for the backward.
 
 Counts for one token, after section 4.3 and table 2 of the mHC paper (Xie et al. 2025, arXiv 2512.24880): n streams of width
 d, L sublayers. Elements have no size in bytes of their own: multiply by that of the states' type.
@@ -124,7 +124,7 @@ def recomputed_block(streams: int, sublayers: int) -> int:
 
 
 def kept_elements(width: int, streams: int, sublayers: int, *, block: int | None = None) -> int:
-    r"""Activations of the streams that are kept for the backward, elements of a token in all sublayers.
+    r"""Activations of the streams that are saved for the backward, elements of a token in all sublayers.
 
     .. math:: n d L; \quad \text{recomputed: } n d \lceil L / L_r \rceil + (n + 2) d L_r
 
@@ -205,9 +205,7 @@ class StreamMemory:
         facts = self.as_dict()
         kept, recomputed = facts["kept_bytes"], facts["recomputed_kept_bytes"]
         if self.streams == 1:
-            return (
-                f"the residual keeps {bytes_text(kept)} a token for the backward ({self.sublayers} sublayers)"
-            )
+            return f"the residual saves {bytes_text(kept)} per token for the backward ({self.sublayers} sublayers)"
         again = (
             f", {bytes_text(recomputed)} recomputed by blocks of {facts['recomputed_block']}"
             if recomputed < kept
@@ -215,7 +213,7 @@ class StreamMemory:
         )
         return (
             f"memory traffic {facts['traffic_ratio']:.3g} × a plain residual ({facts['fused_traffic_ratio']:.3g} × fused); "
-            f"kept for the backward: {self.streams} ×, {bytes_text(kept)} a token{again}"
+            f"saved for the backward: {self.streams} ×, {bytes_text(kept)} per token{again}"
         )
 
 

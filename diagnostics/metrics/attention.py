@@ -52,7 +52,7 @@ def attention_entropy(mean_entropy_share: xr.DataArray) -> xr.DataArray:
 
     .. math:: \frac{-\sum_j A_{ij} \log A_{ij}}{\log k_i}
 
-    A is the softmax over the k keys that query i may see, before dropout. 1 where it attends to all of them alike, 0
+    A is the softmax over the k keys that query i may see, before dropout. 1 where it attends to all of them equally, 0
     where to one alone. The paper states the entropy in nats, which grows with the number of keys; a share compares
     queries of a causal model. At the depth that the attention leads to: NaN at those that none leads to.
     """

@@ -127,7 +127,7 @@ def _width(noise_rows: xr.Variable, token_counts: xr.Variable, num_features: int
     return 0.0 * noise_rows.where(token_counts >= FEWEST_ROWS) + num_features
 
 
-# The correction centred needs four tokens; of uncentred ones as many are asked for, so that both are known alike.
+# The centred correction needs four tokens, and so does the uncentred one here: both are defined for the same samples.
 FEWEST_ROWS = 4
 
 

@@ -275,7 +275,7 @@ class Metric:
         labels = dict(requested)
         if arrays or (data and isinstance(data[0], xr.DataArray)):
             others = registry.alternatives(self.function)
-            # By name alone: which of the alternatives an array is cannot be told by its order.
+            # By name alone: the order does not show which of the alternatives an array is.
             names = tuple(arrays) if not data and set(arrays) <= set(others) else self.roots
             trace, added = bind_arrays(self.name, names, data, arrays)
             labels = {**PLAIN, **requested}

@@ -57,7 +57,7 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.Variable
 
     a is the mean square of what the steps of this network add across the state, token by token, and k the number of the
     step: without the embedding, independent branches of one size turn the state by arctan √(1/k). It is relative to the
-    network's own branches: that all of them do little is told by the angle itself. NaN at the embedding and the final norm.
+    network's own branches: the angle itself shows whether all of them do little. NaN at the embedding and the final norm.
     """
     return xr.Variable(("depth", "stream", "sequence"), relative_turns)
 

@@ -165,7 +165,7 @@ def logit_gradient_share(
 
     .. math:: \frac{\|\partial \mathcal{L} / \partial \tilde H\|_F}{\|\partial \mathcal{L} / \partial H\|_F}
 
-    Small for two reasons, which `logit_saturation` tells apart: the projection is saturated, or the gradient lies along what
+    Small for two reasons, which `logit_saturation` distinguishes: the projection is saturated, or the gradient lies along what
     the projection takes away, as where all streams are equal. NaN where none arrives at H_res.
     """
     return ratio(logit_gradient_norm, mixing_gradient_norm)

@@ -1,4 +1,4 @@
-"""What do the streams cost? Elements that each connection moves, and activations that are kept for the backward."""
+"""What do the streams cost? Elements that each connection moves, and activations that are saved for the backward."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> x
     estimator=BY_FORMULA,
 )
 def kept_elements(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
-    r"""Elements of the streams that are kept for the backward, for a token, from the first connection through this one.
+    r"""Elements of the streams that are saved for the backward, for a token, from the first connection through this one.
 
     .. math:: n\,d\,(k+1)
 

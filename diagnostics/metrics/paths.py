@@ -219,7 +219,7 @@ def effective_streams(depth_paths: DepthPaths) -> xr.Variable:
 
 
 def _residual_hops(depth_paths: DepthPaths) -> xr.Variable:
-    """(k + 1)/2: a plain residual network reads all earlier outputs alike."""
+    """(k + 1)/2: a plain residual network reads all earlier outputs equally."""
     readers = np.arange(len(depth_paths))
     return xr.Variable(("connection",), np.where(readers > 0, (readers + 1) / 2, np.nan))
 
@@ -292,7 +292,7 @@ def _streams_in_use(sizes: xr.Variable) -> xr.Variable:
     separable=True,
 )
 def read_streams(read_sizes: xr.Variable) -> xr.Variable:
-    r"""Streams that a connection reads: 1 where one stream gives all, n where all give alike.
+    r"""Streams that a connection reads: 1 where one stream gives all, n where all give equally.
 
     .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
     """
@@ -309,7 +309,7 @@ def read_streams(read_sizes: xr.Variable) -> xr.Variable:
     separable=True,
 )
 def write_streams(write_sizes: xr.Variable) -> xr.Variable:
-    r"""Streams that a connection writes to: 1 where one stream takes all, n where all take alike.
+    r"""Streams that a connection writes to: 1 where one stream takes all, n where all take equally.
 
     .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
     """

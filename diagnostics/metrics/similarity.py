@@ -1,4 +1,4 @@
-"""Which depths are alike? CKA, angles and block influence between depths, cosines between streams.
+"""Which depths are similar? CKA, angles and block influence between depths, cosines between streams.
 
 States are compared in the mean over streams, which a plain head reads.
 """
@@ -223,7 +223,7 @@ def mean_stream_cosine(stream_states: States) -> xr.Variable:
     smooth=False,
 )
 def closest_stream_cosine(stream_pair_cosines: xr.Variable) -> xr.Variable:
-    """Cosine of the two streams that are most alike: 1 where any two are copies, which a mean over pairs does not show."""
+    """Cosine of the two streams that are most similar: 1 where any two are copies, which a mean over pairs does not show."""
     return xr.Variable(("depth",), stream_pair_cosines.values.max(axis=1))
 
 

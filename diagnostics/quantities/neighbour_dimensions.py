@@ -1,6 +1,6 @@
 """How many dimensions do neighbours show, and without each sequence? One pass over all distances for a value and its error.
 
-Shapes: ``N`` distinct tokens, ``D`` features, ``G`` owners: the sequences, and -1 for what stands in several.
+Shapes: ``N`` distinct tokens, ``D`` features, ``G`` owners: the sequences, and -1 for what occurs in several.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Neighbours(NamedTuple):
 def neighbour_dimension(points: np.ndarray, sequence: np.ndarray) -> Neighbours:
     """TwoNN of all tokens, and of those of all sequences but one.
 
-    A token that stands in several sequences stays when one of them is left out: the result is that of computing anew.
+    A token that occurs in several sequences stays when one of them is left out: the result is that of computing anew.
 
     Returns: NaN where too few distinct tokens are left, see `depthscope.kernels.geometry.two_nn`.
     """

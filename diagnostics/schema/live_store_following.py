@@ -51,7 +51,7 @@ class FollowedStore:
 
     @property
     def variables(self) -> dict[str, Declared]:
-        """What has one value a step, by ``group/variable`` or ``group/chain/variable``."""
+        """What has one value per step, by ``group/variable`` or ``group/chain/variable``."""
         return self._history.variables
 
     @property

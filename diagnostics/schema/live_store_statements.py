@@ -96,7 +96,7 @@ def created_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """A variable that has one value a step."""
+    """A variable that has one value per step."""
 
     dims: tuple[str, ...]  # without the step
     shape: tuple[int, ...]  # of one step
@@ -129,7 +129,7 @@ def declared_of(name: str, fields: Any) -> Declared:
         raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
     found = Declared(dims, tuple(shape), fields["dtype"], attributes_of(name, fields["attrs"]))
     if found.num_bytes > MAX_PAYLOAD:
-        raise InputError(f"{name} has {found.num_bytes} bytes a row, expected at most {MAX_PAYLOAD}")
+        raise InputError(f"{name} has {found.num_bytes} bytes per row, expected at most {MAX_PAYLOAD}")
     return found
 
 

@@ -80,10 +80,10 @@ def open_run(
         raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     suffix = suffix_of(source)
     if not source.exists():
-        beside = live_log_of(source)
+        log = live_log_of(source)
         hint = (
-            f"the steps that were measured until its writer ended are in {beside}"
-            if is_live_store(beside)
+            f"the steps that were measured until its writer ended are in {log}"
+            if is_live_store(log)
             else "list the runs of a folder with: depthscope dashboard FOLDER"
         )
         raise AbsentError(f"no run at {source}; {hint}")

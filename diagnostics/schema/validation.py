@@ -141,7 +141,7 @@ def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
     constraint = attrs.get("constraint", "unknown")
     if not (isinstance(constraint, str) and constraint.strip()):
         raise SchemaError(
-            f"{path} has the constraint {constraint!r}; expected what the matrices satisfy in words, such as "
+            f"{path} has the constraint {constraint!r}; expected a description of what the matrices satisfy, such as "
             "'doubly stochastic within 1e-6', or no such attribute"
         )
     left_out = attrs.get("not_covered", [])

@@ -77,9 +77,9 @@ def probe_checkpoints(
     """Probe all checkpoints of a training on the same text, and save their history.
 
     A run whose metrics and statistics have a ``step`` for each checkpoint, with the distance of its weights and states from
-    the first checkpoint and the CKA to the first and to the last one. What was measured of each checkpoint is kept beside the
-    history (``NAME.checkpoints``): called again, only new, changed and formerly broken checkpoints are probed. Memory is that
-    of two models and one run.
+    the first checkpoint and the CKA to the first and to the last one. What was measured of each checkpoint is saved next to
+    the history (``NAME.checkpoints``): called again, only new, changed and formerly broken checkpoints are probed. Memory is
+    that of two models and one run.
 
     Parameters
     ----------

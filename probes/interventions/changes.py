@@ -110,7 +110,7 @@ def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Ite
     following = dict(zip(layers, list(layers)[1:], strict=False))
     for block, (start, stop) in layers.items():
         inside = [n for n, c in enumerate(model.chain.connections) if start <= c.depth_in < stop]
-        # A depth inside of a block stands for the block too.
+        # A depth inside of a block means the block too.
         depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
         at = replace(wanted, depths=None) if depths else wanted
         if not selected(stop, inside, block, at):

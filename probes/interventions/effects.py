@@ -46,7 +46,7 @@ def ablate(
     Parameters
     ----------
     model : Module
-        The model, run as it stands, without gradients.
+        The model, run as it is, without gradients.
     batch : mapping, tensor, tuple or iterable of these
         As in `capture`; every experiment sees the same sequences.
     experiments : str or Plan, or several

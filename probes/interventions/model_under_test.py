@@ -34,8 +34,8 @@ from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.model_call import call_model, call_observed
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.model_call import call_model, call_observed, copied
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
@@ -96,8 +96,7 @@ class ModelUnderTest:
                 sites=self._options.sites,
                 max_sequences=EVERY_SEQUENCE,
             ),
-            only_own=True,
-            sums=False,
+            scope=Scope(only_own=True, sums=False),
         )
         self._find_structure()
         self.structure = self._session.structure
@@ -274,7 +273,7 @@ class ModelUnderTest:
         self, mode: AbstractContextManager[Any], listen: Callable[[], None], batch: Any = None
     ) -> Passed:
         session = self._session
-        session.reservoir = Reservoir(EVERY_SEQUENCE, 0)
+        session.step.reservoir = Reservoir(EVERY_SEQUENCE, 0)
         with self.unchanged_model():
             session.attach()
             try:
@@ -286,8 +285,8 @@ class ModelUnderTest:
                     # A state that is changed inside of its connection's own method no longer follows from the weights.
                     return Passed(output)
                 session.raise_first_error()
-                assert session.last is not None
-                self.mask = session.last.masks.get(self.number)
+                assert session.step.last is not None
+                self.mask = session.step.last.masks.get(self.number)
                 if self.chain.over_depth and not self._proven_over_depth:
                     # Of a chain whose branches read sums over depth the proof is made where a run is built.
                     build_run(session, [], [], digests=False)
@@ -382,7 +381,7 @@ class ModelUnderTest:
 
     @property
     def _batch_size(self) -> int:
-        forward = self._session.last or self._session._current.forward
+        forward = self._session.step.last or self._session._current.forward
         if forward is not None:
             self._num_sequences = forward.batch_size
         return self._num_sequences
@@ -420,15 +419,6 @@ def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:
     return names.index(name)
 
 
-def copied(batch: Any) -> Any:
-    """The batch with tensors of its own: one of them may be the first state, or be written by the model."""
-    if isinstance(batch, torch.Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, Mapping):
-        return {name: copied(value) for name, value in batch.items()}
-    return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
-
-
 class AppliedConnections:
     """The parts of the connections of a model's first chain, forward by forward.
 
@@ -448,7 +438,7 @@ class AppliedConnections:
         """
         if not self._session.structure.connections:
             return {}
-        sequences = sorted(self._session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+        sequences = sorted(self._session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
         joints = sampled_joints(self._session, sequences)
         if not self.are_proven:  # in the first forward alone: a changed one does not satisfy its own equation
             gather_evidence(joints)

@@ -175,7 +175,7 @@ def _paired(clean: Any, corrupted: Any) -> Iterator[tuple[Any, Any]]:
         if shapes[0] != shapes[1]:
             raise InterventionError(
                 f"clean has tensors of the shapes {shapes[0]} and corrupted {shapes[1]}; expected the same, token by token: "
-                "choose words with as many tokens, or pad both alike"
+                "choose words with as many tokens, or pad both to the same length"
             )
         count += 1
         yield one, other

@@ -65,7 +65,7 @@ def plan(
         ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``,
         ``"merge_streams"`` (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
-        Where; every place by default. A depth stands for the block or connection that ends there.
+        Where; every place by default. A depth means the block or connection that ends there.
     together : bool
         All places at once, as one experiment.
     source : DataTree, batch or Module, optional

@@ -46,7 +46,7 @@ def jacobian(
     Parameters
     ----------
     model : Module
-        Run as it stands: its mode, its precision. Weights, gradients, buffers, random state and hooks are the same afterwards.
+        Run as it is: its mode, its precision. Weights, gradients, buffers, random state and hooks are the same afterwards.
     batch : mapping, tensor or tuple
         One batch, as in `probes.capture`.
     start, stop : int

@@ -26,7 +26,7 @@ from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import Structure
@@ -225,15 +225,15 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
 
 def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    session = Session(model, selection.options, only_own=True)
+    session = Session(model, selection.options, scope=Scope(only_own=True))
     session.attach()
     try:
         # Weights that are constants here too: torch runs other operations where they are none.
         with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
             call_observed(session, batch)
         session.raise_first_error()
-        assert session.last is not None
-        return session, session.last
+        assert session.step.last is not None
+        return session, session.step.last
     finally:
         session.detach()
 

@@ -52,7 +52,7 @@ def lens(
     Parameters
     ----------
     model : Module
-        The model, run as it stands; nothing of it is changed or trained.
+        The model, run as it is; nothing of it is changed or trained.
     batch : mapping, tensor, tuple or iterable of these
         As in `capture`, with at least two sequences.
     tuned : bool
@@ -208,7 +208,7 @@ def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Aff
         for reading in readings
     ):
         raise HeadError(
-            "the head gives one prediction a sequence; a tuned lens needs one a token, so pass tuned=False"
+            "the head gives one prediction per sequence; a tuned lens needs one per token, so pass tuned=False"
         )
     counts = [len(reading.counted) for reading in readings]
     # In each half one sequence to fit a map on, and one to see whether it is of use.

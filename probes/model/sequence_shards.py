@@ -74,10 +74,12 @@ class TokenShards:
         if placements is None:
             return tensor
         mesh: Any = tensor.device_mesh
-        told = f"a state, or its gradient, is placed as {', '.join(map(str, placements))} over the processes "
-        told += f"{mesh.mesh.tolist()}"
+        placed = (
+            f"a state, or its gradient, is placed as {', '.join(map(str, placements))} over the processes "
+        )
+        placed += f"{mesh.mesh.tolist()}"
         if mesh.ndim != 1 or tuple(mesh.mesh.tolist()) != self.ranks:
-            raise CaptureError(f"{told}; expected one axis of processes, {list(self.ranks)}")
+            raise CaptureError(f"{placed}; expected one axis of processes, {list(self.ranks)}")
         (placement,) = placements
         if type(placement).__name__ == "Shard" and placement.dim % tensor.ndim == axis:
             return tensor.to_local()
@@ -85,7 +87,7 @@ class TokenShards:
             whole = tensor.to_local()
             return whole[(slice(None),) * axis + (self.part(whole.shape[axis]),)]
         raise CaptureError(
-            f"{told}; expected all of it in each process, or a part of its tokens (axis {axis})"
+            f"{placed}; expected all of it in each process, or a part of its tokens (axis {axis})"
         )
 
 

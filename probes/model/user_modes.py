@@ -150,9 +150,7 @@ def unreadable_mode(tensor: torch.Tensor) -> str | None:
         return f"with {'meta' if tensor.is_meta else 'fake'} tensors, which hold no values"
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else "sparse"
-        return (
-            f"with a {kind} tensor, whose sequences cannot be told apart by an axis; pad it, and pass a mask"
-        )
+        return f"with a {kind} tensor, which has no axis of sequences; pad it, and pass a mask"
     return None
 
 

@@ -298,16 +298,15 @@ class _Life:
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
-            while len(way) > 1 and self._only_moves(way[-2], way[-1], widen):
+            least = 1 + (_end_of_spread(way) if widen else 0)
+            while len(way) > least and self._only_moves(way[-2], way[-1]):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
 
     @staticmethod
-    def _only_moves(before: TracedValue, step: TracedValue, widen: bool) -> bool:
-        """Whether a step gives the same elements; at the beginning none that drops the axis by which streams are repeated."""
-        same = (step.numel, step.dtype) == (before.numel, before.dtype)
-        drops = widen and step.shape.count(1) < before.shape.count(1)
-        return same and only_moves(step) and not drops
+    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
+        """Whether a step gives the same elements."""
+        return (step.numel, step.dtype) == (before.numel, before.dtype) and only_moves(step)
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory
@@ -317,6 +316,13 @@ class _Life:
             return False
         wider = step.numel > value.numel and not widen
         return not wider and (not memory.mixes(step) or step.name in JOINS)
+
+
+def _end_of_spread(way: Sequence[TracedValue]) -> int:
+    """The step that drops the axis of one along which streams were repeated, as `repeat_interleave` does; 0 for none."""
+    wider = max((n for n in range(1, len(way)) if way[n].numel > way[n - 1].numel), default=len(way) - 1)
+    ones = way[wider].shape.count(1)
+    return next((n for n in range(wider, len(way)) if way[n].shape.count(1) < ones), 0)
 
 
 def _common_length(names: Sequence[str], usual: Sequence[str]) -> int:

@@ -35,7 +35,7 @@ def run_attributes(
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
     stamp = weights_stamp(session.model) if digests else 0
-    unchanged = digests and session.reservoir.stored_stamp in (stamp, training_stamp(stamp))
+    unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     parameters = all_parameters(session.model)
     constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
@@ -65,7 +65,7 @@ def run_attributes(
         "sampling": {
             "max_sequences": options.max_sequences,
             "seed": options.seed,
-            "sequences_seen": session.reservoir.total,
+            "sequences_seen": session.step.reservoir.total,
             "sequences_kept": len(sequences),
             # Of a part of larger data, by which `merge_runs` puts the parts in order.
             **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
@@ -73,7 +73,7 @@ def run_attributes(
         "software": package_versions(PACKAGES),
         "changes_outside": changes_outside(session, sequences) or None,
         "forwards_skipped": session.skipped or None,
-        "evaluations_left_out": session.num_left_out or None,
+        "evaluations_left_out": session.step.num_left_out or None,
     }
     return {name: value for name, value in attributes.items() if value is not None}
 
@@ -90,7 +90,7 @@ def _not_read(parameters: list[nn.Parameter]) -> str:
 
 
 def _distinct_tokens(sequences: list[Sequence]) -> dict[str, float] | None:
-    """How many different tokens came in; None where the model's input is no row of whole numbers a sequence."""
+    """How many different tokens came in; None where the model's input is no row of whole numbers per sequence."""
     rows = [sequence.row.reshape(-1) for sequence in sequences if sequence.row is not None]
     if not rows or any(row.is_floating_point() or row.is_complex() or row.numel() < 2 for row in rows):
         return None

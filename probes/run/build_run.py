@@ -38,7 +38,7 @@ def prove(session: Session) -> Proven:
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # Slots of the reservoir are in no order; the samples of a run are in that of the data.
-    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    sequences = sorted(session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
     return Proven(sequences, gather_evidence(sampled_joints(session, sequences)))
 
 

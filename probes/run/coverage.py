@@ -55,7 +55,7 @@ def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
         Coverage(PATTERN_NAME, "attention", "", -1, "", 0, 0, f"{reason} ({count} ×)")
-        for reason, count in session.attention.reasons.items()
+        for reason, count in session.first.attention.reasons.items()
     ]
     return rows
 
@@ -83,7 +83,7 @@ def coverage_dataset(rows: list[Coverage]) -> xr.Dataset:
 def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
     # A forward counts only if every captured state and connection fired in it, so that a site that is hooked at all fired in
     # all of them.
-    count, selection = session.num_forwards, session.options.selection
+    count, selection = session.step.num_forwards, session.options.selection
     captured = {(owner, depth) for owner, depth, _ in session.structure.captured}
     wanted = selection.stored(chain)
     for depth, point in enumerate(chain.points):
@@ -126,13 +126,13 @@ def _call_name(point: HookPoint) -> str:
 
 def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
     """The states that attention leads to, with the module that attends."""
-    places, selection = session.attention, session.options.selection
+    places, selection = session.first.attention, session.options.selection
     for (owner, depth), module in sorted(places.modules.items()):
         if owner != number:
             continue
         point, stored = chain.points[depth], selection.stores_attention(chain, depth)
         # A first forward that had to be repeated showed it too, and counts as none.
-        times = min(places.seen[owner, depth], session.num_forwards) if stored else 0
+        times = min(places.seen[owner, depth], session.step.num_forwards) if stored else 0
         yield Coverage(
             name=PATTERN_NAME.replace("{i}", str(point.layer)),
             site="attention",
@@ -151,7 +151,7 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
             stored = session.options.selection.stores_variable(chain, variable)
             # What does not exist is expected in no forward: it must not count as a site that failed to fire.
             exists = not why
-            times = session.num_forwards if stored and exists else 0
+            times = session.step.num_forwards if stored and exists else 0
             yield Coverage(
                 name=f"blocks.{connection.layer}.{connection.branch}.{variable}",
                 site=variable,
@@ -187,7 +187,9 @@ def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) 
 
 
 def _reads_several_sums(session: Session) -> bool:
-    weights = (part for sequence in session.reservoir.stored.values() for part in sequence.parts.values())
+    weights = (
+        part for sequence in session.step.reservoir.stored.values() for part in sequence.parts.values()
+    )
     return any(isinstance(of, DepthWeights) and of.read.shape[-2] > 1 for of in weights)
 
 

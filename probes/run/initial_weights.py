@@ -27,10 +27,11 @@ SMALL_FACTOR = 0.2
 # Times the root of the fan-in, the size of an output for an input of size 1: 1 or so keeps the size, 0.16 is that of weights
 # of standard deviation 0.02 and width 64. This project.
 SMALL_GAIN = 0.35
-# The matrices of one name in all blocks are drawn alike, or smaller by the root of the depth at most: about 10. This project.
+# The matrices of one name are drawn from one distribution in all blocks, or smaller by the root of the depth at most: about
+# 10. This project.
 OUT_OF_LINE = 30.0
-SAMPLED = 4096  # numbers of a matrix that tell its size
-SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
+SAMPLED = 4096  # numbers of a matrix from which its size is estimated
+SAME_SCALE = 3.0  # weights that were all drawn from one distribution differ by less in their root mean square. This project.
 
 
 def start_facts(model: nn.Module, chain: Chain, *, is_touched: bool = False) -> dict[str, Any]:
@@ -160,18 +161,18 @@ def _untouched(blocks: Iterable[Sequence[_Weight]]) -> list[bool]:
 
 def _of_each(vectors: Sequence[torch.Tensor], measure: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
     """What is measured of each of some vectors: of those of one size at once, as the rows of a matrix."""
-    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    of_kind: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, vector in enumerate(vectors):
-        alike[len(vector), vector.dtype, vector.device].append(number)
+        of_kind[len(vector), vector.dtype, vector.device].append(number)
     found: dict[int, Any] = {}
-    for numbers in alike.values():
+    for numbers in of_kind.values():
         rows = torch.stack([vectors[number] for number in numbers])
         found |= zip(numbers, measure(rows).tolist(), strict=True)
     return [found[number] for number in range(len(vectors))]
 
 
 def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
-    """Whether a bias and the matrix beside it are within ±1/√fan_in, as torch draws both and no training leaves them."""
+    """Whether a bias and its matrix are within ±1/√fan_in, as torch draws both and no training leaves them."""
     matrices = [p for p in own if p.ndim > 1 and p.shape[0] == bias.numel()]
     if len(matrices) != 1:
         return False

@@ -141,5 +141,5 @@ def _why_no_sketch(parts: Sequence[xr.Dataset], sums: Sequence[StreamedSums]) ->
     # Equal numbers give equal signs: products of two different tokens would no longer average out.
     ranges = sorted(span for of in sums for span in of.sequences)
     if any(end > start for (_, end), (start, _) in pairwise(ranges)):
-        return "hsic: the runs number their sequences alike, so that signs of different tokens are not independent"
+        return "hsic: the runs use the same sequence numbers, so that signs of different tokens are not independent"
     return ""

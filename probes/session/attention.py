@@ -27,7 +27,7 @@ from depthscope.probes.structure.tape import Tape
 OTHER_TOKENS = "its queries are not the tokens of the state"
 OUTSIDE = "it is computed outside of all modules but the model itself, where only a first forward looks"
 CHANGED = "a later forward attended another number of times than the first"
-# In a training loop: per query, the weights of all heads beside the D² multiplications of a layer's weights, of which a
+# In a training loop: per query, the weights of all heads compared with the D² multiplications of a layer's weights, of which a
 # sequence has 12 or more, and three times that with its backward. A few passes over the weights are then about 2 % of a
 # measured step. Heuristic.
 SHARE_OF_STEP = 1 / 64
@@ -37,21 +37,13 @@ SHARE_OF_STEP = 1 / 64
 class AttentionPlaces:
     """Where a model attends, as its first forward showed.
 
-    Parameters
-    ----------
-    calls : dict
-        By module path and index of the call: for each time that it attends, chain and depth of the state that this leads to,
-        or None where it leads to none that is known.
-    heads : dict
-        Number of heads by chain and depth; those of several calls between two states follow each other.
-    keys : dict
-        Number of queries by chain and depth, which is that of the tokens.
-    modules : dict
-        The path of the module, by chain and depth.
-    reasons : dict of str to int
-        Why attention was seen and is not measured, and how often.
-    sequences : int or None
-        How many of the sampled sequences are looked at in a forward; None for all.
+    ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
+    leads to, or None where it leads to none that is known.
+    ``heads``: number of heads by chain and depth; those of several calls between two states follow each other.
+    ``keys``: number of queries by chain and depth, which is that of the tokens.
+    ``modules``: the path of the module, by chain and depth.
+    ``reasons``: why attention was seen and is not measured, and how often.
+    ``sequences``: how many of the sampled sequences are looked at in a forward; None for all.
     """
 
     calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
@@ -78,7 +70,7 @@ class AttentionPlaces:
         self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most)
         if self.sequences == 0:
             self.reasons[
-                f"{most} attention weights a query beside states of {width} features would cost more than about 2 % of a "
+                f"{most} attention weights per query, for states of {width} features, would cost more than about 2 % of a "
                 'measured step: request the site "attention" in sites= to measure them all the same'
             ] += len(self.heads)
 
@@ -132,12 +124,19 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     return places
 
 
-def measure_rows(forward: Forward) -> None:
-    """Give a forward what its queries attend to before each state: (3, S, H, T), see `AttentionRows`."""
+def add_attention(forward: Forward, heads: int, *, sums: bool) -> None:
+    """Give a forward what its queries attend to before each state, (3, S, H, T), see `AttentionRows`; and its sums.
+
+    ``heads``: the most before one state.
+    """
     waiting, forward.attending = forward.attending, []
     for (key, _), rows in zip(waiting, measured([of for _, of in waiting]), strict=True):
         known = forward.attention.get(key)
         forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
+    for (number, depth), rows in forward.attention.items() if sums else ():
+        mask = forward.masks.get(number)
+        of_rows = None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)]
+        forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, heads))
 
 
 def later_attention(
@@ -220,5 +219,5 @@ def num_tokens(
         ]
     except (
         LayoutError
-    ):  # attention is looked at beside the states: where it cannot be placed, these are read all the same
+    ):  # attention is an addition to the states: where it cannot be placed, these are read all the same
         return None

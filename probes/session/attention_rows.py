@@ -1,7 +1,7 @@
-"""What do the tokens of a forward attend to? Attention weights, seen where they are computed, as three numbers a query.
+"""What do the tokens of a forward attend to? Attention weights, seen where they are computed, as three numbers per query.
 
 Weights are a softmax over keys whose result multiplies the values, or the inside of one of torch's fused operations: there
-they are computed once more from the queries and keys. Whether a softmax is one of attention is told by what is done with it,
+they are computed once more from the queries and keys. Whether a softmax is one of attention is seen from what is done with it,
 never by a name: a softmax over streams, experts or depths has no axis of queries.
 
 Shapes: S sampled sequences, H heads, Q queries, K keys, d features of a head.
@@ -70,13 +70,9 @@ CLOSED = frozenset(
 class AttentionRows:
     """What one call of attention did, for each query.
 
-    Parameters
-    ----------
-    value : int
-        Number of its value in the recorded graph.
-    rows : Tensor or FusedCall
-        (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of
-        these; or what these are computed from at the end of the forward, by `measured`.
+    ``value``: number of its value in the recorded graph.
+    ``rows``: (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of these;
+    or what these are computed from at the end of the forward, by `measured`.
     """
 
     value: int
@@ -105,25 +101,13 @@ class FusedCall(NamedTuple):
 class AttentionWatch:
     """The attention weights of the sampled sequences of one forward; a listener of operations.
 
-    Attributes
-    ----------
-    found : list of AttentionRows
-        In the order of the forward.
-    reasons : dict of str to int
-        Why attention was seen and not measured, and how often.
-
-    Parameters
-    ----------
-    rows : Tensor
-        Sampled sequences of the batch.
-    batch_size : int
-        Its sequences.
-    number : callable
-        The number of the value that a tensor has in the recorded graph.
-    heads_follow : callable
-        Whether the running module joins sequences and heads into one axis, the heads of a sequence next to each other.
-    gathered : callable
-        Gets what the queries gather, the weighted sums of the values, as it is made.
+    ``found``: in the order of the forward.
+    ``reasons``: why attention was seen and not measured, and how often.
+    ``rows``: sampled sequences of the batch.
+    ``number``: the number of the value that a tensor has in the recorded graph.
+    ``heads_follow``: whether the running module joins sequences and heads into one axis, the heads of a sequence next to each
+    other.
+    ``gathered``: gets what the queries gather, the weighted sums of the values, as it is made.
     """
 
     def __init__(
@@ -257,11 +241,11 @@ class AttentionWatch:
 def measured(rows: Sequence[torch.Tensor | FusedCall]) -> list[torch.Tensor]:
     """What calls of attention did; small ones of the same kind at once, since each operation costs more than its numbers."""
     found: dict[int, torch.Tensor] = {n: of for n, of in enumerate(rows) if isinstance(of, torch.Tensor)}
-    alike: dict[tuple[Any, ...], list[tuple[int, FusedCall]]] = {}
+    of_kind: dict[tuple[Any, ...], list[tuple[int, FusedCall]]] = {}
     for number, of in enumerate(rows):
         if isinstance(of, FusedCall):
-            alike.setdefault(of.kind, []).append((number, of))
-    for calls in alike.values():
+            of_kind.setdefault(of.kind, []).append((number, of))
+    for calls in of_kind.values():
         query, key = (torch.cat([getattr(of, name) for _, of in calls]) for name in ("query", "key"))
         together = _rows_of(FusedCall(query, key, None, calls[0][1].is_causal))
         found |= zip((number for number, _ in calls), together.chunk(len(calls), dim=1), strict=True)

@@ -145,7 +145,7 @@ class SecondForward:
             if self.inner and (self.read is None or self.inner & self.read):
                 raise CaptureError(
                     "the loss reads two outputs of the compiled model of which one is computed from the other, so their "
-                    "gradients cannot be told apart; compile the whole model instead of its blocks, or record without "
+                    "gradients cannot be separated; compile the whole model instead of its blocks, or record without "
                     "gradients"
                 )
             for number in self.inner:
@@ -162,22 +162,11 @@ class SecondForward:
 class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
-    Parameters
-    ----------
-    callers : list of Module
-        The modules that the user may call; see `compiled_callers`.
-    owner : object
-        Stands for the session that measures.
-    wanted : callable
-        Whether the call that begins is to be measured.
-    run_hooked : callable
-        Calls a function with the session's hooks on the model; returns its result and the forward that the hooks recorded.
-    gradients : bool
-        Whether gradients are wanted.
-    listen : callable
-        Called with what a measured call of the user's returned.
-    report : callable
-        Called with every exception of ours.
+    ``callers``: the modules that the user may call; see `compiled_callers`.
+    ``wanted``: whether the call that begins is to be measured.
+    ``run_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that the hooks
+    recorded.
+    ``listen``: called with what a measured call of the user's returned.
     """
 
     def __init__(
@@ -207,7 +196,7 @@ class CompiledCalls:
         """Put one hook before and one after the call of each caller."""
         for caller in self._callers:
             if vars(caller).get(COMPILED_CALL) is not None:
-                # Hooks on this module would be compiled with it; around what stands for its call, nothing is.
+                # Hooks on this module would be compiled with it; around what replaces its call, nothing is.
                 self._attachment.around(caller, COMPILED_CALL, self._around)
             else:
                 # Before the user's own hooks: these run in our forward as well, on arguments that they did not see yet.

@@ -57,16 +57,8 @@ class CompiledPlan:
 class Planner:
     """Divides the values of a forward that was read among compiled parts and what is around them.
 
-    Parameters
-    ----------
-    graph : Graph
-        Of the forward.
-    structure : Structure
-        What it showed.
-    regions : sequence of Region
-        The compiled parts.
-    own : mapping
-        By region and the number of its call which of the call's operations its forward ran, where hooks around it ran others.
+    ``own``: by region and the number of its call which of the call's operations its forward ran, where hooks around it ran
+    others.
     """
 
     def __init__(

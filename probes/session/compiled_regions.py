@@ -156,12 +156,8 @@ def _call(module: nn.Module, args: Any, kwargs: Any, ticket: torch.Tensor) -> An
 class CompiledGraph:
     """A forward compiled by the user's compiler, with what it hands out.
 
-    Parameters
-    ----------
-    context : object
-        Of torch's compiler, as the user called it.
-    wanted : Wanted, optional
-        None for the user's code alone.
+    ``context``: of torch's compiler, as the user called it.
+    ``wanted``: none for the user's code alone.
     """
 
     context: Any
@@ -220,16 +216,9 @@ class CompiledGraph:
 class Passages:
     """The ways around what was compiled, while they are open.
 
-    Parameters
-    ----------
-    regions : list of Region
-        Of one model.
-    is_measured : callable
-        Whether a call that begins is to be measured; others run as the user compiled them.
-    run : callable
-        ``run(region, args, kwargs)`` in place of the compiled module's forward.
-    unseen : callable
-        Makes a context without the modes of ours, in which the user's compiled code runs.
+    ``is_measured``: whether a call that begins is to be measured; others run as the user compiled them.
+    ``run``: ``run(region, args, kwargs)`` in place of the compiled module's forward.
+    ``unseen``: makes a context without the modes of ours, in which the user's compiled code runs.
     """
 
     def __init__(

@@ -65,16 +65,8 @@ class FoundChain:
 class StructureFinder:
     """The structure of a model, by one recorded forward.
 
-    Parameters
-    ----------
-    graph : Graph
-        The forward.
-    model : Module
-        The model.
-    options : Options
-        What the user names of the structure, and asks for.
-    batch_size, batch_axis : int
-        How many sequences there are, along which axis of what the model was called with.
+    ``options``: what the user names of the structure, and asks for.
+    ``batch_size``, ``batch_axis``: how many sequences there are, along which axis of what the model was called with.
     """
 
     def __init__(self, graph: Graph, model: nn.Module, options: Options, batch_size: int, batch_axis: int):

@@ -44,26 +44,12 @@ class RewrittenError(CaptureError):
 class RecordedForward:
     """Hooks on every module, and a mode around the model's forward, that record its operations.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model.
-    current : CurrentForward
-        The running forward.
-    gradients : bool
-        Whether gradients are wanted.
-    report : callable
-        Called with every exception that a gradient hook raises.
-    observer : Observer, optional
-        Of a known structure that only operations show: it gets the states that no module shows.
-    known : KnownPlaces, optional
-        Where a later forward shows what is measured: then no other operation of it is looked at.
-    attention : int, optional
-        Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
-    routing : bool
-        Whether it is looked at what routers choose.
-    hides : callable, optional
-        Whether the module of a path runs inside of compiled code.
+    ``observer``: of a known structure that only operations show: it gets the states that no module shows.
+    ``known``: where a later forward shows what is measured: then no other operation of it is looked at.
+    ``attention``: of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not
+    looked for.
+    ``routing``: whether it is looked at what routers choose.
+    ``hides``: whether the module of a path runs inside of compiled code.
     """
 
     def __init__(
@@ -282,3 +268,17 @@ def _record_logits(
     before = tape.recorded(chain.points[chain.connections[number].depth_in])
     if before is not None:
         observer.record_logits(forward, number, mix, tape.logits, before.number)
+
+
+def out_of_sight(model: nn.Module, forward: Forward) -> str:
+    """Why the parts of a model ran where no hook sees them; empty where they did not."""
+    if forward.transformed:
+        return (
+            "modules of the model ran inside of a transformation of torch.func (vmap, grad, …), whose tensors stand for "
+            "others and are not read"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is TorchScript, whose parts run outside of Python: capture the module that it was made from"
+    if isinstance(model, torch.fx.GraphModule) and not any(True for _ in model.children()):
+        return "the model is a graph of operations, as torch.export makes: capture the module that it was made from"
+    return ""

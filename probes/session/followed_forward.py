@@ -51,7 +51,7 @@ def follow(
     followed.
     """
     structure = session.structure
-    stored = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    stored = sorted(session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
     sampled = [s for s in stored if first <= s.index < first + batch_size]
     if not structure.connections or not sampled:
         return None

@@ -208,11 +208,6 @@ class CurrentForward(threading.local):
     """The forward that this thread is running, and its tape while the chains are still to be found.
 
     One model may run in several threads at once; the hooks, which all threads share, find the record of their own here.
-
-    Parameters
-    ----------
-    owner : object
-        Stands for the session whose forwards these are.
     """
 
     forward: Forward | None = None

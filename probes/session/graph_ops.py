@@ -36,15 +36,9 @@ class _StandIn(torch.autograd.Function):
 class RunningCall:
     """One call of a compiled graph of ours, and what is done with its values.
 
-    Parameters
-    ----------
-    receivers : list of callable
-        For each place ``receive(value, stand_in)``: the value, which lives on in the call alone, and a function that makes a
-        tensor in its place, from numbers of its shape.
-    report : callable
-        Called with what a receiver raises.
-    listened : set of int
-        The places whose values have a gradient.
+    ``receivers``: for each place ``receive(value, stand_in)``: the value, which lives on in the call alone, and a function
+    that makes a tensor in its place, from numbers of its shape.
+    ``listened``: the places whose values have a gradient.
     """
 
     def __init__(self, receivers: Sequence[Receiver], report: Report, listened: set[int]):

@@ -250,8 +250,8 @@ def _difference(compiled: Sequence[Any], uncompiled: Sequence[Any]) -> str:
         (n for n, (one, other) in enumerate(zip(compiled, uncompiled, strict=False)) if one != other), None
     )
     at = min(len(compiled), len(uncompiled)) if at is None else at
-    told = [operation_of(of[at]).name if at < len(of) else "none" for of in (compiled, uncompiled)]
+    names = [operation_of(of[at]).name if at < len(of) else "none" for of in (compiled, uncompiled)]
     return (
-        f"{len(compiled)} compiled and {len(uncompiled)} uncompiled, of which number {at} is {told[0]} compiled and {told[1]} "
-        "uncompiled"
+        f"{len(compiled)} compiled and {len(uncompiled)} uncompiled, of which number {at} is {names[0]} compiled and "
+        f"{names[1]} uncompiled"
     )

@@ -76,21 +76,7 @@ class PartsRecorder(PlacedRecorder):
 
 
 class InGraph(KnownPlaces):
-    """What a session has on a model whose parts are compiled.
-
-    Parameters
-    ----------
-    model : Module
-        The session's model.
-    regions : list of Region
-        Its compiled parts.
-    current : CurrentForward
-        The running forward.
-    owner : object
-        Stands for the session.
-    report : callable
-        Called with every exception of ours.
-    """
+    """What a session has on a model whose parts are compiled."""
 
     def __init__(
         self,

@@ -22,24 +22,12 @@ from depthscope.probes.structure.model_structure import ShownTensor
 class LaterForwards:
     """Hooks on the modules that show a known structure.
 
-    Parameters
-    ----------
-    model : Module
-        The user's model.
-    observer : Observer
-        Records what passes; it knows the structure.
-    current : CurrentForward
-        The running forward.
-    ended : callable
-        Gives the forwards that ended, whose checkpoints a backward recomputes.
-    attention : AttentionPlaces, optional
-        Which calls attend, where that is looked at.
-    routing : RoutingPlaces, optional
-        Which calls route, where that is looked at.
-    hides : callable, optional
-        Whether the module of a path runs inside of compiled code.
-    points : sequence of ShownTensor, optional
-        The states that hooks show, where these are not all.
+    ``observer``: records what passes; it knows the structure.
+    ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
+    ``attention``: which calls attend, where that is looked at.
+    ``routing``: which calls route, where that is looked at.
+    ``hides``: whether the module of a path runs inside of compiled code.
+    ``points``: the states that hooks show, where these are not all.
     """
 
     def __init__(
@@ -150,7 +138,7 @@ class LaterForwards:
                 if len(waiting) > 1:
                     raise CaptureError(
                         "a reentrant checkpoint was recomputed when several forwards waited for their gradients, which "
-                        "cannot be told apart; run each backward before the next forward, or use use_reentrant=False"
+                        "cannot be distinguished; run each backward before the next forward, or use use_reentrant=False"
                     )
                 for forward in waiting:
                     self._observer.hook_gradient(forward, state, tensors[item])

@@ -33,6 +33,15 @@ def batches(batch: Any) -> Iterator[Any]:
         )
 
 
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own: one of them may be the first state, or be written by the model."""
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().clone()
+    if isinstance(batch, Mapping):
+        return {name: copied(value) for name, value in batch.items()}
+    return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The output of a model for a batch: a mapping is passed as keywords, a tuple or list as positional arguments."""
     with _padded(model):

@@ -19,7 +19,7 @@ from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
-from depthscope.probes.session.options import Options
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums
@@ -27,32 +27,13 @@ from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Stru
 
 
 class Observer:
-    """Records what passes through a model of known structure; the first forward and all later ones feed it alike.
+    """Records what passes through a model of known structure; the first forward and all later ones feed it in the same way.
 
-    Parameters
-    ----------
-    structure : Structure
-        What the model was found to be.
-    options : Options
-        What to capture.
-    report : callable
-        Called with every exception that a gradient hook raises.
-    loss_scale : callable, optional
-        Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
-    calls : mapping of str to int
-        How often each module was called in the forward that showed the structure.
-    sums : bool
-        Whether statistics of all tokens are added up, next to the sampled sequences.
-    parameters : ConnectionParameters, optional
-        The biases and gates of the connections, whose values are stored with the statistics.
-    logits : LogitStatistics, optional
-        Of the matrices of the connections.
-    live_tokens : int
-        How many tokens of a step are sampled for a live row; 0 for none.
-    exact_sums : bool
-        As `TokenSums.is_exact`.
-    compiled_sums : bool
-        As `TokenSums.compiles`.
+    ``structure``: what the model was found to be.
+    ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
+    ``calls``: how often each module was called in the forward that showed the structure.
+    ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
+    ``logits``: of the matrices of the connections.
     """
 
     def __init__(
@@ -60,15 +41,12 @@ class Observer:
         structure: Structure,
         options: Options,
         report: Report,
-        loss_scale: Callable[[], torch.Tensor | None] | None = None,
+        loss_scale: Callable[[], torch.Tensor | None] | None,
+        scope: Scope,
         *,
         calls: Mapping[str, int],
-        sums: bool = True,
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
-        live_tokens: int = 0,
-        exact_sums: bool = False,
-        compiled_sums: bool = False,
     ):
         self.structure = structure
         self.options = options
@@ -80,9 +58,7 @@ class Observer:
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
-        self._sums = sums
-        self._live_tokens = live_tokens
-        self._exact_sums, self._compiled_sums = exact_sums, compiled_sums
+        self._scope = scope
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -120,12 +96,12 @@ class Observer:
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
-        if not self._sums:
+        if not self._scope.sums:
             return
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
-        sums.is_exact, sums.compiles = self._exact_sums, self._compiled_sums
+        sums.is_exact, sums.compiles = self._scope.exact_sums, self._scope.is_loop
         self._begin_live(sums)
         if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:
             sums.add_values(depth, {WHOLE_TOKENS: forward.whole_tokens[number]})
@@ -133,8 +109,8 @@ class Observer:
 
     def _begin_live(self, sums: TokenSums) -> LiveSums | None:
         """What a live row needs of a chain in this forward; None where none is wanted."""
-        if sums.live is None and self._live_tokens:
-            sums.live = LiveSums(self._live_tokens, self.options.seed)
+        if sums.live is None and self._scope.live_tokens:
+            sums.live = LiveSums(self._scope.live_tokens, self.options.seed)
         return sums.live
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
@@ -278,6 +254,26 @@ class Observer:
             return times, "" if times else self.logits.reasons.get(number, FIRST)
         return 0, ""
 
+    def require_complete(self, forward: Forward) -> None:
+        """Require that a forward showed each state and connection."""
+        missing = [
+            f"{self.structure.chains[number].name or 'depth'} {'final' if depth == FINAL else depth}: "
+            f"{point.at} of {point.path or 'the model'}"
+            for number, depth, point in self.structure.captured
+            if ("state", number, depth) not in forward.fired
+        ]
+        missing += [
+            f"connection {number}: {connection.path}"
+            for number, connection in enumerate(self.structure.connections)
+            if ("connection", 0, number) not in forward.fired and not forward.without_connections
+        ]
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} requested places did not fire in a forward: {', '.join(missing[:5])}. "
+                "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
+            )
+        self.require_usual_calls(forward)
+
     def record_logits(
         self,
         forward: Forward,
@@ -296,7 +292,7 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows)
-        if not self._sums:
+        if not self._scope.sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
         live = self._begin_live(sums)

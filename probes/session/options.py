@@ -15,6 +15,7 @@ from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import is_packed, parse_layout
+from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
@@ -88,7 +89,7 @@ class Options:
         stream, and the similarity of all depths in the mean (metrics ``streamed_…``). This takes L·D² float64 numbers for the
         moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
         and float32 states of at most 2·D tokens and one forward, which wait to be added; more batches take no more memory.
-        Single streams are left out where they take more than 32 MiB a depth (N·D² > 4 million); more than 256
+        Single streams are left out where they take more than 32 MiB per depth (N·D² > 4 million); more than 256
         MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
         decomposed. Runs of parts of the data can be added: `probes.merge_runs`. True is for every token;
         ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
@@ -147,6 +148,30 @@ class Options:
         return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
 
 
+@dataclass(frozen=True)
+class Scope:
+    """Whose forwards a session measures, and how much of them.
+
+    ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
+    ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
+    ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
+    ``exact_sums``: as `TokenSums.is_exact`.
+    ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
+    is None.
+    """
+
+    only_own: bool = False
+    sums: bool = True
+    live_tokens: int = 0
+    exact_sums: bool = False
+    shards: TokenShards | None = None
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether a loop of the user's is measured."""
+        return self.sums and not self.only_own
+
+
 def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if layers is None:
         return None
@@ -175,7 +200,7 @@ def _require_streaming(given: Mapping[str, int]) -> None:
 def takes_options(declared: type) -> Callable[[Function], Function]:
     """Decorate a function that passes its ``**options`` on to `Options`.
 
-    The options appear one by one in its signature and in its docstring, where ``**options`` stands, so that `help` and
+    The options appear one by one in its signature and in its docstring, in place of ``**options``, so that `help` and
     notebooks show them as if they were written there; a name that is none of them is refused.
 
     Parameters

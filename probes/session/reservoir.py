@@ -6,6 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,20 @@ class Reservoir:
                 chosen[row] = slot
         self.total += batch_size
         return chosen
+
+    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: int) -> dict[str, Any]:
+        """What a forward knows of its batch, and of its sequences that are sampled."""
+        batch_size = lead.shape[batch_axis]
+        slots = self.choose(batch_size, stamp)
+        rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
+        return {
+            "batch_size": batch_size,
+            "batch_axis": batch_axis,
+            "first_index": self.first + self.total - batch_size,
+            "slots": slots,
+            "rows": rows,
+            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
+        }
 
     def restart_empty(self) -> None:
         """Draw anew where nothing was stored of the present weights: the sequences chosen so far came to nothing."""

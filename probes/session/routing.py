@@ -1,8 +1,9 @@
 """To which experts do tokens go? What routers choose, by chain and depth, seen where the choice is made.
 
-A router chooses columns of scores, one row for each token, by the largest ones. It is told by what is done, never by a name:
-its scores were made by a layer with as many outputs, and what it chose leads to a state. The first forward, whose operations
-are all recorded, shows in which calls of which modules that is; later ones look at the operations of these modules alone.
+A router chooses columns of scores, one row for each token, by the largest ones. It is recognised by its operations, never by a
+name: its scores were made by a layer with as many outputs, and what it chose leads to a state. The first forward, whose
+operations are all recorded, shows in which calls of which modules that is; later ones look at the operations of these modules
+alone.
 """
 
 from __future__ import annotations
@@ -175,6 +176,17 @@ def later_routing(
                 forward.routed.setdefault(key, []).append(seen.routed)
 
     return OperationsShown(watch), done
+
+
+def add_routing(forward: Forward) -> None:
+    """Add what the routers of a forward chose to its sums, where they chose as often as in the first one."""
+    routed, forward.routed = forward.routed, {}
+    if forward.unrouted or not routed:
+        return
+    most = max(sum(of.experts for of in each) for each in routed.values())
+    for (number, depth), each in routed.items():
+        sums = routing_sums(each, forward.masks.get(number), forward.batch_axis, most)
+        forward.chain_sums(number).add_values(depth, sums)
 
 
 def routing_sums(

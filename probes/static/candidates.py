@@ -130,7 +130,7 @@ def _texts(name: str) -> tuple[str, ...]:
 
 
 def _near(pattern: re.Pattern[str], alike: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The names that a pattern may match, told by the first of those that differ in their numbers alone."""
+    """The names that a pattern may match, given by the first of those that differ only in their numbers."""
     # A pattern with numbers of its own is compared with every name.
     numbers = NUMBERS.search(pattern.pattern.replace("0-9", "")) is not None
     for group in alike:

@@ -128,7 +128,7 @@ class Dialect:
 
     @property
     def looked_for(self) -> str:
-        """The row in words, for a user whose checkpoint has no connection."""
+        """A description of the row, for a user whose checkpoint has no connection."""
         tensors = ", ".join(
             f"{role} ({self.shape_texts[role]})" for role in self.shape_texts if role in self.required
         )

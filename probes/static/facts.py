@@ -46,7 +46,7 @@ class DepthRead:
     that is not applied.
     ``block``: layers that are summed to one source.
     ``resets``: whether a block ends here: the state that goes on begins anew with this layer's attention.
-    ``query_norms``: ‖q‖ of each query; 0 weighs all sources alike.
+    ``query_norms``: ‖q‖ of each query; 0 weighs all sources equally.
     """
 
     sources: int

@@ -71,7 +71,7 @@ def fraction_mixing(alpha: np.ndarray, n: float, f: float) -> np.ndarray:
 
 
 def fraction_writes(beta: np.ndarray, n: float, f: float, outer: str) -> np.ndarray:
-    """H_post (n·f, f): beta has one weight for each stream and fraction read, for every fraction written alike.
+    """H_post (n·f, f): beta has one weight for each stream and fraction read, the same for every fraction written.
 
     ``outer``: which of the two, ``"streams"`` or ``"fractions"``, is the outer part of a row's index.
     """

@@ -25,7 +25,7 @@ def remarks(
     composites: Sequence[StaticComposite],
     configured_streams: float | None,
 ) -> Iterator[str]:
-    """Warnings on the static weights of a checkpoint, in words.
+    """Warnings on the static weights of a checkpoint, as sentences.
 
     ``configured_streams``: the number of streams that the configuration gives.
     """

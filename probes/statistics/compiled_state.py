@@ -154,9 +154,14 @@ def _kernels() -> _Kernels | None:
     """The compiled functions; None where numba is not installed, or fails to compile on this machine."""
     try:
         import numba
+        from numba.extending import register_jitable
 
         # Sums may be reordered, so that they become vectors; NaN and infinities keep their meaning.
-        compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+        fastmath = {"reassoc", "contract", "nsz"}
+        compiled = numba.njit(nogil=True, cache=True, fastmath=fastmath)
+        # In place: a call for each token would take a fifth longer where there are few features.
+        for part in (_fill_mean, _add_vector, _add_begun, _add_pairs):
+            register_jitable(fastmath=fastmath, inline="always")(part)
         kernels = _Kernels(compiled(_state), compiled(_squares), compiled(_tokens))
         # Compiled now, for the types that come later.
         x, shape, strides, real = np.ones(8, np.float32), (1, 1, 2, 4), (8, 8, 4), np.empty(0, bool)
@@ -172,7 +177,7 @@ def _kernels() -> _Kernels | None:
     return kernels
 
 
-def _state(  # noqa: C901  one loop over tokens: compiled, and a function of each part would be a call for each token
+def _state(
     x: np.ndarray,
     bits: np.ndarray,
     shape: tuple[int, int, int, int],
@@ -206,17 +211,7 @@ def _state(  # noqa: C901  one loop over tokens: compiled, and a function of eac
             continue
         start = (t // T) * strides[0] + (t % T) * strides[1]
         if first:
-            # In float64: of streams that nearly cancel, the rounding would be the mean.
-            total[:] = 0.0
-            for n in range(N):
-                place = start + n * strides[2]
-                row = x[place : place + D]
-                of_stream = wide[n]
-                for d in range(D):
-                    of_stream[d] = row[d]
-                    total[d] += of_stream[d]
-            for d in range(D):
-                mean[d] = total[d] / N
+            _fill_mean(x, start, strides[2], wide, total, mean)
         for v in range(V):
             place = start + (v - first) * strides[2]
             row = mean if first and v == 0 else x[place : place + D]
@@ -226,80 +221,114 @@ def _state(  # noqa: C901  one loop over tokens: compiled, and a function of eac
             for d in range(D):
                 most = max(most, row_bits[d] & np.int32(MAGNITUDE))
             largest[t, v] = most
-            square = 0.0  # float64, in which no square of a float32 overflows or underflows
-            for d in range(D):
-                square += np.float64(row[d]) * np.float64(row[d])
-            length = np.sqrt(square)
-            norm[t, v] = length
-            before = np.float32(0.0)
             # Rows of their own, so that their memory is known to be one after another.
-            unit_row, feature_row, sum_row = unit[t, v], begun[0, v], begun[1, v]
-            if length == 0.0:
-                for d in range(D):
-                    unit_row[d] = np.float32(0.0)
-                continue
-            # One loop for each case: conditions inside of it, or a second pass, would take half as long again.
-            if length < SMALLEST:
-                for d in range(D):
-                    of_unit = np.float32(np.float64(row[d]) / length)
-                    if has_previous:
-                        before += of_unit * unit_row[d]
-                    unit_row[d] = of_unit
-                    feature_row[d] += row[d]
-                    sum_row[d] += of_unit
-            elif has_previous:
-                inverse = np.float32(1.0 / length)
-                for d in range(D):
-                    of_unit = row[d] * inverse
-                    before += of_unit * unit_row[d]
-                    unit_row[d] = of_unit
-                    feature_row[d] += row[d]
-                    sum_row[d] += of_unit
-            else:
-                inverse = np.float32(1.0 / length)
-                for d in range(D):
-                    of_unit = row[d] * inverse
-                    unit_row[d] = of_unit
-                    feature_row[d] += row[d]
-                    sum_row[d] += of_unit
+            norm[t, v], before = _add_vector(row, unit[t, v], begun[0, v], begun[1, v], has_previous)
             cosine[v] += before
         added += 1
         if added == ADDED:
-            for part in range(2):
-                for v in range(V):
-                    for d in range(D):
-                        sums[part, v, d] += begun[part, v, d]
-                        begun[part, v, d] = 0.0
+            _add_begun(sums, begun)
             added = 0
         if first:
-            directed, mean_cosine = 0, 0.0
-            for i in range(N):
-                length = norm[t, first + i]
-                # 1, and NaN where a vector is not finite; a stream of zeros has no direction.
-                of_token[i, i] = length / length if length != 0.0 else 0.0
-                directed += length > 0.0
-                mean_cosine += of_token[i, i]
-                for j in range(i):
-                    lengths = length * norm[t, first + j]
-                    # In float64: whether streams are the same numbers, or have begun to part, is told by 1 − cosine.
-                    one, other, product = wide[i], wide[j], 0.0
-                    for d in range(D):
-                        product += one[d] * other[d]
-                    of_token[i, j] = product / lengths if lengths != 0.0 else 0.0
-                    of_token[j, i] = of_token[i, j]
-                    mean_cosine += 2.0 * of_token[i, j]
-            if directed > 1:
-                counts[0] += (mean_cosine - directed) / (directed * (directed - 1))
-                counts[1] += 1.0
-            if directed == N:
-                counts[2] += 1.0
-                for i in range(N):
-                    for j in range(N):
-                        pairs[i, j] += of_token[i, j]
+            _add_pairs(wide, norm[t, first:], of_token, pairs, counts)
+    _add_begun(sums, begun)
+
+
+def _fill_mean(
+    x: np.ndarray, start: int, stride: int, wide: np.ndarray, total: np.ndarray, mean: np.ndarray
+) -> None:
+    """Fill in the streams of a token and their mean, in float64: of streams that nearly cancel, rounding would be the mean."""
+    N, D = wide.shape
+    total[:] = 0.0
+    for n in range(N):
+        place = start + n * stride
+        row = x[place : place + D]
+        of_stream = wide[n]
+        for d in range(D):
+            of_stream[d] = row[d]
+            total[d] += of_stream[d]
+    for d in range(D):
+        mean[d] = total[d] / N
+
+
+def _add_vector(  # noqa: C901  one loop for each case
+    row: np.ndarray, unit_row: np.ndarray, feature_row: np.ndarray, sum_row: np.ndarray, has_previous: bool
+) -> tuple[float, np.float32]:
+    """Add a vector and its direction; its norm, and its cosine with the one whose direction was in ``unit_row``."""
+    D = len(row)
+    square = 0.0  # float64, in which no square of a float32 overflows or underflows
+    for d in range(D):
+        square += np.float64(row[d]) * np.float64(row[d])
+    length = np.sqrt(square)
+    before = np.float32(0.0)
+    if length == 0.0:
+        for d in range(D):
+            unit_row[d] = np.float32(0.0)
+        return length, before
+    # One loop for each case: conditions inside of it, or a second pass, would take half as long again.
+    if length < SMALLEST:
+        for d in range(D):
+            of_unit = np.float32(np.float64(row[d]) / length)
+            if has_previous:
+                before += of_unit * unit_row[d]
+            unit_row[d] = of_unit
+            feature_row[d] += row[d]
+            sum_row[d] += of_unit
+        return length, before
+    inverse = np.float32(1.0 / length)
+    if has_previous:
+        for d in range(D):
+            of_unit = row[d] * inverse
+            before += of_unit * unit_row[d]
+            unit_row[d] = of_unit
+            feature_row[d] += row[d]
+            sum_row[d] += of_unit
+    else:
+        for d in range(D):
+            of_unit = row[d] * inverse
+            unit_row[d] = of_unit
+            feature_row[d] += row[d]
+            sum_row[d] += of_unit
+    return length, before
+
+
+def _add_begun(sums: np.ndarray, begun: np.ndarray) -> None:
+    """Add the sums of the last vectors, which begin anew."""
     for part in range(2):
-        for v in range(V):
-            for d in range(D):
+        for v in range(begun.shape[1]):
+            for d in range(begun.shape[2]):
                 sums[part, v, d] += begun[part, v, d]
+                begun[part, v, d] = 0.0
+
+
+def _add_pairs(
+    wide: np.ndarray, norm: np.ndarray, of_token: np.ndarray, pairs: np.ndarray, counts: np.ndarray
+) -> None:
+    """Add the cosines of every two streams of a token."""
+    N, D = wide.shape
+    directed, mean_cosine = 0, 0.0
+    for i in range(N):
+        length = norm[i]
+        # 1, and NaN where a vector is not finite; a stream of zeros has no direction.
+        of_token[i, i] = length / length if length != 0.0 else 0.0
+        directed += length > 0.0
+        mean_cosine += of_token[i, i]
+        for j in range(i):
+            lengths = length * norm[j]
+            # In float64: whether streams are the same numbers, or have begun to part, is seen from 1 − cosine.
+            one, other, product = wide[i], wide[j], 0.0
+            for d in range(D):
+                product += one[d] * other[d]
+            of_token[i, j] = product / lengths if lengths != 0.0 else 0.0
+            of_token[j, i] = of_token[i, j]
+            mean_cosine += 2.0 * of_token[i, j]
+    if directed > 1:
+        counts[0] += (mean_cosine - directed) / (directed * (directed - 1))
+        counts[1] += 1.0
+    if directed == N:
+        counts[2] += 1.0
+        for i in range(N):
+            for j in range(N):
+                pairs[i, j] += of_token[i, j]
 
 
 def _squares(  # noqa: C901  as of `_state`

@@ -20,7 +20,8 @@ NUM_HEAVY = 128
 NUM_GROUPS = 16  # of buckets: the jackknife leaves out each in turn, which gives the error of the estimate
 LOW_32_BITS = 0xFFFFFFFF
 # 2³² over the golden ratio (Fibonacci hashing): multiples of it spread evenly, so that sequences with consecutive numbers
-# start far from each other and their tokens' indices do not overlap. It is odd, so that no two sequences start alike.
+# start far from each other and their tokens' indices do not overlap. It is odd: no two sequences start with
+# the same indices.
 GOLDEN = 0x9E3779B1
 
 
@@ -192,7 +193,7 @@ class _HeavyChoice(NamedTuple):
 
 
 def _choose_heavy(score: torch.Tensor, index: torch.Tensor) -> _HeavyChoice:
-    # Stable: all processes choose alike where scores are equal
+    # Stable: all processes make the same choice where scores are equal
     order = score.argsort(descending=True, stable=True)
     stored, displaced = order[:NUM_HEAVY], order[NUM_HEAVY:]
     bucket, sign = bucket_and_sign(index[displaced])

@@ -148,7 +148,7 @@ class StreamedSums:
         if needed <= ALL_STREAMS_BYTES:
             return True
         self.streams_left_out = (
-            f"the sums of {shape[2]} streams of {shape[3]} features take {needed / 2**20:.0f} MiB a depth, "
+            f"the sums of {shape[2]} streams of {shape[3]} features take {needed / 2**20:.0f} MiB per depth, "
             f"more than {ALL_STREAMS_BYTES / 2**20:.0f}: only their mean was streamed"
         )
         return False

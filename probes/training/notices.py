@@ -47,7 +47,9 @@ class Notices:
         self._missing.append(step)
         if len(self._missing) > MOST_ALIKE:
             return
-        more = "; further steps for which that holds are told together" * (len(self._missing) == MOST_ALIKE)
+        more = "; further steps that fail for this reason are reported together" * (
+            len(self._missing) == MOST_ALIKE
+        )
         self.say(f"step {step} was not measured: {reason}{more}", error)
 
     def say_how_many(self) -> None:

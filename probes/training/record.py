@@ -15,7 +15,7 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
-from depthscope.probes.session.options import CaptureOptions, Options, takes_options
+from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
@@ -214,14 +214,15 @@ def record(
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
     all_attrs.update(stage_attribute(stage) | attrs)
-    shards = None if together is None else _shards_within(together, model)
     session = Session(
         model,
         Options(**options),
         scale if scaler is not None else None,
-        live_tokens=live_tokens if names else 0,
-        exact_sums=together is not None,
-        shards=shards,
+        Scope(
+            live_tokens=live_tokens if names else 0,
+            exact_sums=together is not None,
+            shards=None if together is None else _shards_within(together, model),
+        ),
     )
     ranks = None
     if together is not None:
@@ -293,18 +294,18 @@ def _ranks(
         "layers": options.blocks,
         "layout": options.layout,
         "seed": options.seed,
-        "sampled tokens": session.live_tokens,
+        "sampled tokens": session.scope.live_tokens,
         "loss_reduction": loss_reduction,
         **settings,
     }
     return Ranks(
         group,
         loss_reduction,
-        live_tokens=session.live_tokens,
+        live_tokens=session.scope.live_tokens,
         seed=options.seed,
         timeout=timeout,
         settings=shared,
-        shards=session.shards,
+        shards=session.scope.shards,
     )
 
 

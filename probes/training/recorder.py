@@ -14,35 +14,21 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import remove_inert_hooks
-from depthscope.probes.model.loss_graph import mean_task
-from depthscope.probes.run.build_run import Proven, build_run
-from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
-from depthscope.probes.statistics.row_sums import RowSums
-from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
+from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.notices import Notices
 from depthscope.probes.training.open_recorders import OPEN, close_at_exit
 from depthscope.probes.training.ranks.channel import LostError
 from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
-from depthscope.probes.training.ranks.sequence_parts import put_together
 from depthscope.probes.training.settled_end import SettledEnd
-from depthscope.probes.training.step_sums import (
-    PooledSums,
-    added_up,
-    finite_gradients,
-    make_gradients_undefined,
-)
 
 
 class Recorder:
@@ -80,19 +66,19 @@ class Recorder:
         self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._attrs, self._token_text = store, attrs, token_text
-        self._weights, self._scale, self._live = weights, scale or LossScale(None), live
-        self._ranks, self._settled = ranks, settled
-        session.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
-        self._rows: list[StepStatistics] = []
-        self._overflowed: list[int] = []
-        self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
-        self._sampled_step = 0  # the step of the raw sequences
-        self._told_undefined = False  # that several backwards through one forward leave no gradients
-        self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
-        self._trained = False  # whether the last measured step was one of a training
-        self._pooled = PooledSums()
-        self._course = LossCourse([] if store is None else store.earlier_losses(first_step))
+        self._store, self._live, self._ranks, self._settled = store, live, ranks, settled
+        session.step.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
+        self._measured = MeasuredSteps(
+            session,
+            self._notices,
+            [] if store is None else store.earlier_losses(first_step),
+            attrs=attrs or {},
+            token_text=token_text,
+            weights=weights,
+            scale=scale or LossScale(None),
+            live=live,
+            ranks=ranks,
+        )
         self._stack = ExitStack()
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
@@ -124,7 +110,7 @@ class Recorder:
         # The exception may have cut a backward short, which left only some of the gradients: the last step is not
         # measured then. Without gradients its forwards are complete, and count.
         if self._state == "open":
-            self._weights = None
+            self._measured.weights = None
             self._session.forget_running()
             if self._session.options.gradients:
                 self._session.drop()
@@ -220,7 +206,7 @@ class Recorder:
     @property
     def measured_steps(self) -> list[int]:
         """The steps that were measured so far."""
-        return [row.step for row in self._rows]
+        return [row.step for row in self._measured.rows]
 
     @property
     def run(self) -> xr.DataTree:
@@ -231,44 +217,14 @@ class Recorder:
         CaptureError
             Where no step was measured completely; the message includes the first error.
         """
-        if not self._rows:
+        if not self._measured.rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             if self._ranks is not None and not self._ranks.writes:
                 reason += f"; of several processes the run is in process {self._ranks.group.ranks[0]}"
             raise CaptureError(f"no step was measured completely{reason}")
-        run = self._build(self._rows)
+        run = self._measured.build(self._measured.rows)
         run.attrs.update({} if self._settled is None else self._settled.found)
         return run
-
-    def _build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
-        # The step of the raw sequences: an analysis of them is labelled with it.
-        attrs = {"step": self._sampled_step, **self._noted(), **(self._attrs or {})}
-        return build_run(
-            self._session,
-            rows,
-            self._pooled.sums,
-            attrs=attrs,
-            token_text=self._token_text,
-            proven=proven,
-            metrics=None if self._live is None else self._live.datasets(),
-        )
-
-    def _noted(self) -> dict[str, Any]:
-        """What is known of all measured steps together."""
-        attrs: dict[str, Any] = {} if self._ranks is None else dict(self._ranks.attrs)
-        if task := mean_task([self._task], self._rows[-1].loss if self._rows else None):
-            attrs["task"] = task
-        if self._overflowed:
-            attrs["overflowed_steps"] = list(self._overflowed)
-        if missing := self._without_connections:
-            attrs["without_connections"] = {
-                "steps": list(missing),
-                "why": list(dict.fromkeys(missing.values())),
-            }
-        last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
-        if last is not None and last.skipped:
-            attrs["weights_skipped"] = dict(last.skipped)
-        return attrs
 
     def close(self) -> None:
         """Remove the hooks, and end the store where one was given; calling it twice is fine."""
@@ -280,7 +236,7 @@ class Recorder:
             try:
                 # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it. Of
                 # several processes the others may not have such a step, and would be waited for.
-                unended = self._session.pending and self._session.trains >= self._trained
+                unended = self._session.pending and self._session.step.trains >= self._measured.trained
                 if self.measuring and unended and self._ranks is None:
                     self._safely(self._end_measured_step, None)
                 self._notices.say_how_many()
@@ -292,7 +248,7 @@ class Recorder:
                 if self._ranks is not None:
                     self._ranks.close()
                 remove_inert_hooks(self._session.model)
-            if self._settled is not None and self._rows:
+            if self._settled is not None and self._measured.rows:
                 self._settle(self._settled)
             if self._store is not None:
                 self._finish_store(self._store)
@@ -307,6 +263,7 @@ class Recorder:
     def abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
         self._state, self._store, self._live, self._ranks = "abandoned", None, None, None
+        self._measured.live = self._measured.ranks = None
         self._notices.forget()
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
@@ -320,17 +277,17 @@ class Recorder:
             self._say(f"nothing is written to {store.path}: {error}", error)
             return
         known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
-        self._overflowed = [*known, *self._overflowed]
+        self._measured.overflowed[:0] = known
 
     def _write_store(self, store: LiveRecording) -> None:
-        row_of = None if self._live is None else self._live.row_of
-        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of)
+        measured, row_of = self._measured, None if self._live is None else self._live.row_of
+        sentence = store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)
         if sentence is not None:
             self._say(sentence)
 
     def _finish_store(self, store: LiveRecording) -> None:
         try:
-            store.finish(self._rows, lambda: self.run)
+            store.finish(self._measured.rows, lambda: self.run)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
             self._say(
                 f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
@@ -338,158 +295,8 @@ class Recorder:
             )
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
-        """Add the row of the present step."""
-        # First of all: hooks and copies end with the step, whatever fails below.
-        cut_short = self._session.detach()
-        weights, scale = self._weight_norms(), self._scale.end()
-        if cut_short:
-            self._say(
-                f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
-            )
-        value = self._loss_value(loss)
-        if self._ranks is not None:
-            together = self._of_all_processes(self._ranks, value, loss_terms, weights)
-            if together is None:
-                return
-            parts, value, weights = together
-        else:
-            self._session.raise_first_error()
-            parts = self._session.fold()
-            if not num_tokens(parts):
-                raise CaptureError("no batch of it had a real token; nothing to measure")
-        self._trained = self._session.trains
-        self._tell_undefined_gradients()
-        self._tell_missing_connections()
-        complete = added_up(parts)
-        sums = self._pool(parts, complete)
-        # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
-        overflowed = scale is not None and (
-            (weights is not None and weights.overflowed) or not finite_gradients(sums)
-        )
-        if overflowed:
-            self._overflowed.append(self.position)
-            self._say(
-                f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
-                "the forward's numbers stand"
-            )
-            make_gradients_undefined(sums)
-            weights = None if weights is None else weights.without_gradient()
-        sequences = sum(part.batch_size for part in parts)
-        # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        rows = [RowSums(chain) for chain in sums]
-        row = StepStatistics(self.position, rows, sequences, value, weights, scale, self._course.add(value))
-        self._rows.append(row)
-        if self._live is not None:
-            self._measure_live(self._live, complete, row, overflowed)
-        if self._store is not None:
+        if self._measured.end(self.position, loss, loss_terms) and self._store is not None:
             self._write_store(self._store)
-
-    def _tell_undefined_gradients(self) -> None:
-        """Say once where the gradients of the present step are undefined, which their forwards tell."""
-        if self._told_undefined or not self._session.gradients_undefined:
-            return
-        self._told_undefined = True
-        self._say(
-            f"gradients are NaN in the row of step {self.position}, and in others like it: several backwards went through "
-            "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
-            "record with max_sequences of at least the batch"
-        )
-
-    def _tell_missing_connections(self) -> None:
-        """Say where the connections of the present step were not read: the rest of it is in its row."""
-        why = self._session.without_connections
-        if not why:
-            self._sampled_step = self.position
-            return
-        if why not in self._without_connections.values():
-            self._say(
-                f"step {self.position} was measured without its connections, and so is every further step for which this "
-                f"holds (the attribute without_connections names them): {why}"
-            )
-        self._without_connections[self.position] = why
-
-    def _of_all_processes(
-        self, ranks: Ranks, loss: float | None, loss_terms: float | None, weights: WeightNorms | None
-    ) -> tuple[list[Measured], float | None, WeightNorms | None] | None:
-        """What all processes measured in the present step; None where this one does not write."""
-        local, failure = measured_here(self._session, loss, loss_terms)
-        num_modules = 0 if self._weights is None else self._weights.num_modules
-        sequences = partial_sequences(self._session)
-        try:
-            together = ranks.exchange(self.position, local, weights, num_modules, failure)
-            if together is not None and sequences and ranks.shards is not None:
-                if together[0].parts is None:
-                    raise CaptureError(
-                        "the process that writes has no part of the sequences that others share"
-                    )
-                put_together(sequences, together[0].parts, len(ranks.shards.ranks))
-        except BaseException:
-            if sequences:
-                self._session.reservoir.forget()  # they stay parts
-            raise
-        for sequence in sequences:
-            sequence.part = None  # in the other processes too: nobody asks for it again
-        if together is None:
-            return None
-        step, weights = together
-        stamp = self._session.present_stamp
-        return [Measured(stamp, round(step.sequences), step.sums)], step.loss, weights
-
-    def _measure_live(
-        self,
-        live: Live,
-        complete: list[TokenSums],
-        measured: StepStatistics,
-        overflowed: bool,
-    ) -> None:
-        """Add the live row of the present step; where it cannot be computed, the step's statistics stand."""
-        step = self.position
-
-        def first_run() -> xr.DataTree:
-            return build_run(self._session, self._rows, self._pooled.sums, digests=False)
-
-        try:
-            row = live.measure(complete, measured, first_run, overflowed=overflowed)
-        except Exception as error:
-            self._say(f"the live metrics of step {step} were not computed: {error}", error)
-            return
-        live.note_task(mean_task([self._task], measured.loss))
-        live.tell(row, self._say)
-
-    def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
-        """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
-        self._task = self._session.step_loss.task
-        if loss is None:
-            return self._session.step_loss.value()
-        try:
-            return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
-        except (TypeError, ValueError, RuntimeError) as error:
-            shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-            self._say(
-                f"the loss of step {self.position} was not stored: a {type(loss).__name__} {shape} came; expected one number",
-                error,
-            )
-            return None
-
-    def _pool(self, parts: list[Measured], complete: list[TokenSums]) -> list[TokenSums]:
-        """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
-        row = [chain.compact() for chain in complete]
-        for part in parts:
-            for chain in part.sums:
-                chain.live = None  # of this step alone, and as large as its number of tokens
-        if self._session.without_connections and not self._pooled.is_of(parts[-1].stamp):
-            return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
-        self._pooled.add(parts)
-        return row
-
-    def _weight_norms(self) -> WeightNorms | None:
-        if self._weights is None:
-            return None
-        try:
-            return self._weights.end()
-        except Exception as error:
-            self._say(f"the weights of step {self.position} were not measured: {error}", error)
-            return None
 
     def _safely(self, action: Callable[..., None], *args: Any) -> None:
         """Run what ends a step; where it cannot be measured, say so and leave it out."""
@@ -512,9 +319,9 @@ class Recorder:
                 self._stack.enter_context(self._settled.watching())
             self._stack.callback(self._session.detach)
             self._session.attach()
-            if self._weights is not None:
-                self._stack.callback(self._weights.drop)
-                self._weights.begin()
+            if (weights := self._measured.weights) is not None:
+                self._stack.callback(weights.drop)
+                weights.begin()
             if self._live is not None:
                 self._stack.enter_context(self._live.rate.noted())
         except Exception as error:

@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.interventions.model_under_test import copied
 from depthscope.probes.session.compiled_calls import compiled_callers
 from depthscope.probes.session.forward import own_calls
+from depthscope.probes.session.model_call import copied
 from depthscope.probes.session.options import Options
 from depthscope.probes.settling import settle
 

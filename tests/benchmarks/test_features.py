@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.capture.features import FEATURES, page, resolved, version_of
-from benchmarks.capture.tools import TOOLS, statements
+from benchmarks.capture.statements import statements
+from benchmarks.capture.tools import TOOLS
 
 PATHS = sorted({path for paths in FEATURES.values() for path in paths})
 

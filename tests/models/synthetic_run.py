@@ -91,7 +91,7 @@ def synthetic_run(
 
 
 def _attention(rng: np.random.Generator, depths: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Causal attention of random logits before every state but the embedding, as three numbers a query."""
+    """Causal attention of random logits before every state but the embedding, as three numbers per query."""
     samples, heads, tokens = shape
     logits = 2.0 * rng.standard_normal((depths, samples, heads, tokens, tokens))
     seen = np.tri(tokens, dtype=bool)

@@ -72,7 +72,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         RUN_FILE,
         metavar="RUN",
-        about="save the metrics alone here, and leave the run as it is (with workers by default NAME.metrics.nc beside it)",
+        about="save the metrics alone here, and leave the run as it is (with workers by default NAME.metrics.nc next to it)",
         required=False,
     )
     add_selection(parser)
@@ -184,7 +184,7 @@ def _require_options_of_workers(args: argparse.Namespace) -> None:
         )
     if args.out and len(args.runs) > 1:
         raise InputError(
-            "--out names one file for several runs; leave it out: each gets NAME.metrics.nc beside it"
+            "--out names one file for several runs; leave it out: each gets NAME.metrics.nc next to it"
         )
     if len(set(args.runs)) < len(args.runs):
         raise InputError("a run is given twice; expected each once")

@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     say(textwrap.fill(summary.caption, 100))
     # Transposed, one column a run: a terminal is too narrow for one row with ten facts.
     facts = summary.printed.copy()
-    # The summary leaves the model out, the widest cell of one row a run; transposed it has room.
+    # The summary leaves the model out, the widest cell of one row per run; transposed it has room.
     facts.insert(1, "model", summary.data["model"])
     facts = facts.set_index("run").T
     show_rows(

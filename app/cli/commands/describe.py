@@ -44,8 +44,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "allocated",
     )
     for name, highest, metavar, about in (
-        ("batch", 100_000, "B", "sequences a forward (default 8)"),
-        ("tokens", 2**20, "T", "tokens a sequence (default 256)"),
+        ("batch", 100_000, "B", "sequences per forward (default 8)"),
+        ("tokens", 2**20, "T", "tokens per sequence (default 256)"),
         ("processes", 10**6, "R", "processes that measure together (default 1)"),
         ("bandwidth", 10**9, "GB/S", "bytes that the machine of the training reads a second, for a time"),
         ("speed", 10**9, "GFLOP/S", "operations that it does a second, for a time"),

@@ -104,14 +104,14 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     for name, least, highest, default, metavar, about in (
         ("sequences", 1, 100_000, 8, "N", "sequences run (default 8)"),
         # The longest context that models of today are trained for, with room.
-        ("length", 2, 2**20, 256, "T", "tokens a sequence (default 256)"),
+        ("length", 2, 2**20, 256, "T", "tokens per sequence (default 256)"),
         (
             "batch",
             1,
             100_000,
             None,
             "B",
-            f"sequences a forward (default all in one; with --shard {SHARD_BATCH})",
+            f"sequences per forward (default all in one; with --shard {SHARD_BATCH})",
         ),
         (
             "keep",
@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The batches to run, one a forward; and of a shard the number of its first sequence and what the run says of it."""
+    """The batches to run, one per forward; and of a shard the number of its first sequence and what the run says of it."""
     if args.batch is None and args.shard is None:
         return batch, {}
     from depthscope.probes.checkpoints.text_batch import batches_of, shard_span

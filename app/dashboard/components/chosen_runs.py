@@ -17,7 +17,7 @@ CHOSEN_AT_FIRST = 3
 """All runs of a folder with so few are shown. A heuristic of ours."""
 
 MOST_RUNS = 30
-"""Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
+"""Runs on a page: with more, curves cannot be distinguished, and a first look takes minutes. A heuristic of ours."""
 
 MOST_NAMED = 5
 """Runs that are not here and are named."""

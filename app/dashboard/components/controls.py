@@ -22,14 +22,9 @@ __all__ = ["CONTROLS", "choose", "choose_section", "chosen_run"]
 class Control:
     """How one field of a selection is offered; its options are those of `CHOICES`.
 
-    Parameters
-    ----------
-    label : str
-        Above the control.
-    term : str
-        Of the glossary, for its tooltip.
-    words : mapping of str to str
-        Option → what is written on its button, where that differs.
+    ``label``: above the control.
+    ``term``: of the glossary, for its tooltip.
+    ``words``: option → what is written on its button, where that differs.
     """
 
     label: str
@@ -38,7 +33,7 @@ class Control:
 
 
 MOST_DEPTHS = 12
-"""Spectra in one figure: with more, lines cannot be told apart. A heuristic of ours."""
+"""Spectra in one figure: with more, lines cannot be distinguished. A heuristic of ours."""
 
 CONTROLS = {
     "scope": Control(

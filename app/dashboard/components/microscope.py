@@ -74,24 +74,14 @@ _component = component("panels", "plotly_page")
 class View:
     """What a visitor has chosen under the microscope.
 
-    Parameters
-    ----------
-    strips : tuple of str
-        Names of figures.
-    measure : str
-        A key of `TOKEN_MEASURES`.
-    sequence : int
-        Whose tokens are shown.
-    stream : str
-        ``mean`` or the number of a stream.
-    pin : int
-        The depth that is pinned.
-    other : int or None
-        The one that it is compared with.
-    whose : str
-        Whose H_res is shown, a key of `WHOSE`.
-    token : tuple of int or None
-        Sequence and position of the token that is marked.
+    ``strips``: names of figures.
+    ``measure``: a key of `TOKEN_MEASURES`.
+    ``sequence``: whose tokens are shown.
+    ``stream``: ``mean`` or the number of a stream.
+    ``pin``: the depth that is pinned.
+    ``other``: the one that it is compared with.
+    ``whose``: whose H_res is shown, a key of `WHOSE`.
+    ``token``: sequence and position of the token that is marked.
     """
 
     strips: tuple[str, ...]

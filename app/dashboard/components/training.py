@@ -67,22 +67,13 @@ _panels = component("panels", "plotly_page")
 class Shown:
     """What a visitor has chosen.
 
-    Parameters
-    ----------
-    measures : tuple of str
-        From top to bottom.
-    choice : mapping of str to str
-        Labels of their dims.
-    zoom : tuple of float or None
-        First and last step.
-    step, other : int or None
-        The step that is pinned, and the one that it is compared with; without a pin the last step is shown.
-    over : str
-        Of several runs: which number of the depths of a step is drawn, one of `OVER_ROWS`.
-    colours : mapping of str to int
-        Run to number of its colour.
-    group_of : mapping of str to str
-        Of several runs: the group of each, drawn as one band; empty for single runs.
+    ``measures``: from top to bottom.
+    ``choice``: labels of their dims.
+    ``zoom``: first and last step.
+    ``step``, ``other``: the step that is pinned, and the one that it is compared with; without a pin the last step is shown.
+    ``over``: of several runs: which number of the depths of a step is drawn, one of `OVER_ROWS`.
+    ``colours``: run to number of its colour.
+    ``group_of``: of several runs: the group of each, drawn as one band; empty for single runs.
     """
 
     measures: tuple[str, ...]

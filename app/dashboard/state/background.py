@@ -1,6 +1,6 @@
-"""How do runs get analysed and tested while a visitor looks at something else? By processes beside the server, one a core."""
+"""How do runs get analysed and tested while a visitor looks at something else? By worker processes, one per core."""
 
-# What they find is kept beside the runs (`kept_readings`): the server reads it from there, and never analyses itself.
+# What they find is saved next to the runs (`kept_readings`): the server reads it from there, and never analyses itself.
 
 from __future__ import annotations
 
@@ -42,10 +42,7 @@ class _Job:
 class Analyses:
     """Analyses and tests of runs by other processes; one for the server.
 
-    Parameters
-    ----------
-    most : int, optional
-        Processes at a time; as many as there are cores by default.
+    ``most``: processes at a time; as many as there are cores by default.
     """
 
     def __init__(self, most: int | None = None):

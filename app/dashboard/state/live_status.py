@@ -1,4 +1,4 @@
-"""Does a run still grow, and when was its last step? In words, and stale where steps are missing."""
+"""Does a run still grow, and when was its last step? As a phrase, which also says where steps are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the chosen runs differ by more than chance? Tests of small runs are made here, those of large ones beside the server."""
+"""Do the chosen runs differ by more than chance? Tests of small runs are made here, those of large ones in other processes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.experiments import RESULTS, beside
+from depthscope.diagnostics.experiments import RESULTS, result_path
 
 __all__ = ["LIMIT", "UnreadableRun", "read", "sentence", "version_of"]
 
@@ -34,8 +34,8 @@ class UnreadableRun:
 
 
 def version_of(path: Path) -> FileVersion:
-    """The version of a run, and of the results of experiments beside it, which are part of what is shown."""
-    return FileVersion.of(path, *(beside(path, what) for what in RESULTS))
+    """The version of a run, and of the results of experiments next to it, which are part of what is shown."""
+    return FileVersion.of(path, *(result_path(path, what) for what in RESULTS))
 
 
 def read(

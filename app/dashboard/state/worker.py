@@ -1,4 +1,4 @@
-"""What does a process beside the server do? It analyses and tests the runs that it is asked for, and keeps what it finds."""
+"""What does a worker process do? It analyses and tests the runs that it is asked for, and keeps what it finds."""
 
 from __future__ import annotations
 

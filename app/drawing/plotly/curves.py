@@ -36,7 +36,7 @@ def draw_lines(figure: Lines) -> go.Figure:
             _curve(
                 line,
                 look,
-                # Marks of many or long lines run into each other: about twelve of each tell them apart. Heuristics of ours.
+                # Marks of many or long lines run into each other: about twelve of each distinguish them. Heuristics of ours.
                 most_marks=0 if num_measured <= 4 and len(line.x) <= 40 else 12,
                 named=(num_measured > 1 or bool(laws)) and not crowded,
             )

@@ -20,7 +20,7 @@ from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE
 
 SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
-"""Of the bars, legible on white and on black; each bar has its words beside it."""
+"""Of the bars, legible on white and on black; each bar has its words next to it."""
 
 MARKED = "#EE6677"
 """Of what the visitor has marked."""

@@ -85,7 +85,7 @@ def _describe_line(line: Line, axis: str) -> str:
     if known.size == 0:
         return f"{line.label}: undefined everywhere."
     lowest, highest = known[np.argmin(line.y[known])], known[np.argmax(line.y[known])]
-    # Also a line with one known point: it has no first and last value to tell apart.
+    # Also a line with one known point: it has no first and last value to compare.
     if lowest == highest:
         return f"{line.label}: {number(line.y[lowest])} throughout."
 

@@ -51,7 +51,7 @@ class CurveFigure(FigureKind):
     component : str
         Label of one component, with braces for its number.
     thresholds : tuple of (float, str)
-        Values drawn as dotted lines, with their labels, beside the limits of the verdicts that judge the metric.
+        Values drawn as dotted lines, with their labels, in addition to the limits of the verdicts that judge the metric.
     scope : str
         Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
     around : str

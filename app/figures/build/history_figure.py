@@ -66,7 +66,7 @@ def row_names(measure: Measure) -> list[str]:
 def history_figure(
     history: TrainingHistory, name: str, choice: Mapping[str, str], span: tuple[float, float] | None = None
 ) -> Figure:
-    """A measure over steps: a curve, one for each element of matrices, or a map with a row a depth, connection or module.
+    """A measure over steps: a curve, one for each element of matrices, or a map with a row per depth, connection or module.
 
     ``span``: the steps from and to which it is shown; None for all.
     Returns: Where there are more steps than columns, each column has the extremes of its steps, and the caption says

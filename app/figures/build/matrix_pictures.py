@@ -42,7 +42,7 @@ def picture_figure(
     n = len(matrices[0])
     side = n + APART + SUM
     wide = side + APART
-    # With too many places one matrix stands for several: the last one, so that what comes of all is among them.
+    # With too many places one matrix is drawn for several: the last one, so that what comes of all is among them.
     every = -(-num_places // max(MOST_COLUMNS // wide, 1))
     shown = {round(place) // every: number for number, place in enumerate(places)}
     z = np.full((side, -(-num_places // every) * wide), np.nan)

@@ -119,7 +119,7 @@ spectral_gap = _streams(
     "spectral_gap",
     "Spectral gap of each connection",
     "1 − |λ₂|",
-    note="0 keeps the streams apart, 1 makes them equal at once.",
+    note="0 leaves the streams as different as they were, 1 makes them equal.",
 )
 dobrushin = _streams(
     "dobrushin",

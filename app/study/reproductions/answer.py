@@ -57,9 +57,9 @@ NUMBERS = (
     RunNumber("longest_same", "longest range of blocks whose states are the same"),
     RunNumber("turn", "angle between first and last state, degrees"),
     RunNumber("severity", "severity of the verdict same_representation"),
-    RunNumber("skip_later", "loss by leaving out the later half of the blocks, nats a byte"),
-    RunNumber("skip_same", "loss by leaving out the longest range, nats a byte"),
-    RunNumber("kept_bytes", "bytes kept for the backward of a token"),
+    RunNumber("skip_later", "loss by leaving out the later half of the blocks, nats per byte"),
+    RunNumber("skip_same", "loss by leaving out the longest range, nats per byte"),
+    RunNumber("kept_bytes", "bytes saved for the backward of a token"),
     RunNumber("seconds", "processor seconds"),
 )
 CURVES = (
@@ -164,7 +164,7 @@ def _left_out(model: nn.Module, length: int, blocks: int) -> dict[str, list[floa
 
 
 def _cost(model: nn.Module, length: int, left_out: Sequence[int]) -> float:
-    """The held-out loss without some blocks less that with all, in nats a byte; NaN of none."""
+    """The held-out loss without some blocks less that with all, in nats per byte; NaN of none."""
     if not left_out:
         return float("nan")
     base = held_out_loss(model, corpus(), length=length, windows=WINDOWS)
@@ -211,7 +211,7 @@ CLAIMS = (
         Claim(
             f"{title}: the later half of the blocks can be left out",
             "this project",
-            "rise of the loss in nats a byte",
+            "rise of the loss in nats per byte",
             partial(_main, name="skip_later", family=family),
             below=0.05,
         )
@@ -221,7 +221,7 @@ CLAIMS = (
         Claim(
             f"{FAMILIES[family]}: the loss is below that of a residual network of this size",
             source,
-            "held-out loss below the residual one's, in nats a byte,",
+            "held-out loss below the residual one's, in nats per byte,",
             lambda networks, family=family: networks.first_variant.between("loss", "residual", family),
             above=0.02,
         )

@@ -51,7 +51,7 @@ def _left_out(found: Measurements) -> Lines | None:
         if (curves := _curves(found, family, "skip_last"))
     ]
     caption = f"What the held-out loss gains when the last blocks are left out; {SEEDS}, {found.steps[0]} training steps."
-    return _lines("skipped", "last blocks left out", "loss gained, nats a byte", lines, caption)
+    return _lines("skipped", "last blocks left out", "loss gained, nats per byte", lines, caption)
 
 
 def _over_scale(found: Measurements) -> Lines | None:
@@ -64,7 +64,7 @@ def _over_scale(found: Measurements) -> Lines | None:
 
 def _loss_over_scale(found: Measurements) -> Lines | None:
     caption = f"Held-out loss against the same constant; {SEEDS}, {found.steps[0]} training steps."
-    return _doses(found, "scale_loss", "loss", "held-out loss, nats a byte", caption)
+    return _doses(found, "scale_loss", "loss", "held-out loss, nats per byte", caption)
 
 
 def _doses(found: Measurements, name: str, number: str, label: str, caption: str) -> Lines | None:
@@ -93,7 +93,7 @@ def _over_memory(found: Measurements) -> Lines | None:
         f"{found.steps[0]} training steps."
     )
     return _lines(
-        "memory", "kept for the backward, KiB a token", "held-out loss, nats a byte", lines, caption
+        "memory", "saved for the backward, KiB per token", "held-out loss, nats per byte", lines, caption
     )
 
 

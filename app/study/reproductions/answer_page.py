@@ -140,7 +140,7 @@ def _setting(found: Measurements) -> str:
         f"Five byte decoders that differ in how their layers are joined: {_listed(list(FAMILIES.values()))}. Each has "
         f"{settings['depth']} blocks of an attention and an MLP, width {settings['width']}, {settings['heads']} heads and, "
         f"where it has streams, {settings['streams']} of them, and is trained on Python's own documentation, "
-        f"{settings['batch']} × {settings['length']} bytes a step. States are those between blocks; of AttnRes, what the "
+        f"{settings['batch']} × {settings['length']} bytes per step. States are those between blocks; of AttnRes, what the "
         "first sublayer of a block reads. Two states are called the same where their debiased CKA is at least "
         f"{ALIKE:g} in each of four views: {_listed([title for _, title in VIEWS.values()])}. Intervals are 95 % over "
         f"seeds (Student's t).{done}"
@@ -212,7 +212,7 @@ def _depth(found: Measurements) -> str:
     if parts:
         told = f"States are the same from the one {_listed(parts)} networks on; in the others {none}"
     return (
-        f"{told}, and leaving out the later half of the blocks raises the held-out loss, in nats a byte, by "
+        f"{told}, and leaving out the later half of the blocks raises the held-out loss, in nats per byte, by "
         f"{_of_designs(found, 'skip_later', 2)}."
     )
 
@@ -230,7 +230,7 @@ def _cost(found: Measurements) -> str:
     which = f"that of {_listed(apart)} differs" if apart else "none can be said to differ"
     if not memory:
         return "There is no residual network to compare with yet."
-    loss = f"; of the losses {which} from the residual network's (in nats a byte: {told})" if told else ""
+    loss = f"; of the losses {which} from the residual network's (in nats per byte: {told})" if told else ""
     return (
         f"A forward keeps {_listed(memory)} what a residual network keeps of a token for its backward{loss}."
     )
@@ -265,7 +265,7 @@ def _designs(found: Measurements, steps: int) -> str:
         "CKA, first and last state": lambda family: _interval(found.mean("alike", family, steps=steps)),
         "the same after block": partial(_same_from, found, steps),
         "loss without the later half": lambda family: _signed(found.mean("skip_later", family, steps=steps)),
-        "kept, KiB a token": lambda family: _kibibytes(found.mean("kept_bytes", family, steps=steps)),
+        "kept, KiB per token": lambda family: _kibibytes(found.mean("kept_bytes", family, steps=steps)),
         "verdict": partial(_verdicts, found, steps),
     }
     families = [family for family in FAMILIES if found.of(family, steps=steps)]
@@ -274,7 +274,7 @@ def _designs(found: Measurements, steps: int) -> str:
 
 def _design_notes() -> str:
     return (
-        "*Loss* is in nats a byte. *The same after block*: every two states from the one after this block on; «none» where "
+        "*Loss* is in nats per byte. *The same after block*: every two states from the one after this block on; «none» where "
         "not even the last two. *Loss without the later half* is what is added to the loss where these blocks are left out. "
         "*Verdict* is `same_representation`, in how many networks."
     )
@@ -327,7 +327,7 @@ def _blocks(found: Measurements) -> str:
                 [title, *(f"{sum(values) / len(values):+#.2g}" for values in zip(*curves, strict=True))]
             )
     head = ["left out", *(f"block {number}" for number in range(len(rows[0]) - 1))] if rows else []
-    return "What the loss gains without one block, mean over seeds, in nats a byte:\n\n" + _grid(head, rows)
+    return "What the loss gains without one block, mean over seeds, in nats per byte:\n\n" + _grid(head, rows)
 
 
 def _doses(found: Measurements) -> str:

@@ -131,7 +131,7 @@ CLAIMS = (
         Claim(
             f"{FAMILIES[family]}: the loss is below that of a plain residual network at {{depth}} layers",
             _source(family),
-            "held-out loss below the residual one's, in nats a byte,",
+            "held-out loss below the residual one's, in nats per byte,",
             partial(Networks.between, name="loss", one="residual", other=family),
             above=LOWER_LOSS,
         )

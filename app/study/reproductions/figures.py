@@ -10,7 +10,7 @@ from depthscope.app.figures import Figure, Line, Lines
 from depthscope.app.study.reproductions.claims import by_variant, deepest
 from depthscope.app.study.reproductions.plan import Along, Row, RunNumber, Study
 
-LOSS = RunNumber("loss", "held-out loss, nats a byte")
+LOSS = RunNumber("loss", "held-out loss, nats per byte")
 
 
 def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:

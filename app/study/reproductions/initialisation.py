@@ -71,7 +71,7 @@ def measure(settings: Mapping[str, Any]) -> MeasuredCell:
 
 
 def _skipped(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
-    """What skipping one block costs, mean over the blocks of each half, in nats a byte; nothing costs less than nothing."""
+    """What skipping one block costs, mean over the blocks of each half, in nats per byte; nothing costs less than nothing."""
     effects = ablate(model, measured_batch(settings), "skip")
     cost = np.maximum(effects["loss_change"].values, 0)
     half = settings["depth"] // 2
@@ -181,7 +181,7 @@ CLAIMS = (
     Claim(
         "LayerNorm scaling learns better than Pre-LN at {depth} layers",
         SUN,
-        "held-out loss of Pre-LN less that with scaling, in nats a byte,",
+        "held-out loss of Pre-LN less that with scaling, in nats per byte,",
         lambda networks: networks.between("loss", "pre-ln", "ln-scaling"),
         above=0.02,
     ),

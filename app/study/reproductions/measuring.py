@@ -52,7 +52,7 @@ def train(
     ``settings``: of the cell: family, depth, seed, width, heads, streams, steps, batch, length.
     ``numbers``: each is stored as ``start_NAME`` and ``NAME``.
     ``build``: takes a family, a size and a seed.
-    Returns: With ``loss`` (held-out, nats a byte), ``start_loss``, and bytes kept for the backward of each token.
+    Returns: With ``loss`` (held-out, nats per byte), ``start_loss``, and bytes saved for the backward of each token.
     """
     learner = fresh(settings, build)
     model = learner.model

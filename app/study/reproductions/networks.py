@@ -39,7 +39,7 @@ class ByteDecoder(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> LanguageOutput:
         """Predict each next byte.
 
-        Returns: With a loss in nats a byte where there are labels.
+        Returns: With a loss in nats per byte where there are labels.
         """
         logits = self.head(self.norm(self.trunk(self.embedding(input_ids))))
         if labels is None:

@@ -27,8 +27,8 @@ TRAINED = (
     RunNumber("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
 )
 RESCUES = (
-    RunNumber("removed", "loss by removing a stream, nats a byte"),
-    RunNumber("removed_worst", "loss by removing the worst stream, nats a byte"),
+    RunNumber("removed", "loss by removing a stream, nats per byte"),
+    RunNumber("removed_worst", "loss by removing the worst stream, nats per byte"),
     RunNumber("restored_next", "restored when put back at the next state"),
     RunNumber("restored_half", "restored when put back half-way"),
     RunNumber("restored_last", "restored when put back at the last state"),
@@ -38,7 +38,7 @@ CURVES = (
     Along("restored_along", "share restored when put back at this depth"),
 )
 PAPER = "2603.14833"
-# A mean rise of the loss below this, in nats a byte, is no stream that is missed, and a share of it would be noise.
+# A mean rise of the loss below this, in nats per byte, is no stream that is missed, and a share of it would be noise.
 MISSED = 0.01
 
 
@@ -102,7 +102,7 @@ CLAIMS = (
             Claim(
                 f"{title}: a network of {{depth}} layers misses a stream that is removed at a quarter of the way",
                 PAPER,
-                "rise of the loss in nats a byte, mean of the streams,",
+                "rise of the loss in nats per byte, mean of the streams,",
                 partial(Networks.numbers, name="removed", family=family),
                 above=MISSED,
             ),
@@ -125,7 +125,7 @@ CLAIMS = (
     Claim(
         "mHC, which mixes its streams, misses one of them less than HC does",
         "this project",
-        "rise of the loss in HC less that in mHC, in nats a byte,",
+        "rise of the loss in HC less that in mHC, in nats per byte,",
         lambda networks: networks.between("removed", "hc", "mhc"),
         above=0.01,
     ),

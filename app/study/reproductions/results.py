@@ -33,12 +33,12 @@ def summary_text(study: Study, scale: Scale, rows: Sequence[Row], planned: int) 
     """What was and what was not reproduced, as Markdown; every sentence follows from the rows."""
     claims = study.claims(rows)
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     lines = [
         _mark(study),
         f"# {study.question}",
         "",
-        f"Of {len(claims)} claims tested at this scale: {told}.",
+        f"Of {len(claims)} claims tested at this scale: {counted}.",
     ]
     lines[-1] += f" {_scale_sentence(study, scale)}"
     if len(rows) < planned:

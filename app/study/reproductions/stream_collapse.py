@@ -130,7 +130,7 @@ CLAIMS = (
     Claim(
         "Breaking the symmetry at the start lowers the loss",
         PAPER,
-        "fall of the held-out loss in nats a byte",
+        "fall of the held-out loss in nats per byte",
         lambda networks: networks.between("loss", "alike", "broken"),
         above=0.02,
     ),

@@ -29,7 +29,7 @@ class PowerLaw(NamedTuple):
 def alpha_req_of(s: Array, *, first: int = 4, last: int | None = 100) -> PowerLaw:
     """Power-law exponent α of a spectrum: σ_i² ∝ i^(−α) over first ≤ i ≤ last, fitted with weights 1/i.
 
-    The range and the weights are those of the authors' code: equal steps of ln i count alike.
+    The range and the weights are those of the authors' code: equal steps of ln i have equal weight.
 
     Parameters
     ----------

@@ -20,18 +20,18 @@ EXACT = 1e-5
 # The limit from which the verdict on Sinkhorn fails: a larger error is no truncation but another constraint. Heuristic.
 TRUNCATED = 0.1
 
-# An error has to be this small against what separates the matrices from a I + b J, where rows and columns behave alike
+# An error has to be this small against what separates the matrices from a I + b J, where rows and columns behave the same
 # whatever is constrained: near its initial identity a free matrix has sums near 1 too. Heuristic.
 CLEAR = 0.1
 
-# Names of matrices that satisfy several constraints at once, so that none of them can be told.
+# Names of matrices that satisfy several constraints at once, so that none of them can be inferred.
 POINTS = ("zero", "identity", "all ones", "uniform", "permutation")
 
 SIGNED = "rows and columns sum to 1, with negative entries,"
 
 _AS_AT_START = {
-    "identity": "identity (as at initialisation), so nothing more can be told",
-    "uniform": "uniform, every weight 1/n (as zero logits give at initialisation), so nothing more can be told",
+    "identity": "identity (as at initialisation), so nothing more can be inferred",
+    "uniform": "uniform, every weight 1/n (as zero logits give at initialisation), so nothing more can be inferred",
     "zero": "zero: the next state keeps nothing of the streams",
     "all ones": "all ones: every stream becomes the sum of all of them",
     "permutation": "permutation: the streams change places and do not mix",
@@ -51,7 +51,7 @@ class Constraint:
     tolerance : float
         Up to which it counts as holding.
     trivial : bool
-        Whether the matrices are so special, as at initialisation, that several constraints hold and none can be told.
+        Whether the matrices are so special, as at initialisation, that several constraints hold and none can be inferred.
     also : tuple of str
         Further structure that the name does not imply: circulant, symmetric, a Kronecker product, rank 1.
     errors : mapping of str to float
@@ -72,9 +72,7 @@ class Constraint:
             return _AS_AT_START[self.name]
         words = "".join([self._base(), *(f", {structure}" for structure in self.also)])
         if self.trivial:
-            words += (
-                "; all weights off the diagonal are equal (as at initialisation), so nothing more can be told"
-            )
+            words += "; all weights off the diagonal are equal (as at initialisation), so nothing more can be inferred"
         return words
 
     def _base(self) -> str:
@@ -216,7 +214,7 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     >>> named_constraint([[[0.6, 0.3, 0.1], [0.1, 0.6, 0.3], [0.3, 0.1, 0.6]]]).words
     'doubly stochastic within 1e-16, circulant'
     >>> named_constraint([[1.0, 0.0], [0.0, 1.0]]).words
-    'identity (as at initialisation), so nothing more can be told'
+    'identity (as at initialisation), so nothing more can be inferred'
     """
     xp, p = square(p)
     if p.shape[-1] < 2:
@@ -244,7 +242,7 @@ def _departure(xp: Any, p: Array) -> float:
 def _expansion(xp: Any, p: Array) -> float:
     """How far the largest singular value of any matrix is above 1, or that of its longest row where this already is."""
     longest = float(xp.max(xp.sum(p * p, axis=-1))) ** 0.5
-    # No row is longer than the largest singular value: free matrices are told without a decomposition.
+    # No row is longer than the largest singular value: free matrices are recognised without a decomposition.
     largest = longest if longest > 1 + TRUNCATED else float(xp.max(xp.linalg.svdvals(p)))
     return max(largest - 1.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""How alike two representations of the same tokens are, and how alike unrelated ones would look."""
+"""How similar two representations of the same tokens are, and how similar unrelated ones would look."""
 
 from depthscope.diagnostics.kernels.similarity.canonical import pwcca, svcca
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, cka_null, hsic1, linear_cka

@@ -1,4 +1,4 @@
-"""How alike are two linear kernels? CKA, its two HSIC estimators, and what unrelated data would give.
+"""How similar are two linear kernels? CKA, its two HSIC estimators, and what unrelated data would give.
 
 Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
 """

@@ -35,12 +35,12 @@ class TrainingStopped(DepthscopeError, RuntimeError):
     """
 
     def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
-        told = (
+        sentence = (
             f"{findings[0].sentence} {findings[0].advice}"
             if findings
             else "the process that writes has a severe finding"
         )
-        super().__init__(f"step {step}: {told}".strip())
+        super().__init__(f"step {step}: {sentence}".strip())
         self.step, self.findings = step, findings
 
 

@@ -185,7 +185,7 @@ class Live:
         """The metrics of all rows by chain; empty where there is none."""
         if not self.rows:
             return {}
-        tokens = {"live": True, SAMPLED_TOKENS: self._session.live_tokens}
+        tokens = {"live": True, SAMPLED_TOKENS: self._session.scope.live_tokens}
         return histories(self.rows, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
 
 

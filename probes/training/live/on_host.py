@@ -21,10 +21,10 @@ def on_host(sums: Sequence[TokenSums]) -> list[TokenSums]:
         return list(sums)
     near: dict[int, torch.Tensor] = {}
     for kind in {(tensor.dtype, tensor.device) for tensor in far}:
-        alike = [tensor for tensor in far if (tensor.dtype, tensor.device) == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike]).cpu()
-        parts = flat.split([tensor.numel() for tensor in alike])
-        near |= {id(one): part.view(one.shape) for one, part in zip(alike, parts, strict=True)}
+        of_kind = [tensor for tensor in far if (tensor.dtype, tensor.device) == kind]
+        flat = torch.cat([tensor.reshape(-1) for tensor in of_kind]).cpu()
+        parts = flat.split([tensor.numel() for tensor in of_kind])
+        near |= {id(one): part.view(one.shape) for one, part in zip(of_kind, parts, strict=True)}
     return [_changed(chain, lambda tensor: near.get(id(tensor), tensor)) for chain in sums]
 
 

@@ -118,8 +118,8 @@ class Ranks:
         Raises CaptureError: In all processes, where settings differ; LostError where a process does not come.
         """
         self._channel = Channel(self.group, self._timeout)
-        told = self._channel.texts(json.dumps({"first_step": first_step, "settings": self._settings}))
-        every = [json.loads(text) for text in told]
+        reports = self._channel.texts(json.dumps({"first_step": first_step, "settings": self._settings}))
+        every = [json.loads(text) for text in reports]
         here = every[0]["settings"]
         for rank, other in enumerate(every):
             there = other["settings"]
@@ -266,8 +266,8 @@ class Ranks:
         same_layout = not header[9] or header[2] + header[3] == LARGEST
         if header[4] or not same_step or not same_layout:
             assert self._channel is not None
-            told = self._channel.texts(json.dumps({"step": step, "failure": failure, "facts": facts}))
-            raise CaptureError(self._difference([json.loads(text) for text in told]))
+            reports = self._channel.texts(json.dumps({"step": step, "failure": failure, "facts": facts}))
+            raise CaptureError(self._difference([json.loads(text) for text in reports]))
         if not header[9]:
             raise CaptureError("no process had a real token in it; nothing to measure")
         if header[10]:
@@ -276,20 +276,20 @@ class Ranks:
                 "steps from its first batch on are measured"
             )
 
-    def _difference(self, told: list[dict[str, Any]]) -> str:
+    def _difference(self, reports: list[dict[str, Any]]) -> str:
         """Which process could not measure, or what differs between two of them."""
         ranks = self.group.ranks
-        for rank, each in enumerate(told):
+        for rank, each in enumerate(reports):
             if each["failure"]:
                 return f"process {ranks[rank]} could not measure it: {each['failure']}"
-        steps = sorted({each["step"] for each in told})
+        steps = sorted({each["step"] for each in reports})
         if len(steps) > 1:
-            named = [f"process {ranks[rank]} is at step {each['step']}" for rank, each in enumerate(told)]
+            named = [f"process {ranks[rank]} is at step {each['step']}" for rank, each in enumerate(reports)]
             return f"{', '.join(named[:4])}: recorder.step() has to be called equally often in all processes"
-        with_data = [rank for rank, each in enumerate(told) if each["facts"]]
+        with_data = [rank for rank, each in enumerate(reports) if each["facts"]]
         first = with_data[0]
         for rank in with_data[1:]:
-            here, there = told[first]["facts"], told[rank]["facts"]
+            here, there = reports[first]["facts"], reports[rank]["facts"]
             parts = [
                 f"only process {ranks[of]} has {'; '.join(only[:NUM_SHOWN])}"
                 f"{f' and {len(only) - NUM_SHOWN} more' if len(only) > NUM_SHOWN else ''}"

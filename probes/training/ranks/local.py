@@ -36,10 +36,10 @@ def measured_here(
         _forget_shared_gradients(session, sums)
         sequences = sum(part.batch_size for part in parts)
         facts, share, vector = site_facts(session), 1.0, None
-        if session.shards is not None:
+        if session.scope.shards is not None:
             share = tokens / _whole_tokens(sums)
-            vector = parts_vector(partial_sequences(session), session.shards)
-            facts.append(f"sequences of which {len(session.shards.ranks)} processes have a part each")
+            vector = parts_vector(partial_sequences(session), session.scope.shards)
+            facts.append(f"sequences of which {len(session.scope.shards.ranks)} processes have a part each")
         return Measurement(sums, tokens, sequences, loss, loss_terms, facts, share, vector), ""
     except Exception as error:
         session.drop()
@@ -48,7 +48,7 @@ def measured_here(
 
 def partial_sequences(session: Session) -> list[Sequence]:
     """The sampled sequences of which this process has a part only, in an order that all processes share."""
-    stored = session.reservoir.stored
+    stored = session.step.reservoir.stored
     return [stored[slot] for slot in sorted(stored) if stored[slot].part is not None]
 
 

@@ -17,7 +17,7 @@ from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.dashboard.state.run_library import read_run
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.diagnostics import save_run
-from depthscope.diagnostics.experiments import beside, save_result
+from depthscope.diagnostics.experiments import result_path, save_result
 from tests.app.dashboard.opening import charts, open_page, words
 
 SUFFIXES = (".nc", ".zarr")
@@ -69,7 +69,7 @@ def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
     assert before.results == {}
     depths = xr.DataArray(np.full((1, 1, 2, 3), 1.0), dims=("lens", "stream", "sample", "token"))
     lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(3)})
-    save_result(lens, beside(root / "a.nc", "lens"))
+    save_result(lens, result_path(root / "a.nc", "lens"))
     (after,) = read_run("a")
     assert set(after.results) == {"lens"}
 

@@ -153,7 +153,7 @@ def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
     pooled = FIGURES["effective_rank"].build({"plain": plain}, scope="data")
     real = int(plain["num_tokens"].sel(scope="data", tokens="all").max())
     assert f"N = {real} tokens." in pooled.caption
-    assert "tokens a sequence" in within.caption
+    assert "tokens per sequence" in within.caption
     assert pooled.caption.startswith("Over the tokens of all sequences pooled")
 
 
@@ -401,7 +401,7 @@ def test_a_null_that_is_one_number_is_told(plain):
 
 def test_a_null_is_told_in_the_words_of_its_declaration(mixed):
     caption = FIGURES["effective_path_depth"].build({"mhc": mixed}).caption
-    assert "the baseline, (k + 1)/2: a plain residual network reads all earlier outputs alike." in caption
+    assert "the baseline, (k + 1)/2: a plain residual network reads all earlier outputs equally." in caption
 
 
 def test_a_sample_that_is_too_small_is_told(plain):

@@ -72,7 +72,7 @@ def test_only_runs_whose_next_state_was_recomputed_are_said_to_be(readings):
     assert "recomputed" not in text_of(readings[:1])
     assert "of the run the next state" in text_of(readings[1:])
     open_run = with_attrs(readings[1], orientation="ambiguous")
-    assert "fit H_res and its transpose alike" in text_of([readings[0], open_run])
+    assert "fit H_res and its transpose equally well" in text_of([readings[0], open_run])
     assert "transpose" not in text
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
 from depthscope.diagnostics import Finding, Severity
-from depthscope.diagnostics.experiments import beside, result_for, results_beside, save_result
+from depthscope.diagnostics.experiments import result_for, result_path, results_beside, save_result
 
 IDLE = Finding(
     verdict="idle_layer", severity=Severity.WARN, sentence="Nothing.", metric="angular_distance", value=0.0,
@@ -46,7 +46,7 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
     (card,) = cards_of(reading)
     assert card.experiment == f"depthscope ablate '{path}' --do bypass --depths 2-3"
     assert card.result == ""
-    save_result(result().assign_attrs(kind_of_file="depthscope experiments"), beside(path, "ablate"))
+    save_result(result().assign_attrs(kind_of_file="depthscope experiments"), result_path(path, "ablate"))
     (card,) = cards_of(replace(reading, results=results_beside(path, None)))
     assert "loss +0.01 nats" in card.result
 
@@ -55,16 +55,16 @@ def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
     path = tmp_path / "a.nc"
     depths = xr.DataArray(np.full((1, 1, 2, 3), 4.0), dims=("lens", "stream", "sample", "token"))
     lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(7)})
-    save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), beside(path, "lens"))
+    save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), result_path(path, "lens"))
     same = replace(IDLE, verdict="same_representation")
     (card,) = cards_of(Reading("a", {}, xr.Dataset(), (same,), results=results_beside(path, None)))
-    assert card.result == "by the logit lens the prediction stands from depth 4.0 of 6 on"
+    assert card.result == "by the logit lens the prediction no longer changes from depth 4.0 of 6 on"
 
 
 def test_a_file_of_somebody_else_in_its_place_is_passed_over(tmp_path):
     path = tmp_path / "a.nc"
-    beside(path, "ablate").write_bytes(b"not a result")
+    result_path(path, "ablate").write_bytes(b"not a result")
     assert results_beside(path, None) == {}
-    save_result(result().assign_attrs(weights_digest="sha256:1"), path=beside(path, "lens"))
+    save_result(result().assign_attrs(weights_digest="sha256:1"), path=result_path(path, "lens"))
     assert set(results_beside(path, "sha256:1")) == {"lens"}
     assert results_beside(path, "sha256:2") == {}

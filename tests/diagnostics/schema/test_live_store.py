@@ -253,7 +253,7 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
                     "statistics/x": {"dims": ["depth"], "shape": [1 << 40], "dtype": "<f8", "attrs": {}}
                 }
             },
-            "has 8796093022208 bytes a row",
+            "has 8796093022208 bytes per row",
         ),
         (
             {"variables": {"statistics/x": {"dims": ["step"], "shape": [1], "dtype": "<f8", "attrs": {}}}},
@@ -303,7 +303,7 @@ def test_a_declared_size_without_rows_takes_no_memory(one_step, tmp_path):
     known = payloads(log.read_bytes())
     log.write_bytes(chained([*known, (live_store_frames.DECLARE, json.dumps(frame).encode())]))
     for door in DOORS:
-        with pytest.raises(schema.SchemaError, match=r"statistics/x has 549755813888 bytes a row"):
+        with pytest.raises(schema.SchemaError, match=r"statistics/x has 549755813888 bytes per row"):
             door(tmp_path / "a")
     # Of a size that a row may have, with rows that have none of it.
     frame["variables"]["statistics/x"]["shape"] = [25 << 20]

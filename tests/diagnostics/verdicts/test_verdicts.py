@@ -656,11 +656,19 @@ def lens_result(depths, last):
 @pytest.mark.parametrize(
     ("depths", "severity", "words"),
     [
-        ([2.0, 3.0, 2.5], Severity.FAIL, "the prediction stands from depth 2.5 on: the range changes no"),
+        (
+            [2.0, 3.0, 2.5],
+            Severity.FAIL,
+            "the prediction no longer changes from depth 2.5 on: the range changes no",
+        ),
         ([10.0, 10.5, 11.0], Severity.WARN, "stands from depth 10.5 on: within this range it still changes"),
         # Its interval, 7.5 ± 4.3, reaches into the first half of the range: nothing is excused.
-        ([5.5, 7.5, 9.5], Severity.FAIL, "the prediction stands from depth 7.5 on."),
-        ([11.0], Severity.FAIL, "the prediction stands from depth 11 on."),  # one sequence has no interval
+        ([5.5, 7.5, 9.5], Severity.FAIL, "the prediction no longer changes from depth 7.5 on."),
+        (
+            [11.0],
+            Severity.FAIL,
+            "the prediction no longer changes from depth 11 on.",
+        ),  # one sequence has no interval
         ([np.nan], Severity.FAIL, ""),  # no depth reads the output's prediction
     ],
 )

@@ -206,7 +206,7 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
         LocalStreams().eval(), ids(), ["skip", "identity"], token_text=[["a"] * 9] * 4
     )
     ds.save_run(ds.capture(LocalStreams().eval(), ids()), tmp_path / "a.nc")
-    place = experiments.save_result(result, experiments.beside(tmp_path / "a.nc", "ablate"))
+    place = experiments.save_result(result, experiments.result_path(tmp_path / "a.nc", "ablate"))
     assert place.name == "a.ablate.h5"
     assert list(list_runs(tmp_path)) == ["a"]  # it is no run
     again = experiments.open_result(place)

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from torch.autograd.functional import jacobian as dense_jacobian
 
-from depthscope.diagnostics.experiments import beside, jacobian_rows, open_result, results_beside, save_result
+from depthscope.diagnostics.experiments import (
+    jacobian_rows,
+    open_result,
+    result_path,
+    results_beside,
+    save_result,
+)
 from depthscope.probes.jacobian import jacobians_by_depth
 from tests.models.plain_stack import Stack
 
@@ -61,7 +67,7 @@ def test_an_isometry_has_mean_one_and_no_variance():
 
 def test_a_result_of_other_weights_or_another_text_is_no_result_of_the_run(measured, tmp_path):
     found = measured[2].assign_attrs(weights_digest="sha256:1", data_digest="sha256:2")
-    place = save_result(found, beside(tmp_path / "a.nc", "jacobian"))
+    place = save_result(found, result_path(tmp_path / "a.nc", "jacobian"))
     assert place.name == "a.jacobian.h5"
     np.testing.assert_array_equal(open_result(place).singular_value, found.singular_value)
     assert set(results_beside(tmp_path / "a.nc", "sha256:1", "sha256:2")) == {"jacobian"}

@@ -73,7 +73,7 @@ def test_sequences_numbered_alike_add_their_moments_only():
     np.testing.assert_allclose(
         merged.statistics.eigenvalue / top, single.statistics.eigenvalue / top, atol=1e-6
     )
-    assert "number their sequences alike" in merged.attrs["merged_without"]
+    assert "use the same sequence numbers" in merged.attrs["merged_without"]
     assert "hsic" not in merged.statistics
 
 

@@ -13,7 +13,7 @@ from depthscope.probes.run.shards import SHARD
 from depthscope.probes.session.reservoir import Reservoir, rank_in_sample
 from tests.models.small_models import deepseek, llama
 
-SIZE = 3  # sequences a forward
+SIZE = 3  # sequences per forward
 CUTS = ((0, 1), (1, 3), (3, 5))  # forwards of each part
 # A part keeps more sequences than it has among those of the whole: their proofs and their attention count too.
 OF_MORE_SEQUENCES = {

@@ -448,7 +448,9 @@ def _close(world: World, each: Followed) -> None:
     each.recorder.close()
     each.recorder.close()  # twice is fine
     _check_rows(world, each)
-    for step in set(range(0, each.recorder.position, each.every)) - {row.step for row in each.recorder._rows}:
+    for step in set(range(0, each.recorder.position, each.every)) - {
+        row.step for row in each.recorder._measured.rows
+    }:
         said = [str(warning.message) for warning in world.caught]
         ranges = [re.match(r"steps (\d+) to (\d+) were not measured", each) for each in said]
         together = any(int(found[1]) <= step <= int(found[2]) for found in ranges if found)
@@ -465,7 +467,7 @@ def _check_rows(world: World, each: Followed) -> None:
             return  # what a hook adds to the streams is in no connection: such a capture is refused as a whole
         if not isinstance(error, probes.CaptureError):
             world.failures.append(("run", f"{type(error).__name__}: {error}"))
-        elif each.recorder._rows:
+        elif each.recorder._measured.rows:
             world.failures.append(("lost", str(error)))
         return
     _compare_rows(world, each, run)

@@ -124,7 +124,7 @@ def test_without_its_name_a_loop_looks_at_few_sequences_or_says_what_it_would_co
             recorder.step()
             optimizer.step()
     assert recorder.run.statistics["attention_query_count"][1:].isnull().all()
-    assert any(f"{H * 3 * T} attention weights a query" in why for why in rows(recorder.run)["why"])
+    assert any(f"{H * 3 * T} attention weights per query" in why for why in rows(recorder.run)["why"])
 
 
 def loop(net, parts):

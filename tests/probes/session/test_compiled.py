@@ -341,7 +341,7 @@ def test_states_inside_of_compiled_blocks_are_summed_in_their_own_code_without_a
         found.append(recorder)
     compiled, plain = found
     assert not torch._dynamo.utils.counters["graph_break"]
-    in_graph = compiled._session._in_graph
+    in_graph = compiled._session.compiled.in_graph
     assert [len(graph.wanted.places) for _, graph in in_graph._graphs] == [1]
     for name in ("norm_sum", "square_norm_sum", "adjacent_cosine_sum", "gradient_square_norm_sum"):
         # The compiler's kernels add in another order.

@@ -249,7 +249,7 @@ def test_gradients_of_several_reentrant_forwards_are_not_mixed_up():
         losses = [model(ids).square().mean() for ids in (IDS, IDS.flip(0))]
         for loss in losses:
             loss.backward()
-        with pytest.warns(probes.ProbeWarning, match="cannot be told apart"):
+        with pytest.warns(probes.ProbeWarning, match="cannot be distinguished"):
             recorder.step()
         train(model)
         recorder.step()

@@ -144,7 +144,7 @@ def test_a_reason_that_lasts_is_told_three_times_and_then_together(models):
         train()
     told = [str(warning.message) for warning in said]
     assert all(f"step {step} was not measured" in told[step] for step in range(3))
-    assert "told together" in told[2]
+    assert "reported together" in told[2]
     assert told[3:] == ["steps 3 to 5 were not measured for the same reason (3 of them)"]
     assert recorder.measured_steps == [6]
 

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,8 @@ def trained(model, steps, *, counts=None, rate=0.0, reduction="mean", store=None
     } | options
     recorder = probes.record(model, loss_reduction=reduction, optimizer=optimizer, store=store, **options)
     # One process alone adds the tokens of a block, and its gradients, in float32.
-    recorder._session._exact_sums = True
+    session = recorder._session
+    session.scope = session.first.scope = replace(session.scope, exact_sums=True)
     with recorder:
         for step in range(steps):
             parts = batches(counts[step], seed=step)
@@ -311,7 +313,10 @@ def compiled_pairs(kind, ways, steps, counts, *, lost=(), **options):
             way,
             told,
         )
-        assert together._session._in_graph.plan is not None, (way, together._session._in_graph.failed)
+        assert together._session.compiled.in_graph.plan is not None, (
+            way,
+            together._session.compiled.in_graph.failed,
+        )
         if dist.get_rank() == 0:
             one = trained(make(), steps, group="none", **options)
             rows = [step for step in range(steps) if step not in lost]

@@ -1,0 +1,256 @@
+"""What a measured step adds to a run: a row of statistics, pooled sums, and a live row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xarray as xr
+
+from depthscope.diagnostics.quantities.losses import LossCourse
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.loss_graph import mean_task
+from depthscope.probes.run.build_run import Proven, build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.session import Session
+from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.row_sums import RowSums
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.training.live.live import Live
+from depthscope.probes.training.notices import Notices
+from depthscope.probes.training.ranks.exchange import Ranks
+from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
+from depthscope.probes.training.ranks.sequence_parts import put_together
+from depthscope.probes.training.step_sums import (
+    PooledSums,
+    added_up,
+    finite_gradients,
+    make_gradients_undefined,
+)
+
+
+class MeasuredSteps:
+    """The measured steps of a recorder.
+
+    ``earlier_losses``: of the steps before the first one.
+    ``attrs``, ``token_text``: as in `probes.capture`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        notices: Notices,
+        earlier_losses: list[float],
+        *,
+        attrs: Mapping[str, Any],
+        token_text: Any,
+        weights: WeightUpdates | None,
+        scale: LossScale,
+        live: Live | None,
+        ranks: Ranks | None,
+    ):
+        self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
+        self.weights, self._scale, self.live, self.ranks = weights, scale, live, ranks
+        self.rows: list[StepStatistics] = []
+        self.overflowed: list[int] = []
+        self.trained = False  # whether the last measured step was one of a training
+        self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
+        self._sampled_step = 0  # the step of the raw sequences
+        self._undefined_said = False  # that several backwards through one forward leave no gradients
+        self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
+        self._pooled = PooledSums()
+        self._course = LossCourse(earlier_losses)
+
+    def build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
+        """The run of some rows."""
+        # The step of the raw sequences: an analysis of them is labelled with it.
+        attrs = {"step": self._sampled_step, **self.noted(), **self._attrs}
+        return build_run(
+            self._session,
+            rows,
+            self._pooled.sums,
+            attrs=attrs,
+            token_text=self._token_text,
+            proven=proven,
+            metrics=None if self.live is None else self.live.datasets(),
+        )
+
+    def noted(self) -> dict[str, Any]:
+        """What is known of all measured steps together."""
+        attrs: dict[str, Any] = {} if self.ranks is None else dict(self.ranks.attrs)
+        if task := mean_task([self._task], self.rows[-1].loss if self.rows else None):
+            attrs["task"] = task
+        if self.overflowed:
+            attrs["overflowed_steps"] = list(self.overflowed)
+        if missing := self._without_connections:
+            attrs["without_connections"] = {
+                "steps": list(missing),
+                "why": list(dict.fromkeys(missing.values())),
+            }
+        last = next((row.weights for row in reversed(self.rows) if row.weights is not None), None)
+        if last is not None and last.skipped:
+            attrs["weights_skipped"] = dict(last.skipped)
+        return attrs
+
+    def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> bool:
+        """End a step that was measured.
+
+        Returns: Whether it has a row; of several processes only the first one has.
+        """
+        # First of all: hooks and copies end with the step, whatever fails below.
+        cut_short = self._session.detach()
+        weights, scale = self._weight_norms(step), self._scale.end()
+        if cut_short:
+            self._say(
+                f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {step} did, and count to no step"
+            )
+        value = self._loss_value(step, loss)
+        if self.ranks is not None:
+            together = self._of_all_processes(step, self.ranks, value, loss_terms, weights)
+            if together is None:
+                return False
+            parts, value, weights = together
+        else:
+            self._session.raise_first_error()
+            parts = self._session.fold()
+            if not num_tokens(parts):
+                raise CaptureError("no batch of it had a real token; nothing to measure")
+        self.trained = self._session.step.trains
+        self._say_undefined_gradients(step)
+        self._say_missing_connections(step)
+        complete = added_up(parts)
+        sums = self._pool(parts, complete)
+        # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
+        overflowed = scale is not None and (
+            (weights is not None and weights.overflowed) or not finite_gradients(sums)
+        )
+        if overflowed:
+            self.overflowed.append(step)
+            self._say(
+                f"gradients of step {step} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
+                "the forward's numbers are valid"
+            )
+            make_gradients_undefined(sums)
+            weights = None if weights is None else weights.without_gradient()
+        sequences = sum(part.batch_size for part in parts)
+        # The numbers of the forward are right even where the gradients overflowed, so the row stays.
+        rows = [RowSums(chain) for chain in sums]
+        row = StepStatistics(step, rows, sequences, value, weights, scale, self._course.add(value))
+        self.rows.append(row)
+        if self.live is not None:
+            self._measure_live(self.live, complete, row, overflowed)
+        return True
+
+    def _say_undefined_gradients(self, step: int) -> None:
+        """Say once where the gradients of the present step are undefined, which their forwards tell."""
+        if self._undefined_said or not self._session.step.gradients_undefined:
+            return
+        self._undefined_said = True
+        self._say(
+            f"gradients are NaN in the row of step {step}, and in others like it: several backwards went through "
+            "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
+            "record with max_sequences of at least the batch"
+        )
+
+    def _say_missing_connections(self, step: int) -> None:
+        """Say where the connections of the present step were not read: the rest of it is in its row."""
+        why = self._session.step.without_connections
+        if not why:
+            self._sampled_step = step
+            return
+        if why not in self._without_connections.values():
+            self._say(
+                f"step {step} was measured without its connections, and so is every further step for which this "
+                f"holds (the attribute without_connections names them): {why}"
+            )
+        self._without_connections[step] = why
+
+    def _of_all_processes(
+        self,
+        step: int,
+        ranks: Ranks,
+        loss: float | None,
+        loss_terms: float | None,
+        weights: WeightNorms | None,
+    ) -> tuple[list[Measured], float | None, WeightNorms | None] | None:
+        """What all processes measured in the present step; None where this one does not write."""
+        local, failure = measured_here(self._session, loss, loss_terms)
+        num_modules = 0 if self.weights is None else self.weights.num_modules
+        sequences = partial_sequences(self._session)
+        try:
+            together = ranks.exchange(step, local, weights, num_modules, failure)
+            if together is not None and sequences and ranks.shards is not None:
+                if together[0].parts is None:
+                    raise CaptureError(
+                        "the process that writes has no part of the sequences that others share"
+                    )
+                put_together(sequences, together[0].parts, len(ranks.shards.ranks))
+        except BaseException:
+            if sequences:
+                self._session.step.reservoir.forget()  # they stay parts
+            raise
+        for sequence in sequences:
+            sequence.part = None  # in the other processes too: nobody asks for it again
+        if together is None:
+            return None
+        added, weights = together
+        stamp = self._session.step.stamp(self._session.model)
+        return [Measured(stamp, round(added.sequences), added.sums)], added.loss, weights
+
+    def _measure_live(
+        self,
+        live: Live,
+        complete: list[TokenSums],
+        measured: StepStatistics,
+        overflowed: bool,
+    ) -> None:
+        """Add the live row of the present step; where it cannot be computed, the step has its statistics alone."""
+
+        def first_run() -> xr.DataTree:
+            return build_run(self._session, self.rows, self._pooled.sums, digests=False)
+
+        try:
+            row = live.measure(complete, measured, first_run, overflowed=overflowed)
+        except Exception as error:
+            self._say(f"the live metrics of step {measured.step} were not computed: {error}", error)
+            return
+        live.note_task(mean_task([self._task], measured.loss))
+        live.tell(row, self._say)
+
+    def _loss_value(self, step: int, loss: float | torch.Tensor | None) -> float | None:
+        """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
+        self._task = self._session.step.loss.task
+        if loss is None:
+            return self._session.step.loss.value()
+        try:
+            return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            self._say(
+                f"the loss of step {step} was not stored: a {type(loss).__name__} {shape} came; expected one number",
+                error,
+            )
+            return None
+
+    def _pool(self, parts: list[Measured], complete: list[TokenSums]) -> list[TokenSums]:
+        """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
+        row = [chain.compact() for chain in complete]
+        for part in parts:
+            for chain in part.sums:
+                chain.live = None  # of this step alone, and as large as its number of tokens
+        if self._session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
+            return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
+        self._pooled.add(parts)
+        return row
+
+    def _weight_norms(self, step: int) -> WeightNorms | None:
+        if self.weights is None:
+            return None
+        try:
+            return self.weights.end()
+        except Exception as error:
+            self._say(f"the weights of step {step} were not measured: {error}", error)
+            return None
