@@ -21,6 +21,7 @@ from depthscope.probes.reading.memory import (
     Memory,
     Start,
     start_of,
+    start_that_grows,
     start_with_streams,
     without_forks,
     without_inner,
@@ -44,6 +45,7 @@ from depthscope.probes.reading.operations import (
     weights_in,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.states import feature_axis
 from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
@@ -62,6 +64,11 @@ class Ranked:
     size: int = (
         0  # of its first value, without what an earlier memory only has there several times, as streams
     )
+
+    @property
+    def grows(self) -> bool:
+        """Whether features are joined to it, instead of added."""
+        return self.memory.start.grows is not None
 
     @property
     def rank(self) -> tuple[object, ...]:
@@ -310,11 +317,14 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
+        *_that_grow(found),
     ):
         memory = without_forks(graph, start)
         found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
+    sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
+    found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
     for of in found:
         root = of.memory.root
         earlier = [other.memory for other in found if other.memory.root is not root]
@@ -345,6 +355,22 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
     return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+
+
+def _that_grow(ranked: Sequence[Ranked]) -> list[Start]:
+    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
+    found: dict[TracedValue, Start] = {}
+    for memory in (of.memory for of in ranked):
+        for read, join in memory.leaves:
+            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
+                continue
+            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
+            others = [piece for piece in addends(join) if not memory.holds(piece)]
+            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
+                continue
+            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
+                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
+    return list(found.values())
 
 
 def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:

@@ -57,6 +57,8 @@ CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
 def only_moves(value: TracedValue) -> bool:
     """Whether an operation gives the elements of what it takes, elsewhere or as they are."""
+    if value.name == "cat":  # of a single tensor
+        return [parent.numel for parent in value.parents] == [value.numel]
     return value.name in SAME or value.name in MOVES
 
 

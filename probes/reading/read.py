@@ -17,7 +17,7 @@ from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -318,6 +318,7 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
+            grows=self.memory.start.grows is not None,
             casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
         )
         self._before = replace(found, connections=())
@@ -334,6 +335,7 @@ class _Reader:
 
     def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
         sites = labels(self.names, cuts)
+        cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
@@ -341,7 +343,7 @@ class _Reader:
             carried = tuple(self.memory.carried[value.number] for value in cut)
             path = self.graph.path(cut[-1])
             found.append(
-                StateReading(layer, site, path, places, numbers, carried, partial(self.states.array, cut))
+                StateReading(layer, site, path, places, numbers, carried, partial(self.states.held, cut))
             )
         return found
 

@@ -70,7 +70,7 @@ OTHERWISE = {
     ("right", "-", "unproven"): (
         "tokens merged between blocks",
     ),
-    ("refused", "unproven, states off", "unproven, states off"): (
+    ("right", "-", "unproven, states off"): (
         "DenseNet",
     ),
 }  # fmt: skip

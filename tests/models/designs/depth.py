@@ -640,7 +640,7 @@ class Injected(DepthModel):
 
 
 class DenseConcat(DepthModel):
-    """Every layer's output is appended to the features (DenseNet): the state grows, and nothing is added."""
+    """Every layer's output is appended to the features (DenseNet): the state grows."""
 
     def build(self):
         self.layers = nn.ModuleList(nn.Linear(WIDTH + 8 * number, 8) for number in range(4))
@@ -691,5 +691,5 @@ DEPTH_DESIGNS = (
     Design("value residual", ValueResidual),
     Design("reversible", Reversible),
     Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True, family=""),
+    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True),
 )
