@@ -135,15 +135,13 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
 
 
 def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if some branches of it only move these, as `roll` does."""
-    memory, graph = best.memory, best.memory.graph
-    finer = (of for of in ranked if of.memory.root is memory.root and of.memory.count < memory.count)
-    for of in finer:
-        one_stream = (branch.source.numel == of.memory.count for branch in branches_of(of.memory))
-        if of.share >= best.share and all(one_stream):
-            sources = (branch.source for branch in branches_of(memory))
-            works = all(weights_in(graph, graph.earlier([source], memory.carried)) for source in sources)
-            return best if works else of
+    """The memory; that with streams of the same first value, if some branches of it only move or mix these."""
+    memory = best.memory
+    for of in ranked:
+        is_finer = of.memory.root is memory.root and of.memory.count < memory.count
+        if is_finer and of.share >= best.share:
+            if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
+                return of
     return best
 
 
