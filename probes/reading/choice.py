@@ -193,10 +193,11 @@ def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
 
 
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
-    """Whether one of two memories lies inside of a branch of the other one."""
+    """Whether all that is added to one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
-        if graph.depends(inner.root, outer.root) and any(
-            graph.depends(b.source, inner.end) for b in branches
+        first = graph.values[min(inner.writes.keys() & inner.trunk)]
+        if graph.depends(first, outer.root) and any(
+            graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
         ):
             return True
     return False
