@@ -100,7 +100,7 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_moved_streams(_within_long_skip(graph, ranked), ranked).memory
+    best = _with_moved_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
@@ -131,6 +131,18 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
             inner = other.memory, branches_of(other.memory)
             if inner[1] and _nested(graph, inner, outer):
                 return other
+    return best
+
+
+def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; an earlier one to which all is added in the same sums, if the first value is computed in a branch of that."""
+    root, trunk = best.memory.root, best.memory.trunk
+    for of in ranked:
+        memory = of.memory
+        writes = memory.writes.keys() & memory.trunk
+        begins_before = memory.graph.depends(root, memory.root) and not memory.holds(root)
+        if begins_before and len(writes) > 1 and writes <= trunk and of.share >= best.share:
+            return of
     return best
 
 

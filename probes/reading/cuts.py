@@ -42,7 +42,10 @@ def cuts_of(
     aged = _long_lived(cuts)
     least = sizes[-1]
     returns = sizes.count(least) > 2 and _widens_in_blocks(cuts, sizes, branches, layers)
-    if returns and not any(first < len(cuts) // 2 for first in aged.values()):
+    states = [value.number for cut, size in zip(cuts, sizes, strict=True) if size == least for value in cut]
+    if returns and not any(
+        first < len(cuts) // 2 and states.count(number) > 1 for number, first in aged.items()
+    ):
         # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
         inner = _inner(memory, cuts, sizes)
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
