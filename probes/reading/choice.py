@@ -45,7 +45,7 @@ from depthscope.probes.reading.operations import (
     weights_in,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
-from depthscope.probes.reading.states import feature_axis
+from depthscope.probes.reading.states import feature_axis, has_feature_axis
 from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
@@ -331,7 +331,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         *_that_grow(found),
     ):
         memory = without_forks(graph, start)
-        found.append(Ranked(memory, _used(memory)))
+        if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
+            found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)

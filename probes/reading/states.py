@@ -164,11 +164,27 @@ class States:
         return found
 
 
+def has_feature_axis(memory: Memory) -> bool:
+    """Whether the features of a memory lie along an axis of its first value."""
+    votes, others = _votes(memory)
+    return any(votes) or not others
+
+
 def feature_axis(memory: Memory) -> int:
     """Which axis of the memory's first value are the features: that along which weights contract it or norms go.
 
     Raises ReadingError: Where these go along something else than an axis.
     """
+    votes, others = _votes(memory)
+    if others and not any(votes):
+        path = memory.graph.path(memory.root) or "the model"
+        raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
+    usual = 1 if memory.root.name == "convolution" and not any(votes) else len(votes) - 1
+    return max(range(len(votes)), key=lambda dim: (votes[dim], dim == usual, dim))
+
+
+def _votes(memory: Memory) -> tuple[list[int], int]:
+    """How often each axis of a memory's first value is taken for the features, and how often something else is."""
     strides = [math.prod(memory.shape[dim + 1 :]) for dim in range(len(memory.shape))]
     votes, others = [0] * len(strides), 0
     for value, taker in memory.leaves:
@@ -181,11 +197,7 @@ def feature_axis(memory: Memory) -> int:
         others += not fitting
         for dim in fitting:
             votes[dim] += 2 if most <= memory.shape[dim] else 1  # what has more is several axes in one
-    if others and not any(votes):
-        path = memory.graph.path(memory.root) or "the model"
-        raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
-    usual = 1 if memory.root.name == "convolution" and not any(votes) else len(votes) - 1
-    return max(range(len(votes)), key=lambda dim: (votes[dim], dim == usual, dim))
+    return votes, others
 
 
 def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue) -> int | None:

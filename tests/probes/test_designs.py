@@ -71,7 +71,7 @@ OTHERWISE = {
         "tokens merged between blocks",
     ),
     ("right", "-", "unproven, states off"): (
-        "DenseNet",
+        "DenseNet", "Runge-Kutta steps",
     ),
 }  # fmt: skip
 
