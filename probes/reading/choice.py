@@ -42,7 +42,6 @@ from depthscope.probes.reading.operations import (
     is_unknown,
     named,
     weights,
-    weights_in,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import feature_axis, has_feature_axis
@@ -135,7 +134,7 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
 
 
 def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; an earlier one to which all is added in the same sums, if the first value is computed in a branch of that."""
+    """The memory; an earlier one to which the same sums add, if the first value is computed in a branch of that."""
     root, trunk = best.memory.root, best.memory.trunk
     for of in ranked:
         memory = of.memory
@@ -151,9 +150,10 @@ def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     memory = best.memory
     for of in ranked:
         is_finer = of.memory.root is memory.root and of.memory.count < memory.count
-        if is_finer and of.share >= best.share:
-            if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
-                return of
+        if not is_finer or of.share < best.share:
+            continue
+        if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
+            return of
     return best
 
 
