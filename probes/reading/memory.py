@@ -136,13 +136,15 @@ class Memory:
         return value.name in MOVES and value.numel < inside[0].numel
 
     def mixed_between(self, first: TracedValue, last: TracedValue) -> bool:
-        """Whether, on the ways from one value to another, other values of the memory are added."""
+        """Whether, on the ways from one value to another, other values of the memory or constants are added."""
         reached = {first.number}
         for number in sorted(self.back([last], range(first.number + 1))):
             value = self.graph.values[number]
             if any(parent.number in reached for parent in self.inside(value)):
                 reached.add(number)
                 if self.mixes(value) and not only_moves(value) and value.name not in JOINS:
+                    return True
+                if self.adds_constant(value) and number not in self.writes:
                     return True
         return False
 

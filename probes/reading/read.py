@@ -416,12 +416,15 @@ class _Reader:
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_constant(parts)
         _scale_first_source(parts)
+        first = self._read_state(self.branches[0]) if by_read else parts.states[0]
+        if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
+            parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
         connections = [
             self._depth_connection(
                 number,
-                (self._read_state(self.branches[0]) if by_read and not number else pair[0], *pair),
+                (pair[0] if number or first in parts.states else first, *pair),
                 parts,
                 error,
                 by_read,

@@ -446,6 +446,9 @@ class StructureFinder:
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
+            if memory.over_depth:  # which is proven, with its weights, but a run has no place for these
+                self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
+                return FoundChain(replace(chain, connections=(), family="depth_history"), (memory,), layout)
             return FoundChain(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
