@@ -28,10 +28,12 @@ from depthscope.probes.reading.operations import (
     SUMS,
     TURNS,
     VIEWS,
+    ZEROS,
     addends,
     centred,
     factors,
     is_along_features,
+    only_moves,
     part_of,
     spreads,
 )  # fmt: skip
@@ -76,16 +78,15 @@ class Rules:
 
     def numbers(self, value: TracedValue) -> Numbers | None:
         """The numbers of what an operation gives; None where it is opaque."""
+        found = self._ruled(value)
+        return None if found is None or found.shape != value.shape or not found.count else found
+
+    def _ruled(self, value: TracedValue) -> Numbers | None:
         rule = _RULES.get(value.name)
-        if rule is None:
-            return None
         try:
-            found = rule(self, value)
+            return None if rule is None else rule(self, value)
         except (RuntimeError, IndexError, TypeError, NotImplementedError, ValueError):
             return None  # an operation that does not take numbers, as one of another kind of tensor
-        if found is None or found.shape != value.shape or not found.count:
-            return None
-        return found
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
         return [parent for parent in value.parents if parent.number in self._carried]
@@ -198,12 +199,24 @@ class Rules:
         """The numbers of a stream that was computed from others; other tokens or features are a new memory."""
         if not self._may_join(piece, model):
             return None
+        if self._holds_nothing(piece):
+            return Numbers(array=np.full(piece.shape, NOTHING))
         if value.name == "stack":
             return model
         if self._growth is not None:
             return self._growth.further(model, axis, piece.shape[axis])
         one = model.collapsed([axis])
         return None if one is None else one.expand(piece.shape)
+
+    def _holds_nothing(self, piece: TracedValue) -> bool:
+        """Whether a piece is zeros, or a part of the memory into which nothing was written yet."""
+        while piece.parents and only_moves(piece):
+            before = piece.parents[0]
+            if before.number in self._carried:
+                found = self._ruled(piece)
+                return found is not None and not found.count
+            piece = before
+        return piece.name in ZEROS
 
     def _scatter(self, value: TracedValue) -> Numbers | None:
         if value.name == "copy":

@@ -299,7 +299,10 @@ def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) 
         begin += size
         if memory.holds(piece) or not piece.numel or not memory.graph.depends(piece, memory.root):
             continue
-        _be_born(memory, piece, memory.carried[value.number].take(axis, part), depth)
+        numbers = memory.carried[value.number].take(axis, part)
+        if not numbers.count:
+            continue
+        _be_born(memory, piece, numbers, depth)
         memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
 
 

@@ -446,10 +446,7 @@ class StructureFinder:
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            if memory.over_depth:  # which is proven, with its weights, but a run has no place for these
-                self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
-                return FoundChain(replace(chain, connections=(), family="depth_history"), (memory,), layout)
-            return FoundChain(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+            return FoundChain(self._without_weights(chain, error), (memory,), layout)
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -491,6 +488,13 @@ class StructureFinder:
             mixing = "mhc" if part.is_sinkhorn else "hc"
             chain = replace(chain, family=mixing if read.mixes else "independent_hc")
         return FoundChain(chain, (memory,), layout)
+
+    def _without_weights(self, chain: Chain, error: Exception) -> Chain:
+        """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
+        if not chain.history:
+            return replace(chain, connections=(), proof=f"unproven: {error}")
+        self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
+        return replace(chain, connections=(), family="depth_history")
 
     def _sites(self, found: FoundChain) -> dict[int, Site]:
         chain = found.chain

@@ -50,6 +50,23 @@ class CoupledHalves(nn.Module):
         return self.head(self.norm(torch.cat(halves, -1)))
 
 
+class FeatureAverages(DepthModel):
+    """Each block reads an average over depth with a weight for each feature."""
+
+    def build(self):
+        self.layers = nn.ModuleList(Mlp(norm=True) for _ in range(BLOCKS))
+        self.weights = nn.ParameterList(torch.rand(number + 1, WIDTH) for number in range(BLOCKS + 1))
+
+    def trunk(self, x):
+        outputs = [x]
+        for number, layer in enumerate([*self.layers, None]):
+            x = sum(w * y for w, y in zip(self.weights[number], outputs, strict=True))
+            truth.state(x, number - 1, "post|pre", need=f"read {number}")
+            if layer is not None:
+                outputs.append(layer(x))
+        return x
+
+
 class ResidualBlock(nn.Module):
     """A block whose two skips are inside of it."""
 
@@ -126,6 +143,14 @@ def noisy_images(seed: int):
 
 STEP_DESIGNS = (
     Design("Runge-Kutta steps", RungeKutta, layers="function", labelled=False),
+    Design(
+        "averages over depth of each feature",
+        FeatureAverages,
+        layers="layers.{i}",
+        branches_named=True,
+        labelled=False,
+        family="depth_history",
+    ),
     Design(
         "coupled halves", CoupledHalves, family="streams|hc|independent_hc", streams=2, layout="B T (N D)"
     ),
