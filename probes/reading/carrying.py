@@ -6,7 +6,8 @@ is opaque: where it adds different elements up, mixes tokens or features, or is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from depthscope.probes.reading.operations import (
     SUMS,
     TURNS,
     VIEWS,
+    ZEROS,
     addends,
     centred,
     factors,
     is_along_features,
+    only_moves,
     part_of,
     spreads,
 )  # fmt: skip
@@ -41,25 +44,49 @@ Carried = dict[int, Numbers]
 MayJoin = Callable[[TracedValue, Numbers], bool]
 
 
+class Growth:
+    """The features of a memory that grows: what is joined along their axis has the next ones."""
+
+    def __init__(self, shape: Sequence[int], axis: int, known: int):
+        self._stride, self._size, self._known = math.prod(shape[axis + 1 :]), shape[axis], known
+
+    def further(self, model: Numbers, axis: int, count: int) -> Numbers | None:
+        """The numbers of some features more, along an axis of a value that has others; None where that has none along it."""
+        if model.array is not None or model.shape[axis] < 2 or model.step(axis) != self._stride:
+            return None
+        first = (model.offset + sum(int(of[0]) for of in model.axes)) // self._stride % self._size
+        begin, self._known = self._known, self._known + count
+        places = int(model.axes[axis][0]) + (begin - first + np.arange(count)) * self._stride
+        axes = (*model.axes[:axis], places, *model.axes[axis + 1 :])
+        return Numbers(axes, model.offset) if self._known <= self._size else None
+
+
 class Rules:
     """The rules of one forward for one memory."""
 
-    def __init__(self, graph: Graph, carried: Carried, *, functions: bool, may_join: MayJoin):
-        self._graph, self._carried = graph, carried
+    def __init__(
+        self,
+        graph: Graph,
+        carried: Carried,
+        *,
+        functions: bool,
+        may_join: MayJoin,
+        growth: Growth | None = None,
+    ):
+        self._graph, self._carried, self._growth = graph, carried, growth
         self._functions, self._may_join = functions, may_join
 
     def numbers(self, value: TracedValue) -> Numbers | None:
         """The numbers of what an operation gives; None where it is opaque."""
+        found = self._ruled(value)
+        return None if found is None or found.shape != value.shape or not found.count else found
+
+    def _ruled(self, value: TracedValue) -> Numbers | None:
         rule = _RULES.get(value.name)
-        if rule is None:
-            return None
         try:
-            found = rule(self, value)
+            return None if rule is None else rule(self, value)
         except (RuntimeError, IndexError, TypeError, NotImplementedError, ValueError):
             return None  # an operation that does not take numbers, as one of another kind of tensor
-        if found is None or found.shape != value.shape or not found.count:
-            return None
-        return found
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
         return [parent for parent in value.parents if parent.number in self._carried]
@@ -172,10 +199,24 @@ class Rules:
         """The numbers of a stream that was computed from others; other tokens or features are a new memory."""
         if not self._may_join(piece, model):
             return None
+        if self._holds_nothing(piece):
+            return Numbers(array=np.full(piece.shape, NOTHING))
         if value.name == "stack":
             return model
+        if self._growth is not None:
+            return self._growth.further(model, axis, piece.shape[axis])
         one = model.collapsed([axis])
         return None if one is None else one.expand(piece.shape)
+
+    def _holds_nothing(self, piece: TracedValue) -> bool:
+        """Whether a piece is zeros, or a part of the memory into which nothing was written yet."""
+        while piece.parents and only_moves(piece):
+            before = piece.parents[0]
+            if before.number in self._carried:
+                found = self._ruled(piece)
+                return found is not None and not found.count
+            piece = before
+        return piece.name in ZEROS
 
     def _scatter(self, value: TracedValue) -> Numbers | None:
         if value.name == "copy":

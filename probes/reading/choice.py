@@ -21,6 +21,7 @@ from depthscope.probes.reading.memory import (
     Memory,
     Start,
     start_of,
+    start_that_grows,
     start_with_streams,
     without_forks,
     without_inner,
@@ -41,9 +42,9 @@ from depthscope.probes.reading.operations import (
     is_unknown,
     named,
     weights,
-    weights_in,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.states import feature_axis, has_feature_axis
 from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
@@ -62,6 +63,11 @@ class Ranked:
     size: int = (
         0  # of its first value, without what an earlier memory only has there several times, as streams
     )
+
+    @property
+    def grows(self) -> bool:
+        """Whether features are joined to it, instead of added."""
+        return self.memory.start.grows is not None
 
     @property
     def rank(self) -> tuple[object, ...]:
@@ -93,7 +99,7 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_moved_streams(_within_long_skip(graph, ranked), ranked).memory
+    best = _with_moved_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
@@ -127,16 +133,27 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     return best
 
 
+def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; an earlier one to which the same sums add, if the first value is computed in a branch of that."""
+    root, trunk = best.memory.root, best.memory.trunk
+    for of in ranked:
+        memory = of.memory
+        writes = memory.writes.keys() & memory.trunk
+        begins_before = memory.graph.depends(root, memory.root) and not memory.holds(root)
+        if begins_before and len(writes) > 1 and writes <= trunk and of.share >= best.share:
+            return of
+    return best
+
+
 def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if some branches of it only move these, as `roll` does."""
-    memory, graph = best.memory, best.memory.graph
-    finer = (of for of in ranked if of.memory.root is memory.root and of.memory.count < memory.count)
-    for of in finer:
-        one_stream = (branch.source.numel == of.memory.count for branch in branches_of(of.memory))
-        if of.share >= best.share and all(one_stream):
-            sources = (branch.source for branch in branches_of(memory))
-            works = all(weights_in(graph, graph.earlier([source], memory.carried)) for source in sources)
-            return best if works else of
+    """The memory; that with streams of the same first value, if some branches of it only move or mix these."""
+    memory = best.memory
+    for of in ranked:
+        is_finer = of.memory.root is memory.root and of.memory.count < memory.count
+        if not is_finer or of.share < best.share:
+            continue
+        if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
+            return of
     return best
 
 
@@ -188,10 +205,11 @@ def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
 
 
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
-    """Whether one of two memories lies inside of a branch of the other one."""
+    """Whether all that is added to one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
-        if graph.depends(inner.root, outer.root) and any(
-            graph.depends(b.source, inner.end) for b in branches
+        first = graph.values[min(inner.writes.keys() & inner.trunk)]
+        if graph.depends(first, outer.root) and any(
+            graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
         ):
             return True
     return False
@@ -310,11 +328,15 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
+        *_that_grow(found),
     ):
         memory = without_forks(graph, start)
-        found.append(Ranked(memory, _used(memory)))
+        if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
+            found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
+    sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
+    found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
     for of in found:
         root = of.memory.root
         earlier = [other.memory for other in found if other.memory.root is not root]
@@ -345,6 +367,22 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
     return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+
+
+def _that_grow(ranked: Sequence[Ranked]) -> list[Start]:
+    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
+    found: dict[TracedValue, Start] = {}
+    for memory in (of.memory for of in ranked):
+        for read, join in memory.leaves:
+            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
+                continue
+            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
+            others = [piece for piece in addends(join) if not memory.holds(piece)]
+            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
+                continue
+            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
+                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
+    return list(found.values())
 
 
 def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:

@@ -73,7 +73,7 @@ class Held:
         targets: Sequence[TracedValue],
         sources: Sequence[Sequence[TracedValue]],
     ):
-        self._states, self._replays = states, replays
+        self._states, self._replays, self._sources = states, replays, sources
         self._streams = [states.num_streams(values) for values in sources]
         units: Table = {}
         for at, (values, streams) in enumerate(zip(sources, self._streams, strict=True)):
@@ -92,6 +92,10 @@ class Held:
             for value, zero in zip(values, zeros, strict=True)
         ]
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
+        for at in sources:  # what a source has not yet is zero in it: any weight is right
+            missing = self._states.missing_features(self._sources[at])
+            if missing is not None:
+                found[..., missing] = found[..., ~missing].mean(-1, keepdim=True)
         return weights(found.permute(1, 2, 0, 3))
 
 

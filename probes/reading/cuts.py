@@ -36,11 +36,16 @@ def cuts_of(
     """
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
+    if memory.start.grows is not None:
+        return Cuts(cuts, False)
     sizes = [size_of(memory, cut) for cut in cuts]
     aged = _long_lived(cuts)
     least = sizes[-1]
     returns = sizes.count(least) > 2 and _widens_in_blocks(cuts, sizes, branches, layers)
-    if returns and not any(first < len(cuts) // 2 for first in aged.values()):
+    states = [value.number for cut, size in zip(cuts, sizes, strict=True) if size == least for value in cut]
+    if returns and not any(
+        first < len(cuts) // 2 and states.count(number) > 1 for number, first in aged.items()
+    ):
         # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
         inner = _inner(memory, cuts, sizes)
         cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
@@ -52,6 +57,13 @@ def cuts_of(
     # One of several streams may begin as a branch of the first, and is taken by the next one.
     is_list |= len(sizes) > 3 and all(len(cut) > 1 for cut in cuts[2:-1]) and 2 * taken < len(branches)
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
+
+
+def joined_features(memory: Memory, cut: Cut) -> Cut:
+    """The state of a memory that grows as the value in which its features are joined, where there is one."""
+    joins = (taker for taker in memory.graph.takers(cut[-1]) if memory.holds(taker))
+    fitting = (join for join in joins if set(memory.inside(join)) == set(cut))
+    return cut if memory.start.grows is None or len(cut) == 1 else list(fitting)[:1] or cut
 
 
 def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
@@ -191,7 +203,7 @@ class _Life:
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
-            if last:
+            if last and self.memory.start.grows is None:
                 live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
             else:
                 live, size = self._fewest(time, until)

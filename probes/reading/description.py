@@ -102,6 +102,7 @@ class MemoryReading:
     weights: Mapping[
         str, float
     ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
+    grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     casts: tuple[torch.dtype, ...] = ()  # that the memory passes, other than that of its first value
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Carried, MayJoin, Rules
+from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
@@ -42,6 +42,9 @@ class Start:
     others: Mapping[int, Numbers] = field(
         default_factory=dict
     )  # further first values, each a stream of the first state
+    grows: int | None = (
+        None  # the axis of the shape along which joined pieces are further features, as in DenseNet
+    )
 
 
 @dataclass
@@ -78,8 +81,8 @@ class Memory:
 
     @property
     def count(self) -> int:
-        """How many elements one stream has."""
-        return math.prod(self.shape)
+        """How many elements one stream has; of one that grows, in the first state."""
+        return self.start.numbers.distinct
 
     @property
     def num_writes(self) -> int:
@@ -121,7 +124,7 @@ class Memory:
         return found
 
     def is_whole(self, value: TracedValue) -> bool:
-        """Whether a value has every token and feature of the memory."""
+        """Whether a value has every token and feature of the memory, or as many as the first state of one that grows."""
         numbers = self.carried[value.number]
         return numbers.count >= self.count and numbers.distinct >= self.count
 
@@ -133,13 +136,15 @@ class Memory:
         return value.name in MOVES and value.numel < inside[0].numel
 
     def mixed_between(self, first: TracedValue, last: TracedValue) -> bool:
-        """Whether, on the ways from one value to another, other values of the memory are added."""
+        """Whether, on the ways from one value to another, other values of the memory or constants are added."""
         reached = {first.number}
         for number in sorted(self.back([last], range(first.number + 1))):
             value = self.graph.values[number]
             if any(parent.number in reached for parent in self.inside(value)):
                 reached.add(number)
                 if self.mixes(value) and not only_moves(value) and value.name not in JOINS:
+                    return True
+                if self.adds_constant(value) and number not in self.writes:
                     return True
         return False
 
@@ -179,12 +184,26 @@ def start_with_streams(root: TracedValue, axis: int) -> Start:
     return Start(root, shape, Numbers(axes))
 
 
+def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:
+    """A memory's begin with the first features along an axis, to which others are joined later."""
+    limit = max(value.shape[axis] for value in graph.values if len(value.shape) == len(root.shape))
+    memory = follow(graph, _growing(root, axis, limit))
+    last = memory.carried[memory.end.number].dense().max()
+    return _growing(root, axis, int(last // math.prod(root.shape[axis + 1 :]) % limit) + 1)
+
+
+def _growing(root: TracedValue, axis: int, width: int) -> Start:
+    shape = (*root.shape[:axis], width, *root.shape[axis + 1 :])
+    return Start(root, shape, Numbers.first(shape).take(axis, slice(0, root.shape[axis], 1)), grows=axis)
+
+
 def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     """The memory that begins so; ``until`` is the number of the last value that is looked at."""
     root = start.root
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
-    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
+    growth = None if start.grows is None else Growth(start.shape, start.grows, root.shape[start.grows])
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory), growth=growth)
     memory.carried |= start.others
     memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
@@ -272,26 +291,19 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
 
 
 def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
-    model = memory.carried[inside[0].number]
-    depth = max(memory.depth[p.number] for p in inside)
+    depth, begin = max(memory.depth[p.number] for p in inside), 0
+    axis = (value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)) % len(value.shape)
     for piece in addends(value):
+        size = 1 if value.name == "stack" else piece.shape[axis]
+        part = begin if value.name == "stack" else slice(begin, begin + size, 1)
+        begin += size
         if memory.holds(piece) or not piece.numel or not memory.graph.depends(piece, memory.root):
             continue
-        if len(model.shape) != len(piece.shape):
+        numbers = memory.carried[value.number].take(axis, part)
+        if not numbers.count:
             continue
-        numbers = _alike(model, piece.shape)
-        if numbers is not None:
-            _be_born(memory, piece, numbers, depth)
-            memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
-
-
-def _alike(model: Numbers, shape: tuple[int, ...]) -> Numbers | None:
-    """The numbers of a piece next to the memory: the same, along axes where these do not change."""
-    found: Numbers | None = model
-    for dim, (a, b) in enumerate(zip(model.shape, shape, strict=True)):
-        if a != b and found is not None:
-            found = found.collapsed([dim])
-    return None if found is None else found.expand(shape)
+        _be_born(memory, piece, numbers, depth)
+        memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
 
 
 def without_forks(graph: Graph, start: Start) -> Memory:

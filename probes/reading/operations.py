@@ -37,6 +37,7 @@ MATRICES: dict[str, tuple[int, int]] = {
 LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
 JOINS = names("cat stack")
+ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
 BATCH_NORMS = names(
     "native_batch_norm _native_batch_norm_legit batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training "
@@ -57,6 +58,8 @@ CHANNEL_NORMS = GROUP_NORMS | BATCH_NORMS
 
 def only_moves(value: TracedValue) -> bool:
     """Whether an operation gives the elements of what it takes, elsewhere or as they are."""
+    if value.name == "cat":  # of a single tensor
+        return [parent.numel for parent in value.parents] == [value.numel]
     return value.name in SAME or value.name in MOVES
 
 

@@ -17,7 +17,7 @@ from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of
 from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -318,6 +318,7 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
+            grows=self.memory.start.grows is not None,
             casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
         )
         self._before = replace(found, connections=())
@@ -334,6 +335,7 @@ class _Reader:
 
     def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
         sites = labels(self.names, cuts)
+        cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             places = tuple(self.graph.place(value) for value in cut)
@@ -341,7 +343,7 @@ class _Reader:
             carried = tuple(self.memory.carried[value.number] for value in cut)
             path = self.graph.path(cut[-1])
             found.append(
-                StateReading(layer, site, path, places, numbers, carried, partial(self.states.array, cut))
+                StateReading(layer, site, path, places, numbers, carried, partial(self.states.held, cut))
             )
         return found
 
@@ -414,12 +416,15 @@ class _Reader:
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_constant(parts)
         _scale_first_source(parts)
+        first = self._read_state(self.branches[0]) if by_read else parts.states[0]
+        if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
+            parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
         connections = [
             self._depth_connection(
                 number,
-                (self._read_state(self.branches[0]) if by_read and not number else pair[0], *pair),
+                (pair[0] if number or first in parts.states else first, *pair),
                 parts,
                 error,
                 by_read,

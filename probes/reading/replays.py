@@ -21,13 +21,13 @@ from depthscope.probes.reading.operations import (
     SAME,
     SUMS,
     VIEWS,
+    ZEROS,
     addends,
     part_of,
 )  # fmt: skip
 from depthscope.probes.reading.states import States
 
 Table = dict[int, dict[Hashable, torch.Tensor]]  # by value, and by what it holds
-ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 SIGNED = names("add sub rsub")
 # What does the same on one feature alone; along an axis that is no part of the features.
 ON_ONE = REDUCES | names("permute transpose t mT repeat where lerp masked_fill")

@@ -86,6 +86,11 @@ class States:
                 del self._arrays[next(iter(self._arrays))]
         return self._arrays[key]
 
+    def held(self, cut: Sequence[TracedValue]) -> torch.Tensor:
+        """The same, without features that are not there yet."""
+        missing = self.missing_features(cut)
+        return self.array(cut) if missing is None else self.array(cut)[..., ~missing]
+
     def sorted(
         self, tensors: Sequence[torch.Tensor], numbers: Sequence[Numbers], num_features: int
     ) -> torch.Tensor:
@@ -97,8 +102,11 @@ class States:
             return known[0] if len(known) == 1 else torch.cat(known, 2)
         order, n = self.order(numbers)
         flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
-        flat = flat if order is None else flat[:, order.to(flat.device)]
         shape = self._shape(num_features)
+        if self.memory.start.grows is not None and n == 1:  # zero where a feature is not there yet
+            places = torch.from_numpy(np.concatenate([of.dense().reshape(-1) for of in numbers]))
+            flat, order = flat.new_zeros(len(flat), math.prod(shape)).index_copy(1, places, flat), None
+        flat = flat if order is None else flat[:, order.to(flat.device)]
         if flat.shape[1] != math.prod(shape) * n:
             raise ReadingError("a state does not hold every token and feature of the first one")
         return flat.reshape(-1, *shape, n).movedim(1 + self.axis, -1).reshape(len(flat), -1, n, num_features)
@@ -115,6 +123,14 @@ class States:
             tensor = tensor.reshape(len(tensor), *found.sizes).permute(0, *(1 + dim for dim in found.order))
         return tensor.reshape(len(tensor), -1, found.streams, num_features)
 
+    def missing_features(self, values: Sequence[TracedValue]) -> torch.Tensor | None:
+        """Which features some values of a memory that grows have not, (D,); None of another memory."""
+        if self.memory.start.grows is None:
+            return None
+        numbers = np.concatenate([self.numbers(value).dense().reshape(-1) for value in values])
+        held = np.unique(numbers // self.feature_stride % self.num_features)
+        return torch.from_numpy(~np.isin(np.arange(self.num_features), held))
+
     def output(self, branch: Branch) -> torch.Tensor:
         """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""
         own, numbers = self.graph.tensor(branch.source), self.numbers(branch.source)
@@ -124,7 +140,7 @@ class States:
             raise ReadingError(UNEQUAL)
         places = torch.from_numpy(np.array(numbers.dense().reshape(-1)))
         flat = own.reshape(-1)[places >= 0]
-        found = flat.new_zeros(self.memory.count).index_put((places[places >= 0],), flat)
+        found = flat.new_zeros(math.prod(self.memory.shape)).index_put((places[places >= 0],), flat)
         return self.sorted([found[None]], [Numbers.first(self.memory.shape)], self.num_features)[0]
 
     def before_functions(self, value: TracedValue) -> TracedValue:
@@ -148,11 +164,27 @@ class States:
         return found
 
 
+def has_feature_axis(memory: Memory) -> bool:
+    """Whether the features of a memory lie along an axis of its first value."""
+    votes, others = _votes(memory)
+    return any(votes) or not others
+
+
 def feature_axis(memory: Memory) -> int:
     """Which axis of the memory's first value are the features: that along which weights contract it or norms go.
 
     Raises ReadingError: Where these go along something else than an axis.
     """
+    votes, others = _votes(memory)
+    if others and not any(votes):
+        path = memory.graph.path(memory.root) or "the model"
+        raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
+    usual = 1 if memory.root.name == "convolution" and not any(votes) else len(votes) - 1
+    return max(range(len(votes)), key=lambda dim: (votes[dim], dim == usual, dim))
+
+
+def _votes(memory: Memory) -> tuple[list[int], int]:
+    """How often each axis of a memory's first value is taken for the features, and how often something else is."""
     strides = [math.prod(memory.shape[dim + 1 :]) for dim in range(len(memory.shape))]
     votes, others = [0] * len(strides), 0
     for value, taker in memory.leaves:
@@ -165,11 +197,7 @@ def feature_axis(memory: Memory) -> int:
         others += not fitting
         for dim in fitting:
             votes[dim] += 2 if most <= memory.shape[dim] else 1  # what has more is several axes in one
-    if others and not any(votes):
-        path = memory.graph.path(memory.root) or "the model"
-        raise ReadingError(f"the first state, of {path}, has its features in no axis of their own")
-    usual = 1 if memory.root.name == "convolution" and not any(votes) else len(votes) - 1
-    return max(range(len(votes)), key=lambda dim: (votes[dim], dim == usual, dim))
+    return votes, others
 
 
 def _axis_after_activations(graph: Graph, value: TracedValue, taker: TracedValue) -> int | None:

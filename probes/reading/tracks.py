@@ -13,6 +13,8 @@ from depthscope.probes.reading.memory import Memory, start_of, without_forks, wi
 def tracks(memory: Memory) -> list[Memory]:
     """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
     branches = branches_of(memory)
+    if memory.carried[memory.root.number].count > memory.count:
+        return [memory]  # which begins with several streams, each of which may be a track
     last = max((write.number for branch in branches for write in branch.writes), default=0)
     relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
     values, track = memory.graph.values, _Tracks()

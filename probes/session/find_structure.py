@@ -365,7 +365,7 @@ class StructureFinder:
         ]
         if repeats_first(self.graph, memory):
             counts = counts[1:]
-        if len(set(counts)) > 1:
+        if len(set(counts)) > 1 and not memory.grows:
             raise LayoutError(
                 f"the states of {memory.name} have {' or '.join(map(str, sorted(set(counts))))} streams; expected the same "
                 "number at every depth. Name the modules whose states are wanted with layers="
@@ -438,7 +438,7 @@ class StructureFinder:
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return FoundChain(replace(chain, connections=(), proof=f"unproven: {error}"), (memory,), layout)
+            return FoundChain(self._without_weights(chain, error), (memory,), layout)
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -480,6 +480,13 @@ class StructureFinder:
             mixing = "mhc" if part.is_sinkhorn else "hc"
             chain = replace(chain, family=mixing if read.mixes else "independent_hc")
         return FoundChain(chain, (memory,), layout)
+
+    def _without_weights(self, chain: Chain, error: Exception) -> Chain:
+        """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
+        if not chain.history:
+            return replace(chain, connections=(), proof=f"unproven: {error}")
+        self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
+        return replace(chain, connections=(), family="depth_history")
 
     def _sites(self, found: FoundChain) -> dict[int, Site]:
         chain = found.chain

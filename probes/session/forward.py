@@ -61,6 +61,9 @@ class Forward:
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     streams: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # of states that lack others
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
+    joined_gradients: dict[Key, torch.Tensor] = field(
+        default_factory=dict
+    )  # that earlier states have a part of
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     listeners: dict[int, GradientListener] = field(

@@ -59,6 +59,7 @@ class Observer:
         self._loss_scale = loss_scale
         self._calls = calls
         self._scope = scope
+        self._joined_again = {of.key[:2] for of in structure.shown if of.point.is_joined_again}
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -202,6 +203,8 @@ class Observer:
             gradient = _with_other_streams(forward.stream_gradients, of, gradient.detach())
             if gradient is None:
                 return
+        if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
+            gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
         self.record_gradient(forward, of.chain, of.depth, gradient)
 
     def record_gradient(
@@ -320,6 +323,20 @@ class Observer:
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
                 self._require_own_part(forward, output)
             forward.branches[number, position] = forward.sampled(output)
+
+
+def _with_next_gradient(
+    waiting: dict[Key, torch.Tensor], of: ShownTensor, gradient: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The gradient of a state of features that the next state joins again, to others: through this one, and all later ones."""
+    following = waiting.pop((of.chain, of.depth + 1), None)
+    if gradient is not None and of.point.is_joined_again:
+        if following is None:
+            return None
+        gradient = gradient + following[tuple(map(slice, gradient.shape))]
+    if gradient is not None:
+        waiting[of.chain, of.depth] = gradient.detach()
+    return gradient
 
 
 def _with_other_streams(

@@ -31,7 +31,8 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     reads = (graph.at(place) for branch in branches for place in branch.reads)
     known |= {read.number for read in reads if read is not None}
     carried = set().union(*(memory.carried for memory in memories))
-    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], carried)
+    sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
+    inside = graph.earlier([graph.values[number] for number in sources], carried - sources)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())

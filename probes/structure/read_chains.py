@@ -314,7 +314,8 @@ class _ChainOf:
         counts = {of.count for of in self.memory.states[depth].numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
             value = self._first() if depth == 0 else self.graph.values[numbers[0]]
-            return self._point_of(depth, self._taken_in_another_order(depth, value), layout)
+            point, shown = self._point_of(depth, self._taken_in_another_order(depth, value), layout)
+            return self._with_later_joins(depth, point), shown
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
         if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
             raise LayoutError(
@@ -328,6 +329,20 @@ class _ChainOf:
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
+
+    def _with_later_joins(self, depth: int, point: HookPoint) -> HookPoint:
+        """A state of features that are joined again at each later depth: whether the next gradient is a part of its own."""
+        if not self.memory.grows or not depth:
+            return point
+        states = [self.graph.values[number] for state in self.memory.states for number in state.values]
+        value, following = states[depth], states[depth + 1 : depth + 2]
+        later = {t for p in value.parents for t in self.graph.takers(p) if t.number > value.number}
+        later = {taker for taker in later if _has_gradient(taker)}
+        if not later:
+            return point
+        pieces = [addends(of)[: len(addends(value))] for of in (value, *following)]
+        again = later <= {*states[depth + 1 :]} and len(pieces) == 2 and pieces[0] == pieces[1]
+        return replace(point, is_joined_again=again, is_read_before=not again)
 
     def _is_read_before(self, value: TracedValue, end: int) -> bool:
         """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""

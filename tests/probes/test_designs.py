@@ -70,8 +70,8 @@ OTHERWISE = {
     ("right", "-", "unproven"): (
         "tokens merged between blocks",
     ),
-    ("refused", "unproven, states off", "unproven, states off"): (
-        "DenseNet",
+    ("right", "-", "unproven, states off"): (
+        "DenseNet", "Runge-Kutta steps",
     ),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from tests.models.designs.layouts import LAYOUT_DESIGNS
 from tests.models.designs.plain_blocks import BLOCK_DESIGNS
 from tests.models.designs.plain_loops import LOOP_DESIGNS
 from tests.models.designs.scaled import SCALED_DESIGNS
+from tests.models.designs.steps import STEP_DESIGNS
 from tests.models.designs.stream_kinds import STREAM_KIND_DESIGNS
 from tests.models.designs.stream_models import STREAM_DESIGNS
 from tests.models.designs.styles import STYLE_DESIGNS
@@ -23,6 +24,7 @@ DESIGNS: tuple[Design, ...] = (
     *STREAM_DESIGNS,
     *STREAM_KIND_DESIGNS,
     *DEPTH_DESIGNS,
+    *STEP_DESIGNS,
     *STYLE_DESIGNS,
     *LAYOUT_DESIGNS,
 )

@@ -309,12 +309,11 @@ class DenseFormerMatrix(DenseFormer):
         self.weights = nn.Parameter(torch.randn(ROWS, ROWS + 1) / 2)
 
     def trunk(self, x):
-        buffer = x.new_zeros(ROWS + 1, *x.shape)
-        buffer[0] = x
+        buffer = self.put(x.new_zeros(ROWS + 1, *x.shape), 0, x)
         c, held = source(0), torch.zeros(ROWS + 1, SOURCES)
         held[0] = c
         for number, block in enumerate(self.blocks):
-            buffer[number + 1] = block(x)
+            buffer = self.put(buffer, number + 1, block(x))
             out = buffer[number + 1] - x if truth.on() else None
             weights = self.weights[number, : number + 2]
             x = torch.tensordot(weights, buffer[: number + 2], 1)
@@ -324,6 +323,17 @@ class DenseFormerMatrix(DenseFormer):
                 write_down_average(buffer[number + 1], x, number, c, after, out)
                 c = after
         return x
+
+    def put(self, buffer, number: int, x):
+        buffer[number] = x
+        return buffer
+
+
+class DenseFormerJoined(DenseFormerMatrix):
+    """The same, where the buffer is joined anew after each block."""
+
+    def put(self, buffer, number: int, x):
+        return torch.cat([buffer[:number], x[None], buffer[number + 1 :]])
 
 
 class Mudd(DepthModel):
@@ -640,7 +650,7 @@ class Injected(DepthModel):
 
 
 class DenseConcat(DepthModel):
-    """Every layer's output is appended to the features (DenseNet): the state grows, and nothing is added."""
+    """Every layer's output is appended to the features (DenseNet): the state grows."""
 
     def build(self):
         self.layers = nn.ModuleList(nn.Linear(WIDTH + 8 * number, 8) for number in range(4))
@@ -678,6 +688,7 @@ DEPTH_DESIGNS = (
     ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
+    Design("DenseFormer in a buffer that is joined anew", DenseFormerJoined, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
     Design("LIMe", Lime, layers="mlps.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"),
     Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
@@ -691,5 +702,5 @@ DEPTH_DESIGNS = (
     Design("value residual", ValueResidual),
     Design("reversible", Reversible),
     Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True, family=""),
+    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True),
 )
