@@ -81,9 +81,12 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
+        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}  # what has the gradient of other tensors
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(place_of(state.point), []).append(state)
+            if state.point.gradient_at is not None:
+                self._with_gradient.setdefault(place_of(state.point.gradient_at), []).append(state)
         self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
@@ -158,12 +161,18 @@ class RecordedForward:
             for state in self._record_operation(forward, tape, value, tensor):
                 if self._observer is not None:
                     self._observer.hook_gradient(forward, state, tensor)
+            if self._with_gradient and tape.recorder is not None:
+                for state in self._with_gradient.get(tape.recorder.graph.place(value), ()):
+                    self._observer.hook_gradient(forward, state._replace(is_shared=False), tensor)
         if self._observer is not None:
             return  # it knows which values are states
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
         listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
+            if tape.recorder is not None:
+                graph = tape.recorder.graph
+                graph.has_graph_from[value.number] = len(graph.values)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -191,10 +200,13 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     for state in structure.shown:
         value = tape.recorded(state.point)
         tensor = _kept(graph, value, state.point.path)
-        listener = forward.listeners.get(value.number) if value is not None else None
+        instead = state.point.gradient_at
+        given = value if instead is None else value_at(graph, instead)
+        listener = forward.listeners.get(given.number) if given is not None else None
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            observer.expect_gradient(forward, state, listener)
+            of = state if instead is None else state._replace(is_shared=False)
+            observer.expect_gradient(forward, of, listener)
         observer.record_shown(forward, state, tensor)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -248,7 +260,8 @@ def record_operations(
 def _needed(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
-    states = [value_at(graph, of.point) for of in structure.shown if of.point.at == "operation"]
+    points = [point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None]
+    states = [value_at(graph, point) for point in points if point.at == "operation"]
     found |= {value.number for value in states if value is not None}
     logits = (
         set()

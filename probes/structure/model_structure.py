@@ -38,7 +38,8 @@ class ShownTensor(NamedTuple):
     stream: int
     point: HookPoint
     num_tensors: int  # that make up the state
-    # Whether the tensor's gradient is more than that of this stream: it is every stream, or was read before the state was.
+    # Whether the tensor's gradient is another than that of this stream: it is every stream, was read before the state was, or
+    # inside of the function of autograd that made it.
     is_shared: bool
 
     @property
@@ -105,14 +106,15 @@ class Structure:
         found = []
         for chain, depth, point in self.captured:
             of = point.streams or (point,)
-            is_shared = len(set(of)) < len(of) or any(p.is_read_before for p in of)
+            is_shared = len(set(of)) < len(of) or any(p.is_read_before or p.is_read_inside for p in of)
             found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 
     @property
     def is_recorded(self) -> bool:
         """Whether only the operations of a forward show its states, or the weights of its connections."""
-        return self.read is not None or any(of.point.at == "operation" for of in self.shown)
+        points = (of.point for of in self.shown)
+        return self.read is not None or any(p.at == "operation" or p.gradient_at is not None for p in points)
 
     @property
     def connections(self) -> tuple[Connection, ...]:

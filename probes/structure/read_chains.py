@@ -329,6 +329,37 @@ class _ChainOf:
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
 
+    def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
+        """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
+        begin, graph = self.graph.has_graph_from.get(value.number, 0), self.graph
+        early = (of for of in graph.takers(value) if of.number < begin)
+        if not any(_has_gradient(of) and graph.reaches_output(of) for of in early):
+            return point
+        addends = (self._only_added(addend, value) for addend in _plain_addends(value))
+        found = next((of for of in addends if of is not None), None)
+        return replace(point, is_read_inside=True, gradient_at=found and self._operation(found, point))
+
+    def _only_added(self, value: TracedValue, to: TracedValue) -> TracedValue | None:
+        """A value, or what it is a cast of, that autograd has a graph of and nothing reads but one sum; None where it is read."""
+        graph, taker = self.graph, to
+        while value.shape == to.shape and value not in graph.outputs:
+            if [of for of in graph.takers(value) if _has_gradient(of)] != [taker]:
+                return None
+            if value.number in graph.has_graph_from:
+                return value
+            if value.name not in SAME or not value.parents:
+                return None
+            taker, value = value, value.parents[0]
+        return None
+
+    def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
+        """The operation that shows a value, named as another point is."""
+        place = self.graph.place(value)
+        return HookPoint(
+            place.module, place.call, "operation", of.layer, of.site, of.module,
+            item=place.order, operation=place.operation, result=place.result,
+        )  # fmt: skip
+
     def _is_read_before(self, value: TracedValue, end: int) -> bool:
         """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
         taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
@@ -358,12 +389,8 @@ class _ChainOf:
         if best is None:
             # Without axes of size one, and with no others merged.
             value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
-            place = self.graph.place(value)
-            point = HookPoint(
-                place.module, place.call, "operation", state.layer, state.site, producer,
-                item=place.order, operation=place.operation, result=place.result,
-            )  # fmt: skip
-            return point, value
+            named = HookPoint("", 0, "operation", state.layer, state.site, producer)
+            return self._with_gradient(self._operation(value, named), value), value
         shown_value, shown = best
         call = self.graph.calls[shown.call]
         if state.site == "pre" and shown.at == "input":  # changed before this block
@@ -371,7 +398,7 @@ class _ChainOf:
         point = HookPoint(
             call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
         )
-        return point, shown_value
+        return self._with_gradient(point, shown_value), shown_value
 
     def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
         """What the first block takes, where that is the first state with its tokens in another order; else the state."""
@@ -615,6 +642,12 @@ class _ChainOf:
                 own = numbers.reshape(other.shape) if other.numel == value.numel else None
                 return min(calls), "" if own is None else self.layout_of(other, own)
         return None
+
+
+def _plain_addends(value: TracedValue) -> list[TracedValue]:
+    """What a sum adds up as it is."""
+    is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
+    return addends(value) if is_plain else []
 
 
 def _has_gradient(taker: TracedValue) -> bool:
