@@ -25,6 +25,7 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
+from depthscope.probes.reading.middle import with_streams_apart
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -103,8 +104,8 @@ def memories(graph: Graph) -> FoundMemories:
             for of, merge in zip(ranked, merges, strict=True)
         ]
     first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
-    for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
-        taken.append((memory, branches_of(memory)))
+    for track in tracks(_between_expansions(_with_hidden_sums(first_memory))):
+        taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     inside: list[Ranked] = []
     _take(graph, taken, inside, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all

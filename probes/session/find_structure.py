@@ -230,7 +230,7 @@ class StructureFinder:
         self._unread += [
             self._left_out(of, next(m.proof for m in of if not m.is_proven))
             for of in trunks[1:]
-            if of not in kept and set[int]().union(*map(self._units, of)) <= blocks
+            if of not in kept and set() < set[int]().union(*map(self._units, of)) <= blocks
         ]
         return [
             trunks[0],
