@@ -95,14 +95,16 @@ def _note_branch(
 
 
 def with_own_gates(memory: Memory, branches: list[Branch], stride: int) -> bool:
-    """Take gates of each feature, as of adaLN or LayerScale, for a part of the branches that they scale; whether there are any.
+    """Take gates of each feature, as of adaLN or LayerScale, for parts of the branches that they scale; whether there are any.
 
     ``stride``: how far neighbouring features are apart in the memory's first value.
     """
     found = False
     for branch in branches:
         way = [memory.graph.values[number] for number in branch.way()]
-        ends = {number for number, of in branch.numbers.items() if of.count > branch.numbers[way[0].number].count}
+        ends = {
+            number for number, of in branch.numbers.items() if of.count > branch.numbers[way[0].number].count
+        }
         gated = [
             at for at, (value, after) in enumerate(pairwise(way), 1)
             if after.number not in ends and _is_gated(branch, value, after, stride)
@@ -123,7 +125,9 @@ def _is_gated(branch: Branch, value: TracedValue, after: TracedValue, stride: in
         return False
     axes = [axis for axis, size in enumerate(shape) if size > 1 and numbers.step(axis) == stride]
     by = [of for of in factors(after) if isinstance(of, TracedValue) and of is not value]
-    return any(of.shape[axis - len(shape)] > 1 for of in by for axis in axes if len(of.shape) >= len(shape) - axis)
+    return any(
+        of.shape[axis - len(shape)] > 1 for of in by for axis in axes if len(of.shape) >= len(shape) - axis
+    )
 
 
 def _carry_gates(memory: Memory) -> set[int]:

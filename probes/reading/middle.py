@@ -27,7 +27,11 @@ def with_streams_apart(memory: Memory) -> list[Memory]:
     if merged is not None:
         starts.append(replace(start_of(merged), functions=start.functions, banned=start.banned))
     parts = [without_forks(graph, of) for of in starts]
-    return [part for part in parts if part.num_writes and branches_of(part)] if branches_of(parts[0]) else [memory]
+    return (
+        [part for part in parts if part.num_writes and branches_of(part)]
+        if branches_of(parts[0])
+        else [memory]
+    )
 
 
 def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
@@ -39,7 +43,10 @@ def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
         return None
     if sizes[wide[0]] % memory.count or sizes[wide[0]] > MOST_STREAMS * memory.count:
         return None
-    first, after = wide[0], next((at for at, size in enumerate(sizes) if at > wide[0] and size == memory.count), None)
+    first, after = (
+        wide[0],
+        next((at for at, size in enumerate(sizes) if at > wide[0] and size == memory.count), None),
+    )
     if after is not None and after < wide[-1]:
         return None
     merged = None if after is None else passages[after]
@@ -47,7 +54,9 @@ def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
     depths = [memory.depth[of.number] for of in (passages[first], merged or memory.end, memory.end)]
     if not depths[0] and depths[1] == depths[2]:
         return None  # streams from the first block to the last one
-    inside = [branch for branch in branches_of(memory) if passages[first].number < branch.source.number < until]
+    inside = [
+        branch for branch in branches_of(memory) if passages[first].number < branch.source.number < until
+    ]
     reads = [memory.carried[branch.read.number].count for branch in inside]
     return (passages[first], merged) if len(inside) > 1 and set(reads) == {memory.count} else None
 

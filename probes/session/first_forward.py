@@ -7,7 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,9 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
-        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}  # what has the gradient of other tensors
+        self._with_gradient: dict[
+            ValuePlace, list[ShownTensor]
+        ] = {}  # what has the gradient of other tensors
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(place_of(state.point), []).append(state)
@@ -158,21 +160,26 @@ class RecordedForward:
             tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
-            for state in self._record_operation(forward, tape, value, tensor):
-                if self._observer is not None:
+            states = self._record_operation(forward, tape, value, tensor)
+            if self._observer is not None:
+                for state in (*states, *self._of_gradient(tape, value)):
                     self._observer.hook_gradient(forward, state, tensor)
-            if self._with_gradient and tape.recorder is not None:
-                for state in self._with_gradient.get(tape.recorder.graph.place(value), ()):
-                    self._observer.hook_gradient(forward, state._replace(is_shared=False), tensor)
-        if self._observer is not None:
-            return  # it knows which values are states
+        if self._observer is None:  # otherwise it knows which values are states
+            self._listen(forward, tape, value, tensor)
+
+    def _listen(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Listen to the gradient of a value that may be a state."""
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
         listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
-            if tape.recorder is not None:
-                graph = tape.recorder.graph
-                graph.has_graph_from[value.number] = len(graph.values)
+            tape.graph.has_graph_from[value.number] = len(tape.graph.values)
+
+    def _of_gradient(self, tape: Tape, value: TracedValue) -> Iterator[ShownTensor]:
+        """The states whose gradient a value has in the place of their own tensors."""
+        if self._with_gradient:
+            for state in self._with_gradient.get(tape.graph.place(value), ()):
+                yield state._replace(is_shared=False)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -260,7 +267,9 @@ def record_operations(
 def _needed(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
-    points = [point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None]
+    points = [
+        point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
+    ]
     states = [value_at(graph, point) for point in points if point.at == "operation"]
     found |= {value.number for value in states if value is not None}
     logits = (

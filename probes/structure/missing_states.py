@@ -31,7 +31,9 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     reads = (graph.at(place) for branch in branches for place in branch.reads)
     known |= {read.number for read in reads if read is not None}
     # What a branch reads of a state may be carried too, as by a norm in single operations.
-    inside = graph.earlier([graph.values[branch.way[0]] for branch in branches], known - {b.way[0] for b in branches})
+    inside = graph.earlier(
+        [graph.values[branch.way[0]] for branch in branches], known - {b.way[0] for b in branches}
+    )
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())

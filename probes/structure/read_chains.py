@@ -55,10 +55,14 @@ def read_chain(
 
 
 def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
-    """Whether the first value is taken once for each stream of the next state: it is every stream of the first one."""
+    """Whether the first value is every stream of the first state: each next one is made of it once, or of it n times."""
     if len(memory.states) < 2 or len(memory.states[0].values) > 1:
         return False
     (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
+    while len(takers := graph.takers(graph.values[first])) == 1 and only_moves(takers[0]):
+        if takers[0].number not in memory.carried or takers[0].numel != graph.values[first].numel:
+            break
+        first = takers[0].number
     ways: dict[
         int, set[int]
     ] = {}  # by value: the steps right after the first one through which it is carried there
@@ -66,7 +70,8 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
         parents = [parent.number for parent in graph.values[number].parents]
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
     steps = [ways.get(number, set()) for number in following]
-    return len(steps) == n and all(len(of) == n for of in steps) and len(set().union(*steps)) == n * n
+    times = {len(of) for of in steps}  # how often the first value comes into a stream
+    return len(steps) == n and times in ({1}, {n}) and len(set().union(*steps)) == sum(map(len, steps))
 
 
 class _ChainOf:
@@ -331,16 +336,21 @@ class _ChainOf:
 
     def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
-        begin, graph = self.graph.has_graph_from.get(value.number, 0), self.graph
-        early = (of for of in graph.takers(value) if of.number < begin)
-        if not any(_has_gradient(of) and graph.reaches_output(of) for of in early):
+        graph = self.graph
+        begin = graph.has_graph_from.get(value.number)
+        early = [of for of in graph.takers(value) if begin is None or of.number < begin]
+        if not graph.has_graph_from or not any(
+            _has_gradient(of) and graph.reaches_output(of) for of in early
+        ):
             return point
         addends = (self._only_added(addend, value) for addend in _plain_addends(value))
         found = next((of for of in addends if of is not None), None)
-        return replace(point, is_read_inside=True, gradient_at=found and self._operation(found, point))
+        if found is None:  # where it has no graph at all, none may be wanted
+            return replace(point, is_read_inside=begin is not None)
+        return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
 
     def _only_added(self, value: TracedValue, to: TracedValue) -> TracedValue | None:
-        """A value, or what it is a cast of, that autograd has a graph of and nothing reads but one sum; None where it is read."""
+        """A value, or what it is a cast of, that nothing reads but one sum and autograd has a graph of; None for others."""
         graph, taker = self.graph, to
         while value.shape == to.shape and value not in graph.outputs:
             if [of for of in graph.takers(value) if _has_gradient(of)] != [taker]:
