@@ -94,6 +94,42 @@ def _note_branch(
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
 
+def with_own_gates(memory: Memory, branches: list[Branch], stride: int) -> bool:
+    """Take gates of each feature, as of adaLN or LayerScale, for parts of the branches that they scale; whether there are any.
+
+    ``stride``: how far neighbouring features are apart in the memory's first value.
+    """
+    found = False
+    for branch in branches:
+        way = [memory.graph.values[number] for number in branch.way()]
+        ends = {
+            number for number, of in branch.numbers.items() if of.count > branch.numbers[way[0].number].count
+        }
+        gated = [
+            at for at, (value, after) in enumerate(pairwise(way), 1)
+            if after.number not in ends and _is_gated(branch, value, after, stride)
+        ]  # fmt: skip
+        if not gated or set(_reads(memory, way[gated[-1]])) != set(branch.reads):
+            continue
+        gone = {value.number for value in way[: gated[-1]]}
+        branch.source, found = way[gated[-1]], True
+        branch.steps = {n: of for n, of in branch.steps.items() if n not in gone and of.number not in gone}
+        branch.numbers = {number: of for number, of in branch.numbers.items() if number not in gone}
+    return found
+
+
+def _is_gated(branch: Branch, value: TracedValue, after: TracedValue, stride: int) -> bool:
+    """Whether a step of a branch's way multiplies each feature of a value with a number of its own."""
+    numbers, shape = branch.numbers.get(after.number), after.shape
+    if after.name not in PRODUCTS or numbers is None or value.shape != shape:
+        return False
+    axes = [axis for axis, size in enumerate(shape) if size > 1 and numbers.step(axis) == stride]
+    by = [of for of in factors(after) if isinstance(of, TracedValue) and of is not value]
+    return any(
+        of.shape[axis - len(shape)] > 1 for of in by for axis in axes if len(of.shape) >= len(shape) - axis
+    )
+
+
 def _carry_gates(memory: Memory) -> set[int]:
     """Values that scale the memory itself, and those of which they are one minus: gates of a branch that they scale."""
     found: set[int] = set()

@@ -20,12 +20,14 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
+    follow,
     start_of,
     start_that_grows,
     start_with_streams,
     without_forks,
     without_inner,
 )
+from depthscope.probes.reading.middle import with_streams_apart
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -34,6 +36,7 @@ from depthscope.probes.reading.operations import (
     MATRICES,
     MOST_STREAMS,
     NORMS,
+    PRODUCTS,
     REDUCES,
     SUMS,
     VIEWS,
@@ -94,7 +97,7 @@ def memories(graph: Graph) -> FoundMemories:
     """What is carried through a forward."""
     first, rest = candidates(graph)
     learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
-    ranked = _ranked(graph, first) or _ranked(graph, learned)
+    ranked = _ranked(graph, first) or _ranked(graph, learned) or _with_products_as_branches(graph)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
@@ -109,14 +112,46 @@ def memories(graph: Graph) -> FoundMemories:
             for of, merge in zip(ranked, merges, strict=True)
         ]
     first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
-    for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
-        taken.append((memory, branches_of(memory)))
+    for track in tracks(_between_expansions(_with_hidden_sums(first_memory))):
+        taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     inside: list[Ranked] = []
     _take(graph, taken, inside, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
             _take(graph, taken, inside, _with_shares([_larger(_of_root(graph, root))], everything))
     return FoundMemories([memory for memory, _ in taken], inside)
+
+
+def _with_products_as_branches(graph: Graph) -> list[Ranked]:
+    """Memories to which nothing is added but themselves, scaled feature by feature by a function of them: a branch each.
+
+    As in the cross networks of recommenders, and in blocks that add their gated input.
+    """
+    found, roots = [], dict[TracedValue, None]()
+    for value in graph.values:
+        both = value.parents if value.name in PRODUCTS and len(value.parents) == 2 else ()
+        first, *others = sorted(both, key=lambda of: of.number) or (None,)
+        if first is not None and len(first.shape) > 1 and all(of.numel == first.numel for of in others):
+            roots |= {first: None} if graph.depends(others[0], first) else {}
+    for root in [*roots][:MOST_CANDIDATES]:
+        memory = follow(graph, start_of(root))
+        products = frozenset(
+            number for number in memory.carried if _is_scaled_by_itself(memory, graph.values[number])
+        )
+        if products:
+            memory = without_forks(graph, replace(memory.start, banned=products))
+            found.append(Ranked(memory, _used(memory)))
+    found = [of for of in found if of.memory.num_writes]
+    _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
+    return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
+    """Whether a value is the memory times something as large that weights computed from it."""
+    if value.name not in PRODUCTS or len(memory.inside(value)) != 1 or memory.passes_function(value):
+        return False
+    others = [of for of in value.parents if not memory.holds(of) and of.numel == value.numel]
+    return any(memory.graph.depends(of, memory.root) for of in others)
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:

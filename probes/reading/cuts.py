@@ -143,10 +143,17 @@ class _Life:
             n: max((t.number for t in of), default=0) for n, of in self.takers.items()
         }
         self.readers = {branch.read.number for branch in branches}
-        for branch in branches:
-            self.last[branch.read.number] = max(self.last[branch.read.number], branch.before)
-        self.last[memory.end.number] = float("inf")
         self.writes = sorted({write.number for branch in branches for write in branch.writes})
+        self._first_writes = sorted(min(write.number for write in branch.writes) for branch in branches)
+        self._first_taken: dict[int, int] = {}  # by value: the first that takes it out of the memory
+        for read, taker in memory.leaves:
+            self._first_taken[read.number] = min(
+                taker.number, self._first_taken.get(read.number, taker.number)
+            )
+        self.until = [self._until(branch) for branch in branches]
+        for branch, until in zip(branches, self.until, strict=True):
+            self.last[branch.read.number] = max(self.last[branch.read.number], until)
+        self.last[memory.end.number] = float("inf")
         self._born = sorted(self.relevant)
         self._sizes, self._counts = self._alive_after_each()
         self._trunk = sorted(memory.trunk)
@@ -163,14 +170,27 @@ class _Life:
         sizes, counts = changes.cumsum(1)
         return sizes, counts
 
+    def _until(self, branch: Branch) -> float:
+        """The moment of a branch's read: of a state itself when it is taken, as other streams may be made until then."""
+        if branch.before <= branch.read.number:
+            return branch.before
+        taken = [
+            self._first_taken.get(read.number, 0)
+            for read in branch.reads
+            if read.number >= branch.read.number
+        ]
+        at = bisect_right(self._first_writes, branch.before)
+        first = min([*taken, *self._first_writes[at : at + 1]], default=0)
+        return max(branch.before, first - 0.5)
+
     def times(self) -> list[tuple[int, float]]:
         """Moments: after which write, and before which read."""
         times: dict[int, float] = {}
         root = max(self.memory.begins)
-        for branch in self.branches:
-            at = bisect_right(self.writes, branch.before)
+        for until in self.until:
+            at = bisect_right(self.writes, until)
             time = max(root, self.writes[at - 1]) if at else root
-            times[time] = min(branch.before, times.get(time, branch.before))
+            times[time] = min(until, times.get(time, until))
         times.setdefault(self.writes[-1], self.memory.end.number + 0.5)
         known = sorted(times)
         for write, until in self._unread():

@@ -201,6 +201,8 @@ class Graph:
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
     circumstances: tuple[Any, ...] = ()  # as in `places`
+    # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
+    has_graph_from: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.garbage import no_collection
-from depthscope.probes.reading.branches import Branch, before_norms, branches_of
+from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
@@ -181,6 +181,8 @@ class _Reader:
         if changed:
             found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
         self.states = States(self.memory, self.branches)
+        if found.over_depth or self.states.num_streams(found.cuts[-1]) > 1:
+            self._take_own_gates()
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             return self._instead(plain)
         outer = without_inner(self.memory, found.inner) if found.inner else self.memory
@@ -191,6 +193,12 @@ class _Reader:
                 )  # whose way leads through what is inside of the blocks
             return self._instead(_Reader(outer, self.others))
         return self._read_between(found)
+
+    def _take_own_gates(self) -> None:
+        """Take gates of each feature for parts of the branches, whose weights are then one number for each stream."""
+        if with_own_gates(self.memory, self.branches, self.states.feature_stride):
+            self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
+            self.states = States(self.memory, self.branches)
 
     def _instead(self, other: _Reader) -> MemoryReading:
         """The reading of another memory in the place of this one."""

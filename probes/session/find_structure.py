@@ -117,6 +117,8 @@ class StructureFinder:
             for chain, layout in zip(chains, layouts, strict=True):
                 _require_all_sequences(chain.shapes[0], layout, self.batch_size, named_streams)
             chains = tuple(_with_asserted_streams(chain, named_streams) for chain in chains)
+        if self.options.gradients:
+            self._unread += filter(None, map(_without_gradients, chains))
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
             _require_plain_tokens(chains, layouts, sites)
@@ -217,6 +219,11 @@ class StructureFinder:
         least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
         blocks = set[int]().union(*map(self._units, trunks[0]))
+        self._unread += [
+            self._left_out(of, next(m.proof for m in of if not m.is_proven))
+            for of in trunks[1:]
+            if of not in kept and set() < set[int]().union(*map(self._units, of)) <= blocks
+        ]
         return [
             trunks[0],
             *(
@@ -555,6 +562,19 @@ def _distinct(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(paths):
             return list(names)
     return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
+
+
+def _without_gradients(chain: Chain) -> LeftOut | None:
+    """What is said of states of which autograd has a part of the gradient alone."""
+    shown = ((depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,)))
+    depths = dict.fromkeys(depth for depth, of in shown if of.is_read_inside and of.gradient_at is None)
+    if not depths:
+        return None
+    why = (
+        f"no gradients of the states {', '.join(map(str, depths))}: a function of autograd makes each and reads it itself, so "
+        "that autograd has only a part of its gradient"
+    )
+    return LeftOut(chain.points[next(iter(depths))].module, 0, "", 0.0, why)
 
 
 def _with_asserted_streams(chain: Chain, num_streams: int) -> Chain:

@@ -7,7 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,9 +67,14 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
+        self._with_gradient: dict[
+            ValuePlace, list[ShownTensor]
+        ] = {}  # what has the gradient of other tensors
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(place_of(state.point), []).append(state)
+            if state.point.gradient_at is not None:
+                self._with_gradient.setdefault(place_of(state.point.gradient_at), []).append(state)
         self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
@@ -141,15 +146,26 @@ class RecordedForward:
             tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
-            for state in self._record_operation(forward, tape, value, tensor):
-                if self._observer is not None:
+            states = self._record_operation(forward, tape, value, tensor)
+            if self._observer is not None:
+                for state in (*states, *self._of_gradient(tape, value)):
                     self._observer.hook_gradient(forward, state, tensor)
-        if self._observer is not None:
-            return  # it knows which values are states
+        if self._observer is None:  # otherwise it knows which values are states
+            self._listen(forward, tape, value, tensor)
+
+    def _listen(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Listen to the gradient of a value that may be a state."""
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
         listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
+            tape.graph.has_graph_from[value.number] = len(tape.graph.values)
+
+    def _of_gradient(self, tape: Tape, value: TracedValue) -> Iterator[ShownTensor]:
+        """The states whose gradient a value has in the place of their own tensors."""
+        if self._with_gradient:
+            for state in self._with_gradient.get(tape.graph.place(value), ()):
+                yield state._replace(is_shared=False)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -177,10 +193,13 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     for state in structure.shown:
         value = tape.recorded(state.point)
         tensor = _kept(graph, value, state.point.path)
-        listener = forward.listeners.get(value.number) if value is not None else None
+        instead = state.point.gradient_at
+        given = value if instead is None else value_at(graph, instead)
+        listener = forward.listeners.get(given.number) if given is not None else None
         if listener is not None:
             # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            observer.expect_gradient(forward, state, listener)
+            of = state if instead is None else state._replace(is_shared=False)
+            observer.expect_gradient(forward, of, listener)
         observer.record_shown(forward, state, tensor)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -234,7 +253,10 @@ def record_operations(
 def _needed(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
-    states = [value_at(graph, of.point) for of in structure.shown if of.point.at == "operation"]
+    points = [
+        point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
+    ]
+    states = [value_at(graph, point) for point in points if point.at == "operation"]
     found |= {value.number for value in states if value is not None}
     logits = (
         set()

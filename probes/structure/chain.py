@@ -42,6 +42,9 @@ class HookPoint:
     is_read_before: bool = False
     # Whether the next state joins further features to the values that this one joins: its gradient comes through both.
     is_joined_again: bool = False
+    # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
+    is_read_inside: bool = False
+    gradient_at: HookPoint | None = None  # what has the gradient of the state in the place of such a tensor
 
 
 @dataclass(frozen=True)

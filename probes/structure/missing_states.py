@@ -30,9 +30,9 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
     reads = (graph.at(place) for branch in branches for place in branch.reads)
     known |= {read.number for read in reads if read is not None}
-    carried = set().union(*(memory.carried for memory in memories))
+    # What a branch reads of a state may be carried too, as by a norm in single operations.
     sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
-    inside = graph.earlier([graph.values[number] for number in sources], carried - sources)
+    inside = graph.earlier([graph.values[number] for number in sources], known - sources)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())

@@ -38,7 +38,8 @@ class ShownTensor(NamedTuple):
     stream: int
     point: HookPoint
     num_tensors: int  # that make up the state
-    # Whether the tensor's gradient is more than that of this stream: it is every stream, or was read before the state was.
+    # Whether the tensor's gradient is another than that of this stream: it is every stream, was read before the state was, or
+    # inside of the function of autograd that made it.
     is_shared: bool
 
     @property
@@ -105,7 +106,8 @@ class Structure:
         found, captured = [], {state[:2] for state in self.captured}
         for chain, depth, point in self.captured:
             of = point.streams or (point,)
-            is_shared = len(set(of)) < len(of) or any(p.is_read_before for p in (point, *of))
+            is_shared = len(set(of)) < len(of)
+            is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
             is_shared |= point.is_joined_again and (chain, depth + 1) not in captured
             found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
@@ -113,7 +115,8 @@ class Structure:
     @property
     def is_recorded(self) -> bool:
         """Whether only the operations of a forward show its states, or the weights of its connections."""
-        return self.read is not None or any(of.point.at == "operation" for of in self.shown)
+        points = (of.point for of in self.shown)
+        return self.read is not None or any(p.at == "operation" or p.gradient_at is not None for p in points)
 
     @property
     def connections(self) -> tuple[Connection, ...]:

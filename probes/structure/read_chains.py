@@ -55,10 +55,14 @@ def read_chain(
 
 
 def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
-    """Whether the first value is taken once for each stream of the next state: it is every stream of the first one."""
+    """Whether the first value is every stream of the first state: each next one is made of it once, or of it n times."""
     if len(memory.states) < 2 or len(memory.states[0].values) > 1:
         return False
     (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
+    while len(takers := graph.takers(graph.values[first])) == 1 and only_moves(takers[0]):
+        if takers[0].number not in memory.carried or takers[0].numel != graph.values[first].numel:
+            break
+        first = takers[0].number
     ways: dict[
         int, set[int]
     ] = {}  # by value: the steps right after the first one through which it is carried there
@@ -66,7 +70,8 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
         parents = [parent.number for parent in graph.values[number].parents]
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
     steps = [ways.get(number, set()) for number in following]
-    return len(steps) == n and all(len(of) == n for of in steps) and len(set().union(*steps)) == n * n
+    times = {len(of) for of in steps}  # how often the first value comes into a stream
+    return len(steps) == n and times in ({1}, {n}) and len(set().union(*steps)) == sum(map(len, steps))
 
 
 class _ChainOf:
@@ -344,6 +349,42 @@ class _ChainOf:
         again = later <= {*states[depth + 1 :]} and len(pieces) == 2 and pieces[0] == pieces[1]
         return replace(point, is_joined_again=again, is_read_before=not again)
 
+    def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
+        """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
+        graph = self.graph
+        begin = graph.has_graph_from.get(value.number)
+        early = [of for of in graph.takers(value) if begin is None or of.number < begin]
+        if not graph.has_graph_from or not any(
+            _has_gradient(of) and graph.reaches_output(of) for of in early
+        ):
+            return point
+        addends = (self._only_added(addend, value) for addend in _plain_addends(value))
+        found = next((of for of in addends if of is not None), None)
+        if found is None:  # where it has no graph at all, none may be wanted
+            return replace(point, is_read_inside=begin is not None)
+        return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
+
+    def _only_added(self, value: TracedValue, to: TracedValue) -> TracedValue | None:
+        """A value, or what it is a cast of, that nothing reads but one sum and autograd has a graph of; None for others."""
+        graph, taker = self.graph, to
+        while value.shape == to.shape and value not in graph.outputs:
+            if [of for of in graph.takers(value) if _has_gradient(of)] != [taker]:
+                return None
+            if value.number in graph.has_graph_from:
+                return value
+            if value.name not in SAME or not value.parents:
+                return None
+            taker, value = value, value.parents[0]
+        return None
+
+    def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
+        """The operation that shows a value, named as another point is."""
+        place = self.graph.place(value)
+        return HookPoint(
+            place.module, place.call, "operation", of.layer, of.site, of.module,
+            item=place.order, operation=place.operation, result=place.result,
+        )  # fmt: skip
+
     def _is_read_before(self, value: TracedValue, end: int) -> bool:
         """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
         taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
@@ -373,12 +414,8 @@ class _ChainOf:
         if best is None:
             # Without axes of size one, and with no others merged.
             value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
-            place = self.graph.place(value)
-            point = HookPoint(
-                place.module, place.call, "operation", state.layer, state.site, producer,
-                item=place.order, operation=place.operation, result=place.result,
-            )  # fmt: skip
-            return point, value
+            named = HookPoint("", 0, "operation", state.layer, state.site, producer)
+            return self._with_gradient(self._operation(value, named), value), value
         shown_value, shown = best
         call = self.graph.calls[shown.call]
         if state.site == "pre" and shown.at == "input":  # changed before this block
@@ -386,7 +423,7 @@ class _ChainOf:
         point = HookPoint(
             call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
         )
-        return point, shown_value
+        return self._with_gradient(point, shown_value), shown_value
 
     def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
         """What the first block takes, where that is the first state with its tokens in another order; else the state."""
@@ -630,6 +667,12 @@ class _ChainOf:
                 own = numbers.reshape(other.shape) if other.numel == value.numel else None
                 return min(calls), "" if own is None else self.layout_of(other, own)
         return None
+
+
+def _plain_addends(value: TracedValue) -> list[TracedValue]:
+    """What a sum adds up as it is."""
+    is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
+    return addends(value) if is_plain else []
 
 
 def _has_gradient(taker: TracedValue) -> bool:

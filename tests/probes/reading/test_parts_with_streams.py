@@ -1,0 +1,206 @@
+"""Streams in a part of the depth or in a list, and gates of features next to their weights: as the code's own numbers are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import depthscope as ds
+from depthscope.probes.reading.read import read_model
+
+WIDTH, STREAMS = 8, 3
+BATCH = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = mlp()
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Joined(nn.Module):
+    """A connection whose branch has a gate of its own: none, a gain for each feature, or one that a condition gives."""
+
+    def __init__(self, gate: str = ""):
+        super().__init__()
+        self.branch, self.gate = mlp(), gate
+        self.mix = nn.Parameter(torch.eye(STREAMS) + 0.3 * torch.randn(STREAMS, STREAMS))
+        self.read, self.write = nn.Parameter(torch.randn(STREAMS)), nn.Parameter(torch.randn(STREAMS))
+        self.gain, self.condition = nn.Parameter(torch.full((WIDTH,), 0.5)), nn.Linear(4, WIDTH)
+
+    def forward(self, h, given):
+        y = self.branch(torch.einsum("n,btnd->btd", self.read, h))
+        if self.gate == "gain":
+            y = y * self.gain
+        if self.gate == "condition":
+            y = self.condition(given)[:, None] * y
+        return torch.einsum("mn,btnd->btmd", self.mix, h) + self.write[:, None] * y[:, :, None]
+
+
+class Streams(nn.Module):
+    """Plain blocks, blocks with streams, and plain blocks again."""
+
+    def __init__(self, before: int = 0, inside: int = 3, after: int = 0, gate: str = ""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 2)
+        self.before, self.after = (nn.ModuleList(Plain() for _ in range(n)) for n in (before, after))
+        self.inside = nn.ModuleList(Joined(gate) for _ in range(inside))
+        self.passed: list[torch.Tensor] = []
+
+    def forward(self, batch):
+        x = self.embed(batch)
+        for block in self.before:
+            x = block(x)
+        h = x[:, :, None].expand(-1, -1, STREAMS, -1)
+        self.passed = [h]
+        for block in self.inside:
+            h = block(h, batch.mean(1))
+            self.passed.append(h)
+        x = h.mean(2)
+        for block in self.after:
+            x = block(x)
+        return self.head(x)
+
+
+def compare(model: Streams) -> None:
+    run = ds.capture(model, BATCH)
+    trace, blocks = run["trace"], list(model.inside)
+
+    assert trace.attrs["proof"] == "proven"
+    with torch.no_grad():
+        model(BATCH)
+        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
+        for name, own in (("h_res", "mix"), ("h_pre", "read"), ("h_post", "write")):
+            true = torch.stack([getattr(block, own) for block in blocks])[:, None, None]
+            np.testing.assert_allclose(trace[name], true.expand(trace[name].shape), atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2), (1, 1)])
+def test_streams_in_a_part_of_the_depth_are_read_and_the_other_blocks_have_chains_of_their_own(before, after):
+    model = Streams(before, 3, after)
+    compare(model)
+
+    found = {memory.name: len(memory.connections) for memory in read_model(model, BATCH).memories}
+    assert found.pop("inside") == 3
+    assert found == {name: n for name, n in (("before", before), ("after", after)) if n}
+    for name in found:
+        states = ds.capture(model, BATCH, chain=name)["trace"]["residual"]
+        assert states.sizes["depth"] == found[name] + 1
+        assert states.sizes["stream"] == 1
+
+
+@pytest.mark.parametrize("gate", ["gain", "condition"])
+def test_a_gate_of_each_feature_is_a_part_of_the_branch_next_to_the_weights_of_streams(gate):
+    model = Streams(gate=gate)
+    compare(model)
+    with torch.no_grad():  # after training, say: no longer the same number for all features
+        for block in model.inside:
+            block.gain.copy_(torch.rand(WIDTH))
+    compare(model)
+
+
+class Steps(nn.Module):
+    """Streams in a list, `step` as often as there are layers, and a head that reads all of them."""
+
+    def __init__(self, depth: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.begins = nn.Linear(4, 2 * WIDTH), nn.Linear(4, WIDTH)
+        self.head = nn.Linear(2 * WIDTH, 2)
+        self.mix = nn.ParameterList(torch.eye(2) + 0.3 * torch.randn(2, 2) for _ in range(depth))
+        self.write = nn.ParameterList(torch.randn(2) for _ in range(depth))
+        self.first, self.second = (nn.ModuleList(mlp() for _ in range(depth)) for _ in range(2))
+        self.passed: list[torch.Tensor] = []
+
+    def begin(self, batch):
+        return list(self.embed(batch).chunk(2, -1))
+
+    def forward(self, batch):
+        streams = self.begin(batch)
+        self.passed = [torch.stack(streams, 2)]
+        for number in range(len(self.mix)):
+            streams = self.step(number, *streams)
+        return self.head(torch.cat(streams, -1))
+
+
+class PredictAndCorrect(Steps):
+    """AltUp: each stream is predicted from both, and corrected by what the layer made of one of them, less its prediction."""
+
+    def step(self, number, a, b):
+        mix, write = self.mix[number], self.write[number]
+        predicted = [mix[0, 0] * a + mix[0, 1] * b, mix[1, 0] * a + mix[1, 1] * b]
+        made = self.first[number]((a, b)[number % 2])
+        streams = [of + write[n] * (made - predicted[number % 2]) for n, of in enumerate(predicted)]
+        self.passed.append(torch.stack(streams, 2))
+        return streams
+
+
+class TwoTasks(Steps):
+    """Cross-stitch units: both towers begin with one tensor, each has branches of its own, and they are mixed after each."""
+
+    def begin(self, batch):
+        return [self.begins(batch)] * 2
+
+    def step(self, number, a, b):
+        a, b = a + self.first[number](a), b + self.second[number](b)
+        self.passed.append(torch.stack([a, b], 2))
+        mix = self.mix[number]
+        return mix[0, 0] * a + mix[0, 1] * b, mix[1, 0] * a + mix[1, 1] * b
+
+
+def test_streams_in_a_list_are_read_where_the_next_branch_takes_one_that_is_made_first():
+    model = PredictAndCorrect()
+    trace = ds.capture(model, BATCH)["trace"]
+
+    assert trace.attrs["proof"] == "proven"
+    with torch.no_grad():
+        model(BATCH)
+        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
+        for number, (mix, write) in enumerate(zip(model.mix, model.write, strict=True)):
+            true = mix - write[:, None] * mix[number % 2]
+            np.testing.assert_allclose(trace["h_res"][number], true.expand(2, 5, 2, 2), atol=1e-6)
+
+
+def test_two_towers_that_begin_with_one_tensor_and_are_mixed_are_two_streams():
+    model = TwoTasks()
+    run = ds.capture(model, BATCH)
+    trace = run["trace"]
+
+    assert trace.attrs["proof"] == "proven"
+    assert "one tensor is each of the 2 streams" in run.attrs["not_covered"][0]["why"]
+    with torch.no_grad():
+        model(BATCH)
+        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
+        true = torch.stack(list(model.mix))[:-1, None, None].expand(2, 2, 5, 2, 2)
+        np.testing.assert_allclose(trace["h_res"], true, atol=1e-6)
+
+
+class CrossNetwork(Steps):
+    """x ← x₀ ⊙ f(x) + x, as of a recommender: what scales the state is no gate, since nothing else is added."""
+
+    def forward(self, batch):
+        x = first = self.begins(batch)
+        self.passed = [x]
+        for layer in self.first:
+            self.passed.append(x := first * layer(x) + x)
+        return self.head(torch.cat([x, first], -1))
+
+
+def test_a_product_of_the_state_and_a_function_of_it_is_a_branch_where_there_is_no_other():
+    model = CrossNetwork()
+    trace = ds.capture(model, BATCH, loss=lambda output, _: output.square().mean(), gradients=True)["trace"]
+
+    assert trace.attrs["proof"] == "proven"
+    model(BATCH)
+    states = torch.stack(model.passed)
+    np.testing.assert_allclose(trace["residual"][..., 0, :], states.detach(), atol=1e-6)

@@ -1,0 +1,120 @@
+"""A function of autograd makes a state and reads it itself: its gradient is that of all readers, or none is given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from depthscope import probes
+
+WIDTH = 8
+IDS = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(0))
+EPS = 1e-6
+
+
+def normed(x, weight):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
+
+
+class AddNorm(torch.autograd.Function):
+    """The sum of two tensors and its norm in one function, as fused kernels have it."""
+
+    @staticmethod
+    def forward(ctx, x, state, weight):
+        total = x + state
+        ctx.save_for_backward(total, weight)
+        return normed(total, weight), total
+
+    @staticmethod
+    def backward(ctx, of_normed, of_total):
+        total, weight = (of.detach().requires_grad_() for of in ctx.saved_tensors)
+        with torch.enable_grad():
+            given = torch.autograd.grad(normed(total, weight), (total, weight), of_normed)
+        return given[0] + of_total, given[0] + of_total, given[1]
+
+
+class FlatAddNorm(AddNorm):
+    """The same, of which the sum is handed on as a view."""
+
+    @staticmethod
+    def forward(ctx, x, state, weight):
+        total = x + state
+        ctx.save_for_backward(total, weight)
+        return normed(total, weight), total.view(-1, WIDTH)
+
+    @staticmethod
+    def backward(ctx, of_normed, of_total):
+        return AddNorm.backward(ctx, of_normed, of_total.view(of_normed.shape))
+
+
+def flat_add_norm(x, state, weight):
+    of_normed, total = FlatAddNorm.apply(x, state, weight)
+    return of_normed, total.view(of_normed.shape)
+
+
+def add_norm(x, state, weight):
+    total = x + state
+    return normed(total, weight), total
+
+
+class Fused(nn.Module):
+    def __init__(self, join, again=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(20, WIDTH)
+        self.mixers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.weights = nn.ParameterList(nn.Parameter(torch.rand(WIDTH) + 0.5) for _ in range(5))
+        self.head = nn.Linear(WIDTH, 20)
+        self.join, self.again = join, again
+
+    def forward(self, ids):
+        state = self.embed(ids)
+        x, extra = normed(state, self.weights[0]), 0
+        for mixer, weight in zip(self.mixers, self.weights[1:], strict=True):
+            made = torch.tanh(mixer(x))
+            x, state = self.join(made, state, weight)
+            extra = extra + made.mean() if self.again else extra
+        return self.head(x) + extra
+
+
+def loss(output, batch):
+    return F.cross_entropy(output.flatten(0, 1), batch.flatten())
+
+
+@pytest.mark.parametrize("join", [AddNorm.apply, flat_add_norm])
+def test_the_gradient_of_a_fused_sum_and_norm_is_that_of_single_operations(join):
+    fused, plain = (probes.capture(Fused(of), IDS, loss=loss, gradients=True) for of in (join, add_norm))
+
+    assert fused["trace"].attrs["proof"] == plain["trace"].attrs["proof"] == "proven"
+    np.testing.assert_allclose(fused["trace"]["gradient"], plain["trace"]["gradient"], atol=1e-7)
+    assert np.abs(plain["trace"]["gradient"]).max() > 1e-4
+
+
+def test_so_it_is_in_later_forwards():
+    rows = []
+    for join in (AddNorm.apply, add_norm):
+        model = Fused(join)
+        with probes.record(model, gradients=True) as recorder:
+            for _ in range(3):
+                step = loss(model(IDS), IDS)
+                step.backward()
+                recorder.step(step)
+        rows.append(recorder.run["statistics"]["gradient_square_norm_sum"].values)
+
+    assert rows[0].shape[0] == 3
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_no_gradient_is_given_where_something_else_reads_what_is_added(gradients):
+    run = probes.capture(Fused(AddNorm.apply, again=True), IDS, loss=loss, gradients=gradients)
+
+    assert run["trace"].attrs["proof"] == "proven"
+    if gradients:
+        assert not np.isnan(run["trace"]["gradient"][0]).any()
+        assert np.isnan(run["trace"]["gradient"][1:]).all()
+    said = " ".join(each["why"] for each in run.attrs.get("not_covered", []))
+    assert ("no gradients of the states 1, 2, 3, 4: a function of autograd" in said) == gradients
