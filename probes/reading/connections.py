@@ -127,14 +127,15 @@ class Linear:
 
     def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
         """The parts of the connection between two states."""
-        target = [self.states.before_functions(value) for value in after]
+        begins = {value.number for value in before}
+        target = [self.states.before_functions(value, begins) for value in after]
         start = [self.states.after_functions(value) for value in before]
         if _last(start) >= _last(target):  # the step is no more than a norm
             start = list(before)
         pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
         functions = [last.name for first, last in pairs if first is not last]
         between = self._written(branches, _last(before), _last(after))
-        first = min(value.number for value in before)
+        first = min(begins)
         reads = [
             [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
         ]

@@ -185,7 +185,14 @@ class BranchNames:
         call = 0 if unit is None else self.graph.calls[unit].number
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
-        return Key((), call if self._is_repeated(unit) else unit or 0, "")
+        alone = path if unit is not None and self.graph.modules.get(path) in self._numbered_classes else ""
+        return Key((), call if self._is_repeated(unit) else unit or 0, alone)
+
+    @cached_property
+    def _numbered_classes(self) -> set[str | None]:
+        """The classes of the modules with a number in which branches run: one that has none may be a block like them."""
+        paths = {self.graph.calls[unit].path for unit in self._units if unit is not None}
+        return {self.graph.modules.get(path) for path in paths if path.rpartition(".")[2].isdigit()}
 
     def _holds_branches(self, container: list[str]) -> bool:
         """Whether the numbered members of a container are the branches of a block, and no blocks: they are made of others.
@@ -247,7 +254,12 @@ class Key(NamedTuple):
 
     digits: tuple[int, ...]
     call: int
-    container: str
+    container: str  # of a block without a number, which is of the class of those that have one, its own path
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is that of a block, next to which other branches have none."""
+        return bool(self.digits or self.container)
 
     def block(self) -> tuple[object, ...]:
         """What is the same for all branches of a block, whose modules may lie in a list each."""
@@ -261,7 +273,7 @@ def numbered(
 
     A number may be left out where a block of the same class did not run, or where it only scales (``scaling``: their paths).
     """
-    blocks = [key for key in keys if key.digits] or list(keys)
+    blocks = [key for key in keys if key.is_block] or list(keys)
     own = iter(_of_blocks(blocks, modules, scaling))
     found: list[int] = []
     for key in keys:  # what has no number, next to blocks that have one, belongs to the block before it
@@ -295,7 +307,7 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
     for names in all_names:
         keys = names.keys
         if any(key.digits for key in keys):
-            outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.digits)
+            outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.is_block)
             names.between = {branch.source.number for branch in outside}
         scaling = {names.graph.calls[call].path for call in names.scaling}
         names.layers = numbered(names.keys, names.graph.modules, scaling)

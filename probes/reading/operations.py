@@ -166,10 +166,11 @@ def is_along_features(mean: TracedValue) -> bool:
 
 
 def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
-    """Whether a factor is a norm of what it scales, or of what that was computed from."""
+    """Whether a factor is a norm of what it scales, or of what that was computed from, as by the gain that comes first."""
+    before = [parent for parent in of.parents if not parent.of_parameter][:1]
     for _ in range(8):
         if value.name in STATISTICS or (value.name in REDUCES and value.parents[0].name == "abs"):
-            return graph.depends(value, of) or any(graph.depends(value, p) for p in of.parents[:1])
+            return any(graph.depends(value, one) for one in [of, *before])
         if not value.parents or not (only_moves(value) or value.name in SCALINGS_OF_NORMS):
             return False
         value, *others = sorted(value.parents, key=lambda v: -v.number)

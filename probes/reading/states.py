@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -143,11 +143,11 @@ class States:
         found = flat.new_zeros(math.prod(self.memory.shape)).index_put((places[places >= 0],), flat)
         return self.sorted([found[None]], [Numbers.first(self.memory.shape)], self.num_features)[0]
 
-    def before_functions(self, value: TracedValue) -> TracedValue:
-        """Back over the norms and activations at the end of a step."""
+    def before_functions(self, value: TracedValue, begins: Collection[int]) -> TracedValue:
+        """Back over the norms and activations at the end of a step, up to where it begins."""
         seen = False
         for at in self.memory.line(value):
-            if at.number in self.memory.writes or self.memory.mixes(at):
+            if at.number in begins or at.number in self.memory.writes or self.memory.mixes(at):
                 return at if seen else value
             seen = seen or self.memory.passes_function(at)
         return value

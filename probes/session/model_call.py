@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -43,11 +44,16 @@ def copied(batch: Any) -> Any:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The output of a model for a batch: a mapping is passed as keywords, a tuple or list as positional arguments."""
+    """The output of a model for a batch: a mapping is passed as keywords, a tuple or list as positional arguments.
+
+    An object is passed as a copy, as a model of graphs may put its states where it found their features.
+    """
     with _padded(model):
         if isinstance(batch, Mapping):
             return model(**batch)
-        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        if isinstance(batch, (tuple, list)):
+            return model(*batch)
+        return model(batch if isinstance(batch, torch.Tensor) else copy.copy(batch))
 
 
 @contextmanager
