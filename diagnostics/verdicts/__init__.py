@@ -102,6 +102,7 @@ VERDICTS: dict[str, Verdict] = {
         inputs.equal_sequences,
         wiring.stale_statistics,
         attention.attention_entropy_collapse,
+        attention.collapsed_router,
         representation.massive_activations,
         references.batch_without_differences,
         representation.few_tokens_for_cka,

@@ -15,7 +15,6 @@ from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer, reference_rank
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -312,7 +311,7 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     if set(cka_null["estimator"].values.tolist()) != {"biased"}:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
-    return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
+    return [Profile(null, "unrelated noise of that size would have a biased CKA of")]
 
 
 @verdict(metric="num_tokens", limits=Limits(info=0.0), about="reading")
@@ -327,7 +326,7 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
     sentence = " ".join(_small(name, note) for name, note in notes.items())
     words = "the number of quantities that the sample is small for is"
-    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]
+    return [Profile(xr.DataArray(float(len(notes))), words, sentence=sentence)]
 
 
 def _small(name: str, note: str) -> str:

@@ -96,6 +96,18 @@ def choosing() -> nn.Module:
     return block
 
 
+def sure_router() -> nn.Module:
+    """A router whose bias sends every token to the first of four experts."""
+    router, *experts = (nn.Linear(WIDTH, size) for size in (4, *[WIDTH] * 4))
+    nn.init.constant_(router.bias[:1], 50.0)
+
+    def routed(x, router, *experts):
+        best = router(x).topk(1, -1).indices
+        return x + sum((best == number) * expert(x) for number, expert in enumerate(experts))
+
+    return step(routed, router, *experts)
+
+
 def bottleneck() -> nn.Module:
     ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
     return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
@@ -312,7 +324,7 @@ CASES: dict[str, Case] = {
     ),
     "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
     "worse_than_constant": case(
-        sure_of_the_wrong, INFO, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+        sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "equal_blocks": case(
@@ -435,6 +447,9 @@ CASES: dict[str, Case] = {
     "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
+    ),
+    "collapsed_router": case(
+        lambda: plain(at(3, sure_router)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="no token chooses is 0.75"
     ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
