@@ -101,6 +101,7 @@ VERDICTS: dict[str, Verdict] = {
         inputs.constant_branch,
         inputs.equal_sequences,
         wiring.stale_statistics,
+        wiring.zero_input,
         attention.attention_entropy_collapse,
         attention.collapsed_router,
         representation.massive_activations,

@@ -108,6 +108,13 @@ def sure_router() -> nn.Module:
     return step(routed, router, *experts)
 
 
+def dead_relu() -> nn.Module:
+    """A branch whose first bias lets no token pass."""
+    up, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    nn.init.constant_(up.bias, -50.0)
+    return step(lambda x, up, down: x + down(up(x).relu()), up, down)
+
+
 def bottleneck() -> nn.Module:
     ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
     return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
@@ -445,6 +452,9 @@ CASES: dict[str, Case] = {
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
     "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
+    "zero_input": case(
+        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets no number but 0", beside=("constant_branch",)
+    ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
     ),
