@@ -94,6 +94,7 @@ VERDICTS: dict[str, Verdict] = {
         streams.wasted_layer,
         representation.rank_collapse,
         representation.dimensional_collapse,
+        representation.lost_directions,
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,

@@ -134,6 +134,35 @@ def _limits_of_rank(null: float) -> Limits | None:
     return Limits(warn=max(0.05, 1.5 * fail), fail=fail, above=False)
 
 
+# What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
+@verdict(
+    metric="numerical_rank",
+    limits=Limits(warn=0.6, above=False),
+    follows_from={
+        "dead_state": from_there_on,
+        "residual_not_finite": from_there_on,
+        "rank_collapse": from_there_on,
+        "dimensional_collapse": from_there_on,
+        "one_direction": from_there_on,
+        "common_vector": from_there_on,
+        "exploding_state": overlapping,
+    },
+)
+def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
+    """A block empties directions of the state: what they held cannot come back.
+
+    Look in that block for a projection, features that are dropped or set to zero, units that no token passes, or a bottleneck
+    without a skip.
+    """
+    rank = numerical_rank.sel(scope="data", tokens="ordinary", centering="centred", stream="mean", drop=True)
+    most = np.fmax.accumulate(rank.values)
+    yield Profile(
+        rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
+        "the number of directions that are not empty, relative to the most that an earlier state has, is",
+        note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
+    )
+
+
 # A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
 @verdict(
     metric="participation_ratio",

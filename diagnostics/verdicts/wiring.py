@@ -136,7 +136,7 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A module gets nothing but zeros: no token passes what is before it.
 
-    Look for a ReLU whose inputs are all negative, as after too high a learning rate, for a closed gate, or a product with zero.
+    Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
     Its weights get no gradient, and it writes nothing but its bias.
     """
     yield from told(attrs, "zero_input")

@@ -96,6 +96,11 @@ def choosing() -> nn.Module:
     return block
 
 
+def half() -> nn.Module:
+    """A block that sets most of the features to zero."""
+    return step(lambda x, block: block(x) * (torch.arange(WIDTH) < WIDTH // 3), Block())
+
+
 def sure_router() -> nn.Module:
     """A router whose bias sends every token to the first of four experts."""
     router, *experts = (nn.Linear(WIDTH, size) for size in (4, *[WIDTH] * 4))
@@ -438,6 +443,9 @@ CASES: dict[str, Case] = {
     ),
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
+    ),
+    "lost_directions": case(
+        lambda: plain(at(3, half)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="The most are"
     ),
     # Losses that the large part of the state decides: what is beside it is of no use to them.
     "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6, loss=size_of),
