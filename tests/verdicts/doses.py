@@ -153,8 +153,8 @@ STREAMS = ("streams",)
 FAULTS = (
     Fault("tokens are averaged over their past", "left", ("rank_collapse",), (0.5, 0.2, 0.1, 0.03, 0.01, 1e-3),
           _after(_averaged)),
-    Fault("a block keeps few directions", "directions", ("lost_directions", "dimensional_collapse", "one_direction"), (40, 24, 12, 6, 3, 1),
-          _after(_projected)),
+    Fault("a block keeps few directions", "directions", ("lost_directions", "dimensional_collapse", "one_direction"),
+          (40, 24, 12, 6, 3, 1), _after(_projected)),
     Fault("all tokens get one vector", "times their size", ("common_vector",), (0.3, 1, 3, 10, 30, 100), _after(_shifted)),
     Fault("the state is multiplied after every block", "factor", ("exploding_state",), (1.2, 2, 5, 10, 30, 100),
           _after(lambda x, factor: factor * x, None)),

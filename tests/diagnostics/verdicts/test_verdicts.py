@@ -360,11 +360,11 @@ def with_cosines(mixed, distances):
     ("first", "last", "severity"),
     [
         (1e-6, 1e-3, Severity.INFO),  # they part with the depth
-        (5e-4, 5e-4, Severity.WARN),  # they stay as they were
+        (5e-4, 5e-4, Severity.INFO),  # they stay as they were, and are no copies
         (6e-3, 6e-3, None),  # they are 6 degrees apart: no copies
     ],
 )
-def test_streams_that_part_with_depth_are_a_note(mixed, first, last, severity):
+def test_streams_that_are_nearly_copies_are_a_note(mixed, first, last, severity):
     depths = mixed()["trace"].sizes["depth"]
     run = with_cosines(mixed, np.geomspace(first, last, depths))
     told = findings(run).get("copied_streams", [])
