@@ -48,7 +48,9 @@ def age_of(analysis: xr.Dataset) -> Age:
         if name in analysis
     }
     distance = float(known["first_weight_distance"].max()) if "first_weight_distance" in known else 0.0
-    are_one = streams_are_one(known.get("stream_cosine"), known.get("read_share"))
+    # Gains that have moved refute that nothing else has: what a step of training ends is then no start.
+    still = moved is None or at_first
+    are_one = still and streams_are_one(known.get("stream_cosine"), known.get("read_share"))
     of_guessing = f"the loss is {100 * (share or 0.0):.0f} % of that of guessing"
     facts = (
         (share is not None and share < LEARNED, True, of_guessing),
@@ -57,7 +59,7 @@ def age_of(analysis: xr.Dataset) -> Age:
         ((moved or 0.0) > YOUNG, True, f"its norm gains are up to {moved or 0.0:.2g} from 1"),
         (attrs.get("untouched"), False, "the weights are as they were drawn"),
         (are_one, False, ONE_STREAM),
-        (_nothing_is_added(analysis), False, NOTHING_ADDED),
+        (still and _nothing_is_added(analysis), False, NOTHING_ADDED),
         (attrs.get("small_start"), False, str(attrs.get("small_start"))),
         (at_first and share is not None, False, f"{of_guessing}, and {gains}"),
         (near and step > 0, False, f"it has trained for {step:.0f} steps, and {gains}"),

@@ -23,9 +23,17 @@ from depthscope.diagnostics.verdicts.locations import place, span
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
 
-# AltUp's branch output contains the active stream itself: its matrix gives that stream up, so that products of matrices
-# mean nothing; and it always reads the active stream only.
-ALTUP = ("altup",)
+# Families of connections for which a verdict has no meaning. AltUp's branch output contains the active stream itself: its
+# matrix gives that stream up, so that products of matrices mean nothing; and it always reads the active stream only. Of the
+# others the streams never mix by construction: an identity is no finding.
+MEANINGLESS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("gain_explosion", "attenuation", "stream_collapse", "uniform_mixing", "wasted_layer", "unread_stream",
+         "dominant_stream", "loud_stream", "silent_stream"),
+        ("altup",),
+    ),
+    **dict.fromkeys(("stuck_at_identity", "some_connections_stuck"), ("residual", "highway", "independent_hc", "gated")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,6 @@ class Verdict:
         Variables in, profiles out; None where the question does not apply.
     wants : tuple of str
         Variables that it takes where the analysis has them: its parameters that are None by default.
-    not_for : tuple of str
-        Families of connections for which the question has no meaning.
     follows_from : mapping of str to function
         Other verdicts that explain this one, and where, see `causes`; it is then no more than INFO.
     about : {"network", "reading"}
@@ -166,11 +172,15 @@ class Verdict:
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
     wants: tuple[str, ...] = ()
-    not_for: tuple[str, ...] = ()
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
     about: str = "network"
     drawn_on: tuple[str, ...] = ()
     suspicion: bool = False
+
+    @property
+    def not_for(self) -> tuple[str, ...]:
+        """Families of connections for which the question has no meaning."""
+        return MEANINGLESS.get(self.name, ())
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -301,7 +311,6 @@ def verdict(
     *,
     metric: str,
     limits: Limits,
-    not_for: tuple[str, ...] = (),
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
     drawn_on: tuple[str, ...] = (),
@@ -315,8 +324,6 @@ def verdict(
         The metric that the number comes from.
     limits : Limits
         From which value on it reports.
-    not_for : tuple of str
-        Families of connections that it does not judge.
     follows_from : mapping of str to function, optional
         See `Verdict`.
     about, drawn_on, suspicion
@@ -340,7 +347,6 @@ def verdict(
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
             wants=tuple(each.name for each in parameters if each.default is None),
-            not_for=not_for,
             follows_from=follows_from or {},
             about=about,
             drawn_on=drawn_on,

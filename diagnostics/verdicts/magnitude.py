@@ -17,7 +17,7 @@ from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRAD
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
 from depthscope.diagnostics.verdicts.claims import ONE_EXACT_SUM, satisfies
-from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
 
@@ -173,7 +173,6 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 @verdict(
     metric="composite_gain",
     limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
-    not_for=ALTUP,
     follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
     drawn_on=("composite_gain", "composite_operator_gain"),
 )
@@ -205,6 +204,7 @@ def single_gain_explosion(
 
 
 GAIN_LIMIT = 10.0  # of both verdicts on gains
+TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
 def _gain_profiles(signed: xr.DataArray, norms: xr.DataArray | None, words: str) -> Iterator[Profile]:
@@ -231,7 +231,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     if "p99" not in gain["reduction"].values:
         return Profile(largest, f"{words} (max over tokens) is")
     most = gain.sel(reduction="p99", drop=True)
-    if bool((most > GAIN_LIMIT).any()) or not bool((largest > GAIN_LIMIT).any()):
+    if bool((most > GAIN_LIMIT).any()) or not bool((largest > TOKEN_LIMIT).any()):
         return Profile(most, f"{words} (p99 over tokens) is")
     tokens = gain.attrs.get(LARGEST_TOKEN)
     note = ""
@@ -245,7 +245,6 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 @verdict(
     metric="composite_attenuation",
     limits=Limits(warn=FADED, fail=0.05, above=False),
-    not_for=ALTUP,
     follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
     drawn_on=("composite_attenuation",),
     suspicion=True,

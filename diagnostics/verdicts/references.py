@@ -10,7 +10,6 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import TASK
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 DISTINCT = "distinct_tokens"
 """Attribute of a run: how many different tokens the sampled sequences have, each on average and all together."""
@@ -91,7 +90,6 @@ def batch_without_differences(
             first.copy(data=0.0),
             "the differences between the tokens are",
             sentence=sentence,
-            ceiling=Severity.INFO,
         )
     ]
 
@@ -109,7 +107,7 @@ def _equal_sequences(
         f"needed, {VERDICT_SOURCE})."
     )
     words = "the differences between the sequences are"
-    return [Profile(first.copy(data=0.0), words, sentence=sentence, ceiling=Severity.INFO)]
+    return [Profile(first.copy(data=0.0), words, sentence=sentence)]
 
 
 VERDICT_SOURCE = batch_without_differences.limits.source

@@ -15,7 +15,6 @@ from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer, reference_rank
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -133,6 +132,35 @@ def _limits_of_rank(null: float) -> Limits | None:
         return None
     fail = max(0.005, (FEW_DIRECTIONS - 1.0) / (null - 1.0))
     return Limits(warn=max(0.05, 1.5 * fail), fail=fail, above=False)
+
+
+# What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
+@verdict(
+    metric="numerical_rank",
+    limits=Limits(warn=0.6, above=False),
+    follows_from={
+        "dead_state": from_there_on,
+        "residual_not_finite": from_there_on,
+        "rank_collapse": from_there_on,
+        "dimensional_collapse": from_there_on,
+        "one_direction": from_there_on,
+        "common_vector": from_there_on,
+        "exploding_state": overlapping,
+    },
+)
+def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
+    """A block empties directions of the state: what they held cannot come back.
+
+    Look in that block for a projection, features that are dropped or set to zero, units that no token passes, or a bottleneck
+    without a skip.
+    """
+    rank = numerical_rank.sel(scope="data", tokens="ordinary", centering="centred", stream="mean", drop=True)
+    most = np.fmax.accumulate(rank.values)
+    yield Profile(
+        rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
+        "the number of directions that are not empty, relative to the most that an earlier state has, is",
+        note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
+    )
 
 
 # A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
@@ -312,7 +340,7 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     if set(cka_null["estimator"].values.tolist()) != {"biased"}:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
-    return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
+    return [Profile(null, "unrelated noise of that size would have a biased CKA of")]
 
 
 @verdict(metric="num_tokens", limits=Limits(info=0.0), about="reading")
@@ -327,7 +355,7 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
     sentence = " ".join(_small(name, note) for name, note in notes.items())
     words = "the number of quantities that the sample is small for is"
-    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]
+    return [Profile(xr.DataArray(float(len(notes))), words, sentence=sentence)]
 
 
 def _small(name: str, note: str) -> str:

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
@@ -31,7 +31,6 @@ def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator
 @verdict(
     metric="read_share",
     limits=Limits(warn=0.1, above=False, source=CALIBRATED),
-    not_for=ALTUP,
     follows_from={"dominant_stream": anywhere},
 )
 def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
@@ -57,7 +56,6 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 @verdict(
     metric="signal_share",
     limits=Limits(warn=0.9, source=CALIBRATED),
-    not_for=ALTUP,
     follows_from={"loud_stream": anywhere},
 )
 def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
@@ -82,7 +80,7 @@ def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None 
 
 
 # Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
-@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED), not_for=ALTUP)
+@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED))
 def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """One stream is much larger than the others.
 
@@ -112,9 +110,7 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     yield Profile(ratio, words, stream=name, note=note)
 
 
-@verdict(
-    metric="residual_norm", limits=Limits(warn=0.0), not_for=ALTUP, follows_from={"dead_state": anywhere}
-)
+@verdict(metric="residual_norm", limits=Limits(warn=0.0), follows_from={"dead_state": anywhere})
 def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """A stream is exactly zero while the others are not.
 

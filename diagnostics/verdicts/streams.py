@@ -17,13 +17,10 @@ from depthscope.diagnostics.verdicts.age import SAME_STREAMS, streams_are_one
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
-from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.wiring import ROUNDING as ROUNDED
 from depthscope.diagnostics.verdicts.wiring import told
-
-# Families whose streams never mix by construction: an identity is no finding.
-UNMIXED = ("residual", "highway", "independent_hc", "gated")
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99
@@ -32,13 +29,10 @@ COLLAPSED = 0.01
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
 # Mean cosine over all pairs of streams: what is not common to them is 3 % of them. Healthy trained mHC-lite has 0.994.
 COPIED = 0.999
-PAIRED = 0.9999
-PAIR = Limits(warn=PAIRED, scale="cosine")  # of one pair, which may well be close while the others are not
-
 # 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
 DIFFER = 1e-9
-# The same of streams that are well on their way, in a network of any age.
-PARTED_BY_DEPTH = 1e-4
+EXACT = 1.0 - DIFFER
+PAIR = Limits(warn=EXACT, scale="cosine")  # of one pair, which may well be close while the others are not
 
 # Of the differences between streams: what is smaller is what rounding leaves of 1.
 ROUNDING = 1e-14
@@ -159,7 +153,6 @@ def expansive_mixing(
 @verdict(
     metric="relative_deflated_gain",
     limits=Limits(warn=COLLAPSED, above=False),
-    not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
     drawn_on=("relative_deflated_gain",),
 )
@@ -219,7 +212,6 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 @verdict(
     metric="relative_deflated_gain",
     limits=Limits(warn=COLLAPSED, above=False),
-    not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )
 def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
@@ -241,7 +233,6 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
 @verdict(
     metric="identity_distance",
     limits=Limits(info=STUCK, above=False),
-    not_for=UNMIXED,
     drawn_on=("identity_distance",),
 )
 def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
@@ -259,7 +250,6 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
 @verdict(
     metric="composite_identity_distance",
     limits=Limits(warn=STUCK, above=False),
-    not_for=UNMIXED,
     follows_from={"discarded_mixing": anywhere},
     suspicion=True,
 )
@@ -283,16 +273,17 @@ def stuck_at_identity(
     return [Profile(most, words, start="" if saturated else "H_res begins near the identity")]
 
 
+# Near copies are a note, whatever merging them costs: training has parted them, and what they are worth is the task's. Exact
+# ones are no other network than one with a single stream.
 @verdict(
     metric="stream_cosine",
-    limits=Limits(warn=COPIED, scale="cosine"),
+    limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from={
         "uniform_mixing": from_there_on,
         "stream_collapse": overlapping,
         "passing_streams": anywhere,
         "loud_stream": anywhere,
     },
-    suspicion=True,
     drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
@@ -308,45 +299,32 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    begun = bool((1.0 - stream_cosine > SAME_STREAMS).any())
-    note = _parting(stream_cosine)
+    # Exact ones that are read alike are symmetric, and stay so.
+    parting = (1.0 - stream_cosine > SAME_STREAMS).any() or streams_are_one(stream_cosine, read_share)
+    apart = 1.0 - float(judged.max())
     yield Profile(
         judged,
         "the mean cosine between streams is",
         metric="stream_cosine",
-        ceiling=Severity.INFO if note else Severity.FAIL,
-        note=note,
-        # Exact ones that are read alike are symmetric, and stay so.
-        start="the streams begin as copies, and part with every step"
-        if begun or streams_are_one(stream_cosine, read_share)
-        else "",
+        sentence=_copies("The streams are copies: 1 − cosine of any two of them", apart),
+        start="the streams begin as copies, and part with every step" if parting else "",
     )
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
     if closest_stream_cosine is None or not judged.notnull().any():
         return
     two = closest_stream_cosine.where(judged.notnull())
-    apart, others = 1.0 - float(two.max()), 1.0 - float(judged.max())
-    if others > 100.0 * max(apart, DIFFER):
-        sentence = (
-            f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
-            f"of the depth, below {number(1.0 - PAIRED)} ({DEFAULT})."
-        )
+    if apart > DIFFER:
+        said = _copies("Two of the streams are copies: their 1 − cosine", 1.0 - float(two.max()))
         words = "the cosine of the two streams that are most alike is"
-        told = sentence if apart < 1.0 - PAIRED else ""
-        yield Profile(two, words, limits=PAIR, sentence=told, metric="closest_stream_cosine")
+        yield Profile(two, words, limits=PAIR, sentence=said, metric="closest_stream_cosine")
 
 
-def _parting(stream_cosine: xr.DataArray) -> str:
-    """What explains streams that begin nearly as copies and part on their way through the depth; empty for all others."""
-    apart = 1.0 - stream_cosine.values
-    grown = apart[-1] > max(PARTED_BY_DEPTH, 10.0 * apart[0])
-    if not (grown and apart[-1] >= np.nanmax(apart) / 2.0):
+def _copies(what: str, apart: float) -> str:
+    """The sentence of exact copies; empty of others."""
+    if not apart < DIFFER:
         return ""
-    return (
-        "They begin as copies by construction and part with the depth: 1 − cosine grows from "
-        f"{number(float(apart[0]))} to {number(float(apart[-1]))}."
-    )
+    return f"{what} is {number(max(apart, 0.0))} in the later half of the depth, below {number(DIFFER)} ({DEFAULT})."
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False, source=CALIBRATED))
@@ -376,7 +354,6 @@ def passing_streams(
 @verdict(
     metric="read_mass",
     limits=Limits(warn=0.01, above=False, source=CALIBRATED),
-    not_for=ALTUP,
     suspicion=True,
     drawn_on=("read_mass",),
 )

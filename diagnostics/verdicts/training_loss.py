@@ -80,7 +80,7 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 # that loses more than the noise of a sample is broken, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(info=1.05),
+    limits=Limits(warn=1.05, fail=1.15),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
@@ -92,21 +92,10 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
     task = attrs.get(TASK)
-    task = task if isinstance(task, Mapping) else {}
-    # Of too few targets to know how often each class comes, equal probabilities lose no less.
-    loss, constant = task.get("loss"), task.get("constant", task.get("guessing"))
+    loss, constant = (task.get(name) if isinstance(task, Mapping) else None for name in ("loss", "constant"))
     if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
-        yield Profile(
-            xr.DataArray(loss / constant),
-            "the loss, relative to that of "
-            + (
-                "always answering with how often each class comes"
-                if "constant" in task
-                else "equal probabilities"
-            )
-            + ", is",
-            begun=True,
-        )
+        words = "the loss, relative to that of always answering with how often each class comes, is"
+        yield Profile(xr.DataArray(loss / constant), words, begun=True)
 
 
 # Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.

@@ -130,3 +130,13 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     training mode, whether its buffers are saved and loaded, and whether momentum is 0.
     """
     yield from told(attrs, "stale_statistics")
+
+
+@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0))
+def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """A module gets nothing but zeros: no token passes what is before it.
+
+    Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
+    Its weights get no gradient, and it writes nothing but its bias.
+    """
+    yield from told(attrs, "zero_input")

@@ -68,6 +68,8 @@ def _target_of(node: Any) -> torch.Tensor | None:
 
 # Targets for each class that comes: of fewer the frequencies, and with them their entropy, are not known well. Heuristic.
 ENOUGH = 4
+# Of fewer targets the loss itself is not: that of one varies by about 1 nat, and the mean of these by 0.1.
+FEWEST_TARGETS = 100
 
 
 def _is_mean(node: Any) -> bool:
@@ -77,14 +79,17 @@ def _is_mean(node: Any) -> bool:
 def _constant_loss(target: torch.Tensor | None) -> dict[str, float]:
     """``constant``: the loss of always answering with how often each class comes, its entropy in nats (Miller and Madow).
 
-    Empty of one class, and of too few targets.
+    Where that is not known well it is that of equal probabilities for the classes that come, which is no less. Empty of one
+    class, and of too few targets.
     """
     if target is None:
         return {}
     counts = torch.unique(target[target != IGNORED], return_counts=True)[1].double()
     total = float(counts.sum())
-    if len(counts) < 2 or total < ENOUGH * len(counts):
+    if len(counts) < 2 or total < FEWEST_TARGETS:
         return {}
+    if total < ENOUGH * len(counts):
+        return {"constant": math.log(len(counts))}
     share = counts / total
     return {"constant": float(-(share * share.log()).sum()) + (len(counts) - 1) / (2 * total)}
 

@@ -19,6 +19,7 @@ from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
+from depthscope.probes.session.kept_bytes import ZERO_INPUTS
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -73,7 +74,7 @@ def build_run(
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
     remarks, logits = connection_remarks(session.structure, evidence, followed)
-    remarks += module_remarks(session.model)
+    remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, ()))
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}

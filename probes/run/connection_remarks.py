@@ -104,25 +104,33 @@ def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 NAMED = 3  # modules in a sentence
 
 
-def module_remarks(model: nn.Module) -> list[dict[str, Any]]:
-    """Remarks in the form of those about connections; empty where nothing is odd."""
+def module_remarks(model: nn.Module, zero_inputs: Sequence[str]) -> list[dict[str, Any]]:
+    """Remarks in the form of those about connections; empty where nothing is odd.
+
+    ``zero_inputs``: modules that get nothing but zeros, in a forward that was watched.
+    """
     norms = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     }
     stale = [name for name, module in norms.items() if not module.training and _is_stale(module)]
-    if not stale:
-        return []
-    more = f" and {len(stale) - NAMED} more" if len(stale) > NAMED else ""
-    sentence = (
-        f"{len(stale)} of {len(norms)} batch norms ({', '.join(stale[:NAMED])}{more}) have trained weights, and running "
-        "statistics of mean 0 and variance 1 as they were made"
-    )
-    value = float(len(stale))
+    sentences = {
+        "stale_statistics": f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
+        "statistics of mean 0 and variance 1 as they were made",
+        "zero_input": f"{_named(zero_inputs)} get{'s' * (len(zero_inputs) == 1)} no number but 0 from any token",
+    }
+    counts = {"stale_statistics": len(stale), "zero_input": len(zero_inputs)}
     return [
-        {"kind": "stale_statistics", "sentence": sentence, "value": value, "connections": [], "sure": True}
+        {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
+        for kind, count in counts.items()
+        if count
     ]
+
+
+def _named(modules: Sequence[str]) -> str:
+    more = f" and {len(modules) - NAMED} more" if len(modules) > NAMED else ""
+    return f"{', '.join(modules[:NAMED])}{more}"
 
 
 def _is_stale(norm: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -1,4 +1,7 @@
-"""How many bytes does a forward keep for its backward? Counted in one more forward, without a hook on what autograd saves."""
+"""How many bytes does a forward keep for its backward? Counted in one more forward, without a hook on what autograd saves.
+
+The same forward shows which weights get nothing but zeros.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.session import Session
+from depthscope.probes.session.zero_inputs import ZeroInputs
 
+ZERO_INPUTS = "zero_inputs"
 COMPILED = "the model is compiled: its kernels keep other tensors than the code as it is written"
 
 
@@ -66,14 +71,15 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
     (checkpointed) block counts with what it keeps until then.
 
     ``session``: that measured this batch; its hooks are off.
-    Returns: ``measured_kept_bytes`` and ``measured_tokens``; or ``not_measured``: why not.
+    Returns: ``measured_kept_bytes`` and ``measured_tokens``, or ``not_measured``: why not; and `ZERO_INPUTS`, the modules that
+    get nothing but zeros.
     """
     model = session.model
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(
         model, "_orig_mod"
     ):
         return {"not_measured": COMPILED}
-    storages = _Storages()
+    storages, zeros = _Storages(), ZeroInputs(model)
     try:
         # By name: their memory must not be given to another tensor before the end.
         held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
@@ -89,7 +95,7 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
             for mode in modes:
                 stack.enter_context(mode)
             storages.know(model.buffers())  # the copies, which a forward of ours writes into
-            graph = _graph_of_outputs(model, batch, storages)
+            graph = _graph_of_outputs(model, batch, storages, zeros)
     except Exception as error:
         return {"not_measured": f"one more forward failed: {type(error).__name__}: {without_frames(error)}"}
     if not graph:
@@ -101,11 +107,12 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
     return {
         "measured_kept_bytes": kept,
         "measured_tokens": math.prod(structure.canonical(0, first, batch_size).shape[:2]),
+        ZERO_INPUTS: zeros.modules(),
     }
 
 
-def _graph_of_outputs(model: nn.Module, batch: Any, storages: _Storages) -> list[Any]:
+def _graph_of_outputs(model: nn.Module, batch: Any, storages: _Storages, zeros: ZeroInputs) -> list[Any]:
     """The last nodes of the graph, without the outputs that they belong to."""
-    with OperationsShown(storages.note):
+    with OperationsShown(zeros.note), OperationsShown(storages.note):
         output = call_model(model, batch)
     return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]

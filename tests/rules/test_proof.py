@@ -59,7 +59,6 @@ def test_a_finding_of_every_verdict_says_that_the_reading_is_unproven(monkeypatc
         VERDICTS[name],
         needs=("attrs",),
         wants=(),
-        not_for=(),
         function=lambda attrs: [Profile(xr.DataArray(value), "the number is")],
     )
     monkeypatch.setattr(verdicts, "VERDICTS", {name: always})

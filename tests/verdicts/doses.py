@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ HOSTS = {
     "streams": Shape(streams=4, blocks=4, start="apart"),
 }
 SUFFERS = 0.05  # nats
+FIGURE = "doses.svg"
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ STREAMS = ("streams",)
 FAULTS = (
     Fault("tokens are averaged over their past", "left", ("rank_collapse",), (0.5, 0.2, 0.1, 0.03, 0.01, 1e-3),
           _after(_averaged)),
-    Fault("a block keeps few directions", "directions", ("dimensional_collapse", "one_direction"), (40, 24, 12, 6, 3, 1),
-          _after(_projected)),
+    Fault("a block keeps few directions", "directions", ("lost_directions", "dimensional_collapse", "one_direction"),
+          (40, 24, 12, 6, 3, 1), _after(_projected)),
     Fault("all tokens get one vector", "times their size", ("common_vector",), (0.3, 1, 3, 10, 30, 100), _after(_shifted)),
     Fault("the state is multiplied after every block", "factor", ("exploding_state",), (1.2, 2, 5, 10, 30, 100),
           _after(lambda x, factor: factor * x, None)),
@@ -236,26 +238,101 @@ def area(faulty: Sequence[float], healthy: Sequence[float]) -> float:
     return float(np.mean(pairs)) if pairs else math.nan
 
 
-def row(fault: Fault, seeds: int, only: Sequence[str]) -> tuple[str, ...]:
-    """The curve of one fault: at every dose the loss that it costs, and how many networks are told which severity."""
+@dataclass(frozen=True)
+class Curve:
+    """One fault at its doses, the mean or the worst over networks.
+
+    Parameters
+    ----------
+    fault : Fault
+        What was planted.
+    costs : tuple of float
+        What each dose costs, in nats.
+    severities : tuple of str
+        Of each dose, a letter for every network.
+    healthy : str
+        The same of the networks without the fault.
+    areas : tuple of float
+        Under the ROC of each dose.
+    """
+
+    fault: Fault
+    costs: tuple[float, ...]
+    severities: tuple[str, ...]
+    healthy: str
+    areas: tuple[float, ...]
+
+    @property
+    def suffers(self) -> int | None:
+        """From which dose on the loss suffers, from 1; None where it never does."""
+        return next((n for n, cost in enumerate(self.costs, 1) if not cost < SUFFERS), None)
+
+    def speaks(self, letters: str) -> int | None:
+        """From which dose on half of the networks or more have one of these severities."""
+        loud = (sum(map(letters.count, found)) * 2 >= len(found) for found in self.severities)
+        return next((n for n, is_so in enumerate(loud, 1) if is_so), None)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Of the table."""
+        cells = (
+            f"{dose:g}: {cost:+.2g} {found}"
+            for dose, cost, found in zip(self.fault.doses, self.costs, self.severities, strict=True)
+        )
+        begins = (self.suffers, self.speaks("IWF"), self.speaks("WF"))
+        areas = " ".join(f"{a:.2f}" for a in self.areas)
+        fault = self.fault
+        return (fault.title, fault.unit, f"`{fault.verdicts[0]}`", *(str(n or "never") for n in begins), self.healthy,
+                *cells, areas)  # fmt: skip
+
+
+def measured(fault: Fault, seeds: int, only: Sequence[str]) -> Curve:
+    """The curve of one fault: at every dose the loss that it costs, and how many networks have a finding of which severity."""
     networks = [(host, 11 + seed) for host in fault.hosts if host in only for seed in range(seeds)]
     healthy = [told(fault, *each, None) for each in networks]
-    cells, areas = [], []
+    costs, letters, areas = [], [], []
     for dose in fault.doses:
         found = [told(fault, *each, dose) for each in networks]
-        cost = float(np.mean([f.loss - h.loss for f, h in zip(found, healthy, strict=True)]))
-        worst = [each.severity.name[0] if each.severity else "·" for each in found]
-        cells.append(f"{dose:g}: {cost:+.2g} {''.join(sorted(worst))}")
+        costs.append(float(np.mean([f.loss - h.loss for f, h in zip(found, healthy, strict=True)])))
+        letters.append(_letters(found))
         areas.append(area([f.number for f in found], [h.number for h in healthy]))
-    quiet = "".join(sorted(h.severity.name[0] if h.severity else "·" for h in healthy))
-    return (
-        fault.title,
-        fault.unit,
-        f"`{fault.verdicts[0]}`",
-        quiet,
-        *cells,
-        " ".join(f"{a:.2f}" for a in areas),
+    return Curve(fault, tuple(costs), tuple(letters), _letters(healthy), tuple(areas))
+
+
+def _letters(found: Sequence[Told]) -> str:
+    return "".join(sorted(each.severity.name[0] if each.severity else "·" for each in found))
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """A line for each fault: the dose from which on the loss suffers, beside those from which on the verdict speaks."""
+    # Figure, not pyplot: no backend, no global state.
+    from matplotlib.figure import Figure
+
+    from depthscope.app.drawing.matplotlib.style import figure_style
+    from depthscope.app.figures.palette import RUN_COLOURS
+
+    marks = (
+        ("the loss suffers", "o", 60, "none", lambda curve: curve.suffers),
+        ("a note", "|", 60, RUN_COLOURS[0], lambda curve: curve.speaks("IWF")),
+        ("WARN or FAIL", "s", 14, RUN_COLOURS[1], lambda curve: curve.speaks("WF")),
     )
+    with figure_style("icml") as size:
+        canvas = Figure(figsize=(2 * size.inches, 0.16 * len(curves) + 0.8), layout="constrained")
+        axes = canvas.add_subplot(
+            xlabel="dose, from harmless to fatal", xlim=(0.5, 7.3), ylim=(len(curves), -1)
+        )
+        axes.set_xticks(range(1, 8), [*map(str, range(1, 7)), "never"])
+        axes.set_yticks(
+            range(len(curves)), [f"{each.fault.title} ({each.fault.verdicts[0]})" for each in curves]
+        )
+        axes.grid(axis="y", linewidth=0.3)
+        for label, marker, area_, colour, pick in marks:
+            places = [pick(each) or 7 for each in curves]
+            edge = {"edgecolors": "black"} if colour == "none" else {}
+            axes.scatter(places, range(len(curves)), s=area_, marker=marker, c=colour, label=label, **edge)
+        canvas.legend(loc="outside lower center", ncols=3)
+        # Without the date: a figure changes only with its numbers.
+        canvas.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:
@@ -272,33 +349,55 @@ def main() -> int:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    curves = []
     for fault in FAULTS:
         wanted = not args.words or any(word in fault.title for word in args.words)
         if wanted and set(fault.hosts) & set(args.hosts):
-            rows.append(row(fault, args.seeds, args.hosts))
-            sys.stdout.write(f"{' | '.join(rows[-1])}\n")
+            curves.append(measured(fault, args.seeds, args.hosts))
+            sys.stdout.write(f"{' | '.join(curves[-1].row)}\n")
             sys.stdout.flush()
-    if args.words:
-        return 0
+    if not args.words:
+        draw(curves, page.PAGE.with_name("images") / FIGURE)
+        _write(curves, args)
+    return 0
+
+
+def _write(curves: Sequence[Curve], args: argparse.Namespace) -> None:
     head = (
         "fault",
         "dose",
         "verdict",
+        "the loss suffers from dose",
+        "a note from",
+        "WARN from",
         "none",
         *(f"dose {n}" for n in range(1, 7)),
         "area under the ROC, by dose",
     )
+    begins = [(each.suffers or math.inf, each.speaks("WF") or math.inf) for each in curves]
+    same, late, never, early = (
+        sum(map(is_so, begins))
+        for is_so in (
+            lambda of: of[1] == of[0] < math.inf,
+            lambda of: of[0] < of[1] < math.inf,
+            lambda of: of[0] < of[1] == math.inf,
+            lambda of: of[1] < of[0],
+        )
+    )
     page.write_section("Doses", f"""
 `python -m tests.verdicts.doses --seeds {args.seeds} --hosts {" ".join(args.hosts)}`: each fault at six doses in trained
-networks ({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. A cell has the dose, what it
-costs in nats, and the severity for every network: F, W, I
-(a note) or · (nothing). The verdict should speak where the loss suffers (more than {SUFFERS:g} nats), and of what is of no use
-where nothing is lost. The area compares the number of the first verdict with that of the same networks without the fault.
+networks ({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. Where does the verdict speak,
+and where does the loss suffer, by more than {SUFFERS:g} nats? {same} of {len(curves)} faults are warned of from the dose on
+that costs as much, {late} only at a larger one, {never} never; and {early} at a smaller one: what does nothing may be left out
+at no cost, and a gradient costs only what is trained afterwards.
 
-{page.table(head, rows)}
+![From which dose on the loss suffers, a verdict has a note, and a verdict warns](images/{FIGURE})
+
+A cell has the dose, what it costs in nats, and the severity for every network: F, W, I (a note) or · (nothing). The area
+compares the number of the first verdict with that of the same networks without the fault.
+
+{page.table(head, [each.row for each in curves])}
 """)  # fmt: skip
-    return 0
 
 
 if __name__ == "__main__":

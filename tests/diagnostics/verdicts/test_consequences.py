@@ -206,6 +206,13 @@ def test_age_is_told_by_facts(facts, step, trained):
     assert age_of(xr.Dataset(coords={"step": step}, attrs=facts)).trained is trained
 
 
+@pytest.mark.parametrize(("moved", "trained"), [(None, False), (0.0, False), (0.1, None)])
+def test_gains_that_moved_refute_that_blocks_begin_with_nothing(moved, trained):
+    states = ("depth", "other_depth"), np.zeros((3, 3))
+    facts = {} if moved is None else {"norms_moved": moved}
+    assert age_of(xr.Dataset({"angular_distance": states}, attrs=facts)).trained is trained
+
+
 @pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])
 def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, layers, severity):
     """0.2 % left after twelve connections is no start near the identity; 1 % after sixty-four is, in a young network."""

@@ -96,6 +96,30 @@ def choosing() -> nn.Module:
     return block
 
 
+def half() -> nn.Module:
+    """A block that sets most of the features to zero."""
+    return step(lambda x, block: block(x) * (torch.arange(WIDTH) < WIDTH // 3), Block())
+
+
+def sure_router() -> nn.Module:
+    """A router whose bias sends every token to the first of four experts."""
+    router, *experts = (nn.Linear(WIDTH, size) for size in (4, *[WIDTH] * 4))
+    nn.init.constant_(router.bias[:1], 50.0)
+
+    def routed(x, router, *experts):
+        best = router(x).topk(1, -1).indices
+        return x + sum((best == number) * expert(x) for number, expert in enumerate(experts))
+
+    return step(routed, router, *experts)
+
+
+def dead_relu() -> nn.Module:
+    """A branch whose first bias lets no token pass."""
+    up, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    nn.init.constant_(up.bias, -50.0)
+    return step(lambda x, up, down: x + down(up(x).relu()), up, down)
+
+
 def bottleneck() -> nn.Module:
     ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
     return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
@@ -312,7 +336,7 @@ CASES: dict[str, Case] = {
     ),
     "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
     "worse_than_constant": case(
-        sure_of_the_wrong, INFO, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+        sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "equal_blocks": case(
@@ -420,6 +444,9 @@ CASES: dict[str, Case] = {
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
     ),
+    "lost_directions": case(
+        lambda: plain(at(3, half)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="The most are"
+    ),
     # Losses that the large part of the state decides: what is beside it is of no use to them.
     "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6, loss=size_of),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
@@ -433,8 +460,14 @@ CASES: dict[str, Case] = {
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
     "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
+    "zero_input": case(
+        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets no number but 0", beside=("constant_branch",)
+    ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
+    ),
+    "collapsed_router": case(
+        lambda: plain(at(3, sure_router)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="no token chooses is 0.75"
     ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"

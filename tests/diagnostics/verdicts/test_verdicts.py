@@ -11,8 +11,8 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
-from depthscope.diagnostics.verdicts import VERDICTS, calibration, magnitude, streams, weight_updates, wiring
-from depthscope.diagnostics.verdicts.declaration import Verdict, number
+from depthscope.diagnostics.verdicts import VERDICTS, calibration, magnitude, weight_updates, wiring
+from depthscope.diagnostics.verdicts.declaration import MEANINGLESS, Verdict, number
 from tests.models.shown_harm import with_result
 from tests.models.synthetic_run import synthetic_run
 
@@ -360,11 +360,11 @@ def with_cosines(mixed, distances):
     ("first", "last", "severity"),
     [
         (1e-6, 1e-3, Severity.INFO),  # they part with the depth
-        (5e-4, 5e-4, Severity.WARN),  # they stay as they were
+        (5e-4, 5e-4, Severity.INFO),  # they stay as they were, and are no copies
         (6e-3, 6e-3, None),  # they are 6 degrees apart: no copies
     ],
 )
-def test_streams_that_part_with_depth_are_a_note(mixed, first, last, severity):
+def test_streams_that_are_nearly_copies_are_a_note(mixed, first, last, severity):
     depths = mixed()["trace"].sizes["depth"]
     run = with_cosines(mixed, np.geomspace(first, last, depths))
     told = findings(run).get("copied_streams", [])
@@ -862,10 +862,19 @@ def test_of_many_modules_some_are_named_and_the_others_counted(count, more):
     assert f"No parameter of m0, m1, {more}, while {9 - count} other modules are" in words
 
 
-@pytest.mark.parametrize(("last", "said"), [(0.5, True), (0.3, True), (0.2, False)])
-def test_streams_part_where_the_end_is_at_least_half_of_the_largest_distance(last, said):
-    cosine = xr.DataArray(1.0 - np.array([1e-4, 0.5, last]), dims="depth")
-    assert bool(streams._parting(cosine)) == said
+@pytest.mark.parametrize(
+    ("apart", "severity"), [(1e-2, "PASS"), (1e-4, "INFO"), (1e-8, "INFO"), (1e-13, "WARN")]
+)
+def test_streams_that_training_has_parted_are_no_more_than_a_note(apart, severity):
+    cosine = xr.DataArray(1.0 - np.array([0.5, 0.5, apart, apart]), dims="depth")
+    (found,) = VERDICTS["copied_streams"].findings(xr.Dataset({"stream_cosine": cosine}))
+    assert found.severity.name == severity
+
+
+def test_families_that_a_verdict_does_not_judge_are_named_for_verdicts_that_exist():
+    assert set(MEANINGLESS) <= set(VERDICTS)
+    assert VERDICTS["gain_explosion"].not_for == ("altup",)
+    assert VERDICTS["exploding_state"].not_for == ()
 
 
 @pytest.mark.parametrize(
