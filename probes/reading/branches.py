@@ -99,23 +99,29 @@ def with_own_gates(memory: Memory, branches: list[Branch], stride: int) -> bool:
 
     ``stride``: how far neighbouring features are apart in the memory's first value.
     """
-    found = False
+    own: list[tuple[Branch, list[TracedValue], int]] = []
     for branch in branches:
         way = [memory.graph.values[number] for number in branch.way()]
         ends = {
             number for number, of in branch.numbers.items() if of.count > branch.numbers[way[0].number].count
         }
-        gated = [
-            at for at, (value, after) in enumerate(pairwise(way), 1)
-            if after.number not in ends and _is_gated(branch, value, after, stride)
-        ]  # fmt: skip
-        if not gated or set(_reads(memory, way[gated[-1]])) != set(branch.reads):
-            continue
-        gone = {value.number for value in way[: gated[-1]]}
-        branch.source, found = way[gated[-1]], True
+        gated = {
+            after: of
+            for after, of in branch.steps.items()
+            if _is_gated(branch, of, memory.graph.values[after], stride)
+        }
+        at = max((at for at, value in enumerate(way) if value.number in gated.keys() - ends), default=0)
+        # Reads with weights of each feature over depth differ between readers: no branch has them as its own.
+        if gated.keys() - ends - {value.number for value in way[: at + 1]}:
+            return False
+        if at and set(_reads(memory, way[at])) == set(branch.reads):
+            own.append((branch, way, at))
+    for branch, way, at in own:
+        gone = {value.number for value in way[:at]}
+        branch.source = way[at]
         branch.steps = {n: of for n, of in branch.steps.items() if n not in gone and of.number not in gone}
         branch.numbers = {number: of for number, of in branch.numbers.items() if number not in gone}
-    return found
+    return bool(own)
 
 
 def _is_gated(branch: Branch, value: TracedValue, after: TracedValue, stride: int) -> bool:
