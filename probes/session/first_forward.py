@@ -156,7 +156,9 @@ class RecordedForward:
     def _listen(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Listen to the gradient of a value that may be a state."""
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
-        listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
+        # A view of its argument says that it wants a gradient, and has no graph either.
+        is_leaf = tensor.is_leaf and not tensor._is_view()
+        listens = self._gradients and tensor.requires_grad and (is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
             tape.graph.has_graph_from[value.number] = len(tape.graph.values)

@@ -26,7 +26,7 @@ from depthscope.probes.session.routing import RoutingPlaces, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import Structure, require_same
-from depthscope.probes.structure.tape import Tape
+from depthscope.probes.structure.tape import Tape, shown_when
 
 
 class FirstReading:
@@ -176,6 +176,9 @@ class FirstReading:
             self._loss_scale,
             self.scope,
             calls=Counter(call.path for call in tape.graph.calls),
+            times={
+                (chain, depth): shown_when(tape.graph, point) for chain, depth, point in structure.captured
+            },
             parameters=parameters,
             logits=logits,
         )

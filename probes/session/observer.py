@@ -32,6 +32,7 @@ class Observer:
     ``structure``: what the model was found to be.
     ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
     ``calls``: how often each module was called in the forward that showed the structure.
+    ``times``: when each state was shown in it, by chain and depth; a later state may be shown first.
     ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
     ``logits``: of the matrices of the connections.
     """
@@ -45,6 +46,7 @@ class Observer:
         scope: Scope,
         *,
         calls: Mapping[str, int],
+        times: Mapping[tuple[int, int], float],
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
     ):
@@ -57,7 +59,7 @@ class Observer:
         self.on_state: Callable[[int, int, torch.Tensor], None] | None = None
         self._report = report
         self._loss_scale = loss_scale
-        self._calls = calls
+        self._calls, self._times = calls, times
         self._scope = scope
         self._joined_again = {of.key[:2] for of in structure.shown if of.point.is_joined_again}
 
@@ -160,7 +162,8 @@ class Observer:
         wrong depths.
         """
         for number, order in forward.order.items():
-            if order != sorted(order):
+            times = [self._times[number, depth] for depth in order]
+            if order != sorted(order) and times != sorted(times):
                 raise CaptureError(
                     f"the states of {self.structure.chains[number].name or 'the model'} passed in another order ({order}) "
                     "than in the first measured step: the model's forward has changed"

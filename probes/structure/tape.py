@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
@@ -45,3 +46,17 @@ def value_at(graph: Graph, point: HookPoint) -> TracedValue | None:
         return graph.shown_at(point.path, point.index, point.at, point.item)
     except ReadingError:
         return None
+
+
+def shown_when(graph: Graph, point: HookPoint) -> float:
+    """When a point shows its state, in numbers of values: with an operation, or as a call begins or ends."""
+    if point.streams:
+        return max(shown_when(graph, of) for of in point.streams)
+    if point.at == "operation":
+        value = graph.at(place_of(point))
+        return math.inf if value is None else value.number
+    try:
+        made = graph.made_in(graph.call_of(point.path, point.index))
+    except ReadingError:
+        return math.inf
+    return made.start - 0.5 if point.at == "input" else made.stop - 0.5

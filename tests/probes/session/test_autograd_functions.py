@@ -118,3 +118,59 @@ def test_no_gradient_is_given_where_something_else_reads_what_is_added(gradients
         assert np.isnan(run["trace"]["gradient"][1:]).all()
     said = " ".join(each["why"] for each in run.attrs.get("not_covered", []))
     assert ("no gradients of the states 1, 2, 3, 4: a function of autograd" in said) == gradients
+
+
+class Reversible(torch.autograd.Function):
+    """Two halves, each changed by a function of the other; nothing inside has a graph."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, *weights):
+        one, other = x.chunk(2, -1)  # views that want a gradient, and have none
+        for f, g in blocks:
+            one = one + f(other)
+            other = other + g(one)
+        ctx.blocks = blocks
+        ctx.save_for_backward(x)
+        return torch.cat([one, other], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        weights = [p for pair in ctx.blocks for block in pair for p in block.parameters()]
+        with torch.enable_grad():
+            one, other = x.chunk(2, -1)
+            for f, g in ctx.blocks:
+                one = one + f(other)
+                other = other + g(one)
+            found = torch.autograd.grad(torch.cat([one, other], -1), (x, *weights), gradient)
+        return found[0], None, *found[1:]
+
+
+class ReversibleNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = nn.Embedding(20, 2 * WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in "fg"
+            )
+            for _ in range(3)
+        )
+        self.head = nn.Linear(2 * WIDTH, 20)
+
+    def forward(self, ids):
+        return self.head(Reversible.apply(self.embed(ids), self.blocks, *self.blocks.parameters()))
+
+
+def test_states_that_have_no_graph_have_no_gradient():
+    run = probes.capture(ReversibleNet(), IDS, loss=loss, gradients=True)
+
+    of_state = np.isnan(run["trace"]["gradient"].values).all(axis=(1, 2, 3, 4))
+    assert of_state.tolist() == [False, *[True] * (len(of_state) - 1)]
+    model = ReversibleNet()
+    states = []
+    model.embed.register_forward_hook(lambda module, args, output: states.append(output))
+    due = torch.autograd.grad(loss(model(IDS), IDS), states[0])[0]
+    found = run["trace"]["gradient"][0].values.reshape(due.shape)
+    np.testing.assert_allclose(np.sort(found, -1), np.sort(due.numpy(), -1), atol=1e-7)

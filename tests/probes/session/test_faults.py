@@ -27,6 +27,7 @@ from depthscope import probes
 from depthscope.probes.jacobian import jacobian
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.statistics.token_sums import TokenSums
+from tests.models.designs.catalogue import DESIGNS
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
 from tests.probes.session.hooks_left import alive, hooks_on_model
 from tests.probes.session.random_faults import ERRORS, STOPS, fault, run_one
@@ -744,3 +745,16 @@ def test_the_model_may_call_itself():
 
 def _call(model: nn.Module) -> None:
     model(IDS)
+
+
+def test_a_later_state_may_be_shown_before_an_earlier_one():
+    """Of attention residuals with resets a block shows at its end what its second branch's read is made of."""
+    design = next(
+        design for design in DESIGNS if design.name == "attention residuals, block-wise with resets"
+    )
+    model = design.build(3)
+    with probes.record(model) as recorder:
+        for seed in (1, 2, 3):
+            model(design.batch(seed))
+            recorder.step()
+    assert recorder.run["statistics"].sizes["step"] == 3
