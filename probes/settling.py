@@ -280,7 +280,7 @@ def _by_sequence(loss: Loss | None) -> Loss | None:
 
     def of_each(output: Any, batch: Any) -> torch.Tensor:
         value = loss(output, batch).detach().float()
-        count = _batch_size(output)
+        count = len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
         if value.ndim or count < 2:
             return value
         try:
@@ -295,10 +295,6 @@ def _by_sequence(loss: Loss | None) -> Loss | None:
         return each if bool(same) and each.ndim == 1 else value
 
     return of_each
-
-
-def _batch_size(output: Any) -> int:
-    return len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
 
 
 def _row(value: Any, number: int, count: int) -> Any:
