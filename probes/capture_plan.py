@@ -137,7 +137,12 @@ def capture_plan(
         memory=_memory_bytes(found, raw),
         writer={"row": _row_bytes(found)},
         work=work,
-        collectives=_collective_bytes(found),
+        # Additive sums in one flat buffer, maxima in another, sampled tokens gathered once.
+        collectives={
+            "sum": _sum_bytes(found),
+            "max": (found.num_states * 2 * found.views + found.num_connections * 2) * FLOAT64,
+            "sampled": _sampled_bytes(found),
+        },
         seconds=_seconds_by_part(work, rates or {}),
     )
 
@@ -323,15 +328,6 @@ def _row_bytes(found: _Shapes) -> int:
     n = found.streams
     sums = found.num_states * 8 * n + found.num_connections * (n * n + 2 * n + 8)
     return (live + sums) * FLOAT64
-
-
-def _collective_bytes(found: _Shapes) -> dict[str, int]:
-    """What a measured step reduces: additive sums in one flat buffer, maxima in another, sampled tokens gathered once."""
-    return {
-        "sum": _sum_bytes(found),
-        "max": (found.num_states * 2 * found.views + found.num_connections * 2) * FLOAT64,
-        "sampled": _sampled_bytes(found),
-    }
 
 
 def _work(found: _Shapes) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -136,13 +137,13 @@ def measure(
         )
     # Without gradients a batch needs no loss, and some batches may carry one all the same.
     known = [value for value in losses if value is not None]
-    row = StepStatistics(
-        0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
-    )
+    mean = sum(known) / len(known) if known else None
+    row = StepStatistics(0, [sums.compact() for sums in step], sequences, mean)
     assert first is not None
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
-        followed = follow(session, *first, _loss_of(loss) if gradients else None)
+        of_batch = partial(loss_value, loss=loss, required=True) if gradients else None
+        followed = follow(session, *first, of_batch)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], described=True, digests=False, followed=followed)
@@ -228,11 +229,6 @@ def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) ->
             "loss=lambda output, batch: …"
         )
     return None
-
-
-def _loss_of(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor | None]:
-    """The function that gives the loss of a further forward of a batch."""
-    return lambda output, batch: loss_value(output, batch, loss, required=True)
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:

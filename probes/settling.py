@@ -280,25 +280,19 @@ def _by_sequence(loss: Loss | None) -> Loss | None:
 
     def of_each(output: Any, batch: Any) -> torch.Tensor:
         value = loss(output, batch).detach().float()
-        count = _batch_size(output)
+        count = len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
         if value.ndim or count < 2:
             return value
         try:
             each = torch.stack(
                 [loss(_row(output, n, count), _row(batch, n, count)).detach().float() for n in range(count)]
             )
-        except (
-            Exception
-        ):  # the user's function may do anything with a part of a batch, and the whole gave a number
+        except Exception:  # the user's function may do anything with a part of a batch
             return value
         same = torch.isclose(each.mean(), value, rtol=1e-3, atol=1e-6)
         return each if bool(same) and each.ndim == 1 else value
 
     return of_each
-
-
-def _batch_size(output: Any) -> int:
-    return len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
 
 
 def _row(value: Any, number: int, count: int) -> Any:

@@ -38,7 +38,7 @@ def add_max_bytes(parser: argparse.ArgumentParser) -> None:
 def add_layers(parser: argparse.ArgumentParser) -> None:
     """``--layers``: where the blocks are, as ``args.layers``."""
     parser.add_argument(
-        "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
+        "--layers", metavar="PATH", help="module path of the blocks, such as model.layers (default: detected)"
     )
 
 
@@ -106,8 +106,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     # No `choices=`: the labels are declared with the figures, and that import costs xarray.
     for name, labels, words in (
         ("scope", "sequence|data", "within each sequence, or all tokens pooled"),
-        ("tokens", "all|ordinary", "ordinary leaves massive activations out"),
-        ("centering", "raw|centred", "centred takes the mean token away"),
+        ("tokens", "all|ordinary", "ordinary: without tokens that have massive activations"),
+        ("centering", "raw|centred", "centred: the mean over tokens is subtracted"),
         ("reduction", "mean|median|p1|p99|max", "over tokens, for mixing metrics"),
     ):
         group.add_argument(f"--{name}", type=OneOf(partial(labels_of, name)), metavar=labels, help=words)

@@ -70,14 +70,21 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) ->
     parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
     add_layers(parser)
     parser.add_argument(
-        "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
+        "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (default: detected)"
     )
     parser.add_argument(
-        "--streams", type=Number(1, 65536), metavar="N", help="streams, where the layout merges them"
+        "--streams",
+        type=Number(1, 65536),
+        metavar="N",
+        help="number of streams, where the layout merges them with another axis",
     )
     add_sites(parser)
     parser.add_argument(
-        "--seed", type=Number(0, 2**63 - 1), default=0, metavar="N", help="chooses the sequences (default 0)"
+        "--seed",
+        type=Number(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="seed of the sampled sequences (default 0)",
     )
     parser.add_argument(
         "--device", type=Device(), default="cpu", metavar="cpu|cuda|…", help="torch device (default cpu)"
@@ -113,7 +120,7 @@ def add_sites(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sites",
         metavar="NAMES",
-        help="what to keep, such as mid,final or 'blocks.{0,4,8}.hook_resid_post' (else all states)",
+        help="sites to record, such as mid,final or 'blocks.{0,4,8}.hook_resid_post' (default: all states)",
     )
 
 

@@ -125,9 +125,8 @@ class Interrupts:
 def interrupts_as_python_has_them() -> Iterator[None]:
     """Run code of the user's, which may have its own idea of what Ctrl-C means, such as to save a checkpoint first."""
     handler = signal.getsignal(signal.SIGINT)
-    if not isinstance(
-        getattr(handler, "__self__", None), Interrupts
-    ):  # ignored as by nohup, or of somebody else
+    # Ignored as by nohup, or of somebody else.
+    if not isinstance(getattr(handler, "__self__", None), Interrupts):
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)

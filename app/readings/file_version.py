@@ -62,9 +62,8 @@ def _files_of(path: Path, others: Sequence[Path]) -> list[tuple[str, os.stat_res
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every file and folder of a run, links not followed."""
     # A live store changes while it is looked at: every row is in its log, and comes after the arrays of its step.
-    left = [
-        str(path / LOG if is_live_store(path) else path)
-    ]  # a list and no recursion: folders may be nested deeper than Python's stack
+    # A list and no recursion: folders may be nested deeper than Python's stack.
+    left = [str(path / LOG if is_live_store(path) else path)]
     while left:
         name = left.pop()
         entry = os.lstat(name)

@@ -33,7 +33,11 @@ def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> lis
     Returns: None where nothing is kept, or it cannot be read.
     """
     return kept_document(
-        *_place(versions, question), lambda documents: [_difference(each) for each in documents]
+        *_place(versions, question),
+        lambda documents: [
+            Difference(**{**each, **{name: xr.DataArray.from_dict(each[name]) for name in ARRAYS}})
+            for each in documents
+        ],
     )
 
 
@@ -48,7 +52,3 @@ def _place(versions: Mapping[Path, FileVersion], question: str) -> tuple[Path, F
 def _document(difference: Difference) -> dict[str, Any]:
     words = {name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")}
     return {**words, **{name: getattr(difference, name).to_dict() for name in ARRAYS}}
-
-
-def _difference(document: Mapping[str, Any]) -> Difference:
-    return Difference(**{**document, **{name: xr.DataArray.from_dict(document[name]) for name in ARRAYS}})

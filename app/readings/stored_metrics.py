@@ -33,16 +33,13 @@ def renewed(
     stale = set(outdated) - set(map(str, fresh.data_vars)) - not_computed
     fresh, stored = _with_same_streams(fresh, stored)
     # A metric leaves together with its null and its standard error.
-    removed = {name for name in stored.data_vars if _metric_of(name) in stale | not_computed}
+    gone = stale | not_computed
+    removed = {v for v in stored.data_vars if str(v).removesuffix("_stderr").removesuffix("_null") in gone}
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
     merged = merged.assign(_stored_errors(fresh, stored))
     # Without the stale ones a part is missing, and other commands have to compute it.
     complete = complete or bool(stored.attrs.get(COMPLETE) and not stale)
     return merged.assign_attrs({**_attributes(fresh, stored, merged, stale), COMPLETE: complete})
-
-
-def _metric_of(variable: Any) -> str:
-    return str(variable).removesuffix("_stderr").removesuffix("_null")
 
 
 def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:

@@ -106,9 +106,8 @@ def _is_seen(letter: str) -> bool:
         return True
     if unicodedata.category(letter) in _INVISIBLE_CATEGORIES or letter in _BLANKS:
         return False
-    return not (
-        "\ufe00" <= letter <= "\ufe0f" or "\U000e0100" <= letter <= "\U000e01ef"
-    )  # variation selectors
+    # Variation selectors.
+    return not ("\ufe00" <= letter <= "\ufe0f" or "\U000e0100" <= letter <= "\U000e01ef")
 
 
 def _is_in_emoji(text: str, place: int) -> bool:

@@ -113,9 +113,8 @@ def _check_variable(variable: Any, name: str) -> tuple[int, int]:
     stored = variable.get_storage_size()
     # Never written: reading it would give fill values, as many as it declares.
     if stored < declared:
-        if _is_dimension(
-            variable
-        ):  # netCDF writes no values for a dimension without labels, and none are read
+        # netCDF writes no values for a dimension without labels, and none are read.
+        if _is_dimension(variable):
             return 0, stored
         raise SchemaError(f"{name} has {declared} bytes by its shape, but {stored} are stored")
     return declared, stored

@@ -89,25 +89,14 @@ def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, fo
 class LiveStore:
     """A live store that this process writes.
 
-    Parameters
-    ----------
-    path : path-like
-        The folder; made where it is missing.
-    resume : bool
-        Go on in the store that is there. Without one a new store begins.
-    force : bool
-        Begin anew in the place of the store that is there.
-    keep_states : int
-        How many runs with the arrays of one step are kept, the newest ones. One more stays for those who are reading it.
-
-    Raises
-    ------
-    BusyError
-        Where another process or recorder writes it.
-    SchemaError
-        Where the store that is to go on is damaged.
-    OSError
-        As of `require_live_place`.
+    ``path``: the folder; made where it is missing.
+    ``resume``: go on in the store that is there. Without one a new store begins.
+    ``force``: begin anew in the place of the store that is there.
+    ``keep_states``: how many runs with the arrays of one step are kept, the newest ones. One more stays for those who are
+    reading it.
+    Raises BusyError: Where another process or recorder writes it.
+    Raises SchemaError: Where the store that is to go on is damaged.
+    Raises OSError: As of `require_live_place`.
     """
 
     def __init__(
@@ -293,7 +282,7 @@ class LiveStore:
         require_no_link(self.path, STATES)
         name = f"{STATES}/{self._next_number(STATES):06d}.nc"
         self._name_file(name)
-        state = run.map_over_datasets(_last_step_alone)
+        state = run.map_over_datasets(lambda of: of.isel(step=[-1]) if of.sizes.get("step", 1) > 1 else of)
         state.attrs = {**run.attrs, RUN_ID: self._history.run}
         save_run(state, self.path / name)
         for old in self._own_files(STATES)[: -self._keep_states]:
@@ -372,10 +361,6 @@ class LiveStore:
 
 def _dims(dims: Any) -> list[str]:
     return [dims] if isinstance(dims, str) else list(dims)
-
-
-def _last_step_alone(dataset: xr.Dataset) -> xr.Dataset:
-    return dataset.isel(step=[-1]) if dataset.sizes.get("step", 1) > 1 else dataset
 
 
 def write_rows(history: History, first_number: int, name_file: Callable[[str], None]) -> list[OlderRows]:

@@ -73,9 +73,8 @@ class History:
         self.finished = False
         self.files: set[str] = set()  # that the run has written, by their paths below the store
         self.older: list[OlderRows] = []
-        self.begun: frozenset[str] = (
-            frozenset()
-        )  # files of columns that the log begins with; it may supersede some later
+        # Files of columns that the log begins with; it may supersede some later.
+        self.begun: frozenset[str] = frozenset()
         self.rows = LogRows()
         self.ends = [0]  # where in a row each variable begins, and the last one ends: bytes
         self.content, self.end, self.checksum = b"", 0, 0  # the log, and up to where it was replayed

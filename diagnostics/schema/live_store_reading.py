@@ -45,23 +45,14 @@ RESUMED_AT = "resumed_at"
 class Status:
     """What a live store is at the moment.
 
-    Parameters
-    ----------
-    state : str
-        ``"growing"``, ``"killed"`` or ``"finished"``; ``"unknown"`` where the writer ran on another machine and holds no lock
-        that is seen here.
-    last_step, num_rows : int
-        Of its rows.
-    age_seconds : float
-        Since the last row.
-    pid, host : int and str
-        Of the last writer.
-    state_step : int
-        The step of the raw sequences and of the other large arrays.
-    torn_bytes : int
-        At the end of the log, of a row whose writer died: ignored.
-    resumed : list of dict
-        Of each later attempt the ``step`` at which it went on, and how many rows it ``superseded``.
+    ``state``: ``"growing"``, ``"killed"`` or ``"finished"``; ``"unknown"`` where the writer ran on another machine and holds
+    no lock that is seen here.
+    ``last_step``, ``num_rows``: of its rows.
+    ``age_seconds``: since the last row.
+    ``pid``, ``host``: of the last writer.
+    ``state_step``: the step of the raw sequences and of the other large arrays.
+    ``torn_bytes``: at the end of the log, of a row whose writer died: ignored.
+    ``resumed``: of each later attempt the ``step`` at which it went on, and how many rows it ``superseded``.
     """
 
     state: str

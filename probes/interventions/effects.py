@@ -38,7 +38,7 @@ def ablate(
     token_text: Any = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
-    """Change a forward at one place after another, and measure what that does to the loss and to the predictions.
+    """Change a forward at one place after another, and measure the effect on the loss and to the predictions.
 
     A state is changed where it is made, so that everything after it runs on from the changed one by itself. Nothing of the
     model is touched: its weights, buffers, hooks, modes and all random states are as before, whatever happens.

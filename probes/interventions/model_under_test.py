@@ -315,9 +315,8 @@ class ModelUnderTest:
                 return
             state = self.canonical(tensor, depth)
             if depth not in states:
-                states[depth] = (
-                    state.clone()
-                )  # made outside of the forward, or by no operation that was found again
+                # Made outside of the forward, or by no operation that was found again.
+                states[depth] = state.clone()
             elif same_values(state, states[depth]):
                 return
             elif not edited:

@@ -207,7 +207,11 @@ class _Pair:
                 f"the states have the shapes {_differing(*shapes)} (sequence, token, stream, feature) with the two inputs; "
                 "expected the same at every depth"
             )
-        masks = [_mask(each) for each in (self.clean, self.corrupted)]
+        shape = shapes[0][0][:2]
+        masks = [
+            torch.ones(shape, dtype=torch.bool) if each.mask is None else each.mask.cpu()
+            for each in (self.clean, self.corrupted)
+        ]
         if not torch.equal(*masks):
             real = [[int(n) for n in mask.sum(1)] for mask in masks]
             raise InterventionError(
@@ -239,14 +243,6 @@ class _Pair:
 def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
     depth = next(d for d in sorted({*one, *other}) if one.get(d) != other.get(d))
     return f"{one.get(depth)} and {other.get(depth)} at depth {depth}"
-
-
-def _mask(model: ModelUnderTest) -> torch.Tensor:
-    return (
-        torch.ones(model.base.states[0].shape[:2], dtype=torch.bool)
-        if model.mask is None
-        else model.mask.cpu()
-    )
 
 
 @dataclass

@@ -24,9 +24,7 @@ from depthscope.probes.reading.recording import recording
 
 Depth: TypeAlias = tuple[int, int]  # the number of a chain, and a depth of it
 READ: Final = "read"
-Read: TypeAlias = tuple[
-    Literal["read"], int
-]  # what the branch of a connection reads, by the connection's number
+Read: TypeAlias = tuple[Literal["read"], int]  # what a branch reads, by the number of its connection
 
 
 class Operation(NamedTuple):

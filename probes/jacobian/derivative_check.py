@@ -134,9 +134,8 @@ def _orthogonal(cotangent: torch.Tensor, writes: list[torch.Tensor]) -> torch.Te
     if not writes:
         return cotangent
     features = max(write.shape[-1] for write in writes)
-    write = torch.cat([w.expand(*w.shape[:-1], features) for w in writes], 2).movedim(
-        -1, 1
-    )  # (t, f or 1, n, v)
+    # (t, f or 1, n, v).
+    write = torch.cat([w.expand(*w.shape[:-1], features) for w in writes], 2).movedim(-1, 1)
     u = cotangent.mT.unsqueeze(-1)
     return (u - write @ (torch.linalg.pinv(write) @ u)).squeeze(-1).mT
 

@@ -45,6 +45,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
         if not len(shape):
             return {}
         classes = int(shape[1 if len(shape) > 1 else 0])
+        is_mean = node is start and getattr(node, "_saved_reduction", None) == 1
         return {
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
@@ -52,7 +53,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
             **_targets_per_sequence(_target_of(node), batch),
-            **_constant_loss(_target_of(node) if node is start and _is_mean(node) else None),
+            **_constant_loss(_target_of(node) if is_mean else None),
         }
     return {}
 
@@ -70,10 +71,6 @@ def _target_of(node: Any) -> torch.Tensor | None:
 ENOUGH = 4
 # Of fewer targets the loss itself is not: that of one varies by about 1 nat, and the mean of these by 0.1.
 FEWEST_TARGETS = 100
-
-
-def _is_mean(node: Any) -> bool:
-    return getattr(node, "_saved_reduction", None) == 1
 
 
 def _constant_loss(target: torch.Tensor | None) -> dict[str, float]:

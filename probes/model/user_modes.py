@@ -118,9 +118,8 @@ def user_modes() -> Iterator[None]:
     Its other modes, such as a counter of operations, do not see what is computed.
     """
     device = _user.device
-    if (
-        device is not None
-    ):  # pushed and not entered, since torch has one global note of the device, which is there still
+    # Pushed and not entered, since torch has one global note of the device, which is there still.
+    if device is not None:
         torch._C._push_on_torch_function_stack(device)
     try:
         with user_autocast(), torch.set_grad_enabled(user_wants_graph()):

@@ -69,9 +69,8 @@ def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
 def _with_origins(
     facts: list[Facts], joints: Sequence[Joint], forward: ComputedForward
 ) -> tuple[list[Facts], list[MixingLogits]]:
-    kept = slice(
-        len(forward.rows)
-    )  # the sampled sequences are in the order of the data, and these are of its first batch
+    # The sampled sequences are in the order of the data, and these are of its first batch.
+    kept = slice(len(forward.rows))
     applied = []
     for joint, of in zip(joints, facts, strict=True):
         taken = joint.parts.branch_in

@@ -217,7 +217,5 @@ def num_tokens(
         return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size, depth).shape[
             1
         ]
-    except (
-        LayoutError
-    ):  # attention is an addition to the states: where it cannot be placed, these are read all the same
+    except LayoutError:  # where attention cannot be placed, the states are read all the same
         return None

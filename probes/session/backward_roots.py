@@ -117,9 +117,8 @@ class StepLoss:
         if not self._roots or not self._is_scalar:
             return None
         if self._loss_scale is None and self._is_product:
-            if (
-                self._is_scaled is None
-            ):  # once: it takes some milliseconds for every 100 000 objects of the program
+            # Once: it takes some milliseconds for every 100 000 objects of the program.
+            if self._is_scaled is None:
                 self._is_scaled = bool(living_scalers())
             if self._is_scaled:
                 return None

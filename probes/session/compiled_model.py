@@ -19,10 +19,6 @@ from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.structure.model_structure import ShownTensor
 from depthscope.probes.structure.tape import Tape
 
-ONE_MORE_FORWARD = (
-    "(one more forward would exchange something with other processes; see docs/many_processes.md)"
-)
-
 
 class CompiledModel:
     """The compiled code of a session's model, as far as there is any."""
@@ -35,9 +31,8 @@ class CompiledModel:
         self._observer: Observer | None = None
         self._settled = False  # whether the user's code was not compiled anew in the last such step
         self._known_callers: list[int] = []
-        self._wrappers: weakref.WeakSet[nn.Module] = (
-            weakref.WeakSet()
-        )  # compiled modules that contain the model
+        # Compiled modules that contain the model.
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def callers(self) -> list[nn.Module]:
         """The modules that the user may call, see `compiled_callers`; none where nothing is compiled."""
@@ -57,9 +52,17 @@ class CompiledModel:
         in_graph = self._in_graph_of(callers)
         if by_name:
             in_graph.failed = "what queries attend to is asked for by name"
-        exchanges = _exchanges(callers)
+        exchanges = False  # whether one more forward would
+        try:
+            for caller in callers:
+                require_no_exchange(caller)
+        except CaptureError:
+            exchanges = True
         if exchanges and in_graph.failed:
-            self._report(CaptureError(f"{in_graph.failed} {ONE_MORE_FORWARD}"))
+            more = (
+                "(one more forward would exchange something with other processes; see docs/many_processes.md)"
+            )
+            self._report(CaptureError(f"{in_graph.failed} {more}"))
             return False
         if in_graph.failed or not (exchanges or (in_graph.plan is not None and self._settled)):
             return False
@@ -119,13 +122,3 @@ class CompiledModel:
             self.in_graph.failed = reason
             self.in_graph.observer = self._observer
         return self.in_graph
-
-
-def _exchanges(callers: list[nn.Module]) -> bool:
-    """Whether one more forward of a model would exchange something with other processes."""
-    try:
-        for caller in callers:
-            require_no_exchange(caller)
-    except CaptureError:
-        return True
-    return False

@@ -122,9 +122,8 @@ class StructureFinder:
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
             _require_plain_tokens(chains, layouts, sites)
-        first = (
-            found[0].memories or self.memories
-        )  # where calls alone show the states, what the reading says of them
+        # Where calls alone show the states, what the reading says of them.
+        first = found[0].memories or self.memories
         return Structure(
             chains=chains,
             layouts=layouts,

@@ -124,9 +124,8 @@ class RecordedForward:
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
-        if (
-            tape is None or tape.recorder is None or forward is None or tape.is_on
-        ):  # the model may call itself
+        # The model may call itself.
+        if tape is None or tape.recorder is None or forward is None or tape.is_on:
             return None
         recorder, tape.is_on = tape.recorder, True
         if self._attention is not None and isinstance(recorder, GraphRecorder):

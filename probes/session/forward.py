@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from depthscope.probes.session.graph_ops import RunningCall
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
-TensorKey: TypeAlias = tuple[
-    int, int, int
-]  # a chain, a depth, and a stream where each is a tensor of its own
+TensorKey: TypeAlias = tuple[int, int, int]  # a chain, a depth, and a stream where each is its own tensor
 
 
 class Routed(NamedTuple):
@@ -66,9 +64,8 @@ class Forward:
     )  # that earlier states have a part of
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
-    listeners: dict[int, GradientListener] = field(
-        default_factory=dict
-    )  # by the number of the recorded value
+    # By the number of the recorded value.
+    listeners: dict[int, GradientListener] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).

@@ -36,9 +36,8 @@ class _Storages:
     """
 
     def __init__(self) -> None:
-        self.known: set[int] = (
-            set()
-        )  # memory of weights, buffers and the batch, which is there without a backward
+        # Memory of weights, buffers and the batch, which is there without a backward.
+        self.known: set[int] = set()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -24,7 +24,6 @@ TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 a
 class Step:
     """The forwards of the present step that count, and the sample of all steps.
 
-    ``loss``: of the step's backwards.
     ``only_own``: whether only calls of ours are recorded, all of which count.
     """
 

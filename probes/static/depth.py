@@ -80,9 +80,8 @@ def depth_read(query: np.ndarray, block: float, layer: int, branch: str, layers:
     ``layer``: number of the layer, -1 for the read at the end.
     """
     size = max(int(block), 1)
-    finished = -(
-        -(layers if branch == "head" else layer) // size
-    )  # sources that are closed before this layer
+    # Sources that are closed before this layer.
+    finished = -(-(layers if branch == "head" else layer) // size)
     if branch == "mlp":
         finished = layer // size + 1  # with the one that this layer's attention has closed
     # The first attention has nothing but the embedding to read: its query, where one is stored, is not applied.

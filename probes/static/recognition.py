@@ -353,12 +353,9 @@ def place_of(module: str, inside: Sequence[str] = ()) -> Place:
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     own = parts if at is None else parts[at + 1 :]
     # The innermost name is the most specific one; what is inside the module counts last.
-    branch = next((found for text in (*reversed(own), *inside) if (found := _branch_named_in(text))), "block")
+    texts = (*reversed(own), *inside)
+    branch = next((branch for text in texts for branch, words in BRANCHES if words.search(text)), "block")
     return Place("", -1, branch) if at is None else Place(".".join(parts[:at]), int(parts[at]), branch)
-
-
-def _branch_named_in(text: str) -> str:
-    return next((branch for branch, words in BRANCHES if words.search(text)), "")
 
 
 def _depth_order(module: str) -> tuple[Any, ...]:

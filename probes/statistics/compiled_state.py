@@ -30,9 +30,8 @@ class CompiledState(NamedTuple):
     cosine_sum_V: torch.Tensor | None
     unit_tVD: torch.Tensor
     pair_cosine_sum_NN: torch.Tensor
-    stream_cosine_sums: tuple[
-        float, float, float
-    ]  # mean over pairs, tokens with two streams, tokens with all
+    # Mean over pairs, tokens with two streams, tokens with all.
+    stream_cosine_sums: tuple[float, float, float]
 
 
 class _Flat(NamedTuple):

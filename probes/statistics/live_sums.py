@@ -78,9 +78,8 @@ class LiveSums:
         shape = (tensor_BT.shape[0], tensor_BT.shape[1])
         if shape not in self._drawn:
             position, real = draw_places(shape, mask_BT, self.most, self.seed)
-            self._drawn[shape] = Places(
-                position.to(tensor_BT.device), real
-            )  # sent to the device once a forward
+            # Sent to the device once a forward.
+            self._drawn[shape] = Places(position.to(tensor_BT.device), real)
         return self._drawn[shape]
 
     def sample_state(

@@ -57,9 +57,8 @@ class RowSums:
     def __init__(self, compact: TokenSums):
         places: dict[str, _Place] = {}
         parts: list[torch.Tensor] = []
-        self._apart: dict[
-            str, dict[int, torch.Tensor]
-        ] = {}  # of depths on several devices, or of several shapes
+        # Of depths on several devices, or of several shapes.
+        self._apart: dict[str, dict[int, torch.Tensor]] = {}
         start = 0
         for table in (compact.sums, compact.maxima, compact.latest):
             for name, values in table.items():

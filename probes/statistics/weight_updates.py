@@ -75,9 +75,8 @@ class WeightUpdates:
         self._scale = scale
         self._share = share
         self._shares: dict[str, float] = {}
-        self._reduced_later: dict[
-            str, nn.Parameter
-        ] = {}  # whose gradients are read when the backward has ended
+        # Whose gradients are read when the backward has ended.
+        self._reduced_later: dict[str, nn.Parameter] = {}
         self._owners: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
             self._owners.setdefault(name.rpartition(".")[0], []).append(name)

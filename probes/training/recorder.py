@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -114,9 +115,8 @@ class Recorder:
             self._session.forget_running()
             if self._session.options.gradients:
                 self._session.drop()
-        with suppress(
-            Exception
-        ):  # such as a warning that the user turned into an error: theirs goes on as it is
+        # Such as a warning that the user turned into an error: theirs goes on as it is.
+        with suppress(Exception):
             self.close()
 
     def __del__(self) -> None:
@@ -249,16 +249,13 @@ class Recorder:
                     self._ranks.close()
                 remove_inert_hooks(self._session.model)
             if self._settled is not None and self._measured.rows:
-                self._settle(self._settled)
+                settle = self._settled.settle
+                self._attempt(lambda: settle(self.run), "what is suspected was not settled: {}")
             if self._store is not None:
-                self._finish_store(self._store)
+                finish = partial(self._store.finish, self._measured.rows, lambda: self.run)
+                lost = "the run was not saved: {}. It is still in recorder.run: save it under another name with save_run"
+                self._attempt(finish, lost)
         self._notices.warn()
-
-    def _settle(self, settled: SettledEnd) -> None:
-        try:
-            settled.settle(self.run)
-        except Exception as error:  # what follows the block must still be reached
-            self._say(f"what is suspected was not settled: {error}", error)
 
     def abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
@@ -279,24 +276,20 @@ class Recorder:
         known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
         self._measured.overflowed[:0] = known
 
-    def _write_store(self, store: LiveRecording) -> None:
-        measured, row_of = self._measured, None if self._live is None else self._live.row_of
-        sentence = store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)
-        if sentence is not None:
-            self._say(sentence)
-
-    def _finish_store(self, store: LiveRecording) -> None:
+    def _attempt(self, action: Callable[[], object], failed: str) -> None:
+        """Do one thing at the end of the block; what follows it, such as saving the model, must still be reached."""
         try:
-            store.finish(self._measured.rows, lambda: self.run)
-        except Exception as error:  # what follows the block, such as saving the model, must still be reached
-            self._say(
-                f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
-                error,
-            )
+            action()
+        except Exception as error:
+            self._say(failed.format(error), error)
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
-        if self._measured.end(self.position, loss, loss_terms) and self._store is not None:
-            self._write_store(self._store)
+        if not self._measured.end(self.position, loss, loss_terms) or self._store is None:
+            return
+        measured, row_of = self._measured, None if self._live is None else self._live.row_of
+        sentence = self._store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)
+        if sentence is not None:
+            self._say(sentence)
 
     def _safely(self, action: Callable[..., None], *args: Any) -> None:
         """Run what ends a step; where it cannot be measured, say so and leave it out."""

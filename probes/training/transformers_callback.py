@@ -84,7 +84,7 @@ def _tell_when_training_raises() -> None:
     train = Trainer.train
 
     @wraps(train)
-    def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def new_train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         try:
             return train(self, *args, **kwargs)
         except BaseException as error:
@@ -93,7 +93,7 @@ def _tell_when_training_raises() -> None:
                     callback.on_exception(error)
             raise
 
-    Trainer.train = train
+    Trainer.train = new_train
 
 
 def _takes_loss_arguments(model: Any) -> bool:

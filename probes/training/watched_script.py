@@ -143,9 +143,8 @@ class ScriptWatch:
             options["gradients"] = False  # whose scale they have, nobody can tell
         self.recorder = record(model, **options).__enter__()
         self._model = model
-        self.model = type(
-            getattr(model, "_orig_mod", model)
-        ).__name__  # and not that of what torch.compile returned
+        # And not that of what torch.compile returned.
+        self.model = type(getattr(model, "_orig_mod", model)).__name__
 
     def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of an optimizer ends one of the training: of several of one model, one counts the steps."""

@@ -56,7 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=InputRun(),
         metavar="RUN",
-        help="of patch: the run that states come from",
+        help="for patch: the run that the states are taken from",
     )
 
 
@@ -168,7 +168,7 @@ def _short(value: float | None, unit: str = "") -> str:
 
 COMMAND = Command(
     "ablate",
-    "skip blocks, replace mixing, drop streams: what that does to the loss",
+    "skip blocks, replace mixing, drop streams: the effect on the loss",
     _add_arguments,
     _run,
 )

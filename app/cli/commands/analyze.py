@@ -35,7 +35,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run file (.nc, .zarr) or live store; several with --workers or --scheduler",
     )
     add_max_bytes(parser)
-    add_metrics(parser, about="only these (default: all that the run can feed)")
+    add_metrics(parser, about="only these metrics (default: all that the run has data for)")
     parser.add_argument(
         "--jackknife",
         action="store_true",
@@ -45,14 +45,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--initial",
         type=InputPath(must_exist=False),
         metavar="CHECKPOINT",
-        help="the model before training: shows how far training moved the mixing of an mHC, weight decay taken out",
+        help="the model before training: shows how far training moved the mixing of an mHC, corrected for weight decay",
     )
     parser.add_argument(
         "--decay",
         type=Number(1e-9, 1, whole=False),
         metavar="FACTOR",
-        help="what weight decay left of the initial logits, ∏(1 − learning rate × weight decay) over the steps (default "
-        "1: they are not decayed)",
+        help="factor by which weight decay shrank the initial logits, ∏(1 − learning rate × weight decay) over the steps "
+        "(default 1: no decay)",
     )
     parser.add_argument(
         "--workers",
@@ -61,7 +61,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure on N processes of this machine, which read what they need: for runs larger than memory (needs dask)",
     )
     parser.add_argument(
-        "--memory", type=ByteCount(), metavar="BYTES", help="with --workers: what each may take, such as 2GiB"
+        "--memory",
+        type=ByteCount(),
+        metavar="BYTES",
+        help="with --workers: memory limit of each process, such as 2GiB",
     )
     parser.add_argument(
         "--scheduler",

@@ -131,4 +131,9 @@ def _judged_words(reading: Reading) -> str:
     return f"{words} (not judged: {printable(next(iter(reasons)))})" if reasons else words
 
 
-COMMAND = Command("check", "judge runs in plain words; exit 1 where one fails", _add_arguments, _run)
+COMMAND = Command(
+    "check",
+    "check runs against limits and explain each finding; exit 1 where one fails",
+    _add_arguments,
+    _run,
+)

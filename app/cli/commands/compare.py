@@ -88,4 +88,4 @@ def _run(args: argparse.Namespace) -> int:
     return exit_code(left_out)
 
 
-COMMAND = Command("compare", "put runs side by side at the same relative depth", _add_arguments, _run)
+COMMAND = Command("compare", "compare runs at the same relative depth", _add_arguments, _run)

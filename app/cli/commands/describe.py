@@ -35,12 +35,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--as",
         dest="as_dialect",
         metavar="NAME",
-        help="with --weights-only: the dialect or model type to read the checkpoint as, where its own is not known",
+        help="with --weights-only: the dialect or model type to read the checkpoint as, where its own type is not known",
     )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="what recording a training would take, from shapes alone: of a folder only config.json is read, nothing is "
+        help="what recording a training would cost, from shapes alone: of a folder only config.json is read, nothing is "
         "allocated",
     )
     for name, highest, metavar, about in (
@@ -138,6 +138,4 @@ def _describe_weights(args: argparse.Namespace) -> int:
     return FINE
 
 
-COMMAND = Command(
-    "describe", "say what was found in a checkpoint: family, blocks, streams", _add_arguments, _run
-)
+COMMAND = Command("describe", "describe a checkpoint: family, blocks, streams", _add_arguments, _run)

@@ -15,13 +15,13 @@ from depthscope.app.text.terminal import emit, say, working
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    add_out_folder(parser, about="folder; files of others in it are kept")
+    add_out_folder(parser, about="output folder; files in it that no export wrote are left as they are")
     parser.add_argument(
         "--venue",
         type=OneOf(_venues),
         default="icml",
         metavar="icml|neurips|iclr|acl|cvpr|ieee|plain",
-        help="whose page the figures and tables are for (default icml)",
+        help="venue whose page layout the figures and tables are made for (default icml)",
     )
     parser.add_argument(
         "--by",
@@ -32,12 +32,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace edited files of an earlier export, never those of others",
+        help="replace edited files of an earlier export, never other files",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="write nothing: recompute the bundle in --out and say what still follows",
+        help="write nothing: recompute the bundle in --out and report what still matches",
     )
     add_selection(parser)
     add_json(parser)

@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         choices=("all", "own"),
         default="all",
-        help="all: every token moves every token (default); own: each token itself alone, which costs a backward a token",
+        help="all: every token moves every token (default); own: each token only itself, which costs one backward per token",
     )
     parser.add_argument(
         "--routing",
@@ -107,5 +107,8 @@ def _number(value: float | None, error: float | None) -> str:
 
 
 COMMAND = Command(
-    "jacobian", "singular values of every block's Jacobian, and of the whole", _add_arguments, _run
+    "jacobian",
+    "singular values of the Jacobian of every block, and of all blocks together",
+    _add_arguments,
+    _run,
 )

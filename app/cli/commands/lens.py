@@ -21,7 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tuned",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also train one affine map a depth",
+        help="also train one affine map per depth",
     )
 
 
@@ -82,4 +82,6 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
         say(f"saved: {printable(path)}")
 
 
-COMMAND = Command("lens", "read the state at each depth by the model's own head", _add_arguments, _run)
+COMMAND = Command(
+    "lens", "read the state at each depth by the model's own head (logit lens)", _add_arguments, _run
+)

@@ -229,7 +229,7 @@ def _interval(row: dict[str, Any], name: str) -> str:
 
 COMMAND = Command(
     "patch",
-    "put states and mixing of a clean text into a corrupted one: what comes back",
+    "activation patching: states and mixing of a clean text in the forward of a corrupted one",
     _add_arguments,
     _run,
 )

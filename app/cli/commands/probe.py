@@ -64,7 +64,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="also the spectra and the similarity of depths over every token (metrics streamed_…)",
+        help="also compute spectra and the similarity of depths over every token (metrics streamed_…)",
     )
     parser.add_argument(
         "--shard",
@@ -76,14 +76,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradients",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also the gradient of the loss",
+        help="also record the gradient of the loss",
     )
     parser.add_argument(
         "--settle",
         type=Number(0, 1000),
         default=10,
         metavar="N",
-        help="at most N forwards to try whether what is suspected does harm (default 10; none where nothing is)",
+        help="at most N forwards for experiments that test whether a suspected problem does harm (default 10)",
     )
     parser.add_argument(
         "--verdict",
@@ -119,7 +119,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
             100_000,
             None,
             "K",
-            "sequences whose states are kept, drawn by --seed (default all); sums are over every token",
+            "number of sequences whose states are stored, drawn by --seed (default: all); statistics are over every token",
         ),
     ):
         parser.add_argument(

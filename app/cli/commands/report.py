@@ -19,7 +19,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interactive",
         action="store_true",
-        help="figures that tell their numbers under the mouse and zoom (a file of some 10 MB)",
+        help="figures with zoom and with numbers under the mouse (a file of some 10 MB)",
     )
     add_selection(parser)
     add_json(parser)
@@ -40,4 +40,4 @@ def _run(args: argparse.Namespace) -> int:
     return exit_code(left_out)
 
 
-COMMAND = Command("report", "write one HTML file to send around", _add_arguments, _run)
+COMMAND = Command("report", "write one HTML file that can be sent to others", _add_arguments, _run)

@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STUDY",
         help="families: residual, HC and mHC side by side (default); answer: do all layers hold the same, in which "
         "design, at what cost (80 minutes); connections, initialisation, stream-collapse, rescue, fig8: what of some papers "
-        "holds in small networks, in some minutes each, kept network by network; width, depth: a coordinate check, how the "
+        "holds in small networks, in some minutes each, saved after each network; width, depth: a coordinate check, how the "
         "change of the states by training scales, in standard parametrisation and in μP or CompleteP",
     )
     parser.add_argument(
@@ -42,18 +42,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=OutputFolder(),
         metavar="DIR",
         help="folder for runs and weights (families), for results and a figure (width, depth), or for everything of a study: "
-        "the same command goes on with what is there",
+        "the same command continues from it",
     )
     parser.add_argument(
         "--page",
         type=OutputFolder(),
         metavar="DIR",
-        help="of answer: write answer.md with its table and figures there; without --out from the table that is there",
+        help="for answer: write answer.md with its table and figures there; without --out from the table in that folder",
     )
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="train nothing: say what 1, 2, 4 and 8 streams move and keep, by formula and measured",
+        help="train nothing: print what 1, 2, 4 and 8 streams move and save for the backward, by formula and measured",
     )
     parser.add_argument(
         "--minutes",
@@ -209,5 +209,5 @@ def _tell_memory(*, as_json: bool) -> int:
 
 
 COMMAND = Command(
-    "study", "train small models and compare them; which results of papers hold", _add_arguments, _run
+    "study", "train small models and compare them; test which results of papers hold", _add_arguments, _run
 )

@@ -48,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Number(1, 10**9),
         default=50,
         metavar="N",
-        help="measure one step in so many (default 50)",
+        help="measure every N-th step (default 50)",
     )
     parser.add_argument(
         "-m",
@@ -62,17 +62,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-on",
         choices=("warn", "fail"),
         default=None,
-        help="end the training, with exit code 1, at the first step with a finding as severe",
+        help="end the training, with exit code 1, at the first step with a finding of this severity",
     )
     parser.add_argument(
-        "--no-gradients", dest="gradients", action="store_false", help="measure forwards alone"
+        "--no-gradients", dest="gradients", action="store_false", help="measure only forwards"
     )
     parser.add_argument("--weights", action="store_true", help="measure updates of the weights too")
     parser.add_argument(
-        "--resume", action="store_true", help="go on in the store that is there, after its last row"
+        "--resume", action="store_true", help="continue the existing store after its last row"
     )
     parser.add_argument(
-        "--force", action="store_true", help="begin anew where a store is, whose rows are lost"
+        "--force", action="store_true", help="start over, and delete the rows of an existing store"
     )
 
 

@@ -200,12 +200,9 @@ def _measure_call(
     """The call of a public function with what is shown, without its closing bracket."""
     # The names of the runs are those of their paths, in the address and here the same only where they are unique: a heat map
     # of one run needs none.
-    choices = [f"{name}={value!r}" for name, value in used.items() if name != "run" and _differs(name, value)]
+    given = {name: value for name, value in used.items() if value != getattr(Selection(), name)}
+    choices = [f"{name}={value!r}" for name, value in given.items() if name != "run"]
     return f"ds.figures.{function}({', '.join([repr(kind.name), _path_list(readings), *choices])}"
-
-
-def _differs(name: str, value: Any) -> bool:
-    return value != getattr(Selection(), name)
 
 
 def _path_list(readings: Sequence[Reading]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card
@@ -14,10 +16,6 @@ from depthscope.app.figures.build.jacobian_figures import jacobian_figures, jaco
 SECTION = "Jacobians"
 
 COMMAND = "depthscope jacobian RUN.nc --model CHECKPOINT --text FILE"
-
-
-def _show(chosen: ChosenRuns) -> None:
-    show_figures(chosen, "gradients", after={SECTION: _show_jacobians})
 
 
 def _show_jacobians(chosen: ChosenRuns) -> None:
@@ -57,5 +55,5 @@ PAGE = Page(
     needs=("gradient_norm",),
     missing="None of the chosen runs has gradients: they were captured without a backward pass.",
     command="depthscope probe CHECKPOINT --text FILE --gradients --out RUN.nc",
-    show=_show,
+    show=partial(show_figures, question="gradients", after={SECTION: _show_jacobians}),
 )

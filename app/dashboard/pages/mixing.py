@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import streamlit as st
 import xarray as xr
@@ -23,10 +25,6 @@ BENCH = "Composites"
 
 PICTURE_HEIGHT = 210
 """Pixels of a row of pictures."""
-
-
-def _show(chosen: ChosenRuns) -> None:
-    show_figures(chosen, "mixing", before={BENCH: _show_bench})
 
 
 def _show_bench(chosen: ChosenRuns) -> None:
@@ -137,5 +135,5 @@ PAGE = Page(
     question="mixing",
     missing="None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. "
     "Choose a run of a hyper-connection (HC or mHC) model.",
-    show=_show,
+    show=partial(show_figures, question="mixing", before={BENCH: _show_bench}),
 )

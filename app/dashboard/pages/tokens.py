@@ -65,7 +65,8 @@ def _show(chosen: ChosenRuns) -> None:
             "Map", list(TOKEN_MEASURES), "tokens_measure", words=TOKEN_MEASURES.__getitem__, width=330
         )
         last = close_up.num_depths - 1
-        depth = choose_index("Depth", last, "tokens_depth", default=_telling_depth(close_up))
+        # In the middle sinks have their full size, and the last norm has not hidden them yet.
+        depth = choose_index("Depth", last, "tokens_depth", default=last // 2)
     if not close_up.has_texts:
         st.info(
             "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` saves it.",
@@ -131,11 +132,6 @@ def _is_spread(measure: str, known: np.ndarray) -> bool:
     """Whether logarithms are shown: norms of massive tokens are a hundred times those of the others."""
     spread = known[known > 0]
     return measure == "norm" and bool(spread.size) and bool(spread.max() > 10 * spread.min())
-
-
-def _telling_depth(close_up: CloseUp) -> int:
-    """The middle of the network: sinks have their full size there, and the last norm has not hidden them yet."""
-    return (close_up.num_depths - 1) // 2
 
 
 def _explain_no_states(reading: Reading) -> None:

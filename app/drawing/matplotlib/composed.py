@@ -52,8 +52,8 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     rows = math.ceil(len(figure.panels) / columns)
     across = size.inches / columns
     entries = list(_entries(figure))
-    columns = num_columns([label for _, label in entries], size)
-    lines = math.ceil(len(entries) / columns) if len(entries) > 1 else 0
+    per_row = num_columns([label for _, label in entries], size)
+    lines = math.ceil(len(entries) / per_row) if len(entries) > 1 else 0
     below = lines * 1.45 * size.points / 72 + 0.08
     row = min(_height(figure.panels, across), (HIGHEST - below) / rows)
     canvas = PaperFigure(size, (size.inches, rows * row + below))
@@ -63,7 +63,7 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     labels = _draw_panels(figure, axes, 0.76 * across)
     if lines:
         handles, names = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
-        canvas.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+        canvas.legend(handles, names, loc="outside lower center", ncols=per_row, frameon=False)
     set_fonts(canvas)
     fit_labels(canvas, labels)
     return canvas

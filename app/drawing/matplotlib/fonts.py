@@ -64,13 +64,10 @@ def points_across(text: str, points: float, families: Iterable[str] = FONTS) -> 
     known = list(dict.fromkeys([*families, *filter(None, lacking)]))
     properties = FontProperties(family=known, size=points)
     # Of several lines the widest.
-    lines = ["".join(filter(_is_drawn, line)) for line in text.splitlines()]
+    drawn = {letter for letter in text if letter.isprintable() and (letter.isascii() or can_draw(letter))}
+    lines = ["".join(letter for letter in line if letter in drawn) for line in text.splitlines()]
     widths = (text_to_path.get_text_width_height_descent(line, properties, False)[0] for line in lines)
     return float(max(widths, default=0.0))
-
-
-def _is_drawn(letter: str) -> bool:
-    return letter.isprintable() and (letter.isascii() or can_draw(letter))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,7 +72,8 @@ def results_table(study: Study, rows: Sequence[Row]) -> Table:
         for family, title in study.families.items():
             for depth in sorted({row.settings["depth"] for row in of if row.settings["family"] == family}):
                 values = {"family": family, "depth": depth, **variant}
-                words = {"family": title, "layers": str(depth), **_variant_words(variant)}
+                words = {"family": title, "layers": str(depth)}
+                words |= {name.replace("_", " "): f"{value:g}" for name, value in variant.items()}
                 for number in numbers:
                     found = np.array(list(by_seed(of, number.name, family, depth).values()))
                     one = estimate(found) if np.isfinite(found).any() else None
@@ -85,10 +85,6 @@ def results_table(study: Study, rows: Sequence[Row]) -> Table:
     caption = "Mean over seeds, and half of its 95 % interval (Student's t) where there are several."
     title = f"Numbers of the study {study.name}"
     return Table(study.name.replace("-", "_"), title, caption, pd.DataFrame(data), pd.DataFrame(printed))
-
-
-def _variant_words(variant: Mapping[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): f"{value:g}" for name, value in variant.items()}
 
 
 def cell(mean: float, reach: float) -> str:

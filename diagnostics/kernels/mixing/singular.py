@@ -68,9 +68,8 @@ def _of_many(p: np.ndarray) -> np.ndarray:
     found, compiled = np.empty((len(flat), n)), worth_compiling(len(flat))
     for start in range(0, len(flat), BLOCK):
         part = flat[start : start + BLOCK]
-        entries = np.array(
-            part.T, order="C"
-        )  # a copy, also where the batch is last already: it is overwritten
+        # A copy, also where the batch is last already: it is overwritten.
+        entries = np.array(part.T, order="C")
         top = np.abs(entries).max(axis=0)  # the thresholds of the rotations are for entries up to 1
         top[top == 0] = 1.0
         entries /= top

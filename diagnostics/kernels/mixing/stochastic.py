@@ -68,9 +68,8 @@ def dobrushin(p: Array) -> Array:
     """
     xp, p = square(p)
     found = xp.zeros_like(p[..., 0, 0])
-    for i in range(
-        1, p.shape[-1]
-    ):  # row by row: all pairs at once would take n times the memory of the batch
+    # Row by row: all pairs at once would take n times the memory of the batch.
+    for i in range(1, p.shape[-1]):
         distances = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
         found = xp.maximum(found, xp.max(distances, axis=-1))
     return found / 2.0

@@ -68,9 +68,8 @@ class SampledTokens:
         assert sums.live is not None
         self._sums, self._live, self._group, self._each_stream = sums, sums.live, group, each_stream
         self.real = self._real(len(self._live.states[group.depths[0]]))
-        self.states = [
-            self._of_real(self._live.states[depth]) for depth in group.depths
-        ]  # (K, N, D) by depth
+        # (K, N, D) by depth.
+        self.states = [self._of_real(self._live.states[depth]) for depth in group.depths]
         self.count, self._num_streams, self._width = self.states[0].shape
         sizes = [token_sizes(states_KND) for states_KND in self.states]
         self._mean_LKD, self._norms_LKV, self._medians_LV = (
