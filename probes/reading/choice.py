@@ -99,7 +99,7 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_moved_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
+    best = _with_streams_apart(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
@@ -108,7 +108,7 @@ def memories(graph: Graph) -> FoundMemories:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
+    first_memory = _after_first_norm(_with_empty_streams(best))
     for memory in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken.append((memory, branches_of(memory)))
     inside: list[Ranked] = []
@@ -145,14 +145,17 @@ def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     return best
 
 
-def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if some branches of it only move or mix these."""
-    memory = best.memory
+def _with_streams_apart(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; that with streams of the same first value, if branches only move or mix these, or all give one of them."""
+    memory, sources = best.memory, [branch.source for branch in branches_of(best.memory)]
     for of in ranked:
-        is_finer = of.memory.root is memory.root and of.memory.count < memory.count
-        if not is_finer or of.share < best.share:
+        finer = of.memory
+        if finer.root is not memory.root or finer.count >= memory.count or of.share < best.share:
             continue
-        if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
+        of_one = finer.num_writes >= memory.num_writes and all(
+            branch.source.numel == finer.count for branch in branches_of(finer)
+        )
+        if any(map(finer.holds, sources)) or (of_one and all(of.numel == finer.count for of in sources)):
             return of
     return best
 
@@ -272,24 +275,6 @@ def _between_expansions(memory: Memory) -> Memory:
         if not any(write > number for write in writes - born) and len(writes) > len(born):
             return without_inner(memory, {number})
     return memory
-
-
-def _taken_apart(memory: Memory) -> Memory:
-    """The memory with streams, where every branch gives the features of one stream, a part of the last axis."""
-    graph, width = memory.graph, memory.shape[-1]
-    sources = [branch.source for branch in branches_of(memory)]
-    spread = {
-        of.shape[-2] if len(of.shape) > 1 and math.prod(of.shape[-2:]) == width else memory.count / of.numel
-        for of in sources
-    }
-    streams = spread.pop() if len(spread) == 1 else 1
-    if not 1 < streams <= MOST_STREAMS or streams % 1 or width % streams:
-        return memory
-    folded = without_forks(graph, start_of(memory.root, int(streams)))
-    fine = folded.num_writes >= memory.num_writes and all(
-        branch.source.numel == folded.count for branch in branches_of(folded)
-    )
-    return folded if fine else memory
 
 
 def _with_empty_streams(memory: Memory) -> Memory:
