@@ -22,7 +22,14 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
-FIRST_VALUES = ("mm", "addmm", "linear", "embedding", "bmm", LEAF)  # of what weights made, or the model was called with
+FIRST_VALUES = (
+    "mm",
+    "addmm",
+    "linear",
+    "embedding",
+    "bmm",
+    LEAF,
+)  # of what weights made, or the model was called with
 FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
 
 
