@@ -157,6 +157,8 @@ class _ChainOf:
             return point
         block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
         module = made if made.startswith(f"{block}.") else block
+        if self.memory.grows and point.at == "input" and point.path.startswith(f"{block}."):
+            module = point.path  # its first layer takes what the block itself joins
         return replace(point, layer=following.layer, site="pre", module=module)
 
     def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:
