@@ -9,19 +9,17 @@ memories.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from depthscope.probes.reading.beginnings import with_further_beginnings
+from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
     start_of,
-    start_that_grows,
     start_with_streams,
     without_forks,
     without_inner,
@@ -44,7 +42,7 @@ from depthscope.probes.reading.operations import (
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
-from depthscope.probes.reading.states import feature_axis, has_feature_axis
+from depthscope.probes.reading.states import has_feature_axis
 from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
@@ -313,7 +311,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
-        *_that_grow(found),
+        *starts_that_grow([of.memory for of in found]),
     ):
         memory = without_forks(graph, start)
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
@@ -352,22 +350,6 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
     return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
-
-
-def _that_grow(ranked: Sequence[Ranked]) -> list[Start]:
-    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
-    found: dict[TracedValue, Start] = {}
-    for memory in (of.memory for of in ranked):
-        for read, join in memory.leaves:
-            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
-                continue
-            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
-            others = [piece for piece in addends(join) if not memory.holds(piece)]
-            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
-                continue
-            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
-                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
-    return list(found.values())
 
 
 def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
