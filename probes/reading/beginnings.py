@@ -1,14 +1,16 @@
-"""Which further values does a memory begin with? Those of a first state whose streams are tensors of their own."""
+"""Which further values does a memory begin with? Streams that are tensors of their own, or features that come later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import TracedValue
-from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.memory import Memory, Start, start_that_grows, without_forks
 from depthscope.probes.reading.operations import PRODUCTS, SAME, VIEWS, addends
+from depthscope.probes.reading.states import feature_axis
 
 PASSES = SAME | VIEWS | {*PRODUCTS}
 
@@ -41,6 +43,22 @@ def with_further_beginnings(memory: Memory) -> Memory:
     if not found:
         return memory
     return without_forks(memory.graph, replace(memory.start, others=found))
+
+
+def starts_that_grow(memories: Iterable[Memory]) -> list[Start]:
+    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
+    found: dict[TracedValue, Start] = {}
+    for memory in memories:
+        for read, join in memory.leaves:
+            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
+                continue
+            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
+            others = [piece for piece in addends(join) if not memory.holds(piece)]
+            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
+                continue
+            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
+                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
+    return list(found.values())
 
 
 def _scaled(value: TracedValue) -> Iterator[TracedValue]:

@@ -9,12 +9,11 @@ memories.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from depthscope.probes.reading.beginnings import with_further_beginnings
+from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import (
@@ -22,7 +21,6 @@ from depthscope.probes.reading.memory import (
     Start,
     follow,
     start_of,
-    start_that_grows,
     start_with_streams,
     without_forks,
     without_inner,
@@ -47,7 +45,7 @@ from depthscope.probes.reading.operations import (
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
-from depthscope.probes.reading.states import feature_axis, has_feature_axis
+from depthscope.probes.reading.states import has_feature_axis
 from depthscope.probes.reading.tracks import tracks
 
 LEAST_SHARE = 0.002  # of the weights
@@ -102,7 +100,7 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_moved_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
+    best = _with_streams_apart(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
@@ -111,7 +109,7 @@ def memories(graph: Graph) -> FoundMemories:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_taken_apart(_with_empty_streams(best)))
+    first_memory = _after_first_norm(_with_empty_streams(best))
     for track in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     inside: list[Ranked] = []
@@ -180,14 +178,17 @@ def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     return best
 
 
-def _with_moved_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if some branches of it only move or mix these."""
-    memory = best.memory
+def _with_streams_apart(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+    """The memory; that with streams of the same first value, if branches only move or mix these, or all give one of them."""
+    memory, sources = best.memory, [branch.source for branch in branches_of(best.memory)]
     for of in ranked:
-        is_finer = of.memory.root is memory.root and of.memory.count < memory.count
-        if not is_finer or of.share < best.share:
+        finer = of.memory
+        if finer.root is not memory.root or finer.count >= memory.count or of.share < best.share:
             continue
-        if any(of.memory.holds(branch.source) for branch in branches_of(memory)):
+        of_one = finer.num_writes >= memory.num_writes and all(
+            branch.source.numel == finer.count for branch in branches_of(finer)
+        )
+        if any(map(finer.holds, sources)) or (of_one and all(of.numel == finer.count for of in sources)):
             return of
     return best
 
@@ -309,24 +310,6 @@ def _between_expansions(memory: Memory) -> Memory:
     return memory
 
 
-def _taken_apart(memory: Memory) -> Memory:
-    """The memory with streams, where every branch gives the features of one stream, a part of the last axis."""
-    graph, width = memory.graph, memory.shape[-1]
-    sources = [branch.source for branch in branches_of(memory)]
-    spread = {
-        of.shape[-2] if len(of.shape) > 1 and math.prod(of.shape[-2:]) == width else memory.count / of.numel
-        for of in sources
-    }
-    streams = spread.pop() if len(spread) == 1 else 1
-    if not 1 < streams <= MOST_STREAMS or streams % 1 or width % streams:
-        return memory
-    folded = without_forks(graph, start_of(memory.root, int(streams)))
-    fine = folded.num_writes >= memory.num_writes and all(
-        branch.source.numel == folded.count for branch in branches_of(folded)
-    )
-    return folded if fine else memory
-
-
 def _with_empty_streams(memory: Memory) -> Memory:
     """The memory from where its first value fills one of several streams, of which the others begin with constants."""
     graph, writes = memory.graph, memory.writes.keys() & memory.trunk
@@ -363,7 +346,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for start in (
         *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
         *_with_streams(found),
-        *_that_grow(found),
+        *starts_that_grow([of.memory for of in found]),
     ):
         memory = without_forks(graph, start)
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
@@ -402,22 +385,6 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
     return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
-
-
-def _that_grow(ranked: Sequence[Ranked]) -> list[Start]:
-    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
-    found: dict[TracedValue, Start] = {}
-    for memory in (of.memory for of in ranked):
-        for read, join in memory.leaves:
-            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
-                continue
-            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
-            others = [piece for piece in addends(join) if not memory.holds(piece)]
-            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
-                continue
-            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
-                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
-    return list(found.values())
 
 
 def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:

@@ -22,6 +22,14 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
+FIRST_VALUES = (
+    "mm",
+    "addmm",
+    "linear",
+    "embedding",
+    "bmm",
+    LEAF,
+)  # of what weights made, or the model was called with
 FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
 
 
@@ -138,7 +146,7 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
     # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int]] = {}
     for value in _tensors(graph):
-        if value.name in ("mm", "addmm", "linear", "embedding", "bmm") and len(value.shape) > 1:
+        if value.name in FIRST_VALUES and len(value.shape) > 1:
             if len({origin for origin, _ in made.values()}) > 5:
                 break
             made[value.number] = value, 1
@@ -157,7 +165,7 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
 
 
 def _tensors(graph: Graph) -> Iterator[TracedValue]:
-    return (v for v in graph.values if v.name != LEAF and v.is_floating and v.shape)
+    return (v for v in graph.values if v.is_floating and v.shape and (v.parents or graph.depends_on_input(v)))
 
 
 def _takes_apart(value: TracedValue, width: int) -> int:

@@ -121,7 +121,7 @@ class _ChainOf:
                 (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
                 for p, value in points
             ]
-        if self.memory.over_depth:
+        if self.memory.over_depth or self.memory.grows:
             points = [(self._as_read(point, value), value) for point, value in points]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
@@ -154,12 +154,16 @@ class _ChainOf:
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
-        if point.site != "post" or following is None or self._hands_on(point, value) is not False:
+        if point.site != "post" or self._hands_on(point, value) is not False:
             return point
+        if following is None:
+            return replace(point, module=self.graph.path(value)) if self.memory.grows else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
         block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
         module = made if made.startswith(f"{block}.") else block
+        if self.memory.grows and point.at == "input" and point.path.startswith(f"{block}."):
+            module = point.path  # its first layer takes what the block itself joins
         return replace(point, layer=following.layer, site="pre", module=module)
 
     def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:

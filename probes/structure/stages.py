@@ -143,7 +143,11 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
 def joined(chain: Chain, stage: Chain) -> Chain:
     """A chain with the states of its next stage, whose blocks are numbered after those before."""
     offset, last = len(chain.points), max(point.layer for point in chain.points)
+    begin, *later = stage.points
     number = min((point.layer for point in stage.points if point.layer >= 0), default=0)
+    number -= (
+        begin.site == "embed" and bool(later) and later[0].site == "pre"
+    )  # what its first block reads is that
     shift, before = last + 1 - number if number <= last else 0, chain.points
     if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
         shift, before = last - number, (*before[:-1], replace(before[-1], site="mid"))

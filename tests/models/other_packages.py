@@ -232,6 +232,15 @@ def keras() -> tuple[Any, Any]:
     return keras.Model(given, layers.Dense(VOCABULARY)(layers.LayerNormalization()(x))).eval(), ids().int()
 
 
+DENSENET = {
+    f"stage{n}": [place]
+    for n, place in enumerate([
+        ">features.pool0", "<features.denseblock1.denselayer2.norm1", ">features.denseblock1", ">features.transition1",
+        *(f"<features.denseblock2.denselayer{layer}.norm1" for layer in (2, 3)), ">features.denseblock2",
+    ])
+}  # fmt: skip
+
+
 def densenet() -> tuple[Any, Any]:
     import torchvision
 
@@ -353,7 +362,7 @@ MODELS = (
         states={"": [">embed", *(f">{site}{n}" for n in range(3) for site in ("mid", "post"))]},
     ),
     UserModel("torch_geometric, DeepGCNLayer", ("torch_geometric",), graph_network, states={"": blocks("layers")}),
-    UserModel("torchvision, DenseNet", ("torchvision",), densenet, REFUSED, "no value was found"),
+    UserModel("torchvision, DenseNet", ("torchvision",), densenet, states=DENSENET),
     UserModel(
         "timm, ViT", ("timm",), lambda: timm("vit_tiny_patch16_224", img_size=32, depth=3),
         states={"": blocks("blocks")},

@@ -59,11 +59,9 @@ NO_RESIDUAL = Expected(("unproven", "unknown", "dense"))
 IMAGES: dict[str, Expected] = {
     "torchvision/alexnet": NO_RESIDUAL,
     "torchvision/vgg11": NO_RESIDUAL,
-    "torchvision/densenet121": NO_RESIDUAL,
     "torchvision/squeezenet1_1": NO_RESIDUAL,
     "torchvision/googlenet": NO_RESIDUAL,
     "torchvision/inception_v3": NO_RESIDUAL,
-    "timm/densenet": NO_RESIDUAL,
     "timm/vgg": NO_RESIDUAL,
     "timm/inception_v3": NO_RESIDUAL,
     "timm/inception_v4": NO_RESIDUAL,
