@@ -248,3 +248,25 @@ def test_streams_of_a_list_may_begin_with_constants_and_be_read_one_at_a_time(be
         true = torch.stack(list(model.mix))[-trace.sizes["connection"] :, None, None]
         np.testing.assert_allclose(trace["h_res"], true.expand(trace["h_res"].shape), atol=1e-6)
     assert trace.sizes["connection"] == (2 if begin == "same" else 3)
+
+
+class Momentum(Steps):
+    """v ← g v + (1 - g) f(x), x ← x + v: what begins as the output of a branch is no stream of the first state."""
+
+    def forward(self, batch):
+        x = self.begins(batch)
+        self.passed, velocity = [x], torch.zeros(WIDTH)
+        for layer in self.first:
+            velocity = 0.8 * velocity + 0.2 * layer(x)
+            self.passed.append(x := x + velocity)
+        return self.head(torch.cat([x, x], -1))
+
+
+def test_a_velocity_is_a_sum_over_depth_and_no_stream():
+    model = Momentum(5)
+    trace = ds.capture(model, BATCH)["trace"]
+
+    assert trace.attrs["proof"] == "proven"
+    with torch.no_grad():
+        model(BATCH)
+        np.testing.assert_allclose(trace["residual"][..., 0, :], torch.stack(model.passed), atol=1e-6)
