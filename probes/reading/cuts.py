@@ -55,6 +55,7 @@ def cuts_of(
     # some values are kept, and others begin as what a branch gives.
     everything = [value.number for cut in cuts for value in cut]
     renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
+    renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
 

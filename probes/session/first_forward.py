@@ -173,7 +173,10 @@ class RecordedForward:
         listens = self._gradients and tensor.requires_grad and (tensor.is_leaf or tensor.grad_fn is not None)
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
-            tape.graph.has_graph_from[value.number] = len(tape.graph.values)
+            if (
+                tensor.grad_fn is not None
+            ):  # a view that is cut out inside of a function only says that it needs one
+                tape.graph.has_graph_from[value.number] = len(tape.graph.values)
 
     def _of_gradient(self, tape: Tape, value: TracedValue) -> Iterator[ShownTensor]:
         """The states whose gradient a value has in the place of their own tensors."""
