@@ -270,3 +270,27 @@ def test_a_velocity_is_a_sum_over_depth_and_no_stream():
     with torch.no_grad():
         model(BATCH)
         np.testing.assert_allclose(trace["residual"][..., 0, :], torch.stack(model.passed), atol=1e-6)
+
+
+class InOneBuffer(Steps):
+    """Each state is put into a place of a buffer of zeros, and the next block reads a mixture: a history, and no streams."""
+
+    def forward(self, batch):
+        x = self.begins(batch)
+        buffer = torch.cat([x[None], x.new_zeros(len(self.first), *x.shape)])
+        for number, layer in enumerate(self.first, 1):
+            x = x + layer(x)
+            buffer = torch.cat([buffer[:number], x[None], buffer[number + 1 :]])
+            x = torch.tensordot(self.constants[: number + 1], buffer[: number + 1], 1)
+        return self.head(torch.cat([x, x], -1))
+
+
+def test_a_history_in_a_buffer_is_not_taken_for_streams():
+    model = InOneBuffer(4)
+    model.constants = torch.rand(5)
+    try:
+        run = ds.capture(model, BATCH)
+    except ds.LayoutError as error:
+        assert "1 or 5 streams" in str(error)
+    else:
+        assert run.attrs["n_streams"] == 1
