@@ -9,6 +9,7 @@ from dataclasses import replace
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory, Start, start_that_grows, without_forks
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import PRODUCTS, SAME, VIEWS, addends
 from depthscope.probes.reading.states import feature_axis
 
@@ -26,6 +27,21 @@ def with_further_beginnings(memory: Memory) -> Memory:
         return memory
     first = min(branches, key=lambda branch: branch.writes[0].number)
     until = max(write.number for write in first.writes)
+    found: dict[int, Numbers] = {}
+    for number, sums in _sums_with_others(memory, until).items():
+        value = memory.graph.values[number]
+        same = [n for n in sorted(sums) if memory.graph.values[n].shape == value.shape]
+        if len(sums) > 1 and same and _is_beginning(memory, value, until):
+            found[number] = memory.carried[same[0]]
+    for number in [n for n in found if not found.keys().isdisjoint(_origins(memory, n))]:
+        del found[number]  # a copy of another one
+    if not found:
+        return memory
+    return without_forks(memory.graph, replace(memory.start, others=found))
+
+
+def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:
+    """By value that is no part of the memory: the sums of the memory, up to a number, to which it is added."""
     sums: dict[int, set[int]] = {}
     for number in sorted(of for of in memory.carried if of <= until):
         value = memory.graph.values[number]
@@ -33,16 +49,7 @@ def with_further_beginnings(memory: Memory) -> Memory:
             if not memory.holds(addend):
                 for origin in _scaled(addend):
                     sums.setdefault(origin.number, set()).add(number)
-    found = {
-        number: memory.start.numbers
-        for number, of in sums.items()
-        if len(of) > 1 and _is_beginning(memory, memory.graph.values[number], until)
-    }
-    for number in [n for n in found if not found.keys().isdisjoint(_origins(memory, n))]:
-        del found[number]  # a copy of another one
-    if not found:
-        return memory
-    return without_forks(memory.graph, replace(memory.start, others=found))
+    return sums
 
 
 def starts_that_grow(memories: Iterable[Memory]) -> list[Start]:
@@ -76,7 +83,7 @@ def _origins(memory: Memory, number: int) -> set[int]:
 def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:
     """Whether a value is like the first one, and needed for the first connection alone."""
     graph, root = memory.graph, memory.root
-    if value.shape != root.shape or graph.depends(value, root) or not graph.depends_on_input(value):
+    if value.numel != root.numel or graph.depends(value, root):
         return False
     waiting, last = [value], value.number
     while waiting:

@@ -56,6 +56,12 @@ def cuts_of(
     is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not taken
     # One of several streams may begin as a branch of the first, and is taken by the next one.
     is_list |= len(sizes) > 3 and all(len(cut) > 1 for cut in cuts[2:-1]) and 2 * taken < len(branches)
+    # Or branches read one of the streams, of which each goes on from the first, and every step makes new ones: of a history
+    # some values are kept, and others begin as what a branch gives.
+    everything = [value.number for cut in cuts for value in cut]
+    renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
+    renewed &= all(len(cut) > 1 for cut in cuts[1:])
+    is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
 
 

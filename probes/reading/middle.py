@@ -43,12 +43,11 @@ def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
         return None
     if sizes[wide[0]] % memory.count or sizes[wide[0]] > MOST_STREAMS * memory.count:
         return None
-    first, after = (
-        wide[0],
-        next((at for at, size in enumerate(sizes) if at > wide[0] and size == memory.count), None),
-    )
-    if after is not None and after < wide[-1]:
-        return None
+    first = wide[0]
+    after = next((at for at, size in enumerate(sizes) if at > first and size == memory.count), None)
+    is_spread = memory.depth[passages[first].number] == memory.depth[passages[first - 1].number]
+    if not is_spread or (after is not None and after < wide[-1]):
+        return None  # a history holds what branches gave in between
     merged = None if after is None else passages[after]
     until = memory.end.number + 1 if merged is None else merged.number
     depths = [memory.depth[of.number] for of in (passages[first], merged or memory.end, memory.end)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
@@ -71,7 +71,18 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
     steps = [ways.get(number, set()) for number in following]
     times = {len(of) for of in steps}  # how often the first value comes into a stream
-    return len(steps) == n and times in ({1}, {n}) and len(set().union(*steps)) == sum(map(len, steps))
+    apart = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
+    return apart and (times == {n} or (times == {1} and _only_branches_are_added(graph, memory, ways)))
+
+
+def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
+    """Whether the first step adds to the first state, as it is, nothing but what its branches give: no further stream."""
+    joined = memory.connections[0]
+    written = {number for branch in joined.branches for number in branch.way}
+    sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
+    added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
+    h_res = joined.parts.get("h_res")
+    return added <= written and h_res is not None and bool((h_res == 1).all())
 
 
 class _ChainOf:

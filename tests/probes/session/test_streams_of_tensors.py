@@ -111,7 +111,7 @@ def test_each_stream_is_measured(start, measured):
 
 
 def test_streams_that_begin_with_nothing_are_refused():
-    with pytest.raises(ds.LayoutError, match="1 or 4 streams"):
+    with pytest.raises(ds.LayoutError, match="2 or 4 streams"):
         captured(ListOfStreams("zeros"))
 
 
