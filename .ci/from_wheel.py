@@ -32,6 +32,8 @@ def script_of(page: str) -> tuple[str, int]:
             lines = [f"!{line.partition(' #')[0]}" for line in lines if _can_run(line)]
         if lines:
             parts.append("\n".join(_as_python(line) for line in lines))
+    if any("display(" in part for part in parts):  # a notebook has it without an import
+        parts.insert(0, "from IPython.display import display")
     for part in parts:
         ast.parse(part)
     return "\n".join(parts) + "\n", len(parts)

@@ -119,18 +119,15 @@ def verify_bundle(folder: Path, runs: Sequence[Reading] | Mapping[str, Any]) -> 
 def _named_runs(
     manifest: Mapping[str, Any], runs: Sequence[Reading] | Mapping[str, Any]
 ) -> tuple[Sequence[Reading] | Mapping[str, Any], list[str]]:
-    """The runs that a bundle names, and a note about the others."""
-    named = manifest.get("runs") or {}
+    """The runs that a bundle names, in its order, and a note about the others."""
+    named = list(manifest.get("runs") or ())
     if isinstance(runs, Mapping):
         # A run of several chains is a reading of each, named after it.
-        chosen: Any = {
-            name: run
-            for name, run in runs.items()
-            if any(one == name or one.startswith(f"{name}/") for one in named)
-        }
+        given = (name for one in named for name in runs if one == name or one.startswith(f"{name}/"))
+        chosen: Any = {name: runs[name] for name in given}
         others = [name for name in runs if name not in chosen]
     else:
-        chosen = [reading for reading in runs if reading.name in named]
+        chosen = sorted((r for r in runs if r.name in named), key=lambda reading: named.index(reading.name))
         others = [reading.name for reading in runs if reading.name not in named]
     if not chosen:
         raise InputError(

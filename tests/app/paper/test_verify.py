@@ -58,6 +58,11 @@ def test_a_bundle_follows_from_its_runs(bundle, runs):
     assert checked.as_dict()["follows"] is True
 
 
+def test_the_order_in_which_runs_are_given_is_that_of_the_bundle(bundle, runs):
+    checked = verify_bundle(bundle, list(reversed(runs)))
+    assert checked.follows, checked.in_words()
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_changed_number_is_named_with_what_follows(bundle, runs, hidden):
     csv = bundle / "tables" / "summary.csv"
