@@ -127,13 +127,13 @@ def silent_module(
         return
     frozen = weight_gradient_norm["weight"].isin(weight_gradient_norm.attrs.get(FROZEN_MODULES, []))
     zero = (weight_gradient_norm == 0) & ~frozen
+    if weight_norm is not None:
+        zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
     names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    share = 1.0 if weight_norm is None else float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum())
     sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
     yield Profile(
         zero.astype(float).where(known),
         "the number of modules without a gradient is",
         sentence=sentence if names else "",
-        ceiling=Severity.INFO if share < SMALL_SHARE else Severity.FAIL,
     )
