@@ -45,7 +45,6 @@ SATURATED = 0.005
 # A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
 ONE_STEP = 1e-4
 
-
 SUM_ERROR = 1e-2
 # Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure. Heuristic.
 ADDED_UP, FAILING = 1.25, 4.0

@@ -81,11 +81,7 @@ FEWEST_STEPS = 5
 
 
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
-@verdict(
-    metric="update_ratio",
-    limits=Limits(warn=1e-7, above=False),
-    drawn_on=("update_ratio",),
-)
+@verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
 def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
@@ -109,11 +105,7 @@ def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None =
 SMALL_SHARE = 1e-3
 
 
-@verdict(
-    metric="weight_gradient_norm",
-    limits=Limits(warn=0.0),
-    follows_from={"cut_gradient": anywhere},
-)
+@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0), follows_from={"cut_gradient": anywhere})
 def silent_module(
     weight_gradient_norm: xr.DataArray, weight_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:
