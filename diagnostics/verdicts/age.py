@@ -66,7 +66,8 @@ def age_of(analysis: xr.Dataset) -> Age:
     )
     known_as = ((trained, words) for is_so, trained, words in facts if is_so)
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
-    return Age(trained, words, bool(trained) or (trained is None and (moved or 0.0) > BEGUN))
+    # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
+    return Age(trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED)
 
 
 # What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and

@@ -228,17 +228,7 @@ class Verdict:
         return list(dict.fromkeys(found))
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
-        """Variables without which it cannot judge, and that an analysis does not have.
-
-        Parameters
-        ----------
-        analysis : Dataset
-            What `diagnostics.analyze` gives.
-
-        Returns
-        -------
-        list of str
-        """
+        """Variables without which it cannot judge, and that an analysis does not have."""
         return [name for name in self.needs if name != "attrs" and name not in analysis]
 
     def _judge(self, profile: Profile, age: Callable[[], Age]) -> Finding | None:
@@ -393,15 +383,6 @@ def _merged_by_stream(found: list[Finding]) -> list[Finding]:
 
 def number(value: float) -> str:
     """A number in a sentence, three significant digits.
-
-    Parameters
-    ----------
-    value : float
-        Any.
-
-    Returns
-    -------
-    str
 
     Examples
     --------

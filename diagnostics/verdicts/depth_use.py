@@ -20,14 +20,9 @@ FEWEST_STEPS = 8
     metric="relative_turn",
     limits=Limits(warn=0.2, above=False),
     follows_from={
-        "same_representation": overlapping,
-        "idle_layer": overlapping,
-        "wasted_layer": overlapping,
-        "common_vector": overlapping,
-        "gain_explosion": overlapping,
+        **dict.fromkeys(("same_representation", "idle_layer", "wasted_layer", "common_vector"), overlapping),
+        **dict.fromkeys(("gain_explosion", "exploding_state", "dead_state"), overlapping),
         "single_gain_explosion": from_there_on,
-        "exploding_state": overlapping,
-        "dead_state": overlapping,
     },
     suspicion=True,
 )

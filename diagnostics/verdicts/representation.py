@@ -138,15 +138,10 @@ def _limits_of_rank(null: float) -> Limits | None:
 @verdict(
     metric="numerical_rank",
     limits=Limits(warn=0.6, above=False),
-    follows_from={
-        "dead_state": from_there_on,
-        "residual_not_finite": from_there_on,
-        "rank_collapse": from_there_on,
-        "dimensional_collapse": from_there_on,
-        "one_direction": from_there_on,
-        "common_vector": from_there_on,
-        "exploding_state": overlapping,
-    },
+    follows_from=dict.fromkeys(
+        ("dead_state", "rank_collapse", "dimensional_collapse", "one_direction", "common_vector"),
+        from_there_on,
+    ),
 )
 def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     """A block empties directions of the state: what they held cannot come back.

@@ -15,9 +15,13 @@ from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 
+def _of_streams(values: xr.DataArray) -> xr.DataArray:
+    return values.sel(stream=[stream for stream in values["stream"].values.tolist() if stream != "mean"])
+
+
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     """Share of each stream over all connections."""
-    return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
+    return _of_streams(share).mean("connection")
 
 
 def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator[Profile]:
@@ -87,10 +91,9 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     What is read from the streams, or averaged over them, is then that stream alone. Look at what is written to it, and at the
     row of H_res that feeds it; a norm of each stream before it is read keeps them alike.
     """
-    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
-    if len(streams) < 2:
+    sizes = _of_streams(residual_norm).transpose("depth", "stream")
+    if sizes.sizes["stream"] < 2:
         return
-    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
     if "site" in sizes.coords:
         sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
     ranked = np.sort(sizes.values, axis=1)
@@ -104,7 +107,7 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     if ratio.isnull().all():
         return
     at = int(np.nanargmax(values))
-    name = str(streams[int(np.argmax(sizes.values[at]))])
+    name = str(sizes["stream"].values[int(np.argmax(sizes.values[at]))])
     words = f"the size of stream {name}, relative to the median of the others, is"
     note = "" if np.isfinite(values[at]) else "The median of the others is zero."
     yield Profile(ratio, words, stream=name, note=note)
@@ -116,14 +119,13 @@ def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
     Look at its row of H_res and its weight of H_post, which are zero, or at a mask that leaves it out.
     """
-    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
-    if len(streams) < 2:
+    sizes = _of_streams(residual_norm).transpose("depth", "stream")
+    if sizes.sizes["stream"] < 2:
         return
-    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
     # Streams may begin as zeros, which the connections fill.
     late = np.arange(sizes.sizes["depth"])[:, None] > sizes.sizes["depth"] // 2
     zero = (sizes == 0) & (sizes.max("stream") > 0) & late
-    for name in streams:
+    for name in sizes["stream"].values.tolist():
         of_one = zero.sel(stream=name, drop=True)
         where, sentence = np.flatnonzero(of_one.values), ""
         if len(where):

@@ -45,7 +45,6 @@ SATURATED = 0.005
 # A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
 ONE_STEP = 1e-4
 
-
 SUM_ERROR = 1e-2
 # Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure. Heuristic.
 ADDED_UP, FAILING = 1.25, 4.0
@@ -267,10 +266,12 @@ def stuck_at_identity(
     # Connections that are each close to the identity may mix much together: judged by their product.
     most = composite_identity_distance.sel(reduction="median", drop=True).max("connection")
     single = float(identity_distance.sel(reduction="median", drop=True).max("connection"))
-    # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on.
-    saturated = 0 < single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
+    # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on. As of
+    # copies: what training can move and has not put to use is a note, what it cannot is a warning.
+    held = single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
     words = "the largest distance from the identity of any product of H_res from the embedding on is"
-    return [Profile(most, words, start="" if saturated else "H_res begins near the identity")]
+    start = "" if held and single > 0 else "H_res begins near the identity"
+    return [Profile(most, words, start=start, limits=None if held else Limits(info=STUCK, above=False))]
 
 
 # Near copies are a note, whatever merging them costs: training has parted them, and what they are worth is the task's. Exact

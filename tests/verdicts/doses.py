@@ -389,7 +389,7 @@ def _write(curves: Sequence[Curve], args: argparse.Namespace) -> None:
 networks ({STEPS} steps on text, {args.seeds} of each host) whose kinds no limit was taken from. Where does the verdict speak,
 and where does the loss suffer, by more than {SUFFERS:g} nats? {same} of {len(curves)} faults are warned of from the dose on
 that costs as much, {late} only at a larger one, {never} never; and {early} at a smaller one: what does nothing may be left out
-at no cost, and a gradient costs only what is trained afterwards.
+at no cost, and a gradient costs only what is trained afterwards. The rest cost nothing and are not warned of.
 
 ![From which dose on the loss suffers, a verdict has a note, and a verdict warns](images/{FIGURE})
 

@@ -213,6 +213,13 @@ def test_gains_that_moved_refute_that_blocks_begin_with_nothing(moved, trained):
     assert age_of(xr.Dataset({"angular_distance": states}, attrs=facts)).trained is trained
 
 
+@pytest.mark.parametrize(("moved", "severity"), [(0.01, INFO), (0.1, FAIL)])
+def test_a_loss_above_that_of_a_constant_answer_is_no_alarm_in_the_first_steps(moved, severity):
+    task = {"guessing": 4.4, "constant": 2.4, "loss": 2.9}  # below 70 % of guessing
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
+    assert one(diagnostics.judge(analysis), "worse_than_constant").severity == severity
+
+
 @pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])
 def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, layers, severity):
     """0.2 % left after twelve connections is no start near the identity; 1 % after sixty-four is, in a young network."""

@@ -833,6 +833,9 @@ def test_a_module_is_silent_only_where_others_are_not():
     assert list(silent(gradients(0.0, 0.0))) == []
     (profile,) = silent(gradients(0.0, 1.0))
     assert "m0 is exactly zero" in profile.sentence
+    # What is nothing beside the other weights is not lost.
+    (profile,) = silent(gradients(0.0, 1.0), gradients(0.01, 1.0))
+    assert float(profile.values.max()) == 0.0
 
 
 @pytest.mark.parametrize(("by_depth", "equal"), [([0.0, 1.0, 1.0], True), ([1.0, 0.0, 0.0], False)])
