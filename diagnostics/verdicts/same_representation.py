@@ -196,13 +196,13 @@ def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, b
     """What a lens says of the range, where one was read, and whether the prediction still moves within it.
 
     States that differ by little may differ in what the head reads: where the interval of the depth from which on the
-    prediction stands begins in the later half of the range, the range does work, and is no failure.
+    prediction no longer changes begins in the later half of the range, the range does work, and is no failure.
     """
     found = attrs.get("prediction_depth")
     if not isinstance(found, Mapping):
         return "", False
     mean, low = float(found["mean"]), float(found["low"])
-    sentence = f" By the {found['lens']} lens the prediction stands from depth {number(mean)} on"
+    sentence = f" By the {found['lens']} lens the prediction no longer changes from depth {number(mean)} on"
     # One sequence has no interval: its depth alone is not enough to excuse anything.
     if (first + last) / 2 < low <= last:
         return f"{sentence}: within this range it still changes.", True

@@ -100,7 +100,7 @@ def memories(graph: Graph) -> FoundMemories:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_streams_apart(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
+    best = _with_finer_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
     merges = [_merge(best, of.memory) for of in ranked]
     if any(merges):
@@ -178,7 +178,7 @@ def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     return best
 
 
-def _with_streams_apart(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
+def _with_finer_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
     """The memory; that with streams of the same first value, if branches only move or mix these, or all give one of them."""
     memory, sources = best.memory, [branch.source for branch in branches_of(best.memory)]
     for of in ranked:
@@ -188,9 +188,17 @@ def _with_streams_apart(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
         of_one = finer.num_writes >= memory.num_writes and all(
             branch.source.numel == finer.count for branch in branches_of(finer)
         )
-        if any(map(finer.holds, sources)) or (of_one and all(of.numel == finer.count for of in sources)):
+        if any(map(finer.holds, sources)) or (
+            of_one and all(_gives_one(of, memory, finer) for of in sources)
+        ):
             return of
     return best
+
+
+def _gives_one(source: TracedValue, memory: Memory, finer: Memory) -> bool:
+    """Whether a branch gives the features of one of the finer memory's streams, by itself or once for each stream."""
+    streams, width = memory.count // finer.count, memory.shape[-1]
+    return source.numel == finer.count or source.shape[-2:] == (streams, width // streams)
 
 
 def _merge(memory: Memory, other: Memory) -> set[int]:

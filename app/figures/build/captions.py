@@ -67,7 +67,7 @@ def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
     # One decimal: per sequence the count is a mean over sequences of different length.
     low, high = (round(float(end), 1) for end in (counts.min(), counts.max()))
     count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
-    return f"N = {count} tokens" + (" a sequence" if scope == "sequence" else "")
+    return f"N = {count} tokens" + (" per sequence" if scope == "sequence" else "")
 
 
 def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:

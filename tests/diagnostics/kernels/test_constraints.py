@@ -109,7 +109,7 @@ def test_what_every_family_starts_with_tells_none_of_them(name):
     found = named_constraint(np.stack([matrix] * TOKENS))
     assert (found.name, found.trivial, found.also) == (expected, True, ())
     if expected in ("identity", "uniform", "doubly stochastic"):
-        assert "nothing more can be told" in found.words
+        assert "nothing more can be inferred" in found.words
 
 
 def test_one_matrix_of_another_kind_is_enough():

@@ -92,5 +92,5 @@ def test_a_proof_is_proven_or_unproven_with_its_reason(proof):
 
 
 def test_a_constraint_is_in_words():
-    with pytest.raises(schema.SchemaError, match="expected what the matrices satisfy in words"):
+    with pytest.raises(schema.SchemaError, match="expected a description of what the matrices satisfy"):
         MODELS["streams"].run(constraint="")

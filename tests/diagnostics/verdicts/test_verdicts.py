@@ -645,7 +645,7 @@ def test_one_representation_from_a_block_on():
 
 
 def lens_result(depths, last):
-    """Depths from which on the prediction stands, by sequence, as `depthscope.lens` gives them."""
+    """Depths from which on the prediction no longer changes, by sequence, as `depthscope.lens` gives them."""
     values = np.asarray(depths, float)[None, None, :, None]
     return xr.Dataset(
         {"prediction_depth": (("lens", "stream", "sample", "token"), values)},
@@ -661,7 +661,11 @@ def lens_result(depths, last):
             Severity.FAIL,
             "the prediction no longer changes from depth 2.5 on: the range changes no",
         ),
-        ([10.0, 10.5, 11.0], Severity.WARN, "stands from depth 10.5 on: within this range it still changes"),
+        (
+            [10.0, 10.5, 11.0],
+            Severity.WARN,
+            "no longer changes from depth 10.5 on: within this range it still changes",
+        ),
         # Its interval, 7.5 ± 4.3, reaches into the first half of the range: nothing is excused.
         ([5.5, 7.5, 9.5], Severity.FAIL, "the prediction no longer changes from depth 7.5 on."),
         (
