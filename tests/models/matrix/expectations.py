@@ -19,12 +19,15 @@ class Expected:
         Axes of a block's output, where it holds several streams.
     apart : bool
         Whether each stream is a tensor of its own.
+    grows : bool
+        Whether every layer joins all earlier outputs anew: the gradient of a state is that of this join and of all later ones.
     """
 
     families: tuple[str, ...] = ()
     streams: int = 1
     layout: str = ""
     apart: bool = False
+    grows: bool = False
 
 
 PLAIN = Expected()
@@ -56,7 +59,10 @@ TRANSFORMERS: dict[str, Expected] = {
 
 # Networks whose blocks have no residual connection, or join their states by concatenation: to be refused or unproven.
 NO_RESIDUAL = Expected(("unproven", "unknown", "dense"))
+_DENSE = Expected(grows=True)
 IMAGES: dict[str, Expected] = {
+    "torchvision/densenet121": _DENSE,
+    "timm/densenet": _DENSE,
     "torchvision/alexnet": NO_RESIDUAL,
     "torchvision/vgg11": NO_RESIDUAL,
     "torchvision/squeezenet1_1": NO_RESIDUAL,
