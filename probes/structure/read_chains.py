@@ -168,10 +168,13 @@ class _ChainOf:
         if point.site != "post" or self._hands_on(point, value) is not False:
             return point
         if following is None:
-            return replace(point, module=self.graph.path(value)) if self.memory.grows else point
+            made = self.graph.path(value)
+            return replace(point, module=made) if self.memory.grows and made else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
         block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
+        if self.memory.grows and not f"{made}.".startswith(f"{block}."):
+            return point  # joined after the block before, by neither
         module = made if made.startswith(f"{block}.") else block
         if self.memory.grows and point.at == "input" and point.path.startswith(f"{block}."):
             module = point.path  # its first layer takes what the block itself joins
