@@ -493,7 +493,10 @@ class StructureFinder:
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
-        if not chain.history:
+        made = [point.module for point in chain.points if point.site == "post"]
+        # Of a block that normalises its state before it hands that on, which of both is read is in the weights.
+        hands_on_another = any(path.startswith(f"{block}.") for path in made for block in chain.blocks)
+        if not chain.history or hands_on_another:
             return replace(chain, connections=(), proof=f"unproven: {error}")
         self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
         return replace(chain, connections=(), family="depth_history")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph
-from depthscope.probes.reading.operations import only_moves
+from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.operations import NORMS, only_moves
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import value_at
 
@@ -28,11 +28,13 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     branches = [branch for m in memories for c in m.connections for branch in c.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
-    reads = (graph.at(place) for branch in branches for place in branch.reads)
-    known |= {read.number for read in reads if read is not None}
+    reads = {value for branch in branches for place in branch.reads if (value := graph.at(place)) is not None}
+    carried = {number for memory in memories for number in memory.carried}
+    missing = {read.number for read in reads if _is_between_states(graph, read, known, carried)}
+    known |= {read.number for read in reads} - missing
     # What a branch reads of a state may be carried too, as by a norm in single operations.
     sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
-    inside = graph.earlier([graph.values[number] for number in sources], known - sources)
+    inside = graph.earlier([graph.values[number] for number in sources], (known | missing) - sources)
     blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())
@@ -52,3 +54,21 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
         if is_like and counts and not any(v.number in known for v in values):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""
+
+
+def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:
+    """Whether a read is no state, and should be one: a norm between blocks makes it of a state, and the next is made of it."""
+    waiting, seen, is_normed = [] if read.number in states else [read], set[int](), False
+    while waiting:
+        value = waiting.pop()
+        is_normed |= value.name in NORMS
+        waiting += [of for of in value.parents if of.number in carried and of.number not in states | seen]
+        seen |= {of.number for of in value.parents}
+    waiting, seen = [read] if is_normed else [], set()
+    while waiting:
+        taken = [of for of in graph.takers(waiting.pop()) if of.number in carried and of.number not in seen]
+        if any(of.number in states for of in taken):
+            return True
+        seen |= {of.number for of in taken}
+        waiting += taken
+    return False

@@ -184,7 +184,9 @@ class _ChainOf:
         """The module that makes a mixture, where the block after which it is named gives another state, and takes another."""
         made, labels = self.graph.path(value), [(state.layer, state.site) for state in self.memory.states]
         is_mixture = point.site == "pre" or labels.count((point.layer, "post")) > 1
-        if not made or not is_mixture or f"{point.module}.".startswith(f"{made}."):
+        # What a block normalises before it hands it on is the state of its last layer.
+        is_inside = point.site == "post" and made.startswith(f"{point.module}.")
+        if not made or not (is_mixture or is_inside) or f"{point.module}.".startswith(f"{made}."):
             return None
         return None if self._shows(point, value, "input", "output") else made
 

@@ -63,6 +63,7 @@ _DENSE = Expected(grows=True)
 IMAGES: dict[str, Expected] = {
     "torchvision/densenet121": _DENSE,
     "timm/densenet": _DENSE,
+    "timm/repvit": Expected(("highway",)),  # squeeze-and-excitation multiplies the state itself
     "torchvision/alexnet": NO_RESIDUAL,
     "torchvision/vgg11": NO_RESIDUAL,
     "torchvision/squeezenet1_1": NO_RESIDUAL,
