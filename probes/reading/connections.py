@@ -94,7 +94,7 @@ class Held:
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
         for at in sources:  # what a source has not yet is zero in it: any weight is right
             missing = self._states.missing_features(self._sources[at])
-            if missing is not None:
+            if missing is not None and found.shape[-1] > 1:
                 found[..., missing] = found[..., ~missing].mean(-1, keepdim=True)
         return weights(found.permute(1, 2, 0, 3))
 

@@ -103,7 +103,7 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value) or value.name in TURNS:
             return operands[0], False
-        mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
+        mixes = value.name in MATRICES and not any(map(self._is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
             # Of a gate and what it scales, that which comes from further back.
             return max(
@@ -129,15 +129,15 @@ class _Sums:
             )  # as of a block with a shortcut of its own, whose output was put together of parts
         return carrier, bool(depending)
 
+    def _is_layer(self, value: TracedValue) -> bool:
+        """Whether a factor is a parameter or computed from such alone, as a normalised one, and no matrix of a few streams."""
+        is_large = min(value.shape[-2:], default=0) > FEW_STREAMS
+        return is_large and (value.of_parameter or not self._graph.depends_on_input(value))
+
     def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
         """Whether one addend was computed from the root of the other, and not carried from it."""
         root = self._root[a.number]
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
-
-
-def _is_layer(value: TracedValue) -> bool:
-    """Whether a factor is a parameter, and no matrix of a few streams."""
-    return value.of_parameter and min(value.shape[-2:], default=0) > FEW_STREAMS
 
 
 def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:

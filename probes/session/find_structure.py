@@ -21,7 +21,7 @@ from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import Graph, TracedValue, container_of
+from depthscope.probes.reading.graph import INPUT, Graph, TracedValue, container_of
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
@@ -160,7 +160,14 @@ class StructureFinder:
             return self._named(self.options.blocks)
         if self.options.chain is None and (calls := linked_calls(self.graph)) and self._are_more(calls):
             refused = f"unproven: {self.rereading.reading.refused}"
-            return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
+            try:
+                return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
+            except LayoutError:
+                first = self.graph.sides[calls[0], "input"][0]
+                if (
+                    self.memories or first.kind != INPUT
+                ):  # what the model is called with, as an image, is no state
+                    raise
         if not self.memories:
             pattern = likely_blocks(self.graph)
             raise ChainError(

@@ -140,7 +140,12 @@ def likely_blocks(graph: Graph) -> str:
     found: dict[tuple[str, str], int] = {}
     for call in graph.calls:
         if call.path[-1:].isdigit():
-            key = re.sub(r"\d+$", "{i}", call.path), call.kind
+            key = re.sub(r"(?<![^.])\d+(?![^.])", "{i}", call.path), call.kind
             found[key] = found.get(key, 0) + 1
-    most = max((of for of in found.items() if of[1] > 1), key=lambda of: of[1], default=None)
-    return "" if most is None else most[0][0]
+    patterns = {pattern for (pattern, _), times in found.items() if times > 1}
+    outer = {
+        of: times
+        for of, times in found.items()
+        if times > 1 and not any(of[0].startswith(f"{other}.") for other in patterns)
+    }
+    return max(outer, key=lambda of: outer[of], default=("", ""))[0]

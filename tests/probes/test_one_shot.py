@@ -275,6 +275,32 @@ def test_no_chain_is_an_error_with_the_override(ids):
         probes.capture(nn.Embedding(64, 8), ids)
 
 
+class AttentionOverDepth(nn.Module):
+    """Patches of an image; every layer attends to what all before it gave, by projected values: no sum carries a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Sequential(nn.Flatten(2), nn.LayerNorm(64), nn.Linear(64, 16), nn.LayerNorm(16))
+        self.depth = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(16, 16), nn.GELU()]) for _ in range(3))
+
+    def forward(self, image):
+        states = [self.patch(image)]
+        for linear, activation in self.layers:
+            every = torch.stack(states, 2).flatten(0, 1)
+            read, _ = self.depth(every[:, -1:], every, every)
+            states.append(activation(linear(read.view(states[0].shape))))
+        return states[-1].mean(1)
+
+
+def test_without_a_state_the_error_says_why_and_names_modules_that_have_some():
+    image = torch.randn(2, 3, 8, 8)
+    with pytest.raises(probes.ChainError, match=r"name the modules .* layers='layers\.\{i\}\.\{i\}'"):
+        probes.describe(AttentionOverDepth(), image)
+    found = str(probes.describe(AttentionOverDepth(), image, layers="layers.{i}.{i}"))
+    assert "unproven: the states are asserted by layers=" in found
+
+
 def test_gradients_need_a_loss(models, ids):
     with pytest.raises(probes.CaptureError, match=r"add labels to the batch, or pass loss="):
         probes.capture(models["llama"](), {"input_ids": ids}, gradients=True)

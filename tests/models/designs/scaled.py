@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tests.models.designs import truth
 from tests.models.designs.design import Design
-from tests.models.designs.parts import BLOCKS, WIDTH, Attention, Mlp
+from tests.models.designs.parts import BLOCKS, WIDTH, Attention, Mlp, normal
 from tests.models.designs.plain_blocks import Decoder, PreNorm
 
 
@@ -146,6 +146,23 @@ class Sphere(Decoder):
     """nGPT: a step on the sphere (arXiv 2410.01131)."""
 
     block = SphereBlock
+
+
+class SphereOfPatches(nn.Module):
+    """nGPT of images; every weight that makes or reads a state is normalised in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Parameter(normal(0, WIDTH, 3 * 4 * 4)), nn.Linear(WIDTH, 5)
+        self.blocks = nn.ModuleList(SphereBlock(number) for number in range(BLOCKS))
+
+    def forward(self, image):
+        patches = image.reshape(-1, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 48)
+        h = functional.normalize(functional.linear(patches, functional.normalize(self.patch, dim=-1)), dim=-1)
+        truth.state(h, -1, "embed")
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h.mean(1))
 
 
 class GraniteBlock(PreNorm):
@@ -335,6 +352,7 @@ SCALED_DESIGNS = (
     Design("one gate a token, by addcmul", ScalarGate, family="highway"),
     Design("DeepNorm", DeepNorm),
     Design("nGPT", Sphere, family="residual|unproven"),
+    Design("nGPT of images", SphereOfPatches, lambda seed: normal(seed, 2, 3, 16, 16)),
     Design("constant factor of the branches", Granite),
     Design("constant factors of state and branch", WeightedSum),
     Design("state halved between blocks", HalvedBetween),

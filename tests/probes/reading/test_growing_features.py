@@ -94,3 +94,46 @@ def test_the_blocks_are_those_that_add_features(batch: torch.Tensor):
 
     assert "4 × Layer" in str(found)
     assert "unproven" not in str(found)
+
+
+class Refined(nn.Module):
+    """A U-net whose last blocks have residuals over what came up next to the first features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, 2 * WIDTH, 2, 2)
+        self.up = nn.ConvTranspose2d(2 * WIDTH, WIDTH, 2, 2)
+        self.inner, self.blocks = (
+            nn.ModuleList(nn.Conv2d(2 * WIDTH, 2 * WIDTH, 3, padding=1) for _ in range(BLOCKS))
+            for _ in range(2)
+        )
+        self.head = nn.Conv2d(2 * WIDTH, 3, 1)
+        self.states: list[torch.Tensor] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        first = self.stem(image)
+        x = self.down(first)
+        for block in self.inner:
+            x = x + block(x).relu()
+        x = torch.cat([self.up(x), first], 1)
+        self.states = [first, x]
+        for block in self.blocks:
+            x = x + block(x).relu()
+            self.states.append(x)
+        return image + self.head(x)
+
+
+def test_features_that_come_up_next_to_the_first_ones_are_states_and_the_inner_blocks_are_named(
+    batch: torch.Tensor,
+):
+    torch.manual_seed(0)
+    model = Refined()
+
+    run = ds.capture(model, batch, loss=loss)
+
+    found = [run.trace[f"stage{n}"].dataset for n in range(2)]
+    assert all(stage.attrs["proof"] == "proven" for stage in found)
+    for at, true in zip([(0, 0), (1, 0), (1, 1), (1, 2)], model.states, strict=True):
+        mine = torch.from_numpy(found[at[0]]["residual"].values)[at[1], :, :, 0]
+        torch.testing.assert_close(mine, true.detach().flatten(2).mT, rtol=1e-5, atol=1e-6)
+    assert [part["module"] for part in run.attrs["not_covered"]] == ["inner"]
