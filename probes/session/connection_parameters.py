@@ -34,7 +34,7 @@ class ConnectionParameters:
                 self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
 
     def _is_small(self, number: int, parameter: nn.Parameter) -> bool:
-        n = self._structure.sites[number].num_streams
+        n = self._structure.num_streams
         width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
         widths = {width, width // n, width * n}
         return (

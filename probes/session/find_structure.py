@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights, Parts
-from depthscope.probes.connections.family import Site, StreamConnectionError
+from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
@@ -27,7 +27,7 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
-from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.missing_states import missing_state
 from depthscope.probes.structure.model_structure import Structure
@@ -77,7 +77,6 @@ class StructureFinder:
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
-        self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
@@ -111,24 +110,23 @@ class StructureFinder:
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
         layouts = tuple(of.layout for of in found)
-        sites = self._sites(found[0])
-        named_streams = self._num_streams(chains[0], layouts[0], sites)
-        if not sites:
+        num_streams = self._num_streams(chains[0], found[0])
+        if not chains[0].has_streams:
             for chain, layout in zip(chains, layouts, strict=True):
-                _require_all_sequences(chain.shapes[0], layout, self.batch_size, named_streams)
-            chains = tuple(_with_asserted_streams(chain, named_streams) for chain in chains)
+                _require_all_sequences(chain.shapes[0], layout, self.batch_size, num_streams)
+            chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
             self._unread += filter(None, map(_without_gradients, chains))
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
-            _require_plain_tokens(chains, layouts, sites)
+            _require_plain_tokens(chains, layouts)
         # Where calls alone show the states, what the reading says of them.
         first = found[0].memories or self.memories
         return Structure(
             chains=chains,
             layouts=layouts,
-            sites=sites,
-            named_streams=named_streams,
+            num_streams=num_streams,
+            fractions=self._fractions(found[0]),
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
@@ -478,11 +476,10 @@ class StructureFinder:
                 "a tensor of it before, so that autograd gives one sum of both gradients"
             )
             self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
-        self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))
         if memory.over_depth:
             rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
-        elif self._reads_features and not read.mixes:
+        elif not read.mixes and any(of.read is None for of, _ in weights.values() if isinstance(of, Parts)):
             chain = replace(chain, family="gated")
         elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
@@ -501,33 +498,20 @@ class StructureFinder:
         self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
         return replace(chain, connections=(), family="depth_history")
 
-    def _sites(self, found: FoundChain) -> dict[int, Site]:
-        chain = found.chain
-        if self._read is None or chain.over_depth:
-            return {}
-        (memory,), family = found.memories, chain.family
-        fractions = {num_fractions(n, layout) for n, layout in self._layouts_of(memory) if "F" in layout}
-        site = Site(
-            READ,
-            family,
-            memory.num_streams,
-            found.layout,
-            fractions=fractions.pop() if len(fractions) == 1 else 1,
-            mixes=self._read.mixes,
-            reads_features=self._reads_features,
+    def _fractions(self, found: FoundChain) -> int:
+        """Into how many parts the features of each stream are split."""
+        states = (
+            [state for memory in found.memories for state in memory.states] if found.chain.has_streams else []
         )
-        return dict.fromkeys(range(len(chain.connections)), site)
+        layouts = [(n, self._read_layout(found.memories[0], n)) for state in states for n in state.numbers]
+        fractions = {num_fractions(numbers, layout) for numbers, layout in layouts if "F" in layout}
+        return fractions.pop() if len(fractions) == 1 else 1
 
-    def _layouts_of(self, memory: MemoryReading) -> Iterator[tuple[Numbers, str]]:
-        """Where elements of the first value are in the states of a memory, and their layouts."""
-        for numbers in (numbers for state in memory.states for numbers in state.numbers):
-            yield numbers, self._read_layout(memory, numbers)
-
-    def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
+    def _num_streams(self, chain: Chain, found: FoundChain) -> int:
         asserted = self.options.streams
-        if not sites:
-            return count_streams(chain.shapes[0], layout, self.batch_size, asserted)
-        streams = sites[0].num_streams
+        if not chain.has_streams:
+            return count_streams(chain.shapes[0], found.layout, self.batch_size, asserted)
+        streams = found.memories[0].num_streams
         if asserted not in (None, streams):
             raise LayoutError(
                 f"streams={asserted} came, but the connections of this model have {streams}; leave streams= out"
@@ -603,12 +587,10 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
         )
 
 
-def _require_plain_tokens(
-    chains: tuple[Chain, ...], layouts: tuple[str, ...], sites: Mapping[int, Site]
-) -> None:
+def _require_plain_tokens(chains: tuple[Chain, ...], layouts: tuple[str, ...]) -> None:
     """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
     for chain, layout in zip(chains, layouts, strict=True):
-        if sites or chain.over_depth or chain.history:
+        if chain.has_streams or chain.over_depth or chain.history:
             raise CaptureError(
                 "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
                 "stream that branches are added to. Record it without sequence parallelism"

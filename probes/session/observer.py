@@ -321,7 +321,7 @@ class Observer:
         if len(forward.rows):
             # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
             output = tensor.detach()
-            if not self.structure.sites:
+            if not self.structure.connections:
                 own = self.structure.chains[number].connections[position].layout
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
                 self._require_own_part(forward, output)
