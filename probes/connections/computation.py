@@ -67,7 +67,6 @@ def _reductions(value: TracedValue, squares: set[int], vectors: set[int]) -> Ite
 class Origin:
     """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
 
-    ``learned``: whether the matrix was computed from parameters.
     ``gradients``: the largest gradient of the matrix's logits, and of the write weights, for a random combination of
     the model's outputs; None where autograd has no path to the logits. Known where the matrix is uniform, or some
     copy of it has no graph.
@@ -88,7 +87,6 @@ class Origin:
     both are applied along the same axis; None where no matrix has both.
     """
 
-    learned: bool = False
     gradients: tuple[float | None, float] | None = None
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
@@ -198,7 +196,6 @@ class Search:
             [v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every
         )
         return Origin(
-            learned=bool(behind & self.forward.parameters.keys()),
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
             other_tokens=share,
             later=later,

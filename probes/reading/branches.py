@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from depthscope.probes.reading.carrying import Rules, transposed
-from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -333,15 +333,9 @@ def _scaled(
 
 def _reads(memory: Memory, source: TracedValue) -> list[TracedValue]:
     """The values of the memory that a branch is computed from."""
-    found: dict[int, TracedValue] = {}
-    seen, waiting = {source.number}, [source]
-    while waiting:
-        for parent in waiting.pop().parents:
-            if memory.holds(parent):
-                found[parent.number] = parent
-            elif parent.number > memory.root.number and parent.number not in seen:
-                seen.add(parent.number)
-                waiting.append(parent)
+    root, holds = memory.root.number, memory.holds
+    inside = walk([source], lambda value: (p for p in value.parents if p.number > root and not holds(p)))
+    found = {p.number: p for value in inside for p in value.parents if holds(p)}
     return [found[number] for number in sorted(found)]
 
 

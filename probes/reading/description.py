@@ -19,9 +19,7 @@ class StateReading:
 
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
-    module: str  # in whose call it was made
-    places: tuple[ValuePlace, ...]  # of the values that it consists of
-    values: tuple[int, ...]  # their numbers in the graph
+    values: tuple[int, ...]  # the numbers in the graph of what it consists of
     numbers: tuple[Numbers, ...] = field(
         repr=False
     )  # where the elements of the memory's first value are in each of them
@@ -44,7 +42,6 @@ class BranchReading:
     path: str
     kind: str  # attn, mlp, or the name of its module
     layer: int
-    source: ValuePlace
     reads: tuple[ValuePlace, ...]
     unit: int  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
     way: tuple[

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise, takewhile
 from typing import NamedTuple
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import TracedValue, container_of
+from depthscope.probes.reading.graph import TracedValue, container_of, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
 
@@ -39,22 +39,13 @@ class BranchNames:
 
     def _inside(self, branch: Branch) -> list[TracedValue]:
         """The operations of a branch."""
-        reads = {read.number for read in branch.reads}
-        found: dict[int, TracedValue] = {}
-        waiting = [branch.source]
-        while waiting:
-            value = waiting.pop()
-            if (
-                value.number in found
-                or value.number in reads
-                or not self.graph.depends(value, self.memory.root)
-            ):
-                continue
-            if self.memory.holds(value) and value is not branch.source:
-                continue
-            found[value.number] = value
-            waiting += value.parents
-        return [found[number] for number in sorted(found, reverse=True)]
+        memory, later, reads = self.memory, self.graph.later(self.memory.root), set(branch.reads)
+
+        def before(value: TracedValue) -> Iterator[TracedValue]:
+            return (p for p in value.parents if later[p.number] and p not in reads and not memory.holds(p))
+
+        starts = [] if branch.source in reads else [branch.source]
+        return sorted(walk(starts, before), key=lambda value: -value.number)
 
     def _common_call(self) -> list[int]:
         """The module calls that contain all branches, but for a few that lie in no block with a number."""
@@ -373,7 +364,7 @@ def _label(
     return layer, "post"
 
 
-def name_of(memory: Memory, names: BranchNames) -> str:
+def name_of(names: BranchNames) -> str:
     """What a memory is called: the container of its blocks, else the module around them."""
     paths = [path for path in names.paths if path]
     if not paths:

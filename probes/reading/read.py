@@ -8,10 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
-from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
@@ -32,31 +30,7 @@ from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES
 from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
-from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
-
-
-def read_model(model: nn.Module, batch: Any) -> NetworkReading:
-    """The reading of one forward of a model, without gradients.
-
-    Parameters
-    ----------
-    model : Module
-        The model.
-    batch : object
-        What it is called with: a dict is passed as keywords, a tuple as positional arguments.
-
-    Returns
-    -------
-    NetworkReading
-    """
-    graph, _ = recorded(model, batch)
-    return read_graph(graph)
-
-
-def read_graph(graph: Graph) -> NetworkReading:
-    """The reading of a recorded forward."""
-    return Rereading(graph).reading
 
 
 class Rereading:
@@ -129,7 +103,7 @@ def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
         units = [names.unit(number) for number in range(len(names.branches))]
         blocks = tuple(dict.fromkeys(of.memory.graph.calls[unit].path for unit in units if unit is not None))
         if len(blocks) > 1:
-            yield InsideReading(name_of(of.memory, names), blocks, of.share)
+            yield InsideReading(name_of(names), blocks, of.share)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -160,7 +134,7 @@ class _Reader:
             None  # of the memory between blocks, where that inside of them is none of its states
         )
         self.names = BranchNames(memory, self.branches)
-        self.name = name_of(memory, self.names)
+        self.name = name_of(self.names)
 
     def again(self) -> MemoryReading:
         """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""
@@ -312,7 +286,7 @@ class _Reader:
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
         found = MemoryReading(
             name=self.name,
-            states=tuple(self._states(cuts, over_depth)),
+            states=tuple(self._states(cuts)),
             connections=tuple(connections),
             num_streams=self.states.num_streams(cuts[-1]),
             over_depth=over_depth,
@@ -341,18 +315,14 @@ class _Reader:
         single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
-    def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
+    def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
         sites = labels(self.names, cuts)
         cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
-            places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            path = self.graph.path(cut[-1])
-            found.append(
-                StateReading(layer, site, path, places, numbers, carried, partial(self.states.held, cut))
-            )
+            found.append(StateReading(layer, site, numbers, carried, partial(self.states.held, cut)))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -389,7 +359,7 @@ class _Reader:
         unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(),
+            reads, -1 if unit is None else unit, branch.way(),
             tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
         )  # fmt: skip
 

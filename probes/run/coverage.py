@@ -120,8 +120,7 @@ def state_name(chain: Chain, depth: int) -> str:
 
 def _call_name(point: HookPoint) -> str:
     """The call that shows a state, such as ``model.layers.0 (output)``."""
-    path = point.path if point.method == "forward" else f"{point.path}.{point.method}"
-    return f"{path} ({point.at})"
+    return f"{point.path} ({point.at})"
 
 
 def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:

@@ -30,7 +30,6 @@ class HookPoint:
     layer: int
     site: str
     module: str  # the module that computed the state
-    method: str = "forward"
     item: int = (
         0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
     )

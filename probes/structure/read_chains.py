@@ -15,7 +15,7 @@ from depthscope.probes.reading.description import (
     ConnectionReading,
     MemoryReading,
 )
-from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue
+from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue, walk
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.numbers import Numbers
@@ -142,7 +142,7 @@ class _ChainOf:
             connections=joined,
             blocks=blocks,
             block_class="/".join(kinds),
-            shapes=self._shapes(points, layout),
+            shapes=self._shapes(points),
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
@@ -227,9 +227,7 @@ class _ChainOf:
                 "states are wanted with layers="
             )
 
-    def _shapes(
-        self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
-    ) -> tuple[tuple[int, ...], ...]:
+    def _shapes(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> tuple[tuple[int, ...], ...]:
         """The shapes of the states in the chain's layout: of one memory they are all the same."""
         shapes = [(*((len(p.streams),) if p.streams else ()), *value.shape) for p, value in points]
         usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
@@ -492,36 +490,23 @@ class _ChainOf:
 
     def _same(self, value: TracedValue) -> list[TracedValue]:
         """A value, and others with the same elements: copies and views of it, and what it is one of."""
-        found = [value]
-        while len(found[-1].parents) == 1 and self._is_same(found[-1], found[-1].parents[0]):
-            found.append(found[-1].parents[0])
-        waiting = [value]
-        while waiting:
-            for taker in self.graph.takers(waiting.pop()):
-                if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
-                    found.append(taker)
-                    waiting.append(taker)
+        before = walk([value], lambda of: of.parents if self._is_same(of) else ())
+        after = walk([value], lambda of: filter(self._is_same, self.graph.takers(of)))
+        found = dict.fromkeys([*before, *after])
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
 
     def _moved(self, value: TracedValue) -> list[TracedValue]:
         """A value, and all that has the same elements in another order, the nearest first."""
-        found, seen = [value], {value.number}
-        for of in found:
-            near = [*of.parents[:1], *self.graph.takers(of)]
-            steps = [(of, of.parents[0])] if of.parents else []
-            steps += [(taker, of) for taker in self.graph.takers(of)]
-            moves = {
-                other.number
-                for after, before in steps
-                for other in (after, before)
-                if only_moves(after)
-                and after.numel == before.numel
-                and sum(parent.is_floating for parent in after.parents) == 1
-            }
-            new = [other for other in near if other.number in moves and other.number not in seen]
-            seen.update(other.number for other in new)
-            found += new
-        return found
+
+        def moves(before: TracedValue, after: TracedValue) -> bool:
+            alone = sum(parent.is_floating for parent in after.parents) == 1
+            return only_moves(after) and after.numel == before.numel and alone
+
+        def near(of: TracedValue) -> list[TracedValue]:
+            takers = [taker for taker in self.graph.takers(of) if moves(of, taker)]
+            return [*(before for before in of.parents[:1] if moves(before, of)), *takers]
+
+        return list(walk([value], near))
 
     def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
         """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
@@ -539,14 +524,13 @@ class _ChainOf:
         return [of for of in moved if all(of.number in way for way in ways)] or list(moved[:1])
 
     @staticmethod
-    def _is_same(value: TracedValue, parent: TracedValue) -> bool:
+    def _is_same(value: TracedValue) -> bool:
+        """Whether a value has the elements of the only one that it was made of."""
         same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
-        return (
-            same
-            and value.numel == parent.numel
-            and value.dtype == parent.dtype
-            and parent.kind != "parameter"
-        )
+        if not same or len(value.parents) != 1:
+            return False
+        (parent,) = value.parents
+        return (value.numel, value.dtype) == (parent.numel, parent.dtype) and parent.kind != "parameter"
 
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
         """The module that computed a state."""
@@ -614,14 +598,12 @@ class _ChainOf:
 
     def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
         """What carries a state to some values, themselves included."""
-        carried, found = self.memory.carried, set[int]()
-        waiting = list(numbers)
-        while waiting:
-            number = waiting.pop()
-            if number > first and number in carried and number not in found:
-                found.add(number)
-                waiting += (parent.number for parent in self.graph.values[number].parents)
-        return found
+        carried, values = self.memory.carried, self.graph.values
+
+        def counted(found: Iterable[int]) -> list[int]:
+            return [number for number in found if number > first and number in carried]
+
+        return set(walk(counted(numbers), lambda n: counted(parent.number for parent in values[n].parents)))
 
     def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
         names = (self.graph.parameter_names.get(value.number, "") for value in values)

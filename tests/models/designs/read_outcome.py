@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading, NetworkReading
-from depthscope.probes.reading.read import read_graph
-from depthscope.probes.reading.recording import recorded
 from tests.models.designs import truth as notes
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import PLAIN, ROUNDING, Outcome, _all_ones
+from tests.models.recorded import read_model
 
 
 class Mistake(Exception):
@@ -36,8 +35,7 @@ def reading_of(design: Design) -> NetworkReading:
     model, batch = design.build(), design.batch(0)
     with torch.random.fork_rng():
         torch.manual_seed(notes.SEED)
-        graph, _ = recorded(model, batch)
-    return read_graph(graph)
+        return read_model(model, batch)
 
 
 def read_outcome(design: Design) -> Outcome:

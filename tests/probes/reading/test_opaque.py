@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.reading.read import Rereading, read_model
-from depthscope.probes.reading.recording import recorded
+from depthscope.probes.reading.read import Rereading
 from depthscope.probes.reading.trials import factors_of_sum
 from tests.models.opaque import (
     BATCH,
@@ -24,6 +23,7 @@ from tests.models.opaque import (
     Mlp,
     misnamed,
 )
+from tests.models.recorded import read_model, recorded
 
 DOCS = Path(__file__).parents[3] / "docs" / "reading.md"
 
