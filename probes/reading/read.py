@@ -25,7 +25,7 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES
@@ -39,7 +39,6 @@ class Rereading:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        self._roots: list[ValuePlace] = []  # of the memories that later forwards are read for
         with torch.no_grad(), no_collection():
             self.reading = self._read()
 
@@ -61,34 +60,31 @@ class Rereading:
                 left_out[reader.name] = str(error)
         return NetworkReading(tuple(done), left_out, inside=tuple(_inside_of_branches(inside)))
 
-    def keep(self, memories: Sequence[MemoryReading]) -> None:
-        """Read these memories alone from now on, and let go of the first forward's tensors."""
-        roots = {memory.root for memory in memories}
-        self._readers = [reader for reader in self._readers if reader.memory.root.number in roots]
-        self._roots = [self.graph.place(reader.memory.root) for reader in self._readers]
+    def keep(self, memory: MemoryReading) -> None:
+        """Read this memory alone from now on, and let go of the first forward's tensors."""
+        self._readers = [next(of for of in self._readers if of.memory.root.number == memory.root)]
         self.reading = NetworkReading((), {})
         self.graph.let_go()
 
     @torch.no_grad()
-    def again(self, graph: Graph) -> list[MemoryReading]:
-        """The same memories in a later forward, whose tensors are held until `let_go`; in the order of `reading`.
+    def again(self, graph: Graph) -> MemoryReading:
+        """The memory that was kept in a later forward, whose tensors are held until `let_go`.
 
-        Raises ReadingError: Where these are not found again.
+        Raises ReadingError: Where it is not found again.
         """
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if graph is not self.graph and not self.graph.takes_over(graph):
-            other = Rereading(graph)
-            found = [of for of in other._readers if graph.place(of.memory.root) in self._roots]
-            if len(found) != len(self._roots):
+            other, wanted = Rereading(graph), self._readers[0].place
+            found = next((of for of in other._readers if of.place == wanted), None)
+            if found is None:
                 why = f": {other.reading.refused}" if other.reading.refused else ""
                 raise ReadingError(
-                    f"{len(found)} of {len(self._roots)} memories were found again in a later forward, whose operations are "
-                    f"others{why}"
+                    f"{self._readers[0].name} was not found again in a later forward, whose operations are others{why}"
                 )
-            self.graph, self._readers = graph, found
+            self.graph, self._readers = graph, [found]
         with no_collection():
-            return [reader.again() for reader in self._readers]
+            return self._readers[0].again()
 
 
 def _reason(error: BaseException) -> str:
@@ -134,7 +130,7 @@ class _Reader:
             None  # of the memory between blocks, where that inside of them is none of its states
         )
         self.names = BranchNames(memory, self.branches)
-        self.name = name_of(self.names)
+        self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
     def again(self) -> MemoryReading:
         """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""

@@ -236,8 +236,8 @@ def record_operations(
         if isinstance(tape.recorder, PlacedRecorder):
             tape.recorder.hold()
         if read is not None:
-            _record_read(tape, forward, observer, read.again(graph))
-            graph = read.graph
+            _record_read(tape, forward, observer, read.rereading.again(graph))
+            graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
             needed = _needed(graph, observer)
             if needed is not None:

@@ -11,7 +11,6 @@ import torch
 from depthscope.probes.connections.coefficients import DepthWeights, Parts
 from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import Graph
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order
 
@@ -34,7 +33,7 @@ class ReadStructure:
     """
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
-        self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
+        self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
         self._order: tuple[Any, int, torch.Tensor] | None = (
             None  # of tokens, for a memory's numbers and a batch size
@@ -60,18 +59,8 @@ class ReadStructure:
     def keep(self) -> None:
         """Let go of the first forward."""
         if self.first is not None:
-            self._rereading.keep([self.first])
+            self.rereading.keep(self.first)
         self.first = None
-
-    def again(self, graph: Graph) -> MemoryReading:
-        """The memory in a later forward."""
-        (memory,) = self._rereading.again(graph)
-        return memory
-
-    @property
-    def graph(self) -> Graph:
-        """Of the last forward that was read."""
-        return self._rereading.graph
 
     def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
         """The coefficients of every connection.

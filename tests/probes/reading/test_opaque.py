@@ -78,10 +78,10 @@ def test_forwards_of_another_length_are_read_anew():
     torch.manual_seed(0)
     model = Blocks(Mlp)
     reading = Rereading(recorded(model, ids())[0])
-    reading.keep(reading.reading.memories)
+    reading.keep(reading.reading.memories[0])
 
     for tokens in (TOKENS, 9, 9):
-        (memory,) = reading.again(recorded(model, ids(tokens))[0])
+        memory = reading.again(recorded(model, ids(tokens))[0])
         assert memory.is_proven
         assert memory.token_shape == (BATCH, tokens)
 
