@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
 from depthscope.probes.connections.computation import Search
 from depthscope.probes.connections.computed_forward import ComputedForward
-from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits, is_same_matrix
+from depthscope.probes.connections.logits import NOT_SEEN, find_logits, is_same_matrix
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,5 @@ def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[tor
     if isinstance(place, str):
         return MixingLogits(place), ()
     logits, matrix = place.logits.tensor, place.matrix.tensor
-    oriented = as_matrices(logits.detach(), forward.batch_size, forward.tokens, wanted.shape[-1])
-    few = next(islice(oriented, place.reading, None))[forward.rows].to("cpu", torch.float32)
-    return MixingLogits(logits=few), (logits, matrix)
+    every = place.turned(logits, forward.batch_size, forward.tokens, wanted.shape[-1])
+    return MixingLogits(logits=every[forward.rows].to("cpu", torch.float32)), (logits, matrix)

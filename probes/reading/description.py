@@ -35,8 +35,9 @@ class StateReading:
 class BranchReading:
     """One branch: where it reads and what it writes.
 
-    ``parts`` are (tokens, …) arrays: ``h_pre`` and ``h_post`` of one stream each, ``read`` and ``write`` where a branch has
-    several, ``branch_gate`` where its weight differs along the features, ``out`` what it gave, ``in`` what it read.
+    ``parts`` are (tokens, …) arrays: ``read`` (H_pre, of each of its inputs and each stream) and ``write`` (H_post, of each
+    stream and each of its outputs), or ``read_gate`` and ``branch_gate`` where these differ along the features; ``out`` what
+    it gave, ``in`` what it read of several streams.
     """
 
     path: str

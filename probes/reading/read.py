@@ -331,22 +331,37 @@ class _Reader:
             parts["h_res_gate"] = of.h_res
         if of.constant is not None:
             parts["constant"] = of.constant
-        branches = tuple(self._branch(b.branch, self._with_input(b, _branch_arrays(b))) for b in of.branches)
+        branches = tuple(self._branch(b.branch, self._branch_parts(b)) for b in of.branches)
         return ConnectionReading(
             number, number + 1, parts, branches, tuple(of.functions), of.error, of.weighs
         )
 
-    def _with_input(self, of: BranchParts, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parts of a branch that reads several streams, with what it reads of them."""
-        several = (
-            "read" in parts or ("h_pre" in parts and parts["h_pre"].shape[-1] > 1) or "read_gate" in parts
+    def _branch_parts(self, of: BranchParts) -> dict[str, torch.Tensor]:
+        """The weights of a branch, what it gave, and what it reads of several streams."""
+        write, reads = of.write, of.reads  # (tokens, streams, streams of the branch, features or 1)
+        is_gate = write.shape[1:3] == (1, 1)
+        found = (
+            {"branch_gate": write[:, 0, 0] if is_gate else write}
+            if write.shape[-1] > 1
+            else {"write": write[..., 0]}
         )
-        reads = [read for read, _ in of.reads if self.memory.is_whole(read)]
-        if several and reads:
-            parts["in"] = torch.cat(
-                [self.states.array([read]) for read in (reads if "read" in parts else reads[-1:])], 1
-            )
-        return parts
+        found["out"] = of.out
+        # Of all streams, read at once; otherwise what comes last is read of what came before.
+        mixtures = len(reads) > 1 and all(matrix.shape[1] == 1 for _, matrix in reads)
+        together = (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for _, matrix in reads)
+        matrices = [matrix for _, matrix in (reads if together else reads[-1:])]
+        if not matrices:
+            return found
+        if matrices[-1].shape[-1] > 1:
+            found["read_gate"] = matrices[-1]
+        else:
+            found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
+        is_one = not together and matrices[-1].shape[1] == 1
+        whole = [read for read, _ in reads if self.memory.is_whole(read)]
+        if whole and ("read_gate" in found or not is_one or matrices[-1].shape[2] > 1):
+            taken = whole[-1:] if is_one or "read_gate" in found else whole
+            found["in"] = torch.cat([self.states.array([read]) for read in taken], 1)
+        return found
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
         number = self._numbers[branch.source.number]
@@ -468,7 +483,8 @@ class _Reader:
         for k in new:
             own = weights(parts.weights[after.number][:, k + 1])
             out = parts.sources[k + 1].unsqueeze(1)
-            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own, "out": out}
+            written = {"branch_gate": own} if own.shape[-1] > 1 else {"write": own.unsqueeze(-1)}
+            written["out"] = out
             mixtures = self.linear.mixtures(self.branches[k])
             if len(mixtures) > 1:
                 rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)
@@ -541,26 +557,3 @@ def _begin_with_constant(parts: DepthParts) -> None:
             if number not in ratios:
                 weights_of[:, 0] = weights_of[:, 0] / own
         parts.constants.clear()
-
-
-def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    write = of.write  # (tokens, streams, streams of the branch, features or 1)
-    if write.shape[-1] > 1:
-        found["branch_gate"] = write[:, 0, 0] if write.shape[1:3] == (1, 1) else write
-    elif write.shape[2] == 1:
-        found["h_post"] = write[:, :, 0, 0]
-    else:
-        found["write"] = write[..., 0]
-    found["out"] = of.out
-    matrices = [matrix for _, matrix in of.reads]
-    mixtures = len(matrices) > 1 and all(
-        matrix.shape[1] == 1 for matrix in matrices
-    )  # of all streams, read at once
-    if (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for matrix in matrices):
-        found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
-    elif matrices and matrices[-1].shape[-1] > 1:
-        found["read_gate"] = matrices[-1]
-    elif matrices:
-        found["h_pre" if matrices[-1].shape[1] == 1 else "read"] = matrices[-1].squeeze(-1).squeeze(1)
-    return found
