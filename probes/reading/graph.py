@@ -215,6 +215,9 @@ class Graph:
     )  # what is a part of a tensor that is spread over processes, and how
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
+    made_in: dict[int, range] = field(
+        default_factory=dict
+    )  # by call: the numbers of what was made while it ran
     circumstances: tuple[Any, ...] = ()  # as in `places`
     # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
     has_graph_from: dict[int, int] = field(default_factory=dict)
@@ -232,7 +235,6 @@ class Graph:
         self._by_place: dict[ValuePlace, TracedValue] = {}
         self._by_side: dict[tuple[int, str], list[TracedValue]] | None = None
         self._by_call: dict[tuple[str, int], int] = {}
-        self._within: dict[int, range] = {}
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -341,15 +343,6 @@ class Graph:
             found.append(call)
             call = self.calls[call].parent
         return found[::-1]
-
-    def made_in(self, call: int) -> range:
-        """The numbers of the values from the first to the last that was made in a call, and in those within it."""
-        if not self._within:
-            for value in self.values:
-                for of in self.stack(value):
-                    begin = self._within[of].start if of in self._within else value.number
-                    self._within[of] = range(begin, value.number + 1)
-        return self._within.get(call, range(0))
 
     def place(self, value: TracedValue) -> ValuePlace:
         """Where a later forward makes a value again."""

@@ -174,7 +174,8 @@ class GraphRecorder(TorchDispatchMode):
         self._hold_shown(path, tensors)
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
-        self._stack.pop()
+        call = self._stack.pop()
+        self.graph.made_in[call] = range(self._begins[call][0], len(self.graph.values))
         self._running.pop()
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:

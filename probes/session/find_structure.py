@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
@@ -41,7 +41,7 @@ from depthscope.probes.structure.named_blocks import (
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, read_chain, repeats_first
+from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repeats_first
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
@@ -51,15 +51,6 @@ from depthscope.probes.structure.tape import value_at
 
 class AxisError(RewrittenError):
     """The sequences of the first forward were counted along the wrong axis."""
-
-
-@dataclass(frozen=True)
-class FoundChain:
-    """A chain, the memories that it was read from, and its layout."""
-
-    chain: Chain
-    memories: tuple[MemoryReading, ...]
-    layout: str
 
 
 class StructureFinder:
@@ -152,7 +143,7 @@ class StructureFinder:
 
     # --- which memories
 
-    def _found(self) -> list[FoundChain]:
+    def _found(self) -> list[ReadChain]:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
@@ -171,7 +162,7 @@ class StructureFinder:
             return [self._weighed(first)]
         return self._with_names(self._plain_chains(taken))
 
-    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[FoundChain]:
+    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._plain(taken[0])
@@ -277,9 +268,9 @@ class StructureFinder:
 
     # --- what the user names
 
-    def _named(self, layers: Sequence[str]) -> list[FoundChain]:
+    def _named(self, layers: Sequence[str]) -> list[ReadChain]:
         calls = named_calls(self.graph, self.model, layers)
-        found: list[FoundChain] = []
+        found: list[ReadChain] = []
         for memory in self.memories:
             depths = states_around(self.graph, memory, calls)
             if depths is None:
@@ -292,14 +283,14 @@ class StructureFinder:
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
         return [self._of_calls(calls, f"{ASSERTED}{why}")]
 
-    def _of_calls(self, calls: Sequence[int], proof: str) -> FoundChain:
+    def _of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
         value = value_at(self.graph, chain.points[0])
         assert value is not None  # it was required of the calls
-        return FoundChain(chain, (), self.options.layout or shape_layout(value, self.sequences))
+        return ReadChain(chain, (), self.options.layout or shape_layout(value, self.sequences))
 
-    def _as_named(self, found: FoundChain, calls: Sequence[int], depths: Sequence[int]) -> FoundChain:
+    def _as_named(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""
         blocks = [self.graph.calls[call] for call in calls]
         chain = replace(
@@ -315,9 +306,7 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(
-        self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None
-    ) -> list[FoundChain]:
+    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[ReadChain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
@@ -326,9 +315,9 @@ class StructureFinder:
             chains = list(group)
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
-                layout_of = partial(self._layout_of, part.memory, "")
+                layout_of = partial(self._layout_of, part.memories[0], "")
                 chain = joined(chain, with_made_state(self.graph, part, layout_of))
-            memories = tuple(part.memory for part in chains)
+            memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
             joints = [connection for memory in memories for connection in memory.connections]
             branches = (branch for connection in joints for branch in connection.branches)
@@ -337,7 +326,7 @@ class StructureFinder:
                 scales=branch_scales(self.graph, branches),
                 family="highway" if _gate_the_state(joints) else "",
             )
-            found.append(FoundChain(chain, memories, layout))
+            found.append(ReadChain(chain, memories, layout))
         return found
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
@@ -376,10 +365,11 @@ class StructureFinder:
             )
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
-        wanted: dict[str, Any] = {"inside": inside, "depths": depths, "has_shards": self._has_shards}
-        part = read_chain(self.graph, memory, layout_of, **wanted)
-        if named and not part.layout:
-            part = read_chain(self.graph, memory, lambda *of: named, **wanted)
+        for of in (layout_of, lambda *of: named):  # what the user says where the reading does not
+            reader = ChainReader(self.graph, memory, of, has_shards=self._has_shards)
+            part = reader.chain(inside=inside, wanted=depths)
+            if part.layout or not named:
+                break
         if not part.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
@@ -434,19 +424,19 @@ class StructureFinder:
             f"read as those of one sequence; {rows}"
         )
 
-    def _weighed(self, memory: MemoryReading) -> FoundChain:
+    def _weighed(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
         layout = part.layout
         chain = self._with_final(part.chain, memory)
         if not memory.is_proven or not chain.connections:
-            return FoundChain(replace(chain, connections=()), (memory,), layout)
+            return ReadChain(replace(chain, connections=()), (memory,), layout)
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return FoundChain(self._without_weights(chain, error), (memory,), layout)
+            return ReadChain(self._without_weights(chain, error), (memory,), layout)
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -486,7 +476,7 @@ class StructureFinder:
         else:
             mixing = "mhc" if part.is_sinkhorn else "hc"
             chain = replace(chain, family=mixing if read.mixes else "independent_hc")
-        return FoundChain(chain, (memory,), layout)
+        return ReadChain(chain, (memory,), layout)
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -498,7 +488,7 @@ class StructureFinder:
         self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
         return replace(chain, connections=(), family="depth_history")
 
-    def _fractions(self, found: FoundChain) -> int:
+    def _fractions(self, found: ReadChain) -> int:
         """Into how many parts the features of each stream are split."""
         states = (
             [state for memory in found.memories for state in memory.states] if found.chain.has_streams else []
@@ -507,7 +497,7 @@ class StructureFinder:
         fractions = {num_fractions(numbers, layout) for numbers, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 
-    def _num_streams(self, chain: Chain, found: FoundChain) -> int:
+    def _num_streams(self, chain: Chain, found: ReadChain) -> int:
         asserted = self.options.streams
         if not chain.has_streams:
             return count_streams(chain.shapes[0], found.layout, self.batch_size, asserted)
@@ -518,7 +508,7 @@ class StructureFinder:
             )
         return streams
 
-    def _with_names(self, found: Sequence[FoundChain]) -> list[FoundChain]:
+    def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
         """Chains with distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
         paths = [of.memories[0].name for of in found]
         short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))

@@ -27,31 +27,12 @@ MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 @dataclass(frozen=True)
 class ReadChain:
-    """A chain, the memory that it was read from, and the layout of its states."""
+    """A chain, the memories that it was read from, and the layout of its states."""
 
     chain: Chain
-    memory: MemoryReading
+    memories: tuple[MemoryReading, ...]  # of its stages; none where calls alone show the states
     layout: str  # empty where the axes of the states have no order that a layout can name
     is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
-
-
-def read_chain(
-    graph: Graph,
-    memory: MemoryReading,
-    layout_of: Callable[..., str],
-    *,
-    inside: bool,
-    depths: Sequence[int] | None = None,
-    has_shards: bool = False,
-) -> ReadChain:
-    """The chain of one memory.
-
-    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
-    ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
-    ``depths``: the states that are wanted, where the user names them.
-    ``has_shards``: whether processes measure together of which each has a part of the tokens.
-    """
-    return _ChainOf(graph, memory, layout_of, has_shards).chain(inside=inside, wanted=depths)
 
 
 def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
@@ -85,10 +66,16 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     return added <= written and h_res is not None and bool((h_res == 1).all())
 
 
-class _ChainOf:
-    """The chain of one memory."""
+class ChainReader:
+    """The chain of one memory.
 
-    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], has_shards: bool):
+    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
+    ``has_shards``: whether processes measure together of which each has a part of the tokens.
+    """
+
+    def __init__(
+        self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], *, has_shards: bool
+    ):
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
@@ -104,7 +91,11 @@ class _ChainOf:
         self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
-        """The chain, without the states inside of plain blocks where these are not wanted."""
+        """The chain.
+
+        ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
+        ``wanted``: the states that are wanted, where the user names them.
+        """
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
         if not self._is_plain:
@@ -146,7 +137,7 @@ class _ChainOf:
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, self.memory, layout, bool(joined) and self._is_sinkhorn)
+        return ReadChain(chain, (self.memory,), layout, bool(joined) and self._is_sinkhorn)
 
     def _with_streams_first(
         self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]

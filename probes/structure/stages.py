@@ -120,7 +120,7 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
 
     As where positions are added to what a block that makes fewer tokens gave.
     """
-    chain, memory = part.chain, part.memory
+    chain, (memory,) = part.chain, part.memories
     first, begin = max(memory.states[0].values), chain.points[0]
     around = graph.values[first].call  # where the block was called, it was changed
     is_in_block = graph.calls[around].kind in chain.block_class.split("/")
