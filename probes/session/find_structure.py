@@ -100,22 +100,20 @@ class StructureFinder:
             chains = tuple(
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
-        layouts = tuple(of.layout for of in found)
-        num_streams = self._num_streams(chains[0], found[0])
+        num_streams = self._num_streams(chains[0], found[0].memories)
         if not chains[0].has_streams:
-            for chain, layout in zip(chains, layouts, strict=True):
-                _require_all_sequences(chain.shapes[0], layout, self.batch_size, num_streams)
+            for chain in chains:
+                _require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
             chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
             self._unread += filter(None, map(_without_gradients, chains))
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
-            _require_plain_tokens(chains, layouts)
+            _require_plain_tokens(chains)
         # Where calls alone show the states, what the reading says of them.
         first = found[0].memories or self.memories
         return Structure(
             chains=chains,
-            layouts=layouts,
             num_streams=num_streams,
             fractions=self._fractions(found[0]),
             batch_axis=self.batch_axis,
@@ -288,7 +286,8 @@ class StructureFinder:
         chain = chain_of_calls(self.graph, calls, proof)
         value = value_at(self.graph, chain.points[0])
         assert value is not None  # it was required of the calls
-        return ReadChain(chain, (), self.options.layout or shape_layout(value, self.sequences))
+        layout = self.options.layout or shape_layout(value, self.sequences)
+        return ReadChain(replace(chain, layout=layout), ())
 
     def _as_named(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""
@@ -311,14 +310,14 @@ class StructureFinder:
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
         found = []
-        for layout, group in groupby(parts, key=lambda part: part.layout):
+        for _, group in groupby(parts, key=lambda part: part.chain.layout):
             chains = list(group)
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
                 layout_of = partial(self._layout_of, part.memories[0], "")
                 chain = joined(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
-            chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
+            chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             joints = [connection for memory in memories for connection in memory.connections]
             branches = (branch for connection in joints for branch in connection.branches)
             chain = replace(
@@ -326,7 +325,7 @@ class StructureFinder:
                 scales=branch_scales(self.graph, branches),
                 family="highway" if _gate_the_state(joints) else "",
             )
-            found.append(ReadChain(chain, memories, layout))
+            found.append(ReadChain(chain, memories))
         return found
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
@@ -368,9 +367,9 @@ class StructureFinder:
         for of in (layout_of, lambda *of: named):  # what the user says where the reading does not
             reader = ChainReader(self.graph, memory, of, has_shards=self._has_shards)
             part = reader.chain(inside=inside, wanted=depths)
-            if part.layout or not named:
+            if part.chain.layout or not named:
                 break
-        if not part.layout:
+        if not part.chain.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
                 "no order that a layout can name; say how they are read with layout="
@@ -427,16 +426,15 @@ class StructureFinder:
     def _weighed(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
-        layout = part.layout
         chain = self._with_final(part.chain, memory)
         if not memory.is_proven or not chain.connections:
-            return ReadChain(replace(chain, connections=()), (memory,), layout)
+            return ReadChain(replace(chain, connections=()), (memory,))
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return ReadChain(self._without_weights(chain, error), (memory,), layout)
+            return ReadChain(self._without_weights(chain, error), (memory,))
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -476,7 +474,7 @@ class StructureFinder:
         else:
             mixing = "mhc" if part.is_sinkhorn else "hc"
             chain = replace(chain, family=mixing if read.mixes else "independent_hc")
-        return ReadChain(chain, (memory,), layout)
+        return ReadChain(chain, (memory,))
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -497,11 +495,11 @@ class StructureFinder:
         fractions = {num_fractions(numbers, layout) for numbers, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 
-    def _num_streams(self, chain: Chain, found: ReadChain) -> int:
+    def _num_streams(self, chain: Chain, memories: Sequence[MemoryReading]) -> int:
         asserted = self.options.streams
         if not chain.has_streams:
-            return count_streams(chain.shapes[0], found.layout, self.batch_size, asserted)
-        streams = found.memories[0].num_streams
+            return count_streams(chain.shapes[0], chain.layout, self.batch_size, asserted)
+        streams = memories[0].num_streams
         if asserted not in (None, streams):
             raise LayoutError(
                 f"streams={asserted} came, but the connections of this model have {streams}; leave streams= out"
@@ -577,18 +575,18 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
         )
 
 
-def _require_plain_tokens(chains: tuple[Chain, ...], layouts: tuple[str, ...]) -> None:
+def _require_plain_tokens(chains: Sequence[Chain]) -> None:
     """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
-    for chain, layout in zip(chains, layouts, strict=True):
+    for chain in chains:
         if chain.has_streams or chain.over_depth or chain.history:
             raise CaptureError(
                 "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
                 "stream that branches are added to. Record it without sequence parallelism"
             )
-        if "T" not in layout.split():
+        if "T" not in chain.layout.split():
             raise CaptureError(
-                f"the tokens of each sequence are spread over processes, and the states have the layout {layout!r}; expected "
-                "one axis of tokens. Record it without sequence parallelism"
+                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
+                "expected one axis of tokens. Record it without sequence parallelism"
             )
 
 

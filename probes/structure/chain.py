@@ -73,6 +73,7 @@ class Chain:
     blocks: tuple[str, ...]
     block_class: str
     shapes: tuple[tuple[int, ...], ...]
+    layout: str = ""  # the axes of its states; empty where these have no order that a layout can name
     final: HookPoint | None = None  # after the last norm
     without_final: str = NO_FINAL_NORM  # why there is none
     history: bool = False  # connected to earlier depths, not to streams

@@ -54,8 +54,6 @@ class Structure:
     ----------
     chains : tuple of Chain
         In the order in which they run.
-    layouts : tuple of str
-        Axes of the states, one text for each chain.
     num_streams : int
         Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model.
     batch_axis : int
@@ -75,7 +73,6 @@ class Structure:
     """
 
     chains: tuple[Chain, ...]
-    layouts: tuple[str, ...]
     num_streams: int
     batch_axis: int
     selection: SiteSelection
@@ -142,7 +139,7 @@ class Structure:
         if self.shards is not None:
             state = self._own_tokens(number, state, self.shards)
         own = own or ("" if depth is None else self.chains[number].points[depth].layout)
-        layout = own or self.layouts[number]
+        layout = own or self.chains[number].layout
         return canonical(
             local_tensor(state),
             layout,
@@ -160,7 +157,7 @@ class Structure:
                 "the tokens of each sequence are spread over processes as plain tensors, and it was not proven that each "
                 f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
             )
-        return shards.local(state, self.layouts[number].split().index("T"))
+        return shards.local(state, self.chains[number].layout.split().index("T"))
 
     def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
@@ -197,7 +194,8 @@ def _outline(structure: Structure) -> list[Any]:
             [shape[-1] for shape in chain.shapes],
             chain.final is None,
             chain.history,
+            chain.layout,
         )
         for chain in structure.chains
     ]
-    return [*chains, structure.layouts, structure.num_streams, structure.fractions, structure.family]
+    return [*chains, structure.num_streams, structure.fractions, structure.family]

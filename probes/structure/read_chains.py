@@ -27,11 +27,10 @@ MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 @dataclass(frozen=True)
 class ReadChain:
-    """A chain, the memories that it was read from, and the layout of its states."""
+    """A chain, and the memories that it was read from."""
 
     chain: Chain
     memories: tuple[MemoryReading, ...]  # of its stages; none where calls alone show the states
-    layout: str  # empty where the axes of the states have no order that a layout can name
     is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
 
 
@@ -134,10 +133,11 @@ class ChainReader:
             blocks=blocks,
             block_class="/".join(kinds),
             shapes=self._shapes(points),
+            layout=layout,
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, (self.memory,), layout, bool(joined) and self._is_sinkhorn)
+        return ReadChain(chain, (self.memory,), bool(joined) and self._is_sinkhorn)
 
     def _with_streams_first(
         self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]

@@ -39,7 +39,7 @@ def test_the_structure_is_unknown_before_the_first_forward_and_frozen_after_it(m
         (0, depth) for depth in range(7)
     ] + [(0, -1)]
     with pytest.raises(FrozenInstanceError):
-        structure.layouts = ()
+        structure.chains = ()
 
 
 def test_two_forwards_show_one_structure(models, ids):
