@@ -85,20 +85,18 @@ class Observer:
         forward.fired.add(("state", number, depth))
         if self.on_state is not None:
             self.on_state(number, depth, tensor)
-        if depth == FINAL:
-            if len(forward.rows):
-                final = self.structure.canonical_final(number, tensor.detach(), forward.batch_size)
-                self._require_own_part(forward, final)
-                forward.states[number, depth] = forward.sampled(final)
+        if depth == FINAL and not len(forward.rows):
             return
-        forward.order.setdefault(number, []).append(depth)
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size, depth)
         self._require_own_part(forward, state)
-        mask = self._chain_mask(forward, number, state)
-        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
+        if depth == FINAL:
+            return
+        forward.order.setdefault(number, []).append(depth)
+        mask = self._chain_mask(forward, number, state)
+        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if not self._scope.sums:
             return
         sums = forward.chain_sums(number)
@@ -228,10 +226,7 @@ class Observer:
         if scale is not None:
             # In float32, since a gradient that fits float16 only because it is scaled would underflow.
             unscaled = unscaled.float() / scale.to(unscaled.device)
-        if depth == FINAL:
-            values = self.structure.canonical_final(number, unscaled, forward.batch_size)
-        else:
-            values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
+        values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
         self._require_own_part(forward, values)
         again = (number, depth) in forward.arrivals
         forward.arrivals[number, depth] += 1

@@ -135,18 +135,22 @@ class Structure:
         """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it.
 
         ``own``: its layout, where that is not the one of the chain or of the depth.
+        Returns: Of the state after the last norm (B, T, D): streams are collapsed by then, whatever their layout was.
         """
+        if depth == FINAL and (self.connections or self.num_streams > 1):
+            return state.reshape(batch_size, -1, state.shape[-1])
         if self.shards is not None:
             state = self._own_tokens(number, state, self.shards)
-        own = own or ("" if depth is None else self.chains[number].points[depth].layout)
+        own = own or ("" if depth is None or depth == FINAL else self.chains[number].points[depth].layout)
         layout = own or self.chains[number].layout
-        return canonical(
+        found = canonical(
             local_tensor(state),
             layout,
             batch_size=batch_size,
             num_streams=self.num_streams,
             fractions=self.fractions if "F" in layout else 1,
         )
+        return found.squeeze(2) if depth == FINAL else found
 
     def _own_tokens(self, number: int, state: torch.Tensor, shards: TokenShards) -> torch.Tensor:
         """The part of a state that this process has: its placement says so, or the sums that make every state."""
@@ -158,12 +162,6 @@ class Structure:
                 f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
             )
         return shards.local(state, self.chains[number].layout.split().index("T"))
-
-    def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
-        if not self.connections and self.num_streams == 1:
-            return self.canonical(number, state, batch_size).squeeze(2)
-        return state.reshape(batch_size, -1, state.shape[-1])
 
 
 def require_same(found: Structure, before: Structure) -> None:
