@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue, walk
-from depthscope.probes.reading.operations import NORMS, only_moves
+from depthscope.probes.reading.operations import NORMS, moved
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import value_at
 
@@ -19,7 +20,7 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
     # What has the elements of a state in another order is one.
-    known = {of.number for of in walk((graph.values[n] for n in known), lambda of: _moved(graph, of))}
+    known = {of.number for of in walk((graph.values[n] for n in known), partial(moved, graph))}
     branches = [branch for m in memories for c in m.connections for branch in c.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
@@ -49,12 +50,6 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
         if is_like and counts and not any(v.number in known for v in values):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""
-
-
-def _moved(graph: Graph, value: TracedValue) -> list[TracedValue]:
-    """What has the elements of a value in another order: made of it, or what it was made of."""
-    found = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
-    return found + [of for of in value.parents if only_moves(value) and of.numel == value.numel]
 
 
 def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
@@ -19,7 +20,7 @@ from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValu
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
+from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, moved, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
@@ -488,16 +489,7 @@ class ChainReader:
 
     def _moved(self, value: TracedValue) -> list[TracedValue]:
         """A value, and all that has the same elements in another order, the nearest first."""
-
-        def moves(before: TracedValue, after: TracedValue) -> bool:
-            alone = sum(parent.is_floating for parent in after.parents) == 1
-            return only_moves(after) and after.numel == before.numel and alone
-
-        def near(of: TracedValue) -> list[TracedValue]:
-            takers = [taker for taker in self.graph.takers(of) if moves(of, taker)]
-            return [*(before for before in of.parents[:1] if moves(before, of)), *takers]
-
-        return list(walk([value], near))
+        return list(walk([value], partial(moved, self.graph)))
 
     def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
         """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
