@@ -8,13 +8,11 @@ from functools import partial
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
-from depthscope.probes.reading.graph import Graph
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.session.gradient_hooks import GradientListener
@@ -243,11 +241,6 @@ class Observer:
 
     # --- connections ---
 
-    def matrices(self, graph: Graph) -> ComputedValues:
-        """What may be the logits and matrices of connections among the values of a graph that is recorded."""
-        n = self.structure.num_streams
-        return ComputedValues(graph, lambda shape: shape[-2:] == (n, n))
-
     def logits_seen(self, number: int) -> tuple[int, str]:
         """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
         if self.logits is not None:
@@ -274,18 +267,6 @@ class Observer:
                 "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
             )
         self.require_usual_calls(forward)
-
-    def record_logits(
-        self,
-        forward: Forward,
-        number: int,
-        mix: torch.Tensor | None,
-        seen: ComputedValues | None,
-        after: int = -1,
-    ) -> None:
-        """Record the logits of a connection whose matrix is known by now."""
-        if self.logits is not None and seen is not None:
-            self.logits.record(forward, number, mix, seen, after)
 
     def record_connection(self, forward: Forward, number: int, complete: Parts) -> None:
         """Record the coefficients of a connection."""
