@@ -241,7 +241,8 @@ class Search:
             cast = [
                 value
                 for value in square
-                if value.tensor.dtype == dtype and not self.forward.is_cast_by_autocast(value)
+                if value.tensor.dtype == dtype
+                and not (self.forward.autocast and self.forward.is_only_multiplied(value.value))
             ]
             if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
                 continue

@@ -31,7 +31,9 @@ class BranchNames:
         self._shared = Counter(call for stack in self._stacks for call in stack)
         self._units = [self._unit(inside) for inside in self._insides]
         self._calls = [self._own_calls(number) for number in range(len(branches))]
-        self.paths = [self._path(number) for number in range(len(branches))]
+        # The outermost module call whose work each branch is; where no module is called, the owner of its first parameter.
+        outermost = [self.graph.calls[calls[0]].path for calls in self._calls]
+        self.paths = [path or self._parameter_path(number) for number, path in enumerate(outermost)]
         self.layers: list[int] = []
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
@@ -132,10 +134,6 @@ class BranchNames:
         own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
         return own or common[-1:] or [0]
 
-    def _path(self, number: int) -> str:
-        """The outermost module call whose work a branch is."""
-        return self.graph.calls[self._calls[number][0]].path or self._parameter_path(number)
-
     def _parameter_path(self, number: int) -> str:
         """Where no module is called: the owner of the branch's first parameter."""
         used = [w for v in self._insides[number] for w in self._weights.get(v.number, ())]
@@ -177,7 +175,8 @@ class BranchNames:
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
         alone = path if unit is not None and self.graph.modules.get(path) in self._numbered_classes else ""
-        return Key((), call if self._is_repeated(unit) else unit or 0, alone)
+        is_repeated = unit is not None and self.graph.calls[unit].path in self._repeated
+        return Key((), call if is_repeated else unit or 0, alone)
 
     @cached_property
     def _numbered_classes(self) -> set[str | None]:
@@ -213,9 +212,6 @@ class BranchNames:
                     members = found.setdefault(".".join(parts[:at]), {})
                     members.setdefault(name, []).append(kind)
         return found
-
-    def _is_repeated(self, unit: int | None) -> bool:
-        return unit is not None and self.graph.calls[unit].path in self._repeated
 
     def key_of_root(self) -> Key | None:
         """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
@@ -44,7 +44,9 @@ class Rereading:
 
     def _read(self) -> NetworkReading:
         if self.graph.error is not None:
-            return NetworkReading((), {}, f"the forward could not be recorded: {_reason(self.graph.error)}")
+            error = self.graph.error
+            why = str(error) if isinstance(error, ReadingError) else repr(error)
+            return NetworkReading((), {}, f"the forward could not be recorded: {why}")
         try:
             found, inside = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
@@ -85,10 +87,6 @@ class Rereading:
             self.graph, self._readers = graph, [found]
         with no_collection():
             return self._readers[0].again()
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, ReadingError) else repr(error)
 
 
 def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
@@ -216,7 +214,7 @@ class _Reader:
         found = cuts_of(shorter, reader.branches, reader.names.layers)
         states = {value.number for cut in found.cuts for value in cut}
         is_plain = not found.over_depth and all(
-            _comes_from(shorter, branch.read, states) for branch in reader.branches
+            any(of.number in states for of in shorter.line(branch.read)) for branch in reader.branches
         )
         return reader if is_plain else None
 
@@ -509,11 +507,6 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
-
-
-def _comes_from(memory: Memory, value: TracedValue, states: Collection[int]) -> bool:
-    """Whether a value is carried from one state alone."""
-    return any(of.number in states for of in memory.line(value))
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

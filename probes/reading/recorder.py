@@ -382,7 +382,9 @@ class GraphRecorder(TorchDispatchMode):
         operations.append(func)
         first = len(self.graph.values)
         if taken[0].is_foreign and not taken[0].mutates:
-            taken = self._as_sum(taken, args, kwargs, result)
+            factors = factors_of_sum(func, args, kwargs, result)
+            if factors is not None:
+                taken = self._sum([args[n] for n in factors], list(factors.values()), [])
         if taken[0].mutates:
             self.note(*taken, (result, *taken[-1]))
         else:
@@ -480,11 +482,6 @@ class GraphRecorder(TorchDispatchMode):
                 self._hold(tensor, term)
             terms.append(term)
         return ADD, terms, {}, terms, targets
-
-    def _as_sum(self, taken: _Taken, args: Any, kwargs: Any, result: Any) -> _Taken:
-        """An operation of a library, as the sum that it turns out to be."""
-        found = factors_of_sum(taken[0].func, args, kwargs, result)
-        return taken if found is None else self._sum([args[n] for n in found], list(found.values()), [])
 
     def note(
         self,

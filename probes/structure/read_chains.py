@@ -99,7 +99,7 @@ class ChainReader:
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
         if not self._is_plain:
-            joined = self._weighed_connections()
+            joined = tuple(self._weighed(of) for of in self.connections if of.branches)
         elif inside:
             joined = self._plain_connections(depths)
         if self._is_plain and not inside:
@@ -157,7 +157,7 @@ class ChainReader:
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
-        if point.site != "post" or self._hands_on(point, value) is not False:
+        if point.site != "post" or self._shows(point, value, "output") is not False:
             return point
         if following is None:
             made = self.graph.path(value)
@@ -181,10 +181,6 @@ class ChainReader:
         if not made or not (is_mixture or is_inside) or f"{point.module}.".startswith(f"{made}."):
             return None
         return None if self._shows(point, value, "input", "output") else made
-
-    def _hands_on(self, point: HookPoint, value: TracedValue) -> bool | None:
-        """Whether the module after which a state is named gives it; None where it gives nothing."""
-        return self._shows(point, value, "output")
 
     def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
         """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
@@ -531,11 +527,8 @@ class ChainReader:
 
     # --- connections
 
-    def _weighed_connections(self) -> tuple[Connection, ...]:
-        """The connections of a memory with streams, or over depth."""
-        return tuple(self._weighed(of) for of in self.connections if of.branches)
-
     def _weighed(self, of: ConnectionReading) -> Connection:
+        """A connection of a memory with streams, or over depth."""
         branch = of.branches[-1]
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
