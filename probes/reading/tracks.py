@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
@@ -11,40 +11,30 @@ from depthscope.probes.reading.memory import Memory, start_of, without_forks, wi
 
 
 def tracks(memory: Memory) -> list[Memory]:
-    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
-    branches = branches_of(memory)
-    if memory.carried[memory.root.number].count > memory.count:
-        return [memory]  # which begins with several streams, each of which may be a track
-    last = max((write.number for branch in branches for write in branch.writes), default=0)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    values, track = memory.graph.values, _Tracks()
-    for number in sorted(n for n in relevant if n <= last):
-        track.join(number, [p.number for p in memory.inside(values[number])])
-    if any(len({track.of(w.number) for w in b.writes if w.number in track}) > 1 for b in branches):
-        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
-    writes: dict[int, set[int]] = {}
-    for number in track:
-        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
-    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
-        return _with_side_tracks(memory, relevant, last)
-    merges = {
-        n
-        for n in memory.trunk
-        if n > last and len({track.of(p.number) for p in memory.inside(values[n]) if p.number in track}) > 1
-    }
-    everything = merges.union(*writes.values())
-    return [without_inner(memory, everything - of) for of in writes.values()]
-
-
-def _with_side_tracks(memory: Memory, relevant: set[int], last: int) -> list[Memory]:
-    """The memory, and those that leave it for good at a later value, as a head of blocks of its own does.
+    """The memory, or one for each way on which it goes on for good from one value: reversible blocks, a head of blocks.
 
     Where values are joined before the last write nothing is taken apart: what leaves comes back there.
     """
-    values = memory.graph.values
+    branches, values, root = branches_of(memory), memory.graph.values, memory.root
+    if memory.carried[root.number].count > memory.count:
+        return [memory]  # which begins with several streams, each of which may be a track
+    last = max((write.number for branch in branches for write in branch.writes), default=0)
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {root.number}
     inside = {n: [p.number for p in memory.inside(values[n])] for n in sorted(relevant) if n <= last}
     if any(len(parents) > 1 for parents in inside.values()):
         return [memory]
+    forks = ((of, ways) for of, ways in _forks(memory, inside) if values[of].shape == root.shape)
+    number, ways = next(forks, (root.number, []))
+    if any(sum(not way.isdisjoint(w.number for w in b.writes) for way in ways) > 1 for b in branches):
+        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
+    return _parted(memory, values[number], ways, last) if ways else [memory]
+
+
+def _forks(memory: Memory, inside: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[set[int]]]]:
+    """The values that go on in several ways, each with some writes, and the writes of each way; the first value first.
+
+    ``inside``: of which value each is carried.
+    """
     takers: dict[int, list[int]] = {memory.root.number: []}
     writes: dict[int, set[int]] = {}  # of a value and of all that is carried from it
     for number, parents in inside.items():
@@ -56,9 +46,8 @@ def _with_side_tracks(memory: Memory, relevant: set[int], last: int) -> list[Mem
         writes[number] = own.union(*(writes[taker] for taker in takers[number]))
     for number in sorted(takers):
         ways = [writes[taker] for taker in takers[number] if len(writes[taker]) > 1]
-        if len(ways) > 1 and values[number].shape == memory.root.shape:
-            return _parted(memory, values[number], ways, last)
-    return [memory]
+        if len(ways) > 1:
+            yield number, ways
 
 
 def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) -> list[Memory]:
@@ -71,7 +60,7 @@ def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) 
     ways.sort(key=lambda way: (_container(graph, min(way)) in containers, len(way)), reverse=True)
     merges = {n for n in memory.trunk if n > last and len(memory.inside(graph.values[n])) > 1}
     main = without_inner(memory, merges | (written - ways[0]))
-    start = replace(start_of(fork), functions=memory.start.functions)
+    start = memory.start if fork is memory.root else replace(start_of(fork), functions=memory.start.functions)
     sides = [
         without_forks(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
         for way in ways[1:]
@@ -85,20 +74,3 @@ def _container(graph: Graph, number: int) -> str:
     while parts and not parts[-1].isdigit():
         parts.pop()
     return ".".join(parts[:-1])
-
-
-class _Tracks(dict[int, int]):
-    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
-
-    def of(self, number: int) -> int:
-        """The first value of the track of another one."""
-        while self[number] != number:
-            self[number] = self[self[number]]
-            number = self[number]
-        return number
-
-    def join(self, number: int, parents: Sequence[int]) -> None:
-        """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [self.of(parent) for parent in parents if parent in self]
-        self[number] = min(of, default=number)
-        self |= dict.fromkeys(of, self[number])
