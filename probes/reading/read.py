@@ -401,8 +401,7 @@ class _Reader:
             branch.reads_before_norms = [earlier.get(read, read) for read in branch.reads_before_norms]
             branch.read = earlier.get(branch.read, branch.read)
         parts = self.linear.over_depth(self.branches, values)
-        _begin_with_constant(parts)
-        _scale_first_source(parts)
+        _begin_with_first_state(parts)
         first = self._read_state(self.branches[0]) if by_read else parts.states[0]
         if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
             parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
@@ -514,39 +513,25 @@ def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
 
 
-def _scale_first_source(parts: DepthParts) -> None:
-    """Take the first state for the first source: the scale of what it was made of is no weight then."""
-    first = parts.states[0]
-    scale = parts.weights[first.number][:, 0].clone()
-    if bool((scale == 0).any()) or bool((parts.weights[first.number][:, 1:] != 0).any()):
-        return
-    parts.sources[0] = parts.sources[0] * scale
-    for number, of in parts.weights.items():
-        own = of[:, 0] / scale
-        scaled = torch.cat([own.unsqueeze(1), of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
-        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
+def _begin_with_first_state(parts: DepthParts) -> None:
+    """Take the first state for the first source: the scale of what it was made of is no weight then.
 
-
-def _begin_with_constant(parts: DepthParts) -> None:
-    """Take what is added to the first value, as positions are, for a part of that, where every sum has both by one weight."""
+    What is added to that, as positions are, is a part of it where every sum has both by one weight.
+    """
     first = parts.states[0].number
-    added, own = parts.constants.get(first), parts.weights[first][:, 0]
-    if added is None or bool((own == 0).any()):
+    scale, added = parts.weights[first][:, 0].clone(), parts.constants.get(first)
+    if bool((scale == 0).any()) or bool((parts.weights[first][:, 1:] != 0).any()):
         return
-    ratios = {number: parts.weights[number][:, 0] / own for number in parts.constants}
-    scale = float(added.abs().max())
-    if all(
-        bool(
-            (
-                (constant - ratios[number] * added).abs() <= 1e-5 * scale * ratios[number].abs().clamp_min(1)
-            ).all()
-        )
-        for number, constant in parts.constants.items()
-    ) and len(parts.constants) == sum(bool((of[:, 0] != 0).any()) for of in parts.weights.values()):
-        parts.sources[0] = parts.sources[0] * own + added
-        for number, ratio in list(ratios.items()):
-            parts.weights[number][:, 0] = ratio
-        for number, weights_of in parts.weights.items():
-            if number not in ratios:
-                weights_of[:, 0] = weights_of[:, 0] / own
-        parts.constants.clear()
+    ratios = {number: of[:, 0] / scale for number, of in parts.weights.items()}
+    parts.sources[0] = parts.sources[0] * scale
+    if added is not None and len(parts.constants) == sum(bool((of != 0).any()) for of in ratios.values()):
+        largest = float(added.abs().max())
+        pairs = [(ratios[number], constant) for number, constant in parts.constants.items()]
+        apart = [((of - r * added).abs(), 1e-5 * largest * r.abs().clamp_min(1)) for r, of in pairs]
+        if all(bool((error <= allowed).all()) for error, allowed in apart):
+            parts.sources[0] = parts.sources[0] + added
+            parts.constants.clear()
+    for number, of in parts.weights.items():
+        own = ratios[number].unsqueeze(1)
+        scaled = torch.cat([own, of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
+        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
