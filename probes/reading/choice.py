@@ -25,7 +25,6 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
-from depthscope.probes.reading.middle import with_streams_apart
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -46,7 +45,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import has_feature_axis
-from depthscope.probes.reading.tracks import tracks
+from depthscope.probes.reading.tracks import tracks, with_streams_apart
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths

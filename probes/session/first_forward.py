@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights
+from depthscope.probes.connections.coefficients import DepthWeights, StreamConnectionError
 from depthscope.probes.connections.computed_values import ComputedValues
-from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError

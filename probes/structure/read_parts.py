@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order
