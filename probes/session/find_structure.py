@@ -144,7 +144,7 @@ class StructureFinder:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
-        if self.options.chain is None and (calls := linked_calls(self.graph)) and self._are_more(calls):
+        if calls := self._linked():
             refused = f"unproven: {self.rereading.reading.refused}"
             return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
         if not self.memories:
@@ -179,13 +179,14 @@ class StructureFinder:
             _require_all_blocks(self.graph, self.model, of.chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
-    def _are_more(self, calls: Sequence[int]) -> bool:
-        """Whether calls of blocks show more than the model's memory, where that is not proven or there is none."""
-        if not self.memories:
-            return True
-        first = self.memories[0]
-        units = {branch.unit for connection in first.connections for branch in connection.branches}
-        return not first.is_proven and units < set(calls)
+    def _linked(self) -> list[int]:
+        """The calls of blocks, where they show more than the model's memory, which is not proven, or there is none."""
+        first = next(iter(self.memories), None)
+        if self.options.chain is not None or (first is not None and first.is_proven):
+            return []
+        joined = () if first is None else first.connections
+        calls = linked_calls(self.graph)
+        return calls if {branch.unit for of in joined for branch in of.branches} < set(calls) else []
 
     def _chosen(self) -> list[list[MemoryReading]]:
         """The memories that are taken, the model's first; stages of one trunk together."""
