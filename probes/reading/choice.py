@@ -13,13 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from depthscope.probes.reading.beginnings import (
-    MOST_CANDIDATES,
-    candidates,
-    folded_beginnings,
-    starts_that_grow,
-    with_further_beginnings,
-)
+from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
 from depthscope.probes.reading.memory import (
@@ -49,6 +43,7 @@ from depthscope.probes.reading.operations import (
     named,
     weights,
 )  # fmt: skip
+from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import has_feature_axis
 from depthscope.probes.reading.tracks import tracks, with_streams_apart
 

@@ -1,0 +1,187 @@
+"""With which values may a memory begin? Those to which something computed from them is added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.operations import (
+    CHANNEL_NORMS,
+    FUNCTIONS,
+    MATRICES,
+    MOST_STREAMS,
+    PARTS,
+    PRODUCTS,
+    REDUCES,
+    TURNS,
+    VIEWS,
+    addends,
+    only_moves,
+    spreads,
+)  # fmt: skip
+
+MOST_CANDIDATES = 14
+FIRST_VALUES = (
+    "mm",
+    "addmm",
+    "linear",
+    "embedding",
+    "bmm",
+    LEAF,
+)  # of what weights made, or the model was called with
+FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
+
+
+def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
+    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest.
+
+    Among the rest are constants, with which the state of a track begins.
+    """
+    most = _Sums(graph).by_root()
+    busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
+    floats = [
+        v.number for v in graph.values
+        if v.name == "embedding" or (v.name == LEAF and v.kind != PARAMETER and v.is_floating and len(v.shape) > 1)
+    ]  # fmt: skip
+    first = dict.fromkeys([*busiest[:4], *sorted(most)[: MOST_CANDIDATES - 4], *floats[:4]])
+    given = [v for v in _possible(graph, first) if graph.depends_on_input(v)]
+    rest = [n for n in busiest if graph.values[n] not in given and most[n] > 1]
+    return given, _possible(graph, rest)
+
+
+def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
+    found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
+    return [v for v in found if len(v.shape) > 1 and v.numel > 1]
+
+
+def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
+    """What is cut out of a value, or what a parameter is copied to for each sequence, before anything else takes it."""
+    part, is_parameter = value, value.of_parameter
+    while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
+        value = takers[0]
+        # As a generator makes of its noise.
+        is_image = len(part.shape) == 2 < len(value.shape) - 1 and any(
+            map(is_of_channels, graph.takers(value))
+        )
+        if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
+            part = value
+    return part
+
+
+def is_of_channels(value: TracedValue) -> bool:
+    """Whether an operation takes the second axis for the features."""
+    return value.name == "convolution" or value.name in CHANNEL_NORMS
+
+
+class _Sums:
+    """A rough pass over all values: from which root each is carried, through how many sums with what depends on it."""
+
+    def __init__(self, graph: Graph):
+        self._graph = graph
+        self._root: dict[int, TracedValue] = {}
+        self._merges: dict[int, int] = {}
+        self._best: dict[int, int] = {}
+
+    def by_root(self) -> dict[int, int]:
+        """The most sums by the number of the root."""
+        for value in self._graph.values:
+            self._root[value.number], self._merges[value.number] = value, 0
+            carrier, merged = self._carrier(value) if value.parents else (None, False)
+            if carrier is not None:
+                root = self._root[value.number] = self._root[carrier.number]
+                merges = self._merges[value.number] = self._merges[carrier.number] + merged
+                if merged:
+                    self._best[root.number] = max(self._best.get(root.number, 0), merges)
+        return self._best
+
+    def _carrier(self, value: TracedValue) -> tuple[TracedValue | None, bool]:
+        operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
+        if not operands or any(spreads(value, operand) for operand in operands):
+            return None, False
+        if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
+            return (operands[0] if Graph.is_kept(operands[0]) else None), False
+        if only_moves(value) or value.name in TURNS:
+            return operands[0], False
+        mixes = value.name in MATRICES and not any(map(_is_layer, value.parents))
+        if value.name in PRODUCTS or value.name in REDUCES or mixes:
+            # Of a gate and what it scales, that which comes from further back.
+            return max(
+                operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
+            ), False
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands]
+        if len(added) < 2:
+            return (added[0] if added else None), False
+        depending = [a for a in added if any(self._is_added(a, b) for b in added)]
+        if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
+            return None, False
+        # Where each depends on the other's root, as a gated output and a gated state do: what comes from further back.
+        both = len(depending) > 1
+        carrier = max(
+            depending or added,
+            key=lambda a: (self._merges[a.number], -self._root[a.number].number if both else 0),
+        )
+        whole = self._root[carrier.number].numel >= value.numel or value.name == "cat"
+        if not depending and not whole and all(self._graph.depends_on_input(a) for a in added):
+            return (
+                None,
+                False,
+            )  # as of a block with a shortcut of its own, whose output was put together of parts
+        return carrier, bool(depending)
+
+    def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
+        """Whether one addend was computed from the root of the other, and not carried from it."""
+        root = self._root[a.number]
+        return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
+
+
+def _is_layer(value: TracedValue) -> bool:
+    """Whether a factor is a parameter, and no matrix of a few streams."""
+    return value.of_parameter and min(value.shape[-2:], default=0) > FEW_STREAMS
+
+
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
+    """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
+    found: list[tuple[TracedValue, int]] = []
+    # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
+    made: dict[int, tuple[TracedValue, int]] = {}
+    for value in _tensors(graph):
+        if value.name in FIRST_VALUES and len(value.shape) > 1:
+            if len({origin for origin, _ in made.values()}) > 5:
+                break
+            made[value.number] = value, 1
+            continue
+        passes = only_moves(value) or value.name == "add"
+        known = made.get(value.parents[0].number) if value.parents and passes else None
+        if known is None:
+            continue
+        origin, parts = known
+        if value.shape[-1] == origin.shape[-1] // parts:
+            made[value.number] = known
+        elif more := _takes_apart(value, origin.shape[-1] // parts):
+            made[value.number] = origin, parts * more  # of streams, and of fractions of each
+            found.append(made[value.number])
+    return list(dict.fromkeys(found))[:12]
+
+
+def _tensors(graph: Graph) -> Iterator[TracedValue]:
+    return (v for v in graph.values if v.is_floating and v.shape and (v.parents or graph.depends_on_input(v)))
+
+
+def _takes_apart(value: TracedValue, width: int) -> int:
+    """Into how many parts a view, or a cut, takes a last axis of some width apart; 0 where it does not."""
+    shape: Sequence[int] = value.shape
+    if value.name in VIEWS and len(shape) > 2 and math.prod(shape[-2:]) == width:
+        parts = shape[-2]
+    elif (
+        value.name in PARTS
+        and value.parents[0].shape[:-1] == shape[:-1]
+        and shape[-1]
+        and not width % shape[-1]
+    ):
+        parts = width // shape[-1]
+    else:
+        return 0
+    return (
+        parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
+    )  # of one feature each they are coefficients
