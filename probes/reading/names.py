@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise, takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue, container_of, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
 
+Part = TypeVar("Part", int, str)
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
 
@@ -52,13 +53,13 @@ class BranchNames:
     def _common_call(self) -> list[int]:
         """The module calls that contain all branches, but for a few that lie in no block with a number."""
         stacks = [self.graph.stack(v) for inside in self._insides for v in inside[:1]]
-        common = _shared_start(stacks)
+        common = shared_start(stacks)
         numbered = [stack for stack in stacks if any(self.graph.calls[c].container for c in stack)]
         if 4 * len(numbered) >= 3 * len(stacks) > 3:
-            common = max(common, _shared_start(numbered), key=len)
+            common = max(common, shared_start(numbered), key=len)
         if len(self.branches) == 1:  # the block is the call in which its output is added
             writes = self.graph.stack(self.branches[0].writes[0])
-            common = [a for a, b in zip(common, writes, strict=False) if a == b]
+            common = shared_start([common, writes])
             common = common[:-1] if len(common) > 1 else common
         return common
 
@@ -126,9 +127,7 @@ class BranchNames:
         if unit is not None:  # before it may lie the work of other branches, as of another track
             stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
         stacks = stacks or [self.graph.stack(self.branches[number].source)]
-        common = stacks[0]
-        for stack in stacks[1:]:
-            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        common = shared_start(stacks)
         # Those that contain no other branch.
         mine = self._stacks[number]
         own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
@@ -224,10 +223,10 @@ class BranchNames:
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
-def _shared_start(stacks: Sequence[list[int]]) -> list[int]:
-    """The calls with which all stacks begin."""
+def shared_start(stacks: Sequence[list[Part]]) -> list[Part]:
+    """The calls with which all stacks begin, or the parts of some paths."""
     levels = zip(*stacks, strict=False)
-    return [calls[0] for calls in takewhile(lambda calls: len(set(calls)) == 1, levels)]
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
 
 
 def kind_of(path: str, modules: Mapping[str, str]) -> str:
@@ -365,12 +364,7 @@ def name_of(names: BranchNames) -> str:
     paths = [path for path in names.paths if path]
     if not paths:
         return "model"
-    parts = [path.split(".") for path in paths]
-    common = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        common.append(column[0])
+    common = shared_start([path.split(".") for path in paths])
     while common and common[-1].isdigit():
         common.pop()
     return ".".join(common) or "model"

@@ -18,7 +18,7 @@ from depthscope.probes.reading.description import (
 )
 from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue, walk
 from depthscope.probes.reading.memory import follow, start_of
-from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.names import kind_of, shared_start
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, moved, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
@@ -589,9 +589,7 @@ class ChainReader:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
         computed = (value for value in values if value.func and value.name not in MOVES | SAME)
         stacks = [self.graph.stack(value) for value in computed]
-        common = stacks[0] if stacks else []
-        for stack in stacks[1:]:
-            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        common = shared_start(stacks)
         path = self.graph.calls[common[-1]].path if common else ""
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
