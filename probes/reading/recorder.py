@@ -309,6 +309,10 @@ class GraphRecorder(TorchDispatchMode):
         entry.value = value
         entry.writes = len(self._writes.get(storage_of(tensor), ())) if self._writes else 0
 
+    def hold(self, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Hold a value, whatever takes it."""
+        self._hold(tensor, value)
+
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
         base = value
