@@ -8,7 +8,7 @@ import torch
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.state_operations import Birthplace, Depth, StateOperations
+from depthscope.probes.interventions.state_operations import Birthplace, Depth, StateOperations, StatePlace
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.tensor_memory import unseen_by_modes
 from depthscope.probes.structure.chain import Chain
@@ -27,13 +27,13 @@ class BranchReads:
         self,
         chain: Chain,
         connections: Mapping[int, Parts],
-        places: Mapping[Depth, Birthplace],
+        places: Mapping[Depth, StatePlace],
         *,
         tokens_first: bool,
     ) -> None:
         self._chain, self._tokens_first = chain, tokens_first
         self._inputs = {number: parts.branch_in for number, parts in connections.items()}
-        self._of_states = {place.operation for place in places.values()}
+        self._of_states = {of.operation for place in places.values() for of in place}
         self._found: dict[int, tuple[Birthplace, TracedValue]] = {}
         self._several: set[int] = set()
 

@@ -21,14 +21,15 @@ from depthscope.probes.interventions.predictions import Pick, output_values
 from depthscope.probes.interventions.repeats import repeats, same_values
 from depthscope.probes.interventions.state_operations import (
     READ,
-    Birthplace,
     Change,
     Depth,
     Read,
     StateOperations,
+    StatePlace,
 )
 from depthscope.probes.model.errors import require_module
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.reading.tensor_memory import stacked
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.forced_eager import eager
@@ -45,6 +46,7 @@ EVERY_SEQUENCE = 2**20  # sequences of one batch that are stored: all of them
 Seen: TypeAlias = Mapping[int, torch.Tensor]
 Edit: TypeAlias = Callable[[torch.Tensor, Seen], torch.Tensor]
 """``edit(state, seen)``: the new state (B, T, N, D), from the one that was computed and the earlier ones by depth."""
+Shown: TypeAlias = Callable[[int, torch.Tensor, tuple[torch.Tensor, ...]], None]
 
 
 @dataclass
@@ -101,7 +103,7 @@ class ModelUnderTest:
         self.structure = self._session.structure
         self.number = _chain_number(self.structure.chains, chain)
         self.chain: Chain = self.structure.chains[self.number]
-        self._places: dict[Depth, Birthplace | None] = {}
+        self._places: dict[Depth, StatePlace | None] = {}
         self._branch_reads: BranchReads | None = None
         self._num_sequences = 0
         self._connections = AppliedConnections(self._session)
@@ -145,11 +147,13 @@ class ModelUnderTest:
 
     def _locate(self, operations: StateOperations) -> None:
         """Note where each state was made, as it is shown."""
+        there: dict[int, int] = {}  # by chain: with which value the state before was there
 
-        def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
+        def shown(number: int, depth: int, tensor: torch.Tensor, own: tuple[torch.Tensor, ...]) -> None:
             if depth != FINAL:
-                is_one = not self.structure.chains[number].points[depth].streams
-                self._places[number, depth] = operations.birthplace(tensor) if is_one else None
+                self._places[number, depth], there[number] = operations.state_place(
+                    own, there.get(number, -1)
+                )
 
         self._session.observer.on_state = shown
 
@@ -200,8 +204,8 @@ class ModelUnderTest:
         for depth in of_states:
             self._require_place(depth)
         states: dict[int, torch.Tensor] = {}
-        of_reads: dict[Any, Birthplace] = {
-            (READ, number): self._reads().place(number) for number in reads or ()
+        of_reads: dict[Any, StatePlace] = {
+            (READ, number): (self._reads().place(number),) for number in reads or ()
         }
 
         operations = StateOperations(
@@ -253,17 +257,16 @@ class ModelUnderTest:
 
         return change
 
-    def observed(
-        self, mode: AbstractContextManager[Any], shown: Callable[[int, torch.Tensor], None], batch: Any = None
-    ) -> Any:
-        """What the unchanged model returns under one more mode; ``shown(depth, tensor)`` gets its own tensors of the states.
+    def observed(self, mode: AbstractContextManager[Any], shown: Shown, batch: Any = None) -> Any:
+        """What the unchanged model returns under one more mode; ``shown(depth, state, own)`` gets the states in the model's
+        own layout, and its tensors that hold them.
 
         ``batch``: another one of the same shape.
         """
 
         def listen() -> None:
-            self._session.observer.on_state = lambda number, depth, tensor: (
-                shown(depth, tensor) if number == self.number and depth != FINAL else None
+            self._session.observer.on_state = lambda number, depth, tensor, own: (
+                shown(depth, tensor, own) if number == self.number and depth != FINAL else None
             )
 
         return self._run(mode, listen, batch).output
@@ -309,10 +312,11 @@ class ModelUnderTest:
     def _check(self, states: dict[int, torch.Tensor], *, edited: bool) -> None:
         """Require that each state is shown as it was made: what was written there must be what every reader gets."""
 
-        def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
+        def shown(number: int, depth: int, tensor: torch.Tensor, own: tuple[torch.Tensor, ...]) -> None:
             if number != self.number or depth == FINAL:
                 return
-            state = self.canonical(tensor, depth)
+            # Each of several tensors is changed with the last of them, and was shown before.
+            state = self.canonical(stacked(own) if len(own) > 1 else tensor, depth)
             if depth not in states:
                 # Made outside of the forward, or by no operation that was found again.
                 states[depth] = state.clone()
@@ -338,8 +342,9 @@ class ModelUnderTest:
         point, place = self.chain.points[depth], self._places.get((self.number, depth))
         if place is None and point.streams:
             raise InterventionError(
-                f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, and only a single "
-                "tensor can be changed; stack the streams into one in the model, or skip blocks"
+                f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, of which one "
+                "is made by no operation of the forward that torch shows, or is read before the others are made, so that a "
+                "change of all would reach its readers too late; change another depth, or skip blocks"
             )
         if place is None:
             raise InterventionError(
@@ -401,7 +406,7 @@ class ModelUnderTest:
             self._branch_reads = reads
         return self._branch_reads
 
-    def _own_places(self) -> dict[Depth, Birthplace]:
+    def _own_places(self) -> dict[Depth, StatePlace]:
         """Where the states of the chain are made, by the number of the chain and the depth."""
         return {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None

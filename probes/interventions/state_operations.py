@@ -1,15 +1,16 @@
-"""Which operation makes a state, and how is the state changed there? In the state's own memory, when it has just been written.
+"""Which operations make a state, and how is the state changed there? In its own memory, when it has just been written.
 
 A state may be used by code that no hook sees: the skip around a block, a mixing in a loop. So it is changed where it is made:
 at the last operation that writes into its memory before it is shown. Every later reader then
 finds the changed values. Operations are counted within the module call that makes them, by name and shape: the experts that
-ran in another module do not move the count.
+ran in another module do not move the count. A state whose streams are tensors of their own is changed when the last of them
+has been made; what read one of them before that and is no part of the state itself would miss the change: it is looked for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
@@ -52,12 +53,9 @@ class Birthplace:
         """The state in the memory of what the operation wrote."""
         return written.as_strided(self.size, self.stride, self.offset)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether one number in memory stands for several entries of the state, as after ``expand``."""
-        return any(step == 0 and size > 1 for size, step in zip(self.size, self.stride, strict=True))
 
-
+StatePlace: TypeAlias = tuple[Birthplace, ...]
+"""Where a state is made: the one tensor that holds it, or one for each stream."""
 Change: TypeAlias = Callable[[Depth | Read, torch.Tensor], torch.Tensor]
 
 
@@ -73,16 +71,20 @@ class StateOperations:
     def __init__(
         self,
         model: nn.Module,
-        places: Mapping[Any, Birthplace] | None = None,
+        places: Mapping[Any, StatePlace] | None = None,
         change: Change | None = None,
     ) -> None:
         self.met: Counter[Depth | Read] = Counter()
         self._change = change
         # Called with everything that an operation makes, after the changes.
         self.on_made: Callable[[TracedValue, torch.Tensor], None] | None = None
-        self._at: dict[Operation, list[tuple[Depth | Read, Birthplace]]] = {}
-        for depth, place in (places or {}).items():
-            self._at.setdefault(place.operation, []).append((depth, place))
+        self._places = places or {}
+        self._at: dict[Operation, list[tuple[Depth | Read, int]]] = {}
+        for depth, place in self._places.items():
+            for part, of in enumerate(place):
+                self._at.setdefault(of.operation, []).append((depth, part))
+        # What was written of states, of which each part may be made by another operation.
+        self._parts: dict[Depth | Read, dict[int, torch.Tensor | None]] = {}
         self._recorder = GraphRecorder(model, (), holds=False)
         self._recorder.on_value = self._made
         self._turns: Counter[tuple[Any, ...]] = Counter()
@@ -111,23 +113,58 @@ class StateOperations:
         kind = call.path, call.number, value.name, value.shape, value.item
         operation = self._operations[value.number] = Operation(*kind, self._turns[kind])
         self._turns[kind] += 1
-        for depth, place in self._at.get(operation, ()):
+        for depth, part in self._at.get(operation, ()):
+            parts, place = self._parts.setdefault(depth, {}), self._places[depth]
+            is_again = part in parts
+            parts[part] = tensor
+            if len(parts) < len(place):
+                continue
             self.met[depth] += 1
-            if self._change is not None:
-                _write(place, tensor, self._change, depth)
+            if not is_again and self._change is not None:
+                _write(place, parts, self._change, depth)
+            self._parts[depth] = dict.fromkeys(parts)  # the memory is the model's
 
     def birthplace(self, state: torch.Tensor) -> Birthplace | None:
-        """Where a state that is shown now was made; None where no operation of the forward made it."""
-        value = self._recorder.known(state)
-        while _is_view(value) or value.name == "patch":
-            # Of memory that was written in part, the last write.
-            value = value.args[1] if value.name == "patch" else value.parents[0]
-        operation = self._operations.get(value.number)
+        """Where a tensor that is shown now was made; None where no operation of the forward made it."""
+        operation = self._operations.get(self._made_as(state).number)
         if operation is None:
             return None
         return Birthplace(
             operation, tuple(state.shape), tuple(state.stride()), int(state.storage_offset()), state.dtype
         )
+
+    def _made_as(self, state: torch.Tensor) -> TracedValue:
+        """What wrote the memory of a tensor; of memory that was written in part, the last write."""
+        value = self._recorder.known(state)
+        while _is_view(value) or value.name == "patch":
+            value = value.args[1] if value.name == "patch" else value.parents[0]
+        return value
+
+    def state_place(self, tensors: Sequence[torch.Tensor], before: int) -> tuple[StatePlace | None, int]:
+        """Where a state that is shown now was made, and the number of the value with which it was there.
+
+        ``tensors``: that hold it.
+        ``before``: that number of the state before; −1 for the first one.
+        Returns: None for the place where no operation made one of them, or one of them was read between the state before
+        and this one by what is no part of this one.
+        """
+        made = [self._made_as(tensor) for tensor in tensors]
+        places = [place for tensor in tensors if (place := self.birthplace(tensor)) is not None]
+        last = max(value.number for value in made)
+        if len(places) < len(tensors):
+            return None, last
+        graph, numbers = self._recorder.graph, {value.number for value in made}
+        inside = graph.ancestors(numbers, stop=range(before + 1))
+        held = {
+            number for number in numbers if number > before
+        }  # and its views; the others are of the state before too
+        for value in graph.values[min(held, default=last) + 1 : last]:
+            if not held.isdisjoint(parent.number for parent in value.parents):
+                if _is_view(value):
+                    held.add(value.number)
+                elif value.number not in inside:
+                    return None, last
+        return tuple(places), last
 
 
 def _is_view(value: TracedValue) -> bool:
@@ -135,18 +172,28 @@ def _is_view(value: TracedValue) -> bool:
     return value.alias or value.name == "_unsafe_view"
 
 
-def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Depth | Read) -> None:
-    state = place.view(written)
+def _write(
+    place: StatePlace, written: Mapping[int, torch.Tensor | None], change: Change, depth: Depth | Read
+) -> None:
+    tensors = [
+        of.view(memory)
+        for of, (_, memory) in zip(place, sorted(written.items()), strict=True)
+        if memory is not None
+    ]
+    state = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
     changed = change(depth, state)
     if changed is state:
         return
-    if place.repeats:
-        # One number in memory for several entries: it can be written only where these are to be equal.
-        first = tuple(slice(0, 1) if step == 0 else slice(None) for step in place.stride)
-        if not torch.equal(changed[first].expand_as(changed), changed):
-            raise CaptureError(
-                f"the state at depth {depth[1]} is one tensor seen several times (expand), so that its streams cannot differ; "
-                "expected a change at a later depth"
-            )
-        state, changed = state[first], changed[first]
-    state.copy_(changed)
+    wanted = list(changed) if len(tensors) > 1 else [changed]
+    for tensor, new in zip(tensors, wanted, strict=True):
+        # One number in memory may hold several entries: those can be written only where they are to be equal.
+        once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+        tensor[once].copy_(new[once])
+    if not all(
+        torch.equal(tensor.nan_to_num(), new.nan_to_num())
+        for tensor, new in zip(tensors, wanted, strict=True)
+    ):
+        raise InterventionError(
+            f"the state at depth {depth[1]} is one tensor seen several times (expand, or a list of the same), so that its "
+            "streams cannot differ; expected a change of all streams, or at a later depth"
+        )

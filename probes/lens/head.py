@@ -41,30 +41,35 @@ class HeadRecording:
     def __init__(self, model: ModelUnderTest) -> None:
         self.recorder = GraphRecorder(model.model, list(tensors_in(model.batch)))
         self.state: torch.Tensor | None = None
-        self._root: TracedValue | None = None
+        self._roots: list[TracedValue] = []
 
-    def start(self, state: torch.Tensor) -> None:
-        """Hold what operations take from now on; what they make of this tensor is run again."""
-        self._root = self.recorder.known(state)
+    def start(self, state: torch.Tensor, own: Sequence[torch.Tensor]) -> None:
+        """Hold what operations take from now on; what they make of the tensors that hold this state is run again."""
+        self._roots = [self.recorder.known(tensor) for tensor in own]
         self.state = state.detach().clone()  # it may be written in place
         self.recorder.on_taken = self.recorder.hold
 
     def steps_to(self, target: torch.Tensor) -> list[TracedValue]:
-        """The operations that made a tensor of the state, in order, the state first; none where none did."""
-        graph, end, root = self.recorder.graph, self.recorder.known(target), self._root
-        if graph.error is not None or root is None or not graph.depends(end, root):
+        """The operations that made a tensor of the state, in order; none where none did."""
+        graph, end, roots = self.recorder.graph, self.recorder.known(target), self._roots
+        if graph.error is not None:
             return []
-        behind = sorted(graph.ancestors([end.number], stop={root.number}))
-        return [value for number in behind if graph.depends(value := graph.values[number], root)]
+        held = {root.number for root in roots}
+        behind = [graph.values[number] for number in sorted(graph.ancestors([end.number], stop=held) - held)]
+        return [value for value in behind if any(graph.depends(value, root) for root in roots)]
 
     def replay(self, steps: Sequence[TracedValue], state: torch.Tensor) -> torch.Tensor:
         """What the last step would have made of another state, in the model's own layout; with a graph where that has one."""
-        graph, values = self.recorder.graph, {steps[0].number: state}
+        parts = list(state) if len(self._roots) > 1 else [state]
+        graph, values = (
+            self.recorder.graph,
+            {root.number: part for root, part in zip(self._roots, parts, strict=True)},
+        )
 
         def given(of: TracedValue) -> torch.Tensor:
             return values[of.number] if of.number in values else graph.tensor(of)
 
-        for value in steps[1:]:
+        for value in steps:
             values[value.number] = graph.run(value, given)
         return values[steps[-1].number]
 
@@ -77,9 +82,9 @@ def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
     """
     recording, last = HeadRecording(model), len(model.chain.points) - 1
 
-    def shown(depth: int, tensor: torch.Tensor) -> None:
+    def shown(depth: int, state: torch.Tensor, own: Sequence[torch.Tensor]) -> None:
         if depth == last:
-            recording.start(tensor)
+            recording.start(state, own)
 
     steps = recording.steps_to(_logits(model.observed(recording.recorder, shown), pick))
     like = recording.state
@@ -117,9 +122,9 @@ def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
         )
     seen: dict[int, torch.Tensor] = {}
 
-    def shown(depth: int, tensor: torch.Tensor) -> None:
+    def shown(depth: int, state: torch.Tensor, own: Sequence[torch.Tensor]) -> None:
         if depth == last:
-            seen[depth] = model.canonical(tensor, depth).clone()
+            seen[depth] = model.canonical(state, depth).clone()
 
     output = model.observed(nullcontext(), shown, other)
     _compare(head, seen[last], model.values(output, pick), " of other sequences")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -60,6 +61,12 @@ def detached(tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
     with unseen_by_modes(tensor):
         found = tensor.detach()
         return found.clone() if copy else found
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors along a new first axis, by no operation that a mode sees."""
+    with unseen_by_modes(*tensors):
+        return torch.stack([tensor.detach() for tensor in tensors])
 
 
 def filled_with(value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,8 @@ class Forward:
     whole_tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
-    streams: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # of states that lack others
+    # Of states that lack others: the model's own tensor and a copy.
+    streams: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
     joined_gradients: dict[Key, torch.Tensor] = field(
         default_factory=dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
+from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.session.gradient_hooks import GradientListener
@@ -22,6 +24,8 @@ from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
+
+T = TypeVar("T")
 
 
 class Observer:
@@ -53,8 +57,8 @@ class Observer:
         self.parameters, self.logits = parameters, logits
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
-        # Called with chain, depth and the model's own tensor of every state as it is shown.
-        self.on_state: Callable[[int, int, torch.Tensor], None] | None = None
+        # Called with chain, depth, every state as it is shown, and the model's own tensors that hold it.
+        self.on_state: Callable[[int, int, torch.Tensor, tuple[torch.Tensor, ...]], None] | None = None
         self._report = report
         self._loss_scale = loss_scale
         self._calls, self._times = calls, times
@@ -68,21 +72,27 @@ class Observer:
 
     def record_shown(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
         """Record a state, or one stream of it: with the last of these the state is there, its streams along the first axis."""
-        state: torch.Tensor | None = tensor
-        if of.num_tensors > 1:
-            state = _with_other_streams(forward.streams, of, tensor.detach().clone())
-        if state is not None:
-            self.record_state(forward, of.chain, of.depth, state)
+        if of.num_tensors == 1:
+            self.record_state(forward, of.chain, of.depth, tensor, (tensor,))
+            return
+        # Copied now: the model may write it before the other streams have come.
+        streams = _with_other_streams(forward.streams, of, (tensor, detached(tensor, copy=True)))
+        if streams is not None:
+            own, copies = zip(*streams, strict=True)
+            self.record_state(forward, of.chain, of.depth, stacked(copies), own)
 
-    def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
+    def record_state(
+        self, forward: Forward, number: int, depth: int, tensor: torch.Tensor, own: tuple[torch.Tensor, ...]
+    ) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
 
         ``number, depth``: chain and depth (`FINAL` after the last norm).
         ``tensor``: the state in the model's own layout.
+        ``own``: the model's tensors that hold it: itself, or one for each stream.
         """
         forward.fired.add(("state", number, depth))
         if self.on_state is not None:
-            self.on_state(number, depth, tensor)
+            self.on_state(number, depth, tensor, own)
         if depth == FINAL and not len(forward.rows):
             return
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size, depth)
@@ -199,9 +209,10 @@ class Observer:
     ) -> None:
         """Store the gradient of a state, of which each stream may have its own: then with the last of these."""
         if of.num_tensors > 1 and gradient is not None and forward.ended:
-            gradient = _with_other_streams(forward.stream_gradients, of, gradient.detach())
-            if gradient is None:
+            gradients = _with_other_streams(forward.stream_gradients, of, gradient.detach())
+            if gradients is None:
                 return
+            gradient = torch.stack(gradients)
         if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
             gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
         self.record_gradient(forward, of.chain, of.depth, gradient)
@@ -318,13 +329,11 @@ def _with_next_gradient(
     return gradient
 
 
-def _with_other_streams(
-    waiting: dict[Key, dict[int, torch.Tensor]], of: ShownTensor, tensor: torch.Tensor
-) -> torch.Tensor | None:
-    """All streams of a state along a first axis, with the last of them; None where others have not come."""
+def _with_other_streams(waiting: dict[Key, dict[int, T]], of: ShownTensor, stream: T) -> list[T] | None:
+    """All streams of a state, with the last of them; None where others have not come."""
     streams = waiting.setdefault((of.chain, of.depth), {})
-    streams[of.stream] = tensor
+    streams[of.stream] = stream
     if len(streams) < of.num_tensors:
         return None
     del waiting[of.chain, of.depth]
-    return torch.stack([stream for _, stream in sorted(streams.items())])
+    return [stream for _, stream in sorted(streams.items())]

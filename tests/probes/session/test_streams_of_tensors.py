@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,9 +26,11 @@ class ListOfStreams(nn.Module):
         "zeros": lambda x, scale: [x] + [torch.zeros_like(x)] * (STREAMS - 1),
     }
 
-    def __init__(self, start: str):
+    def __init__(self, start: str, *, reads_early: bool = False):
         super().__init__()
         torch.manual_seed(0)
+        self.put_in: dict[tuple[int, int], torch.Tensor] = {}  # by depth and stream
+        self.reads_early = reads_early  # the first stream, before the others of its state are made
         self.start = self.starts[start]
         self.embed = nn.Embedding(30, WIDTH)
         self.blocks = nn.ModuleList(
@@ -41,17 +44,24 @@ class ListOfStreams(nn.Module):
         self.head = nn.Linear(WIDTH, 30)
         self.states: list[list[torch.Tensor]] = []
 
+    def replaced(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        depth = len(self.states)
+        return [self.put_in.get((depth, number), stream) for number, stream in enumerate(streams)]
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        streams = self.start(self.embed(ids), self.scale)
-        self.states = [streams]
+        self.states, early = [], torch.zeros(())
+        streams = self.replaced(self.start(self.embed(ids), self.scale))
+        self.states.append(streams)
         for block, res, pre, post in zip(self.blocks, self.res, self.pre, self.post, strict=True):
             out = block(sum(weight * x for weight, x in zip(pre, streams, strict=True)))
-            streams = [
-                sum(weight * x for weight, x in zip(row, streams, strict=True)) + gain * out
-                for row, gain in zip(res, post, strict=True)
-            ]
+            before, streams = streams, []
+            for row, gain in zip(res, post, strict=True):
+                streams.append(sum(weight * x for weight, x in zip(row, before, strict=True)) + gain * out)
+                if self.reads_early and len(streams) == 1:
+                    early = early + streams[0].square().mean()
+            streams = self.replaced(streams)
             self.states.append(streams)
-        return self.head(sum(streams))
+        return self.head(sum(streams)) + (early if self.reads_early else 0)
 
 
 def loss(output: torch.Tensor, batch: object = None) -> torch.Tensor:
@@ -115,12 +125,46 @@ def test_streams_that_begin_with_nothing_are_refused():
         captured(ListOfStreams("zeros"))
 
 
-def test_what_needs_one_tensor_says_so():
+def test_a_jacobian_says_that_it_needs_one_tensor():
     model = ListOfStreams("copies")
     with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
         ds.jacobian(model, IDS)
-    with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
-        ds.interventions.patch(model, IDS, IDS.flip(1), loss=loss)
+
+
+@pytest.mark.parametrize("start", ["copies", "first and scaled", "cut", "one tensor"])
+def test_each_stream_is_patched(start):
+    """As where the model's own code puts other tensors into its list."""
+    model, other = ListOfStreams(start), (3 * IDS + 1) % 30
+    found = ds.interventions.patch(model, IDS, other, loss=loss, tokens="all")
+    model(IDS)
+    clean = [[stream.detach() for stream in state] for state in model.states]
+    shared = start == "one tensor"  # its streams cannot differ
+    assert [reason.split(":")[0] for reason in found.attrs["left_out"]] == ["residual at depth 0"] * shared
+    for depth in range(BLOCKS + 1):
+        for stream in (-1, *range(STREAMS)):
+            several = range(STREAMS) if stream < 0 else (stream,)
+            model.put_in = {(depth, number): clean[depth][number] for number in several}
+            with torch.no_grad():
+                expected = loss(model(other)).item()
+            patched = found.patched.sel(site="residual", depth=depth, token=-1, stream=stream).item()
+            if depth or stream < 0 or not shared:
+                assert patched == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(found.effect.sel(stream=-1), 1, rtol=1e-6)
+
+
+def test_streams_are_read_by_a_lens():
+    model = ListOfStreams("copies")
+    found = ds.lens(model, IDS, tuned=False)
+    model(IDS)
+    predicted = [torch.log_softmax(model.head(sum(state)), -1).detach() for state in model.states]
+    entropies = [float(-(log_p.exp() * log_p).sum(-1).mean()) for log_p in predicted]
+    np.testing.assert_allclose(found.entropy.sel(lens="logit", stream="all"), entropies, rtol=1e-5)
+
+
+def test_a_stream_that_is_read_before_the_others_are_made_is_not_changed():
+    model = ListOfStreams("copies", reads_early=True)
+    with pytest.raises(ds.DepthscopeError, match="read before the others are made"):
+        ds.interventions.ablate(model, IDS, ds.interventions.plan("drop_stream", depths=2), loss=loss)
 
 
 class OneFilled(ListOfStreams):
