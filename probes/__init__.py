@@ -1,6 +1,6 @@
 """Probes: torch in, labelled arrays out. Attach them to a model, keep what its residual streams show."""
 
-from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
+from depthscope.probes.connections.coefficients import ReconstructionError, StreamConnectionError
 from depthscope.probes.description import describe
 from depthscope.probes.history.history import probe_checkpoints
 from depthscope.probes.model.errors import CaptureError

@@ -1,5 +1,9 @@
 """What are the coefficients of one connection call? Their container, and up to which error they count as its own.
 
+A connection passes n streams X of width D by a branch F with three sets of weights:
+
+    X' = H_res X + H_post ⊗ F(H_pre · X)            (mHC, arXiv 2512.24880, Eq. 3)
+
 Shapes: B batch, T token, N stream, V view (a branch input; mostly one), D feature.
 """
 
@@ -12,9 +16,19 @@ from typing import Self
 
 import torch
 
+from depthscope.diagnostics.errors import InputError
+
 # By the type of the states; heuristics. float32: about a thousand roundings, for the sums of a connection. Half types:
 # three, since the proof rounds where the model rounds. float64: connections compute their weights in float32 there too.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+class StreamConnectionError(InputError):
+    """A stream connection that cannot be read."""
+
+
+class ReconstructionError(StreamConnectionError):
+    """The captured parts of a connection do not give the next state."""
 
 
 class Weights:

@@ -67,7 +67,6 @@ def _reductions(value: TracedValue, squares: set[int], vectors: set[int]) -> Ite
 class Origin:
     """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
 
-    ``learned``: whether the matrix was computed from parameters.
     ``gradients``: the largest gradient of the matrix's logits, and of the write weights, for a random combination of
     the model's outputs; None where autograd has no path to the logits. Known where the matrix is uniform, or some
     copy of it has no graph.
@@ -88,7 +87,6 @@ class Origin:
     both are applied along the same axis; None where no matrix has both.
     """
 
-    learned: bool = False
     gradients: tuple[float | None, float] | None = None
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
@@ -198,7 +196,6 @@ class Search:
             [v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every
         )
         return Origin(
-            learned=bool(behind & self.forward.parameters.keys()),
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
             other_tokens=share,
             later=later,
@@ -244,7 +241,8 @@ class Search:
             cast = [
                 value
                 for value in square
-                if value.tensor.dtype == dtype and not self.forward.is_cast_by_autocast(value)
+                if value.tensor.dtype == dtype
+                and not (self.forward.autocast and self.forward.is_only_multiplied(value.value))
             ]
             if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
                 continue
@@ -265,24 +263,28 @@ class Search:
                     return {"exact": matrix}
         return {}
 
+    def _sampled(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """A value as (K, T, *tail) of the sampled sequences, in the ways that its shape allows."""
+        device = self.applied[0].mix.device
+        for each in self.forward.per_token(value.tensor.detach(), tail):
+            yield each[self.forward.rows].to(device, torch.float32)
+
     def _is(
         self, value: ComputedValue, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
     ) -> torch.Tensor | None:
         """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
         n = wanted.shape[-1]
-        for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-            few = each[self.forward.rows].to(wanted.device, torch.float32)
+        for few in self._sampled(value, (n, n)):
             for matrix in (few, few.mT):
                 if torch.equal(matrix.to(dtype).float() if rounded else matrix, wanted):
                     return matrix
         return None
 
     def _reads_along(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
-        forward, applied = self.forward, self.applied[number]
+        applied = self.applied[number]
         n, read = applied.mix.shape[-1], applied.read
         for value in mix if read is not None else ():
-            for both in forward.per_token(value.tensor.detach(), (n, n + 1)):
-                few = both[forward.rows].to(applied.mix.device, torch.float32)
+            for few in self._sampled(value, (n, n + 1)):
                 matrix, limit = few[..., 1:], SAME * max(1.0, float(few.abs().max()))
                 # Each column, of the reads or of the mixing, is one result; its rows are the sources.
                 straight, turned = (
@@ -371,10 +373,9 @@ class Search:
             used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor])[0] in (0.0, None)
         ):
             return None
-        matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
+        matrix = next(self._sampled(last, (n, n)), None)
         if matrix is None:
             return None
-        matrix = matrix[forward.rows].to(mix.device, torch.float32)
         limit = SAME * max(1.0, float(mix.abs().max()))
         same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
         return None if same else matrix
@@ -398,8 +399,8 @@ class Search:
     def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[ComputedValue]) -> float | None:
         """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
         for value in values:
-            for each in self.forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):
-                ratio = wanted / each[self.forward.rows].to(wanted.device, torch.float32)
+            for few in self._sampled(value, tuple(wanted.shape[2:])):
+                ratio = wanted / few
                 precision = max(CONSTANT, 2 * torch.finfo(self.forward.precision).eps)
                 if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())

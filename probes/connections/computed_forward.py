@@ -89,13 +89,10 @@ class ComputedForward:
         """Whether the outputs were computed from a value, by whatever operations."""
         return self.graph.reaches_output(value.value)
 
-    def is_cast_by_autocast(self, value: ComputedValue) -> bool:
-        """Whether a rounded matrix may be what autocast made of it: it is only multiplied."""
-        return self.autocast and self._is_only_multiplied(value.value)
-
-    def _is_only_multiplied(self, value: TracedValue) -> bool:
+    def is_only_multiplied(self, value: TracedValue) -> bool:
+        """Whether a matrix is only multiplied: where it is rounded, autocast may have done so."""
         return all(
-            taker.name in MATRICES or (taker.name in MOVES and self._is_only_multiplied(taker))
+            taker.name in MATRICES or (taker.name in MOVES and self.is_only_multiplied(taker))
             for taker in self.graph.takers(value)
         )
 

@@ -12,6 +12,7 @@ Shapes: B batch, T token, n streams; m some tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class FoundLogits(NamedTuple):
     logits: ComputedValue
     matrix: ComputedValue
     reading: int
+
+    def turned(self, tensor: torch.Tensor, batch: int, tokens: int, n: int) -> torch.Tensor:
+        """Logits, or their gradient, as (B, T, n, n) with destinations as rows where the matrix has them as rows."""
+        return next(islice(as_matrices(tensor.detach(), batch, tokens, n), self.reading, None))
 
 
 def exponential_arguments(graph: Graph, behind: set[int]) -> list[int]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import islice
+from typing import Any
 
 import torch
 
 from depthscope.probes.connections.computation import Search
-from depthscope.probes.connections.computed_forward import ComputedForward
-from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits, is_same_matrix
+from depthscope.probes.connections.logits import NOT_SEEN, find_logits, is_same_matrix
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,6 @@ def mixing_logits(search: Search) -> list[MixingLogits]:
     ]
 
 
-def _is_matrix(forward: ComputedForward, tensor: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return is_same_matrix(
-        tensor.detach(), wanted, batch=forward.batch_size, tokens=forward.tokens, rows=forward.rows
-    )
-
-
 def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[torch.Tensor, ...]]:
     """The logits of a connection, and the tensors that are its logits and its matrix."""
     forward, wanted = search.forward, search.applied[number].mix
@@ -61,26 +54,24 @@ def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[tor
     # The matrix may be a part of what reads and mixes, and was computed before: whatever leads to that. A copy for a log is
     # not what is applied.
     known = {value.number for value in found}
+    at: dict[str, Any] = {"batch": forward.batch_size, "tokens": forward.tokens, "rows": forward.rows}
     mix = [
         value
         for value in search.squares(number, (0, found[-1].number + 1))
         if value.number in behind
         and forward.is_used(value)
-        and (value.number in known or _is_matrix(forward, value.tensor, wanted))
+        and (value.number in known or is_same_matrix(value.tensor.detach(), wanted, **at))
     ]
     place = find_logits(
         forward.graph,
         [each for each in search.squares(number, (0, found[-1].number)) if each.number in behind],
         mix,
         wanted,
-        batch=forward.batch_size,
-        tokens=forward.tokens,
-        rows=forward.rows,
+        **at,
         rounding=torch.finfo(forward.precision).eps,
     )
     if isinstance(place, str):
         return MixingLogits(place), ()
     logits, matrix = place.logits.tensor, place.matrix.tensor
-    oriented = as_matrices(logits.detach(), forward.batch_size, forward.tokens, wanted.shape[-1])
-    few = next(islice(oriented, place.reading, None))[forward.rows].to("cpu", torch.float32)
-    return MixingLogits(logits=few), (logits, matrix)
+    every = place.turned(logits, forward.batch_size, forward.tokens, wanted.shape[-1])
+    return MixingLogits(logits=every[forward.rows].to("cpu", torch.float32)), (logits, matrix)

@@ -13,8 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
-from depthscope.probes.connections.family import ReconstructionError
+from depthscope.probes.connections.coefficients import (
+    Parts,
+    ReconstructionError,
+    relative_error,
+    spread,
+    tolerance,
+)
 
 # Heuristic: wrong parts are wrong at nearly every token; more tokens make the proof slower, not surer.
 PROOF_TOKENS = 512

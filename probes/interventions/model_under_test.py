@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
 from depthscope.probes.connections.proof import gather_evidence
 from depthscope.probes.interventions.branch_reads import BranchReads
 from depthscope.probes.interventions.errors import InterventionError

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from depthscope.probes.connections.coefficients import relative_error, tolerance
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import StreamConnectionError, relative_error, tolerance
 from depthscope.probes.jacobian.frozen_routing import INSTEAD, FrozenConnection, FrozenRouting
 
 # Heuristic: the checks compare derivatives, which a backward through a block rounds more often than a forward.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import StreamConnectionError
 from depthscope.probes.model.tensors import tensors_in, version
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.coefficients import coefficients, memory_of

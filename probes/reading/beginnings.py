@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
-from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.graph import TracedValue, walk
 from depthscope.probes.reading.memory import Memory, Start, start_that_grows, without_forks
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import PRODUCTS, SAME, VIEWS, addends
@@ -85,10 +85,5 @@ def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:
     graph, root = memory.graph, memory.root
     if value.numel != root.numel or graph.depends(value, root):
         return False
-    waiting, last = [value], value.number
-    while waiting:
-        for taker in graph.takers(waiting.pop()):
-            if not memory.holds(taker):
-                waiting += [taker] if taker.name in PASSES else []
-            last = max(last, taker.number)
-    return last <= until
+    ways = walk([value], lambda of: (t for t in graph.takers(of) if t.name in PASSES and not memory.holds(t)))
+    return all(taker.number <= until for way in ways for taker in graph.takers(way))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from depthscope.probes.reading.carrying import Rules, transposed
-from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue
+from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -138,22 +139,17 @@ def _is_gated(branch: Branch, value: TracedValue, after: TracedValue, stride: in
 
 def _carry_gates(memory: Memory) -> set[int]:
     """Values that scale the memory itself, and those of which they are one minus: gates of a branch that they scale."""
-    found: set[int] = set()
-    for number in memory.trunk:
-        value = memory.graph.values[number]
-        if value.name not in PRODUCTS or len(memory.inside(value)) != 1:
-            continue
-        waiting = [f for f in factors(value) if isinstance(f, TracedValue) and not memory.holds(f)]
-        while waiting:
-            of = waiting.pop()
-            found.add(of.number)
-            if of.name in SAME or (of.name in SUMS and len(of.parents) == 1):
-                waiting += of.parents
-            elif of.name in ("sub", "rsub", "add"):
-                waiting += [
-                    parent for parent in of.parents if not parent.kind and parent.name not in SHAPE_ONLY
-                ]
-    return found
+    values = (memory.graph.values[number] for number in memory.trunk)
+    scaled = [value for value in values if value.name in PRODUCTS and len(memory.inside(value)) == 1]
+    by = [f for of in scaled for f in factors(of) if isinstance(f, TracedValue) and not memory.holds(f)]
+
+    def made_of(of: TracedValue) -> Iterable[TracedValue]:
+        if of.name in SAME or (of.name in SUMS and len(of.parents) == 1):
+            return of.parents
+        is_sum = of.name in ("sub", "rsub", "add")
+        return [p for p in of.parents if is_sum and not p.kind and p.name not in SHAPE_ONLY]
+
+    return {of.number for of in walk(by, made_of)}
 
 
 def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
@@ -333,15 +329,9 @@ def _scaled(
 
 def _reads(memory: Memory, source: TracedValue) -> list[TracedValue]:
     """The values of the memory that a branch is computed from."""
-    found: dict[int, TracedValue] = {}
-    seen, waiting = {source.number}, [source]
-    while waiting:
-        for parent in waiting.pop().parents:
-            if memory.holds(parent):
-                found[parent.number] = parent
-            elif parent.number > memory.root.number and parent.number not in seen:
-                seen.add(parent.number)
-                waiting.append(parent)
+    root, holds = memory.root.number, memory.holds
+    inside = walk([source], lambda value: (p for p in value.parents if p.number > root and not holds(p)))
+    found = {p.number: p for value in inside for p in value.parents if holds(p)}
     return [found[number] for number in sorted(found)]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
@@ -25,7 +25,6 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
-from depthscope.probes.reading.middle import with_streams_apart
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -46,7 +45,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import has_feature_axis
-from depthscope.probes.reading.tracks import tracks
+from depthscope.probes.reading.tracks import tracks, with_streams_apart
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -389,13 +388,13 @@ def _larger(both: Sequence[Ranked]) -> Ranked:
 def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
     """Memories whose first value has streams along one of its axes, where a plain one ends at what may mix them."""
     roots = dict.fromkeys(
-        of.memory.root for of in ranked if any(_may_mix(of.memory, *way) for way in of.memory.leaves)
+        of.memory.root for of in ranked if any(_may_mix(of.memory, taker) for _, taker in of.memory.leaves)
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
     return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
 
 
-def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:
+def _may_mix(memory: Memory, of: TracedValue) -> bool:
     """Whether an operation adds up different elements of a memory by something else than a layer."""
     if of.name in MATRICES:
         return not any(
@@ -441,14 +440,11 @@ def _size(of: set[TracedValue]) -> int:
 def _leads_on(memory: Memory) -> bool:
     """Whether what a norm or an activation makes of a memory is moved, scaled or added anywhere."""
     graph = memory.graph
-    waiting = [of for read, of in memory.leaves if of.name in FUNCTIONS or centred(of, [read])]
-    while waiting:
-        for taker in graph.takers(waiting.pop()):
-            if taker.name in VIEWS:
-                waiting.append(taker)
-            elif taker.name not in LAYERS and not taker.name.startswith("_scaled_dot_product"):
-                return True
-    return False
+    normed = [of for read, of in memory.leaves if of.name in FUNCTIONS or centred(of, [read])]
+    views = walk(normed, lambda of: (taker for taker in graph.takers(of) if taker.name in VIEWS))
+    takers = (taker.name for of in views for taker in graph.takers(of))
+    ends = LAYERS | VIEWS
+    return any(name not in ends and not name.startswith("_scaled_dot_product") for name in takers)
 
 
 def _breaks(memory: Memory) -> list[TracedValue]:

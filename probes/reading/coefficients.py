@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from depthscope.probes.reading.branches import Branch, branches_of
+from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.choice import memories
 from depthscope.probes.reading.cuts import cuts_of
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
@@ -33,29 +33,12 @@ def memory_of(graph: Graph, values: Sequence[TracedValue]) -> Memory:
 
 def coefficients(memory: Memory) -> list[TracedValue]:
     """The values that weigh a memory on the ways to its end and to what its branches read; parameters are not among them."""
-    branches = branches_of(memory)
+    branches, values = branches_of(memory), memory.graph.values
     ends = [memory.end, *(read for branch in branches for read in (branch.read, *branch.reads_before_norms))]
-    found: dict[int, TracedValue] = {}
-    for number in memory.back(ends):
-        value = memory.graph.values[number]
-        if memory.inside(value) and not memory.passes_function(value):
-            found |= {factor.number: factor for factor in _factors(memory, value, addends(value))}
-    for branch in branches:
-        found |= {factor.number: factor for factor in _of_branch(memory, branch)}
-    return [found[number] for number in sorted(found)]
-
-
-def _of_branch(memory: Memory, branch: Branch) -> Iterator[TracedValue]:
-    for number, before in branch.steps.items():
-        yield from _factors(memory, memory.graph.values[number], [before])
-
-
-def _factors(memory: Memory, value: TracedValue, others: Sequence[TracedValue]) -> Iterator[TracedValue]:
-    for parent in value.parents:
-        if (
-            parent.is_floating
-            and parent.kind != PARAMETER
-            and not memory.holds(parent)
-            and parent not in others
-        ):
-            yield parent
+    carried = (values[number] for number in memory.back(ends))
+    # Of each step what it carries or adds; all else that it takes is a weight.
+    steps = [(of, addends(of)) for of in carried if memory.inside(of) and not memory.passes_function(of)]
+    steps += [(values[number], [of]) for branch in branches for number, of in branch.steps.items()]
+    taken = ((p, others) for step, others in steps for p in step.parents if not memory.holds(p))
+    found = {p for p, others in taken if p.is_floating and p.kind != PARAMETER and p not in others}
+    return sorted(found, key=lambda value: value.number)

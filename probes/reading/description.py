@@ -19,9 +19,7 @@ class StateReading:
 
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
-    module: str  # in whose call it was made
-    places: tuple[ValuePlace, ...]  # of the values that it consists of
-    values: tuple[int, ...]  # their numbers in the graph
+    values: tuple[int, ...]  # the numbers in the graph of what it consists of
     numbers: tuple[Numbers, ...] = field(
         repr=False
     )  # where the elements of the memory's first value are in each of them
@@ -37,14 +35,14 @@ class StateReading:
 class BranchReading:
     """One branch: where it reads and what it writes.
 
-    ``parts`` are (tokens, …) arrays: ``h_pre`` and ``h_post`` of one stream each, ``read`` and ``write`` where a branch has
-    several, ``branch_gate`` where its weight differs along the features, ``out`` what it gave, ``in`` what it read.
+    ``parts`` are (tokens, …) arrays: ``read`` (H_pre, of each of its inputs and each stream) and ``write`` (H_post, of each
+    stream and each of its outputs), or ``read_gate`` and ``branch_gate`` where these differ along the features; ``out`` what
+    it gave, ``in`` what it read of several streams.
     """
 
     path: str
     kind: str  # attn, mlp, or the name of its module
     layer: int
-    source: ValuePlace
     reads: tuple[ValuePlace, ...]
     unit: int  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
     way: tuple[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -173,6 +173,21 @@ def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
     return args
 
 
+Node = TypeVar("Node")
+
+
+def walk(starts: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """Some values, or their numbers, and all that is reached from them, each once, the nearest first."""
+    found = list(dict.fromkeys(starts))
+    seen = set(found)
+    for of in found:  # grows while it is gone through
+        yield of
+        for other in following(of):
+            if other not in seen:
+                seen.add(other)
+                found.append(other)
+
+
 OUTSIDE = ModuleCall("", -1, -1, "")  # of all modules
 
 
@@ -200,6 +215,9 @@ class Graph:
     )  # what is a part of a tensor that is spread over processes, and how
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
+    made_in: dict[int, range] = field(
+        default_factory=dict
+    )  # by call: the numbers of what was made while it ran
     circumstances: tuple[Any, ...] = ()  # as in `places`
     # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
     has_graph_from: dict[int, int] = field(default_factory=dict)
@@ -217,7 +235,6 @@ class Graph:
         self._by_place: dict[ValuePlace, TracedValue] = {}
         self._by_side: dict[tuple[int, str], list[TracedValue]] | None = None
         self._by_call: dict[tuple[str, int], int] = {}
-        self._within: dict[int, range] = {}
 
     def depends(self, value: TracedValue, on: TracedValue) -> bool:
         """Whether a value was computed from another one, by whatever operations."""
@@ -260,15 +277,8 @@ class Graph:
 
     def ancestors(self, numbers: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """What some values were computed from, themselves included; nothing is followed beyond ``stop``."""
-        seen = set(numbers)
-        waiting = [number for number in seen if number not in stop]
-        while waiting:
-            for parent in self.values[waiting.pop()].parents:
-                if parent.number not in seen:
-                    seen.add(parent.number)
-                    if parent.number not in stop:
-                        waiting.append(parent.number)
-        return seen
+        parents = self._parent_numbers()
+        return set(walk(numbers, lambda number: () if number in stop else parents[number]))
 
     def takers(self, value: TracedValue) -> list[TracedValue]:
         """The values that were made of one."""
@@ -294,27 +304,12 @@ class Graph:
 
     def has_own_weights(self, value: TracedValue) -> bool:
         """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
-        seen, waiting = {value.number}, [value]
-        while waiting:
-            of = waiting.pop()
-            if of.kind == PARAMETER and not self.reaches_output(of):
-                return True
-            new = [p for p in of.parents if p.number not in seen and not self.reaches_output(p)]
-            seen.update(p.number for p in new)
-            waiting += new
-        return False
+        made_by = walk([value], lambda of: (p for p in of.parents if not self.reaches_output(p)))
+        return any(of.kind == PARAMETER and not self.reaches_output(of) for of in made_by)
 
     def has_origin(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
-        seen, waiting = set(), [value]
-        while waiting:
-            of = waiting.pop()
-            if of.kind:
-                return True
-            if of.number not in seen:
-                seen.add(of.number)
-                waiting += of.parents
-        return False
+        return any(of.kind for of in walk([value], lambda of: of.parents))
 
     def _marked(self, origins: list[TracedValue]) -> bytearray:
         marks = bytearray(len(self.values))
@@ -330,16 +325,8 @@ class Graph:
 
     @staticmethod
     def _search(value: TracedValue, origin: int) -> bool:
-        seen: set[int] = set()
-        waiting = [value]
-        while waiting:
-            for parent in waiting.pop().parents:
-                if parent.number == origin:
-                    return True
-                if parent.number > origin and parent.number not in seen:
-                    seen.add(parent.number)
-                    waiting.append(parent)
-        return False
+        later = walk([value], lambda of: (p for p in of.parents if p.number >= origin))
+        return any(of.number == origin for of in later)
 
     def call(self, value: TracedValue) -> ModuleCall:
         """The call in which a value was made; what is made before the model is called has one of its own."""
@@ -356,15 +343,6 @@ class Graph:
             found.append(call)
             call = self.calls[call].parent
         return found[::-1]
-
-    def made_in(self, call: int) -> range:
-        """The numbers of the values from the first to the last that was made in a call, and in those within it."""
-        if not self._within:
-            for value in self.values:
-                for of in self.stack(value):
-                    begin = self._within[of].start if of in self._within else value.number
-                    self._within[of] = range(begin, value.number + 1)
-        return self._within.get(call, range(0))
 
     def place(self, value: TracedValue) -> ValuePlace:
         """Where a later forward makes a value again."""
@@ -469,17 +447,12 @@ class Graph:
         return value.held is not None or value.number in self._made
 
     def _to_make(self, value: TracedValue) -> list[TracedValue]:
-        needed: dict[int, TracedValue] = {}
-        waiting = [value]
-        while waiting:
-            of = waiting.pop()
-            if self._is_there(of) or of.number in needed:
-                continue
+        def made_of(of: TracedValue) -> list[TracedValue]:
             if not of.remade:
                 raise ReadingError(f"the value of {of!r} was not kept")
-            needed[of.number] = of
-            waiting += of.parents
-        return [needed[number] for number in sorted(needed)]
+            return [parent for parent in of.parents if not self._is_there(parent)]
+
+        return sorted(walk([value], made_of), key=lambda of: of.number)
 
     @staticmethod
     def run(value: TracedValue, operand: Callable[[TracedValue], Any], args: Any = None) -> torch.Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -114,14 +114,11 @@ class Memory:
 
     def back(self, ends: Collection[TracedValue], stop: Collection[int] = ()) -> set[int]:
         """The values of the memory that come into some of its values, after those with numbers in ``stop``."""
-        found: set[int] = set()
-        waiting = list(ends)
-        while waiting:
-            value = waiting.pop()
-            if value.number not in found and value.number not in stop:
-                found.add(value.number)
-                waiting += self.inside(value)
-        return found
+
+        def counted(values: Iterable[TracedValue]) -> list[TracedValue]:
+            return [value for value in values if value.number not in stop]
+
+        return {v.number for v in walk(counted(ends), lambda value: counted(self.inside(value)))}
 
     def is_whole(self, value: TracedValue) -> bool:
         """Whether a value has every token and feature of the memory, or as many as the first state of one that grows."""
@@ -335,20 +332,12 @@ def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
     for number in sorted(memory.trunk):  # as where a block subtracts what it took from what it gives
         taken = memory.inside(memory.graph.values[number])
         sums = [value for value in taken if value.number in everything]
-        begins = {value.number for value in taken if value.number not in everything}
-        if sums and begins <= {value.number for value in _begins(memory, sums, everything)}:
+        inside = walk(sums, lambda value: (p for p in memory.inside(value) if p.number in everything))
+        begins = {before.number for value in inside for before in memory.inside(value)} - everything
+        if sums and {value.number for value in taken} - everything <= begins:
             everything.add(number)
     start = replace(memory.start, banned=memory.start.banned | frozenset(everything))
     return without_forks(memory.graph, start)
-
-
-def _begins(memory: Memory, sums: list[TracedValue], inner: Collection[int]) -> list[TracedValue]:
-    """The values with which some sums inside of blocks begin."""
-    waiting, found = list(sums), list[TracedValue]()
-    while waiting:
-        for value in memory.inside(waiting.pop()):
-            (waiting if value.number in inner else found).append(value)
-    return found
 
 
 def _is_fork(memory: Memory, value: TracedValue) -> bool:

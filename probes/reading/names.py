@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise, takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.graph import TracedValue, container_of
+from depthscope.probes.reading.graph import TracedValue, container_of, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
 
+Part = TypeVar("Part", int, str)
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn?\b|feed|expert|moe|dense|fc\b", re.IGNORECASE)
 
@@ -31,7 +32,9 @@ class BranchNames:
         self._shared = Counter(call for stack in self._stacks for call in stack)
         self._units = [self._unit(inside) for inside in self._insides]
         self._calls = [self._own_calls(number) for number in range(len(branches))]
-        self.paths = [self._path(number) for number in range(len(branches))]
+        # The outermost module call whose work each branch is; where no module is called, the owner of its first parameter.
+        outermost = [self.graph.calls[calls[0]].path for calls in self._calls]
+        self.paths = [path or self._parameter_path(number) for number, path in enumerate(outermost)]
         self.layers: list[int] = []
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
@@ -39,33 +42,24 @@ class BranchNames:
 
     def _inside(self, branch: Branch) -> list[TracedValue]:
         """The operations of a branch."""
-        reads = {read.number for read in branch.reads}
-        found: dict[int, TracedValue] = {}
-        waiting = [branch.source]
-        while waiting:
-            value = waiting.pop()
-            if (
-                value.number in found
-                or value.number in reads
-                or not self.graph.depends(value, self.memory.root)
-            ):
-                continue
-            if self.memory.holds(value) and value is not branch.source:
-                continue
-            found[value.number] = value
-            waiting += value.parents
-        return [found[number] for number in sorted(found, reverse=True)]
+        memory, later, reads = self.memory, self.graph.later(self.memory.root), set(branch.reads)
+
+        def before(value: TracedValue) -> Iterator[TracedValue]:
+            return (p for p in value.parents if later[p.number] and p not in reads and not memory.holds(p))
+
+        starts = [] if branch.source in reads else [branch.source]
+        return sorted(walk(starts, before), key=lambda value: -value.number)
 
     def _common_call(self) -> list[int]:
         """The module calls that contain all branches, but for a few that lie in no block with a number."""
         stacks = [self.graph.stack(v) for inside in self._insides for v in inside[:1]]
-        common = _shared_start(stacks)
+        common = shared_start(stacks)
         numbered = [stack for stack in stacks if any(self.graph.calls[c].container for c in stack)]
         if 4 * len(numbered) >= 3 * len(stacks) > 3:
-            common = max(common, _shared_start(numbered), key=len)
+            common = max(common, shared_start(numbered), key=len)
         if len(self.branches) == 1:  # the block is the call in which its output is added
             writes = self.graph.stack(self.branches[0].writes[0])
-            common = [a for a, b in zip(common, writes, strict=False) if a == b]
+            common = shared_start([common, writes])
             common = common[:-1] if len(common) > 1 else common
         return common
 
@@ -133,17 +127,11 @@ class BranchNames:
         if unit is not None:  # before it may lie the work of other branches, as of another track
             stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
         stacks = stacks or [self.graph.stack(self.branches[number].source)]
-        common = stacks[0]
-        for stack in stacks[1:]:
-            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        common = shared_start(stacks)
         # Those that contain no other branch.
         mine = self._stacks[number]
         own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
         return own or common[-1:] or [0]
-
-    def _path(self, number: int) -> str:
-        """The outermost module call whose work a branch is."""
-        return self.graph.calls[self._calls[number][0]].path or self._parameter_path(number)
 
     def _parameter_path(self, number: int) -> str:
         """Where no module is called: the owner of the branch's first parameter."""
@@ -186,7 +174,8 @@ class BranchNames:
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
         alone = path if unit is not None and self.graph.modules.get(path) in self._numbered_classes else ""
-        return Key((), call if self._is_repeated(unit) else unit or 0, alone)
+        is_repeated = unit is not None and self.graph.calls[unit].path in self._repeated
+        return Key((), call if is_repeated else unit or 0, alone)
 
     @cached_property
     def _numbered_classes(self) -> set[str | None]:
@@ -223,9 +212,6 @@ class BranchNames:
                     members.setdefault(name, []).append(kind)
         return found
 
-    def _is_repeated(self, unit: int | None) -> bool:
-        return unit is not None and self.graph.calls[unit].path in self._repeated
-
     def key_of_root(self) -> Key | None:
         """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
         stack = self.graph.stack(self.memory.root)
@@ -237,10 +223,10 @@ class BranchNames:
         return key if key.container == like.container and key.digits and key.digits != like.digits else None
 
 
-def _shared_start(stacks: Sequence[list[int]]) -> list[int]:
-    """The calls with which all stacks begin."""
+def shared_start(stacks: Sequence[list[Part]]) -> list[Part]:
+    """The calls with which all stacks begin, or the parts of some paths."""
     levels = zip(*stacks, strict=False)
-    return [calls[0] for calls in takewhile(lambda calls: len(set(calls)) == 1, levels)]
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
 
 
 def kind_of(path: str, modules: Mapping[str, str]) -> str:
@@ -373,17 +359,12 @@ def _label(
     return layer, "post"
 
 
-def name_of(memory: Memory, names: BranchNames) -> str:
+def name_of(names: BranchNames) -> str:
     """What a memory is called: the container of its blocks, else the module around them."""
     paths = [path for path in names.paths if path]
     if not paths:
         return "model"
-    parts = [path.split(".") for path in paths]
-    common = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        common.append(column[0])
+    common = shared_start([path.split(".") for path in paths])
     while common and common[-1].isdigit():
         common.pop()
     return ".".join(common) or "model"

@@ -8,8 +8,11 @@ them are held. An element that is no part of the memory, such as padding, has th
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property, reduce, wraps
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -280,10 +283,7 @@ def joined(pieces: Sequence[Numbers], axis: int) -> Numbers | None:
 
 def _without(numbers: Numbers, axis: int) -> list[Numbers]:
     """The vectors of the other axes, each from its own largest number."""
-    found = [
-        Numbers((vector - vector.max(initial=0),)) for dim, vector in enumerate(numbers.axes) if dim != axis
-    ]
-    return found
+    return [Numbers((v - v.max(initial=0),)) for dim, v in enumerate(numbers.axes) if dim != axis]
 
 
 def _shift(piece: Numbers, first: Numbers, axis: int) -> int:
@@ -295,30 +295,14 @@ def _shift(piece: Numbers, first: Numbers, axis: int) -> int:
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Axes of one shape, and sizes of another, that hold the same elements."""
-    found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        group: list[int] = []
-        sizes: list[int] = []
-        have = want = 1
-        while True:
-            if have < want or (have == want and not group and not sizes and i < len(old)):
-                have *= old[i]
-                group.append(i)
-                i += 1
-            elif want < have or (not sizes and j < len(new)):
-                want *= new[j]
-                sizes.append(new[j])
-                j += 1
-            if have == want and (group or i >= len(old)) and (sizes or j >= len(new)):
-                break
-        if i >= len(old):
-            sizes += new[j:]
-            j = len(new)
-        if j >= len(new):
-            group += range(i, len(old))
-            i = len(old)
-        found.append((group, sizes))
+    if not old or not new:
+        return [(list(range(len(old))), list(new))]
+    products = [list(accumulate(shape, mul)) for shape in (old, new)]
+    found, i, j = list[tuple[list[int], list[int]]](), 0, 0
+    for product in sorted(set(products[0]) & set(products[1])):
+        to, end = (bisect_right(of, product) for of in products)
+        found.append((list(range(i, to)), list(new[j:end])))
+        i, j = to, end
     return found
 
 

@@ -83,6 +83,17 @@ def addends(value: TracedValue) -> list[TracedValue]:
     return [v for at in positions if at < len(value.args) for v in values_in(value.args[at])]
 
 
+def moved(graph: Graph, value: TracedValue) -> list[TracedValue]:
+    """What has the same elements as a value in another order: what it was made of by that, and what is made of it."""
+
+    def moves(before: TracedValue, after: TracedValue) -> bool:
+        alone = sum(parent.is_floating for parent in after.parents) == 1
+        return only_moves(after) and after.numel == before.numel and alone
+
+    takers = [taker for taker in graph.takers(value) if moves(value, taker)]
+    return [*(before for before in value.parents[:1] if moves(before, value)), *takers]
+
+
 def part_of(value: TracedValue) -> tuple[int, slice | int]:
     """Along which axis one of `PARTS` takes which places."""
     args, name = value.args, value.name

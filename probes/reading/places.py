@@ -65,19 +65,24 @@ class OperationPlaces:
             for name, tensor in table.items()
             if tensor is not None
         }
-        for number in sorted(needed):
-            value = graph.values[number]
-            if value.made_at is not None:
-                places.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
-            elif value.given_at is not None:
-                places.given[value.given_at] = value
-            elif value.held is not None and (id(value.held) in own or value.name in FILLS):
-                places.constant.append((value, value.held))
-                if id(value.held) in own:
-                    places.of_model.append(own[id(value.held)])
-            else:
+        for value in (graph.values[number] for number in sorted(needed)):
+            of_model = own.get(id(value.held))
+            if not places.add(value, is_constant=of_model is not None):
                 return None
+            places.of_model += [of_model] if of_model is not None and value.made_at is None else []
         return places
+
+    def add(self, value: TracedValue, *, is_constant: bool) -> bool:
+        """Note where a value is made, given or held; whether it has a place."""
+        if value.made_at is not None:
+            self.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
+        elif value.given_at is not None:
+            self.given[value.given_at] = value
+        elif value.held is not None and (is_constant or value.name in FILLS):
+            self.constant.append((value, value.held))
+        else:
+            return False
+        return True
 
     def fit(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> bool:
         """Whether a forward that begins should run the operations that are known."""

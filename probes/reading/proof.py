@@ -13,7 +13,7 @@ import torch
 from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.graph import TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -159,18 +159,12 @@ def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
     """Whether a read is made of a state alone: no other branch and no constant comes to it in between."""
     memory, cut = states.memory, {value.number for value in before}
-    seen: set[int] = set()
-    waiting = [read]
-    while waiting:
-        value = waiting.pop()
-        if value.number in cut or value.number in seen:
-            continue
-        seen.add(value.number)
-        inside = memory.inside(value)
-        if not inside or value.number in memory.writes or memory.adds_constant(value):
-            return False
-        waiting += inside
-    return True
+    starts = [read] if read.number not in cut else []
+    steps = walk(starts, lambda value: (p for p in memory.inside(value) if p.number not in cut))
+    return all(
+        memory.inside(step) and step.number not in memory.writes and not memory.adds_constant(step)
+        for step in steps
+    )
 
 
 def recomputed_depth(states: States, parts: DepthParts) -> float:

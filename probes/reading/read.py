@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
-from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
@@ -27,36 +25,12 @@ from depthscope.probes.reading.description import (
     NetworkReading,
     StateReading,
 )  # fmt: skip
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MATRICES, REDUCES
 from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
-from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
-
-
-def read_model(model: nn.Module, batch: Any) -> NetworkReading:
-    """The reading of one forward of a model, without gradients.
-
-    Parameters
-    ----------
-    model : Module
-        The model.
-    batch : object
-        What it is called with: a dict is passed as keywords, a tuple as positional arguments.
-
-    Returns
-    -------
-    NetworkReading
-    """
-    graph, _ = recorded(model, batch)
-    return read_graph(graph)
-
-
-def read_graph(graph: Graph) -> NetworkReading:
-    """The reading of a recorded forward."""
-    return Rereading(graph).reading
 
 
 class Rereading:
@@ -65,13 +39,14 @@ class Rereading:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        self._roots: list[ValuePlace] = []  # of the memories that later forwards are read for
         with torch.no_grad(), no_collection():
             self.reading = self._read()
 
     def _read(self) -> NetworkReading:
         if self.graph.error is not None:
-            return NetworkReading((), {}, f"the forward could not be recorded: {_reason(self.graph.error)}")
+            error = self.graph.error
+            why = str(error) if isinstance(error, ReadingError) else repr(error)
+            return NetworkReading((), {}, f"the forward could not be recorded: {why}")
         try:
             found, inside = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
@@ -87,38 +62,31 @@ class Rereading:
                 left_out[reader.name] = str(error)
         return NetworkReading(tuple(done), left_out, inside=tuple(_inside_of_branches(inside)))
 
-    def keep(self, memories: Sequence[MemoryReading]) -> None:
-        """Read these memories alone from now on, and let go of the first forward's tensors."""
-        roots = {memory.root for memory in memories}
-        self._readers = [reader for reader in self._readers if reader.memory.root.number in roots]
-        self._roots = [self.graph.place(reader.memory.root) for reader in self._readers]
+    def keep(self, memory: MemoryReading) -> None:
+        """Read this memory alone from now on, and let go of the first forward's tensors."""
+        self._readers = [next(of for of in self._readers if of.memory.root.number == memory.root)]
         self.reading = NetworkReading((), {})
         self.graph.let_go()
 
     @torch.no_grad()
-    def again(self, graph: Graph) -> list[MemoryReading]:
-        """The same memories in a later forward, whose tensors are held until `let_go`; in the order of `reading`.
+    def again(self, graph: Graph) -> MemoryReading:
+        """The memory that was kept in a later forward, whose tensors are held until `let_go`.
 
-        Raises ReadingError: Where these are not found again.
+        Raises ReadingError: Where it is not found again.
         """
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if graph is not self.graph and not self.graph.takes_over(graph):
-            other = Rereading(graph)
-            found = [of for of in other._readers if graph.place(of.memory.root) in self._roots]
-            if len(found) != len(self._roots):
+            other, wanted = Rereading(graph), self._readers[0].place
+            found = next((of for of in other._readers if of.place == wanted), None)
+            if found is None:
                 why = f": {other.reading.refused}" if other.reading.refused else ""
                 raise ReadingError(
-                    f"{len(found)} of {len(self._roots)} memories were found again in a later forward, whose operations are "
-                    f"others{why}"
+                    f"{self._readers[0].name} was not found again in a later forward, whose operations are others{why}"
                 )
-            self.graph, self._readers = graph, found
+            self.graph, self._readers = graph, [found]
         with no_collection():
-            return [reader.again() for reader in self._readers]
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, ReadingError) else repr(error)
+            return self._readers[0].again()
 
 
 def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
@@ -129,7 +97,7 @@ def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
         units = [names.unit(number) for number in range(len(names.branches))]
         blocks = tuple(dict.fromkeys(of.memory.graph.calls[unit].path for unit in units if unit is not None))
         if len(blocks) > 1:
-            yield InsideReading(name_of(of.memory, names), blocks, of.share)
+            yield InsideReading(name_of(names), blocks, of.share)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -160,7 +128,7 @@ class _Reader:
             None  # of the memory between blocks, where that inside of them is none of its states
         )
         self.names = BranchNames(memory, self.branches)
-        self.name = name_of(memory, self.names)
+        self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
     def again(self) -> MemoryReading:
         """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""
@@ -246,7 +214,7 @@ class _Reader:
         found = cuts_of(shorter, reader.branches, reader.names.layers)
         states = {value.number for cut in found.cuts for value in cut}
         is_plain = not found.over_depth and all(
-            _comes_from(shorter, branch.read, states) for branch in reader.branches
+            any(of.number in states for of in shorter.line(branch.read)) for branch in reader.branches
         )
         return reader if is_plain else None
 
@@ -312,7 +280,7 @@ class _Reader:
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
         found = MemoryReading(
             name=self.name,
-            states=tuple(self._states(cuts, over_depth)),
+            states=tuple(self._states(cuts)),
             connections=tuple(connections),
             num_streams=self.states.num_streams(cuts[-1]),
             over_depth=over_depth,
@@ -341,18 +309,14 @@ class _Reader:
         single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
-    def _states(self, cuts: Sequence[Cut], over_depth: bool) -> list[StateReading]:
+    def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
         sites = labels(self.names, cuts)
         cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
-            places = tuple(self.graph.place(value) for value in cut)
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            path = self.graph.path(cut[-1])
-            found.append(
-                StateReading(layer, site, path, places, numbers, carried, partial(self.states.held, cut))
-            )
+            found.append(StateReading(layer, site, numbers, carried, partial(self.states.held, cut)))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -365,22 +329,37 @@ class _Reader:
             parts["h_res_gate"] = of.h_res
         if of.constant is not None:
             parts["constant"] = of.constant
-        branches = tuple(self._branch(b.branch, self._with_input(b, _branch_arrays(b))) for b in of.branches)
+        branches = tuple(self._branch(b.branch, self._branch_parts(b)) for b in of.branches)
         return ConnectionReading(
             number, number + 1, parts, branches, tuple(of.functions), of.error, of.weighs
         )
 
-    def _with_input(self, of: BranchParts, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parts of a branch that reads several streams, with what it reads of them."""
-        several = (
-            "read" in parts or ("h_pre" in parts and parts["h_pre"].shape[-1] > 1) or "read_gate" in parts
+    def _branch_parts(self, of: BranchParts) -> dict[str, torch.Tensor]:
+        """The weights of a branch, what it gave, and what it reads of several streams."""
+        write, reads = of.write, of.reads  # (tokens, streams, streams of the branch, features or 1)
+        is_gate = write.shape[1:3] == (1, 1)
+        found = (
+            {"branch_gate": write[:, 0, 0] if is_gate else write}
+            if write.shape[-1] > 1
+            else {"write": write[..., 0]}
         )
-        reads = [read for read, _ in of.reads if self.memory.is_whole(read)]
-        if several and reads:
-            parts["in"] = torch.cat(
-                [self.states.array([read]) for read in (reads if "read" in parts else reads[-1:])], 1
-            )
-        return parts
+        found["out"] = of.out
+        # Of all streams, read at once; otherwise what comes last is read of what came before.
+        mixtures = len(reads) > 1 and all(matrix.shape[1] == 1 for _, matrix in reads)
+        together = (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for _, matrix in reads)
+        matrices = [matrix for _, matrix in (reads if together else reads[-1:])]
+        if not matrices:
+            return found
+        if matrices[-1].shape[-1] > 1:
+            found["read_gate"] = matrices[-1]
+        else:
+            found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
+        is_one = not together and matrices[-1].shape[1] == 1
+        whole = [read for read, _ in reads if self.memory.is_whole(read)]
+        if whole and ("read_gate" in found or not is_one or matrices[-1].shape[2] > 1):
+            taken = whole[-1:] if is_one or "read_gate" in found else whole
+            found["in"] = torch.cat([self.states.array([read]) for read in taken], 1)
+        return found
 
     def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
         number = self._numbers[branch.source.number]
@@ -389,7 +368,7 @@ class _Reader:
         unit = self.names.unit(number)
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            self.graph.place(branch.source), reads, -1 if unit is None else unit, branch.way(),
+            reads, -1 if unit is None else unit, branch.way(),
             tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
         )  # fmt: skip
 
@@ -422,8 +401,7 @@ class _Reader:
             branch.reads_before_norms = [earlier.get(read, read) for read in branch.reads_before_norms]
             branch.read = earlier.get(branch.read, branch.read)
         parts = self.linear.over_depth(self.branches, values)
-        _begin_with_constant(parts)
-        _scale_first_source(parts)
+        _begin_with_first_state(parts)
         first = self._read_state(self.branches[0]) if by_read else parts.states[0]
         if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
             parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
@@ -502,7 +480,8 @@ class _Reader:
         for k in new:
             own = weights(parts.weights[after.number][:, k + 1])
             out = parts.sources[k + 1].unsqueeze(1)
-            written = {"branch_gate" if own.shape[-1] > 1 else "h_post": own, "out": out}
+            written = {"branch_gate": own} if own.shape[-1] > 1 else {"write": own.unsqueeze(-1)}
+            written["out"] = out
             mixtures = self.linear.mixtures(self.branches[k])
             if len(mixtures) > 1:
                 rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)
@@ -529,72 +508,30 @@ class _Reader:
         return [*found, last] if len(set(found)) == len(found) else []
 
 
-def _comes_from(memory: Memory, value: TracedValue, states: Collection[int]) -> bool:
-    """Whether a value is carried from one state alone."""
-    return any(of.number in states for of in memory.line(value))
-
-
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Weights of sources under a name, or under that of a gate where they differ along the features."""
     return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
 
 
-def _scale_first_source(parts: DepthParts) -> None:
-    """Take the first state for the first source: the scale of what it was made of is no weight then."""
-    first = parts.states[0]
-    scale = parts.weights[first.number][:, 0].clone()
-    if bool((scale == 0).any()) or bool((parts.weights[first.number][:, 1:] != 0).any()):
-        return
-    parts.sources[0] = parts.sources[0] * scale
-    for number, of in parts.weights.items():
-        own = of[:, 0] / scale
-        scaled = torch.cat([own.unsqueeze(1), of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
-        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
+def _begin_with_first_state(parts: DepthParts) -> None:
+    """Take the first state for the first source: the scale of what it was made of is no weight then.
 
-
-def _begin_with_constant(parts: DepthParts) -> None:
-    """Take what is added to the first value, as positions are, for a part of that, where every sum has both by one weight."""
+    What is added to that, as positions are, is a part of it where every sum has both by one weight.
+    """
     first = parts.states[0].number
-    added, own = parts.constants.get(first), parts.weights[first][:, 0]
-    if added is None or bool((own == 0).any()):
+    scale, added = parts.weights[first][:, 0].clone(), parts.constants.get(first)
+    if bool((scale == 0).any()) or bool((parts.weights[first][:, 1:] != 0).any()):
         return
-    ratios = {number: parts.weights[number][:, 0] / own for number in parts.constants}
-    scale = float(added.abs().max())
-    if all(
-        bool(
-            (
-                (constant - ratios[number] * added).abs() <= 1e-5 * scale * ratios[number].abs().clamp_min(1)
-            ).all()
-        )
-        for number, constant in parts.constants.items()
-    ) and len(parts.constants) == sum(bool((of[:, 0] != 0).any()) for of in parts.weights.values()):
-        parts.sources[0] = parts.sources[0] * own + added
-        for number, ratio in list(ratios.items()):
-            parts.weights[number][:, 0] = ratio
-        for number, weights_of in parts.weights.items():
-            if number not in ratios:
-                weights_of[:, 0] = weights_of[:, 0] / own
-        parts.constants.clear()
-
-
-def _branch_arrays(of: BranchParts) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    write = of.write  # (tokens, streams, streams of the branch, features or 1)
-    if write.shape[-1] > 1:
-        found["branch_gate"] = write[:, 0, 0] if write.shape[1:3] == (1, 1) else write
-    elif write.shape[2] == 1:
-        found["h_post"] = write[:, :, 0, 0]
-    else:
-        found["write"] = write[..., 0]
-    found["out"] = of.out
-    matrices = [matrix for _, matrix in of.reads]
-    mixtures = len(matrices) > 1 and all(
-        matrix.shape[1] == 1 for matrix in matrices
-    )  # of all streams, read at once
-    if (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for matrix in matrices):
-        found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
-    elif matrices and matrices[-1].shape[-1] > 1:
-        found["read_gate"] = matrices[-1]
-    elif matrices:
-        found["h_pre" if matrices[-1].shape[1] == 1 else "read"] = matrices[-1].squeeze(-1).squeeze(1)
-    return found
+    ratios = {number: of[:, 0] / scale for number, of in parts.weights.items()}
+    parts.sources[0] = parts.sources[0] * scale
+    if added is not None and len(parts.constants) == sum(bool((of != 0).any()) for of in ratios.values()):
+        largest = float(added.abs().max())
+        pairs = [(ratios[number], constant) for number, constant in parts.constants.items()]
+        apart = [((of - r * added).abs(), 1e-5 * largest * r.abs().clamp_min(1)) for r, of in pairs]
+        if all(bool((error <= allowed).all()) for error, allowed in apart):
+            parts.sources[0] = parts.sources[0] + added
+            parts.constants.clear()
+    for number, of in parts.weights.items():
+        own = ratios[number].unsqueeze(1)
+        scaled = torch.cat([own, of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
+        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature

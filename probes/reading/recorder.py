@@ -174,7 +174,8 @@ class GraphRecorder(TorchDispatchMode):
         self._hold_shown(path, tensors)
         if path in self._numbered:
             self.graph.handed_on |= {self.value_of(tensor).number for tensor in tensors_of(output)}
-        self._stack.pop()
+        call = self._stack.pop()
+        self.graph.made_in[call] = range(self._begins[call][0], len(self.graph.values))
         self._running.pop()
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -215,13 +216,21 @@ class GraphRecorder(TorchDispatchMode):
         if entry is not None and not self._writes and entry() is tensor and entry.value.kind != CONSTANT:
             return entry.value  # as nearly always
         tensor = own_part(tensor)
-        entry = self._entries.get(id(tensor))
-        if entry is not None and entry() is not tensor:  # of a tensor that is gone
-            entry = None
+        entry = self._entry(tensor)
         value = self._current(tensor, entry) if entry is None or self._writes else entry.value
         if value.kind == CONSTANT and tensor.grad_fn is not None:  # computed by what is no operation
             return self._unseen(tensor)
         return value
+
+    def _entry(self, tensor: torch.Tensor) -> TensorEntry | None:
+        """What is noted of a tensor; None of one that was not met, also where one that is gone had its identity."""
+        entry = self._entries.get(id(tensor))
+        return entry if entry is not None and entry() is tensor else None
+
+    def _order(self, name: str) -> int:
+        """How many operations of a name ran before in the call that is running."""
+        order = self._orders[self._stack[-1], name] = self._orders.get((self._stack[-1], name), -1) + 1
+        return order
 
     def _current(self, tensor: torch.Tensor, entry: TensorEntry | None) -> TracedValue:
         """The value of a tensor that was not met before, or whose memory may have been written."""
@@ -274,10 +283,8 @@ class GraphRecorder(TorchDispatchMode):
                 entry.value = new
                 continue
             old = entry.value
-            key = (self._stack[-1], "patch")
-            order = self._orders[key] = self._orders.get(key, -1) + 1
             entry.value = self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor)
-            entry.value.geometry, entry.value.order = own, order
+            entry.value.geometry, entry.value.order = own, self._order("patch")
             entry.value.remade = Graph.is_kept(old) and Graph.is_kept(new)
         entry.writes = len(writes)
         self._hold(tensor, entry.value)
@@ -379,7 +386,9 @@ class GraphRecorder(TorchDispatchMode):
         operations.append(func)
         first = len(self.graph.values)
         if taken[0].is_foreign and not taken[0].mutates:
-            taken = self._as_sum(taken, args, kwargs, result)
+            factors = factors_of_sum(func, args, kwargs, result)
+            if factors is not None:
+                taken = self._sum([args[n] for n in factors], list(factors.values()), [])
         if taken[0].mutates:
             self.note(*taken, (result, *taken[-1]))
         else:
@@ -426,17 +435,12 @@ class GraphRecorder(TorchDispatchMode):
     def _find_unseen(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note the tensors that were computed since the last operation, by what is no operation."""
         for tensor in tensors:
-            entry = self._entries.get(id(tensor))
-            if (
-                entry is not None
-                and entry() is tensor
-                and not entry.value.alias
-                and entry.value.name not in EMPTY
-            ):
+            entry = self._entry(tensor)
+            if entry is not None and not entry.value.alias and entry.value.name not in EMPTY:
                 continue
             tensor = own_part(tensor)
-            entry = self._entries.get(id(tensor))
-            if entry is None or entry() is not tensor:
+            entry = self._entry(tensor)
+            if entry is None:
                 is_unseen = tensor.grad_fn is not None and id(tensor) not in self._given
             else:
                 is_unseen = is_unwritten(entry.value)
@@ -451,10 +455,9 @@ class GraphRecorder(TorchDispatchMode):
         taken = {parent.number for value in made for parent in value.parents}
         parents = [values[number] for number in inputs]
         parents += [value for value in made if value.number not in taken and not value.kind]
-        order = self._orders[call, UNSEEN] = self._orders.get((call, UNSEEN), -1) + 1
         parents = parents or [value for value in values if value.kind == INPUT]
         value = self._new(UNSEEN, None, (), {}, tuple(dict.fromkeys(parents)), tensor)
-        value.order, value.geometry = order, geometry(tensor)
+        value.order, value.geometry = self._order(UNSEEN), geometry(tensor)
         self.enter_value(tensor, value)
         return value
 
@@ -484,11 +487,6 @@ class GraphRecorder(TorchDispatchMode):
             terms.append(term)
         return ADD, terms, {}, terms, targets
 
-    def _as_sum(self, taken: _Taken, args: Any, kwargs: Any, result: Any) -> _Taken:
-        """An operation of a library, as the sum that it turns out to be."""
-        found = factors_of_sum(taken[0].func, args, kwargs, result)
-        return taken if found is None else self._sum([args[n] for n in found], list(found.values()), [])
-
     def note(
         self,
         operation: KnownOperation,
@@ -506,9 +504,7 @@ class GraphRecorder(TorchDispatchMode):
             if values:
                 self.enter_value(result, values[-1])
             return
-        key = (self._stack[-1], operation.name)
-        order = self._orders[key] = self._orders.get(key, -1) + 1
-        func = operation.func
+        order, func = self._order(operation.name), operation.func
         if operation.name == "native_dropout":
             func, found = dropped, [found[0], self._mask(operation, order, result[1]), 1 / (1 - found[1])]
             values, result = found[:2], result[0]

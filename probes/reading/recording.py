@@ -1,4 +1,4 @@
-"""The recorder around one forward of a model: its graph, and what the model returned."""
+"""A recorder around one forward of a model, whose calls it is told by hooks of torch on all modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as hooked
 
-from depthscope.probes.reading.graph import Graph, tensors_of
 from depthscope.probes.reading.recorder import GraphRecorder
 
 
@@ -38,12 +37,3 @@ def recording(recorder: GraphRecorder) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
-
-
-def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
-    """The values of one forward; a dict is passed as keywords, a tuple as positional arguments."""
-    recorder = GraphRecorder(model, list(tensors_of(batch)))
-    with recording(recorder):
-        args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-        output = model(*args, **(batch if isinstance(batch, dict) else {}))
-    return recorder.end(output), output

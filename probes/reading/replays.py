@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from depthscope.probes.reading.graph import ReadingError, TracedValue, names, values_in
+from depthscope.probes.reading.graph import ReadingError, TracedValue, names, values_in, walk
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -101,14 +101,12 @@ class Replays:
     def between(self, targets: Sequence[TracedValue], begins: Collection[int]) -> list[TracedValue]:
         """The steps that lead to some values from those with some numbers, in order."""
         first = min(begins)
-        needed: dict[int, TracedValue] = {}
-        waiting = list(targets)
-        while waiting:
-            value = waiting.pop()
-            if value.number not in begins and value.number not in needed and value.number > first:
-                needed[value.number] = value
-                waiting += self._taken(value)
-        return [needed[number] for number in sorted(needed)]
+
+        def steps(values: Iterable[TracedValue]) -> list[TracedValue]:
+            return [value for value in values if value.number > first and value.number not in begins]
+
+        found = walk(steps(targets), lambda value: steps(self._taken(value)))
+        return sorted(found, key=lambda value: value.number)
 
     def _taken(self, value: TracedValue) -> list[TracedValue]:
         """What a step takes of the memory, and of branches that are written into it."""

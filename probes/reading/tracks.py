@@ -1,50 +1,41 @@
-"""Where do memories that begin with one value part? Tracks that are never mixed again are memories of their own."""
+"""Which parts of a memory are memories of their own? Tracks that are never mixed again, a part of the depth with streams."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
+from depthscope.probes.reading.operations import MOST_STREAMS
 
 
 def tracks(memory: Memory) -> list[Memory]:
-    """The memory, or one for each track where several begin with one value and are never mixed, as in reversible blocks."""
-    branches = branches_of(memory)
-    if memory.carried[memory.root.number].count > memory.count:
-        return [memory]  # which begins with several streams, each of which may be a track
-    last = max((write.number for branch in branches for write in branch.writes), default=0)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {memory.root.number}
-    values, track = memory.graph.values, _Tracks()
-    for number in sorted(n for n in relevant if n <= last):
-        track.join(number, [p.number for p in memory.inside(values[number])])
-    if any(len({track.of(w.number) for w in b.writes if w.number in track}) > 1 for b in branches):
-        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
-    writes: dict[int, set[int]] = {}
-    for number in track:
-        writes.setdefault(track.of(number), set()).update({number} & memory.writes.keys())
-    if len(writes) < 2 or any(len(of) < 2 for of in writes.values()):
-        return _with_side_tracks(memory, relevant, last)
-    merges = {
-        n
-        for n in memory.trunk
-        if n > last and len({track.of(p.number) for p in memory.inside(values[n]) if p.number in track}) > 1
-    }
-    everything = merges.union(*writes.values())
-    return [without_inner(memory, everything - of) for of in writes.values()]
-
-
-def _with_side_tracks(memory: Memory, relevant: set[int], last: int) -> list[Memory]:
-    """The memory, and those that leave it for good at a later value, as a head of blocks of its own does.
+    """The memory, or one for each way on which it goes on for good from one value: reversible blocks, a head of blocks.
 
     Where values are joined before the last write nothing is taken apart: what leaves comes back there.
     """
-    values = memory.graph.values
+    branches, values, root = branches_of(memory), memory.graph.values, memory.root
+    if memory.carried[root.number].count > memory.count:
+        return [memory]  # which begins with several streams, each of which may be a track
+    last = max((write.number for branch in branches for write in branch.writes), default=0)
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {root.number}
     inside = {n: [p.number for p in memory.inside(values[n])] for n in sorted(relevant) if n <= last}
     if any(len(parents) > 1 for parents in inside.values()):
         return [memory]
+    forks = ((of, ways) for of, ways in _forks(memory, inside) if values[of].shape == root.shape)
+    number, ways = next(forks, (root.number, []))
+    if any(sum(not way.isdisjoint(w.number for w in b.writes) for way in ways) > 1 for b in branches):
+        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
+    return _parted(memory, values[number], ways, last) if ways else [memory]
+
+
+def _forks(memory: Memory, inside: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[set[int]]]]:
+    """The values that go on in several ways, each with some writes, and the writes of each way; the first value first.
+
+    ``inside``: of which value each is carried.
+    """
     takers: dict[int, list[int]] = {memory.root.number: []}
     writes: dict[int, set[int]] = {}  # of a value and of all that is carried from it
     for number, parents in inside.items():
@@ -56,9 +47,8 @@ def _with_side_tracks(memory: Memory, relevant: set[int], last: int) -> list[Mem
         writes[number] = own.union(*(writes[taker] for taker in takers[number]))
     for number in sorted(takers):
         ways = [writes[taker] for taker in takers[number] if len(writes[taker]) > 1]
-        if len(ways) > 1 and values[number].shape == memory.root.shape:
-            return _parted(memory, values[number], ways, last)
-    return [memory]
+        if len(ways) > 1:
+            yield number, ways
 
 
 def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) -> list[Memory]:
@@ -71,7 +61,7 @@ def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) 
     ways.sort(key=lambda way: (_container(graph, min(way)) in containers, len(way)), reverse=True)
     merges = {n for n in memory.trunk if n > last and len(memory.inside(graph.values[n])) > 1}
     main = without_inner(memory, merges | (written - ways[0]))
-    start = replace(start_of(fork), functions=memory.start.functions)
+    start = memory.start if fork is memory.root else replace(start_of(fork), functions=memory.start.functions)
     sides = [
         without_forks(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
         for way in ways[1:]
@@ -87,18 +77,63 @@ def _container(graph: Graph, number: int) -> str:
     return ".".join(parts[:-1])
 
 
-class _Tracks(dict[int, int]):
-    """Values by the first one of those with which they are joined; of each, one that is nearer to that."""
+def with_streams_apart(memory: Memory) -> list[Memory]:
+    """The memory, or its part with streams, which comes first, and the parts with plain blocks before and after that.
 
-    def of(self, number: int) -> int:
-        """The first value of the track of another one."""
-        while self[number] != number:
-            self[number] = self[self[number]]
-            number = self[number]
-        return number
+    Everything goes through the value that begins a part, and branches between the first and the last value with streams read
+    one stream's worth of them. What is expanded again and again, as inside of each block, has no such part.
+    """
+    found = _wide_part(memory)
+    if found is None:
+        return [memory]
+    graph, start, (first, merged) = memory.graph, memory.start, found
+    end = frozenset() if merged is None else frozenset({merged.number})
+    wide = replace(start, root=first, numbers=memory.carried[first.number], banned=start.banned | end)
+    starts = [wide, replace(start, banned=start.banned | {first.number})]
+    if merged is not None:
+        starts.append(replace(start_of(merged), functions=start.functions, banned=start.banned))
+    parts = [without_forks(graph, of) for of in starts]
+    return (
+        [part for part in parts if part.num_writes and branches_of(part)]
+        if branches_of(parts[0])
+        else [memory]
+    )
 
-    def join(self, number: int, parents: Sequence[int]) -> None:
-        """Note a value that was made of some: all of their tracks are one from now on."""
-        of = [self.of(parent) for parent in parents if parent in self]
-        self[number] = min(of, default=number)
-        self |= dict.fromkeys(of, self[number])
+
+def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
+    """The first value with streams, and the one into which they are merged; None where a memory has no such part."""
+    passages = list(_passages(memory))
+    sizes = [memory.carried[value.number].count for value in passages]
+    wide = [at for at, size in enumerate(sizes) if size > memory.count]
+    if not wide or sizes[0] != memory.count or set(sizes) != {memory.count, sizes[wide[0]]}:
+        return None
+    if sizes[wide[0]] % memory.count or sizes[wide[0]] > MOST_STREAMS * memory.count:
+        return None
+    first = wide[0]
+    after = next((at for at, size in enumerate(sizes) if at > first and size == memory.count), None)
+    is_spread = memory.depth[passages[first].number] == memory.depth[passages[first - 1].number]
+    if not is_spread or (after is not None and after < wide[-1]):
+        return None  # a history holds what branches gave in between
+    merged = None if after is None else passages[after]
+    until = memory.end.number + 1 if merged is None else merged.number
+    depths = [memory.depth[of.number] for of in (passages[first], merged or memory.end, memory.end)]
+    if not depths[0] and depths[1] == depths[2]:
+        return None  # streams from the first block to the last one
+    inside = [
+        branch for branch in branches_of(memory) if passages[first].number < branch.source.number < until
+    ]
+    reads = [memory.carried[branch.read.number].count for branch in inside]
+    return (passages[first], merged) if len(inside) > 1 and set(reads) == {memory.count} else None
+
+
+def _passages(memory: Memory) -> Iterator[TracedValue]:
+    """The values of the trunk through which everything goes, in their order: no step leads past them."""
+    furthest = -1
+    values, reach = memory.graph.values, dict[int, int]()
+    for number in sorted(memory.trunk):
+        for parent in memory.inside(values[number]):
+            reach[parent.number] = number
+    for number in sorted(memory.trunk):
+        if furthest <= number:
+            yield values[number]
+        furthest = max(furthest, reach.get(number, number))

@@ -37,7 +37,7 @@ def run_attributes(
     stamp = weights_stamp(session.model) if digests else 0
     unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     parameters = all_parameters(session.model)
-    constraint = constraint_of(evidence)
+    constraint, layouts = constraint_of(evidence), [chain.layout for chain in structure.chains]
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
         # By what the matrices are measured to satisfy, at these weights and on these tokens.
@@ -46,8 +46,8 @@ def run_attributes(
         "proof": run_proof(structure.chains, evidence) or None,
         "not_covered": [part.as_dict() for part in structure.not_covered] or None,
         "n_streams": structure.num_streams,
-        "layout": structure.layouts[0],
-        "layouts": list(structure.layouts) if len(set(structure.layouts)) > 1 else None,
+        "layout": layouts[0],
+        "layouts": layouts if len(set(layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max(errors, default=None),
         "reconstruction_tolerance": tolerance(precision) if evidence.proofs else None,

@@ -10,8 +10,13 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import DepthWeights, Parts, relative_error, tolerance
-from depthscope.probes.connections.family import ReconstructionError
+from depthscope.probes.connections.coefficients import (
+    DepthWeights,
+    Parts,
+    ReconstructionError,
+    relative_error,
+    tolerance,
+)
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables

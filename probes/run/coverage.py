@@ -120,8 +120,7 @@ def state_name(chain: Chain, depth: int) -> str:
 
 def _call_name(point: HookPoint) -> str:
     """The call that shows a state, such as ``model.layers.0 (output)``."""
-    path = point.path if point.method == "forward" else f"{point.path}.{point.method}"
-    return f"{path} ({point.at})"
+    return f"{point.path} ({point.at})"
 
 
 def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
@@ -201,11 +200,11 @@ def _connection_variables(
         yield "branch_in", SEVERAL_SUMS if connection.style == DEPTH and _reads_several_sums(session) else ""
         yield "branch_out", ""
         return
-    parts, site = evidence.joints[number].parts, session.structure.sites[number]
+    parts, read = evidence.joints[number].parts, session.structure.read
     one_view = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1
     several_views = "" if one_view else "several branch inputs: see read and write"
     gated = "read by gates per feature: no scalar weights exist" if parts.read is None else ""
-    yield "h_res", "" if site.mixes else "nothing mixes: the identity"
+    yield "h_res", "" if read is not None and read.mixes else "nothing mixes: the identity"
     yield "h_pre", gated or several_views
     yield "h_post", several_views
     yield "branch_in", ""

@@ -86,7 +86,7 @@ def trace_dataset(
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
-    kept = [selection.stores_connection(chain, chain.connections[position]) for position in within]
+    kept = [selection.stores_connection(chain.connections[position]) for position in within]
     stored = [i for i, is_kept in enumerate(kept) if is_kept]
     return trace.isel(connection=stored)
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from depthscope.probes.model.hooks import without_frames
-
-aten = torch.ops.aten
+from depthscope.probes.reading.graph import names
+from depthscope.probes.reading.known_operations import operation_of
 
 # A mask that is added is −∞, the smallest number of its type, or such as −10⁹; no logit of a network is near these.
 MASKED = -1e8
@@ -28,42 +28,22 @@ CHUNK = 2**24
 # Numbers of the queries and keys of a call that is measured with others at the end of the forward: 512 KB, which is held.
 SMALL = 2**17
 
-SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
+SOFTMAX = names("_softmax _safe_softmax")
+PRODUCTS = names("bmm baddbmm mm")
 # Through these the weights stay what they are, up to their type, shape, and what dropout takes away.
-PASSING = frozenset(
-    getattr(aten, name)
-    for name in (
-        *(
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "expand",
-            "clone",
-            "_to_copy",
-            "native_dropout",
-            "slice",
-            "alias",
-        ),
-        *("mul", "div", "where", "masked_fill", "nan_to_num", "unsqueeze", "squeeze", "detach"),
-    )
+PASSING = names(
+    "view _unsafe_view reshape expand clone _to_copy native_dropout slice alias mul div where masked_fill nan_to_num "
+    "unsqueeze squeeze detach"
 )
 FUSED = frozenset(
-    getattr(aten, name).default
+    f"_scaled_dot_product_{name}"
     for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
+        "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+        "fused_attention_overrideable",
     )
-    if hasattr(aten, name)
-)
+)  # fmt: skip
 # Whole layers in one operation, which torch uses where no gradient is wanted.
-CLOSED = frozenset(
-    getattr(aten, name).default
-    for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
-    if hasattr(aten, name)
-)
+CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 
 
 @dataclass(frozen=True)
@@ -142,19 +122,20 @@ class AttentionWatch:
             self._refuse(f"attention could not be read: {type(error).__name__}: {without_frames(error)}")
 
     def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if func in SOFTMAX:
+        name = operation_of(func).name
+        if name in SOFTMAX:
             self._begin(args, result)
-        elif func in FUSED:
+        elif name in FUSED:
             self._fused(func, args, kwargs, result[0])
-        elif func in CLOSED:
+        elif name in CLOSED:
             self._refuse("an operation that is a whole layer shows no weights: capture with gradients=True")
         elif self._waiting and args and isinstance(args[0], torch.Tensor):
             waiting = self._known(args[0])
             if waiting is None:
                 return
-            if func in (aten.bmm.default, aten.baddbmm.default, aten.mm.default):
+            if name in PRODUCTS:
                 self._multiplied(args[0], waiting, result)
-            elif func.overloadpacket in PASSING:
+            elif name in PASSING:
                 self._wait(result[0] if isinstance(result, (tuple, list)) else result, waiting)
 
     # --- weights that are a tensor

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.model.loss_graph import read_task
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.forward import own_calls
 
 RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
@@ -22,15 +23,11 @@ Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the numb
 
 def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
     """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
-    waiting, seen = list(start), set()
-    while waiting:
-        edge = waiting.pop()
-        if edge[0] is None or edge in seen:
-            continue
-        seen.add(edge)
-        yield edge
-        if edge not in until:
-            waiting.extend(edge[0].next_functions)
+
+    def behind(edges: Iterable[Edge]) -> list[Edge]:
+        return [edge for edge in edges if edge[0] is not None]
+
+    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
 
 
 def running_backward() -> list[Edge] | None:

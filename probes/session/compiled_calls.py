@@ -238,7 +238,7 @@ class CompiledCalls:
         if not self._is_users_call():
             return None
         if self._stack():
-            return MethodWatch(self._inside_of(None), _nothing)
+            return MethodWatch(self._inside_of(None), lambda output: None)
         second = self._measure(module, args, kwargs)
 
         def done(output: Any) -> None:
@@ -323,10 +323,6 @@ def _has_foreign_hook(parameter: torch.Tensor) -> bool:
     """Whether something of the user's runs when a gradient of a parameter is complete."""
     hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     return any(type(hook) is not Hook for hook in hooks.values())
-
-
-def _nothing(output: Any) -> None:
-    """Do nothing with the output of a call that is not measured."""
 
 
 def _advised(error: RuntimeError) -> Exception:

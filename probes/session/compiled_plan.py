@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.reading.graph import FILLS, OUTPUT, PARAMETER, Graph, TracedValue
+from depthscope.probes.reading.graph import OUTPUT, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.places import OperationPlaces
 from depthscope.probes.session.compiled_regions import Region, Wanted
 from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion
@@ -114,8 +114,9 @@ class Planner:
                 targets[value.number] = replace(targets.get(value.number, Target(value)), is_read=True)
             elif around is not None and value.kind == PARAMETER:
                 parameters.setdefault(self._key(*around), []).append((value, self._name(value, around[0])))
-            elif outside is not None:
-                self._add_outside(outside, value)
+            elif outside is not None and not outside.add(value, is_constant=value.kind == PARAMETER):
+                path = self._graph.path(value) or "the model"
+                raise CaptureError(f"a value of {path} is made by no operation")
         return CompiledPlan(self._graph, outside, self._parts(targets, parameters), tuple(points))
 
     def _states(self) -> tuple[dict[int, Target], list[ShownTensor]]:
@@ -181,16 +182,6 @@ class Planner:
                 call = self._graph.call_of(connection.branch_path, connection.branch_index)
                 if given is not None and self._region_of[call] is not None and given.made_at is not None:
                     yield Target(given, branch=(number, position))
-
-    def _add_outside(self, places: OperationPlaces, value: TracedValue) -> None:
-        if value.made_at is not None:
-            places.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
-        elif value.given_at is not None:
-            places.given[value.given_at] = value
-        elif value.held is not None and (value.kind == PARAMETER or value.name in FILLS):
-            places.constant.append((value, value.held))
-        else:
-            raise CaptureError(f"a value of {self._graph.path(value) or 'the model'} is made by no operation")
 
     def _parts(
         self,

@@ -40,13 +40,14 @@ class Wanted:
 class Region:
     """A module whose forward runs compiled.
 
-    ``entries``: the modules, each with the name of the attribute, whose compiled functions lead to it.
+    ``holder, name``: the module, and the name of its attribute, whose compiled function leads to it.
     ``context``: of torch's compiler, as the user called it.
     """
 
     path: str
     module: nn.Module
-    entries: list[tuple[nn.Module, str]]
+    holder: nn.Module
+    name: str
     context: Any
 
     @property
@@ -125,7 +126,7 @@ def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
             f"{path or 'the model'} is compiled as a whole, with modules inside of it that gather their weights "
             "(fully_shard); compile these, such as each block"
         )
-    return Region(path, module, [(compiled, name)], context)
+    return Region(path, module, compiled, name, context)
 
 
 def _context_of(function: Any) -> Any:
@@ -237,20 +238,19 @@ class Passages:
 
         Raises CaptureError: Where another probe does so already: the one that leaves first would restore what it found.
         """
-        holders = [(holder, name) for region in self._regions for holder, name in region.entries]
-        if any(isinstance(vars(holder)[name], partial) for holder, name in holders):
+        if any(isinstance(vars(region.holder)[region.name], partial) for region in self._regions):
             raise CaptureError(
                 "another recorder measures the same compiled model in this step; let them measure different ones"
             )
         for region in self._regions:
-            for holder, name in region.entries:
-                own = vars(holder)[name]
-                if holder is region.module and name == "forward":
-                    self._put(holder, name, partial(self._forward, region, own))
-                    continue
-                self._put(holder, name, partial(self._enter, holder, own, name))
-            if ("forward", region.module) not in [(name, holder) for holder, name in region.entries]:
-                self._put(region.module, "forward", partial(self._inside, region))
+            holder, name, inside = region.holder, region.name, partial(self._inside, region)
+            is_forward = holder is region.module and name == "forward"
+            around = holder._call_impl if name == COMPILED_CALL else holder._modules.get("_orig_mod")
+            self._put(
+                holder, name, partial(self._enter, vars(holder)[name], inside if is_forward else around)
+            )
+            if not is_forward:
+                self._put(region.module, "forward", inside)
 
     def _put(self, holder: nn.Module, name: str, function: Any) -> None:
         self._entries.append((holder, name, vars(holder).get(name)))
@@ -272,19 +272,12 @@ class Passages:
             for holder, name, _ in entries:
                 self._put(holder, name, self._functions[id(holder), name])
 
-    def _enter(self, holder: nn.Module, own: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_measured():
-            with self._as_it_was(), self._unseen():
-                return own(*args, **kwargs)
-        if name == COMPILED_CALL:
-            return holder._call_impl(*args, **kwargs)
-        return holder._modules["_orig_mod"](*args, **kwargs)
+    def _enter(self, own: Any, measured: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call of what is compiled: the user's own function, or what runs in its place where it is measured."""
+        if self._is_measured():
+            return measured(*args, **kwargs)
+        with self._as_it_was(), self._unseen():
+            return own(*args, **kwargs)
 
     def _inside(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         return self._run(region, args, kwargs)
-
-    def _forward(self, region: Region, own: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._is_measured():
-            return self._run(region, args, kwargs)
-        with self._as_it_was(), self._unseen():
-            return own(*args, **kwargs)

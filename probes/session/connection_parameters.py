@@ -27,14 +27,14 @@ class ConnectionParameters:
         own, listed = dict(model.named_parameters(remove_duplicate=False)), set[str]()
         for number, connection in enumerate(structure.connections):
             names = [name for name in connection.parameters if name in own and name not in listed]
-            chosen = {name: own[name] for name in names if self._is_small(number, own[name])}
+            chosen = {name: own[name] for name in names if self._is_small(own[name])}
             listed.update(chosen)  # what several connections share is listed once
             if chosen:
                 self._names[number] = tuple(chosen)
                 self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
 
-    def _is_small(self, number: int, parameter: nn.Parameter) -> bool:
-        n = self._structure.sites[number].num_streams
+    def _is_small(self, parameter: nn.Parameter) -> bool:
+        n = self._structure.num_streams
         width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
         widths = {width, width // n, width * n}
         return (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts
-from depthscope.probes.connections.family import Site, StreamConnectionError
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
 from depthscope.probes.model.modules import module_paths
@@ -27,7 +26,7 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
-from depthscope.probes.structure.chain import READ, Chain, ChainError, HookPoint
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
 from depthscope.probes.structure.missing_states import missing_state
 from depthscope.probes.structure.model_structure import Structure
@@ -41,7 +40,7 @@ from depthscope.probes.structure.named_blocks import (
     states_around,
 )
 from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, not_covered
-from depthscope.probes.structure.read_chains import ReadChain, read_chain, repeats_first
+from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repeats_first
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
@@ -51,15 +50,6 @@ from depthscope.probes.structure.tape import value_at
 
 class AxisError(RewrittenError):
     """The sequences of the first forward were counted along the wrong axis."""
-
-
-@dataclass(frozen=True)
-class FoundChain:
-    """A chain, the memories that it was read from, and its layout."""
-
-    chain: Chain
-    memories: tuple[MemoryReading, ...]
-    layout: str
 
 
 class StructureFinder:
@@ -77,7 +67,6 @@ class StructureFinder:
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
-        self._reads_features = False  # whether the weights with which branches read differ along the features
         self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
@@ -110,25 +99,22 @@ class StructureFinder:
             chains = tuple(
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
-        layouts = tuple(of.layout for of in found)
-        sites = self._sites(found[0])
-        named_streams = self._num_streams(chains[0], layouts[0], sites)
-        if not sites:
-            for chain, layout in zip(chains, layouts, strict=True):
-                _require_all_sequences(chain.shapes[0], layout, self.batch_size, named_streams)
-            chains = tuple(_with_asserted_streams(chain, named_streams) for chain in chains)
+        num_streams = self._num_streams(chains[0], found[0].memories)
+        if not chains[0].has_streams:
+            for chain in chains:
+                _require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
+            chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
             self._unread += filter(None, map(_without_gradients, chains))
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
-            _require_plain_tokens(chains, layouts, sites)
+            _require_plain_tokens(chains)
         # Where calls alone show the states, what the reading says of them.
         first = found[0].memories or self.memories
         return Structure(
             chains=chains,
-            layouts=layouts,
-            sites=sites,
-            named_streams=named_streams,
+            num_streams=num_streams,
+            fractions=self._fractions(found[0]),
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
@@ -154,11 +140,11 @@ class StructureFinder:
 
     # --- which memories
 
-    def _found(self) -> list[FoundChain]:
+    def _found(self) -> list[ReadChain]:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._named(self.options.blocks)
-        if self.options.chain is None and (calls := linked_calls(self.graph)) and self._are_more(calls):
+        if calls := self._linked():
             refused = f"unproven: {self.rereading.reading.refused}"
             try:
                 return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
@@ -180,7 +166,7 @@ class StructureFinder:
             return [self._weighed(first)]
         return self._with_names(self._plain_chains(taken))
 
-    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[FoundChain]:
+    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._plain(taken[0])
@@ -200,13 +186,14 @@ class StructureFinder:
             _require_all_blocks(self.graph, self.model, of.chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
-    def _are_more(self, calls: Sequence[int]) -> bool:
-        """Whether calls of blocks show more than the model's memory, where that is not proven or there is none."""
-        if not self.memories:
-            return True
-        first = self.memories[0]
-        units = {branch.unit for connection in first.connections for branch in connection.branches}
-        return not first.is_proven and units < set(calls)
+    def _linked(self) -> list[int]:
+        """The calls of blocks, where they show more than the model's memory, which is not proven, or there is none."""
+        first = next(iter(self.memories), None)
+        if self.options.chain is not None or (first is not None and first.is_proven):
+            return []
+        joined = () if first is None else first.connections
+        calls = linked_calls(self.graph)
+        return calls if {branch.unit for of in joined for branch in of.branches} < set(calls) else []
 
     def _chosen(self) -> list[list[MemoryReading]]:
         """The memories that are taken, the model's first; stages of one trunk together."""
@@ -286,9 +273,9 @@ class StructureFinder:
 
     # --- what the user names
 
-    def _named(self, layers: Sequence[str]) -> list[FoundChain]:
+    def _named(self, layers: Sequence[str]) -> list[ReadChain]:
         calls = named_calls(self.graph, self.model, layers)
-        found: list[FoundChain] = []
+        found: list[ReadChain] = []
         for memory in self.memories:
             depths = states_around(self.graph, memory, calls)
             if depths is None:
@@ -301,14 +288,15 @@ class StructureFinder:
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
         return [self._of_calls(calls, f"{ASSERTED}{why}")]
 
-    def _of_calls(self, calls: Sequence[int], proof: str) -> FoundChain:
+    def _of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
         value = value_at(self.graph, chain.points[0])
         assert value is not None  # it was required of the calls
-        return FoundChain(chain, (), self.options.layout or shape_layout(value, self.sequences))
+        layout = self.options.layout or shape_layout(value, self.sequences)
+        return ReadChain(replace(chain, layout=layout), ())
 
-    def _as_named(self, found: FoundChain, calls: Sequence[int], depths: Sequence[int]) -> FoundChain:
+    def _as_named(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""
         blocks = [self.graph.calls[call] for call in calls]
         chain = replace(
@@ -324,21 +312,19 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(
-        self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None
-    ) -> list[FoundChain]:
+    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[ReadChain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
         found = []
-        for layout, group in groupby(parts, key=lambda part: part.layout):
+        for _, group in groupby(parts, key=lambda part: part.chain.layout):
             chains = list(group)
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
-                layout_of = partial(self._layout_of, part.memory, "")
+                layout_of = partial(self._layout_of, part.memories[0], "")
                 chain = joined(chain, with_made_state(self.graph, part, layout_of))
-            memories = tuple(part.memory for part in chains)
-            chain = with_ending(self.graph, chain, layout, self.sequences) if depths is None else chain
+            memories = tuple(memory for part in chains for memory in part.memories)
+            chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             joints = [connection for memory in memories for connection in memory.connections]
             branches = (branch for connection in joints for branch in connection.branches)
             chain = replace(
@@ -346,7 +332,7 @@ class StructureFinder:
                 scales=branch_scales(self.graph, branches),
                 family="highway" if _gate_the_state(joints) else "",
             )
-            found.append(FoundChain(chain, memories, layout))
+            found.append(ReadChain(chain, memories))
         return found
 
     def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
@@ -385,11 +371,12 @@ class StructureFinder:
             )
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
-        wanted: dict[str, Any] = {"inside": inside, "depths": depths, "has_shards": self._has_shards}
-        part = read_chain(self.graph, memory, layout_of, **wanted)
-        if named and not part.layout:
-            part = read_chain(self.graph, memory, lambda *of: named, **wanted)
-        if not part.layout:
+        for of in (layout_of, lambda *of: named):  # what the user says where the reading does not
+            reader = ChainReader(self.graph, memory, of, has_shards=self._has_shards)
+            part = reader.chain(inside=inside, wanted=depths)
+            if part.chain.layout or not named:
+                break
+        if not part.chain.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
                 "no order that a layout can name; say how they are read with layout="
@@ -443,19 +430,18 @@ class StructureFinder:
             f"read as those of one sequence; {rows}"
         )
 
-    def _weighed(self, memory: MemoryReading) -> FoundChain:
+    def _weighed(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
-        layout = part.layout
         chain = self._with_final(part.chain, memory)
         if not memory.is_proven or not chain.connections:
-            return FoundChain(replace(chain, connections=()), (memory,), layout)
+            return ReadChain(replace(chain, connections=()), (memory,))
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return FoundChain(self._without_weights(chain, error), (memory,), layout)
+            return ReadChain(self._without_weights(chain, error), (memory,))
         of_first = chain.connections[0]
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -485,18 +471,17 @@ class StructureFinder:
                 "a tensor of it before, so that autograd gives one sum of both gradients"
             )
             self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
-        self._reads_features = any(of.read is None for of, _ in weights.values() if isinstance(of, Parts))
         if memory.over_depth:
             rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
-        elif self._reads_features and not read.mixes:
+        elif not read.mixes and any(of.read is None for of, _ in weights.values() if isinstance(of, Parts)):
             chain = replace(chain, family="gated")
         elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
             chain = replace(chain, family="altup")
         else:
             mixing = "mhc" if part.is_sinkhorn else "hc"
             chain = replace(chain, family=mixing if read.mixes else "independent_hc")
-        return FoundChain(chain, (memory,), layout)
+        return ReadChain(chain, (memory,))
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -508,40 +493,27 @@ class StructureFinder:
         self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
         return replace(chain, connections=(), family="depth_history")
 
-    def _sites(self, found: FoundChain) -> dict[int, Site]:
-        chain = found.chain
-        if self._read is None or chain.over_depth:
-            return {}
-        (memory,), family = found.memories, chain.family
-        fractions = {num_fractions(n, layout) for n, layout in self._layouts_of(memory) if "F" in layout}
-        site = Site(
-            READ,
-            family,
-            memory.num_streams,
-            found.layout,
-            fractions=fractions.pop() if len(fractions) == 1 else 1,
-            mixes=self._read.mixes,
-            reads_features=self._reads_features,
+    def _fractions(self, found: ReadChain) -> int:
+        """Into how many parts the features of each stream are split."""
+        states = (
+            [state for memory in found.memories for state in memory.states] if found.chain.has_streams else []
         )
-        return dict.fromkeys(range(len(chain.connections)), site)
+        layouts = [(n, self._read_layout(found.memories[0], n)) for state in states for n in state.numbers]
+        fractions = {num_fractions(numbers, layout) for numbers, layout in layouts if "F" in layout}
+        return fractions.pop() if len(fractions) == 1 else 1
 
-    def _layouts_of(self, memory: MemoryReading) -> Iterator[tuple[Numbers, str]]:
-        """Where elements of the first value are in the states of a memory, and their layouts."""
-        for numbers in (numbers for state in memory.states for numbers in state.numbers):
-            yield numbers, self._read_layout(memory, numbers)
-
-    def _num_streams(self, chain: Chain, layout: str, sites: Mapping[int, Site]) -> int:
+    def _num_streams(self, chain: Chain, memories: Sequence[MemoryReading]) -> int:
         asserted = self.options.streams
-        if not sites:
-            return count_streams(chain.shapes[0], layout, self.batch_size, asserted)
-        streams = sites[0].num_streams
+        if not chain.has_streams:
+            return count_streams(chain.shapes[0], chain.layout, self.batch_size, asserted)
+        streams = memories[0].num_streams
         if asserted not in (None, streams):
             raise LayoutError(
                 f"streams={asserted} came, but the connections of this model have {streams}; leave streams= out"
             )
         return streams
 
-    def _with_names(self, found: Sequence[FoundChain]) -> list[FoundChain]:
+    def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
         """Chains with distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
         paths = [of.memories[0].name for of in found]
         short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
@@ -610,20 +582,18 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
         )
 
 
-def _require_plain_tokens(
-    chains: tuple[Chain, ...], layouts: tuple[str, ...], sites: Mapping[int, Site]
-) -> None:
+def _require_plain_tokens(chains: Sequence[Chain]) -> None:
     """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
-    for chain, layout in zip(chains, layouts, strict=True):
-        if sites or chain.over_depth or chain.history:
+    for chain in chains:
+        if chain.has_streams or chain.over_depth or chain.history:
             raise CaptureError(
                 "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
                 "stream that branches are added to. Record it without sequence parallelism"
             )
-        if "T" not in layout.split():
+        if "T" not in chain.layout.split():
             raise CaptureError(
-                f"the tokens of each sequence are spread over processes, and the states have the layout {layout!r}; expected "
-                "one axis of tokens. Record it without sequence parallelism"
+                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
+                "expected one axis of tokens. Record it without sequence parallelism"
             )
 
 

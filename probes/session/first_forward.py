@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import DepthWeights, StreamConnectionError
+from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError
@@ -134,7 +134,8 @@ class RecordedForward:
         if self._routing and isinstance(recorder, GraphRecorder):
             tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
-            tape.logits = self._observer.matrices(recorder.graph)
+            n = self._observer.structure.num_streams
+            tape.logits = ComputedValues(recorder.graph, lambda shape: shape[-2:] == (n, n))
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -236,8 +237,8 @@ def record_operations(
         if isinstance(tape.recorder, PlacedRecorder):
             tape.recorder.hold()
         if read is not None:
-            _record_read(tape, forward, observer, read.again(graph))
-            graph = read.graph
+            _record_read(tape, forward, observer, read.rereading.again(graph))
+            graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
             needed = _needed(graph, observer)
             if needed is not None:
@@ -269,7 +270,7 @@ def _needed(graph: Graph, observer: Observer) -> set[int] | None:
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
     """Record the coefficients of one forward, by the reading of its memory."""
-    structure = observer.structure
+    structure, chain = observer.structure, observer.structure.chains[0]
     assert structure.read is not None
     for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
         if isinstance(weights, DepthWeights):
@@ -280,17 +281,10 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        _record_logits(tape, forward, observer, number, weights.mix)
+        before = tape.recorded(chain.points[chain.connections[number].depth_in])
+        if observer.logits is not None and tape.logits is not None and before is not None:
+            observer.logits.record(forward, number, weights.mix, tape.logits, before.number)
     tape.logits = None  # it holds tensors of the graph
-
-
-def _record_logits(
-    tape: Tape, forward: Forward, observer: Observer, number: int, mix: torch.Tensor | None
-) -> None:
-    chain = observer.structure.chains[0]
-    before = tape.recorded(chain.points[chain.connections[number].depth_in])
-    if before is not None:
-        observer.record_logits(forward, number, mix, tape.logits, before.number)
 
 
 def out_of_sight(model: nn.Module, forward: Forward) -> str:

@@ -166,7 +166,7 @@ class FirstReading:
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
         # A capture follows a forward for the logits; of its one set of weights no value moves.
         parameters = logits = None
-        if self.scope.is_loop and structure.sites:
+        if self.scope.is_loop and structure.connections:
             parameters = ConnectionParameters(self.model, structure)
             logits = LogitStatistics(self.options.gradients, self._report, self._loss_scale)
         return Observer(

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
+from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.attention_rows import FusedCall
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
@@ -172,15 +173,8 @@ class Forward:
 
 def _leads_to(node: Any, wanted: set[Any]) -> bool:
     """Whether the graph below an operation has one of some others."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for below, _ in waiting.pop().next_functions:
-            if below in wanted:
-                return True
-            if below is not None and below not in seen:
-                seen.add(below)
-                waiting.append(below)
-    return False
+    nodes = walk([node], lambda of: (below for below, _ in of.next_functions if below is not None))
+    return any(of in wanted for of in nodes if of is not node)
 
 
 def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:

@@ -55,21 +55,18 @@ class LaterForwards:
         modules = dict(self._model.named_modules(remove_duplicate=False))  # a shared block has several paths
         inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
         for path, states in inputs.items():
-            attachment.before(modules[path], partial(self._before_call, path, states))
-        for path in () if self._attention is None else sorted(self._attention.paths):
-            if self._hides(path):
-                continue
-            attachment.around(modules[path], "forward", partial(self._around_attention, path))
-        for path in () if self._routing is None else sorted(self._routing.paths):
-            if not self._hides(path):
-                attachment.around(modules[path], "forward", partial(self._around_routing, path))
+            attachment.before(modules[path], partial(self._record_states, "input", path, states))
+        for places, later in ((self._attention, later_attention), (self._routing, later_routing)):
+            for path in () if places is None else sorted(places.paths):
+                if not self._hides(path):
+                    attachment.around(modules[path], "forward", partial(self._watched, places, later, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
         for path in filter(lambda path: not self._hides(path), branches):
             attachment.after(modules[path], partial(self._after_branch, path))
         for path, states in outputs.items():
-            attachment.after(modules[path], partial(self._after_call, path, states))
+            attachment.after(modules[path], partial(self._record_states, "output", path, states))
 
     def _states_seen_at(self, side: str) -> dict[str, list[ShownTensor]]:
         """The states that the inputs or the outputs of calls show, by module path."""
@@ -81,30 +78,14 @@ class LaterForwards:
 
     # --- states ---
 
-    def _before_call(
-        self, path: str, states: Sequence[ShownTensor], module: nn.Module, args: Any, kwargs: Any
-    ) -> None:
-        self._record_states("input", path, states, floats_in(args, kwargs))
-
-    def _after_call(
-        self,
-        path: str,
-        states: Sequence[ShownTensor],
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        output: Any,
-    ) -> None:
-        self._record_states("output", path, states, floats_in(output))
-
     def _record_states(
-        self,
-        side: str,
-        path: str,
-        states: Sequence[ShownTensor],
-        tensors: list[torch.Tensor],
+        self, side: str, path: str, states: Sequence[ShownTensor], module: nn.Module, *given: Any
     ) -> None:
-        """Record the states that one call shows: those whose turn it is, where a module is called several times."""
+        """Record the states that one call shows: those whose turn it is, where a module is called several times.
+
+        ``given``: the arguments of the call and its keywords, then what it returned where it has ended.
+        """
+        tensors = floats_in(*(given[2:] or given))
         if not tensors or self._current.foreign:
             return
         if in_recomputation():
@@ -143,20 +124,14 @@ class LaterForwards:
                 for forward in waiting:
                     self._observer.hook_gradient(forward, state, tensors[item])
 
-    # --- attention ---
+    # --- attention, routing ---
 
-    def _around_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+    def _watched(
+        self, places: Any, later: Callable[..., Any], path: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> MethodWatch | None:
+        """What looks at the operations of one call, by ``later(places, forward, path, module)``."""
         forward = self._current.recorded
-        if forward is None or self._attention is None:
-            return None
-        found = later_attention(self._attention, forward, path, module)
-        return None if found is None else MethodWatch(*found)
-
-    def _around_routing(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        forward = self._current.recorded
-        if forward is None or self._routing is None:
-            return None
-        found = later_routing(self._routing, forward, path, module)
+        found = None if forward is None else later(places, forward, path, module)
         return None if found is None else MethodWatch(*found)
 
     # --- branches ---

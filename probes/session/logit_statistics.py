@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import torch
 
@@ -23,7 +22,6 @@ from depthscope.probes.connections.logits import (
     NOT_SEEN,
     SAME,
     FoundLogits,
-    as_matrices,
     find_logits,
     is_same_matrix,
 )
@@ -127,11 +125,7 @@ class LogitStatistics:
         self._places[number] = _Place.of(seen.graph, found)
         logits, matrix = found.logits.tensor, found.matrix.tensor
         batch, tokens, n, _ = mix_BTnn.shape
-
-        def read(tensor: torch.Tensor) -> torch.Tensor:
-            """Logits, or their gradient, as (B, T, n, n) with destinations as rows where the matrix has them as rows."""
-            return next(islice(as_matrices(tensor.detach(), batch, tokens, n), found.reading, None))
-
+        read = partial(found.turned, batch=batch, tokens=tokens, n=n)
         mask = forward.masks.get(0)
         self.seen[number] += 1
         self._add_range(forward, number, read(logits), mask)

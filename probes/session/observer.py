@@ -9,13 +9,11 @@ from typing import TypeVar
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
-from depthscope.probes.reading.graph import Graph
 from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, Key
@@ -95,20 +93,18 @@ class Observer:
         forward.fired.add(("state", number, depth))
         if self.on_state is not None:
             self.on_state(number, depth, tensor, own)
-        if depth == FINAL:
-            if len(forward.rows):
-                final = self.structure.canonical_final(number, tensor.detach(), forward.batch_size)
-                self._require_own_part(forward, final)
-                forward.states[number, depth] = forward.sampled(final)
+        if depth == FINAL and not len(forward.rows):
             return
-        forward.order.setdefault(number, []).append(depth)
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size, depth)
         self._require_own_part(forward, state)
-        mask = self._chain_mask(forward, number, state)
-        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
+        if depth == FINAL:
+            return
+        forward.order.setdefault(number, []).append(depth)
+        mask = self._chain_mask(forward, number, state)
+        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if not self._scope.sums:
             return
         sums = forward.chain_sums(number)
@@ -239,10 +235,7 @@ class Observer:
         if scale is not None:
             # In float32, since a gradient that fits float16 only because it is scaled would underflow.
             unscaled = unscaled.float() / scale.to(unscaled.device)
-        if depth == FINAL:
-            values = self.structure.canonical_final(number, unscaled, forward.batch_size)
-        else:
-            values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
+        values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
         self._require_own_part(forward, values)
         again = (number, depth) in forward.arrivals
         forward.arrivals[number, depth] += 1
@@ -258,11 +251,6 @@ class Observer:
             forward.chain_sums(number).add_gradient(depth, values, mask, anew=again)
 
     # --- connections ---
-
-    def matrices(self, graph: Graph) -> ComputedValues:
-        """What may be the logits and matrices of connections among the values of a graph that is recorded."""
-        n = self.structure.num_streams
-        return ComputedValues(graph, lambda shape: shape[-2:] == (n, n))
 
     def logits_seen(self, number: int) -> tuple[int, str]:
         """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
@@ -290,18 +278,6 @@ class Observer:
                 "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
             )
         self.require_usual_calls(forward)
-
-    def record_logits(
-        self,
-        forward: Forward,
-        number: int,
-        mix: torch.Tensor | None,
-        seen: ComputedValues | None,
-        after: int = -1,
-    ) -> None:
-        """Record the logits of a connection whose matrix is known by now."""
-        if self.logits is not None and seen is not None:
-            self.logits.record(forward, number, mix, seen, after)
 
     def record_connection(self, forward: Forward, number: int, complete: Parts) -> None:
         """Record the coefficients of a connection."""
@@ -332,7 +308,7 @@ class Observer:
         if len(forward.rows):
             # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
             output = tensor.detach()
-            if not self.structure.sites:
+            if not self.structure.connections:
                 own = self.structure.chains[number].connections[position].layout
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
                 self._require_own_part(forward, output)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.operations import OperationsShown
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.operations import LAYERS
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import first_state_after, num_tokens
@@ -146,15 +146,9 @@ def _place(seen: _Choice, graph: Graph, structure: Structure, depths: Any, batch
 
 def _is_made_by_layer(graph: Graph, scores: TracedValue, experts: int) -> bool:
     """Whether scores were made by a layer with as many outputs, whatever was done to each number since."""
-    waiting, seen = [scores], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if value.number in seen or value.shape[-1:] != (experts,):
-            continue
-        seen.add(value.number)
+    for value in walk([scores], lambda of: (p for p in of.parents if p.shape[-1:] == (experts,))):
         if value.name in LAYERS and any(w.of_parameter and experts in w.shape for w in value.parents):
             return graph.depends_on_input(value)
-        waiting += value.parents
     return False
 
 

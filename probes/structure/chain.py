@@ -30,7 +30,6 @@ class HookPoint:
     layer: int
     site: str
     module: str  # the module that computed the state
-    method: str = "forward"
     item: int = (
         0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
     )
@@ -74,6 +73,7 @@ class Chain:
     blocks: tuple[str, ...]
     block_class: str
     shapes: tuple[tuple[int, ...], ...]
+    layout: str = ""  # the axes of its states; empty where these have no order that a layout can name
     final: HookPoint | None = None  # after the last norm
     without_final: str = NO_FINAL_NORM  # why there is none
     history: bool = False  # connected to earlier depths, not to streams

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.reading.operations import NORMS, only_moves
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
+from depthscope.probes.reading.operations import NORMS, moved
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import value_at
 
@@ -18,13 +19,8 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     """
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
-    waiting = list(known)
-    while waiting:  # what has the elements of a state in another order is one
-        value = graph.values[waiting.pop()]
-        same = [of for of in graph.takers(value) if only_moves(of) and of.numel == value.numel]
-        same += [of for of in value.parents if only_moves(value) and of.numel == value.numel]
-        waiting += [of.number for of in same if of.number not in known]
-        known |= {of.number for of in same}
+    # What has the elements of a state in another order is one.
+    known = {of.number for of in walk((graph.values[n] for n in known), partial(moved, graph))}
     branches = [branch for m in memories for c in m.connections for branch in c.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
@@ -58,17 +54,12 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
 
 def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:
     """Whether a read is no state, and should be one: a norm between blocks makes it of a state, and the next is made of it."""
-    waiting, seen, is_normed = [] if read.number in states else [read], set[int](), False
-    while waiting:
-        value = waiting.pop()
-        is_normed |= value.name in NORMS
-        waiting += [of for of in value.parents if of.number in carried and of.number not in states | seen]
-        seen |= {of.number for of in value.parents}
-    waiting, seen = [read] if is_normed else [], set()
-    while waiting:
-        taken = [of for of in graph.takers(waiting.pop()) if of.number in carried and of.number not in seen]
-        if any(of.number in states for of in taken):
-            return True
-        seen |= {of.number for of in taken}
-        waiting += taken
-    return False
+    if read.number in states:
+        return False
+    made_of = walk(
+        [read], lambda value: (p for p in value.parents if p.number in carried and p.number not in states)
+    )
+    if not any(value.name in NORMS for value in made_of):
+        return False
+    later = walk([read], lambda value: (of for of in graph.takers(value) if of.number in carried))
+    return any(value.number in states for value in later)

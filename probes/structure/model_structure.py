@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
-from depthscope.probes.connections.family import Site
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.sequence_shards import TokenShards
@@ -56,16 +54,14 @@ class Structure:
     ----------
     chains : tuple of Chain
         In the order in which they run.
-    layouts : tuple of str
-        Axes of the states, one text for each chain.
-    sites : mapping of int to Site
-        The stream connections of the first chain by their number; empty for a plain model.
-    named_streams : int
-        Number of streams of a model without known connections, as its layout or the user gives it; mostly 1.
+    num_streams : int
+        Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model.
     batch_axis : int
         Axis of the sequences in the first tensor that the model is called with.
     selection : SiteSelection
         Which of the states and connections are captured.
+    fractions : int
+        Into how many parts the features of each stream are split for the connections; mostly 1.
     inner_streams : int
         How many streams are expanded and merged inside each step of the first chain; 0 for none.
     not_covered : tuple of LeftOut
@@ -77,11 +73,10 @@ class Structure:
     """
 
     chains: tuple[Chain, ...]
-    layouts: tuple[str, ...]
-    sites: Mapping[int, Site]
-    named_streams: int
+    num_streams: int
     batch_axis: int
     selection: SiteSelection
+    fractions: int = 1
     inner_streams: int = 0
     not_covered: tuple[LeftOut, ...] = ()
     shards: TokenShards | None = None
@@ -121,24 +116,13 @@ class Structure:
     @property
     def connections(self) -> tuple[Connection, ...]:
         """The stream connections of the first chain, which alone can have them."""
-        return self.chains[0].connections if self.sites else ()
-
-    @property
-    def num_streams(self) -> int:
-        """Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model."""
-        return self.sites[0].num_streams if self.sites else self.named_streams
-
-    @property
-    def fractions(self) -> int:
-        """Number of fractions into which the features of each stream are split for the connections; mostly 1."""
-        return self.sites[0].fractions if self.sites else 1
+        return self.chains[0].connections if self.chains[0].has_streams else ()
 
     @property
     def family(self) -> str:
         """The connection family: residual, highway, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
-        if self.sites:
-            families = {site.family for site in self.sites.values()}
-            return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
+        if self.connections:
+            return self.chains[0].family
         if any(chain.history for chain in self.chains):
             return self.chains[0].family or "depth_history"
         if self.num_streams == 1 and not all(chain.proof == "proven" for chain in self.chains):
@@ -151,18 +135,22 @@ class Structure:
         """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it.
 
         ``own``: its layout, where that is not the one of the chain or of the depth.
+        Returns: Of the state after the last norm (B, T, D): streams are collapsed by then, whatever their layout was.
         """
+        if depth == FINAL and (self.connections or self.num_streams > 1):
+            return state.reshape(batch_size, -1, state.shape[-1])
         if self.shards is not None:
             state = self._own_tokens(number, state, self.shards)
-        own = own or ("" if depth is None else self.chains[number].points[depth].layout)
-        layout = own or self.layouts[number]
-        return canonical(
+        own = own or ("" if depth is None or depth == FINAL else self.chains[number].points[depth].layout)
+        layout = own or self.chains[number].layout
+        found = canonical(
             local_tensor(state),
             layout,
             batch_size=batch_size,
             num_streams=self.num_streams,
             fractions=self.fractions if "F" in layout else 1,
         )
+        return found.squeeze(2) if depth == FINAL else found
 
     def _own_tokens(self, number: int, state: torch.Tensor, shards: TokenShards) -> torch.Tensor:
         """The part of a state that this process has: its placement says so, or the sums that make every state."""
@@ -173,13 +161,7 @@ class Structure:
                 "the tokens of each sequence are spread over processes as plain tensors, and it was not proven that each "
                 f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
             )
-        return shards.local(state, self.layouts[number].split().index("T"))
-
-    def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
-        if not self.sites and self.num_streams == 1:
-            return self.canonical(number, state, batch_size).squeeze(2)
-        return state.reshape(batch_size, -1, state.shape[-1])
+        return shards.local(state, self.chains[number].layout.split().index("T"))
 
 
 def require_same(found: Structure, before: Structure) -> None:
@@ -210,7 +192,8 @@ def _outline(structure: Structure) -> list[Any]:
             [shape[-1] for shape in chain.shapes],
             chain.final is None,
             chain.history,
+            chain.layout,
         )
         for chain in structure.chains
     ]
-    return [*chains, structure.layouts, structure.num_streams, structure.fractions, structure.family]
+    return [*chains, structure.num_streams, structure.fractions, structure.family]

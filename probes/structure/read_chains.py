@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
@@ -15,11 +16,11 @@ from depthscope.probes.reading.description import (
     ConnectionReading,
     MemoryReading,
 )
-from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue
+from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue, walk
 from depthscope.probes.reading.memory import follow, start_of
-from depthscope.probes.reading.names import kind_of
+from depthscope.probes.reading.names import kind_of, shared_start
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, only_moves
+from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, moved, only_moves
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
@@ -27,31 +28,11 @@ MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
 
 @dataclass(frozen=True)
 class ReadChain:
-    """A chain, the memory that it was read from, and the layout of its states."""
+    """A chain, and the memories that it was read from."""
 
     chain: Chain
-    memory: MemoryReading
-    layout: str  # empty where the axes of the states have no order that a layout can name
+    memories: tuple[MemoryReading, ...]  # of its stages; none where calls alone show the states
     is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
-
-
-def read_chain(
-    graph: Graph,
-    memory: MemoryReading,
-    layout_of: Callable[..., str],
-    *,
-    inside: bool,
-    depths: Sequence[int] | None = None,
-    has_shards: bool = False,
-) -> ReadChain:
-    """The chain of one memory.
-
-    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
-    ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
-    ``depths``: the states that are wanted, where the user names them.
-    ``has_shards``: whether processes measure together of which each has a part of the tokens.
-    """
-    return _ChainOf(graph, memory, layout_of, has_shards).chain(inside=inside, wanted=depths)
 
 
 def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
@@ -85,10 +66,16 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     return added <= written and h_res is not None and bool((h_res == 1).all())
 
 
-class _ChainOf:
-    """The chain of one memory."""
+class ChainReader:
+    """The chain of one memory.
 
-    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], has_shards: bool):
+    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
+    ``has_shards``: whether processes measure together of which each has a part of the tokens.
+    """
+
+    def __init__(
+        self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], *, has_shards: bool
+    ):
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
@@ -104,11 +91,15 @@ class _ChainOf:
         self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
-        """The chain, without the states inside of plain blocks where these are not wanted."""
+        """The chain.
+
+        ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
+        ``wanted``: the states that are wanted, where the user names them.
+        """
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
         if not self._is_plain:
-            joined = self._weighed_connections()
+            joined = tuple(self._weighed(of) for of in self.connections if of.branches)
         elif inside:
             joined = self._plain_connections(depths)
         if self._is_plain and not inside:
@@ -142,11 +133,12 @@ class _ChainOf:
             connections=joined,
             blocks=blocks,
             block_class="/".join(kinds),
-            shapes=self._shapes(points, layout),
+            shapes=self._shapes(points),
+            layout=layout,
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, self.memory, layout, bool(joined) and self._is_sinkhorn)
+        return ReadChain(chain, (self.memory,), bool(joined) and self._is_sinkhorn)
 
     def _with_streams_first(
         self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]
@@ -165,7 +157,7 @@ class _ChainOf:
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
-        if point.site != "post" or self._hands_on(point, value) is not False:
+        if point.site != "post" or self._shows(point, value, "output") is not False:
             return point
         if following is None:
             made = self.graph.path(value)
@@ -189,10 +181,6 @@ class _ChainOf:
         if not made or not (is_mixture or is_inside) or f"{point.module}.".startswith(f"{made}."):
             return None
         return None if self._shows(point, value, "input", "output") else made
-
-    def _hands_on(self, point: HookPoint, value: TracedValue) -> bool | None:
-        """Whether the module after which a state is named gives it; None where it gives nothing."""
-        return self._shows(point, value, "output")
 
     def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
         """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
@@ -227,9 +215,7 @@ class _ChainOf:
                 "states are wanted with layers="
             )
 
-    def _shapes(
-        self, points: Sequence[tuple[HookPoint, TracedValue]], layout: str
-    ) -> tuple[tuple[int, ...], ...]:
+    def _shapes(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> tuple[tuple[int, ...], ...]:
         """The shapes of the states in the chain's layout: of one memory they are all the same."""
         shapes = [(*((len(p.streams),) if p.streams else ()), *value.shape) for p, value in points]
         usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
@@ -492,36 +478,14 @@ class _ChainOf:
 
     def _same(self, value: TracedValue) -> list[TracedValue]:
         """A value, and others with the same elements: copies and views of it, and what it is one of."""
-        found = [value]
-        while len(found[-1].parents) == 1 and self._is_same(found[-1], found[-1].parents[0]):
-            found.append(found[-1].parents[0])
-        waiting = [value]
-        while waiting:
-            for taker in self.graph.takers(waiting.pop()):
-                if len(taker.parents) == 1 and self._is_same(taker, taker.parents[0]):
-                    found.append(taker)
-                    waiting.append(taker)
+        before = walk([value], lambda of: of.parents if self._is_same(of) else ())
+        after = walk([value], lambda of: filter(self._is_same, self.graph.takers(of)))
+        found = dict.fromkeys([*before, *after])
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
 
     def _moved(self, value: TracedValue) -> list[TracedValue]:
         """A value, and all that has the same elements in another order, the nearest first."""
-        found, seen = [value], {value.number}
-        for of in found:
-            near = [*of.parents[:1], *self.graph.takers(of)]
-            steps = [(of, of.parents[0])] if of.parents else []
-            steps += [(taker, of) for taker in self.graph.takers(of)]
-            moves = {
-                other.number
-                for after, before in steps
-                for other in (after, before)
-                if only_moves(after)
-                and after.numel == before.numel
-                and sum(parent.is_floating for parent in after.parents) == 1
-            }
-            new = [other for other in near if other.number in moves and other.number not in seen]
-            seen.update(other.number for other in new)
-            found += new
-        return found
+        return list(walk([value], partial(moved, self.graph)))
 
     def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
         """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
@@ -539,14 +503,13 @@ class _ChainOf:
         return [of for of in moved if all(of.number in way for way in ways)] or list(moved[:1])
 
     @staticmethod
-    def _is_same(value: TracedValue, parent: TracedValue) -> bool:
+    def _is_same(value: TracedValue) -> bool:
+        """Whether a value has the elements of the only one that it was made of."""
         same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
-        return (
-            same
-            and value.numel == parent.numel
-            and value.dtype == parent.dtype
-            and parent.kind != "parameter"
-        )
+        if not same or len(value.parents) != 1:
+            return False
+        (parent,) = value.parents
+        return (value.numel, value.dtype) == (parent.numel, parent.dtype) and parent.kind != "parameter"
 
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
         """The module that computed a state."""
@@ -564,11 +527,8 @@ class _ChainOf:
 
     # --- connections
 
-    def _weighed_connections(self) -> tuple[Connection, ...]:
-        """The connections of a memory with streams, or over depth."""
-        return tuple(self._weighed(of) for of in self.connections if of.branches)
-
     def _weighed(self, of: ConnectionReading) -> Connection:
+        """A connection of a memory with streams, or over depth."""
         branch = of.branches[-1]
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
@@ -614,14 +574,12 @@ class _ChainOf:
 
     def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
         """What carries a state to some values, themselves included."""
-        carried, found = self.memory.carried, set[int]()
-        waiting = list(numbers)
-        while waiting:
-            number = waiting.pop()
-            if number > first and number in carried and number not in found:
-                found.add(number)
-                waiting += (parent.number for parent in self.graph.values[number].parents)
-        return found
+        carried, values = self.memory.carried, self.graph.values
+
+        def counted(found: Iterable[int]) -> list[int]:
+            return [number for number in found if number > first and number in carried]
+
+        return set(walk(counted(numbers), lambda n: counted(parent.number for parent in values[n].parents)))
 
     def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
         names = (self.graph.parameter_names.get(value.number, "") for value in values)
@@ -631,9 +589,7 @@ class _ChainOf:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
         computed = (value for value in values if value.func and value.name not in MOVES | SAME)
         stacks = [self.graph.stack(value) for value in computed]
-        common = stacks[0] if stacks else []
-        for stack in stacks[1:]:
-            common = [a for a, b in zip(common, stack, strict=False) if a == b]
+        common = shared_start(stacks)
         path = self.graph.calls[common[-1]].path if common else ""
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path

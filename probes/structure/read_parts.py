@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import Graph
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order
 
@@ -34,7 +32,7 @@ class ReadStructure:
     """
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
-        self._rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
+        self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
         self._order: tuple[Any, int, torch.Tensor] | None = (
             None  # of tokens, for a memory's numbers and a batch size
@@ -60,18 +58,8 @@ class ReadStructure:
     def keep(self) -> None:
         """Let go of the first forward."""
         if self.first is not None:
-            self._rereading.keep([self.first])
+            self.rereading.keep(self.first)
         self.first = None
-
-    def again(self, graph: Graph) -> MemoryReading:
-        """The memory in a later forward."""
-        (memory,) = self._rereading.again(graph)
-        return memory
-
-    @property
-    def graph(self) -> Graph:
-        """Of the last forward that was read."""
-        return self._rereading.graph
 
     def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
         """The coefficients of every connection.
@@ -121,27 +109,17 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
 
 def _reads(branches: Sequence[BranchReading], order: torch.Tensor) -> torch.Tensor | None:
     """H_pre, (B, T, V, N); None where a branch reads by gates per feature."""
-    rows = []
-    for branch in branches:
-        if "read" in branch.parts:
-            rows.append(branch.parts["read"][order])
-        elif "h_pre" in branch.parts:
-            rows.append(branch.parts["h_pre"][order].unsqueeze(-2))
-        else:
-            return None
-    return torch.cat(rows, -2) if rows else None
+    if not branches or any("read" not in branch.parts for branch in branches):
+        return None
+    return torch.cat([branch.parts["read"][order] for branch in branches], -2)
 
 
 def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """H_post, (B, T, N, V); zero where nothing is written."""
-    columns = []
     for branch in branches:
-        if "write" in branch.parts:
-            columns.append(branch.parts["write"][order])
-        elif "h_post" in branch.parts:
-            columns.append(branch.parts["h_post"][order].unsqueeze(-1))
-        else:
+        if "write" not in branch.parts:
             raise StreamConnectionError(f"H_post of {branch.path} differs between the features of a stream")
+    columns = [branch.parts["write"][order] for branch in branches]
     return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
 
 
@@ -175,7 +153,7 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
                 f"{len(connection.branches)} branches lie between two states of sums over depth; expected one"
             )
         (branch,) = connection.branches
-        if "constant" in connection.parts or not {"h_post", "out"} <= branch.parts.keys():
+        if "constant" in connection.parts or not {"write", "out"} <= branch.parts.keys():
             raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
         if "depth_read_gate" in branch.parts or not {"depth_read", "depth_carry"} <= connection.parts.keys():
             raise StreamConnectionError(
@@ -183,7 +161,7 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
             )
         several, carry = branch.parts.get("depth_read"), connection.parts["depth_carry"]
         read = connection.parts["depth_read"].unsqueeze(-2) if several is None else several
-        scale = branch.parts["h_post"].mean(-1)
+        scale = branch.parts["write"].flatten(1).mean(-1)
         weights_of = DepthWeights(read[order].float(), carry[order].float(), scale[order].float())
         found.append((weights_of, branch.parts["out"][order].squeeze(-2)))
     return found

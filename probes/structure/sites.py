@@ -159,7 +159,7 @@ class SiteSelection:
         ]
         return frozenset(named or depths)
 
-    def stores_connection(self, chain: Chain, connection: Connection) -> bool:
+    def stores_connection(self, connection: Connection) -> bool:
         """Whether a connection is stored in the run."""
         return not self.requests or any(
             request.takes_connection(connection)

@@ -37,7 +37,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         is_first = chain is part.chain
         if taken is None or taken is state or not (is_first or block.kind in kinds):
             break
-        if taken.shape == state.shape or not _has_layout(taken, part.layout, sequences):
+        if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
         given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
         chain = _opened(chain, block, taken, given=given)
@@ -86,7 +86,7 @@ def _numbered_from(chain: Chain, number: int) -> Chain:
     )
 
 
-def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis) -> Chain:
+def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
     kinds = set(chain.block_class.split("/"))
     places = {_without_numbers(path) for path in chain.blocks}
@@ -98,7 +98,7 @@ def with_ending(graph: Graph, chain: Chain, layout: str, sequences: SequenceAxis
         if ends is None or ends[0] is not last:
             continue
         value = ends[1]
-        if value.shape == last.shape or not _has_layout(value, layout, sequences):
+        if value.shape == last.shape or not _has_layout(value, chain.layout, sequences):
             continue
         point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
         chain = replace(
@@ -120,7 +120,7 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
 
     As where positions are added to what a block that makes fewer tokens gave.
     """
-    chain, memory = part.chain, part.memory
+    chain, (memory,) = part.chain, part.memories
     first, begin = max(memory.states[0].values), chain.points[0]
     around = graph.values[first].call  # where the block was called, it was changed
     is_in_block = graph.calls[around].kind in chain.block_class.split("/")
@@ -130,7 +130,7 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
         value = graph.values[number]
         calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
         blocks = [c for c in calls if _stage_of(c.path) is not None and c.parent == around]
-        if not blocks or value.shape != graph.values[first].shape or layout_of(value) != part.layout:
+        if not blocks or value.shape != graph.values[first].shape or layout_of(value) != chain.layout:
             continue
         block = min(blocks, key=lambda call: len(call.path))
         made = HookPoint(block.path, block.number, "output", begin.layer, "post", block.path)

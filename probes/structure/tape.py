@@ -56,7 +56,7 @@ def shown_when(graph: Graph, point: HookPoint) -> float:
         value = graph.at(place_of(point))
         return math.inf if value is None else value.number
     try:
-        made = graph.made_in(graph.call_of(point.path, point.index))
-    except ReadingError:
+        made = graph.made_in[graph.call_of(point.path, point.index)]
+    except (ReadingError, KeyError):  # it was not called, or did not end
         return math.inf
     return made.start - 0.5 if point.at == "input" else made.stop - 0.5

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading, NetworkReading
-from depthscope.probes.reading.read import read_graph
-from depthscope.probes.reading.recording import recorded
 from tests.models.designs import truth as notes
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import PLAIN, ROUNDING, Outcome, _all_ones
+from tests.models.recorded import read_model
 
 
 class Mistake(Exception):
@@ -36,8 +35,7 @@ def reading_of(design: Design) -> NetworkReading:
     model, batch = design.build(), design.batch(0)
     with torch.random.fork_rng():
         torch.manual_seed(notes.SEED)
-        graph, _ = recorded(model, batch)
-    return read_graph(graph)
+        return read_model(model, batch)
 
 
 def read_outcome(design: Design) -> Outcome:
@@ -176,7 +174,7 @@ def _part(connection: ConnectionReading, name: str, true: torch.Tensor) -> torch
         found = parts.get("residual_gate", parts["h_res"][:, 0] if "h_res" in parts else None)
         return None if found is None else found.expand(-1, true.shape[-1])
     if name == "branch_gate":
-        found = one.get("branch_gate", one.get("h_post"))
+        found = one.get("branch_gate", _single(one, "write"))
         return None if found is None or found.ndim > 2 else found.expand(-1, true.shape[-1])
     if name == "branch_scale":
         return _branch_scale(branches)
@@ -184,11 +182,20 @@ def _part(connection: ConnectionReading, name: str, true: torch.Tensor) -> torch
         return torch.nn.functional.pad(parts[name], (0, true.shape[-1] - parts[name].shape[-1]))
     if name == "branch_out" and "out" in one and one["out"].shape[1] == 1:
         return one["out"][:, 0]
+    if name in ("h_pre", "h_post"):
+        return _single(one, "read" if name == "h_pre" else "write")
     return parts.get(name) if name == "h_res" else one.get(name)
 
 
+def _single(parts: Any, name: str) -> torch.Tensor | None:
+    """The weights of a branch with one input, and one output."""
+    found, axis = parts.get(name), -2 if name == "read" else -1
+    return None if found is None or found.shape[axis] > 1 else found.squeeze(axis)
+
+
 def _branch_scale(branches: Any) -> torch.Tensor | None:
-    scales = [b.parts["h_post"][:, 0] for b in branches if "h_post" in b.parts]
+    written = [_single(branch.parts, "write") for branch in branches]
+    scales = [write[:, 0] for write in written if write is not None]
     if not scales or len(scales) < len(branches) or any(not torch.equal(s, scales[0]) for s in scales[1:]):
         return None
     return scales[0]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import jacobian as dense_jacobian
 
-from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.connections.coefficients import StreamConnectionError
 from depthscope.probes.jacobian.differentiable_forward import JacobianError
 from depthscope.probes.jacobian.operator import block_jacobians, jacobian
 from tests.probes.jacobian.dense import dense, own_blocks

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.reading.read import Rereading, read_model
-from depthscope.probes.reading.recording import recorded
+from depthscope.probes.reading.read import Rereading
 from depthscope.probes.reading.trials import factors_of_sum
 from tests.models.opaque import (
     BATCH,
@@ -24,6 +23,7 @@ from tests.models.opaque import (
     Mlp,
     misnamed,
 )
+from tests.models.recorded import read_model, recorded
 
 DOCS = Path(__file__).parents[3] / "docs" / "reading.md"
 
@@ -78,10 +78,10 @@ def test_forwards_of_another_length_are_read_anew():
     torch.manual_seed(0)
     model = Blocks(Mlp)
     reading = Rereading(recorded(model, ids())[0])
-    reading.keep(reading.reading.memories)
+    reading.keep(reading.reading.memories[0])
 
     for tokens in (TOKENS, 9, 9):
-        (memory,) = reading.again(recorded(model, ids(tokens))[0])
+        memory = reading.again(recorded(model, ids(tokens))[0])
         assert memory.is_proven
         assert memory.token_shape == (BATCH, tokens)
 

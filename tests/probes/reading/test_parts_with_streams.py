@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.reading.read import read_model
+from tests.models.recorded import read_model
 
 WIDTH, STREAMS = 8, 3
 BATCH = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))

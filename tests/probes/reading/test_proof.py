@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from depthscope.probes.reading import choice, connections
-from depthscope.probes.reading.read import read_model
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.read_outcome import reading_of
+from tests.models.recorded import read_model
 
 
 def named(name: str):

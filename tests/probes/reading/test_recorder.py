@@ -7,8 +7,8 @@ from collections import Counter
 import torch
 from torch import nn
 
-from depthscope.probes.reading.recording import recorded
 from tests.models.designs.catalogue import DESIGNS
+from tests.models.recorded import recorded
 
 DESIGN = DESIGNS[0]
 

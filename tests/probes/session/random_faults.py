@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.connections.family import ReconstructionError
+from depthscope.probes.connections.coefficients import ReconstructionError
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
 from tests.probes.session.hooks_left import alive, hooks_on_model
 

@@ -34,12 +34,12 @@ def test_the_structure_is_unknown_before_the_first_forward_and_frozen_after_it(m
     structure = found(model, ids).structure
     assert structure.family == "mhc", "the operations of its forward are those of Sinkhorn's iteration"
     assert structure.num_streams == 4
-    assert len(structure.connections) == len(structure.sites) == 6
+    assert len(structure.connections) == 6
     assert [(state.chain, state.depth) for state in structure.captured] == [
         (0, depth) for depth in range(7)
     ] + [(0, -1)]
     with pytest.raises(FrozenInstanceError):
-        structure.layouts = ()
+        structure.chains = ()
 
 
 def test_two_forwards_show_one_structure(models, ids):
