@@ -19,6 +19,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     addends,
     factors,
+    mixes_channels,
     only_moves,
 )
 
@@ -287,6 +288,10 @@ def _before_mixing(
 ) -> tuple[TracedValue | None, TracedValue | None, Numbers | None]:
     """The value whose streams a small matrix spreads over those of the memory, that matrix, and the value's numbers."""
     nothing = None, None, None
+    if mixes_channels(value) and value.args[1].shape[1] <= MOST_STREAMS:
+        one = numbers.collapsed([1])
+        back, kernel = value.args[:2]
+        return (back, kernel, one.expand(back.shape)) if one is not None else nothing
     if value.name not in ("mm", "bmm", "matmul"):
         return nothing
     a, b = factors(value)

@@ -9,7 +9,8 @@ memories.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -392,7 +393,31 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
         of.memory.root for of in ranked if any(_may_mix(of.memory, *way) for way in of.memory.leaves)
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
-    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+    found = [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+    parts = dict.fromkeys(
+        part for of in ranked for way in of.memory.leaves for part in _mixed_part(of.memory, *way)
+    )
+    return found + [start_with_streams(*part) for part in parts]
+
+
+def _mixed_part(
+    memory: Memory, read: TracedValue, of: TracedValue
+) -> Iterator[tuple[TracedValue, int, int, int]]:
+    """The part of an axis of a memory's first value along which a matrix mixes places: streams folded into that axis."""
+    root, numbers = memory.root, memory.carried[read.number]
+    if of.name not in MATRICES or not _may_mix(memory, read, of) or memory.count != root.numel:
+        return
+    position = next(at for at, argument in enumerate(of.args) if argument is read) - MATRICES[of.name][0]
+    along = len(read.shape) - (2 if position and len(read.shape) > 1 else 1)
+    streams = numbers.distinct_along(along)
+    if not 1 < streams == read.shape[along] <= MOST_STREAMS:
+        return
+    step = numbers.step(along)
+    for axis, size in enumerate(root.shape[:-1]):
+        below = math.prod(root.shape[axis + 1 :])
+        inner, rest = divmod(step, below)
+        if inner and not rest and streams < size and not size % (streams * inner):
+            yield root, axis, streams, inner
 
 
 def _may_mix(memory: Memory, read: TracedValue, of: TracedValue) -> bool:

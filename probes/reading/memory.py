@@ -16,10 +16,9 @@ from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
-    MATRICES,
+    MIXES,
     MOVES,
     PRODUCTS,
-    REDUCES,
     SUMS,
     addends,
     centred,
@@ -131,7 +130,7 @@ class Memory:
     def mixes(self, value: TracedValue) -> bool:
         """Whether an operation joins several values or streams of the memory, or leaves some out."""
         inside = self.inside(value)
-        if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
+        if len(inside) != 1 or value.name in MIXES:
             return True
         return value.name in MOVES and value.numel < inside[0].numel
 
@@ -176,12 +175,21 @@ def start_of(root: TracedValue, streams: int = 1) -> Start:
     return Start(root, shape, first)
 
 
-def start_with_streams(root: TracedValue, axis: int) -> Start:
-    """A memory's begin with a value that has its streams along an axis of their own."""
-    shape = (*root.shape[:axis], *root.shape[axis + 1 :])
+def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: int = 1) -> Start:
+    """A memory's begin with a value that has its streams along an axis of their own, or along a part of one.
+
+    ``streams``: how many there are; 0 for as many as the axis is long.
+    ``inner``: how many places of the axis each stream takes in a row.
+    """
+    length = root.shape[axis]
+    outer = length // (inner * (streams or length))
+    shape = (*root.shape[:axis], *[outer * inner] * (outer * inner > 1), *root.shape[axis + 1 :])
     one = Numbers.first(shape)
-    axes = (*one.axes[:axis], np.zeros(root.shape[axis], dtype=np.int64), *one.axes[axis:])
-    return Start(root, shape, Numbers(axes))
+    place = np.arange(length)
+    place = place // (length // outer) * inner + place % inner
+    along = place * math.prod(root.shape[axis + 1 :])
+    after = one.axes[axis + (outer * inner > 1) :]
+    return Start(root, shape, Numbers((*one.axes[:axis], along, *after)))
 
 
 def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:

@@ -274,7 +274,10 @@ class _Reader:
         return self._described(found.cuts, connections, errors, over_depth=False)
 
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
-        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place."""
+        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
+
+        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
+        """
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
         order: dict[int, TracedValue] = {}
@@ -282,7 +285,11 @@ class _Reader:
             line = takewhile(lambda of: of.name not in {*MATRICES, *REDUCES}, self.memory.line(value))
             if any(of in before for of in line) and int(weights_of.sum()) == 1:
                 order.setdefault(int(weights_of.nonzero()), value)
-        rest = iter([value for value in after if value not in order.values()])
+        birth = {
+            value: [*takewhile(lambda of: of not in before, self.memory.line(value))][-1:] for value in after
+        }
+        others = [value for value in after if value not in order.values()]
+        rest = iter(sorted(others, key=lambda value: [of.number for of in birth[value]]))
         return [order.get(place) or next(rest) for place in range(len(after))]
 
     def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:

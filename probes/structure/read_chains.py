@@ -350,7 +350,7 @@ class _ChainOf:
             )
         end = max(numbers)
         streams = [
-            replace(point, is_read_before=self._is_read_before(value, end)) for point, value in found
+            replace(point, is_read_before=self._is_read_before(value, end, numbers)) for point, value in found
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
@@ -405,10 +405,11 @@ class _ChainOf:
             item=place.order, operation=place.operation, result=place.result,
         )  # fmt: skip
 
-    def _is_read_before(self, value: TracedValue, end: int) -> bool:
-        """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
-        taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
+    def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
+        """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
+        taken = {t.number for t in self.graph.takers(value) if t.number <= end and _has_gradient(t)}
         sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
+        sources += [self.graph.values[n] for n in streams if n != value.number]
         behind = self.graph.earlier(sources if taken else (), {value.number})
         return any(behind[number] for number in taken)
 
