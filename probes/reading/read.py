@@ -312,7 +312,8 @@ class _Reader:
         worst = max(errors, default=math.inf)
         end = max(value.number for value in cuts[-1])
         carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
-        allowed = tolerance(carried)
+        ways = (self.graph.values[number] for branch in self.branches for number in branch.way())
+        allowed = tolerance([*carried, *ways])  # what a branch gives may be scaled in fewer digits
         why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
@@ -69,10 +71,11 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
     for number in sorted(of for of in memory.carried if of > first):
         parents = [parent.number for parent in graph.values[number].parents]
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
-    steps = [ways.get(number, set()) for number in following]
+    steps = [{first} if number == first else ways.get(number, set()) for number in following]
     times = {len(of) for of in steps}  # how often the first value comes into a stream
     apart = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
-    return apart and (times == {n} or (times == {1} and _only_branches_are_added(graph, memory, ways)))
+    again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
+    return again or (apart and times == {n})
 
 
 def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
@@ -82,7 +85,7 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
     added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
     h_res = joined.parts.get("h_res")
-    return added <= written and h_res is not None and bool((h_res == 1).all())
+    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones(())).all())
 
 
 class _ChainOf:
