@@ -312,8 +312,8 @@ class _Reader:
         worst = max(errors, default=math.inf)
         end = max(value.number for value in cuts[-1])
         carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
-        ways = (self.graph.values[number] for branch in self.branches for number in branch.way())
-        allowed = tolerance([*carried, *ways])  # what a branch gives may be scaled in fewer digits
+        carried += [self.graph.values[number] for branch in self.branches for number in branch.way()]
+        allowed = tolerance(carried)
         why = coverage.why_incomplete()
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
@@ -335,7 +335,7 @@ class _Reader:
             error=worst,
             weights=coverage.shares(),
             grows=self.memory.start.grows is not None,
-            casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
+            casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
         return found
