@@ -314,7 +314,7 @@ class _Reader:
         carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
         carried += [self.graph.values[number] for branch in self.branches for number in branch.way()]
         allowed = tolerance(carried)
-        why = coverage.why_incomplete()
+        why = coverage.why_incomplete() or (self._other_end(cuts) if over_depth else "")
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -339,6 +339,21 @@ class _Reader:
         )
         self._before = replace(found, connections=())
         return found
+
+    def _other_end(self, cuts: Sequence[Cut]) -> str:
+        """Why the last of several states over depth is not all that the head reads; empty where it is.
+
+        As of a second stream, which goes on next to it to the end.
+        """
+        memory, depth = self.memory, max(value.number for cut in cuts[:-1] for value in cut)
+        known = {value.number for cut in cuts for value in cut}.union(
+            read.number for branch in self.branches for read in (branch.read, *branch.reads)
+        )
+        for read, taker in memory.leaves:
+            is_late = read.number > depth and memory.is_whole(read) and self.graph.reaches_output(taker)
+            if is_late and not any(of.number in known for of in memory.line(read)):
+                return f"{self.graph.path(taker) or 'the head'} takes another sum of what came before than the last state"
+        return ""
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
         """How many copies of one state every step makes and merges again."""

@@ -51,7 +51,7 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
+    found = list(dict.fromkeys(_cut_out(graph, _turned(graph, graph.values[number])) for number in numbers))
     return [v for v in found if len(v.shape) > 1 and v.numel > 1]
 
 
@@ -67,6 +67,21 @@ def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
         if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
             part = value
     return part
+
+
+def _turned(graph: Graph, value: TracedValue) -> TracedValue:
+    """What a layer along the tokens gave, once its last axis, which is theirs, is put before the features; else the value."""
+    at = value
+    while len(value.shape) == 2 and len(takers := graph.takers(at)) == 1:
+        at = takers[0]
+        last = len(at.shape) - 1
+        turned = at.name == "permute" and at.args[1][-1] % (last + 1) != last
+        turned |= at.name == "transpose" and last in {dim % (last + 1) for dim in at.args[1:3]}
+        if turned and last > 1:
+            return at
+        if at.name not in VIEWS and not (at.name == "add" and any(p.of_parameter for p in at.parents)):
+            break
+    return value
 
 
 def is_of_channels(value: TracedValue) -> bool:

@@ -434,8 +434,8 @@ class StructureFinder:
         raise LayoutError(
             f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
             "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
-            f"in each row of the batch, padded where they differ in length; or say with layout={packed!r} that all tokens are to be "
-            f"read as those of one sequence; {rows}"
+            f"in each row of the batch, padded where they differ in length; or say with layout={packed!r} that all "
+            f"tokens are to be read as those of one sequence; {rows}"
         )
 
     def _weighed(self, memory: MemoryReading) -> FoundChain:
