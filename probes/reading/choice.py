@@ -353,7 +353,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
-        *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
+        *[
+            start_with_streams(root, axis, streams, root.shape[axis] // streams)
+            for root, axis, streams in folded_beginnings(graph)
+        ],
         *_with_streams(found),
         *starts_that_grow([of.memory for of in found]),
     ):

@@ -164,15 +164,9 @@ class Memory:
         return any(is_statistic(self.graph, other, inside[0]) for other in others)
 
 
-def start_of(root: TracedValue, streams: int = 1) -> Start:
-    """A memory's begin with a value, whose last axis may hold streams behind each other."""
-    *lead, width = root.shape
-    shape = (*lead, width // streams)
-    first = Numbers.first(shape)
-    if streams > 1:
-        one = Numbers(array=first.dense().reshape(*lead, 1, width // streams))
-        first = one.expand((*lead, streams, width // streams)).reshape(root.shape) or first
-    return Start(root, shape, first)
+def start_of(root: TracedValue) -> Start:
+    """A memory's begin with a value of one stream."""
+    return Start(root, root.shape, Numbers.first(root.shape))
 
 
 def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: int = 1) -> Start:

@@ -350,7 +350,8 @@ class _Reader:
             read.number for branch in self.branches for read in (branch.read, *branch.reads)
         )
         for read, taker in memory.leaves:
-            is_late = read.number > depth and memory.is_whole(read) and self.graph.reaches_output(taker)
+            is_one = memory.is_whole(read) and memory.carried[read.number].count == memory.count
+            is_late = read.number > depth and is_one and self.graph.reaches_output(taker)
             if is_late and not any(of.number in known for of in memory.line(read)):
                 return f"{self.graph.path(taker) or 'the head'} takes another sum of what came before than the last state"
         return ""
