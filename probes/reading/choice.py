@@ -408,7 +408,8 @@ def _mixed_part(
 ) -> Iterator[tuple[TracedValue, int, int, int]]:
     """The part of an axis of a memory's first value along which a matrix mixes places: streams folded into that axis."""
     root, numbers = memory.root, memory.carried[read.number]
-    if of.name not in MATRICES or not _may_mix(memory, read, of) or memory.count != root.numel:
+    mixes = of.name in MATRICES and _may_mix(memory, read, of)
+    if not mixes or len(root.shape) < 4 or memory.count != root.numel:  # of three axes one may be of tokens
         return
     position = next(at for at, argument in enumerate(of.args) if argument is read) - MATRICES[of.name][0]
     along = len(read.shape) - (2 if position and len(read.shape) > 1 else 1)

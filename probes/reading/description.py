@@ -105,7 +105,7 @@ class MemoryReading:
     grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     casts: tuple[
         torch.dtype, ...
-    ] = ()  # that the memory and its branches' outputs pass, but for that of its first value
+    ] = ()  # in which it is carried or branches' outputs are scaled, but for that of its first value
 
     @property
     def is_proven(self) -> bool:

@@ -30,7 +30,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
-from depthscope.probes.reading.operations import MATRICES, REDUCES
+from depthscope.probes.reading.operations import MATRICES, REDUCES, only_moves
 from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
 from depthscope.probes.reading.recording import recorded
 from depthscope.probes.reading.states import States
@@ -312,7 +312,8 @@ class _Reader:
         worst = max(errors, default=math.inf)
         end = max(value.number for value in cuts[-1])
         carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
-        carried += [self.graph.values[number] for branch in self.branches for number in branch.way()]
+        scaled = (self.graph.values[n] for branch in self.branches for n in branch.steps)
+        carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
         why = coverage.why_incomplete() or (self._other_end(cuts) if over_depth else "")
         if not worst <= allowed:
