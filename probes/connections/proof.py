@@ -49,6 +49,9 @@ class Joint:
     parts: Parts
     mask: torch.Tensor
     dtype: torch.dtype
+    casts: tuple[
+        torch.dtype, ...
+    ] = ()  # in which else the memory is carried, or what branches give is scaled
 
     def tokens(self) -> Joint:
         """At most `PROOF_TOKENS` real tokens with finite states, flattened to (n, …), spread over the sample."""
@@ -113,6 +116,11 @@ class Evidence:
         return "destination_source" if mixes else "not_applicable"
 
     @property
+    def tolerance(self) -> float:
+        """The error up to which the reconstruction counts as proof, by the coarsest type that the states and branches pass."""
+        return max(tolerance(dtype) for joint in self.joints for dtype in (joint.dtype, *joint.casts))
+
+    @property
     def errors(self) -> list[float]:
         """Relative reconstruction error of each connection."""
         return [proof.error for proof in self.proofs]
@@ -125,7 +133,7 @@ def gather_evidence(joints: Sequence[Joint]) -> Evidence:
     """
     evidence = Evidence(tuple(prove(joint) for joint in joints), tuple(joints))
     if joints:
-        _require_proof(evidence, tolerance(joints[0].dtype))
+        _require_proof(evidence, evidence.tolerance)
     return evidence
 
 
@@ -134,7 +142,8 @@ def _require_proof(evidence: Evidence, limit: float) -> None:
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:  # NaN is refused too
         joint = evidence.joints[worst]
-        dtype = str(joint.dtype).removeprefix("torch.")
+        coarsest = max((joint.dtype, *joint.casts), key=tolerance)
+        dtype = str(coarsest).removeprefix("torch.")
         raise ReconstructionError(
             f"connection {worst} ({joint.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
             f"{errors[worst]:.1e} (tolerance {limit:.0e} for {dtype}): the stored states are not those that the operations "

@@ -33,6 +33,7 @@ from depthscope.probes.reading.operations import (
     centred,
     factors,
     is_along_features,
+    mixes_channels,
     only_moves,
     part_of,
     spreads,
@@ -178,6 +179,14 @@ class Rules:
             return found.reshape(value.shape) if found.count == value.numel else found.expand(value.shape)
         return found.expand(value.shape)
 
+    def _convolution(self, value: TracedValue) -> Numbers | None:
+        """Streams as channels, mixed by a kernel of one element, which adds nothing."""
+        own = self._of(value.args[0])
+        if own is None or not mixes_channels(value) or len(self._inside(value)) != 1:
+            return None
+        found = own.collapsed([1])
+        return None if found is None else found.expand(value.shape)
+
     def _join(self, value: TracedValue) -> Numbers | None:
         pieces = list(values_in(value.args[0]))
         axis = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)
@@ -294,6 +303,7 @@ _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(PRODUCTS, Rules._product),
     **dict.fromkeys(REDUCES, Rules._reduce),
     **dict.fromkeys(MATRICES, Rules._matrix),
+    "convolution": Rules._convolution,
     **dict.fromkeys(JOINS, Rules._join),
     **dict.fromkeys(SCATTERS, Rules._scatter),
 }

@@ -9,7 +9,8 @@ memories.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -351,7 +352,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
-        *[start_of(root, streams) for root, streams in folded_beginnings(graph)],
+        *[
+            start_with_streams(root, axis, streams, root.shape[axis] // streams)
+            for root, axis, streams in folded_beginnings(graph)
+        ],
         *_with_streams(found),
         *starts_that_grow([of.memory for of in found]),
     ):
@@ -391,7 +395,32 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
         of.memory.root for of in ranked if any(_may_mix(of.memory, taker) for _, taker in of.memory.leaves)
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
-    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+    found = [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
+    parts = dict.fromkeys(
+        part for of in ranked for way in of.memory.leaves for part in _mixed_part(of.memory, *way)
+    )
+    return found + [start_with_streams(*part) for part in parts]
+
+
+def _mixed_part(
+    memory: Memory, read: TracedValue, of: TracedValue
+) -> Iterator[tuple[TracedValue, int, int, int]]:
+    """The part of an axis of a memory's first value along which a matrix mixes places: streams folded into that axis."""
+    root, numbers = memory.root, memory.carried[read.number]
+    mixes = of.name in MATRICES and _may_mix(memory, read, of)
+    if not mixes or len(root.shape) < 4 or memory.count != root.numel:  # of three axes one may be of tokens
+        return
+    position = next(at for at, argument in enumerate(of.args) if argument is read) - MATRICES[of.name][0]
+    along = len(read.shape) - (2 if position and len(read.shape) > 1 else 1)
+    streams = numbers.distinct_along(along)
+    if not 1 < streams == read.shape[along] <= MOST_STREAMS:
+        return
+    step = numbers.step(along)
+    for axis, size in enumerate(root.shape[:-1]):
+        below = math.prod(root.shape[axis + 1 :])
+        inner, rest = divmod(step, below)
+        if inner and not rest and streams < size and not size % (streams * inner):
+            yield root, axis, streams, inner
 
 
 def _may_mix(memory: Memory, of: TracedValue) -> bool:

@@ -101,7 +101,9 @@ class MemoryReading:
         str, float
     ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
     grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
-    casts: tuple[torch.dtype, ...] = ()  # that the memory passes, other than that of its first value
+    casts: tuple[
+        torch.dtype, ...
+    ] = ()  # in which it is carried or branches' outputs are scaled, but for that of its first value
 
     @property
     def is_proven(self) -> bool:

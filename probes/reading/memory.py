@@ -16,10 +16,9 @@ from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
-    MATRICES,
+    MIXES,
     MOVES,
     PRODUCTS,
-    REDUCES,
     SUMS,
     addends,
     centred,
@@ -128,7 +127,7 @@ class Memory:
     def mixes(self, value: TracedValue) -> bool:
         """Whether an operation joins several values or streams of the memory, or leaves some out."""
         inside = self.inside(value)
-        if len(inside) != 1 or value.name in MATRICES or value.name in REDUCES:
+        if len(inside) != 1 or value.name in MIXES:
             return True
         return value.name in MOVES and value.numel < inside[0].numel
 
@@ -162,23 +161,26 @@ class Memory:
         return any(is_statistic(self.graph, other, inside[0]) for other in others)
 
 
-def start_of(root: TracedValue, streams: int = 1) -> Start:
-    """A memory's begin with a value, whose last axis may hold streams behind each other."""
-    *lead, width = root.shape
-    shape = (*lead, width // streams)
-    first = Numbers.first(shape)
-    if streams > 1:
-        one = Numbers(array=first.dense().reshape(*lead, 1, width // streams))
-        first = one.expand((*lead, streams, width // streams)).reshape(root.shape) or first
-    return Start(root, shape, first)
+def start_of(root: TracedValue) -> Start:
+    """A memory's begin with a value of one stream."""
+    return Start(root, root.shape, Numbers.first(root.shape))
 
 
-def start_with_streams(root: TracedValue, axis: int) -> Start:
-    """A memory's begin with a value that has its streams along an axis of their own."""
-    shape = (*root.shape[:axis], *root.shape[axis + 1 :])
+def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: int = 1) -> Start:
+    """A memory's begin with a value that has its streams along an axis of their own, or along a part of one.
+
+    ``streams``: how many there are; 0 for as many as the axis is long.
+    ``inner``: how many places of the axis each stream takes in a row.
+    """
+    length = root.shape[axis]
+    outer = length // (inner * (streams or length))
+    shape = (*root.shape[:axis], *[outer * inner] * (outer * inner > 1), *root.shape[axis + 1 :])
     one = Numbers.first(shape)
-    axes = (*one.axes[:axis], np.zeros(root.shape[axis], dtype=np.int64), *one.axes[axis:])
-    return Start(root, shape, Numbers(axes))
+    place = np.arange(length)
+    place = place // (length // outer) * inner + place % inner
+    along = place * math.prod(root.shape[axis + 1 :])
+    after = one.axes[axis + (outer * inner > 1) :]
+    return Start(root, shape, Numbers((*one.axes[:axis], along, *after)))
 
 
 def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:

@@ -36,6 +36,7 @@ MATRICES: dict[str, tuple[int, int]] = {
 # What mixes features by parameters: `linear` is a whole call of a layer.
 LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
+MIXES = names("convolution") | {*MATRICES, *REDUCES}  # of what a memory carries: its streams
 JOINS = names("cat stack")
 ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
@@ -61,6 +62,15 @@ def only_moves(value: TracedValue) -> bool:
     if value.name == "cat":  # of a single tensor
         return [parent.numel for parent in value.parents] == [value.numel]
     return value.name in SAME or value.name in MOVES
+
+
+def mixes_channels(value: TracedValue) -> bool:
+    """Whether a convolution is a matrix over the second axis alone: a kernel of one element, to which nothing is added."""
+    if value.name != "convolution":
+        return False
+    given, kernel, bias, stride, padding, _, transposed, _, groups = value.args
+    plain = groups == 1 and {*stride} == {1} and not any(padding) and not transposed and bias is None
+    return plain and len(given.shape) == len(kernel.shape) and {*kernel.shape[2:]} == {1}
 
 
 def spreads(value: TracedValue, number: TracedValue) -> bool:

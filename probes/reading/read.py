@@ -28,7 +28,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
-from depthscope.probes.reading.operations import MATRICES, REDUCES
+from depthscope.probes.reading.operations import MATRICES, REDUCES, only_moves
 from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
 from depthscope.probes.reading.states import States
 
@@ -242,7 +242,10 @@ class _Reader:
         return self._described(found.cuts, connections, errors, over_depth=False)
 
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
-        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place."""
+        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
+
+        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
+        """
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
         order: dict[int, TracedValue] = {}
@@ -250,7 +253,11 @@ class _Reader:
             line = takewhile(lambda of: of.name not in {*MATRICES, *REDUCES}, self.memory.line(value))
             if any(of in before for of in line) and int(weights_of.sum()) == 1:
                 order.setdefault(int(weights_of.nonzero()), value)
-        rest = iter([value for value in after if value not in order.values()])
+        birth = {
+            value: [*takewhile(lambda of: of not in before, self.memory.line(value))][-1:] for value in after
+        }
+        others = [value for value in after if value not in order.values()]
+        rest = iter(sorted(others, key=lambda value: [of.number for of in birth[value]]))
         return [order.get(place) or next(rest) for place in range(len(after))]
 
     def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
@@ -273,8 +280,10 @@ class _Reader:
         worst = max(errors, default=math.inf)
         end = max(value.number for value in cuts[-1])
         carried = [value for n in self.memory.trunk if (value := self.graph.values[n]).number <= end]
+        scaled = (self.graph.values[n] for branch in self.branches for n in branch.steps)
+        carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
-        why = coverage.why_incomplete()
+        why = coverage.why_incomplete() or (self._other_end(cuts) if over_depth else "")
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -295,10 +304,26 @@ class _Reader:
             error=worst,
             weights=coverage.shares(),
             grows=self.memory.start.grows is not None,
-            casts=tuple({value.dtype for value in carried} - {self.memory.root.dtype}),
+            casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
         return found
+
+    def _other_end(self, cuts: Sequence[Cut]) -> str:
+        """Why the last of several states over depth is not all that the head reads; empty where it is.
+
+        As of a second stream, which goes on next to it to the end.
+        """
+        memory, depth = self.memory, max(value.number for cut in cuts[:-1] for value in cut)
+        known = {value.number for cut in cuts for value in cut}.union(
+            read.number for branch in self.branches for read in (branch.read, *branch.reads)
+        )
+        for read, taker in memory.leaves:
+            is_one = memory.is_whole(read) and memory.carried[read.number].count == memory.count
+            is_late = read.number > depth and is_one and self.graph.reaches_output(taker)
+            if is_late and not any(of.number in known for of in memory.line(read)):
+                return f"{self.graph.path(taker) or 'the head'} takes another sum of what came before than the last state"
+        return ""
 
     def _inner_streams(self, cuts: Sequence[Cut]) -> int:
         """How many copies of one state every step makes and merges again."""

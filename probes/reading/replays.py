@@ -23,6 +23,7 @@ from depthscope.probes.reading.operations import (
     VIEWS,
     ZEROS,
     addends,
+    mixes_channels,
     part_of,
 )  # fmt: skip
 from depthscope.probes.reading.states import States
@@ -245,6 +246,8 @@ class Replays:
             return False
         if value.name in MATRICES:
             return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))
+        if mixes_channels(value):
+            return box.cut(0) is None and box.cut(1) is None
         if value.name in ALONG_AN_AXIS:
             return self.box(operand).cut(value.args[1]) is None
         return value.name in ON_ONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import (
@@ -51,7 +51,7 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = list(dict.fromkeys(_cut_out(graph, graph.values[number]) for number in numbers))
+    found = list(dict.fromkeys(_cut_out(graph, _turned(graph, graph.values[number])) for number in numbers))
     return [v for v in found if len(v.shape) > 1 and v.numel > 1]
 
 
@@ -67,6 +67,21 @@ def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
         if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
             part = value
     return part
+
+
+def _turned(graph: Graph, value: TracedValue) -> TracedValue:
+    """What a layer along the tokens gave, once its last axis, which is theirs, is put before the features; else the value."""
+    at = value
+    while len(value.shape) == 2 and len(takers := graph.takers(at)) == 1:
+        at = takers[0]
+        last = len(at.shape) - 1
+        turned = at.name == "permute" and at.args[1][-1] % (last + 1) != last
+        turned |= at.name == "transpose" and last in {dim % (last + 1) for dim in at.args[1:3]}
+        if turned and last > 1:
+            return at
+        if at.name not in VIEWS and not (at.name == "add" and any(p.of_parameter for p in at.parents)):
+            break
+    return value
 
 
 def is_of_channels(value: TracedValue) -> bool:
@@ -140,26 +155,33 @@ class _Sums:
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 
-def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int]]:
-    """Values that may hold streams from the beginning, and how many: a later view takes their last axis apart."""
-    found: list[tuple[TracedValue, int]] = []
-    # What a weight made, and into how many parts its last axis is taken apart, by what is viewed of it.
-    made: dict[int, tuple[TracedValue, int]] = {}
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int]]:
+    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later, and how many."""
+    found: list[tuple[TracedValue, int, int]] = []
+    # What a weight made, its axis of features, and into how many parts this is taken apart, by what is viewed of it.
+    made: dict[int, tuple[TracedValue, int, int]] = {}
     for value in _tensors(graph):
-        if value.name in FIRST_VALUES and len(value.shape) > 1:
-            if len({origin for origin, _ in made.values()}) > 5:
-                break
-            made[value.number] = value, 1
+        is_image = value.name == "convolution"
+        if (value.name in FIRST_VALUES or is_image) and len(value.shape) > 1:
+            if (
+                len({origin for origin, *_ in made.values() if (origin.name == "convolution") is is_image})
+                > 5
+            ):
+                if not is_image:
+                    break
+                continue
+            made[value.number] = value, 1 if is_image else len(value.shape) - 1, 1
             continue
         passes = only_moves(value) or value.name == "add"
         known = made.get(value.parents[0].number) if value.parents and passes else None
         if known is None:
             continue
-        origin, parts = known
-        if value.shape[-1] == origin.shape[-1] // parts:
+        origin, axis, parts = known
+        width, at = origin.shape[axis] // parts, 1 if origin.name == "convolution" else len(value.shape) - 1
+        if len(value.shape) > at and value.shape[at] == width:
             made[value.number] = known
-        elif more := _takes_apart(value, origin.shape[-1] // parts):
-            made[value.number] = origin, parts * more  # of streams, and of fractions of each
+        elif more := _takes_apart(value, at, width):
+            made[value.number] = origin, axis, parts * more  # of streams, and of fractions of each
             found.append(made[value.number])
     return list(dict.fromkeys(found))[:12]
 
@@ -168,18 +190,20 @@ def _tensors(graph: Graph) -> Iterator[TracedValue]:
     return (v for v in graph.values if v.is_floating and v.shape and (v.parents or graph.depends_on_input(v)))
 
 
-def _takes_apart(value: TracedValue, width: int) -> int:
-    """Into how many parts a view, or a cut, takes a last axis of some width apart; 0 where it does not."""
-    shape: Sequence[int] = value.shape
-    if value.name in VIEWS and len(shape) > 2 and math.prod(shape[-2:]) == width:
-        parts = shape[-2]
+def _takes_apart(value: TracedValue, axis: int, width: int) -> int:
+    """Into how many parts a view, or a cut, takes an axis of some width apart; 0 where it does not."""
+    shape, before = value.shape, value.parents[0].shape
+    first = axis if axis == 1 and len(shape) > len(before) else axis - 1  # of the two that a view makes of it
+    if value.name in VIEWS and len(shape) > 2 and math.prod(shape[first : first + 2]) == width:
+        parts = shape[first]
     elif (
         value.name in PARTS
-        and value.parents[0].shape[:-1] == shape[:-1]
-        and shape[-1]
-        and not width % shape[-1]
+        and (*before[:axis], *before[axis + 1 :]) == (*shape[:axis], *shape[axis + 1 :])
+        and len(before) == len(shape)
+        and shape[axis]
+        and not width % shape[axis]
     ):
-        parts = width // shape[-1]
+        parts = width // shape[axis]
     else:
         return 0
     return (

@@ -12,7 +12,6 @@ from torch import nn
 
 from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
-from depthscope.probes.connections.coefficients import tolerance
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
@@ -50,7 +49,7 @@ def run_attributes(
         "layouts": layouts if len(set(layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max(errors, default=None),
-        "reconstruction_tolerance": tolerance(precision) if evidence.proofs else None,
+        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": str(precision).removeprefix("torch.") if precision != dtype else None,
         "block": structure.chains[0].block_class,

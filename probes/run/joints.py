@@ -59,4 +59,5 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         mask=torch.from_numpy(mask),
         # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
         dtype=session.observer.precision,
+        casts=() if session.structure.read is None else session.structure.read.casts,
     )

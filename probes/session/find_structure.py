@@ -420,14 +420,16 @@ class StructureFinder:
                     "the model takes its tokens first, so the batch is its second axis; call the model once more"
                 )
         rows = "where the rows are the nodes of a graph, say layout='B D'"
+        packed = self._layout_of(memory, "", end).replace("B", "T")
+        packed = packed if packed.split().count("T") == 1 else "T D"
         if len(root.shape) == 3 and root.shape[self.batch_axis] == self.batch_size:
             own = "T B D" if self.batch_axis else "B T D"
             rows = f"where the sequences meet in the branches alone, as in experts of a limited capacity, say layout={own!r}"
         raise LayoutError(
             f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
             "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
-            "in each row of the batch, padded where they differ in length; or say with layout='T D' that all tokens are to be "
-            f"read as those of one sequence; {rows}"
+            f"in each row of the batch, padded where they differ in length; or say with layout={packed!r} that all "
+            f"tokens are to be read as those of one sequence; {rows}"
         )
 
     def _weighed(self, memory: MemoryReading) -> ReadChain:

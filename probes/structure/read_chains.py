@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
@@ -50,10 +52,11 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
     for number in sorted(of for of in memory.carried if of > first):
         parents = [parent.number for parent in graph.values[number].parents]
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
-    steps = [ways.get(number, set()) for number in following]
+    steps = [{first} if number == first else ways.get(number, set()) for number in following]
     times = {len(of) for of in steps}  # how often the first value comes into a stream
     apart = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
-    return apart and (times == {n} or (times == {1} and _only_branches_are_added(graph, memory, ways)))
+    again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
+    return again or (apart and times == {n})
 
 
 def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
@@ -63,7 +66,7 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
     added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
     h_res = joined.parts.get("h_res")
-    return added <= written and h_res is not None and bool((h_res == 1).all())
+    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones(())).all())
 
 
 class ChainReader:
@@ -336,7 +339,7 @@ class ChainReader:
             )
         end = max(numbers)
         streams = [
-            replace(point, is_read_before=self._is_read_before(value, end)) for point, value in found
+            replace(point, is_read_before=self._is_read_before(value, end, numbers)) for point, value in found
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
@@ -391,10 +394,11 @@ class ChainReader:
             item=place.order, operation=place.operation, result=place.result,
         )  # fmt: skip
 
-    def _is_read_before(self, value: TracedValue, end: int) -> bool:
-        """Whether a branch that was written before the number ``end`` read one of the tensors of a state."""
-        taken = {t.number for t in self.graph.takers(value) if t.number < end and _has_gradient(t)}
+    def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
+        """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
+        taken = {t.number for t in self.graph.takers(value) if t.number <= end and _has_gradient(t)}
         sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
+        sources += [self.graph.values[n] for n in streams if n != value.number]
         behind = self.graph.earlier(sources if taken else (), {value.number})
         return any(behind[number] for number in taken)
 

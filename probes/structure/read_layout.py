@@ -82,6 +82,10 @@ def _parts_of_first(memory: MemoryReading, sequences: SequenceAxis) -> list[Part
     if stride is not None and place is not None:  # the first value may have its streams along some axis
         (dim, inner), vectors = place, memory.carried[memory.root].axes
         stride = int(vectors[dim][inner] - vectors[dim][0]) if vectors else stride
+        if not stride:
+            raise LayoutError(
+                "the sequences lie along the axis that was read as that of the streams; name it with layout="
+            )
     return _with_batch(_parts(memory.shape, memory.feature_axis, stride, sequences.size), sequences.size)
 
 

@@ -37,6 +37,7 @@ class ReadStructure:
         self._order: tuple[Any, int, torch.Tensor] | None = (
             None  # of tokens, for a memory's numbers and a batch size
         )
+        self.casts = memory.casts
         self.mixes = any(connection.weighs for connection in self.first.connections)
         h_res = None if memory.over_depth else memory.connections[0].parts.get("h_res")
         # Whether one tensor is every stream of the first state: of the first matrix only the sums of its rows are known.
