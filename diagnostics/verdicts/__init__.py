@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import xarray as xr
@@ -30,8 +31,9 @@ from depthscope.diagnostics.verdicts import (
     weight_updates,
     wiring,
 )
+from depthscope.diagnostics.verdicts.age import age_of
 from depthscope.diagnostics.verdicts.causes import explain
-from depthscope.diagnostics.verdicts.consequences import unsettled, weighed
+from depthscope.diagnostics.verdicts.consequences import graded, unsettled, weighed
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
@@ -194,6 +196,8 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     told = [
         unsettled(each, last.attrs, chain) if VERDICTS[each.verdict].suspicion else each for each in explained
     ]
+    age = cache(partial(age_of, last))
+    told = [graded(each, last.attrs, age) for each in told]
     return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in told]
 
 

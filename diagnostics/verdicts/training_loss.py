@@ -7,11 +7,10 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
+from depthscope.diagnostics.verdicts.age import share_of_constant, share_of_guessing, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 
 @verdict(
@@ -65,8 +64,8 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
     probabilities the gradient is small, and the loss cannot fall to zero.
     """
-    task = attrs.get(TASK)
-    if isinstance(task, Mapping) and "softmax_twice" in task:
+    task = task_of(attrs)
+    if "softmax_twice" in task:
         twice = bool(task["softmax_twice"])
         sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
         yield Profile(
@@ -77,10 +76,10 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
-# that loses more than the noise of a sample is broken, or sees what it was never trained on.
+# that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(warn=1.05, fail=1.15),
+    limits=Limits(fail=1.05),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
@@ -91,11 +90,16 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     See whether every weight is in its place and the labels belong to the inputs, and read the other findings: one of them may
     say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
-    task = attrs.get(TASK)
-    loss, constant = (task.get(name) if isinstance(task, Mapping) else None for name in ("loss", "constant"))
-    if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
-        words = "the loss, relative to that of always answering with how often each class comes, is"
-        yield Profile(xr.DataArray(loss / constant), words, begun=True)
+    share, task = share_of_constant(attrs), task_of(attrs)
+    if share is None:
+        return
+    words = "the loss, relative to that of always answering with how often each class comes, is"
+    # Of a loss that may be that of a constant answer all the same it is not known.
+    known = task["loss"] - ONE_SIDED * float(task.get("uncertainty", 0.0)) > task["constant"]
+    yield Profile(xr.DataArray(share if known else min(share, 1.0)), words, begun=True)
+
+
+ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
 # Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
@@ -133,7 +137,7 @@ def untrained_weights(
     yield Profile(
         xr.DataArray(1.0 if share is None else share),
         "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
-        ceiling=Severity.FAIL if attrs.get("checkpoint") else Severity.INFO,
+        limits=None if attrs.get("checkpoint") else Limits(info=GUESSING),
     )
 
 

@@ -5,11 +5,13 @@ Limits without a source are heuristics of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics.schema import FROZEN_MODULES
+from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
@@ -80,17 +82,31 @@ def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
 FEWEST_STEPS = 5
 
 
+# A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
+# its first steps.
+SLOW = Limits(warn=1e-5, above=False)
+PAST_WARM_UP = 50
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
-def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
+def lost_update(
+    update_ratio: xr.DataArray, attrs: Mapping[str, Any], unmoved_steps: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
-    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
+    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights. Where all
+    modules hardly move before anything is learned, raise the learning rate, or loosen the clip of the gradient.
     """
     words = "the change of the weights in one step, relative to the weights, is"
+    learned = share_of_constant(attrs)
     if update_ratio.notnull().any():
         yield Profile(update_ratio, words, metric="update_ratio")
+        step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
+        if learned is not None and learned >= NOTHING_LEARNED and step >= PAST_WARM_UP:
+            note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
+            yield Profile(update_ratio.median(), f"of half of the modules {words}", limits=SLOW, note=note)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (

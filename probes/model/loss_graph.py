@@ -34,7 +34,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
     tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
-    ``targets_per_sequence``, 1 where a sequence has one class; ``constant``, see `_constant_loss`.
+    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_beside_a_constant` says.
     """
     start = None if loss is None else loss.grad_fn
     for node in _nodes(start):
@@ -53,42 +53,67 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
             **_targets_per_sequence(_target_of(node), batch),
-            **_constant_loss(_target_of(node) if is_mean else None),
+            **(_beside_a_constant(node, classes) if is_mean else {}),
         }
     return {}
 
 
 def _target_of(node: Any) -> torch.Tensor | None:
-    """The targets of a cross entropy; None where its backward has run already, which frees them."""
+    """The targets of a cross entropy."""
+    return _saved(node, "_saved_target")
+
+
+def _saved(node: Any, name: str) -> torch.Tensor | None:
+    """What a node keeps for its backward; None where that has run already, which frees it."""
     try:
-        found = getattr(node, "_saved_target", None)
+        found = getattr(node, name, None)
     except RuntimeError:
         return None
-    return found if isinstance(found, torch.Tensor) else None
+    return found.detach() if isinstance(found, torch.Tensor) else None
 
 
 # Targets for each class that comes: of fewer the frequencies, and with them their entropy, are not known well. Heuristic.
 ENOUGH = 4
-# Of fewer targets the loss itself is not: that of one varies by about 1 nat, and the mean of these by 0.1.
+# Of fewer targets it is not known which classes come.
 FEWEST_TARGETS = 100
+# Targets of which the entropy of the predictions is known well enough.
+PREDICTIONS = 256
+# Of one mean over batches: what is measured, and no fact of the task.
+MEASURED = ("constant", "entropy", "uncertainty")
 
 
-def _constant_loss(target: torch.Tensor | None) -> dict[str, float]:
-    """``constant``: the loss of always answering with how often each class comes, its entropy in nats (Miller and Madow).
+def _beside_a_constant(node: Any, classes: int) -> dict[str, float]:
+    """What a cross entropy has to beat, and how sure the predictions are, in nats; empty of one class.
 
-    Where that is not known well it is that of equal probabilities for the classes that come, which is no less. Empty of one
-    class, and of too few targets.
+    ``constant``: the loss of always answering with how often each class comes, its entropy (Miller and Madow); of few targets
+    that of equal probabilities, which is no less. ``uncertainty``: the standard error of the loss beyond it. ``entropy``: that
+    of the predictions, which a network that knows how little it knows has as its loss.
     """
-    if target is None:
+    target, predicted = _target_of(node), _saved(node, "_saved_self")
+    if target is None or predicted is None or predicted.ndim < 2:
         return {}
-    counts = torch.unique(target[target != IGNORED], return_counts=True)[1].double()
+    rows, target = predicted.movedim(1, -1).reshape(-1, classes), target.flatten()
+    counted = torch.nonzero(target != IGNORED)[:, 0]
+    found, places = torch.unique(target[counted], return_inverse=True)
+    counts = torch.bincount(places).double()
     total = float(counts.sum())
-    if len(counts) < 2 or total < FEWEST_TARGETS:
+    if len(counts) < 2:
         return {}
-    if total < ENOUGH * len(counts):
-        return {"constant": math.log(len(counts))}
-    share = counts / total
-    return {"constant": float(-(share * share.log()).sum()) + (len(counts) - 1) / (2 * total)}
+    of_each = torch.full_like(counts, math.log(classes if total < FEWEST_TARGETS else len(found)))
+    constant = float(of_each[0])
+    if total >= FEWEST_TARGETS and total >= ENOUGH * len(counts):
+        of_each = -(counts / total).log()
+        constant = float((counts / total * of_each).sum()) + (len(counts) - 1) / (2 * total)
+    beyond = -rows[counted, target[counted]].double() - of_each[places]
+    some = rows[counted[:: math.ceil(total / PREDICTIONS)]].float()
+    return {
+        "constant": constant,
+        "entropy": float(-(some.exp() * some.clamp(min=SURE)).sum(-1).mean()),
+        "uncertainty": float(beyond.std()) / math.sqrt(total),
+    }
+
+
+SURE = -1e3  # the logarithm of a probability that is 0, times which it is 0 all the same
 
 
 def _targets_per_sequence(target: torch.Tensor | None, batch: Any) -> dict[str, int]:
@@ -122,17 +147,22 @@ def _are_tokens(target: torch.Tensor | None, batch: Any, *, ahead: int) -> bool:
 
 def mean_task(tasks: Sequence[dict[str, Any]], loss: float | None) -> dict[str, Any]:
     """The task of several batches with their mean loss; empty where it is not the same in all of them."""
+    facts = [{name: value for name, value in task.items() if name not in MEASURED} for task in tasks]
     if (
         not tasks
         or not tasks[0]
-        or any({**task, "constant": 0} != {**tasks[0], "constant": 0} for task in tasks)
+        or any(each != facts[0] for each in facts)
         or loss is None
         or not math.isfinite(loss)
     ):
         return {}
-    constants = [task["constant"] for task in tasks if "constant" in task]
-    known = {"constant": sum(constants) / len(constants)} if len(constants) == len(tasks) else {}
-    return {**{name: value for name, value in tasks[0].items() if name != "constant"}, **known, "loss": loss}
+    measured = {
+        name: [task[name] for task in tasks] for name in MEASURED if all(name in task for task in tasks)
+    }
+    means = {name: sum(values) / len(values) for name, values in measured.items()}
+    if "uncertainty" in means:
+        means["uncertainty"] = math.hypot(*measured["uncertainty"]) / len(tasks)
+    return {**facts[0], **means, "loss": loss}
 
 
 def _nodes(start: Any) -> Iterator[Any]:

@@ -340,7 +340,7 @@ CASES: dict[str, Case] = {
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "equal_blocks": case(
-        lambda: plain(lambda i: copied_block(i, 2)), WARN, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)
+        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)
     ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
@@ -462,7 +462,7 @@ CASES: dict[str, Case] = {
     ),
     "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
     "zero_input": case(
-        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets no number but 0", beside=("constant_branch",)
+        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets hardly any number but 0", beside=("constant_branch",)
     ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
