@@ -462,7 +462,7 @@ CASES: dict[str, Case] = {
     ),
     "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
     "zero_input": case(
-        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets hardly any number but 0", beside=("constant_branch",)
+        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets hardly any number", beside=("constant_branch",)
     ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
