@@ -220,6 +220,47 @@ def test_a_loss_above_that_of_a_constant_answer_is_no_alarm_in_the_first_steps(m
     assert one(diagnostics.judge(analysis), "worse_than_constant").severity == severity
 
 
+@pytest.mark.parametrize(
+    ("task", "moved", "severity"),
+    [
+        ({"loss": 2.4, "constant": 2.4}, 0.1, FAIL),  # nothing is left of what it learned
+        ({"loss": 2.0, "constant": 2.4}, 0.1, WARN),
+        ({"loss": 2.4, "constant": 2.4}, 0.01, WARN),  # its first steps: nothing is learned yet
+        # Sure and wrong: no network is so in its first steps.
+        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.1}, 0.01, FAIL),
+        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.9}, 0.01, WARN),
+    ],
+)
+def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(task, moved, severity):
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
+    remark = {"kind": "zero_input", "sentence": "A layer gets zeros", "value": 1.0, "sure": True}
+    found = one(diagnostics.judge(analysis.assign_attrs(remarks=[remark])), "zero_input")
+    assert found.severity == severity
+    assert ("nothing is left" in found.sentence) == (severity == FAIL)
+
+
+@pytest.mark.parametrize(
+    ("loss", "uncertainty", "severity"), [(2.8, 0.1, FAIL), (2.8, 0.3, None), (2.5, 0.01, None)]
+)
+def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, severity):
+    task = {"guessing": 4.4, "constant": 2.4, "loss": loss, "uncertainty": uncertainty}
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=0.1)
+    found = [each for each in diagnostics.judge(analysis) if each.verdict == "worse_than_constant"]
+    assert [each.severity for each in found] == ([] if severity is None else [severity])
+
+
+def test_an_experiment_that_regains_half_of_what_could_be_had_shows_a_failure():
+    states = walk(8) + 100.0
+    analysis = diagnostics.analyze(residual_run(states)).assign_attrs(
+        task={"constant": 2.5, "loss": 2.0, "guessing": 3.0}
+    )
+    for change, severity in ((-0.1, WARN), (-1.0, FAIL), (0.5, INFO)):
+        result = with_result(analysis, loss_change=change)
+        found = one(diagnostics.judge(result), "common_vector")
+        assert found.settled == ("refuted" if severity == INFO else "shown")
+        assert found.severity >= severity if severity > INFO else found.severity == INFO
+
+
 @pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])
 def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, layers, severity):
     """0.2 % left after twelve connections is no start near the identity; 1 % after sixty-four is, in a young network."""

@@ -460,7 +460,9 @@ CASES: dict[str, Case] = {
     "equal_sequences": case(
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
-    "stale_statistics": case(lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights"),
+    "stale_statistics": case(
+        lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights", beside=("worse_than_constant",)
+    ),
     "zero_input": case(
         lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets hardly any number", beside=("constant_branch",)
     ),
