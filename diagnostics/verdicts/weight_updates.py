@@ -84,7 +84,7 @@ FEWEST_STEPS = 5
 
 # A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
 # its first steps.
-SLOW = Limits(warn=1e-5, above=False)
+SLOW = Limits(warn=1e-5, fail=1e-7, above=False)
 PAST_WARM_UP = 50
 
 

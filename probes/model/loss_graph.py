@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from depthscope.probes.model.tensors import tensors_in
 
@@ -34,7 +35,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
     tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
-    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_beside_a_constant` says.
+    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_compared` says.
     """
     start = None if loss is None else loss.grad_fn
     for node in _nodes(start):
@@ -78,23 +79,52 @@ ENOUGH = 4
 FEWEST_TARGETS = 100
 # Targets of which the entropy of the predictions is known well enough.
 PREDICTIONS = 256
+# The smallest probability that one less than it still shows in float32, and how near two ways to the same loss come.
+LEAST, SAME_LOSS = 1e-7, 0.01
 # Of one mean over batches: what is measured, and no fact of the task.
 MEASURED = ("constant", "entropy", "uncertainty")
 
 
 def _beside_a_constant(node: Any, classes: int) -> dict[str, float]:
-    """What a cross entropy has to beat, and how sure the predictions are, in nats; empty of one class.
-
-    ``constant``: the loss of always answering with how often each class comes, its entropy (Miller and Madow); of few targets
-    that of equal probabilities, which is no less. ``uncertainty``: the standard error of the loss beyond it. ``entropy``: that
-    of the predictions, which a network that knows how little it knows has as its loss.
-    """
+    """What the node of a mean cross entropy says of a constant answer, see `_compared`."""
     target, predicted = _target_of(node), _saved(node, "_saved_self")
     if target is None or predicted is None or predicted.ndim < 2:
         return {}
     rows, target = predicted.movedim(1, -1).reshape(-1, classes), target.flatten()
     counted = torch.nonzero(target != IGNORED)[:, 0]
-    found, places = torch.unique(target[counted], return_inverse=True)
+    some = counted[:: max(1, len(counted) // PREDICTIONS)]
+    return _compared(-rows[counted, target[counted]], target[counted], rows[some].float().exp(), classes)
+
+
+def beside_a_constant(gradient: torch.Tensor | None, classes: int, loss: float) -> dict[str, float]:
+    """The same, read off the gradient of the logits: probabilities less one at the target, over the number of targets.
+
+    Empty where that is not how the loss came about: it is computed again from the gradient.
+    """
+    if gradient is None or gradient.ndim < 2 or gradient.shape[-1] != classes:
+        return {}
+    rows = gradient.detach().reshape(-1, classes)
+    rows = rows[rows.any(1)]
+    target = rows.argmin(1)
+    losses = -(1.0 + len(rows) * rows.gather(1, target[:, None])[:, 0].double()).clamp(min=LEAST).log()
+    if not len(rows) or not math.isclose(float(losses.mean()), loss, rel_tol=SAME_LOSS):
+        return {}
+    some = slice(None, None, max(1, len(rows) // PREDICTIONS))
+    chosen = functional.one_hot(target[some], classes)
+    return _compared(losses, target, len(rows) * rows[some].float() + chosen, classes)
+
+
+def _compared(
+    losses: torch.Tensor, target: torch.Tensor, some: torch.Tensor, classes: int
+) -> dict[str, float]:
+    """What a cross entropy has to beat, and how sure the predictions are, in nats; empty of one class.
+
+    ``losses``, ``target``: of each target; ``some``: the probabilities of some predictions.
+    Returns: ``constant``: the loss of always answering with how often each class comes, its entropy (Miller and Madow); of few
+    targets that of equal probabilities, which is no less. ``uncertainty``: the standard error of the loss beyond it.
+    ``entropy``: that of the predictions, which a network that knows how little it knows has as its loss.
+    """
+    found, places = torch.unique(target, return_inverse=True)
     counts = torch.bincount(places).double()
     total = float(counts.sum())
     if len(counts) < 2:
@@ -104,16 +134,11 @@ def _beside_a_constant(node: Any, classes: int) -> dict[str, float]:
     if total >= FEWEST_TARGETS and total >= ENOUGH * len(counts):
         of_each = -(counts / total).log()
         constant = float((counts / total * of_each).sum()) + (len(counts) - 1) / (2 * total)
-    beyond = -rows[counted, target[counted]].double() - of_each[places]
-    some = rows[counted[:: math.ceil(total / PREDICTIONS)]].float()
     return {
         "constant": constant,
-        "entropy": float(-(some.exp() * some.clamp(min=SURE)).sum(-1).mean()),
-        "uncertainty": float(beyond.std()) / math.sqrt(total),
+        "entropy": float(torch.special.entr(some.clamp(min=0.0)).sum(-1).mean()),
+        "uncertainty": float((losses.double() - of_each[places]).std()) / math.sqrt(total),
     }
-
-
-SURE = -1e3  # the logarithm of a probability that is 0, times which it is 0 all the same
 
 
 def _targets_per_sequence(target: torch.Tensor | None, batch: Any) -> dict[str, int]:
