@@ -193,7 +193,7 @@ def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     vectors = [p for p in parameters if p.ndim == 1 and p.numel() >= FEWEST]
     means = _of_each(vectors, lambda rows: rows.float().mean(1))
     near = [p for p, mean in zip(vectors, means, strict=True) if abs(mean - 1.0) < 0.5]
-    distances = sorted(_of_each(near, lambda rows: (rows.float() - 1.0).abs().amax(1)))
+    distances = sorted(_of_each(near, _from_one))
     if not near:
         positive = [
             p
@@ -203,6 +203,11 @@ def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
         distances = sorted(_of_each(positive, _from_their_mean))
     # The median: other vectors may begin near 1 too.
     return distances[len(distances) // 2] if distances else None
+
+
+def _from_one(rows: torch.Tensor) -> torch.Tensor:
+    # Vectors of one number are as they were made, whatever it is: training moves every entry by its own gradient.
+    return ((rows.float() - 1.0).abs().amax(1)) * (rows.amax(1) != rows.amin(1))
 
 
 def _from_their_mean(rows: torch.Tensor) -> torch.Tensor:

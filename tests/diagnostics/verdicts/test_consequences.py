@@ -221,6 +221,19 @@ def test_a_loss_above_that_of_a_constant_answer_is_no_alarm_in_the_first_steps(m
 
 
 @pytest.mark.parametrize(
+    ("scale", "spread", "moved"),
+    [(1.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.2, 0.0, 0.0), (1.0, 0.1, 0.1), (0.2, 0.1, 0.1)],
+)
+def test_gains_tell_the_age_whatever_they_were_multiplied_by(scale, spread, moved):
+    model = pre_norm()
+    for block in model.blocks:
+        gains = scale * (1.0 + spread * torch.linspace(-1.0, 1.0, len(block.mlp.norm.weight)))
+        block.mlp.norm.weight = nn.Parameter(gains)
+        block.attention.norm.weight = nn.Parameter(gains.clone())
+    assert diagnostics.analyze(captured(model)).attrs["norms_moved"] == pytest.approx(moved, abs=1e-6)
+
+
+@pytest.mark.parametrize(
     ("task", "moved", "severity"),
     [
         ({"loss": 2.4, "constant": 2.4}, 0.1, FAIL),  # nothing is left of what it learned
