@@ -13,7 +13,6 @@ from depthscope.diagnostics.verdicts.age import SAME_STATES
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
 # stack 0.70 and 0.25 π, of trained residual, HC and mHC networks 0.56 to 0.67, of SmolLM2 0.28 and 0.48 π.
@@ -171,7 +170,7 @@ def _one_representation(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
-        ceiling=Severity.FAIL if failing and not moving else Severity.WARN,
+        limits=None if failing and not moving else Limits(warn=ALIKE, scale="cosine"),
         start=_start(turned, attrs),
     )
 

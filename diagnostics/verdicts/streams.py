@@ -171,7 +171,7 @@ def stream_collapse(
         template="only {percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        ceiling=Severity.INFO if parted else Severity.FAIL,
+        limits=Limits(info=COLLAPSED, above=False) if parted else None,
         note=parted,
         start=_slow_start(left, stream_cosine),
     )

@@ -15,7 +15,6 @@ from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_consta
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 NUM_NAMED = 3  # modules in a sentence
 
@@ -53,7 +52,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
         "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
-        ceiling=Severity.INFO if _is_meant(frozen, trained) else Severity.FAIL,
+        limits=Limits(info=0.0) if _is_meant(frozen, trained) else None,
     )
 
 
