@@ -28,6 +28,9 @@ FIRST_STEPS = 50
 MANY_STEPS = 300
 # ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
 MOVED = 0.1
+# The number of steps times the relative change of half of the modules in the last one: after the first steps of a recording,
+# and a warm-up, in which they are small, no weight is as it was drawn.
+WAY = 0.5
 
 
 class Age(NamedTuple):
@@ -75,7 +78,14 @@ def age_of(analysis: xr.Dataset) -> Age:
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
     # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
     sure = not attrs.get("untouched") and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
-    return Age(trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure)
+    went = (
+        step > FIRST_STEPS
+        and "update_ratio" in analysis
+        and step * float(analysis["update_ratio"].median()) > WAY
+    )
+    return Age(
+        trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went
+    )
 
 
 def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:
