@@ -16,7 +16,6 @@ from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     attention,
-    depth_use,
     inputs,
     magnitude,
     reading,
@@ -37,7 +36,6 @@ from depthscope.diagnostics.verdicts.consequences import graded, unsettled, weig
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
-from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Findings", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
@@ -100,7 +98,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,
-        depth_use.curse_of_depth,
+        same_representation.curse_of_depth,
         inputs.constant_branch,
         inputs.equal_sequences,
         wiring.stale_statistics,
@@ -147,7 +145,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
         For what is no analysis, such as a run.
     """
     chains: dict[Finding, list[str]] = {}  # what is said of the run alone, such as of its code, is said once
-    for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items():
+    for chain, part in magnitude.with_joined_stages(_analysis_by_chain(analysis)).items():
         for finding in _judge_chain(part, chain):
             of_run = finding if finding.axis == "run" else replace(finding, chain=chain)
             of = chains.setdefault(of_run, [])

@@ -46,9 +46,7 @@ def constant_branch(
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
         yield Profile(
-            spread,
-            "the share of what the step adds that depends on the token is",
-            metric="step_spread",
+            spread, "the share of what the step adds that depends on the token is", metric="step_spread"
         )
 
 

@@ -83,13 +83,7 @@ def batch_without_differences(
     sentence = (
         f"{what}: this batch cannot show rank collapse (at least {FEWEST} are needed, {VERDICT_SOURCE})."
     )
-    return [
-        Profile(
-            first.copy(data=0.0),
-            "the differences between the tokens are",
-            sentence=sentence,
-        )
-    ]
+    return [Profile(first.copy(data=0.0), "the differences between the tokens are", sentence=sentence)]
 
 
 def _equal_sequences(

@@ -21,11 +21,7 @@ NUM_NAMED = 3  # modules in a sentence
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
 # module completely has 1.
-@verdict(
-    metric="update_ratio",
-    limits=Limits(warn=0.1, fail=0.5),
-    drawn_on=("update_ratio",),
-)
+@verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5), drawn_on=("update_ratio",))
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
 
@@ -69,12 +65,14 @@ def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:
 
 
 def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
-    names = frozen["weight"].values[frozen.values].astype(object).astype(str).tolist()
+    others = int(trained.sum())
+    return f"No parameter of {_names(frozen)} is trained, while {others} other modules are ({DEFAULT})."
+
+
+def _names(chosen: xr.DataArray) -> str:
+    names = chosen["weight"].values[chosen.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return (
-        f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "
-        f"({DEFAULT})."
-    )
+    return f"{', '.join(names[:NUM_NAMED])}{more}"
 
 
 # Of a loop that accumulates gradients, the optimizer steps only now and then.
@@ -136,11 +134,9 @@ def silent_module(
     zero = (weight_gradient_norm == 0) & ~frozen
     if weight_norm is not None:
         zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
-    names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
-    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
+    sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
     yield Profile(
         zero.astype(float).where(known),
         "the number of modules without a gradient is",
-        sentence=sentence if names else "",
+        sentence=sentence if bool(zero.any()) else "",
     )

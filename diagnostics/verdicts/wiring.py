@@ -16,6 +16,21 @@ from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
+# --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
+
+DOUBLY = ("doubly stochastic",)
+# What a constraint begins with where the matrices are doubly stochastic, or meant to be by what they satisfy: non-negative
+# with one exact sum, as a Sinkhorn that was stopped early or that normalises one axis only leaves them.
+ONE_EXACT_SUM = (*DOUBLY, "row-stochastic only", "column-stochastic only")
+BOTH_SUMS = (*DOUBLY, "rows and columns sum to 1")
+ONE_SUM = ("rows sum to 1", "columns sum to 1")
+
+
+def satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether the matrices were measured to satisfy one of some constraints, or are of the family that does."""
+    return attrs.get("family") == "mhc" or str(attrs.get("constraint", "")).startswith(names)
+
+
 LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 
 # An entry of a matrix, of size about 1, that differs by more than the rounding of float32.
