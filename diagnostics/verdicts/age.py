@@ -47,10 +47,10 @@ class Age(NamedTuple):
 def age_of(analysis: xr.Dataset) -> Age:
     """What the facts say, the surest first: what was learned, then how long, then what the weights look like."""
     attrs = analysis.attrs
-    moved, share = _number(attrs.get("norms_moved")), share_of_guessing(attrs)
+    moved, share = number_or_none(attrs.get("norms_moved")), share_of_guessing(attrs)
     near, at_first = (moved is not None and moved <= limit for limit in (YOUNG, BEGUN))
     gains = f"its norm gains are still within {moved or 0.0:.2g} of 1"
-    step = (_number(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
+    step = (number_or_none(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
     known = {
         name: analysis[name]
@@ -89,7 +89,9 @@ def age_of(analysis: xr.Dataset) -> Age:
 
 
 def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:
-    loss, entropy, error = (_number(task_of(attrs).get(name)) for name in ("loss", "entropy", "uncertainty"))
+    loss, entropy, error = (
+        number_or_none(task_of(attrs).get(name)) for name in ("loss", "entropy", "uncertainty")
+    )
     if loss is None or entropy is None or error is None:
         return False
     return loss - 2.0 * error > SURE * entropy
@@ -138,11 +140,12 @@ def share_of_constant(attrs: Mapping[str, Any]) -> float | None:
 
 
 def _share(attrs: Mapping[str, Any], of: str) -> float | None:
-    loss, other = (_number(task_of(attrs).get(name)) for name in ("loss", of))
+    loss, other = (number_or_none(task_of(attrs).get(name)) for name in ("loss", of))
     return loss / other if loss is not None and other else None
 
 
-def _number(value: Any) -> float | None:
+def number_or_none(value: Any) -> float | None:
+    """The number that an attribute is; None where it is none, for a file may have anything in its place."""
     try:
         found = float(value)
     except (TypeError, ValueError):

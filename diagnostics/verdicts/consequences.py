@@ -19,7 +19,13 @@ from typing import Any
 
 from depthscope.diagnostics.experiments import consequence_words
 from depthscope.diagnostics.numbers import number
-from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, Age, share_of_constant, task_of
+from depthscope.diagnostics.verdicts.age import (
+    NOTHING_LEARNED,
+    Age,
+    number_or_none,
+    share_of_constant,
+    task_of,
+)
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 CONSEQUENCES = "consequences"
@@ -78,7 +84,7 @@ def graded(finding: Finding, attrs: Mapping[str, Any], age: Callable[[], Age]) -
 def _regained(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> float:
     """What the loss gains without the harm, as a share of what then is below the loss of a constant answer, or of guessing."""
     task, base = task_of(attrs), result.get("loss")
-    most = task.get("constant", task.get("guessing"))
+    most = number_or_none(task.get("constant", task.get("guessing")))
     gained = -(result.get("loss_change") or 0.0)
     if base is None or most is None or gained <= 0:
         return 0.0

@@ -7,7 +7,13 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import share_of_constant, share_of_guessing, task_of
+from depthscope.diagnostics.verdicts.age import (
+    NOTHING_LEARNED,
+    number_or_none,
+    share_of_constant,
+    share_of_guessing,
+    task_of,
+)
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
@@ -93,23 +99,21 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     share, task = share_of_constant(attrs), task_of(attrs)
     if share is None:
         return
+    error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes, is"
     # Of a loss that may be that of a constant answer all the same it is not known.
-    known = task["loss"] - ONE_SIDED * float(task.get("uncertainty", 0.0)) > task["constant"]
-    yield Profile(xr.DataArray(share if known else min(share, 1.0)), words, begun=True)
+    yield Profile(
+        xr.DataArray(share if share - ONE_SIDED * error > 1.0 else min(share, 1.0)), words, begun=True
+    )
 
 
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
-# Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
-GUESSING = 0.97
-
-
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
 @verdict(
     metric="loss",
-    limits=Limits(warn=GUESSING),
+    limits=Limits(warn=NOTHING_LEARNED),
     follows_from=dict.fromkeys(
         ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
     ),
@@ -128,7 +132,7 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
-            limits=Limits(fail=GUESSING) if len(blocks) == len(_blocks_of(residual_norm)) else None,
+            limits=Limits(fail=NOTHING_LEARNED) if len(blocks) == len(_blocks_of(residual_norm)) else None,
             sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
@@ -137,7 +141,7 @@ def untrained_weights(
     yield Profile(
         xr.DataArray(1.0 if share is None else share),
         "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
-        limits=None if attrs.get("checkpoint") else Limits(info=GUESSING),
+        limits=None if attrs.get("checkpoint") else Limits(info=NOTHING_LEARNED),
     )
 
 
@@ -151,7 +155,7 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
         return False
     every = _blocks_of(residual_norm)
     few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
-    return few_or_all or (share is not None and share < GUESSING)
+    return few_or_all or (share is not None and share < NOTHING_LEARNED)
 
 
 @verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})
