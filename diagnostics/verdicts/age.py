@@ -22,6 +22,8 @@ BEGUN = 0.05
 # By which factor the loss exceeds the entropy of the predictions where a network is sure of wrong answers: in its first
 # steps it is about as unsure as it is wrong.
 SURE = 1.3
+# A network that nobody trained may be sure of anything: some gain has to have moved.
+TOUCHED = 0.01
 # Steps of a recording in which a network that began with large logits may be sure of what it did not learn.
 FIRST_STEPS = 50
 # Steps of a recording after which nothing is as it was drawn any more.
@@ -77,7 +79,7 @@ def age_of(analysis: xr.Dataset) -> Age:
     known_as = ((trained, words) for is_so, trained, words in facts if is_so)
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
     # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
-    sure = not attrs.get("untouched") and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
+    sure = (moved or 0.0) > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
     went = (
         step > FIRST_STEPS
         and "update_ratio" in analysis
