@@ -86,9 +86,12 @@ def _regained(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> float:
     task, base = task_of(attrs), result.get("loss")
     most = number_or_none(task.get("constant", task.get("guessing")))
     gained = -(result.get("loss_change") or 0.0)
-    if base is None or most is None or gained <= 0:
+    if base is None or most is None or gained <= max(LEAST_COST, result.get("half_width") or 0.0):
         return 0.0
-    return gained / max(most - base + gained, gained)
+    could = most - base + gained
+    return (
+        gained / could if could > LEAST_COST else 0.0
+    )  # without the harm it is no better than that answer either
 
 
 def _result_of(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Mapping[str, Any] | None:
