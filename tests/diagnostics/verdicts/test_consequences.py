@@ -46,7 +46,7 @@ def collapsed() -> xr.Dataset:
             "the loss changes by +0.01 ± 0.02 (from 2)",
         ),
         ({"loss_change": 0.5, "half_width": 0.1}, INFO, "refuted", "+0.5 ± 0.1"),
-        ({"loss_change": -0.3}, FAIL, "shown", "-0.3 (from 2)"),  # it is better without
+        ({"loss_change": -0.3}, FAIL, "shown", "−0.3 (from 2)"),  # it is better without
         # Without a loss the output must stay.
         ({"loss_change": None, "output_change": 0.02}, FAIL, "shown", "the output changes by 2 %"),
         ({"loss_change": None, "output_change": 0.4}, INFO, "refuted", "the output changes by 40 %"),
