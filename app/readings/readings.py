@@ -18,7 +18,7 @@ from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
-from depthscope.diagnostics.verdicts.stages import with_joined_stages
+from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import xarray as xr
@@ -15,7 +16,6 @@ from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     attention,
-    depth_use,
     inputs,
     magnitude,
     reading,
@@ -30,12 +30,12 @@ from depthscope.diagnostics.verdicts import (
     weight_updates,
     wiring,
 )
+from depthscope.diagnostics.verdicts.age import age_of
 from depthscope.diagnostics.verdicts.causes import explain
-from depthscope.diagnostics.verdicts.consequences import unsettled, weighed
+from depthscope.diagnostics.verdicts.consequences import graded, unsettled, weighed
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
-from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Findings", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
@@ -98,7 +98,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,
-        depth_use.curse_of_depth,
+        same_representation.curse_of_depth,
         inputs.constant_branch,
         inputs.equal_sequences,
         wiring.stale_statistics,
@@ -145,7 +145,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
         For what is no analysis, such as a run.
     """
     chains: dict[Finding, list[str]] = {}  # what is said of the run alone, such as of its code, is said once
-    for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items():
+    for chain, part in magnitude.with_joined_stages(_analysis_by_chain(analysis)).items():
         for finding in _judge_chain(part, chain):
             of_run = finding if finding.axis == "run" else replace(finding, chain=chain)
             of = chains.setdefault(of_run, [])
@@ -194,6 +194,8 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     told = [
         unsettled(each, last.attrs, chain) if VERDICTS[each.verdict].suspicion else each for each in explained
     ]
+    age = cache(partial(age_of, last))
+    told = [graded(each, last.attrs, age) for each in told]
     return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in told]
 
 

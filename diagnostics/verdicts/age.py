@@ -12,21 +12,33 @@ TASK = "task"
 
 # Share of the loss of guessing. Below it a network has learned more than how often each class comes.
 LEARNED = 0.7
+# Share of the loss of a constant answer, from which on nothing is learned of the input, or nothing of it left.
+NOTHING_LEARNED = 0.97
 # Norms begin at 1; within 0.15 of it a network has made some hundred steps at most, or more at a small learning rate.
 YOUNG = 0.15
 # Each step moves a gain and a weight of the head by about the learning rate, and a head of 64 features or more needs less than
 # this of each to know how often every class comes.
 BEGUN = 0.05
+# By which factor the loss exceeds the entropy of the predictions where a network is sure of wrong answers: in its first
+# steps it is about as unsure as it is wrong.
+SURE = 1.3
+# A network that nobody trained may be sure of anything: some gain has to have moved.
+TOUCHED = 0.01
+# Steps of a recording in which a network that began with large logits may be sure of what it did not learn.
+FIRST_STEPS = 50
 # Steps of a recording after which nothing is as it was drawn any more.
 MANY_STEPS = 300
 # ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
 MOVED = 0.1
+# The number of steps times the relative change of half of the modules in the last one: after the first steps of a recording,
+# and a warm-up, in which they are small, no weight is as it was drawn.
+WAY = 0.5
 
 
 class Age(NamedTuple):
     """Whether a network is past its start; None where no fact tells. Heuristics of ours, each named in the words.
 
-    ``begun``: whether it is past its first steps, after which it knows how often each class comes.
+    ``begun``: whether it is past its first steps, in which it learns how often each class comes, or is sure of wrong ones.
     """
 
     trained: bool | None
@@ -37,10 +49,10 @@ class Age(NamedTuple):
 def age_of(analysis: xr.Dataset) -> Age:
     """What the facts say, the surest first: what was learned, then how long, then what the weights look like."""
     attrs = analysis.attrs
-    moved, share = _number(attrs.get("norms_moved")), share_of_guessing(attrs)
+    moved, share = number_or_none(attrs.get("norms_moved")), share_of_guessing(attrs)
     near, at_first = (moved is not None and moved <= limit for limit in (YOUNG, BEGUN))
     gains = f"its norm gains are still within {moved or 0.0:.2g} of 1"
-    step = (_number(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
+    step = (number_or_none(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
     known = {
         name: analysis[name]
@@ -67,7 +79,24 @@ def age_of(analysis: xr.Dataset) -> Age:
     known_as = ((trained, words) for is_so, trained, words in facts if is_so)
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
     # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
-    return Age(trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED)
+    sure = (moved or 0.0) > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
+    went = (
+        step > FIRST_STEPS
+        and "update_ratio" in analysis
+        and step * float(analysis["update_ratio"].median()) > WAY
+    )
+    return Age(
+        trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went
+    )
+
+
+def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:
+    loss, entropy, error = (
+        number_or_none(task_of(attrs).get(name)) for name in ("loss", "entropy", "uncertainty")
+    )
+    if loss is None or entropy is None or error is None:
+        return False
+    return loss - 2.0 * error > SURE * entropy
 
 
 # What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and
@@ -96,15 +125,29 @@ def _nothing_is_added(analysis: xr.Dataset) -> bool:
     return angles.sizes["depth"] > 1 and bool((angles.fillna(0.0) < SAME_STATES).all())
 
 
+def task_of(attrs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the task; a file may have anything in its place."""
+    task = attrs.get(TASK)
+    return task if isinstance(task, Mapping) else {}
+
+
 def share_of_guessing(attrs: Mapping[str, Any]) -> float | None:
     """The loss over that of guessing among all classes; None where either is not known."""
-    task = attrs.get(TASK)
-    task = task if isinstance(task, Mapping) else {}
-    loss, guessing = _number(task.get("loss")), _number(task.get("guessing"))
-    return loss / guessing if loss is not None and guessing else None
+    return _share(attrs, "guessing")
 
 
-def _number(value: Any) -> float | None:
+def share_of_constant(attrs: Mapping[str, Any]) -> float | None:
+    """The loss over that of an answer that never changes; None where either is not known."""
+    return _share(attrs, "constant")
+
+
+def _share(attrs: Mapping[str, Any], of: str) -> float | None:
+    loss, other = (number_or_none(task_of(attrs).get(name)) for name in ("loss", of))
+    return loss / other if loss is not None and other else None
+
+
+def number_or_none(value: Any) -> float | None:
+    """The number that an attribute is; None where it is none, for a file may have anything in its place."""
     try:
         found = float(value)
     except (TypeError, ValueError):

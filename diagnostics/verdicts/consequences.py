@@ -1,20 +1,31 @@
-"""Does what a verdict suspects do harm? A number outside of what healthy networks show is loud where its consequence is shown.
+"""Does what a verdict suspects do harm, and how much? A finding is loud where its consequence is shown.
 
 One rule for all: the statistic is compared with its reference (the limits, and what came in); what is beyond them is a
 suspicion; the experiment of `SETTLED_BY` that the run has of it decides. What may be left out, replaced or merged at no cost
 is of no use, and the finding keeps its severity; what costs something is of use, and the finding is a note. Without a result
 it is one step milder and says that it was not settled.
+
+One scale for all: a WARN costs a part, a FAIL leaves next to nothing. What is lost is read off where it is measured: of the
+gradient, or of the differences that came in, by the limits of the verdict; of the loss by two rules here. An experiment that
+takes the harm away and regains half of what could be had makes a FAIL; and so does a loss that is no better than that of a
+constant answer, whatever the finding, since nothing is left of what the network has learned. What is not finite is a FAIL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from depthscope.diagnostics.experiments import consequence_words
 from depthscope.diagnostics.numbers import number
-from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.age import (
+    NOTHING_LEARNED,
+    Age,
+    number_or_none,
+    share_of_constant,
+    task_of,
+)
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 CONSEQUENCES = "consequences"
@@ -24,6 +35,8 @@ SHOWN, REFUTED, OPEN = "shown", "refuted", "not settled"
 
 # What a change costs is nothing where it is below this share of what the network has learned, and always below 0.01 nats.
 COSTS, LEAST_COST = 0.05, 0.01
+# Of what a network could do without the harm: from this share on next to nothing is left.
+LOST = 0.5
 # Of a network whose loss is not below this share of guessing, the loss shows nothing: then the output must stay.
 INFORMED = 0.9
 SAME_OUTPUT = 0.15
@@ -39,7 +52,8 @@ def weighed(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding:
     harm, reason = _is_harm(result, attrs)
     told = f"{finding.sentence} {consequence_words(result)}{reason}"
     if harm:
-        return replace(finding, settled=SHOWN, sentence=told)
+        severity = Severity.FAIL if _regained(result, attrs) > LOST else finding.severity
+        return replace(finding, settled=SHOWN, severity=severity, sentence=told)
     return replace(finding, settled=REFUTED, severity=Severity.INFO, sentence=told)
 
 
@@ -55,6 +69,29 @@ def unsettled(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding
         settled=OPEN,
         sentence=f"{finding.sentence} Suspected, and not settled{why}.",
     )
+
+
+def graded(finding: Finding, attrs: Mapping[str, Any], age: Callable[[], Age]) -> Finding:
+    """A loud finding about a network of which nothing is left that it learned is a failure, and says so."""
+    share = share_of_constant(attrs)
+    is_loud = finding.severity == Severity.WARN and finding.about == "network"
+    if not is_loud or share is None or share < NOTHING_LEARNED or not age().begun:
+        return finding
+    told = f"The loss is {100 * share:.0f} % of that of a constant answer: nothing is left of what the network learned."
+    return replace(finding, severity=Severity.FAIL, sentence=f"{finding.sentence} {told}")
+
+
+def _regained(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> float:
+    """What the loss gains without the harm, as a share of what then is below the loss of a constant answer, or of guessing."""
+    task, base = task_of(attrs), result.get("loss")
+    most = number_or_none(task.get("constant", task.get("guessing")))
+    gained = -(result.get("loss_change") or 0.0)
+    if base is None or most is None or gained <= max(LEAST_COST, result.get("half_width") or 0.0):
+        return 0.0
+    could = most - base + gained
+    return (
+        gained / could if could > LEAST_COST else 0.0
+    )  # without the harm it is no better than that answer either
 
 
 def _result_of(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Mapping[str, Any] | None:
@@ -74,8 +111,7 @@ def _result_of(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Mappin
 def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether what the finding is about is of no use, and what the reader needs to know to see why."""
     cost, base = result.get("loss_change"), result.get("loss")
-    task = attrs.get(TASK)
-    guessing = task.get("guessing") if isinstance(task, Mapping) else None
+    guessing = task_of(attrs).get("guessing")
     if cost is not None and base is not None and (guessing is None or base < INFORMED * guessing):
         scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""

@@ -203,7 +203,8 @@ class Verdict:
 
     def _with_reference(self, finding: Finding) -> Finding:
         """A finding about the network that says how many healthy ones have such a number."""
-        if not finding.severity or self.about != "network":
+        # Their numbers along an axis are others than one of the run.
+        if not finding.severity or self.about != "network" or (self.drawn_on and finding.axis == "run"):
             return finding
         told = as_far(self.name, finding.value, above=finding.above)
         return replace(finding, sentence=f"{finding.sentence}{told}")

@@ -5,6 +5,7 @@ Limits without a comment or a source are heuristics of ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
-from depthscope.diagnostics.verdicts.claims import ONE_EXACT_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
 
 ROUNDED = 1e-6  # of a sum and a singular value that are the same
 DIRECTIONS = ("forward", "backward")
@@ -363,3 +365,37 @@ def one_view(profile: xr.DataArray) -> xr.DataArray:
     if not streams:
         return profile.sel(stream="mean", drop=True)
     return (profile.sel(stream=streams) ** 2).mean("stream", skipna=False) ** 0.5
+
+
+# --- stages of one chain, which are joined and not judged alone ---
+
+# As the capture names the stages of one chain, whose states have other widths or numbers of tokens.
+_STAGE = re.compile(r"(?P<chain>.*?)_?stage(?P<number>\d+)$")
+
+
+def with_joined_stages(analyses: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Analyses of which each later stage of a chain has the attribute ``scale_before``.
+
+    ``analyses``: by the name of the chain or stage.
+    """
+    found = dict(analyses)
+    first: dict[str, float] = {}
+    for name, analysis in analyses.items():
+        stage = _STAGE.match(name)
+        size = _size_of_a_feature(analysis)
+        if stage is None or size is None:
+            continue
+        if stage["number"] == "0":
+            first[stage["chain"]] = size
+        elif first.get(stage["chain"], 0.0) > 0:
+            found[name] = analysis.assign_attrs({SCALE_BEFORE: size / first[stage["chain"]]})
+    return found
+
+
+def _size_of_a_feature(analysis: xr.Dataset) -> float | None:
+    """Root mean square of a feature of the first state, which does not change with the width; None where unknown."""
+    if "residual_norm" not in analysis or NUM_FEATURES not in analysis["residual_norm"].attrs:
+        return None
+    norm = analysis["residual_norm"]
+    first = norm.isel(step=-1) if "step" in norm.dims else norm
+    return float(one_view(first.isel(depth=0))) / float(norm.attrs[NUM_FEATURES]) ** 0.5

@@ -8,7 +8,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.age import task_of
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 DISTINCT = "distinct_tokens"
@@ -31,8 +31,7 @@ def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
 
 def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) -> float:
     """The largest rank about the mean that these states can have: of noise, the first state, tokens and classes."""
-    task = attrs.get(TASK)
-    classes = task.get("classes") if isinstance(task, Mapping) else None
+    classes = task_of(attrs).get("classes")
     tokens = distinct(attrs, "in_all")
     bounds = [null, float(rank.isel(depth=0)), *(n - 1.0 for n in (tokens, classes) if n is not None)]
     return null if math.isnan(null) else min(bound for bound in bounds if not math.isnan(bound))
@@ -40,8 +39,7 @@ def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) ->
 
 def one_answer(attrs: Mapping[str, Any]) -> bool:
     """Whether the labels are one a sequence."""
-    task = attrs.get(TASK)
-    return isinstance(task, Mapping) and task.get("targets_per_sequence") == 1
+    return task_of(attrs).get("targets_per_sequence") == 1
 
 
 def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> xr.DataArray | None:
@@ -85,13 +83,7 @@ def batch_without_differences(
     sentence = (
         f"{what}: this batch cannot show rank collapse (at least {FEWEST} are needed, {VERDICT_SOURCE})."
     )
-    return [
-        Profile(
-            first.copy(data=0.0),
-            "the differences between the tokens are",
-            sentence=sentence,
-        )
-    ]
+    return [Profile(first.copy(data=0.0), "the differences between the tokens are", sentence=sentence)]
 
 
 def _equal_sequences(

@@ -58,9 +58,7 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 
 # Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
 @verdict(
-    metric="signal_share",
-    limits=Limits(warn=0.9, source=CALIBRATED),
-    follows_from={"loud_stream": anywhere},
+    metric="signal_share", limits=Limits(warn=0.9, source=CALIBRATED), follows_from={"loud_stream": anywhere}
 )
 def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """One stream carries nearly all that the connections read.

@@ -16,11 +16,10 @@ from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.verdicts.age import SAME_STREAMS, streams_are_one
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
-from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
 from depthscope.diagnostics.verdicts.wiring import ROUNDING as ROUNDED
-from depthscope.diagnostics.verdicts.wiring import told
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99
@@ -171,7 +170,7 @@ def stream_collapse(
         template="only {percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        ceiling=Severity.INFO if parted else Severity.FAIL,
+        limits=Limits(info=COLLAPSED, above=False) if parted else None,
         note=parted,
         start=_slow_start(left, stream_cosine),
     )
@@ -229,11 +228,7 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(
-    metric="identity_distance",
-    limits=Limits(info=STUCK, above=False),
-    drawn_on=("identity_distance",),
-)
+@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), drawn_on=("identity_distance",))
 def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
     """Some connections do not mix the streams.
 
@@ -253,9 +248,7 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     suspicion=True,
 )
 def stuck_at_identity(
-    composite_identity_distance: xr.DataArray,
-    identity_distance: xr.DataArray,
-    attrs: Mapping[str, Any],
+    composite_identity_distance: xr.DataArray, identity_distance: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
     """The streams do not mix: even the product of all H_res is the identity.
 

@@ -7,11 +7,16 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import TASK, share_of_guessing
+from depthscope.diagnostics.verdicts.age import (
+    NOTHING_LEARNED,
+    number_or_none,
+    share_of_constant,
+    share_of_guessing,
+    task_of,
+)
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 
 @verdict(
@@ -65,8 +70,8 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
     probabilities the gradient is small, and the loss cannot fall to zero.
     """
-    task = attrs.get(TASK)
-    if isinstance(task, Mapping) and "softmax_twice" in task:
+    task = task_of(attrs)
+    if "softmax_twice" in task:
         twice = bool(task["softmax_twice"])
         sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
         yield Profile(
@@ -77,10 +82,10 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
-# that loses more than the noise of a sample is broken, or sees what it was never trained on.
+# that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(warn=1.05, fail=1.15),
+    limits=Limits(fail=1.05),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
@@ -91,21 +96,24 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     See whether every weight is in its place and the labels belong to the inputs, and read the other findings: one of them may
     say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
-    task = attrs.get(TASK)
-    loss, constant = (task.get(name) if isinstance(task, Mapping) else None for name in ("loss", "constant"))
-    if isinstance(loss, float) and isinstance(constant, float) and constant > 0:
-        words = "the loss, relative to that of always answering with how often each class comes, is"
-        yield Profile(xr.DataArray(loss / constant), words, begun=True)
+    share, task = share_of_constant(attrs), task_of(attrs)
+    if share is None:
+        return
+    error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
+    words = "the loss, relative to that of always answering with how often each class comes, is"
+    # Of a loss that may be that of a constant answer all the same it is not known.
+    yield Profile(
+        xr.DataArray(share if share - ONE_SIDED * error > 1.0 else min(share, 1.0)), words, begun=True
+    )
 
 
-# Share of the loss of guessing among all classes: text alone, by how often each token comes, brings it below.
-GUESSING = 0.97
+ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
 @verdict(
     metric="loss",
-    limits=Limits(warn=GUESSING),
+    limits=Limits(warn=NOTHING_LEARNED),
     follows_from=dict.fromkeys(
         ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
     ),
@@ -124,7 +132,7 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
-            limits=Limits(fail=GUESSING) if len(blocks) == len(_blocks_of(residual_norm)) else None,
+            limits=Limits(fail=NOTHING_LEARNED) if len(blocks) == len(_blocks_of(residual_norm)) else None,
             sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
@@ -133,7 +141,7 @@ def untrained_weights(
     yield Profile(
         xr.DataArray(1.0 if share is None else share),
         "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
-        ceiling=Severity.FAIL if attrs.get("checkpoint") else Severity.INFO,
+        limits=None if attrs.get("checkpoint") else Limits(info=NOTHING_LEARNED),
     )
 
 
@@ -147,7 +155,7 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
         return False
     every = _blocks_of(residual_norm)
     few_or_all = 2 * len(blocks) < len(every) or len(blocks) == len(every)
-    return few_or_all or (share is not None and share < GUESSING)
+    return few_or_all or (share is not None and share < NOTHING_LEARNED)
 
 
 @verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})

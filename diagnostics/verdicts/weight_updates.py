@@ -5,26 +5,23 @@ Limits without a source are heuristics of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics.schema import FROZEN_MODULES
+from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 NUM_NAMED = 3  # modules in a sentence
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
 # module completely has 1.
-@verdict(
-    metric="update_ratio",
-    limits=Limits(warn=0.1, fail=0.5),
-    drawn_on=("update_ratio",),
-)
+@verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5), drawn_on=("update_ratio",))
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
 
@@ -51,7 +48,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
         "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
-        ceiling=Severity.INFO if _is_meant(frozen, trained) else Severity.FAIL,
+        limits=Limits(info=0.0) if _is_meant(frozen, trained) else None,
     )
 
 
@@ -68,29 +65,45 @@ def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:
 
 
 def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
-    names = frozen["weight"].values[frozen.values].astype(object).astype(str).tolist()
+    others = int(trained.sum())
+    return f"No parameter of {_names(frozen)} is trained, while {others} other modules are ({DEFAULT})."
+
+
+def _names(chosen: xr.DataArray) -> str:
+    names = chosen["weight"].values[chosen.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return (
-        f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "
-        f"({DEFAULT})."
-    )
+    return f"{', '.join(names[:NUM_NAMED])}{more}"
 
 
 # Of a loop that accumulates gradients, the optimizer steps only now and then.
 FEWEST_STEPS = 5
 
 
+# A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
+# its first steps.
+SLOW = Limits(warn=1e-5, fail=1e-7, above=False)
+PAST_WARM_UP = 50
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
-def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
+def lost_update(
+    update_ratio: xr.DataArray, attrs: Mapping[str, Any], unmoved_steps: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
-    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
+    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights. Where all
+    modules hardly move before anything is learned, raise the learning rate, or loosen the clip of the gradient.
     """
     words = "the change of the weights in one step, relative to the weights, is"
+    learned = share_of_constant(attrs)
     if update_ratio.notnull().any():
         yield Profile(update_ratio, words, metric="update_ratio")
+        step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
+        if learned is not None and learned >= NOTHING_LEARNED and step >= PAST_WARM_UP:
+            note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
+            yield Profile(update_ratio.median(), f"of half of the modules {words}", limits=SLOW, note=note)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (
@@ -121,11 +134,9 @@ def silent_module(
     zero = (weight_gradient_norm == 0) & ~frozen
     if weight_norm is not None:
         zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
-    names = zero["weight"].values[zero.values].astype(object).astype(str).tolist()
-    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    sentence = f"The gradient of {', '.join(names[:NUM_NAMED])}{more} is exactly zero, where others get one ({DEFAULT})."
+    sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
     yield Profile(
         zero.astype(float).where(known),
         "the number of modules without a gradient is",
-        sentence=sentence if names else "",
+        sentence=sentence if bool(zero.any()) else "",
     )

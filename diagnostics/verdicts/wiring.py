@@ -16,6 +16,21 @@ from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
+# --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
+
+DOUBLY = ("doubly stochastic",)
+# What a constraint begins with where the matrices are doubly stochastic, or meant to be by what they satisfy: non-negative
+# with one exact sum, as a Sinkhorn that was stopped early or that normalises one axis only leaves them.
+ONE_EXACT_SUM = (*DOUBLY, "row-stochastic only", "column-stochastic only")
+BOTH_SUMS = (*DOUBLY, "rows and columns sum to 1")
+ONE_SUM = ("rows sum to 1", "columns sum to 1")
+
+
+def satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether the matrices were measured to satisfy one of some constraints, or are of the family that does."""
+    return attrs.get("family") == "mhc" or str(attrs.get("constraint", "")).startswith(names)
+
+
 LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 
 # An entry of a matrix, of size about 1, that differs by more than the rounding of float32.
@@ -124,19 +139,20 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 @verdict(metric="channel_variance", limits=Limits(fail=0.0))
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """BatchNorm has trained weights, but its running statistics were never updated.
+    """The running statistics of BatchNorm are not those of its data, or were never updated.
 
-    In evaluation they normalise with mean 0 and variance 1, which are those of no data. See whether the module was ever in
-    training mode, whether its buffers are saved and loaded, and whether momentum is 0.
+    In evaluation it normalises with the mean and variance of something else. See whether the module was ever in training mode,
+    whether its buffers are saved and loaded, and whether momentum is 0 or small; and whether the inputs are scaled as in
+    training.
     """
     yield from told(attrs, "stale_statistics")
 
 
 @verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0))
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """A module gets nothing but zeros: no token passes what is before it.
+    """A module gets hardly anything but zeros: no token passes what is before it.
 
     Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
-    Its weights get no gradient, and it writes nothing but its bias.
+    The weights of such features get no gradient, and what is left of the module's output is little more than its bias.
     """
     yield from told(attrs, "zero_input")

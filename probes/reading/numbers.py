@@ -175,9 +175,9 @@ class Numbers:
         return Arrangement(sizes, order, math.prod(sizes[n] for n in streams), order == tuple(sorted(order)))
 
     def step(self, axis: int) -> int:
-        """How far the numbers of neighbours along an axis are apart."""
+        """How far the numbers of neighbours along an axis are apart; 1 where one has none."""
         vector = self._along(axis)
-        return abs(int(vector[-1] - vector[-2]))
+        return abs(int(vector[-1] - vector[-2])) if len(vector) > 1 else 1
 
     def distinct_along(self, axis: int) -> int:
         """How many different elements lie along an axis."""

@@ -74,7 +74,7 @@ def build_run(
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
     remarks, logits = connection_remarks(session.structure, evidence, followed)
-    remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, ()))
+    remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, {}))
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,23 +103,32 @@ def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 NAMED = 3  # modules in a sentence
 
 
-def module_remarks(model: nn.Module, zero_inputs: Sequence[str]) -> list[dict[str, Any]]:
+def module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Remarks in the form of those about connections; empty where nothing is odd.
 
-    ``zero_inputs``: modules that get nothing but zeros, in a forward that was watched.
+    ``seen``: by kind, the modules that a forward which was watched has shown, see `ZeroInputs`.
     """
     norms = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     }
-    stale = [name for name, module in norms.items() if not module.training and _is_stale(module)]
+    trained = [name for name, module in norms.items() if not module.training and _is_trained(module)]
+    stale = [name for name in trained if _is_stale(norms[name])]
+    foreign, zero = (
+        [name for name in trained if name in seen.get("stale_statistics", ())],
+        seen.get("zero_input", ()),
+    )
     sentences = {
         "stale_statistics": f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
-        "statistics of mean 0 and variance 1 as they were made",
-        "zero_input": f"{_named(zero_inputs)} get{'s' * (len(zero_inputs) == 1)} no number but 0 from any token",
+        "statistics of mean 0 and variance 1 as they were made"
+        if stale
+        else f"{len(foreign)} of {len(norms)} batch norms ({_named(foreign)}) have running statistics of other data: in a "
+        "typical channel the standard deviation differs by a factor of 3 or more, or the mean by 3 of them",
+        "zero_input": f"{_named(zero)} get{'s' * (len(zero) == 1)} hardly any number but 0: 95 % or more of the features are "
+        "0 for every token",
     }
-    counts = {"stale_statistics": len(stale), "zero_input": len(zero_inputs)}
+    counts = {"stale_statistics": len(stale or foreign), "zero_input": len(zero)}
     return [
         {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
         for kind, count in counts.items()
@@ -132,10 +141,14 @@ def _named(modules: Sequence[str]) -> str:
     return f"{', '.join(modules[:NAMED])}{more}"
 
 
-def _is_stale(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether its weights have moved from 1 and 0, and its statistics have not."""
+def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether its weights have moved from 1 and 0."""
     known = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     if any(not isinstance(each, torch.Tensor) or each.is_meta for each in known):
         return False
-    moved = bool((norm.weight != 1).any()) or bool((norm.bias != 0).any())
-    return moved and bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
+    return bool((norm.weight != 1).any()) or bool((norm.bias != 0).any())
+
+
+def _is_stale(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether its statistics are as they were made."""
+    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())

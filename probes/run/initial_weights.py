@@ -186,13 +186,33 @@ def _largest(parameter: torch.Tensor) -> float:
 
 
 def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
-    """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
+    """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none.
+
+    Where none is near 1, those of one sign may be gains that were scaled since: how far they are from their own mean.
+    """
     vectors = [p for p in parameters if p.ndim == 1 and p.numel() >= FEWEST]
     means = _of_each(vectors, lambda rows: rows.float().mean(1))
     near = [p for p, mean in zip(vectors, means, strict=True) if abs(mean - 1.0) < 0.5]
-    distances = sorted(_of_each(near, lambda rows: (rows.float() - 1.0).abs().amax(1)))
+    distances = sorted(_of_each(near, _from_one))
+    if not near:
+        positive = [
+            p
+            for p, least in zip(vectors, _of_each(vectors, lambda rows: rows.amin(1)), strict=True)
+            if least > 0
+        ]
+        distances = sorted(_of_each(positive, _from_their_mean))
     # The median: other vectors may begin near 1 too.
     return distances[len(distances) // 2] if distances else None
+
+
+def _from_one(rows: torch.Tensor) -> torch.Tensor:
+    # Vectors of one number are as they were made, whatever it is: training moves every entry by its own gradient.
+    return ((rows.float() - 1.0).abs().amax(1)) * (rows.amax(1) != rows.amin(1))
+
+
+def _from_their_mean(rows: torch.Tensor) -> torch.Tensor:
+    means = rows.float().mean(1, keepdim=True)
+    return (rows.float() / means - 1.0).abs().amax(1)
 
 
 def _largest_scale(model: nn.Module, scales: Iterable[Sequence[BranchScale]]) -> float | None:

@@ -1,6 +1,6 @@
 """How many bytes does a forward keep for its backward? Counted in one more forward, without a hook on what autograd saves.
 
-The same forward shows which weights get nothing but zeros.
+The same forward shows which weights get hardly anything but zeros, and batch norms whose data are others.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
     (checkpointed) block counts with what it keeps until then.
 
     ``session``: that measured this batch; its hooks are off.
-    Returns: ``measured_kept_bytes`` and ``measured_tokens``, or ``not_measured``: why not; and `ZERO_INPUTS`, the modules that
-    get nothing but zeros.
+    Returns: ``measured_kept_bytes`` and ``measured_tokens``, or ``not_measured``: why not; and `ZERO_INPUTS`, by kind, the
+    modules whose inputs are odd.
     """
     model = session.model
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(

@@ -35,8 +35,9 @@ def test_a_limit_that_cites_the_networks_is_beyond_their_quantile(name):
 
 
 def test_a_limit_that_healthy_networks_cross_does_not_cite_them():
-    reached = healthy_values("exploding_state")[-1]
-    assert source_of("exploding_state", mildest=reached, above=True) == DEFAULT
+    limit = limit_with_margin(healthy_values("exploding_state"), above=True)
+    assert source_of("exploding_state", mildest=limit, above=True) != DEFAULT
+    assert source_of("exploding_state", mildest=0.99 * limit, above=True) == DEFAULT
     assert source_of("of no network", mildest=0.0, above=True) == DEFAULT
 
 

@@ -46,7 +46,7 @@ def collapsed() -> xr.Dataset:
             "the loss changes by +0.01 ± 0.02 (from 2)",
         ),
         ({"loss_change": 0.5, "half_width": 0.1}, INFO, "refuted", "+0.5 ± 0.1"),
-        ({"loss_change": -0.3}, FAIL, "shown", "-0.3 (from 2)"),  # it is better without
+        ({"loss_change": -0.3}, FAIL, "shown", "−0.3 (from 2)"),  # it is better without
         # Without a loss the output must stay.
         ({"loss_change": None, "output_change": 0.02}, FAIL, "shown", "the output changes by 2 %"),
         ({"loss_change": None, "output_change": 0.4}, INFO, "refuted", "the output changes by 40 %"),
@@ -218,6 +218,61 @@ def test_a_loss_above_that_of_a_constant_answer_is_no_alarm_in_the_first_steps(m
     task = {"guessing": 4.4, "constant": 2.4, "loss": 2.9}  # below 70 % of guessing
     analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
     assert one(diagnostics.judge(analysis), "worse_than_constant").severity == severity
+
+
+@pytest.mark.parametrize(
+    ("scale", "spread", "moved"),
+    [(1.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.2, 0.0, 0.0), (1.0, 0.1, 0.1), (0.2, 0.1, 0.1)],
+)
+def test_gains_tell_the_age_whatever_they_were_multiplied_by(scale, spread, moved):
+    model = pre_norm()
+    for block in model.blocks:
+        gains = scale * (1.0 + spread * torch.linspace(-1.0, 1.0, len(block.mlp.norm.weight)))
+        block.mlp.norm.weight = nn.Parameter(gains)
+        block.attention.norm.weight = nn.Parameter(gains.clone())
+    assert diagnostics.analyze(captured(model)).attrs["norms_moved"] == pytest.approx(moved, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "moved", "severity"),
+    [
+        ({"loss": 2.4, "constant": 2.4}, 0.1, FAIL),  # nothing is left of what it learned
+        ({"loss": 2.0, "constant": 2.4}, 0.1, WARN),
+        ({"loss": 2.4, "constant": 2.4}, 0.01, WARN),  # its first steps: nothing is learned yet
+        # Sure and wrong: no network is so in its first steps, but one that nobody trained may be.
+        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.1}, 0.0, WARN),
+        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.1}, 0.02, FAIL),
+        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.9}, 0.02, WARN),
+    ],
+)
+def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(task, moved, severity):
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
+    remark = {"kind": "zero_input", "sentence": "A layer gets zeros", "value": 1.0, "sure": True}
+    found = one(diagnostics.judge(analysis.assign_attrs(remarks=[remark])), "zero_input")
+    assert found.severity == severity
+    assert ("nothing is left" in found.sentence) == (severity == FAIL)
+
+
+@pytest.mark.parametrize(
+    ("loss", "uncertainty", "severity"), [(2.8, 0.1, FAIL), (2.8, 0.3, None), (2.5, 0.01, None)]
+)
+def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, severity):
+    task = {"guessing": 4.4, "constant": 2.4, "loss": loss, "uncertainty": uncertainty}
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=0.1)
+    found = [each for each in diagnostics.judge(analysis) if each.verdict == "worse_than_constant"]
+    assert [each.severity for each in found] == ([] if severity is None else [severity])
+
+
+def test_an_experiment_that_regains_half_of_what_could_be_had_shows_a_failure():
+    states = walk(8) + 100.0
+    analysis = diagnostics.analyze(residual_run(states)).assign_attrs(
+        task={"constant": 2.5, "loss": 2.0, "guessing": 3.0}
+    )
+    for change, severity in ((-0.1, WARN), (-1.0, FAIL), (0.5, INFO)):
+        result = with_result(analysis, loss_change=change)
+        found = one(diagnostics.judge(result), "common_vector")
+        assert found.settled == ("refuted" if severity == INFO else "shown")
+        assert found.severity >= severity if severity > INFO else found.severity == INFO
 
 
 @pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from depthscope.probes.model.loss_graph import mean_task, read_task
+from depthscope.probes.model.loss_graph import beside_a_constant, mean_task, read_task
 
 IDS = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -66,10 +66,11 @@ def test_the_loss_of_an_answer_that_never_changes():
     assert mean_task([task, {**task, "constant": 0.6}], 0.5)["constant"] == pytest.approx(
         (expected + 0.6) / 2
     )
-    # Labels that are ignored do not count; of too few the frequencies are not known, and a sum has another unit.
+    # Labels that are ignored do not count, one class has no other answer, and a sum has another unit.
     ignored = torch.where(target == 1, -100, target)
     assert "constant" not in read_task(functional.cross_entropy(logits(400, 5), ignored), None)
-    assert "constant" not in read_task(functional.cross_entropy(logits(4, 5), torch.arange(4)), None)
+    few = read_task(functional.cross_entropy(logits(4, 5), torch.arange(4)), None)
+    assert few["constant"] == few["guessing"]
     assert "constant" not in read_task(
         functional.cross_entropy(logits(400, 5), target, reduction="sum"), None
     )
@@ -77,6 +78,30 @@ def test_the_loss_of_an_answer_that_never_changes():
     many = read_task(functional.cross_entropy(logits(120, 60), torch.arange(120) % 60), None)
     assert many["constant"] == pytest.approx(math.log(60))
     assert "constant" not in mean_task([task, {k: v for k, v in task.items() if k != "constant"}], 0.5)
+
+
+def test_how_sure_the_predictions_are_and_how_well_their_loss_is_known():
+    out, target = logits(200, 5), torch.arange(200) % 4
+    task = read_task(functional.cross_entropy(out, target), None)
+    chosen = torch.distributions.Categorical(logits=out.detach())
+    assert task["entropy"] == pytest.approx(float(chosen.entropy().mean()), rel=1e-5)
+    # Every class comes as often: the loss of the constant answer is that of each target.
+    error = float(chosen.log_prob(target).std())
+    assert task["uncertainty"] == pytest.approx(error / math.sqrt(200), rel=1e-4)
+    assert mean_task([task, task], 1.0)["uncertainty"] == pytest.approx(error / math.sqrt(400), rel=1e-4)
+
+
+def test_the_gradient_of_the_logits_says_the_same():
+    out = logits(8, 50, 5)
+    target = (torch.arange(400) % 4).where(torch.arange(400) % 7 > 0, -100)
+    loss = functional.cross_entropy(out.flatten(0, 1), target)
+    task, value = read_task(loss, None), float(loss.detach())
+    (gradient,) = torch.autograd.grad(loss, out)
+    found = beside_a_constant(gradient, 5, value)
+    assert found == pytest.approx({name: task[name] for name in found}, rel=1e-3)
+    assert set(found) == {"constant", "entropy", "uncertainty"}
+    assert beside_a_constant(2.0 * gradient, 5, value) == {}  # a sum of two losses, or another one
+    assert beside_a_constant(gradient.flatten(), 5, value) == beside_a_constant(None, 5, 1.0) == {}
 
 
 def test_what_is_no_cross_entropy_says_nothing():
