@@ -116,7 +116,7 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
     for name, path in listed.items():
         with _lock, suppress(schema.SchemaError, OSError):
             if schema.is_live_store(path):
-                store = _followed(path)
+                store = _current_store(path)
                 found[name] = live_state(store.status(), store.times)
     return found
 
@@ -124,11 +124,11 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
 def has_history(path: Path) -> bool:
     """Whether it is a store with two measured steps or more."""
     with _lock, suppress(schema.SchemaError, OSError):
-        return schema.is_live_store(path) and _followed(path).status().num_rows >= 2
+        return schema.is_live_store(path) and _current_store(path).status().num_rows >= 2
     return False
 
 
-def _followed(path: Path) -> FollowedStore:
+def _current_store(path: Path) -> FollowedStore:
     """The store of a path as it is now; those that were not asked for lately are let go."""
     store = _stores.pop(path, None)
     if store is None:
