@@ -18,6 +18,7 @@ from depthscope.app.paper.replaced_folder import MANIFEST, foreign_files, is_own
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.schema import LIVE
 
 NEARLY = 1e-9
 """Relative difference of two numbers that is rounding of another processor or library."""
@@ -230,8 +231,14 @@ def _runs(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str,
             yield name, "was given and is not in the manifest"
         elif was[name].get("numbers_sha256") != now[name]["numbers_sha256"]:
             yield name, "has other numbers than the run that the bundle was made of"
-        elif _plain(was[name].get("attributes")) != _plain(now[name]["attributes"]):
+        elif _plain(_lasting(was[name].get("attributes"))) != _plain(_lasting(now[name]["attributes"])):
             yield name, "has other attributes than the run that the bundle was made of"
+
+
+def _lasting(attributes: Any) -> Any:
+    """Attributes of a run but for when its live store was looked at, and by whom it was written then."""
+    is_mapping = isinstance(attributes, Mapping)
+    return {k: v for k, v in attributes.items() if k != LIVE} if is_mapping else attributes
 
 
 def _plain(value: Any) -> str:

@@ -185,6 +185,10 @@ class CloseUp:
         """
         return self._view(stream, depth=depth)
 
+    def quoted(self, sequence: int) -> list[str]:
+        """As `texts`, in quotation marks where it is text."""
+        return [f"“{text}”" if self.has_texts else text for text in self.texts(sequence)]
+
     @property
     def has_texts(self) -> bool:
         """Whether the run has the text of its tokens."""
@@ -331,7 +335,7 @@ class CloseUp:
         post: np.ndarray | None,
     ) -> Matrix:
         if whose == MARKED and token is not None:
-            words = f"“{self._text(*token)}”, position {token[1]} of sequence {token[0]}"
+            words = f"{self.quoted(token[0])[token[1]]}, position {token[1]} of sequence {token[0]}"
             return Matrix(
                 words, h[token].astype(np.float64), *(w if w is None else w[token] for w in (pre, post))
             )
@@ -368,7 +372,7 @@ class CloseUp:
             sequence, position = (int(i) for i in real[token])
             rows.append(
                 Matrix(
-                    f"{name} token: “{self._text(sequence, position)}”, position {position} of sequence {sequence}",
+                    f"{name} token: {self.quoted(sequence)[position]}, position {position} of sequence {sequence}",
                     tokens[token],
                     None if pre is None else pre[sequence, position],
                     None if post is None else post[sequence, position],

@@ -12,12 +12,14 @@ from depthscope.app.study.small_lm import Size
 class Recipe:
     """How the models are trained; the same for each.
 
-    The learning rate rises over the first part of the budget and falls to zero along a cosine. The budget is time, so
-    that a slow machine also ends on a trained model, unless `steps` is given: then a run is exactly reproducible.
+    The learning rate rises over the first part of the budget and falls to zero along a cosine. The budget is time, of a
+    slow machine at least `fewest_steps`, unless `steps` is given: then a run is exactly reproducible.
     """
 
     seconds: float = 60.0
     steps: int | None = None
+    fewest_steps: int = 21
+    """Three measured steps: with fewer there is no training to look at."""
     batch: int = 8
     length: int = 64
     # Heuristics of ours for decoders of this size.
@@ -38,7 +40,9 @@ def spent_fraction(recipe: Recipe, seconds: float, steps: int) -> float:
 
     Returns: 0 at the start; 1 or more ends the training.
     """
-    return steps / recipe.steps if recipe.steps is not None else seconds / recipe.seconds
+    if recipe.steps is not None:
+        return steps / recipe.steps
+    return min(seconds / recipe.seconds, steps / recipe.fewest_steps)
 
 
 def schedule(fraction: float, warm_up: float) -> float:

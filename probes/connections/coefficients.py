@@ -103,7 +103,7 @@ def per_token(tensor: torch.Tensor, tail: tuple[int, ...], batch: int, tokens: i
 
 def spread(count: int, most: int) -> torch.Tensor:
     """At most ``most`` indices below ``count``, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
 
 
 def relative_error(difference: torch.Tensor, reference: torch.Tensor) -> float:

@@ -276,14 +276,18 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
 
 def _by_block(by_name: list[dict[str, _Effect]], names: list[str], blocks: list[int]) -> np.ndarray:
     """Changes of the blocks' outputs, (experiments, blocks, sequences, 1); NaN for blocks before the change."""
+    # The output may have other rows than the states have sequences, as one for each of some masks.
+    sizes = [
+        next((len(change) for each in found.values() for change in each.branch_change.values()), 0)
+        for found in by_name
+    ]
     rows = []
     for name in names:
-        effects = [found[name] for found in by_name]
         of_batches = [
             torch.stack(
-                [each.branch_change.get(block, torch.full((len(each.kl),), torch.nan)) for block in blocks]
+                [found[name].branch_change.get(block, torch.full((size,), torch.nan)) for block in blocks]
             )
-            for each in effects
+            for found, size in zip(by_name, sizes, strict=True)
         ]
         rows.append(torch.cat(of_batches, dim=1).double().numpy())
     return np.stack(rows)[..., None]

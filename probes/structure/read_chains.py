@@ -522,10 +522,12 @@ class ChainReader:
         giver = self.graph.calls[max(given, key=lambda shown: shown.order).call].path if given else ""
         if before is None or self.memory.states[depth].site == "embed":
             return giver or "(input)"
-        block = self._block(before)
-        if giver and self.memory.states[depth].layer > before.layer and not self._is_inside(depth):
+        block, is_inside = self._block(before), self._is_inside(depth)
+        if is_inside and giver and block in self._called and not giver.startswith(f"{block}."):
+            return before.path  # later blocks hand it on, in a list of what came before
+        if giver and self.memory.states[depth].layer > before.layer and not is_inside:
             return giver  # a block that only scales
-        if self._unit(before) >= 0 and not self._is_inside(depth) and block in self._called:
+        if self._unit(before) >= 0 and not is_inside and block in self._called:
             return block
         return giver or before.path
 

@@ -274,8 +274,8 @@ def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tu
 
 def _token_panel(close_up: CloseUp, view: View) -> Panel:
     z = close_up.token_map(view.measure, view.sequence, view.stream)
-    texts = close_up.texts(view.sequence)
-    tokens = [f"{position} “{text}”" for position, text in enumerate(texts)]
+    texts = close_up.quoted(view.sequence)
+    tokens = [f"{position} {text}" if close_up.has_texts else text for position, text in enumerate(texts)]
     # Padding at the end would only take room.
     last = int(np.flatnonzero(close_up.mask[view.sequence]).max(initial=0)) + 1
     spread = z[np.isfinite(z) & (z > 0)]

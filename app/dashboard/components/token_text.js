@@ -55,7 +55,8 @@ export default function ({ parentElement, data, setStateValue }) {
     box.at = i;
     const row = data.values[i];
     const [low, high] = [Math.min(...known(row)), Math.max(...known(row))];
-    said.textContent = `Token ${i} “${data.texts[i]}”: ${digits(row[box.depth])} at depth ${box.depth}; over depth from ${digits(low)} to ${digits(high)}.`;
+    const text = data.texts[i] === `token ${i}` ? "" : ` “${data.texts[i]}”`;
+    said.textContent = `Token ${i}${text}: ${digits(row[box.depth])} at depth ${box.depth}; over depth from ${digits(low)} to ${digits(high)}.`;
     const [width, height] = [320, 60];
     const x = (depth) => 4 + (depth * (width - 8)) / Math.max(row.length - 1, 1);
     const points = row.map((value, depth) => [depth, along(value, low, high)]).filter(([, share]) => share !== null)

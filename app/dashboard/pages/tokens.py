@@ -146,12 +146,13 @@ def _explain_no_states(reading: Reading) -> None:
 def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, run: str) -> Heatmap:
     """The map of a sequence: its tokens over the depths."""
     z = close_up.token_map(measure, sequence, stream)[: _length(close_up, sequence)]
-    texts = close_up.texts(sequence)
+    texts = close_up.quoted(sequence)
     undefined = int(np.isnan(z[close_up.mask[sequence][: len(z)]]).sum())
     gaps = f" {undefined} of its numbers are undefined, and are gaps." if undefined else ""
     largest = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if np.isfinite(z).any() else None
+    named = [f"token {n} {text}" for n, text in enumerate(texts)] if close_up.has_texts else texts
     telling = (
-        f"The largest is {number(float(z[largest]))}, of token {largest[0]} “{texts[largest[0]]}” at depth {largest[1]}."
+        f"The largest is {number(float(z[largest]))}, of {named[largest[0]]} at depth {largest[1]}."
         if largest is not None
         else "All of them are undefined."
     )
@@ -168,7 +169,7 @@ def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, ru
         caption=f"{telling} Run {run}.{gaps}",
         alt=f"{TOKEN_MEASURES[measure]} of {len(z)} tokens at {z.shape[1]} depths of {run}. {telling}{gaps}",
         x_text=[f"depth {i}" for i in range(z.shape[1])],
-        y_text=[f"“{text}”" for text in texts[: len(z)]],
+        y_text=texts[: len(z)],
         run=run,
         square=False,
         from_top=True,

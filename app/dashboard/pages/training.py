@@ -38,7 +38,6 @@ from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory, UntilStep
 from depthscope.app.tables.tables import spoken
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
 MOST_MEASURES = 10
@@ -111,9 +110,9 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
         st.warning(f"{escaped(history.name)} cannot be read: {escaped(history.reason)}")
         return
     count = len(history.steps)
+    steps = "one measured step" if count == 1 else "no measured steps"
     st.info(
-        f"{escaped(history.name)} has {'one measured step' if count == 1 else 'no measured steps'}: a history is recorded "
-        "while a model trains.",
+        f"{escaped(history.name)} has {steps}; a history has two or more, and is recorded while a model trains:",
         icon="ℹ️",
     )
     st.code(
@@ -125,8 +124,8 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
 
 def _offer_trainings(chosen: ChosenRuns) -> None:
     """A way to the trainings of the folder, where none is chosen."""
-    recorded = [name for name, path in run_library.list_runs().items() if schema.is_live_store(path)]
-    recorded = [name for name in recorded if name not in chosen.readings][:MOST_OFFERED]
+    others = {name: path for name, path in run_library.list_runs().items() if name not in chosen.readings}
+    recorded = [name for name, path in others.items() if growing_runs.has_history(path)][:MOST_OFFERED]
     if recorded:
         st.markdown("Recorded trainings of this folder:")
         with st.container(horizontal=True):

@@ -114,19 +114,31 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
     """What is to be said of the runs that are or were written step by step."""
     found = {}
     for name, path in listed.items():
-        if not schema.is_live_store(path):
-            continue
         with _lock, suppress(schema.SchemaError, OSError):
-            store = _stores.pop(path, None)
-            if store is None:
-                store = FollowedStore(path)
-            else:
-                store.refresh()
-            _stores[path] = store
-            while len(_stores) > MOST_FOLLOWED:
-                _stores.pop(next(iter(_stores)))
-            found[name] = live_state(store.status(), store.times)
+            if schema.is_live_store(path):
+                store = _current_store(path)
+                found[name] = live_state(store.status(), store.times)
     return found
+
+
+def has_history(path: Path) -> bool:
+    """Whether it is a store with two measured steps or more."""
+    with _lock, suppress(schema.SchemaError, OSError):
+        return schema.is_live_store(path) and _current_store(path).status().num_rows >= 2
+    return False
+
+
+def _current_store(path: Path) -> FollowedStore:
+    """The store of a path as it is now; those that were not asked for lately are let go."""
+    store = _stores.pop(path, None)
+    if store is None:
+        store = FollowedStore(path)
+    else:
+        store.refresh()
+    _stores[path] = store
+    while len(_stores) > MOST_FOLLOWED:
+        _stores.pop(next(iter(_stores)))
+    return store
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:

@@ -109,7 +109,7 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any], opacity: flo
     hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
     label = plain(line.label) + (" (never above 0)" if hidden else "")
     axes.plot(line.x, line.y, label=label, markevery=thinned, zorder=3, **look)
-    if line.lower is not None and line.upper is not None:
+    if line.lower is not None and line.upper is not None and not hidden:
         axes.fill_between(
             line.x, line.lower, line.upper, color=look["color"], alpha=opacity, linewidth=0, zorder=2
         )

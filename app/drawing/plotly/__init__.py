@@ -42,21 +42,24 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     """
     drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
     set_layout(drawn, **_layout(figure))
-    if not _shows_something(figure):
-        _say_undefined(drawn)
+    if words := _why_empty(figure):
+        _say_empty(drawn, words)
     return drawn
 
 
-def _shows_something(figure: Figure) -> bool:
+def _why_empty(figure: Figure) -> str:
+    """Empty where something is drawn."""
     drawn = [line.y for line in figure.lines] if isinstance(figure, Lines) else [figure.z]
-    return any(bool(np.isfinite(values).any()) for values in drawn)
+    if not any(np.isfinite(values).any() for values in drawn):
+        return "undefined everywhere"
+    if not isinstance(figure, Lines) or not figure.log_y or any((values > 0).any() for values in drawn):
+        return ""
+    return "never above 0, which a logarithmic axis cannot show"
 
 
-def _say_undefined(drawn: go.Figure) -> None:
+def _say_empty(drawn: go.Figure, words: str) -> None:
     """An empty chart without a word looks as if it had failed; its ticks would be those of nothing."""
-    drawn.add_annotation(
-        text="undefined everywhere", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
-    )
+    drawn.add_annotation(text=words, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     drawn.update_xaxes(showticklabels=False)
     drawn.update_yaxes(showticklabels=False, showgrid=False)
     drawn.update_traces(showscale=False, selector={"type": "heatmap"})

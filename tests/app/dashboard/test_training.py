@@ -158,6 +158,17 @@ def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monk
     assert "ds.record" in words(test)
 
 
+def test_only_trainings_with_two_measured_steps_are_offered(store, tmp_path, make_run):
+    short = begin(tmp_path / "short", make_run("residual", layers=5))
+    add(short, 0, 6)
+    short.finish()
+    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    test = open_page("training", [tmp_path], runs=["plain"])
+    offered = [button.label for button in test.button]
+    assert "run" in offered
+    assert "short" not in offered
+
+
 def test_a_saved_copy_shows_the_same_history(store, tmp_path):
     store.finish()
     live = numbers(heat_map(opened(store, measures="residual_norm"))["customdata"])

@@ -93,7 +93,9 @@ def test_matplotlib_settings_are_left_alone(tmp_path):
 def test_empty_and_single_values_are_drawn(tmp_path):
     nothing = Lines("n", "N", "x", "y", (Line(X, np.full(8, np.nan), "a"),), log_y=True)
     one = Heatmap("o", "O", np.array([3.0]), np.array([0.0]), np.array([[np.nan]]), "x", "y", "z", log_z=True)
+    zeros = Lines("z", "Z", "x", "y", (Line(X, 0 * X, "a", lower=0 * X, upper=0 * X),), log_y=True)
     write_figure(nothing, tmp_path / "n.pdf")
+    write_figure(zeros, tmp_path / "z.pdf")
     write_figure(one, tmp_path / "o.pdf")
     assert edges(np.array([3.0])).tolist() == [2.5, 3.5]
 

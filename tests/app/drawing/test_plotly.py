@@ -183,3 +183,13 @@ def test_a_marked_cell_is_ringed():
 def test_zoom_survives_an_update():
     figure = square(4)
     assert to_plotly(figure).layout.uirevision == to_plotly(figure, mark=(0, 0)).layout.uirevision == "cka"
+
+
+def test_a_logarithmic_axis_says_why_nothing_is_on_it():
+    def words(y):
+        drawn = to_plotly(Lines("g", "Gradient", "x", "y", (Line(np.arange(3.0), y, "a"),), log_y=True))
+        return [note.text for note in drawn.layout.annotations]
+
+    assert any("never above 0" in text for text in words(np.zeros(3)))
+    assert not words(np.array([0.0, 0.0, 1.0]))
+    assert words(np.full(3, np.nan)) == ["undefined everywhere"]

@@ -12,6 +12,7 @@ from depthscope.app.paper.export import write_bundle
 from depthscope.app.paper.replaced_folder import sha256
 from depthscope.app.paper.verify import verify_bundle
 from depthscope.app.readings.readings import read_paths, read_runs
+from tests.app.dashboard.growing_run import add, begin
 from tests.few_figures import draw_few
 
 
@@ -183,3 +184,12 @@ def test_what_lies_beside_the_runs_changes_nothing(make_run, tmp_path):
     checked = verify_bundle(bundle, read_paths([*map(str, paths)])[0])
     assert checked.follows, checked.in_words()
     assert not checked.redrawn
+
+
+def test_a_live_store_follows_whenever_it_is_looked_at(make_run, tmp_path):
+    store = begin(tmp_path / "live", make_run("residual", layers=2))
+    add(store, 0, 3)
+    store.finish()
+    path = write_bundle(read_paths([str(store.path)])[0], tmp_path / "paper", formats=("pdf",))
+    checked = verify_bundle(path, read_paths([str(store.path)])[0])  # its age is another one by now
+    assert checked.follows, checked.in_words()

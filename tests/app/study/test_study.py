@@ -114,7 +114,8 @@ def test_schedule():
 
 def test_budget_by_the_clock_and_by_steps():
     by_clock = Recipe(seconds=60)
-    assert spent_fraction(by_clock, 30.0, 7) == 0.5
+    assert spent_fraction(by_clock, 30.0, 70) == 0.5
+    assert spent_fraction(by_clock, 300.0, 7) == 7 / 21  # a slow machine trains on
     assert spent_fraction(replace(by_clock, steps=10), 30.0, 7) == 0.7
 
 

@@ -335,3 +335,23 @@ def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
     assert mean == pytest.approx(float(found.branch_change[0].mean()))
     assert f"what later blocks add changes by {100 * mean:.3g} %" in results.sentence(rows[0])
     assert experiments.table(kept)["later_blocks"].iloc[0] == pytest.approx(mean)
+
+
+def test_an_output_of_more_rows_than_sequences_is_measured_row_by_row():
+    class Twice(nn.Module):
+        """Gives two rows for each sequence, as a predictor of two masks does."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = LocalStreams(layers=3)
+
+        def forward(self, batch):
+            given = self.inner(batch)
+            return torch.cat([given, 2 * given])
+
+    found = ds.interventions.ablate(
+        Twice().eval(), ids(2), "skip", loss=lambda output, _: output.pow(2).flatten(1).mean(1)
+    )
+    assert found.sizes["sample"] == 4
+    assert np.isfinite(found.loss_change).all()
+    assert np.isfinite(found.branch_change.sel(later_block=2)[:2]).all()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
+from depthscope.probes.connections.coefficients import spread
 from depthscope.probes.model.layout import LayoutError
 
 WIDTH, STREAMS = 16, 4
@@ -229,3 +230,48 @@ def test_sequences_that_meet_in_experts_are_refused_with_the_layout_that_reads_t
     trace = ds.capture(model, ids(), layout="B T D").trace
     for found, true in zip(trace.residual.values, shown(model, ["0", "1", "2", "3"], ids()), strict=True):
         assert (torch.as_tensor(found[:, :, 0]) - true).abs().max() < 1e-6
+
+
+class ListPassing(nn.Module):
+    """A block of attention residuals that hands on a list of all sums so far, each of which later blocks hand on too."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = (nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2))
+        self.queries = nn.Parameter(torch.randn(2, WIDTH))
+
+    def forward(self, sums, x):
+        for query, branch in zip(self.queries, (self.attn, self.mlp), strict=True):
+            values = torch.stack(sums)
+            weights = (values @ query).softmax(0)
+            x = x + branch((weights[..., None] * values).sum(0))
+            sums = [*sums, x]
+        return sums, x
+
+
+def test_a_sum_in_a_list_that_later_blocks_hand_on_is_named_after_its_own_branch():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.embed, model.layers = nn.Embedding(20, WIDTH), nn.ModuleList(ListPassing() for _ in range(3))
+
+    def forward(ids):
+        x = model.embed(ids)
+        sums = [x]
+        for layer in model.layers:
+            sums, x = layer(sums, x)
+        return x
+
+    model.forward = forward
+    run = ds.capture(model, torch.randint(20, (2, 6)))
+    names = [str(name) for name in run.trace["module"].values]
+    assert names == ["embed", *(name for n in range(3) for name in (f"layers.{n}.attn", f"layers.{n}"))]
+
+
+def test_states_are_compared_in_double_precision_whatever_the_default_is():
+    count = 1536  # in bfloat16 the last of its indices is the count itself
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert int(spread(count, 64)[-1]) == count - 1
+        assert int(spread(2**25, 64)[-1]) == 2**25 - 1
+    finally:
+        torch.set_default_dtype(torch.float32)
