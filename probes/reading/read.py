@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
@@ -15,14 +15,13 @@ from torch import nn
 
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
-from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
+from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
-    InsideReading,
     MemoryReading,
     NetworkReading,
     StateReading,
@@ -73,7 +72,7 @@ class Rereading:
         if self.graph.error is not None:
             return NetworkReading((), {}, f"the forward could not be recorded: {_reason(self.graph.error)}")
         try:
-            found, inside = memories(self.graph)
+            found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
             self._readers = [_Reader(memory, found) for memory in found]
             number_blocks([reader.names for reader in self._readers])
@@ -85,7 +84,7 @@ class Rereading:
                 done.append(reader.reading())
             except ReadingError as error:
                 left_out[reader.name] = str(error)
-        return NetworkReading(tuple(done), left_out, inside=tuple(_inside_of_branches(inside)))
+        return NetworkReading(tuple(done), left_out)
 
     def keep(self, memories: Sequence[MemoryReading]) -> None:
         """Read these memories alone from now on, and let go of the first forward's tensors."""
@@ -119,17 +118,6 @@ class Rereading:
 
 def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, ReadingError) else repr(error)
-
-
-def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
-    """The memories inside of branches that have several blocks of their own: modules that are called one after the other."""
-    for of in inside:
-        names = BranchNames(of.memory, branches_of(of.memory))
-        number_blocks([names])
-        units = [names.unit(number) for number in range(len(names.branches))]
-        blocks = tuple(dict.fromkeys(of.memory.graph.calls[unit].path for unit in units if unit is not None))
-        if len(blocks) > 1:
-            yield InsideReading(name_of(of.memory, names), blocks, of.share)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -322,6 +310,7 @@ class _Reader:
             shape=self.memory.shape,
             feature_axis=self.states.axis,
             carried=self.memory.carried,
+            held=coverage.held,
             parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,

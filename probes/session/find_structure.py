@@ -137,8 +137,7 @@ class StructureFinder:
                     self.graph,
                     self.model,
                     chains,
-                    {name for memory in read for name in memory.parameters},
-                    self.rereading.reading.inside,
+                    read,
                     others={
                         memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
                         for memory in self.memories

@@ -9,7 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
+import torch
+
+from depthscope.probes.reading.graph import (
+    INPUT,
+    SHAPE_ONLY,
+    Graph,
+    ReadingError,
+    TracedValue,
+    names,
+    values_in,
+)
 from depthscope.probes.reading.operations import MATRICES, VIEWS
 
 ROW_MAJOR = VIEWS | names("squeeze unsqueeze")
@@ -79,6 +89,8 @@ class SequenceAxis:
             self._mixed |= {value.number} if value.name in SHUFFLES and operand.numel else set()
             return None
         dim, inner = place
+        if value.name == "index" and not position and len([*values_in(value.args[1])]) > 1:
+            return self._picked(value, operand, stride, size)
         if self._goes_along(value, position, len(operand.shape), dim):
             self._mixed.add(value.number)
             return None
@@ -92,6 +104,22 @@ class SequenceAxis:
                 return None
             size = value.shape[new] // inner
         return inner * math.prod(value.shape[new + 1 :]), size
+
+    def _picked(
+        self, value: TracedValue, operand: TracedValue, stride: int, size: int
+    ) -> tuple[int, int] | None:
+        """The same of what several tensors of numbers pick out of an operand, by the numbers of its sequences."""
+        try:
+            own = torch.arange(operand.numel).div(stride, rounding_mode="floor").remainder(size)
+            picked = [None if of is None else self.graph.tensor(of).cpu() for of in value.args[1]]
+            found = torch.ops.aten.index(own.reshape(operand.shape), picked).flatten()
+        except (ReadingError, RuntimeError):
+            return None
+        counts = found.bincount(minlength=size)
+        if not len(found) or not bool((counts == counts[0]).all()):
+            return None
+        each = len(found) // size
+        return (each, size) if bool((found == torch.arange(len(found)) // each).all()) else None
 
     @staticmethod
     def _goes_along(value: TracedValue, position: int, rank: int, dim: int) -> bool:
