@@ -132,24 +132,23 @@ class StructureFinder:
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
-            not_covered=(
-                *not_covered(
-                    self.graph,
-                    self.model,
-                    chains,
-                    read,
-                    others={
-                        memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
-                        for memory in self.memories
-                        if memory.is_proven and memory not in read
-                    },
-                    named=self.options.blocks is not None,
-                ),
-                *self._unread,
-            ),
+            not_covered=self._not_covered(chains, read),
             shards=shards,
             read=self._read,
         )
+
+    def _not_covered(self, chains: Sequence[Chain], read: Sequence[MemoryReading]) -> tuple[LeftOut, ...]:
+        """What ran and lies in no chain; of a further state that cannot be read the reason for that."""
+        others = {
+            memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
+            for memory in self.memories
+            if memory.is_proven and memory not in read
+        }
+        is_named = self.options.blocks is not None
+        parts = not_covered(self.graph, self.model, chains, read, others=others, named=is_named)
+        unread = {part.module: part for part in self._unread}
+        reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
+        return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
 
     # --- which memories
 

@@ -73,7 +73,8 @@ class SequenceAxis:
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
                 given = self._found[operand.number]
-                own = None if given is None else self._after(value, position, operand, *given)
+                after = self._picked if value.name == "index" and len(value.parents) > 2 else self._after
+                own = None if given is None else after(value, position, operand, *given)
                 found += [] if own is None else [own]
         return max(found, key=lambda of: of[1]) if found else None
 
@@ -89,8 +90,6 @@ class SequenceAxis:
             self._mixed |= {value.number} if value.name in SHUFFLES and operand.numel else set()
             return None
         dim, inner = place
-        if value.name == "index" and not position and len([*values_in(value.args[1])]) > 1:
-            return self._picked(value, operand, stride, size)
         if self._goes_along(value, position, len(operand.shape), dim):
             self._mixed.add(value.number)
             return None
@@ -106,9 +105,11 @@ class SequenceAxis:
         return inner * math.prod(value.shape[new + 1 :]), size
 
     def _picked(
-        self, value: TracedValue, operand: TracedValue, stride: int, size: int
+        self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
     ) -> tuple[int, int] | None:
         """The same of what several tensors of numbers pick out of an operand, by the numbers of its sequences."""
+        if position or _place(operand.shape, stride, size) is None:
+            return self._after(value, position, operand, stride, size)
         try:
             own = torch.arange(operand.numel).div(stride, rounding_mode="floor").remainder(size)
             picked = [None if of is None else self.graph.tensor(of).cpu() for of in value.args[1]]
