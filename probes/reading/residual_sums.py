@@ -50,12 +50,14 @@ def _computed_from(graph: Graph, begin: TracedValue, other: TracedValue) -> set[
 
 @dataclass(frozen=True)
 class FurtherResiduals:
-    """Residuals in one place that are none of the states that are read.
+    """Residuals, each computed from others of them, that are none of the states that are read.
 
-    ``names``: of the parameters that work in what they add. ``around``: of those of the branch of a state in which they lie;
-    empty where they lie in none.
+    ``sums``: how many. ``path``: the module in which the first one is added up. ``names``: of the parameters that work in
+    what they add. ``around``: of those of the branches of states in which they lie; empty where they lie in none.
     """
 
+    sums: int
+    path: str
     names: frozenset[str]
     around: frozenset[str]
 
@@ -63,30 +65,40 @@ class FurtherResiduals:
 def further_residuals(
     graph: Graph, read: Sequence[MemoryReading], blocks: AbstractSet[str]
 ) -> Iterator[FurtherResiduals]:
-    """The residuals outside of some memories and blocks: several in one place, or one with many of the parameters.
+    """The residuals outside of some memories and blocks: several that follow each other, or one with many of the parameters.
 
     ``blocks``: paths of modules that are described as they are, with all that is in them.
     """
-    held = set().union(*(memory.held for memory in read))
+    held = set[int]().union(*(memory.held for memory in read))
     ends, carried = _ends_of_branches(graph, read, held)
     later = [graph.later(graph.values[memory.root]) for memory in read]
-    behind, places = graph.earlier(ends, carried), dict[tuple[int, str], list[set[int]]]()
+    behind = graph.earlier(ends, carried)
+    for group in _linked_sums(graph, held, blocks):
+        inside = [n for n in group if behind[n] and any(of[n] for of in later)]
+        around_ends = [next(end for end in ends if graph.depends(end, graph.values[n])) for n in inside]
+        marks = graph.earlier(around_ends, carried)
+        around = {n for n, marked in enumerate(marks) if marked and any(of[n] for of in later)}
+        names, around_names = (_parameters(graph, of) for of in (set().union(*group.values()), around))
+        if len(group) > 1 or _share(graph, names) > (INSIDE_SHARE if inside else OUTSIDE_SHARE):
+            yield FurtherResiduals(len(group), graph.path(graph.values[min(group)]), names, around_names)
+
+
+def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list[dict[int, set[int]]]:
+    """The residuals outside of some values and blocks with their branches; together those computed from each other there."""
+    groups: list[dict[int, set[int]]] = []
     for value in graph.values:
         if value.name not in SUMS or value.number in held or not graph.reaches_output(value):
             continue
-        calls = [graph.calls[call] for call in graph.stack(value)]
-        if blocks.isdisjoint(call.path for call in calls) and (branch := residual_branch(graph, value)):
-            containers = [call.container for call in calls if call.container is not None]
-            is_inside = behind[value.number] and any(of[value.number] for of in later)
-            around = (end.number for end in ends if is_inside and graph.depends(end, value))
-            place = min(around, default=-1), (containers or [graph.path(value)])[-1]
-            places.setdefault(place, []).append(branch)
-    for (end, _), branches in places.items():
-        inside = graph.earlier([graph.values[end]], carried) if end >= 0 else bytearray(len(graph.values))
-        around = {n for n, marked in enumerate(inside) if marked and any(of[n] for of in later)}
-        found = FurtherResiduals(*(_parameters(graph, of) for of in (set().union(*branches), around)))
-        if len(branches) > 1 or _share(graph, found.names) > (OUTSIDE_SHARE if end < 0 else INSIDE_SHARE):
-            yield found
+        if not blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value)):
+            continue
+        if branch := residual_branch(graph, value):
+            marks = graph.earlier([value], held)
+            linked = [group for group in groups if any(marks[number] for number in group)]
+            groups = [group for group in groups if group not in linked]
+            groups.append(
+                {number: of for group in linked for number, of in group.items()} | {value.number: branch}
+            )
+    return groups
 
 
 def _ends_of_branches(

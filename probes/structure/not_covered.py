@@ -139,7 +139,8 @@ class _LeftOutParts:
         named: bool,
     ):
         self._model, self._chains, self._others, self._named = model, chains, others, named
-        self._show_states = {path for chain in chains for p in chain.points for path in (p.path, p.module)}
+        points = [point for chain in chains for point in chain.points]
+        self._show_states = {p.module for p in points} | {p.path for p in points if p.at == "output"}
         self._modules: dict[str, nn.Module] = dict(module_paths(model, shared=True))
         self._own = own = named_parameters(self._modules)
         self._used = UsedParameters(graph, own)
@@ -154,7 +155,7 @@ class _LeftOutParts:
         blocks -= set[str]().union(*(_around(graph, memory) for memory in read))
         blocks &= self._modules.keys() - {""}
         in_blocks = set[int]().union(*(self._used.within(self._modules[path]) for path in blocks))
-        deep = [*further_residuals(graph, read, blocks)]
+        self._further = deep = [*further_residuals(graph, read, blocks)]
         # Parameters of residuals that lie in no block: those of what is added, and of the branches of chains around them.
         self._deepest = self._ids(of.names for of in deep) - in_blocks
         self._inside = self._ids(of.around for of in deep) - in_blocks
@@ -176,10 +177,17 @@ class _LeftOutParts:
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
         rest = self._deepest - self._known
-        names = [name for name, parameter in self._own.items() if id(parameter) in rest]
+        names = [name for name, of in self._own.items() if id(of) in rest and of.ndim > 1]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield LeftOut(f"{names[0]}{more}", 0, "", self._used.share(rest), self._reason(rest, ()))
+        for of in self._further:  # a track between blocks, by parts of them that add to a chain too
+            if of.sums > 1 and self._ids([of.names]) <= self._on_chains:
+                why = (
+                    f"{of.sums} sums of a value and of what was computed from it lie between the blocks that are read, and "
+                    "are none of their states"
+                )
+                yield LeftOut(of.path or "model", 0, "", 0.0, why)
 
     def _first_call(self, path: str) -> int:
         inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))
@@ -198,9 +206,9 @@ class _LeftOutParts:
             if not used or used <= self._on_chains:
                 continue
             shows_state = any(f"{path}.".startswith(f"{inner}.") for path in self._show_states)
-            if used & self._on_chains or (shows_state and used & self._deep):
+            if used & self._on_chains or (shows_state and used & self._deep and not used <= self._deep):
                 yield from self._parts(inner, child)
-            elif shows_state:
+            elif shows_state and not used <= self._deep:
                 continue  # what joins two stages gives a state
             elif name.isdigit() and type(child) in read:  # a stage next to one that is read, however small
                 yield self._left_out(inner, [inner], self._blocks_within(inner), least=0.0)
@@ -259,6 +267,7 @@ class _LeftOutParts:
         share = self._used.share(own)
         single = all(not any(True for _ in self._modules[path].children()) for path in paths)
         is_deep = not own.isdisjoint(self._deepest if single else self._deep)
+        is_deep &= any(parameter.ndim > 1 for path in paths for parameter in self._modules[path].parameters())
         if not blocks and not is_deep and (share < least or single):  # one layer has no depth
             return None
         self._known |= own
