@@ -196,6 +196,7 @@ class _LeftOutParts:
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
         alone: list[str] = []
+        next_to: dict[type, list[str]] = {}  # stages next to those that are read, however small
         read = {
             type(child)
             for name, child in module.named_children()
@@ -210,10 +211,17 @@ class _LeftOutParts:
                 yield from self._parts(inner, child)
             elif shows_state and not used <= self._deep:
                 continue  # what joins two stages gives a state
-            elif name.isdigit() and type(child) in read:  # a stage next to one that is read, however small
-                yield self._left_out(inner, [inner], self._blocks_within(inner), least=0.0)
+            elif name.isdigit() and type(child) in read:
+                next_to.setdefault(type(child), []).append(inner)
             else:
                 alone.append(inner)
+        for of in next_to.values():
+            if len(of) > 1 and all(map(self._is_block, of)):
+                yield self._left_out(f"{of[0]} … {of[-1]}", of, of)
+            else:
+                yield from (
+                    self._left_out(inner, [inner], self._blocks_within(inner), least=0.0) for inner in of
+                )
         yield from self._named_parts(path, alone)
 
     def _named_parts(self, container: str, paths: Sequence[str]) -> Iterator[LeftOut | None]:
