@@ -151,7 +151,9 @@ class _LeftOutParts:
         ends = ((call, graph.ends_of(number)) for number, call in enumerate(graph.calls))
         self._same_shape = {call for call, of in ends if of is not None and of[0].shape == of[1].shape}
         blocks = {path for chain in chains for path in chain.blocks}
-        blocks |= {path for chain in chains for c in chain.connections for path in (c.path, c.branch_path)}
+        blocks |= {
+            path for chain in chains for c in chain.connections for path in (c.path, c.branch_path or "")
+        }
         blocks -= set[str]().union(*(_around(graph, memory) for memory in read))
         blocks &= self._modules.keys() - {""}
         in_blocks = set[int]().union(*(self._used.within(self._modules[path]) for path in blocks))
