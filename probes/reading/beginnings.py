@@ -25,8 +25,10 @@ def with_further_beginnings(memory: Memory) -> Memory:
     branches = branches_of(memory)
     if not branches:
         return memory
-    first = min(branches, key=lambda branch: branch.writes[0].number)
+    first, *others = sorted(branches, key=lambda branch: branch.writes[0].number)
     until = max(write.number for write in first.writes)
+    if others:  # the streams of the first connection are made when the next branch reads them
+        until = max(until, min(branch.read.number for branch in others) - 1)
     found: dict[int, Numbers] = {}
     for number, sums in _sums_with_others(memory, until).items():
         value = memory.graph.values[number]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
@@ -42,6 +41,7 @@ from depthscope.probes.reading.operations import (
     centred,
     is_unknown,
     named,
+    only_moves,
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
@@ -84,15 +84,8 @@ class Ranked:
         )
 
 
-class FoundMemories(NamedTuple):
-    """The memories of a forward: the model's first, then further ones by rank; and those that lie inside of their branches."""
-
-    apart: list[Memory]
-    inside: list[Ranked]
-
-
-def memories(graph: Graph) -> FoundMemories:
-    """What is carried through a forward."""
+def memories(graph: Graph) -> list[Memory]:
+    """What is carried through a forward: the model's memory, then further ones by rank."""
     first, rest = candidates(graph)
     learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
     ranked = _ranked(graph, first) or _ranked(graph, learned) or _with_products_as_branches(graph)
@@ -109,15 +102,14 @@ def memories(graph: Graph) -> FoundMemories:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_with_empty_streams(best))
+    first_memory = _after_first_norm(_with_picked_tokens(_with_empty_streams(best)))
     for track in tracks(_between_expansions(_with_hidden_sums(first_memory))):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
-    inside: list[Ranked] = []
-    _take(graph, taken, inside, ranked[1:])
+    _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
-            _take(graph, taken, inside, _with_shares([_larger(_of_root(graph, root))], everything))
-    return FoundMemories([memory for memory, _ in taken], inside)
+            _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
+    return [memory for memory, _ in taken]
 
 
 def _with_products_as_branches(graph: Graph) -> list[Ranked]:
@@ -226,8 +218,8 @@ def _unknown(graph: Graph) -> str:
     return f"; nothing is known of {', '.join(list(found)[:3])}, which may hide the sums" if found else ""
 
 
-def _take(graph: Graph, taken: list[Taken], inside: list[Ranked], ranked: Sequence[Ranked]) -> None:
-    """Take the memories that are apart from those taken, and note which are inside of a branch of these."""
+def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
+    """Take the memories that are apart from those taken, and inside of no branch of these."""
     for other in ranked:
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
@@ -236,12 +228,8 @@ def _take(graph: Graph, taken: list[Taken], inside: list[Ranked], ranked: Sequen
         branches = branches_of(other.memory)
         if not all(other.memory.trunk.intersection(w.number for w in b.writes) for b in branches):
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
-        if not branches:
-            continue
-        if not any(_nested(graph, (other.memory, branches), one) for one in taken):
+        if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
-        elif not any(other.memory.trunk & known.memory.trunk for known in inside):
-            inside.append(other)
 
 
 def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
@@ -257,6 +245,21 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
         ):
             return True
     return False
+
+
+def _with_picked_tokens(memory: Memory) -> Memory:
+    """The memory from where some of its tokens alone go on, as those that a mask leaves, if no branch was added before."""
+    values = memory.graph.values
+    begin = [values[n] for n in sorted(memory.trunk) if not memory.depth[n]]
+    part = next((value for value in begin if not memory.is_whole(value)), None)
+    if part is None or memory.root.number in memory.back([memory.end], {part.number}):
+        return memory
+    for value in memory.after(part):
+        if memory.depth[value.number] or not only_moves(value):
+            break
+        part = value
+    again = without_forks(memory.graph, replace(start_of(part), functions=memory.start.functions))
+    return again if again.num_writes == memory.num_writes else memory
 
 
 def _after_first_norm(memory: Memory) -> Memory:
@@ -407,7 +410,7 @@ def _mixed_part(
 ) -> Iterator[tuple[TracedValue, int, int, int]]:
     """The part of an axis of a memory's first value along which a matrix mixes places: streams folded into that axis."""
     root, numbers = memory.root, memory.carried[read.number]
-    mixes = of.name in MATRICES and _may_mix(memory, read, of)
+    mixes = of.name in MATRICES and _may_mix(memory, of)
     if not mixes or len(root.shape) < 4 or memory.count != root.numel:  # of three axes one may be of tokens
         return
     position = next(at for at, argument in enumerate(of.args) if argument is read) - MATRICES[of.name][0]
@@ -484,6 +487,8 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         # Over one more axis than those of sequences, tokens and features, as over the codebooks of a sound.
         or (of.name in REDUCES and len(read.shape) > 3 and of.shape[-1:] == read.shape[-1:])
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
+        # What makes features of a few channels is taken for a matrix of streams at first.
+        or (of.name in MATRICES and not memory.num_writes)
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def memory_of(graph: Graph, values: Sequence[TracedValue]) -> Memory:
 
     Raises ReadingError: Where none holds them all.
     """
-    for memory in memories(graph).apart:
+    for memory in memories(graph):
         branches = branches_of(memory)
         if not branches:
             continue

@@ -92,6 +92,9 @@ class MemoryReading:
     carried: Mapping[int, Numbers] = field(
         repr=False
     )  # where elements of the first value are, in every value that has some
+    held: frozenset[int] = field(
+        repr=False
+    )  # the numbers of the values that are carried to its last state, and to what branches read
     parameters: frozenset[str] = field(
         repr=False
     )  # names of those that work between its first and last state
@@ -112,19 +115,9 @@ class MemoryReading:
 
 
 @dataclass(frozen=True)
-class InsideReading:
-    """A memory that lies inside of one branch of another: its name, its blocks, and its share of the weights."""
-
-    name: str
-    blocks: tuple[str, ...]
-    share: float
-
-
-@dataclass(frozen=True)
 class NetworkReading:
     """The memories of one forward, the model's first; none where ``refused`` has the reason."""
 
     memories: tuple[MemoryReading, ...]
     left_out: Mapping[str, str]  # memories that were found and are not described, with the reasons
     refused: str = ""
-    inside: tuple[InsideReading, ...] = ()

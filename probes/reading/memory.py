@@ -283,10 +283,17 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
     if value.name in JOINS:
         _note_pieces(memory, value, inside)
         return
-    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
+    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(_put(v), memory.root)]
     if new and not memory.passes_function(value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
+
+
+def _put(value: TracedValue) -> TracedValue:
+    """A value, or what was copied into it: of what was there before nothing is left."""
+    while value.name == "copy":
+        (value,) = addends(value) or (value.parents[-1],)
+    return value
 
 
 def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:

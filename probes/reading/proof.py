@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +12,10 @@ import torch
 from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import TracedValue, walk
+from depthscope.probes.reading.graph import ModuleCall, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
-    LAYERS,
-    MOVES,
-    PRODUCTS,
-    SAME,
     addends,
     is_unknown,
     named,
@@ -28,6 +23,7 @@ from depthscope.probes.reading.operations import (
     weights,
     weights_in,
 )  # fmt: skip
+from depthscope.probes.reading.residual_sums import residual_branch
 from depthscope.probes.reading.states import States
 
 # Of sums in another order, in units of the least difference that the model's numbers have.
@@ -36,9 +32,6 @@ ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, tor
 
 # Numbers of a state whose step is recomputed with others, and how many at once: 2 MB of each operand.
 SMALL, MOST_WAITING = 2**13, 64
-
-# Heuristic: what has less of the weights, relative to those of the branches, is no part of the trunk.
-FURTHER_WEIGHTS = 0.1
 
 
 def tolerance(values: Iterable[TracedValue]) -> float:
@@ -210,6 +203,7 @@ class WeightCoverage:
             "head": weights_in(graph, after) & self._used,
         }
         self.elsewhere = self._used - set().union(*self.by_place.values())
+        self.held = frozenset(number for number in carried if number <= end)
 
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
@@ -266,25 +260,38 @@ class WeightCoverage:
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
     ) -> TracedValue | None:
-        """A marked sum, or history, of a value and of something as large that weights computed from it; with many of them.
+        """A marked sum of a value and of what was computed from it, that may belong to the states.
 
         ``after``: what the value was computed from.
         """
         for number in numbers:
             value = self.graph.values[number]
-            if not marks[number] or number in self._others or value.name not in ("add", "sub", "stack"):
+            if not marks[number] or number in self._others:
                 continue
             if self._joining_blocks.intersection(self.graph.stack(value)):
                 continue
-            added = addends(value)
-            pairs = (added, added[::-1]) if len(added) == 2 and value.name != "stack" else [*pairwise(added)]
-            if any(
-                self._is_branch(a, b, few=value.numel != self.memory.count)
-                for a, b in pairs
-                if after is None or self.graph.depends(a, after) or a is after
-            ):
+            branch = residual_branch(self.graph, value, after)
+            if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
                 return value
         return None
+
+    def _is_next_to_blocks(self, numbers: Iterable[int]) -> bool:
+        """Whether some values were made in a module that is held by what holds a block of the memory."""
+        around = {self._block_around(self.graph.values[number]) for number in numbers} - {None}
+        return any(
+            self.graph.calls[call].container in self._containers for call in around if call is not None
+        )
+
+    @cached_property
+    def _blocks(self) -> list[ModuleCall]:
+        """The calls of modules with a number in which branches are computed."""
+        around = [self._block_around(branch.source) for branch in self.branches]
+        return [self.graph.calls[call] for call in around if call is not None]
+
+    @cached_property
+    def _containers(self) -> set[str | None]:
+        """What holds these modules."""
+        return {block.container for block in self._blocks}
 
     @cached_property
     def _joining_blocks(self) -> set[int]:
@@ -292,11 +299,7 @@ class WeightCoverage:
 
         What such a block takes and gives has to be a state.
         """
-        kinds = {
-            self.graph.calls[call].kind
-            for branch in self.branches
-            if (call := self._block_around(branch.source)) is not None
-        }
+        kinds = {block.kind for block in self._blocks}
         calls = (self._block_around(memory.root) for memory in self._all)
         return {call for call in calls if call is not None and self.graph.calls[call].kind in kinds}
 
@@ -304,19 +307,6 @@ class WeightCoverage:
         """The innermost call of a module with a number around a value."""
         stack = [c for c in self.graph.stack(value) if self.graph.calls[c].container is not None]
         return stack[-1] if stack else None
-
-    def _is_branch(self, a: TracedValue, b: TracedValue, *, few: bool) -> bool:
-        while len(a.parents) == 1 and any(a.name in group for group in (SAME, MOVES, PRODUCTS)):
-            a = a.parents[0]  # what is added to may be a view of what the branch takes, or scaled
-        if a.numel != b.numel or len(b.shape) < 2 or a.kind or not self.graph.depends(b, a):
-            return False
-        behind = self.graph.earlier([b], {a.number})
-        working = [number for number in weights(self.graph) if behind[number]]
-        if few:  # sums of another size are a part of the head, where they have few of the weights
-            own = sum(w.numel for w in self.by_place["branches"])
-            if sum(w.numel for w in weights_in(self.graph, behind)) < FURTHER_WEIGHTS * own:
-                return False
-        return any(self.graph.values[number].name in LAYERS for number in working)
 
     def _unknown_sum(self) -> str:
         """What takes a state and gives one as large may hide a sum, where weights lie before it or a memory comes after."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, takewhile
@@ -13,14 +13,13 @@ import torch
 
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
-from depthscope.probes.reading.choice import NO_MEMORY, Ranked, memories
+from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
-    InsideReading,
     MemoryReading,
     NetworkReading,
     StateReading,
@@ -48,7 +47,7 @@ class Rereading:
             why = str(error) if isinstance(error, ReadingError) else repr(error)
             return NetworkReading((), {}, f"the forward could not be recorded: {why}")
         try:
-            found, inside = memories(self.graph)
+            found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
             self._readers = [_Reader(memory, found) for memory in found]
             number_blocks([reader.names for reader in self._readers])
@@ -60,7 +59,7 @@ class Rereading:
                 done.append(reader.reading())
             except ReadingError as error:
                 left_out[reader.name] = str(error)
-        return NetworkReading(tuple(done), left_out, inside=tuple(_inside_of_branches(inside)))
+        return NetworkReading(tuple(done), left_out)
 
     def keep(self, memory: MemoryReading) -> None:
         """Read this memory alone from now on, and let go of the first forward's tensors."""
@@ -87,17 +86,6 @@ class Rereading:
             self.graph, self._readers = graph, [found]
         with no_collection():
             return self._readers[0].again()
-
-
-def _inside_of_branches(inside: Sequence[Ranked]) -> Iterator[InsideReading]:
-    """The memories inside of branches that have several blocks of their own: modules that are called one after the other."""
-    for of in inside:
-        names = BranchNames(of.memory, branches_of(of.memory))
-        number_blocks([names])
-        units = [names.unit(number) for number in range(len(names.branches))]
-        blocks = tuple(dict.fromkeys(of.memory.graph.calls[unit].path for unit in units if unit is not None))
-        if len(blocks) > 1:
-            yield InsideReading(name_of(names), blocks, of.share)
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
@@ -299,6 +287,7 @@ class _Reader:
             shape=self.memory.shape,
             feature_axis=self.states.axis,
             carried=self.memory.carried,
+            held=coverage.held,
             parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -118,25 +118,44 @@ class StructureFinder:
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
-            not_covered=(
-                *not_covered(
-                    self.graph,
-                    self.model,
-                    chains,
-                    {name for memory in read for name in memory.parameters},
-                    self.rereading.reading.inside,
-                    others={
-                        memory.name: {self.graph.calls[unit].path for unit in self._units(memory)}
-                        for memory in self.memories
-                        if memory.is_proven and memory not in read
-                    },
-                    named=self.options.blocks is not None,
-                ),
-                *self._unread,
-            ),
+            not_covered=self._not_covered(chains, read),
             shards=shards,
             read=self._read,
         )
+
+    def _not_covered(self, chains: Sequence[Chain], read: Sequence[MemoryReading]) -> tuple[LeftOut, ...]:
+        """What ran and lies in no chain; of a further state that cannot be read the reason for that."""
+        others = {
+            name: {self.graph.calls[unit].path for unit in self._units(memory)}
+            for name, memory in self._choices.items()
+            if memory.is_proven and memory not in read
+        }
+        is_named = self.options.blocks is not None
+        self._unread += [] if is_named else self._further_states(read)
+        parts = not_covered(self.graph, self.model, chains, read, others=others, named=is_named)
+        unread = {part.module: part for part in self._unread}
+        reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
+        return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
+
+    @cached_property
+    def _choices(self) -> dict[str, MemoryReading]:
+        """The memories by the names with which `chain=` chooses them: of several with one name later ones have a number."""
+        found: dict[str, MemoryReading] = {}
+        for memory in self.memories:
+            same = sum(other.name == memory.name for other in found.values())
+            found[f"{memory.name}#{same + 1}" if same else memory.name] = memory
+        return found
+
+    def _further_states(self, read: Sequence[MemoryReading]) -> Iterator[LeftOut]:
+        """What is said of proven memories that lie in the blocks of those that are read, and of no chain."""
+        known = {part.module for part in self._unread}
+        blocks = set[int]().union(*map(self._units, read))
+        for name, memory in self._choices.items():
+            units = self._units(memory)
+            if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
+                continue
+            why = f"a further state of these blocks; chain={name!r} reads it in their place"
+            yield LeftOut(memory.name, 0, "", 0.0, why)
 
     # --- which memories
 
@@ -149,10 +168,8 @@ class StructureFinder:
             try:
                 return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
             except LayoutError:
-                first = self.graph.sides[calls[0], "input"][0]
-                if (
-                    self.memories or first.kind != INPUT
-                ):  # what the model is called with, as an image, is no state
+                # What the model is called with, such as an image, is no state.
+                if self.memories or self.graph.sides[calls[0], "input"][0].kind != INPUT:
                     raise
         if not self.memories:
             pattern = likely_blocks(self.graph)
@@ -199,11 +216,10 @@ class StructureFinder:
         """The memories that are taken, the model's first; stages of one trunk together."""
         wanted = self.options.chain
         if wanted is not None:
-            named = [memory for memory in self.memories if memory.name == wanted]
-            if not named:
-                names = ", ".join(memory.name for memory in self.memories)
+            if wanted not in self._choices:
+                names = ", ".join(self._choices)
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
-            return [[named[0]]]
+            return [[self._choices[wanted]]]
         first = self.memories[0]
         if first.num_streams > 1 or first.over_depth:
             return [[first]]

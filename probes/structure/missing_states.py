@@ -31,7 +31,16 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     # What a branch reads of a state may be carried too, as by a norm in single operations.
     sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
     inside = graph.earlier([graph.values[number] for number in sources], (known | missing) - sources)
-    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
+    works = {
+        f"{path}." for b in branches for path in (b.path, graph.calls[b.unit].path if b.unit >= 0 else b.path)
+    }
+    # A layer before the first branch, or between stages, is no block.
+    blocks = {
+        path
+        for chain in chains
+        for path in chain.blocks
+        if path[-1:].isdigit() and any(work.startswith(f"{path}.") for work in works)
+    }
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())
     # Of several values that a block gives, those in whose place blocks that are read give a state or what is added to it.

@@ -7,16 +7,18 @@ that is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from depthscope.probes.model.modules import all_modules, module_paths, named_parameters
-from depthscope.probes.reading.description import InsideReading
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall
 from depthscope.probes.reading.operations import MATRICES, weights
+from depthscope.probes.reading.residual_sums import further_residuals
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.named_blocks import block_paths
 
@@ -109,20 +111,18 @@ def not_covered(
     graph: Graph,
     model: nn.Module,
     chains: Sequence[Chain],
-    covered: Iterable[str],
-    inside: Iterable[InsideReading] = (),
+    read: Sequence[MemoryReading],
     *,
     others: Mapping[str, set[str]],
     named: bool,
 ) -> tuple[LeftOut, ...]:
     """The parts of a model that ran and lie in no chain, in the order in which they ran.
 
-    ``covered``: names of the parameters that work between the states of the chains.
-    ``inside``: what is carried inside of one branch of a chain.
+    ``read``: the memories that the chains were read from.
     ``others``: the blocks of proven memories that are none of the chains, by the names with which `chain=` reads them.
     ``named``: whether the user named the blocks.
     """
-    return tuple(_LeftOutParts(graph, model, chains, covered, others, named=named).found(inside))
+    return tuple(_LeftOutParts(graph, model, chains, read, others, named=named).found())
 
 
 class _LeftOutParts:
@@ -133,15 +133,16 @@ class _LeftOutParts:
         graph: Graph,
         model: nn.Module,
         chains: Sequence[Chain],
-        covered: Iterable[str],
+        read: Sequence[MemoryReading],
         others: Mapping[str, set[str]],
         *,
         named: bool,
     ):
         self._model, self._chains, self._others, self._named = model, chains, others, named
-        self._show_states = {path for chain in chains for p in chain.points for path in (p.path, p.module)}
+        points = [point for chain in chains for point in chain.points]
+        self._show_states = {p.module for p in points} | {p.path for p in points if p.at == "output"}
         self._modules: dict[str, nn.Module] = dict(module_paths(model, shared=True))
-        own = named_parameters(self._modules)
+        self._own = own = named_parameters(self._modules)
         self._used = UsedParameters(graph, own)
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
@@ -149,31 +150,46 @@ class _LeftOutParts:
         self._order = {path: number for number, path in enumerate(self._calls)}
         ends = ((call, graph.ends_of(number)) for number, call in enumerate(graph.calls))
         self._same_shape = {call for call, of in ends if of is not None and of[0].shape == of[1].shape}
-        paths = {path for chain in chains for path in chain.blocks}
-        paths |= {c.path for chain in chains for c in chain.connections}
-        paths |= {c.branch_path for chain in chains for c in chain.connections if c.branch_path}
-        self._on_chains = {id(own[name]) for name in covered if name in own} & self._used.sizes.keys()
-        for path in paths & self._modules.keys():
-            self._on_chains |= self._used.within(self._modules[path])
+        blocks = {path for chain in chains for path in chain.blocks}
+        blocks |= {
+            path for chain in chains for c in chain.connections for path in (c.path, c.branch_path or "")
+        }
+        blocks -= set[str]().union(*(_around(graph, memory) for memory in read))
+        blocks &= self._modules.keys() - {""}
+        in_blocks = set[int]().union(*(self._used.within(self._modules[path]) for path in blocks))
+        self._further = deep = [*further_residuals(graph, read, blocks)]
+        # Parameters of residuals that lie in no block: those of what is added, and of the branches of chains around them.
+        self._deepest = self._ids(of.names for of in deep) - in_blocks
+        self._inside = self._ids(of.around for of in deep) - in_blocks
+        self._deep = self._deepest | self._inside
+        self._known = set[int]()  # the parameters of parts that are named
+        self._on_chains = (self._ids(memory.parameters for memory in read) - self._deep) | in_blocks
 
-    def found(self, inside: Iterable[InsideReading]) -> list[LeftOut]:
+    def _ids(self, names: Iterable[Collection[str]]) -> set[int]:
+        """The parameters that were used and have some names."""
+        found = {id(self._own[name]) for of in names for name in of if name in self._own}
+        return found & self._used.sizes.keys()
+
+    def found(self) -> list[LeftOut]:
         """Every part that is to be named."""
         parts = [part for part in self._parts("", self._model) if part is not None]
-        parts += () if self._named else self._inside_branches(inside)
+        parts += self._without_modules()
         return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
 
-    def _inside_branches(self, inside: Iterable[InsideReading]) -> Iterator[LeftOut]:
-        """Blocks of chains that lie inside of one branch of those that are read, and inside of none of their blocks."""
-        blocks = {path for chain in self._chains for path in chain.blocks}
-        for of in inside:
-            paths = [path for path in of.blocks if path in self._modules]
-            nested = any(f"{path}.".startswith(f"{block}.") for path in paths for block in blocks)
-            if not paths or nested or of.share < FURTHER_SHARE:
-                continue
-            kinds = "/".join(dict.fromkeys(type(self._modules[path]).__name__ for path in paths))
-            why = "they lie inside of one branch of the chain that is read"
-            share, pattern = self._used.share(self._own_of(paths)), self._pattern(paths)
-            yield LeftOut(of.name, self._num_calls(paths), kinds, share, why, pattern)
+    def _without_modules(self) -> Iterator[LeftOut]:
+        """What is said of residuals whose parameters belong to no part of the model."""
+        rest = self._deepest - self._known
+        names = [name for name, of in self._own.items() if id(of) in rest and of.ndim > 1]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield LeftOut(f"{names[0]}{more}", 0, "", self._used.share(rest), self._reason(rest, ()))
+        for of in self._further:  # a track between blocks, by parts of them that add to a chain too
+            if of.sums > 1 and self._ids([of.names]) <= self._on_chains:
+                why = (
+                    f"{of.sums} sums of a value and of what was computed from it lie between the blocks that are read, and "
+                    "are none of their states"
+                )
+                yield LeftOut(of.path or "model", 0, "", 0.0, why)
 
     def _first_call(self, path: str) -> int:
         inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))
@@ -182,6 +198,7 @@ class _LeftOutParts:
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
         alone: list[str] = []
+        next_to: dict[type, list[str]] = {}  # stages next to those that are read, however small
         read = {
             type(child)
             for name, child in module.named_children()
@@ -191,14 +208,22 @@ class _LeftOutParts:
             inner, used = f"{path}.{name}".lstrip("."), self._used.within(child)
             if not used or used <= self._on_chains:
                 continue
-            if used & self._on_chains:
+            shows_state = any(f"{path}.".startswith(f"{inner}.") for path in self._show_states)
+            if used & self._on_chains or (shows_state and used & self._deep and not used <= self._deep):
                 yield from self._parts(inner, child)
-            elif any(f"{path}.".startswith(f"{inner}.") for path in self._show_states):
+            elif shows_state and not used <= self._deep:
                 continue  # what joins two stages gives a state
-            elif name.isdigit() and type(child) in read:  # a stage next to one that is read, however small
-                yield self._left_out(inner, [inner], self._blocks_within(inner), least=0.0)
+            elif name.isdigit() and type(child) in read:
+                next_to.setdefault(type(child), []).append(inner)
             else:
                 alone.append(inner)
+        for of in next_to.values():
+            if len(of) > 1 and all(map(self._is_block, of)):
+                yield self._left_out(f"{of[0]} … {of[-1]}", of, of)
+            else:
+                yield from (
+                    self._left_out(inner, [inner], self._blocks_within(inner), least=0.0) for inner in of
+                )
         yield from self._named_parts(path, alone)
 
     def _named_parts(self, container: str, paths: Sequence[str]) -> Iterator[LeftOut | None]:
@@ -235,36 +260,43 @@ class _LeftOutParts:
         return {parameter for path in paths for parameter in self._used.within(self._modules[path])}
 
     def _is_block(self, path: str) -> bool:
-        """Whether a module may be a block: it gives what it takes in shape, and has parts with matrices."""
+        """Whether a module may be a block: it gives what it takes in shape, and has parts with matrices, or in a residual."""
         if path not in self._modules or self._same_shape.isdisjoint(self._calls.get(path, ())):
             return False
         modules = all_modules(self._modules[path])
         matrices = [
             p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1
         ]
-        return len(modules) > 1 and len(matrices) >= LEAST_MATRICES
+        is_deep = not self._deepest.isdisjoint(self._used.within(self._modules[path]))
+        return len(modules) > 1 and (is_deep or len(matrices) >= LEAST_MATRICES)
 
     def _left_out(
         self, name: str, paths: Sequence[str], blocks: Sequence[str], least: float = NAMED_SHARE
     ) -> LeftOut | None:
-        share = self._used.share(self._own_of(paths))
+        own = self._own_of(paths)
+        share = self._used.share(own)
         single = all(not any(True for _ in self._modules[path].children()) for path in paths)
-        if not blocks and (share < least or single):  # one layer has no depth
+        is_deep = not own.isdisjoint(self._deepest if single else self._deep)
+        is_deep &= any(parameter.ndim > 1 for path in paths for parameter in self._modules[path].parameters())
+        if not blocks and not is_deep and (share < least or single):  # one layer has no depth
             return None
+        self._known |= own
         return LeftOut(
             module=name,
             blocks=self._num_calls(blocks),
             block=type(self._modules[blocks[0]]).__name__ if blocks else "",
             share=share,
-            why=self._reason(blocks),
+            why=self._reason(own, blocks),
             layers=self._pattern(blocks),
         )
 
-    def _reason(self, blocks: Sequence[str]) -> str:
+    def _reason(self, own: AbstractSet[int], blocks: Sequence[str]) -> str:
+        if self._named and blocks:
+            return "layers= names other blocks"
+        if not own.isdisjoint(self._inside):
+            return f"it lies inside of one branch of the chain that is read{self._way_to(blocks)}"
         if not blocks:
             return "no blocks follow one another in it"
-        if self._named:
-            return "layers= names other blocks"
         if any(chain.has_streams or chain.history for chain in self._chains):
             return f"of a model whose states have connections, the chain that has them is read alone{self._way_to(blocks)}"
         if self._used.share(self._own_of(blocks)) < FURTHER_SHARE * self._used.share(self._on_chains):
@@ -289,3 +321,10 @@ class _LeftOutParts:
         if "{i}" not in pattern or set(block_paths(self._model, [pattern])) != set(blocks):
             return ""
         return pattern
+
+
+def _around(graph: Graph, memory: MemoryReading) -> set[str]:
+    """The modules in one call of which a memory begins and ends: none is one of its blocks."""
+    ends = (graph.values[memory.root], graph.values[memory.states[-1].values[-1]])
+    first, last = (set(graph.stack(value)) for value in ends)
+    return {graph.calls[call].path for call in first & last}

@@ -1,0 +1,251 @@
+"""Does a run name all that has a depth of its own and lies in no block that is read? Before, after, between and inside."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from depthscope import probes
+
+WIDTH, TOKENS = 16, 12
+
+
+class Block(nn.Module):
+    """x + F(x)."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.branch = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        return x + self.branch(self.norm(x))
+
+
+def blocks(count, width=WIDTH):
+    return nn.ModuleList(Block(width) for _ in range(count))
+
+
+def run_through(stack, x):
+    for block in stack:
+        x = block(x)
+    return x
+
+
+class Trunk(nn.Module):
+    """An embedding, four blocks, and a head; each network below has something more."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.trunk = nn.Linear(5, WIDTH), blocks(4)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+        self.positions = nn.Parameter(torch.randn(TOKENS, WIDTH))
+        self.more()
+
+    def forward(self, x):
+        return self.head(self.norm(run_through(self.trunk, self.first(x))))
+
+    def more(self):
+        """Further parts."""
+
+    def first(self, x):
+        """The first state."""
+        return self.embed(x) + self.positions
+
+
+class OneDeepBranch(Trunk):
+    """Between two blocks a network of its own is added."""
+
+    def more(self):
+        self.deep, self.into, self.out = blocks(3), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = run_through(self.trunk[:2], self.first(x))
+        x = x + self.out(functional.gelu(run_through(self.deep, self.into(x))))
+        return self.head(self.norm(run_through(self.trunk[2:], x)))
+
+
+class DeepRouter(Trunk):
+    """Blocks weigh the branches of each pair as another network says."""
+
+    def more(self):
+        self.other, self.router, self.weights = blocks(4), blocks(3), nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        gates = torch.sigmoid(self.weights(run_through(self.router, x)))
+        for n, (one, other) in enumerate(zip(self.trunk, self.other, strict=True)):
+            gate = gates[..., n : n + 1]
+            x = x + gate * one.branch(one.norm(x)) + (1 - gate) * other.branch(other.norm(x))
+        return self.head(self.norm(x))
+
+
+class DeepHead(Trunk):
+    """Blocks on the mean of the tokens, with a quarter of the parameters."""
+
+    def more(self):
+        self.deep = blocks(3)
+
+    def forward(self, x):
+        x = self.norm(run_through(self.trunk, self.first(x))).mean(1)
+        return self.head(run_through(self.deep, x))
+
+
+class MemoryTokens(Trunk):
+    """Tokens that a network of their own makes of parameters."""
+
+    def more(self):
+        self.deep, self.memory = blocks(3), nn.Parameter(torch.randn(2, WIDTH))
+
+    def first(self, x):
+        made = run_through(self.deep, self.memory).expand(len(x), -1, -1)
+        return torch.cat([made, super().first(x)], 1)
+
+
+class WithoutModules(Trunk):
+    """A branch between two blocks has two residuals of parameters of the model itself."""
+
+    def more(self):
+        shapes = ((WIDTH, 32), (32, WIDTH), (WIDTH, WIDTH))
+        self.deep_up, self.deep_down, self.out = (
+            nn.Parameter(torch.randn(2, *shape) / 4) for shape in shapes
+        )
+
+    def forward(self, x):
+        x = run_through(self.trunk[:2], self.first(x))
+        y = functional.layer_norm(x, (WIDTH,))
+        for up, down in zip(self.deep_up, self.deep_down, strict=True):
+            y = y + torch.relu(functional.layer_norm(y, (WIDTH,)) @ up) @ down
+        x = x + functional.gelu(y @ self.out[0])
+        return self.head(self.norm(run_through(self.trunk[2:], x)))
+
+
+class NestedSums(nn.Module):
+    """A U-net with sums, of plain layers, with a recurrent layer in the middle: all but one pair lie in one branch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        widths = [5, 8, 16, 32]
+        pairs = [*pairwise(widths)]
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(a, b, 4, 2, 1), nn.GELU(), nn.Conv1d(b, b, 1)) for a, b in pairs
+        )
+        self.deep = nn.LSTM(32, 32, 2, batch_first=True)
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(b, b, 1), nn.GELU(), nn.ConvTranspose1d(b, a, 2, 2))
+            for a, b in pairs[::-1]
+        )
+
+    def forward(self, x):
+        x, skips = x.transpose(1, 2), []
+        for layer in self.down:
+            x = layer(x)
+            skips.append(x)
+        x = self.deep(x.transpose(1, 2))[0].transpose(1, 2)
+        for layer in self.up:
+            x = layer(x + skips.pop()[..., : x.shape[-1]])
+        return x
+
+
+class LastBranchAlone(Trunk):
+    """Branches read softmax mixtures of all outputs before; the head reads the last output, and no mixture."""
+
+    def more(self):
+        self.queries = nn.ParameterList(torch.randn(WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        outputs = [self.embed(x)]
+        for query, block in zip(self.queries, self.trunk, strict=True):
+            stacked = torch.stack(outputs)
+            mixed = ((stacked @ query).softmax(0)[..., None] * stacked).sum(0)
+            outputs.append(block.branch(block.norm(mixed)))
+        return self.head(self.norm(outputs[-1]))
+
+
+class TwoTracks(Trunk):
+    """A post-norm state that branches read, and next to it the sum of their outputs, which the head reads too."""
+
+    def forward(self, x):
+        x = total = self.first(x)
+        for block in self.trunk:
+            y = block.branch(x)
+            x, total = block.norm(x + y), total + y
+        return self.head(x + self.norm(total))
+
+
+def batch():
+    return torch.randn(2, TOKENS, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (OneDeepBranch, {"deep"}),
+        (DeepRouter, {"router"}),
+        (DeepHead, {"deep"}),
+        (MemoryTokens, {"deep"}),
+        (WithoutModules, {"deep_up and 1 more"}),
+        (LastBranchAlone, {"trunk.3"}),
+        (TwoTracks, {"model"}),
+    ],
+)
+def test_what_has_a_depth_of_its_own_is_named(model, names):
+    found = probes.describe(model().eval(), batch())
+    assert found.proof == "proven"
+    assert names <= {part["module"] for part in found.not_covered}
+
+
+def test_a_u_net_of_sums_names_what_lies_in_its_branch():
+    found = probes.describe(NestedSums().eval(), torch.randn(2, 16, 5))
+    named = {part["module"]: part for part in found.not_covered}
+    assert {"down.1", "down.2", "deep", "up.0"} == named.keys()
+    assert all("inside of one branch" in part["sentence"] for part in named.values())
+
+
+def test_blocks_around_a_deep_branch_are_a_chain_of_their_own():
+    model = OneDeepBranch().eval()
+    (part,) = probes.describe(model, batch()).not_covered
+    assert (part["blocks"], part["layers"]) == (3, "deep.{i}")
+    assert probes.describe(model, batch(), layers=part["layers"]).chains == {"": 4}
+
+
+def test_nothing_is_named_of_a_model_that_has_nothing_more():
+    assert probes.describe(Trunk().eval(), batch()).not_covered == ()
+
+
+class Picked(Trunk):
+    """As a masked autoencoder: an encoder of the tokens that are not masked, and the trunk over all of them."""
+
+    def __init__(self, by: str):
+        self.by = by
+        super().__init__()
+
+    def more(self):
+        self.encoder, self.missing = blocks(3), nn.Parameter(torch.randn(WIDTH))
+        self.into, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def first(self, x):
+        x, mask = self.into(super().first(x)), torch.zeros(len(x), TOKENS)
+        mask[:, ::2] = 1
+        y = self.missing.repeat(len(x), TOKENS, 1)
+        place = (
+            mask.nonzero(as_tuple=True) if self.by == "places" else (slice(None), torch.arange(0, TOKENS, 2))
+        )
+        x = run_through(self.encoder, x[place].reshape(len(x), -1, WIDTH))
+        y[place] = self.out(x).reshape(y[place].shape)
+        return y + self.positions
+
+
+@pytest.mark.parametrize("by", ["places", "tokens"])
+def test_an_encoder_of_picked_tokens_is_a_chain(by):
+    model = Picked(by).eval()
+    run = probes.capture(model, batch())
+    assert run.attrs["proof"] == "proven"
+    shapes = {name: tuple(of.residual.shape) for name, of in run["trace"].children.items()}
+    assert shapes == {"encoder": (4, 2, TOKENS // 2, 1, WIDTH), "trunk": (5, 2, TOKENS, 1, WIDTH)}
