@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
@@ -132,6 +133,7 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
             memory = without_forks(graph, replace(memory.start, banned=products))
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
+    found = [of for of in found if has_feature_axis(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     return sorted(found, key=lambda of: of.rank, reverse=True)
 
@@ -352,6 +354,11 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
+        if plain.num_writes and not has_feature_axis(
+            plain
+        ):  # one number a token: what a layer makes of it has some
+            made = (graph.values[n] for n in sorted(plain.carried) if graph.values[n].name in LAYERS)
+            roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
@@ -366,6 +373,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
+    found = [of for of in found if has_feature_axis(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
     found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]

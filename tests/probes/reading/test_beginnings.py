@@ -281,3 +281,34 @@ def test_a_running_sum_that_a_block_gives_is_a_state_and_a_mixture_has_the_name_
         assert len(at) == 1
         assert difference(run.trace.residual.values[at[0]], model.passed[number].detach()) < 1e-6
     assert {"blocks.1.mixer", "blocks.2.mixer", "last"} <= set(module)
+
+
+class OneNumber(nn.Module):
+    """A network of series with one number, or three, in each step."""
+
+    def __init__(self, given: int, width: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(given, width), nn.Linear(width, given)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            for _ in range(3)
+        )
+        self.passed: list[torch.Tensor] = []
+
+    def forward(self, x):
+        x = self.embed(x)
+        self.passed = [x]
+        for block in self.blocks:
+            x = x + block(x)
+            self.passed.append(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("width", [8, 40, 96])
+@pytest.mark.parametrize("given", [1, 3])
+def test_features_of_one_number_a_step_are_features(given, width):
+    run = ds.capture(model := OneNumber(given, width), torch.randn(3, 12, given))
+    assert run.attrs["proof"] == "proven"
+    states = torch.stack([state.detach() for state in model.passed]).unsqueeze(-2)
+    assert difference(run.trace.residual.values, states) < 1e-6
