@@ -92,9 +92,8 @@ def lost_update(
 ) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
-    Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimizer
-    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights. Where all
-    modules hardly move before anything is learned, raise the learning rate, or loosen the clip of the gradient.
+    Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
+    precision rounds the update away; where all hardly move, raise the learning rate.
     """
     words = "the change of the weights in one step, relative to the weights, is"
     learned = share_of_constant(attrs)

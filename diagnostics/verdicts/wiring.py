@@ -141,9 +141,8 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The running statistics of BatchNorm are not those of its data, or were never updated.
 
-    In evaluation it normalises with the mean and variance of something else. See whether the module was ever in training mode,
-    whether its buffers are saved and loaded, and whether momentum is 0 or small; and whether the inputs are scaled as in
-    training.
+    In evaluation it normalises with the mean and variance of something else. See whether it was ever in training mode,
+    whether its buffers are saved and loaded, whether momentum is 0, and whether inputs are scaled as in training.
     """
     yield from told(attrs, "stale_statistics")
 

@@ -66,7 +66,7 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
     added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
     h_res = joined.parts.get("h_res")
-    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones(())).all())
+    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones_like(h_res)).all())
 
 
 class ChainReader:

@@ -51,6 +51,9 @@ class _Tokens:
     def texts(self, sequence):
         return [f"t{i}" for i in range(1024)]
 
+    def quoted(self, sequence):
+        return [f"“{text}”" for text in self.texts(sequence)]
+
 
 def _norms(drawn) -> np.ndarray:
     """What a heat map of plotly shows: of a logarithmic one the numbers are custom data."""

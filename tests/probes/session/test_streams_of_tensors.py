@@ -114,7 +114,8 @@ def test_each_stream_is_measured(start, measured):
     h_res = torch.from_numpy(trace["h_res"].isel(sample=0, token=0).to_numpy())
     assert torch.equal(h_res, model.res.detach()[-len(h_res) :])
     shared = start == "one tensor"  # every stream's gradient is a part of its own, and the tensor has the sum
-    assert tensor(trace, "gradient")[0].isnan().all() == shared
+    # A stream that the others are made of has their gradients in its own.
+    assert tensor(trace, "gradient")[0].isnan().all() == (shared or start == "first and scaled")
     assert len(h_res) == BLOCKS - shared
     said = [part["why"] for part in run.attrs.get("not_covered", ())]
     assert any("one tensor is each of the 4 streams" in why for why in said) == shared
