@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
@@ -26,7 +28,7 @@ from depthscope.probes.reading.memory import (
     without_forks,
     without_inner,
 )
-from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
@@ -45,7 +47,7 @@ from depthscope.probes.reading.operations import (
     only_moves,
     weights,
 )  # fmt: skip
-from depthscope.probes.reading.roots import MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.roots import FEW_STREAMS, MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import has_feature_axis
 from depthscope.probes.reading.tracks import tracks, with_streams_apart
 
@@ -326,12 +328,17 @@ def _between_expansions(memory: Memory) -> Memory:
 def _with_empty_streams(memory: Memory) -> Memory:
     """The memory from where its first value fills one of several streams, of which the others begin with constants."""
     graph, writes = memory.graph, memory.writes.keys() & memory.trunk
+    shapes = {memory.shape}  # of the first value, also as it is viewed
     for number in sorted(n for n in memory.trunk if n < min(writes, default=0)):
         value, held = graph.values[number], memory.carried[number].count
+        if value.numel == memory.count:
+            shapes.add(value.shape)
         axes = [
             axis
             for axis, size in enumerate(value.shape)
-            if 1 < size <= MOST_STREAMS and (*value.shape[:axis], *value.shape[axis + 1 :]) == memory.shape
+            if 1 < size <= MOST_STREAMS
+            and (*value.shape[:axis], *value.shape[axis + 1 :]) in shapes
+            and _fills_one_place(memory.carried[number], axis)
         ]
         if held != memory.count or not axes or memory.root.number in memory.back([memory.end], {number}):
             continue
@@ -342,6 +349,12 @@ def _with_empty_streams(memory: Memory) -> Memory:
         if wide.num_writes >= memory.num_writes:
             return wide
     return memory
+
+
+def _fills_one_place(numbers: Numbers, axis: int) -> bool:
+    """Whether all that a value holds of a memory lies at one place along an axis."""
+    held = np.moveaxis(numbers.dense(), axis, 0) != NOTHING
+    return int(held.reshape(len(held), -1).any(1).sum()) == 1
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
@@ -496,7 +509,7 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         or (of.name in REDUCES and len(read.shape) > 3 and of.shape[-1:] == read.shape[-1:])
         or (of.name in SUMS and (of.numel >= memory.count or memory.carried[read.number].count < read.numel))
         # What makes features of a few channels is taken for a matrix of streams at first.
-        or (of.name in MATRICES and not memory.num_writes)
+        or (of.name in MATRICES and not memory.num_writes and read.shape[-1] <= FEW_STREAMS)
     ]  # fmt: skip
 
 
