@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,15 +34,20 @@ LINEAR = SAME | MOVES | TURNS | PRODUCTS.keys()  # what carries what it takes, e
 
 
 def residual_branch(
-    graph: Graph, value: TracedValue, after: TracedValue | None = None, until: Container[int] | None = None
+    graph: Graph,
+    value: TracedValue,
+    after: TracedValue | None = None,
+    held: AbstractSet[int] | None = None,
+    known: AbstractSet[int] = frozenset(),
 ) -> set[int]:
     """What layers computed from a value, and is as large as it, where both are added or put next to each other; else nothing.
 
     ``value``: the sum, or the history that grows. ``after``: what the value that is added to has to be computed from.
-    ``until``: values, as states and earlier sums, up to which what is added to is followed back through mixtures too, as of
-    streams; by default none is.
+    ``held``: the values of memories; what is added to is then followed back through mixtures too, as of streams, where none
+    of these lies between. ``known``: sums at which that ends.
     """
-    if value.name not in PLAIN and (until is None or not (value.name in ADDED or _grows(graph, value))):
+    is_plain = value.name in PLAIN
+    if not is_plain and (held is None or not (value.name in ADDED or _grows(graph, value))):
         return set()
     added = addends(value)
     pairs = [*pairwise(added)]
@@ -50,8 +55,15 @@ def residual_branch(
         pairs.append((added[1], added[0]))
     found = set[int]()
     for begin, other in pairs:
-        if (after is None or graph.depends(begin, after)) and (value.name in JOINS or not found):
-            found |= _computed_from(graph, begin, other, until)
+        if not other.shape or (after is not None and not graph.depends(begin, after)):
+            continue
+        if found and value.name not in JOINS:
+            break
+        new = _branch_between(graph, walk([begin], _moved), other) if is_plain and not found else set()
+        if not new and held is not None:
+            ways = _carriers(begin, other, held | known)
+            new = _branch_between(graph, ways, other, held)
+        found |= new
     return found
 
 
@@ -67,26 +79,33 @@ def _grows(graph: Graph, value: TracedValue) -> bool:
     return one_more or any(part.name == "cat" for part in parts)
 
 
-def _computed_from(
-    graph: Graph, begin: TracedValue, other: TracedValue, until: Container[int] | None
+def _moved(value: TracedValue) -> Sequence[TracedValue]:
+    """What a value is a view of, or what it scales."""
+    return value.parents if len(value.parents) == 1 and value.name in LINEAR else ()
+
+
+def _carriers(begin: TracedValue, other: TracedValue, until: AbstractSet[int]) -> Iterator[TracedValue]:
+    """What a value carries, as far as it is as large as another one and up to some values, the nearest first."""
+
+    def before(value: TracedValue) -> list[TracedValue]:
+        found = _carried(value, other.shape[-1]) if value.number not in until else []
+        return [of for of in found if of.numel >= other.numel]
+
+    return walk([begin], before)
+
+
+def _branch_between(
+    graph: Graph, begins: Iterable[TracedValue], other: TracedValue, stop: AbstractSet[int] = frozenset()
 ) -> set[int]:
-    """What layers computed from what one value carries, up to another one as large; empty where they did nothing."""
-
-    def carried(of: TracedValue) -> list[TracedValue]:
-        if until is None:
-            return [*of.parents] if len(of.parents) == 1 and of.name in LINEAR else []
-        found = _carried(of, other.shape[-1]) if of.number not in until else []
-        return [v for v in found if v.numel >= other.numel]
-
-    for carrier in walk([begin] if other.shape else [], carried):
-        if carrier.numel < other.numel or len(carrier.shape) < 2 or carrier.kind:
+    """What layers computed from the first of some values from which they did, up to one that is no larger; else nothing."""
+    for begin in begins:
+        if begin.numel < other.numel or len(begin.shape) < 2 or begin.kind or not graph.depends(other, begin):
             continue
-        if graph.depends(other, carrier):
-            behind, later = graph.earlier([other], {carrier.number}), graph.later(carrier)
-            numbers = range(carrier.number, other.number + 1)
-            branch = {number for number in numbers if behind[number] and later[number]}
-            if any(graph.values[number].name in LAYERS for number in branch & weights(graph).keys()):
-                return branch
+        behind, later = graph.earlier([other], stop | {begin.number}), graph.later(begin)
+        numbers = range(begin.number, other.number + 1)
+        branch = {number for number in numbers if behind[number] and later[number]}
+        if any(graph.values[number].name in LAYERS for number in branch & weights(graph).keys()):
+            return branch
     return set()
 
 
@@ -140,13 +159,13 @@ def further_residuals(
 def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list[dict[int, set[int]]]:
     """The residuals outside of some values and blocks with their branches; together those computed from each other there."""
     groups: list[dict[int, set[int]]] = []
-    known = set(held)
+    known = set[int]()
     for value in graph.values:
         if value.number in held or not graph.reaches_output(value):
             continue
         if not blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value)):
             continue
-        if branch := residual_branch(graph, value, until=known):
+        if branch := residual_branch(graph, value, held=held, known=known):
             known.add(value.number)
             marks = graph.earlier([graph.values[max(branch)]], held)
             linked = [group for group in groups if any(marks[number] for number in group)]
