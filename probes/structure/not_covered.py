@@ -181,7 +181,7 @@ class _LeftOutParts:
         unnamed = [
             of for of in map(self._ids, ([of.names] for of in self._further)) if of.isdisjoint(self._known)
         ]
-        rest = self._deepest.intersection(*[set[int]().union(*unnamed)])
+        rest = self._deepest & set[int]().union(*unnamed)
         names = [name for name, of in self._own.items() if id(of) in rest and of.ndim > 1]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
