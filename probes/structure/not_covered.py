@@ -178,7 +178,10 @@ class _LeftOutParts:
 
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
-        rest = self._deepest - self._known
+        unnamed = [
+            of for of in map(self._ids, ([of.names] for of in self._further)) if of.isdisjoint(self._known)
+        ]
+        rest = self._deepest & set[int]().union(*unnamed)
         names = [name for name, of in self._own.items() if id(of) in rest and of.ndim > 1]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

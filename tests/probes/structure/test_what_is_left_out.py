@@ -125,6 +125,83 @@ class WithoutModules(Trunk):
         return self.head(self.norm(run_through(self.trunk[2:], x)))
 
 
+def streams(model, x):
+    """As mHC: three streams that a matrix mixes, which branches read and write with weights."""
+    state = x[..., None, :].expand(*x.shape[:-1], 3, WIDTH)
+    for branch, gate in zip(model.deep, model.gates, strict=True):
+        gates = gate(state.flatten(-2))
+        read, write, mix = gates.split((3, 3, 9), -1)
+        mixed = mix.unflatten(-1, (3, 3)).softmax(-1) @ state
+        state = mixed + write[..., None] * branch((read[..., None] * state).sum(-2))[..., None, :]
+    return state.mean(-2)
+
+
+def list_of_streams(model, x):
+    """Two tensors, each of which the next ones are made of."""
+    state = [x, x]
+    for branch, gate in zip(model.deep, model.gates, strict=True):
+        a, b = gate.weight[:2, :2].sigmoid()
+        out = branch(a[0] * state[0] + b[0] * state[1])
+        state = [a[n] * state[0] + b[n] * state[1] + out for n in (0, 1)]
+    return state[0] + state[1]
+
+
+def depth_reads(model, x):
+    """Branches read a mixture of all outputs before, which are joined to one tensor."""
+    outputs = x[None]
+    for branch, gate in zip(model.deep, model.gates, strict=True):
+        weights = (outputs @ gate.weight[0, :WIDTH]).softmax(0)
+        outputs = torch.cat([outputs, branch((weights[..., None] * outputs).sum(0))[None]])
+    return outputs.mean(0)
+
+
+def gated_updates(model, x):
+    """As highways and GRUs: a gate weighs the state against its update."""
+    for branch, gate in zip(model.deep, model.gates, strict=True):
+        weight = gate(torch.cat([x, x, x], -1))[..., :1].sigmoid()
+        x = (1 - weight) * x + weight * branch(x)
+    return x
+
+
+def interpolated(model, x):
+    """Each state lies between the one before and its update."""
+    for branch in model.deep:
+        x = torch.lerp(x, branch(x), 0.3)
+    return x
+
+
+class InOneBranch(Trunk):
+    """Half of the tokens go through a trunk of its own, which is added between two blocks."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        super().__init__()
+
+    def more(self):
+        self.deep = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), *Block().branch) for _ in range(3))
+        self.gates = nn.ModuleList(nn.Linear(3 * WIDTH, 15) for _ in range(3))
+        self.down, self.up = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x):
+        x = run_through(self.trunk[:2], self.first(x))
+        inner = self.memory(self, self.down(x.reshape(len(x), -1, 2 * WIDTH)))
+        x = x + self.up(inner).reshape(x.shape)
+        return self.head(self.norm(run_through(self.trunk[2:], x)))
+
+
+class ValueResidual(Trunk):
+    """Each branch adds its values to those of the first one: no memory, as the states lie between."""
+
+    def forward(self, x):
+        x, first = self.first(x), None
+        for block in self.trunk:
+            up, act, down = block.branch
+            values = up(block.norm(x))
+            first = values if first is None else first
+            x = x + down(act(torch.lerp(values, first, 0.5)))
+        return self.head(self.norm(x))
+
+
 class NestedSums(nn.Module):
     """A U-net with sums, of plain layers, with a recurrent layer in the middle: all but one pair lie in one branch."""
 
@@ -215,8 +292,17 @@ def test_blocks_around_a_deep_branch_are_a_chain_of_their_own():
     assert probes.describe(model, batch(), layers=part["layers"]).chains == {"": 4}
 
 
-def test_nothing_is_named_of_a_model_that_has_nothing_more():
-    assert probes.describe(Trunk().eval(), batch()).not_covered == ()
+@pytest.mark.parametrize("memory", [streams, list_of_streams, depth_reads, gated_updates, interpolated])
+def test_whatever_carries_a_memory_inside_of_a_branch_is_named(memory):
+    found = probes.describe(InOneBranch(memory).eval(), batch())
+    assert found.proof == "proven"
+    (part,) = (part for part in found.not_covered if part["module"] == "deep")
+    assert "inside of one branch" in part["why"]
+
+
+@pytest.mark.parametrize("model", [Trunk, ValueResidual])
+def test_nothing_is_named_of_a_model_that_has_nothing_more(model):
+    assert probes.describe(model().eval(), batch()).not_covered == ()
 
 
 class Picked(Trunk):
