@@ -135,9 +135,11 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
             memory = without_forks(graph, replace(memory.start, banned=products))
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
-    found = [of for of in found if has_feature_axis(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    return sorted(found, key=lambda of: of.rank, reverse=True)
+    # What has no axis of features is no reading of branches that a memory with one has.
+    known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
+    found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
+    return sorted(found, key=lambda of: (has_feature_axis(of.memory), of.rank), reverse=True)
 
 
 def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
@@ -386,7 +388,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
-    found = [of for of in found if has_feature_axis(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
     found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
@@ -395,7 +396,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         earlier = [other.memory for other in found if other.memory.root is not root]
         known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
-    return sorted(found, key=lambda of: of.rank, reverse=True)
+    # What has no axis of features is no reading of branches that a memory with one has.
+    known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
+    found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
+    return sorted(found, key=lambda of: (has_feature_axis(of.memory), of.rank), reverse=True)
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:

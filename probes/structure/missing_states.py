@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.operations import NORMS, moved
-from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.tape import value_at
 
 
@@ -17,6 +18,8 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
 
     What lies inside of a branch is none, and nothing is missed of what is called for nothing.
     """
+    if (twice := _named_twice(graph, chains)) is not None:
+        return f"{twice.module}, which is no module, gives a second state after block {twice.layer}"
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := value_at(graph, p))}
     # What has the elements of a state in another order is one.
@@ -59,6 +62,16 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
         if is_like and counts and not any(v.number in known for v in values):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""
+
+
+def _named_twice(graph: Graph, chains: Sequence[Chain]) -> HookPoint | None:
+    """A state that no module gives, and that is called the state after a block which has one already."""
+    for chain in chains:
+        ends = [point for point in chain.points if point.site == "post"]
+        for before, point in pairwise(ends):
+            if point.layer == before.layer and point.module not in graph.modules:
+                return point
+    return None
 
 
 def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:
