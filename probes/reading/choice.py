@@ -139,7 +139,7 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
     # What has no axis of features is no reading of branches that a memory with one has.
     known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
     found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
-    return sorted(found, key=lambda of: (has_feature_axis(of.memory), of.rank), reverse=True)
+    return sorted(found, key=lambda of: of.rank, reverse=True)
 
 
 def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
@@ -399,7 +399,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     # What has no axis of features is no reading of branches that a memory with one has.
     known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
     found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
-    return sorted(found, key=lambda of: (has_feature_axis(of.memory), of.rank), reverse=True)
+    return sorted(found, key=lambda of: of.rank, reverse=True)
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
