@@ -136,9 +136,6 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    # What has no axis of features is no reading of branches that a memory with one has.
-    known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
-    found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
 
 
