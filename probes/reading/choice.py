@@ -394,8 +394,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
     # What has no axis of features is no reading of branches that a memory with one has.
-    known = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
-    found = [of for of in found if has_feature_axis(of.memory) or known.isdisjoint(of.memory.writes)]
+    read = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
+    found = [of for of in found if has_feature_axis(of.memory) or read.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
 
 
