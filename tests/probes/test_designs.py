@@ -40,7 +40,10 @@ OTHERWISE = {
         "blocks called by another method", "encoder and decoder, memory first",
     ),
     ("refused", "-", "refused"): (
-        "LayerDrop in training", "packed sequences",
+        "LayerDrop in training",
+    ),
+    ("refused", "right", "right"): (
+        "packed sequences",
     ),
     ("unproven", "-", "unproven"): (
         "feed-forward chain", "skip through a linear map", "the state is rolled over tokens",
@@ -51,9 +54,6 @@ OTHERWISE = {
     ("right", "-", "part"): (
         "two towers side by side",
     ),
-    ("unproven", "-", "right"): (
-        "features added to some tokens between blocks",
-    ),
     ("states", "-", "states"): (
         "ReZero", "LayerScale", "highway", "highway by lerp", "one gate a token, by addcmul",
         "constant factor of the branches", "constant factors of state and branch", "state halved between blocks",
@@ -61,14 +61,11 @@ OTHERWISE = {
         "branches subtracted", "residual in a residual", "one gate on state and branch",
         "reads of normalised streams",
     ),
-    ("unproven, states off", "-", "unproven"): (
-        "ResNet with stages",
-    ),
     ("unproven", "-", "refused"): (
         "U-Net with concatenated skips",
     ),
     ("right", "-", "unproven"): (
-        "tokens merged between blocks",
+        "tokens merged between blocks", "ResNet with stages",
     ),
     ("right", "-", "unproven, states off"): (
         "DenseNet", "Runge-Kutta steps",
