@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.repeats import same_values
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
@@ -126,7 +127,10 @@ class StateOperations:
 
     def birthplace(self, state: torch.Tensor) -> Birthplace | None:
         """Where a tensor that is shown now was made; None where no operation of the forward made it."""
-        operation = self._operations.get(self._made_as(state).number)
+        return self._place(state, self._made_as(state))
+
+    def _place(self, state: torch.Tensor, made: TracedValue) -> Birthplace | None:
+        operation = self._operations.get(made.number)
         if operation is None:
             return None
         return Birthplace(
@@ -149,7 +153,8 @@ class StateOperations:
         and this one by what is no part of this one.
         """
         made = [self._made_as(tensor) for tensor in tensors]
-        places = [place for tensor in tensors if (place := self.birthplace(tensor)) is not None]
+        found = map(self._place, tensors, made)
+        places = [place for place in found if place is not None]
         last = max(value.number for value in made)
         if len(places) < len(tensors):
             return None, last
@@ -189,10 +194,7 @@ def _write(
         # One number in memory may hold several entries: those can be written only where they are to be equal.
         once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
         tensor[once].copy_(new[once])
-    if not all(
-        torch.equal(tensor.nan_to_num(), new.nan_to_num())
-        for tensor, new in zip(tensors, wanted, strict=True)
-    ):
+    if not same_values(tensors, wanted):
         raise InterventionError(
             f"the state at depth {depth[1]} is one tensor seen several times (expand, or a list of the same), so that its "
             "streams cannot differ; expected a change of all streams, or at a later depth"

@@ -54,7 +54,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
             **_targets_per_sequence(_target_of(node), batch),
-            **(_beside_a_constant(node, classes) if is_mean else {}),
+            **(_compared_at_node(node, classes) if is_mean else {}),
         }
     return {}
 
@@ -85,7 +85,7 @@ LEAST, SAME_LOSS = 1e-7, 0.01
 MEASURED = ("constant", "entropy", "uncertainty")
 
 
-def _beside_a_constant(node: Any, classes: int) -> dict[str, float]:
+def _compared_at_node(node: Any, classes: int) -> dict[str, float]:
     """What the node of a mean cross entropy says of a constant answer, see `_compared`."""
     target, predicted = _target_of(node), _saved(node, "_saved_self")
     if target is None or predicted is None or predicted.ndim < 2:
@@ -96,7 +96,7 @@ def _beside_a_constant(node: Any, classes: int) -> dict[str, float]:
     return _compared(-rows[counted, target[counted]], target[counted], rows[some].float().exp(), classes)
 
 
-def beside_a_constant(gradient: torch.Tensor | None, classes: int, loss: float) -> dict[str, float]:
+def compared_by_gradient(gradient: torch.Tensor | None, classes: int, loss: float) -> dict[str, float]:
     """The same, read off the gradient of the logits: probabilities less one at the target, over the number of targets.
 
     Empty where that is not how the loss came about: it is computed again from the gradient.

@@ -366,9 +366,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
-        if plain.num_writes and not has_feature_axis(
-            plain
-        ):  # one number a token: what a layer makes of it has some
+        if plain.num_writes and not has_feature_axis(plain):
+            # One number a token: what a layer makes of it has some.
             made = (graph.values[n] for n in sorted(plain.carried) if graph.values[n].name in LAYERS)
             roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
@@ -394,8 +393,9 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         known = [memory.count for memory in earlier if _is_spread(memory, root)]
         of.size = min([of.memory.count, *known])
     # What has no axis of features is no reading of branches that a memory with one has.
-    read = set[int]().union(*(of.memory.writes for of in found if has_feature_axis(of.memory)))
-    found = [of for of in found if has_feature_axis(of.memory) or read.isdisjoint(of.memory.writes)]
+    with_axis = {id(of) for of in found if has_feature_axis(of.memory)}
+    read = set[int]().union(*(of.memory.writes for of in found if id(of) in with_axis))
+    found = [of for of in found if id(of) in with_axis or read.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
 
 

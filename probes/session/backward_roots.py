@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.hooks import Hook, Report
-from depthscope.probes.model.loss_graph import beside_a_constant, read_task
+from depthscope.probes.model.loss_graph import compared_by_gradient, read_task
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.forward import own_calls
@@ -116,7 +116,7 @@ class StepLoss:
             and gradient is not None
         ):
             unscaled = gradient if scale is None else gradient / scale.to(gradient.device)
-            self.task |= beside_a_constant(unscaled, self.task["classes"], float(self._roots[0]))
+            self.task |= compared_by_gradient(unscaled, self.task["classes"], float(self._roots[0]))
 
     def value(self) -> float | None:
         """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""

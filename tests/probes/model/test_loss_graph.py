@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from depthscope.probes.model.loss_graph import beside_a_constant, mean_task, read_task
+from depthscope.probes.model.loss_graph import compared_by_gradient, mean_task, read_task
 
 IDS = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -97,11 +97,11 @@ def test_the_gradient_of_the_logits_says_the_same():
     loss = functional.cross_entropy(out.flatten(0, 1), target)
     task, value = read_task(loss, None), float(loss.detach())
     (gradient,) = torch.autograd.grad(loss, out)
-    found = beside_a_constant(gradient, 5, value)
+    found = compared_by_gradient(gradient, 5, value)
     assert found == pytest.approx({name: task[name] for name in found}, rel=1e-3)
     assert set(found) == {"constant", "entropy", "uncertainty"}
-    assert beside_a_constant(2.0 * gradient, 5, value) == {}  # a sum of two losses, or another one
-    assert beside_a_constant(gradient.flatten(), 5, value) == beside_a_constant(None, 5, 1.0) == {}
+    assert compared_by_gradient(2.0 * gradient, 5, value) == {}  # a sum of two losses, or another one
+    assert compared_by_gradient(gradient.flatten(), 5, value) == compared_by_gradient(None, 5, 1.0) == {}
 
 
 def test_what_is_no_cross_entropy_says_nothing():
