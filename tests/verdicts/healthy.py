@@ -152,7 +152,11 @@ def published(name: str) -> Callable[[Plan], nn.Module]:
         if name == "deepseek_v4":
             return WithLogits(near_identity(stream_models.deepseek_v4(3)))
         family = next(each for each in FAMILIES if (each.name, each.package) == (name, "transformers"))
-        return WithLogits(family.build(), 32 if name == "bert" else 0, VOCABULARY)
+        model = family.build()
+        if name == "bert":  # trained to predict the next token, it must not look at later ones
+            model.config.is_decoder = True
+            model = type(model)(model.config)
+        return WithLogits(model, 32 if name == "bert" else 0, VOCABULARY)
 
     return build
 
