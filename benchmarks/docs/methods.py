@@ -139,7 +139,7 @@ def _healthy(metric: Metric) -> str:
         known = callable(metric.null) or isinstance(metric.null, float)
         return f"no range is right for every network{': compare it with its null' if known else ''}"
     ends = [
-        f"{word} {end:g}"
+        f"{word} {end:.10g}"
         for word, end in (("at least", healthy.low), ("at most", healthy.high))
         if end is not None
     ]
