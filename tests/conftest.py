@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Of the tests of the table the commit draws some, and of each of them some cases.
     ``@pytest.mark.slow(but=1, more=2)``: the first case is in every run, two others that the commit draws are among the slow
-    tests, and the rest where ``DEPTHSCOPE_TESTS=every`` or the test's own name asks for them. ``one_in=3``: a third of the
-    commits draw it at all; half of them where it is not given.
+    tests, and the rest where ``DEPTHSCOPE_TESTS=every`` or the test's own name asks for them. ``one_in=2``: half of the
+    commits draw it at all; a third of them where it is not given.
     """
     table, draw = number_kept(), number_of_draw()
     every = sample_or_every(False, True) or any("::" in argument for argument in config.args)
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for test, cases in grouped(items).items():
         marks = {item: mark for item in cases if (mark := item.get_closest_marker("slow"))}
         more = max((mark.kwargs.get("more", -1) for mark in marks.values()), default=-1)
-        one_in = max((mark.kwargs.get("one_in", 2) for mark in marks.values()), default=1)
+        one_in = max((mark.kwargs.get("one_in", 3) for mark in marks.values()), default=1)
         if not marks and test in table:
             marks = {item: pytest.mark.slow(but=0).mark for item in cases[table[test] :]}
             # Many cases of one thing; and most of them show on a surface what quick tests show of its parts.

@@ -14,7 +14,7 @@ from statistics import median
 
 TABLE = Path(__file__).with_name("long_tests.txt")
 SECONDS = 1.0
-ONE_IN = 10
+ONE_IN = 12
 
 
 def number_kept() -> dict[str, int]:
