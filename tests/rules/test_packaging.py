@@ -140,7 +140,7 @@ def installed(built, tmp_path_factory) -> tuple[Path, Path]:
     return environment / "bin", folder
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(installed, built, residual_run):
     """One environment that grows: core, then capture, then app and paper."""
     binary, folder = installed

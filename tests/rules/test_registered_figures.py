@@ -82,7 +82,7 @@ def test_a_declaration_is_enough_for_a_figure(whole):
         assert any(np.isfinite(values).any() for values in measured)
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 def test_matplotlib_draws_every_figure(whole):
     """As plotly does in `tests/app/drawing/test_plotly.py`."""
     for kind in FIGURES.values():

@@ -19,7 +19,7 @@ from tests.app.dashboard.serving import CHART, Watch, serving
 from tests.app.hostile_text import TEXTS, file_names, mutated
 from tests.thoroughness import number_of_draw, sample_or_every
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=3)]
+pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=5)]
 
 EVERY = TEXTS | mutated(seed=6, count=6)
 # A run a case: a few, of which some have a test of their own, and others that the commit draws.
@@ -121,7 +121,7 @@ def test_every_name_is_listed_once(shown_names):
     assert len(shown_names) == len(NAMES)
 
 
-@pytest.mark.slow(more=1, one_in=3)
+@pytest.mark.slow(more=1, one_in=5)
 @pytest.mark.parametrize("first", range(0, len(NAMES), GROUP))
 def test_hostile_names_and_attributes_are_text(first, page, hostile_address, shown_names):
     names = shown_names[first : first + GROUP]
@@ -130,7 +130,7 @@ def test_hostile_names_and_attributes_are_text(first, page, hostile_address, sho
         assert " ".join(name.split()) in text, name
 
 
-@pytest.mark.slow(more=2, one_in=3)
+@pytest.mark.slow(more=2, one_in=5)
 @pytest.mark.parametrize(
     "path", [shown.url_path for shown in PAGES if shown.url_path not in ("", "training")]
 )

@@ -100,7 +100,7 @@ def test_no_text_of_a_composed_figure_leaves_the_page(runs_of, readings_of, venu
     assert drawn >= 6
 
 
-@pytest.mark.slow(more=1, one_in=3)
+@pytest.mark.slow(more=1, one_in=5)
 @pytest.mark.parametrize("count", [1, 7])
 def test_no_text_of_the_supplement_leaves_its_half_of_the_page(readings_of, count, monkeypatch):
     half = Width(0.485 * VENUES[NARROWEST].text, FIGURE_POINTS)

@@ -158,7 +158,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         weights.trained_once({**cells[0].settings, "seed": 7}, make, path)
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 @pytest.mark.usefixtures("few_figures")
 def test_a_killed_study_goes_on_and_writes_its_page(tmp_path):
     out, page = tmp_path / "out", tmp_path / "page"

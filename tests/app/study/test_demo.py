@@ -47,7 +47,7 @@ def tiny(monkeypatch):
     return bundles
 
 
-@pytest.mark.slow(one_in=3)  # CI runs the demo itself
+@pytest.mark.slow(one_in=5)  # CI runs the demo itself
 def test_quick_demo_ends_with_everything_written_and_replaces_an_earlier_one(
     tmp_path, capsys, tiny, make_run
 ):

@@ -334,7 +334,7 @@ def test_an_interrupt_keeps_what_is_done_and_minutes_end_between_networks(tmp_pa
     assert (len(rows), planned, measured) == (3, 8, ["pre-ln"])
 
 
-@pytest.mark.slow(more=1, one_in=3)
+@pytest.mark.slow(more=1, one_in=5)
 @pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("name", ["connections", "stream-collapse", "rescue"])
 def test_quick_studies_end_with_a_bundle(name, tmp_path, capsys):
@@ -349,7 +349,7 @@ def test_quick_studies_end_with_a_bundle(name, tmp_path, capsys):
     assert len(rows) == told["planned"]
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 @pytest.mark.usefixtures("few_figures")
 def test_a_killed_study_goes_on(tmp_path):
     words = ["study", "initialisation", "--quick", "--depths", "2", "--out", str(tmp_path)]

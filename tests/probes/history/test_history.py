@@ -84,7 +84,7 @@ def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
     }
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 def test_only_what_is_new_is_probed_and_the_last_one_is_the_newest(checkpoints, tmp_path):
     paths, *_ = checkpoints
     out = tmp_path / "h.nc"
@@ -98,7 +98,7 @@ def test_only_what_is_new_is_probed_and_the_last_one_is_the_newest(checkpoints, 
     assert probe_checkpoints(paths, TEXT, out, factory=FACTORY, **SIZES).num_probed == 1
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_path, capsys):
     paths, *_ = checkpoints
     (tmp_path / "t.txt").write_text(TEXT)

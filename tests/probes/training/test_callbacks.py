@@ -75,7 +75,7 @@ def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
         assert float(rows["learning_rate"].sel(step=step)) == pytest.approx(row["learning_rate"])
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 @pytest.mark.filterwarnings("ignore")  # the trainer's own
 def test_a_trainer_that_raises_ends_the_store(models, tmp_path):
     class Breaks(transformers.TrainerCallback):
@@ -97,7 +97,7 @@ def test_a_trainer_that_raises_ends_the_store(models, tmp_path):
             assert run.statistics.step.values.tolist() == [0, 1]
 
 
-@pytest.mark.slow(one_in=3)
+@pytest.mark.slow(one_in=5)
 @pytest.mark.filterwarnings("ignore")  # the trainer's own
 def test_a_trainer_that_begins_anew_with_smaller_batches_is_one_store(models, tmp_path):
     tried = []

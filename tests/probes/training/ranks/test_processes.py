@@ -38,7 +38,7 @@ def launch(world: int, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow(more=1, one_in=3)
+@pytest.mark.slow(more=1, one_in=5)
 @pytest.mark.parametrize("world", SCENARIOS)
 def test_processes(world, tmp_path):
     """Every scenario in one start of so many processes, which takes most of the time."""
