@@ -293,6 +293,8 @@ def _whole_sites(turned: xr.DataArray) -> bool:
 # What is massive is defined by Sun et al. 2024, who see it on one or two tokens a sequence; that more than 5 % of the tokens
 # are too many is ours. Of a short sequence two tokens are more than that.
 USUAL, MANY = 2.0, 0.05
+
+
 @verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=MANY), suspicion=True)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray

@@ -193,10 +193,11 @@ class SiteSelection:
     ) -> None:
         """Refuse a request for attention that no forward shows."""
         layers = {chains[number].points[depth].layer for number, depth in found}
+        names = [request.name for request in self.requests]
         for request in self.requests:
-            if ATTENTION not in request.kinds or (
-                layers if request.blocks is None else request.blocks & set(layers)
-            ):
+            blocks = layers if request.blocks is None else request.blocks & layers
+            # A pattern stands for several requests of one name, as in `require`.
+            if ATTENTION not in request.kinds or blocks or names.count(request.name) > 1:
                 continue
             why = (
                 "; ".join(reasons)

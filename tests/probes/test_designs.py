@@ -54,12 +54,14 @@ OTHERWISE = {
     ("right", "-", "part"): (
         "two towers side by side",
     ),
-    ("states", "-", "states"): (
-        "ReZero", "LayerScale", "highway", "highway by lerp", "one gate a token, by addcmul",
-        "constant factor of the branches", "constant factors of state and branch", "state halved between blocks",
-        "state halved after every block", "stochastic depth in training", "the state times a function of itself",
-        "branches subtracted", "residual in a residual", "one gate on state and branch",
-        "reads of normalised streams",
+    ("states", "right", "states"): (
+        "ReZero", "LayerScale", "one gate a token, by addcmul", "constant factor of the branches",
+        "constant factors of state and branch", "stochastic depth in training", "branches subtracted",
+        "residual in a residual", "one gate on state and branch",
+    ),
+    ("states", "states", "states"): (
+        "highway", "highway by lerp", "state halved between blocks", "state halved after every block",
+        "the state times a function of itself", "reads of normalised streams",
     ),
     ("unproven", "-", "refused"): (
         "U-Net with concatenated skips",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.models.designs.catalogue import DESIGNS
-from tests.models.designs.outcome import all_outcomes, hint
+from tests.models.designs.outcome import advised, all_outcomes
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         first, second, third = all_outcomes(design)
         sys.stdout.write(f"- {design.name}: {str(first)[:300]}\n")
         if second:
-            sys.stdout.write(f"  - after {hint(first.why)}: {str(second)[:200]}\n")
+            sys.stdout.write(f"  - after {advised(first)}: {str(second)[:200]}\n")
         if third:
             sys.stdout.write(f"  - with {design.answers()}: {str(third)[:200]}\n")
 

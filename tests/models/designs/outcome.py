@@ -12,7 +12,7 @@ matrix, scale and read that is reported equals the model's own; none is missing 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options:
 def all_outcomes(design: Design) -> tuple[Outcome | None, ...]:
     """A design's outcome, the one after the advice of a refusal, and the one with its author's answers to all questions."""
     first = outcome(design)
-    advice = hint(first.why) if first.word == "refused" else {}
+    advice = advised(first)
     answers = design.answers()
     last = outcome(design, labels=not design.branches_named, **answers) if answers else None
     return first, outcome(design, **advice) if advice else None, last
@@ -86,6 +86,11 @@ def _bare(truth: notes.Truth, *, needs: bool = False) -> notes.Truth:
         )
         for name, chain in truth.items()
     }
+
+
+def advised(found: Outcome) -> dict[str, Any]:
+    """What to ask for next: what a refusal says; the outputs of branches, from which the factors of plain ones are found."""
+    return {"refused": hint(found.why), "states": {"sites": ("*", "branch_out")}}.get(found.word, {})
 
 
 def hint(message: str) -> dict[str, Any]:
@@ -239,9 +244,7 @@ def _compare_connections(
     """Compare what a group says of its connections; yields the names of the parts that are missing."""
     true = {(of.state_in, of.state_out): of.parts for of in chain.connections}
     wanted = {name for parts in true.values() for name in parts if name not in ("branch_in", "branch_out")}
-    # Plain connections without any scale need not say so: 1 is what the family's name means.
-    plain = all(set(parts) <= PLAIN and _all_ones(parts) for parts in true.values())
-    yield from () if plain else sorted(wanted - set(trace.data_vars))
+    yield from sorted(wanted - are_ones(true.values()) - set(trace.data_vars))
     for number in range(trace.sizes.get("connection", 0)):
         at = trace.isel(connection=number)
         joined = places[int(at["depth_in"])], places[int(at["depth_out"])]
@@ -250,11 +253,11 @@ def _compare_connections(
                 raise Mistake(f"{name} of connection {number} {_how_wrong(at[name].values, value)}")
 
 
-PLAIN = {"residual_scale", "branch_scale", "branch_in", "branch_out"}
-
-
-def _all_ones(parts: dict[str, torch.Tensor]) -> bool:
-    return all(bool((value == 1).all()) for name, value in parts.items() if name.endswith("_scale"))
+def are_ones(connections: Iterable[dict[str, torch.Tensor]]) -> set[str]:
+    """The factors of plain connections that are 1 everywhere: they are not stored, and 1 is what their absence means."""
+    known = [(name, value) for parts in connections for name, value in parts.items()]
+    others = {name for name, value in known if not bool((value == 1).all())}
+    return set(schema.PLAIN_FACTORS) - others
 
 
 def _how_wrong(values: np.ndarray, true: torch.Tensor) -> str:

@@ -13,7 +13,7 @@ import torch
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading, NetworkReading
 from tests.models.designs import truth as notes
 from tests.models.designs.design import Design
-from tests.models.designs.outcome import PLAIN, ROUNDING, Outcome, _all_ones
+from tests.models.designs.outcome import ROUNDING, Outcome, are_ones
 from tests.models.recorded import read_model
 
 
@@ -142,15 +142,13 @@ def _places(
 def _parts_missing(fit: _Fit, chain: notes.Chain, rounding: float) -> set[str]:
     true = {(c.state_in, c.state_out): c.parts for c in chain.connections}
     missing: set[str] = set()
-    # Plain connections without any scale need not say so.
-    plain = all(set(parts) <= PLAIN and _all_ones(parts) for parts in true.values())
+    unsaid = are_ones(true.values()) | {"branch_in", "branch_out"}
     for connection in fit.memory.connections:
         joined = fit.places[connection.depth_in], fit.places[connection.depth_out]
         for name, value in true.get(joined, {}).items():
             mine = _part(connection, name, value)
             if mine is None:
-                if name not in ("branch_in", "branch_out") and not plain:
-                    missing.add(name)
+                missing |= {name} - unsaid
                 continue
             mine, value = mine.expand(len(fit.order), *mine.shape[1:])[fit.order].float(), _flat(value)
             if not _same(mine, value, rounding):

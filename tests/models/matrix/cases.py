@@ -90,9 +90,13 @@ def design_cases() -> list[Case]:
 
 
 def _judged(design: Any, seed: int) -> tuple[str, str]:
-    from tests.models.designs.outcome import outcome
+    from tests.models.designs.outcome import advised, outcome
 
     found = outcome(design)
+    if found.word == "states":  # factors of plain connections are stored where they are asked for
+        again = outcome(design, **advised(found))
+        if again.word == "right":
+            return "right", "factors of the branches: with sites=[…, 'branch_out']"
     # Its own words: states and matrices that are all right, or of which some are missing or named as something else.
     words = {"states": "unproven", "unproven, states off": "unproven", "misnamed": "wrong"}
     if found.word == "part" and not found.why.startswith("not covered: "):
