@@ -174,7 +174,7 @@ def mean_turns(mean_states: MeanStates) -> xr.Variable:
 
 def _influences(states: np.ndarray) -> np.ndarray:
     values = np.full(len(states), np.nan)
-    at_once = max(1, BLOCK // max(1, states[0].size))
+    at_once = max(1, BLOCK // max(1, 4 * states[0].size))  # of which four are held in float64
     for first in range(0, len(states) - 1 if states.shape[1] else 0, at_once):
         steps = states[first : first + at_once + 1]
         values[first + 1 : first + len(steps)] = geometry.block_influence(steps[:-1], steps[1:])
