@@ -19,6 +19,7 @@ from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTes
 from depthscope.probes.interventions.plans import (
     Change,
     Plan,
+    between,
     bypassing,
     constant,
     fitting,
@@ -109,7 +110,7 @@ def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Ite
     layers = model.layers
     following = dict(zip(layers, list(layers)[1:], strict=False))
     for block, (start, stop) in layers.items():
-        inside = [n for n, c in enumerate(model.chain.connections) if start <= c.depth_in < stop]
+        inside = between(start, stop, model)
         # A depth inside of a block means the block too.
         depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
         at = replace(wanted, depths=None) if depths else wanted

@@ -40,8 +40,10 @@ def ablate(
 ) -> xr.Dataset:
     """Change a forward at one place after another, and measure the effect on the loss and to the predictions.
 
-    A state is changed where it is made, so that everything after it runs on from the changed one by itself. Nothing of the
-    model is touched: its weights, buffers, hooks, modes and all random states are as before, whatever happens.
+    A state is changed where it is made, so that everything after it runs on from the changed one by itself. A block that is
+    skipped hands on the state before it; where branches read sums over depth, what the block's branches give is zero in every
+    sum. Nothing of the model is touched: its weights, buffers, hooks, modes and all random states are as before, whatever
+    happens.
 
     Parameters
     ----------

@@ -14,16 +14,18 @@ from torch import nn
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
 from depthscope.probes.connections.proof import gather_evidence
-from depthscope.probes.interventions.branch_reads import BranchReads
+from depthscope.probes.interventions.branch_tensors import BranchOutput, BranchTensors
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.gathered import Gathered, WithoutAttention
 from depthscope.probes.interventions.predictions import Pick, output_values
 from depthscope.probes.interventions.repeats import repeats, same_values
 from depthscope.probes.interventions.state_operations import (
+    GIVEN,
     READ,
     Change,
     Depth,
-    Read,
+    OfBranch,
+    Side,
     StateOperations,
     StatePlace,
 )
@@ -56,11 +58,13 @@ class Passed:
     ``output``: what the model returned.
     ``states``: (B, T, N, D) by depth, as they were passed on.
     ``connections``: of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
+    ``given``: of every connection over depth what its branch gives, (B, T, D), on the CPU.
     """
 
     output: Any
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     connections: dict[int, Parts] = field(default_factory=dict)
+    given: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def mixing(self) -> dict[int, torch.Tensor]:
@@ -104,7 +108,7 @@ class ModelUnderTest:
         self.number = _chain_number(self.structure.chains, chain)
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, StatePlace | None] = {}
-        self._branch_reads: BranchReads | None = None
+        self._branch_tensors: dict[Side, BranchTensors] = {}
         self._num_sequences = 0
         self._connections = AppliedConnections(self._session)
         self._proven_over_depth = False
@@ -193,23 +197,30 @@ class ModelUnderTest:
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        ``edits``: by depth, or by `Gathered`. An edit that returns the very tensor it was given changes nothing.
+        ``edits``: by depth, by `Gathered`, or by `BranchOutput` of a connection over depth, (B, T, D). An edit that returns
+        the very tensor it was given changes nothing.
         ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
         ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
         forward takes a third of the time; for further changes at places where an earlier forward was checked.
         Raises InterventionError: Where a state cannot be changed, or its change did not arrive where the state is
         shown.
         """
-        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, Gathered)}
+        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, (Gathered, BranchOutput))}
+        of_branches: dict[Side, Mapping[int, Edit]] = {
+            READ: reads or {},
+            GIVEN: {at.connection: edit for at, edit in edits.items() if isinstance(at, BranchOutput)},
+        }
         for depth in of_states:
             self._require_place(depth)
         states: dict[int, torch.Tensor] = {}
-        of_reads: dict[Any, StatePlace] = {
-            (READ, number): (self._reads().place(number),) for number in reads or ()
+        places: dict[Any, StatePlace] = {
+            (side, number): (self._tensors(side).place(number),)
+            for side, wanted in of_branches.items()
+            for number in wanted
         }
 
         operations = StateOperations(
-            self.model, {**self._own_places(), **of_reads}, self._change(of_states, reads, states)
+            self.model, {**self._own_places(), **places}, self._change(of_states, of_branches, states)
         )
         gathered = [at.depth for at in edits if isinstance(at, Gathered)]
         attention = WithoutAttention(
@@ -221,10 +232,12 @@ class ModelUnderTest:
             with self.unchanged_model(), operations.on(), torch.no_grad():
                 passed = Passed(call_model(self.model, copied(self.batch)))
         attention.require_found()
-        for at in (*((self.number, depth) for depth in of_states), *of_reads):
+        for at in (*((self.number, depth) for depth in of_states), *places):
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[at] != 1:
-                what = f"what connection {at[1]} reads" if at[0] == READ else f"the state at depth {at[1]}"
+                what = {READ: f"what connection {at[1]} reads", GIVEN: f"what connection {at[1]} adds"}.get(
+                    at[0], f"the state at depth {at[1]}"
+                )
                 raise InterventionError(
                     f"{what} was made {operations.met[at]} times in the changed forward, once before: the model computes it "
                     "in another way when an earlier state changes"
@@ -233,14 +246,20 @@ class ModelUnderTest:
         return passed
 
     def _change(
-        self, edits: Mapping[int, Edit], reads: Mapping[int, Edit] | None, states: dict[int, torch.Tensor]
+        self,
+        edits: Mapping[int, Edit],
+        of_branches: Mapping[Side, Mapping[int, Edit]],
+        states: dict[int, torch.Tensor],
     ) -> Change:
-        """The change of each state and read in the model's own layout; ``states`` get what they are passed on as."""
+        """The change of states, and of what branches read and give, in the model's own layout.
 
-        def change(at: Depth | Read, native: torch.Tensor) -> torch.Tensor:
-            if at[0] == READ:
-                assert reads is not None
-                return self._reads().changed(at[1], native, lambda read: reads[at[1]](read, states))
+        ``states`` get what they are passed on as.
+        """
+
+        def change(at: Depth | OfBranch, native: torch.Tensor) -> torch.Tensor:
+            if isinstance(at[0], str):
+                edited = of_branches[at[0]][at[1]]
+                return self._tensors(at[0]).changed(at[1], native, lambda value: edited(value, states))
             state = self.canonical(native, at[1])
             edit = edits.get(at[1])
             changed = state if edit is None else edit(state, states)
@@ -294,7 +313,9 @@ class ModelUnderTest:
                     build_run(session, [], [], digests=False)
                     self._proven_over_depth = True
                 passed = Passed(
-                    output, connections={} if self.number else self._connections.of_last_forward()
+                    output,
+                    connections={} if self.number else self._connections.of_last_forward(),
+                    given=self._given() if self.chain.over_depth else {},
                 )
                 session.fold()
                 return passed
@@ -389,22 +410,33 @@ class ModelUnderTest:
             self._num_sequences = forward.batch_size
         return self._num_sequences
 
-    # --- what branches read
+    # --- what branches read and give
 
-    def _reads(self) -> BranchReads:
-        """What the branches read of the streams, looked for in a forward of its own when it is first needed."""
-        if self._branch_reads is None:
-            reads = BranchReads(
+    def _tensors(self, side: Side) -> BranchTensors:
+        """What the branches read of the streams, or give, looked for in a forward of its own when it is first needed."""
+        if side not in self._branch_tensors:
+            read = {number: parts.branch_in for number, parts in self.base.connections.items()}
+            found = BranchTensors(
                 self.chain,
-                self.base.connections,
+                side,
+                read if side == READ else self.base.given,
                 self._own_places(),
                 tokens_first=self.structure.batch_axis == 1,
             )
             operations = StateOperations(self.model, self._own_places())
-            operations.on_made = partial(reads.look, operations)
+            operations.on_made = partial(found.look, operations)
             self._run(operations.on(), lambda: None)
-            self._branch_reads = reads
-        return self._branch_reads
+            self._branch_tensors[side] = found
+        return self._branch_tensors[side]
+
+    def _given(self) -> dict[int, torch.Tensor]:
+        """What the branches of connections over depth gave in the last forward."""
+        sequences = sorted(self._session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
+        numbers = range(len(self.chain.connections))
+        return {
+            number: torch.stack([sequence.branches[self.number, number] for sequence in sequences])
+            for number in numbers
+        }
 
     def _own_places(self) -> dict[Depth, StatePlace]:
         """Where the states of the chain are made, by the number of the chain and the depth."""

@@ -10,6 +10,7 @@ import torch
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import kind_named
+from depthscope.probes.interventions.branch_tensors import BranchOutput
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 
@@ -141,8 +142,9 @@ def selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) -
 
 
 def require_sums_of_blocks(kind: str, model: ModelUnderTest) -> None:
-    """Refuse a model whose blocks read more than the state before them."""
-    if model.chain.over_depth or model.chain.history:
+    """Refuse a model whose blocks read more than the state before them; if they can be silenced, other kinds alone."""
+    silent = kind in ("skip", "bypass") and model.chain.over_depth
+    if (model.chain.over_depth or model.chain.history) and not silent:
         raise InterventionError(
             f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
             "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
@@ -173,9 +175,26 @@ def fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> 
     return value
 
 
-def bypassing(start: int, stop: int) -> Callable[[ModelUnderTest], Mapping[int, Edit]]:
-    """The edits that put the state at one depth in the place of that at a later one."""
-    return lambda model: {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
+def bypassing(start: int, stop: int) -> Callable[[ModelUnderTest], Mapping[Any, Edit]]:
+    """The edits that put the state at one depth in the place of that at a later one.
+
+    Where branches read sums over depth, what those between the two give is zero in every sum.
+    """
+
+    def edits(model: ModelUnderTest) -> Mapping[Any, Edit]:
+        if not model.chain.over_depth:
+            return {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
+        return {
+            BranchOutput(number): lambda given, seen: torch.zeros_like(given)
+            for number in between(start, stop, model)
+        }
+
+    return edits
+
+
+def between(start: int, stop: int, model: ModelUnderTest) -> list[int]:
+    """The connections from one depth to a later one."""
+    return [n for n, link in enumerate(model.chain.connections) if start <= link.depth_in < stop]
 
 
 def positions(numbers: tuple[int, ...], count: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTes
 from depthscope.probes.interventions.plans import (
     Change,
     Plan,
+    between,
     bypassing,
     constant,
     positions,
@@ -63,6 +64,8 @@ def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterato
     require_sums_of_blocks("bypass", model)
     spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
     for first, last in spans:
+        if model.chain.over_depth and not between(first - 1, last, model):
+            continue  # nothing is added there: the state is read anew
         steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
         yield Change(f"without the {steps}", "bypass", bypassing(first - 1, last), depth=last)
 

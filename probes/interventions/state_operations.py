@@ -26,7 +26,9 @@ from depthscope.probes.reading.recording import recording
 
 Depth: TypeAlias = tuple[int, int]  # the number of a chain, and a depth of it
 READ: Final = "read"
-Read: TypeAlias = tuple[Literal["read"], int]  # what a branch reads, by the number of its connection
+GIVEN: Final = "given"
+Side: TypeAlias = Literal["read", "given"]
+OfBranch: TypeAlias = tuple[Side, int]  # what a branch reads or gives, by the number of its connection
 
 
 class Operation(NamedTuple):
@@ -57,14 +59,14 @@ class Birthplace:
 
 StatePlace: TypeAlias = tuple[Birthplace, ...]
 """Where a state is made: the one tensor that holds it, or one for each stream."""
-Change: TypeAlias = Callable[[Depth | Read, torch.Tensor], torch.Tensor]
+Change: TypeAlias = Callable[[Depth | OfBranch, torch.Tensor], torch.Tensor]
 
 
 class StateOperations:
     """Follows which operation wrote which memory, and changes states where they are made, in forwards made inside of `on`.
 
     ``model``: the model.
-    ``places``: the states and reads that are met; none where they are only looked for.
+    ``places``: the states, and what branches read and give, that are met; none where they are only looked for.
     ``change``: ``change((chain, depth), state)`` returns the state to go on with, in the model's layout, or the
     tensor that came.
     """
@@ -75,17 +77,17 @@ class StateOperations:
         places: Mapping[Any, StatePlace] | None = None,
         change: Change | None = None,
     ) -> None:
-        self.met: Counter[Depth | Read] = Counter()
+        self.met: Counter[Depth | OfBranch] = Counter()
         self._change = change
         # Called with everything that an operation makes, after the changes.
         self.on_made: Callable[[TracedValue, torch.Tensor], None] | None = None
         self._places = places or {}
-        self._at: dict[Operation, list[tuple[Depth | Read, int]]] = {}
+        self._at: dict[Operation, list[tuple[Depth | OfBranch, int]]] = {}
         for depth, place in self._places.items():
             for part, of in enumerate(place):
                 self._at.setdefault(of.operation, []).append((depth, part))
         # What was written of states, of which each part may be made by another operation.
-        self._parts: dict[Depth | Read, dict[int, torch.Tensor | None]] = {}
+        self._parts: dict[Depth | OfBranch, dict[int, torch.Tensor | None]] = {}
         self._recorder = GraphRecorder(model, (), holds=False)
         self._recorder.on_value = self._made
         self._turns: Counter[tuple[Any, ...]] = Counter()
@@ -178,7 +180,7 @@ def _is_view(value: TracedValue) -> bool:
 
 
 def _write(
-    place: StatePlace, written: Mapping[int, torch.Tensor | None], change: Change, depth: Depth | Read
+    place: StatePlace, written: Mapping[int, torch.Tensor | None], change: Change, depth: Depth | OfBranch
 ) -> None:
     tensors = [
         of.view(memory)

@@ -12,6 +12,7 @@ from depthscope.probes.interventions import InterventionError, ModelUnderTest, a
 from depthscope.probes.interventions.changes import changes
 from depthscope.probes.interventions.repeats import same_values
 from tests.models import families
+from tests.models.designs.catalogue import DESIGNS
 from tests.models.families import built
 from tests.models.small_models import deepseek, llama, lucidrains
 from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
@@ -35,6 +36,32 @@ def only(model: ModelUnderTest, kind: str, **places):
     """The output with one change."""
     (change,) = changes(plan(kind, **places), model)
     return model.forward(change.edits(model)).output
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention residuals, full, in the loop",
+        "attention residuals, block-wise",
+        "DenseFormer",
+        "MUDD, four ways",
+    ],
+)
+def test_a_step_that_reads_sums_over_depth_is_silent_in_all_of_them(name):
+    """As where the branch's own module gives zeros."""
+    design = next(design for design in DESIGNS if design.name == name)
+    model = design.build(3)
+    under_test = ModelUnderTest(model, design.batch(1))
+    links = under_test.chain.connections
+    assert under_test.chain.over_depth
+    assert len({link.branch_path for link in links}) == len(links)
+    for link in links:
+        branch = model.get_submodule(link.branch_path)
+        with branch.register_forward_hook(lambda module, args, output: torch.zeros_like(output)):
+            wanted = under_test.values_again(design.batch(1))
+        found = under_test.values(only(under_test, "bypass", depths=link.depth_out))
+        assert (found - under_test.values(under_test.base.output)).abs().max() > 1e-3
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def logits(output) -> torch.Tensor:

@@ -107,10 +107,10 @@ def test_what_leads_around_a_state_is_said():
     assert plain.attrs["proof"] == "proven"
 
 
-def test_blocks_that_read_sums_over_depth_are_not_taken_out():
+def test_blocks_that_read_sums_over_depth_are_not_repeated():
     family = next(family for family in STREAMS if family.name == "MHCSequential")
     with pytest.raises(InterventionError, match="read sums over all earlier depths"):
-        ds.interventions.ablate(built(family), family.batch(), "skip")
+        ds.interventions.ablate(built(family), family.batch(), "repeat")
 
 
 def test_padding_does_not_count():
