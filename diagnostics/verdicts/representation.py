@@ -290,12 +290,9 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
-# What is massive is defined by Sun et al. 2024, who see it on one or two tokens a sequence; that more than 5 % of the tokens
-# are too many is ours. Of a short sequence two tokens are more than that.
-USUAL, MANY = 2.0, 0.05
-
-
-@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=MANY), suspicion=True)
+# What is massive is defined by Sun et al. 2024; that more than 5 % of the tokens are too many is ours. Of a short sequence a
+# single sink is more: whether it does harm is tried.
+@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:
@@ -309,13 +306,12 @@ def massive_activations(
     # The ratio of the depth that the sentence tells, which is where most tokens have one.
     at = int(np.nanargmax(share.values)) if share.notnull().any() else 0
     largest = float(massive_activation.isel(depth=at).max())
-    length = float(attrs.get("tokens_per_sequence", np.nan))
-    expected = f" It is {number(float(share.max()) * length)} a sequence." if length == length else ""
+    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
+    expected = f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
     yield Profile(
         share,
         "the share of tokens with a massive activation is",
         note=_massive_locations(attrs, largest) + expected,
-        limits=Limits(info=0.0, warn=USUAL / length) if length * MANY < USUAL else None,
     )
 
 
