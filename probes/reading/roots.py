@@ -10,10 +10,10 @@ from depthscope.probes.reading.operations import (
     CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
+    MIXES,
     MOST_STREAMS,
     PARTS,
     PRODUCTS,
-    REDUCES,
     TURNS,
     VIEWS,
     addends,
@@ -118,8 +118,9 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value) or value.name in TURNS:
             return operands[0], False
-        mixes = value.name in MATRICES and not any(map(self._is_layer, value.parents))
-        if value.name in PRODUCTS or value.name in REDUCES or mixes:
+        is_layer = value.name in MATRICES and any(map(self._is_layer, value.parents))
+        mixes = value.name in MIXES - {"convolution"} and not is_layer
+        if value.name in PRODUCTS or mixes:
             # Of a gate and what it scales, that which comes from further back.
             return max(
                 operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
