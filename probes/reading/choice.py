@@ -225,8 +225,9 @@ def _unknown(graph: Graph) -> str:
 
 
 def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
-    """Take the memories that are apart from those taken, and inside of no branch of these."""
+    """Take the memories that are apart from those taken, at least until they are added to these, and in no branch of them."""
     for other in ranked:
+        other = _until_added(other, [known for known, _ in taken])
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
         if other.share < LEAST_SHARE or not is_state or not apart:
@@ -236,6 +237,18 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
+
+
+def _until_added(of: Ranked, taken: Sequence[Memory]) -> Ranked:
+    """A memory up to the sum by which it comes into one that was taken and began elsewhere; itself where it does not."""
+    graph, memory = of.memory.graph, of.memory
+    for known in taken:
+        shared = memory.trunk & known.trunk
+        begins_apart = not known.holds(memory.root) and not memory.holds(known.root)
+        if shared and begins_apart and not graph.depends(memory.root, known.root):
+            shorter = without_forks(graph, replace(memory.start, banned=memory.start.banned | {min(shared)}))
+            return replace(of, memory=shorter)
+    return of
 
 
 def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:

@@ -118,8 +118,7 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value) or value.name in TURNS:
             return operands[0], False
-        is_layer = value.name in MATRICES and any(map(self._is_layer, value.parents))
-        mixes = value.name in MIXES - {"convolution"} and not is_layer
+        mixes = value.name in MIXES and not self._is_of_layer(value)
         if value.name in PRODUCTS or mixes:
             # Of a gate and what it scales, that which comes from further back.
             return max(
@@ -144,6 +143,11 @@ class _Sums:
                 False,
             )  # as of a block with a shortcut of its own, whose output was put together of parts
         return carrier, bool(depending)
+
+    def _is_of_layer(self, value: TracedValue) -> bool:
+        if value.name == "convolution":
+            return value.args[-1] > 1 or max(value.args[1].shape[:2]) > FEW_STREAMS
+        return value.name in MATRICES and any(map(self._is_layer, value.parents))
 
     def _is_layer(self, value: TracedValue) -> bool:
         """Whether a factor is a parameter or computed from such alone, as a normalised one, and no matrix of a few streams."""

@@ -8,28 +8,28 @@ from dataclasses import replace
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import MOST_STREAMS, moved
+from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, moved
 
 
 def with_unread_streams(memory: Memory) -> Memory:
     """The memory with all streams of its last state, where what follows takes some of several values alone."""
     graph, branches = memory.graph, branches_of(memory)
-    if not branches:
-        return memory
-    last = max(branch.read.number for branch in branches)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)])
+    last = max((branch.read.number for branch in branches), default=0)
+    later = [graph.values[number] for number in sorted(memory.carried) if number > last and branches]
+    ends = [of for of in later if of.name not in JOINS and all(t.name in JOINS for t in graph.takers(of))]
+    unread = [of for of in ends if not graph.reaches_output(of) and of not in moved(graph, of.parents[0])]
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) if unread else set[int]()
 
     def alive(moment: int) -> int:
-        values = (graph.values[number] for number in relevant if number <= moment)
-        return sum(
-            memory.carried[of.number].count
-            for of in values
-            if of is memory.end or any(t.number in relevant and t.number > moment for t in graph.takers(of))
-        )
+        """How many elements are needed after a moment."""
+        values = [graph.values[number] for number in relevant if number <= moment]
+        later = {
+            of for of in values if any(t.number > moment and t.number in relevant for t in graph.takers(of))
+        }
+        return sum(memory.carried[of.number].count for of in values if of in later or of is memory.end)
 
-    missing = alive(last) - alive(max(write.number for branch in branches for write in branch.writes))
-    later = [graph.values[number] for number in sorted(memory.carried) if number > last]
-    unread = [of for of in later if not graph.takers(of) and of not in moved(graph, of.parents[0])]
+    written = max((write.number for branch in branches for write in branch.writes), default=0)
+    missing = alive(last) - alive(written)
     if not unread or sum(memory.carried[of.number].count for of in unread) != missing:
         return memory
     return replace(memory, unread=unread, trunk=memory.trunk | memory.back(unread), branches=None)
