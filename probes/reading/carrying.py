@@ -19,6 +19,7 @@ from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     MATRICES,
+    MIXED_ALONG,
     MOVES,
     PARTS,
     PRODUCTS,
@@ -26,14 +27,13 @@ from depthscope.probes.reading.operations import (
     SAME,
     SCATTERS,
     SUMS,
-    TURNS,
     VIEWS,
     ZEROS,
     addends,
     centred,
     factors,
     is_along_features,
-    mixes_channels,
+    mixed_axes,
     only_moves,
     part_of,
     spreads,
@@ -114,13 +114,6 @@ class Rules:
         out = value.func(tensor, *rest, **filled(value.kwargs, self._graph.tensor))
         return Numbers.of((out[value.item] if isinstance(out, (list, tuple)) else out).numpy())
 
-    def _turn(self, value: TracedValue) -> Numbers | None:
-        """Streams may be put into another order; tokens and features may not."""
-        own = self._of(value.args[0])
-        if own is None or len(value.args) < (3 if value.name == "roll" else 2):
-            return None
-        return None if own.collapsed([dim % len(own.shape) for dim in value.args[-1]]) is None else own
-
     def _sum(self, value: TracedValue) -> Numbers | None:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
         if not carriers or len(carriers) < len(self._inside(value)):
@@ -155,14 +148,15 @@ class Rules:
             return None
         return self._carried[carriers[0].number].expand(value.shape)
 
-    def _reduce(self, value: TracedValue) -> Numbers | None:
-        own = self._of(value.args[0])
-        if own is None:
+    def _mixed(self, value: TracedValue) -> Numbers | None:
+        """Streams may be mixed, or put into another order; tokens and features may not."""
+        own, axes = self._of(value.args[MIXED_ALONG[value.name]]), mixed_axes(value)
+        if own is None or axes is None or len(self._inside(value)) != 1:
             return None
-        given = value.args[1] if len(value.args) > 1 else None
-        dims = [given] if isinstance(given, int) else list(given or range(len(own.shape)))
-        found = own.collapsed([dim % len(own.shape) for dim in dims])
-        return None if found is None else found.reshape(value.shape)
+        found = own.collapsed(axes)
+        if found is None:
+            return None
+        return found.reshape(value.shape) if value.name in REDUCES else found.expand(value.shape)
 
     def _matrix(self, value: TracedValue) -> Numbers | None:
         first, second = factors(value)
@@ -178,14 +172,6 @@ class Rules:
         if len(own.shape) == 1 or len(other.shape) == 1:
             return found.reshape(value.shape) if found.count == value.numel else found.expand(value.shape)
         return found.expand(value.shape)
-
-    def _convolution(self, value: TracedValue) -> Numbers | None:
-        """Streams as channels, mixed by a kernel of one element, which adds nothing."""
-        own = self._of(value.args[0])
-        if own is None or not mixes_channels(value) or len(self._inside(value)) != 1:
-            return None
-        found = own.collapsed([1])
-        return None if found is None else found.expand(value.shape)
 
     def _join(self, value: TracedValue) -> Numbers | None:
         pieces = list(values_in(value.args[0]))
@@ -298,12 +284,10 @@ _RULES: dict[str, Callable[[Rules, TracedValue], Numbers | None]] = {
     **dict.fromkeys(FUNCTIONS, Rules._function),
     **dict.fromkeys(SAME, Rules._same),
     **dict.fromkeys(MOVES, Rules._move),
-    **dict.fromkeys(TURNS, Rules._turn),
     **dict.fromkeys(SUMS, Rules._sum),
     **dict.fromkeys(PRODUCTS, Rules._product),
-    **dict.fromkeys(REDUCES, Rules._reduce),
+    **dict.fromkeys(MIXED_ALONG, Rules._mixed),
     **dict.fromkeys(MATRICES, Rules._matrix),
-    "convolution": Rules._convolution,
     **dict.fromkeys(JOINS, Rules._join),
     **dict.fromkeys(SCATTERS, Rules._scatter),
 }

@@ -49,7 +49,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 from depthscope.probes.reading.roots import FEW_STREAMS, MOST_CANDIDATES, candidates, folded_beginnings
 from depthscope.probes.reading.states import has_feature_axis
-from depthscope.probes.reading.tracks import tracks, with_streams_apart
+from depthscope.probes.reading.tracks import tracks, with_streams_apart, with_unread_streams
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -106,7 +106,7 @@ def memories(graph: Graph) -> list[Memory]:
             for of, merge in zip(ranked, merges, strict=True)
         ]
     first_memory = _after_first_norm(_with_picked_tokens(_with_empty_streams(best)))
-    for track in tracks(_between_expansions(_with_hidden_sums(first_memory))):
+    for track in tracks(with_unread_streams(_between_expansions(_with_hidden_sums(first_memory)))):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -218,12 +218,16 @@ def _merge(memory: Memory, other: Memory) -> set[int]:
 def _unknown(graph: Graph) -> str:
     """Operations of which nothing is known, among which the sums may be."""
     found = dict.fromkeys(named(graph, value) for value in graph.values if is_unknown(value))
-    return f"; nothing is known of {', '.join(list(found)[:3])}, which may hide the sums" if found else ""
+    if found:
+        return f"; nothing is known of {', '.join(list(found)[:3])}, which may hide the sums"
+    is_complex = any(value.dtype.is_complex for value in graph.values)
+    return "; complex numbers are not followed, which may hide the sums" if is_complex else ""
 
 
 def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
-    """Take the memories that are apart from those taken, and inside of no branch of these."""
+    """Take the memories that are apart from those taken, at least until they are added to these, and in no branch of them."""
     for other in ranked:
+        other = _until_added(other, [known for known, _ in taken])
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
         if other.share < LEAST_SHARE or not is_state or not apart:
@@ -233,6 +237,18 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
+
+
+def _until_added(of: Ranked, taken: Sequence[Memory]) -> Ranked:
+    """A memory up to the sum by which it comes into one that was taken and began elsewhere; itself where it does not."""
+    graph, memory = of.memory.graph, of.memory
+    for known in taken:
+        shared = memory.trunk & known.trunk
+        begins_apart = not known.holds(memory.root) and not memory.holds(known.root)
+        if shared and begins_apart and not graph.depends(memory.root, known.root):
+            shorter = without_forks(graph, replace(memory.start, banned=memory.start.banned | {min(shared)}))
+            return replace(of, memory=shorter)
+    return of
 
 
 def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:

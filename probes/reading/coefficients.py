@@ -34,7 +34,10 @@ def memory_of(graph: Graph, values: Sequence[TracedValue]) -> Memory:
 def coefficients(memory: Memory) -> list[TracedValue]:
     """The values that weigh a memory on the ways to its end and to what its branches read; parameters are not among them."""
     branches, values = branches_of(memory), memory.graph.values
-    ends = [memory.end, *(read for branch in branches for read in (branch.read, *branch.reads_before_norms))]
+    ends = [
+        *memory.ends,
+        *(read for branch in branches for read in (branch.read, *branch.reads_before_norms)),
+    ]
     carried = (values[number] for number in memory.back(ends))
     # Of each step what it carries or adds; all else that it takes is a weight.
     steps = [(of, addends(of)) for of in carried if memory.inside(of) and not memory.passes_function(of)]

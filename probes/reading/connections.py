@@ -13,7 +13,7 @@ from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, MATRICES, MOVES, PRODUCTS, REDUCES
+from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
 from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
 from depthscope.probes.reading.states import States
 
@@ -262,7 +262,7 @@ def _reorders(h_res: torch.Tensor) -> bool:
 def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
     if value.name in MOVES:
         return value.numel < max((v.numel for v in memory.inside(value)), default=0)
-    return any(value.name in group for group in (PRODUCTS, MATRICES, REDUCES, JOINS))
+    return any(value.name in group for group in (PRODUCTS, MIXES, JOINS))
 
 
 def _last(cut: Cut) -> int:

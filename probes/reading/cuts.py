@@ -139,7 +139,7 @@ class _Life:
         self.scaling = scaling
         self._scaled = {number: at for at, of in enumerate(scaling) for number in of}
         values = memory.graph.values
-        self.relevant = memory.back([memory.end, *(branch.read for branch in branches)])
+        self.relevant = memory.back([*memory.ends, *(branch.read for branch in branches)])
         self.takers: dict[int, list[TracedValue]] = {number: [] for number in self.relevant}
         for number in sorted(self.relevant):
             for parent in memory.inside(values[number]):
@@ -159,7 +159,7 @@ class _Life:
         self.until = [self._until(branch) for branch in branches]
         for branch, until in zip(branches, self.until, strict=True):
             self.last[branch.read.number] = max(self.last[branch.read.number], until)
-        self.last[memory.end.number] = float("inf")
+        self.last |= {end.number: math.inf for end in memory.ends}
         self._born = sorted(self.relevant)
         self._sizes, self._counts = self._alive_after_each()
         self._trunk = sorted(memory.trunk)

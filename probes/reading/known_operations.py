@@ -16,11 +16,11 @@ from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     MATRICES,
+    MIXES,
     MOST_STREAMS,
     MOVES,
     NORMS,
     PRODUCTS,
-    REDUCES,
     SAME,
     SCATTERS,
     SUMS,
@@ -36,7 +36,7 @@ FUSED = {
     "addcmul": torch.ops.aten.mul.Tensor,
 }
 # What carries a memory: what it takes is held, and what it gives is made again from that.
-CARRYING = SAME | MOVES | TURNS | REDUCES | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *MATRICES, *FUSED}
+CARRYING = SAME | MOVES | TURNS | JOINS | {*SUMS, *SCATTERS, *PRODUCTS, *FUSED} | MIXES - {"convolution"}
 
 # Of what these take autograd saves each tensor, where all of them need gradients.
 SAVING = NORMS | MATRICES.keys() | PRODUCTS.keys()

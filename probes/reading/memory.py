@@ -60,7 +60,8 @@ class Memory:
     )  # carried, taken by what is opaque
     born: set[int] = field(default_factory=set)  # branch outputs that are kept next to the memory as they are
     end: TracedValue = None  # type: ignore[assignment]  # the last value of the longest way
-    trunk: set[int] = field(default_factory=set)  # the values on the ways to the end
+    unread: list[TracedValue] = field(default_factory=list)  # streams of the last state that nothing takes
+    trunk: set[int] = field(default_factory=set)  # the values on the ways to the end, and to those
     branches: list[Any] | None = None  # once they were looked for
 
     @property
@@ -87,6 +88,11 @@ class Memory:
     def num_writes(self) -> int:
         """How many writes follow each other on the longest way."""
         return self.depth[self.end.number]
+
+    @property
+    def ends(self) -> list[TracedValue]:
+        """The last value, and the streams of the last state that nothing takes."""
+        return [self.end, *self.unread]
 
     def holds(self, value: TracedValue) -> bool:
         """Whether a value is a part of the memory."""

@@ -36,7 +36,10 @@ MATRICES: dict[str, tuple[int, int]] = {
 # What mixes features by parameters: `linear` is a whole call of a layer.
 LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
-MIXES = names("convolution") | {*MATRICES, *REDUCES}  # of what a memory carries: its streams
+# What is linear in one operand and mixes it along an axis: the positions of that operand.
+SOLVES = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "triangular_solve": 0, "cholesky_solve": 0}
+MIXED_ALONG = {**dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0), **SOLVES}
+MIXES = names("convolution cumsum") | {*MATRICES, *REDUCES, *SOLVES}  # of what a memory carries: its streams
 JOINS = names("cat stack")
 ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
@@ -64,13 +67,36 @@ def only_moves(value: TracedValue) -> bool:
     return value.name in SAME or value.name in MOVES
 
 
+def mixed_axes(value: TracedValue) -> list[int] | None:
+    """Along which axes one of `MIXED_ALONG` mixes its operand; None where it adds something, or gives something else."""
+    args, of = value.args, value.args[MIXED_ALONG[value.name]]
+    rank = len(of.shape)
+    if value.name == "convolution":
+        return None if args[2] is not None else [1, *_mixed_places(value)]
+    if value.name in SOLVES:
+        is_vector = len(args[1 - SOLVES[value.name]].shape) > rank
+        axes = [rank - (1 if is_vector or not value.kwargs.get("left", True) else 2)]
+        return axes if value.item == 0 else None
+    if value.name == "roll" and len(args) < 3:
+        return None
+    at = 2 if value.name == "roll" else 1
+    given = args[at] if len(args) > at else None
+    dims = [given] if isinstance(given, int) else list(given or range(rank))
+    return [dim % rank for dim in dims]
+
+
+def _mixed_places(value: TracedValue) -> list[int]:
+    """Along which axes of an image a convolution does more than give each place by itself."""
+    _, kernel, _, stride, padding, _, transposed, *_ = value.args
+    each = zip(kernel.shape[2:], stride, padding, strict=True)
+    return [
+        2 + at for at, (size, step, pad) in enumerate(each) if transposed or (size, step, pad) != (1, 1, 0)
+    ]
+
+
 def mixes_channels(value: TracedValue) -> bool:
     """Whether a convolution is a matrix over the second axis alone: a kernel of one element, to which nothing is added."""
-    if value.name != "convolution":
-        return False
-    given, kernel, bias, stride, padding, _, transposed, _, groups = value.args
-    plain = groups == 1 and {*stride} == {1} and not any(padding) and not transposed and bias is None
-    return plain and len(given.shape) == len(kernel.shape) and {*kernel.shape[2:]} == {1}
+    return value.name == "convolution" and value.args[-1] == 1 and mixed_axes(value) == [1]
 
 
 def spreads(value: TracedValue, number: TracedValue) -> bool:

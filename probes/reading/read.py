@@ -15,7 +15,7 @@ from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read, size_of
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -27,7 +27,7 @@ from depthscope.probes.reading.description import (
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
-from depthscope.probes.reading.operations import MATRICES, REDUCES, only_moves
+from depthscope.probes.reading.operations import MIXES, only_moves
 from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
 from depthscope.probes.reading.states import States
 
@@ -111,6 +111,9 @@ class _Reader:
             raise ReadingError(NO_MEMORY)
         self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self._before: MemoryReading | None = None  # of an earlier forward, but for its coefficients
+        self._turn: list[
+            int
+        ] = []  # the streams of the last state in their order, by that in which they were made
         self._cuts: Cuts | None = None  # the states, where their connections are read
         self._inner: _Reader | None = (
             None  # of the memory between blocks, where that inside of them is none of its states
@@ -232,20 +235,29 @@ class _Reader:
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
         """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
 
-        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
+        The others are in the order in which the next steps take them one after another, if those before did so; else in
+        that of the steps that mixed them, whichever of them a branch wrote to last.
         """
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
         order: dict[int, TracedValue] = {}
         for value, weights_of in zip(after, h_res.any(-1).any(0), strict=True):
-            line = takewhile(lambda of: of.name not in {*MATRICES, *REDUCES}, self.memory.line(value))
+            line = takewhile(lambda of: of.name not in MIXES, self.memory.line(value))
             if any(of in before for of in line) and int(weights_of.sum()) == 1:
                 order.setdefault(int(weights_of.nonzero()), value)
         birth = {
             value: [*takewhile(lambda of: of not in before, self.memory.line(value))][-1:] for value in after
         }
         others = [value for value in after if value not in order.values()]
-        rest = iter(sorted(others, key=lambda value: [of.number for of in birth[value]]))
+        others.sort(key=lambda value: [of.number for of in birth[value]])
+        taken = [_taken_in_turn(self.graph, values) for values in (before, after)]
+        if all(taken) and len(before) == len(after):
+            born = [*others]
+            others.sort(key=lambda value: before.index(taken[0][taken[1].index(value)]))
+            self._turn = [born.index(value) for value in others]
+        elif len(self._turn) == len(others):  # the head takes them otherwise: as in the step before
+            others = [others[at] for at in self._turn]
+        rest = iter(others)
         return [order.get(place) or next(rest) for place in range(len(after))]
 
     def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
@@ -320,7 +332,7 @@ class _Reader:
         for before, after in pairwise(cuts):
             between = trunk[bisect_right(trunk, before[-1].number) : bisect_left(trunk, after[-1].number)]
             counts.add(max((memory.carried[n].count for n in between), default=0) // memory.count)
-        single = all(memory.carried[value.number].count == memory.count for cut in cuts for value in cut)
+        single = all(size_of(memory, cut) == memory.count for cut in cuts)
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
     def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
@@ -520,6 +532,17 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
+
+
+def _taken_in_turn(graph: Graph, values: Cut) -> Cut:
+    """Some values in the order in which equal operations take them for the first time; empty where others come between."""
+    takings = sorted(
+        ((taker.number, at), of) for of in values for taker in graph.takers(of)
+        for at, parent in enumerate(taker.parents) if parent is of
+    )[: len(values)]  # fmt: skip
+    kinds = {graph.values[number].name for (number, _), _ in takings}
+    found = [of for _, of in takings]
+    return found if len(kinds) == 1 and len({*found}) == len(values) else []
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

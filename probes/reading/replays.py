@@ -15,15 +15,17 @@ from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     JOINS,
     MATRICES,
+    MIXED_ALONG,
     PARTS,
     PRODUCTS,
     REDUCES,
     SAME,
+    SOLVES,
     SUMS,
     VIEWS,
     ZEROS,
     addends,
-    mixes_channels,
+    mixed_axes,
     part_of,
 )  # fmt: skip
 from depthscope.probes.reading.states import States
@@ -246,8 +248,11 @@ class Replays:
             return False
         if value.name in MATRICES:
             return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))
-        if mixes_channels(value):
-            return box.cut(0) is None and box.cut(1) is None
+        if (
+            value.name in MIXED_ALONG and value.name not in ON_ONE
+        ):  # a matrix of a solve has all axes but these two
+            axes = {*(mixed_axes(value) or ()), *range(len(value.shape) - 2 if value.name in SOLVES else 0)}
+            return all(of.cut(axis) is None for of in (box, self.box(operand)) for axis in axes)
         if value.name in ALONG_AN_AXIS:
             return self.box(operand).cut(value.args[1]) is None
         return value.name in ON_ONE

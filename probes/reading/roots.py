@@ -10,10 +10,10 @@ from depthscope.probes.reading.operations import (
     CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
+    MIXES,
     MOST_STREAMS,
     PARTS,
     PRODUCTS,
-    REDUCES,
     TURNS,
     VIEWS,
     addends,
@@ -118,8 +118,8 @@ class _Sums:
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value) or value.name in TURNS:
             return operands[0], False
-        mixes = value.name in MATRICES and not any(map(self._is_layer, value.parents))
-        if value.name in PRODUCTS or value.name in REDUCES or mixes:
+        mixes = value.name in MIXES and not self._is_of_layer(value)
+        if value.name in PRODUCTS or mixes:
             # Of a gate and what it scales, that which comes from further back.
             return max(
                 operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
@@ -143,6 +143,11 @@ class _Sums:
                 False,
             )  # as of a block with a shortcut of its own, whose output was put together of parts
         return carrier, bool(depending)
+
+    def _is_of_layer(self, value: TracedValue) -> bool:
+        if value.name == "convolution":
+            return value.args[-1] > 1 or max(value.args[1].shape[:2]) > FEW_STREAMS
+        return value.name in MATRICES and any(map(self._is_layer, value.parents))
 
     def _is_layer(self, value: TracedValue) -> bool:
         """Whether a factor is a parameter or computed from such alone, as a normalised one, and no matrix of a few streams."""

@@ -7,8 +7,32 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.reading.memory import Memory, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import MOST_STREAMS
+from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
+from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, moved
+
+
+def with_unread_streams(memory: Memory) -> Memory:
+    """The memory with all streams of its last state, where what follows takes some of several values alone."""
+    graph, branches = memory.graph, branches_of(memory)
+    last = max((branch.read.number for branch in branches), default=0)
+    later = [graph.values[number] for number in sorted(memory.carried) if number > last and branches]
+    ends = [of for of in later if of.name not in JOINS and all(t.name in JOINS for t in graph.takers(of))]
+    unread = [of for of in ends if not graph.reaches_output(of) and of not in moved(graph, of.parents[0])]
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) if unread else set[int]()
+
+    def alive(moment: int) -> int:
+        """How many elements are needed after a moment."""
+        values = [graph.values[number] for number in relevant if number <= moment]
+        later = {
+            of for of in values if any(t.number > moment and t.number in relevant for t in graph.takers(of))
+        }
+        return sum(memory.carried[of.number].count for of in values if of in later or of is memory.end)
+
+    written = max((write.number for branch in branches for write in branch.writes), default=0)
+    missing = alive(last) - alive(written)
+    if not unread or sum(memory.carried[of.number].count for of in unread) != missing:
+        return memory
+    return replace(memory, unread=unread, trunk=memory.trunk | memory.back(unread), branches=None)
 
 
 def tracks(memory: Memory) -> list[Memory]:
@@ -78,52 +102,51 @@ def _container(graph: Graph, number: int) -> str:
 
 
 def with_streams_apart(memory: Memory) -> list[Memory]:
-    """The memory, or its part with streams, which comes first, and the parts with plain blocks before and after that.
+    """The memory, or its parts with streams, which come first, and the parts with plain blocks before and after those.
 
-    Everything goes through the value that begins a part, and branches between the first and the last value with streams read
-    one stream's worth of them. What is expanded again and again, as inside of each block, has no such part.
+    Everything goes through the value that begins a part, and branches of one with streams read one stream's worth of them.
+    What is expanded again and again, as inside of each block, has no such part.
     """
-    found = _wide_part(memory)
-    if found is None:
+    begins, starts = _parts_by_streams(memory), list[Start]()
+    if not begins:
         return [memory]
-    graph, start, (first, merged) = memory.graph, memory.start, found
-    end = frozenset() if merged is None else frozenset({merged.number})
-    wide = replace(start, root=first, numbers=memory.carried[first.number], banned=start.banned | end)
-    starts = [wide, replace(start, banned=start.banned | {first.number})]
-    if merged is not None:
-        starts.append(replace(start_of(merged), functions=start.functions, banned=start.banned))
-    parts = [without_forks(graph, of) for of in starts]
-    return (
-        [part for part in parts if part.num_writes and branches_of(part)]
-        if branches_of(parts[0])
-        else [memory]
-    )
+    for first, after in zip(begins, [*begins[1:], None], strict=True):
+        numbers, start = memory.carried[first.number], memory.start
+        if numbers.count == memory.count and first is not memory.root:
+            start = replace(start_of(first), functions=start.functions, banned=start.banned)
+        start = replace(
+            start, root=first, numbers=start.numbers if numbers.count == memory.count else numbers
+        )
+        starts.append(replace(start, banned=start.banned | {after.number}) if after is not None else start)
+    parts = [part for part in (without_forks(memory.graph, of) for of in starts) if part.num_writes]
+    parts.sort(key=lambda part: part.start.numbers.count == memory.count)
+    return [part for part in parts if branches_of(part)] or [memory]
 
 
-def _wide_part(memory: Memory) -> tuple[TracedValue, TracedValue | None] | None:
-    """The first value with streams, and the one into which they are merged; None where a memory has no such part."""
+def _parts_by_streams(memory: Memory) -> list[TracedValue]:
+    """The values with which parts begin that have another number of streams; empty where one number is that of all blocks."""
     passages = list(_passages(memory))
     sizes = [memory.carried[value.number].count for value in passages]
-    wide = [at for at, size in enumerate(sizes) if size > memory.count]
-    if not wide or sizes[0] != memory.count or set(sizes) != {memory.count, sizes[wide[0]]}:
-        return None
-    if sizes[wide[0]] % memory.count or sizes[wide[0]] > MOST_STREAMS * memory.count:
-        return None
-    first = wide[0]
-    after = next((at for at, size in enumerate(sizes) if at > first and size == memory.count), None)
-    is_spread = memory.depth[passages[first].number] == memory.depth[passages[first - 1].number]
-    if not is_spread or (after is not None and after < wide[-1]):
-        return None  # a history holds what branches gave in between
-    merged = None if after is None else passages[after]
-    until = memory.end.number + 1 if merged is None else merged.number
-    depths = [memory.depth[of.number] for of in (passages[first], merged or memory.end, memory.end)]
-    if not depths[0] and depths[1] == depths[2]:
-        return None  # streams from the first block to the last one
-    inside = [
-        branch for branch in branches_of(memory) if passages[first].number < branch.source.number < until
-    ]
-    reads = [memory.carried[branch.read.number].count for branch in inside]
-    return (passages[first], merged) if len(inside) > 1 and set(reads) == {memory.count} else None
+    begins = [at for at, size in enumerate(sizes) if not at or size != sizes[at - 1]]
+    wide = [at for at in begins if sizes[at] > memory.count]
+    others = [at for at in begins if at not in wide]
+    if not wide or begins[0] in wide or len({sizes[at] for at in wide}) < len(wide) or len(others) > 2:
+        return []
+    if any(sizes[at] % memory.count or sizes[at] > MOST_STREAMS * memory.count for at in wide):
+        return []
+    depth = {at: memory.depth[passages[at].number] for at in range(len(passages))}
+    if any(depth[at] != depth[at - 1] for at in wide):
+        return []  # a history holds what branches gave in between
+    merged = others[1] if len(others) > 1 else None
+    if merged is not None and merged < wide[-1]:
+        return []
+    last = memory.depth[memory.end.number]
+    if len(wide) == 1 and not depth[wide[0]] and (depth[merged] if merged is not None else last) == last:
+        return []  # streams from the first block to the last one
+    until = memory.end.number + 1 if merged is None else passages[merged].number
+    inside = [b for b in branches_of(memory) if passages[wide[0]].number < b.source.number < until]
+    reads = {memory.carried[branch.read.number].count for branch in inside}
+    return [passages[at] for at in begins] if len(inside) > 1 and reads == {memory.count} else []
 
 
 def _passages(memory: Memory) -> Iterator[TracedValue]:

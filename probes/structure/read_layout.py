@@ -62,9 +62,10 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
     streams = [axis for axis in named if "N" in axis]
     features = next((axis for axis in named if "D" in axis), [])
     if (
-        len(streams) == 2 and "N" in features
-    ):  # parts of the features of each stream that are connected separately
-        features[features.index("N")] = "F"
+        len(streams) == 2
+    ):  # parts of the features of each stream, or further streams, that are connected separately
+        inner = features if "N" in features else streams[1]
+        inner[inner.index("N")] = "F"
     if "B" in single:  # one sequence, of which the state has no axis
         tokens = next((axis for axis in named if axis[0] == "T"), named[0])
         tokens.insert(0, "B")
@@ -117,7 +118,7 @@ def _with_batch(parts: list[Part], batch_size: int) -> list[Part]:
     raise LayoutError(
         f"the first state has the axes {[size for _, size, _ in parts]}, of which none is one of {batch_size} sequences; call "
         "the model with one sequence in each row of the batch, or say how it is read with layout=, as layout='T D' for all "
-        "tokens as those of one sequence"
+        "tokens as those of one sequence; where the model runs the batch in parts, call it with the sequences of one part"
     )
 
 

@@ -55,6 +55,65 @@ def test_streams_in_a_list_are_read_however_they_begin(start, shape):
         assert difference(found[0, 0], true.detach()) < 1e-5
 
 
+class Turned(Trunk):
+    """Four streams along the first axis, or in a list, mixed each time by an operation that no matrix product is."""
+
+    def __init__(self, how: str, takes: slice = slice(None)):
+        super().__init__()
+        self.how, self.takes = how, takes
+        self.starts = nn.ModuleList(nn.Linear(5, WIDTH) for _ in range(4))
+        self.angles, self.kernels = nn.Parameter(torch.rand(3, 4)), nn.Parameter(torch.rand(3, 1, 1, 3))
+
+    def mixed(self, number, streams):
+        """The streams of (4, …), mixed."""
+        angles, kernel = self.angles[number], self.kernels[number]
+        if self.how == "solved":
+            skew = torch.diag(angles[:3], 1) - torch.diag(angles[:3], -1)
+            both = torch.eye(4) + skew, torch.eye(4) - skew
+            return torch.linalg.solve(both[0], both[1] @ streams.flatten(1)).view_as(streams)
+        if self.how == "convolved":
+            along = functional.conv1d(streams.movedim(0, -1).reshape(-1, 1, 4), kernel, padding=1)
+            return along.view(*streams.shape[1:], 4).movedim(-1, 0)
+        if self.how == "summed up":
+            return streams + 0.1 * streams.cumsum(0)
+        if self.how == "on two axes":  # as a square of streams
+            square = angles[0] * streams.view(2, 2, *streams.shape[1:])
+            return (square + angles[1] * square.flip(0) + angles[2] * square.flip(1)).view_as(streams)
+        turned = list(streams)  # pairs are rotated in turn, in the list itself
+        for angle, (p, q) in zip(angles, ((0, 1), (2, 3), (1, 2), (3, 0)), strict=True):
+            cos, sin = angle.cos(), angle.sin()
+            turned[p], turned[q] = cos * turned[p] - sin * turned[q], sin * turned[p] + cos * turned[q]
+        return turned
+
+    def forward(self, x):
+        streams = [start(x) for start in self.starts]
+        streams = (
+            [streams[0] * scale for scale in self.angles[0]]
+            if self.how == "rotated"
+            else torch.stack(streams)
+        )
+        self.passed = [torch.stack([*streams], -2)]
+        for number, branch in enumerate(self.branches):
+            out = branch(streams[0] + streams[1] + streams[2] + streams[3])
+            streams = self.mixed(number, streams)
+            streams = [*streams[:3], streams[3] + out] if self.how == "rotated" else streams + out
+            self.passed.append(torch.stack([*streams], -2))
+        return self.head(sum(streams[self.takes]))
+
+
+@pytest.mark.parametrize("how", ["solved", "convolved", "summed up", "on two axes", "rotated"])
+@pytest.mark.parametrize("takes", [slice(None), slice(3, None)], ids=["sum", "one"])
+def test_streams_are_mixed_by_any_operation_that_mixes_nothing_else(how, takes):
+    run = ds.capture(model := Turned(how, takes).eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    for found, passed in zip(run.trace.residual.values, model.passed, strict=True):
+        assert difference(found, passed.detach()) < 1e-6
+    for number, found in enumerate(run.trace.h_res.values):
+        unit = torch.eye(4)[..., None]
+        true = torch.stack([*model.mixed(number, unit)])[..., 0]
+        assert difference(found[0, 0], true.detach()) < 1e-5
+
+
 class Rolled(Trunk):
     """A circulant H_res: Σ c_k roll(X, k), which has no weights but the c_k."""
 

@@ -99,6 +99,62 @@ def test_streams_in_a_part_of_the_depth_are_read_and_the_other_blocks_have_chain
         assert states.sizes["stream"] == 1
 
 
+class OtherCount(Streams):
+    """A stream joins after two blocks, or leaves."""
+
+    def __init__(self, counts: tuple[int, int]):
+        super().__init__(inside=4)
+        self.counts = counts
+        for block, n in zip(self.inside, (counts[0], counts[0], counts[1], counts[1]), strict=True):
+            block.mix = nn.Parameter(block.mix[:n, :n].detach())
+            block.read, block.write = (nn.Parameter(of[:n].detach()) for of in (block.read, block.write))
+
+    def forward(self, batch):
+        h = self.embed(batch)[:, :, None].expand(-1, -1, self.counts[0], -1)
+        self.passed = [h]
+        for number, block in enumerate(self.inside):
+            if number == 2:
+                h = torch.cat([h, h.mean(2, keepdim=True)], 2)[:, :, : self.counts[1]]
+                self.passed.append(h)
+            h = block(h, batch.mean(1))
+            self.passed.append(h)
+        return self.head(h.mean(2))
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_parts_with_other_numbers_of_streams_have_chains_of_their_own(counts):
+    model = OtherCount(counts)
+    for chain, part in (("inside", slice(0, 3)), ("inside#2", slice(3, 6))):
+        trace = ds.capture(model, BATCH, chain=chain)["trace"]
+        assert trace.attrs["proof"] == "proven"
+        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed[part]).detach(), atol=1e-6)
+
+
+class Meeting(Streams):
+    """Plain blocks of two tracks, which meet in a sum that others go on from."""
+
+    def __init__(self):
+        super().__init__(before=2, inside=0, after=2)
+        self.other, self.beside = nn.Linear(4, WIDTH), nn.ModuleList(Plain() for _ in range(3))
+
+    def forward(self, batch):
+        x, y = self.embed(batch), self.other(batch)
+        for block in self.before:
+            x = block(x)
+        self.passed = [y]
+        for block in self.beside:
+            self.passed.append(y := block(y))
+        x = x + y
+        for block in self.after:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_track_that_is_added_to_another_one_is_a_chain_up_to_there():
+    found = {memory.name: len(memory.connections) for memory in read_model(Meeting(), BATCH).memories}
+    assert sorted(found.values()) in ([2, 5], [2, 6], [3, 4], [3, 5])
+
+
 @pytest.mark.parametrize("gate", ["gain", "condition"])
 def test_a_gate_of_each_feature_is_a_part_of_the_branch_next_to_the_weights_of_streams(gate):
     model = Streams(gate=gate)
