@@ -1,4 +1,4 @@
-"""Small networks after public code that was misread in the fourth field trial, compared with what their own hooks give."""
+"""Small networks after public code that was misread in the field trials, compared with what their own hooks give."""
 
 from __future__ import annotations
 
@@ -275,3 +275,107 @@ def test_states_are_compared_in_double_precision_whatever_the_default_is():
         assert int(spread(2**25, 64)[-1]) == 2**25 - 1
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class MixedWithZeros(nn.Module):
+    """Attention residuals in blocks of two, whose running sum begins with zeros and is mixed with what came before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+        self.queries = nn.Parameter(torch.randn(5, WIDTH))
+        self.blocks = nn.ModuleList(Block().mlp for _ in range(4))
+        self.reads: list[torch.Tensor] = []
+
+    def mix(self, query, sources):
+        values = torch.stack(sources)
+        share = torch.einsum("d,jbtd->jbt", query, nn.functional.rms_norm(values, (WIDTH,))).softmax(0)
+        self.reads.append(torch.einsum("jbt,jbtd->btd", share, values))
+        return self.reads[-1]
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        done, part, self.reads = [x], torch.zeros_like(x), []
+        for number, (block, query) in enumerate(zip(self.blocks, self.queries, strict=False)):
+            if number == 2:
+                done, part = [*done, part], torch.zeros_like(x)
+            part = part + block(self.mix(query, [*done, part]))
+        return self.head(self.mix(self.queries[-1], [*done, part]))
+
+
+def test_zeros_take_a_share_of_what_is_read():
+    model = MixedWithZeros().eval()
+    trace = ds.capture(model, ids()).trace
+    model(ids())
+    for found, read in zip(trace.branch_in.values, model.reads, strict=False):
+        assert (torch.as_tensor(found) - read).abs().max() < 1e-5
+    assert 0 < trace.depth_read.values[0, ..., 0].max() < 1  # the embedding's, next to zeros
+
+
+class ReadsAllStates(nn.Module):
+    """Plain blocks, of which each adds at once what it makes of its state and of all that earlier blocks gave."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.queries = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
+        self.keys = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        states = []
+        for block, query, keys in zip(self.blocks, self.queries, self.keys, strict=True):
+            asked, own = query(nn.functional.rms_norm(x, (WIDTH,))).chunk(2, -1)
+            if states:
+                key, value = keys(nn.functional.rms_norm(torch.stack(states, 2), (WIDTH,))).chunk(2, -1)
+                share = (asked[:, :, None] * key).sum(-1).softmax(-1)
+                own = own + (share[..., None] * value).sum(2)
+            x = block(x + torch.tanh(own))
+            states.append(x)
+        return self.head(x)
+
+
+def test_a_branch_may_read_all_earlier_states_at_once():
+    model = ReadsAllStates().eval()
+    run = ds.capture(model, ids())
+    given = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
+    model(ids())
+    assert run.attrs["proof"] == "proven"
+    states = [torch.as_tensor(state[:, :, 0]) for state in run.trace.residual.values]
+    assert all(min((state - after).abs().max() for state in states) < 1e-5 for after in given)
+
+
+class FromNumbers(nn.Module):
+    """Streams with matrices that they compute, which begin with a linear map of the input and not with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.begin, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.mlps = nn.ModuleList(Block().mlp for _ in range(3))
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, STREAMS + 1) for _ in range(3))
+        self.matrices: list[torch.Tensor] = []
+
+    def forward(self, x):
+        h, self.matrices = self.begin(x)[:, :, None].repeat(1, 1, STREAMS, 1), []
+        for mlp, mix in zip(self.mlps, self.mixes, strict=True):
+            alpha = mix(nn.functional.rms_norm(h, (WIDTH,))).softmax(2)  # (B, T, from, to)
+            mixed = alpha.transpose(2, 3) @ h
+            self.matrices.append(alpha[..., 1:].transpose(2, 3).detach())
+            h = mixed[:, :, 1:] + mlp(mixed[:, :, 0])[:, :, None]
+        return self.head(h.sum(2))
+
+
+def test_streams_may_begin_with_a_linear_map():
+    model = FromNumbers().eval()
+    batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    run = ds.capture(model, batch)
+    assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
+    model(batch)
+    for found, matrix in zip(run.trace.h_res.values, model.matrices, strict=True):
+        assert (torch.as_tensor(found) - matrix).abs().max() < 1e-5
