@@ -351,24 +351,24 @@ def test_a_branch_may_read_all_earlier_states_at_once():
 
 
 class FromNumbers(nn.Module):
-    """Streams with matrices that they compute, which begin with a linear map of the input and not with an embedding."""
+    """The published streams of a library, which begin with a linear map of the input and not with an embedding."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
+        library = pytest.importorskip("hyper_connections")
+        begin, self.expand, self.reduce = library.mc_get_init_and_expand_reduce_stream_functions(STREAMS)
         self.begin, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
-        self.mlps = nn.ModuleList(Block().mlp for _ in range(3))
-        self.mixes = nn.ModuleList(nn.Linear(WIDTH, STREAMS + 1) for _ in range(3))
-        self.matrices: list[torch.Tensor] = []
+        self.blocks = nn.ModuleList(begin(dim=WIDTH, branch=Block().mlp) for _ in range(4))
+        with torch.no_grad():
+            for parameter in self.blocks.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
 
     def forward(self, x):
-        h, self.matrices = self.begin(x)[:, :, None].repeat(1, 1, STREAMS, 1), []
-        for mlp, mix in zip(self.mlps, self.mixes, strict=True):
-            alpha = mix(nn.functional.rms_norm(h, (WIDTH,))).softmax(2)  # (B, T, from, to)
-            mixed = alpha.transpose(2, 3) @ h
-            self.matrices.append(alpha[..., 1:].transpose(2, 3).detach())
-            h = mixed[:, :, 1:] + mlp(mixed[:, :, 0])[:, :, None]
-        return self.head(h.sum(2))
+        x = self.expand(self.begin(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.reduce(x))
 
 
 def test_streams_may_begin_with_a_linear_map():
@@ -376,6 +376,11 @@ def test_streams_may_begin_with_a_linear_map():
     batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
     run = ds.capture(model, batch)
     assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
+    given = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
     model(batch)
-    for found, matrix in zip(run.trace.h_res.values, model.matrices, strict=True):
-        assert (torch.as_tensor(found) - matrix).abs().max() < 1e-5
+    ends = run.trace.residual.values[1:]
+    for state, after in zip(ends, given, strict=True):
+        streams = after.unflatten(0, (2, STREAMS)).transpose(1, 2)
+        assert (torch.as_tensor(state) - streams).abs().max() < 1e-5
