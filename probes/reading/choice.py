@@ -148,7 +148,7 @@ def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
-    """The first memory; one with more writes, if the whole trunk lies inside of the first's only branch or around its begin."""
+    """The first memory; one with more writes, if that lies inside of the first's only branch or around its begin."""
     best = ranked[0]
     if best.memory.num_writes > 1:
         return best

@@ -120,7 +120,7 @@ class _Sums:
             return operands[0], False
         mixes = value.name in MATRICES and not any(map(self._is_layer, value.parents))
         if value.name in PRODUCTS or value.name in REDUCES or mixes:
-            # Of a gate and what it scales, that which comes from further back; of a matrix and what it mixes, what that is made of.
+            # Of a gate and what it scales, that which comes from further back; of a matrix of streams, what it is made of.
             made_of = [a for a in operands if mixes and any(self._is_added(a, b) for b in operands)]
             return max(
                 made_of or operands,

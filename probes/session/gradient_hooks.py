@@ -77,8 +77,8 @@ def backward_to(
         if "use_reentrant" not in str(error):
             raise
         raise CaptureError(
-            "the model computes blocks again in its backward, by torch.utils.checkpoint with use_reentrant=True, which can end "
-            "at no state; expected a backward that can: call checkpoint with use_reentrant=False, or capture without gradients"
+            "the model computes blocks again in its backward, by torch.utils.checkpoint with use_reentrant=True, which can "
+            "end at no state; call checkpoint with use_reentrant=False, or capture without gradients"
         ) from error
     for listener, times, gradient in zip(listeners, before, found, strict=True):
         if listener.num_received == times:  # nothing below its node was run
