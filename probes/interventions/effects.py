@@ -149,6 +149,10 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
             effects.append(measure.effect(change, passed))
     if not effects:
         raise InterventionError(next(iter(left_out.values()), "no experiment could be made"))
+    others = [of.name for of in under_test.structure.chains if of.name != under_test.chain.name]
+    left_out |= {
+        name: f"another chain than {under_test.chain.name!r}; chain={name!r} changes it" for name in others
+    }
     return _BatchRows(
         measure.base_loss,
         effects,

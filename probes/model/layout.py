@@ -31,6 +31,11 @@ def parse_layout(layout: str) -> list[list[str]]:
     >>> parse_layout("(B N) T D")
     [['B', 'N'], ['T'], ['D']]
     """
+    if not layout:
+        raise LayoutError(
+            "the states have their sequences, tokens and features in no order that a layout can name; say how they are read "
+            "with layout=, such as 'B T D'"
+        )
     # Each match is a pair (letters inside brackets, a letter outside); one of the two is empty.
     matches = re.findall(r"\(([^)]*)\)|(\S)", layout)
     groups = [list((merged or single).replace(" ", "")) for merged, single in matches if merged or single]

@@ -148,7 +148,7 @@ def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
-    """The first memory; one inside of its only branch, if the whole trunk lies there and one sum goes around it."""
+    """The first memory; one with more writes, if that lies inside of the first's only branch or around its begin."""
     best = ranked[0]
     if best.memory.num_writes > 1:
         return best
@@ -156,9 +156,15 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     for other in ranked[1:]:
         if other.memory.num_writes > 1 and other.share > best.share / 2:
             inner = other.memory, branches_of(other.memory)
-            if inner[1] and _nested(graph, inner, outer):
+            if inner[1] and (_nested(graph, inner, outer) or _begins_in_branch(best.memory, inner[1])):
                 return other
     return best
+
+
+def _begins_in_branch(memory: Memory, branches: Sequence[Branch]) -> bool:
+    """Whether a memory begins inside of one of some branches, as values of a first attention that later ones add to theirs."""
+    graph, root = memory.graph, memory.root
+    return any(graph.depends(root, of.read) and graph.depends(of.source, root) for of in branches)
 
 
 def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:

@@ -50,8 +50,18 @@ class DepthParts:
 
     states: list[TracedValue]
     sources: list[torch.Tensor]  # (tokens, features)
-    weights: dict[int, torch.Tensor]  # by the number of a state or read: (tokens, sources, features or 1)
-    constants: dict[int, torch.Tensor]
+    # By the number of a state or read, and by which of several values at once: (tokens, sources, features or 1).
+    weights: dict[tuple[int, int], torch.Tensor]
+    constants: dict[tuple[int, int], torch.Tensor]
+
+    def of(self, value: TracedValue) -> torch.Tensor:
+        """The weights of a state, or of a read of one value."""
+        return self.weights[value.number, 0]
+
+    def rows(self, values: Sequence[TracedValue]) -> list[torch.Tensor]:
+        """The weights of all that some values have, one after another."""
+        numbers = [value.number for value in values]
+        return [of for number in numbers for (read, _), of in self.weights.items() if read == number]
 
 
 def weights(found: torch.Tensor) -> torch.Tensor:
@@ -222,9 +232,9 @@ class Linear:
         reads = [read for branch in branches for read in self.mixtures(branch)]
         ordered = sorted(dict.fromkeys(values), key=lambda value: value.number)
         held_values = list(dict.fromkeys([*ordered, *reads]))
-        counts = {self.states.num_streams([value]) for value in held_values}
+        counts = {self.states.num_streams([value]) for value in ordered}
         if counts != {1}:
-            raise ReadingError(f"the memory grows, and what branches read has {sorted(counts)} streams")
+            raise ReadingError(f"the memory grows, and its states have {sorted(counts)} streams")
         root = self.states.memory.root
         if (streams := self.states.num_streams([root])) > 1:
             raise ReadingError(
@@ -235,16 +245,22 @@ class Linear:
             raise ReadingError("the memory grows, and a branch gives several streams of it")
         sources = [[root], *([branch.source] for branch in branches)]
         found = self.held(held_values, sources)
-        everything = range(len(sources))
+        columns = {value.number: found.columns([value], range(len(sources))) for value in held_values}
+        added = self._constants([[value] for value in held_values], sources)
         return DepthParts(
             ordered,
             [self.states.array([root])[:, 0], *(output[:, 0] for output in outputs)],
-            {value.number: found.columns([value], everything)[:, 0] for value in held_values},
+            {(number, row): of[:, row] for number, of in columns.items() for row in range(of.shape[1])},
             {
-                held_values[at].number: of[:, 0]
-                for at, of in self._constants([[value] for value in held_values], sources).items()
+                (held_values[at].number, row): of[:, row]
+                for at, of in added.items()
+                for row in range(of.shape[1])
             },
         )
+
+    def num_mixtures(self, branch: Branch) -> int:
+        """How many sums over depth a branch reads: one, several, or all of some that lie next to one another."""
+        return sum(self.states.num_streams([read]) for read in self.mixtures(branch))
 
     def mixtures(self, branch: Branch) -> list[TracedValue]:
         """What a branch reads: several mixtures of earlier outputs at once, or one."""

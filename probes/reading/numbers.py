@@ -214,7 +214,8 @@ class Numbers:
         if tuple(shape) == self.shape:
             return self
         if self.array is not None:
-            return Numbers.of(self.array.reshape(tuple(shape)))
+            again = self.array.reshape(tuple(shape))
+            return Numbers.of(again) or Numbers(array=again)  # zeros hold nothing, and stay next to what does
         axes: list[np.ndarray] = []
         for group, sizes in _groups(self.shape, shape):
             vectors = [self.axes[dim] for dim in group]

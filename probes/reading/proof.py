@@ -164,9 +164,9 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
     """How far states and reads are from the weighted sums of what is reported."""
     sources = torch.stack(parts.sources, 1)
     worst = 0.0
-    for number, weight in parts.weights.items():
-        total = _applied(weight[:, None], sources)[:, 0] + parts.constants.get(number, 0)
-        worst = max(worst, _error(total, states.array([states.graph.values[number]])[:, 0]))
+    for (number, row), weight in parts.weights.items():
+        total = _applied(weight[:, None], sources)[:, 0] + parts.constants.get((number, row), 0)
+        worst = max(worst, _error(total, states.array([states.graph.values[number]])[:, row]))
     return worst
 
 

@@ -429,7 +429,7 @@ class _Reader:
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_first_state(parts)
         first = self._read_state(self.branches[0]) if by_read else parts.states[0]
-        if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
+        if parts.weights.get((first.number, 0), parts.sources[0][:, :1]).shape[-1] > 1:
             parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
@@ -494,32 +494,34 @@ class _Reader:
             k for k, branch in enumerate(self.branches)
             if (self._read_state(branch) is read_state if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
-        reads = [self.branches[k] for k in new if len(self.linear.mixtures(self.branches[k])) == 1]
+        reads = [self.branches[k] for k in new if self.linear.num_mixtures(self.branches[k]) == 1]
         read = reads[-1].read if reads else before
-        carry = parts.weights[after.number].clone()
+        carry = parts.of(after).clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = _by_source("depth_read", parts.weights[read.number]) | _by_source("depth_carry", carry)
-        found |= _by_source("state", parts.weights[before.number])
-        if after.number in parts.constants:
-            found["constant"] = parts.constants[after.number]
+        found = _by_source("depth_read", parts.of(read)) | _by_source("depth_carry", carry)
+        found |= _by_source("state", parts.of(before))
+        if (after.number, 0) in parts.constants:
+            found["constant"] = parts.constants[after.number, 0]
         branches = []
         for k in new:
-            own = weights(parts.weights[after.number][:, k + 1])
+            own = weights(parts.of(after)[:, k + 1])
             out = parts.sources[k + 1].unsqueeze(1)
             written = {"branch_gate": own} if own.shape[-1] > 1 else {"write": own.unsqueeze(-1)}
             written["out"] = out
-            mixtures = self.linear.mixtures(self.branches[k])
-            if len(mixtures) > 1:
-                rows = torch.stack([parts.weights[read.number] for read in mixtures], 1)
-                written |= _by_source("depth_read", rows)
+            rows = parts.rows(self.linear.mixtures(self.branches[k]))
+            if len(rows) > 1:
+                written |= _by_source("depth_read", torch.stack(rows, 1))
             branches.append(self._branch(self.branches[k], written))
         return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
 
     def _read_state(self, branch: Branch) -> TracedValue:
         """What a branch reads; where it reads several mixtures at once, what its output is added to."""
         inside = self.memory.inside(branch.writes[0])
-        several = len(self.linear.mixtures(branch)) > 1
-        return inside[0] if several and len(inside) == 1 else branch.read
+        if self.linear.num_mixtures(branch) > 1 and len(inside) == 1:
+            return inside[0]
+        # Of what it reads at once, the last that is one value, and not several next to one another.
+        reads = [branch.read, *reversed(branch.reads_before_norms)]
+        return next((read for read in reads if self.states.num_streams([read]) == 1), branch.read)
 
     def _bases(self, last: TracedValue) -> list[TracedValue]:
         """What each branch's output is added to, where these are the states and branches read sums of them; else nothing."""
@@ -555,20 +557,20 @@ def _begin_with_first_state(parts: DepthParts) -> None:
 
     What is added to that, as positions are, is a part of it where every sum has both by one weight.
     """
-    first = parts.states[0].number
+    first = parts.states[0].number, 0
     scale, added = parts.weights[first][:, 0].clone(), parts.constants.get(first)
     if bool((scale == 0).any()) or bool((parts.weights[first][:, 1:] != 0).any()):
         return
-    ratios = {number: of[:, 0] / scale for number, of in parts.weights.items()}
+    ratios = {at: of[:, 0] / scale for at, of in parts.weights.items()}
     parts.sources[0] = parts.sources[0] * scale
     if added is not None and len(parts.constants) == sum(bool((of != 0).any()) for of in ratios.values()):
         largest = float(added.abs().max())
-        pairs = [(ratios[number], constant) for number, constant in parts.constants.items()]
+        pairs = [(ratios[at], constant) for at, constant in parts.constants.items()]
         apart = [((of - r * added).abs(), 1e-5 * largest * r.abs().clamp_min(1)) for r, of in pairs]
         if all(bool((error <= allowed).all()) for error, allowed in apart):
             parts.sources[0] = parts.sources[0] + added
             parts.constants.clear()
-    for number, of in parts.weights.items():
-        own = ratios[number].unsqueeze(1)
+    for at, of in parts.weights.items():
+        own = ratios[at].unsqueeze(1)
         scaled = torch.cat([own, of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
-        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
+        parts.weights[at] = weights(scaled)  # the gain of a norm of the embedding was one of each feature

@@ -120,9 +120,11 @@ class _Sums:
             return operands[0], False
         mixes = value.name in MIXES and not self._is_of_layer(value)
         if value.name in PRODUCTS or mixes:
-            # Of a gate and what it scales, that which comes from further back.
+            # Of a gate and what it scales, that which comes from further back; of a matrix of streams, what it is made of.
+            made_of = [a for a in operands if mixes and any(self._is_added(a, b) for b in operands)]
             return max(
-                operands, key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number)
+                made_of or operands,
+                key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number),
             ), False
         added = [p for p in dict.fromkeys(addends(value)) if p in operands]
         if len(added) < 2:

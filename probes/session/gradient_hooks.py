@@ -9,6 +9,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
 
 if TYPE_CHECKING:
@@ -70,7 +71,15 @@ def backward_to(
     before = [listener.num_received for listener in listeners]
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
     edges = [listener.end for listener in listeners if listener.end is not None]
-    found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
+    try:
+        found = torch.autograd.grad(outputs, edges, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise CaptureError(
+            "the model computes blocks again in its backward, by torch.utils.checkpoint with use_reentrant=True, which can "
+            "end at no state; call checkpoint with use_reentrant=False, or capture without gradients"
+        ) from error
     for listener, times, gradient in zip(listeners, before, found, strict=True):
         if listener.num_received == times:  # nothing below its node was run
             listener.receive(gradient)

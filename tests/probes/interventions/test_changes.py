@@ -449,3 +449,9 @@ def test_a_compiled_model_is_changed_as_it_is_written():
     expected = only(ModelUnderTest(model, ids()), "skip", blocks=0)
     compiled = torch.compile(model, backend="eager")
     assert same_values(only(ModelUnderTest(compiled, ids()), "skip", blocks=0), expected)
+
+
+def test_a_chain_that_is_not_changed_is_named():
+    family = next(f for f in families.FAMILIES if f.name == "t5")
+    found = ablate(built(family), family.batch(), "skip")
+    assert any("chain='decoder' changes it" in line for line in found.attrs["left_out"])

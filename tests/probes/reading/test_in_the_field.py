@@ -1,4 +1,4 @@
-"""Small networks after public code that was misread in the fourth field trial, compared with what their own hooks give."""
+"""Small networks after public code that was misread in the field trials, compared with what their own hooks give."""
 
 from __future__ import annotations
 
@@ -275,3 +275,112 @@ def test_states_are_compared_in_double_precision_whatever_the_default_is():
         assert int(spread(2**25, 64)[-1]) == 2**25 - 1
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class MixedWithZeros(nn.Module):
+    """Attention residuals in blocks of two, whose running sum begins with zeros and is mixed with what came before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+        self.queries = nn.Parameter(torch.randn(5, WIDTH))
+        self.blocks = nn.ModuleList(Block().mlp for _ in range(4))
+        self.reads: list[torch.Tensor] = []
+
+    def mix(self, query, sources):
+        values = torch.stack(sources)
+        share = torch.einsum("d,jbtd->jbt", query, nn.functional.rms_norm(values, (WIDTH,))).softmax(0)
+        self.reads.append(torch.einsum("jbt,jbtd->btd", share, values))
+        return self.reads[-1]
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        done, part, self.reads = [x], torch.zeros_like(x), []
+        for number, (block, query) in enumerate(zip(self.blocks, self.queries, strict=False)):
+            if number == 2:
+                done, part = [*done, part], torch.zeros_like(x)
+            part = part + block(self.mix(query, [*done, part]))
+        return self.head(self.mix(self.queries[-1], [*done, part]))
+
+
+def test_zeros_take_a_share_of_what_is_read():
+    model = MixedWithZeros().eval()
+    trace = ds.capture(model, ids()).trace
+    model(ids())
+    for found, read in zip(trace.branch_in.values, model.reads, strict=False):
+        assert (torch.as_tensor(found) - read).abs().max() < 1e-5
+    assert 0 < trace.depth_read.values[0, ..., 0].max() < 1  # the embedding's, next to zeros
+
+
+class ReadsAllStates(nn.Module):
+    """Plain blocks, of which each adds at once what it makes of its state and of all that earlier blocks gave."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.queries = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
+        self.keys = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        states = []
+        for block, query, keys in zip(self.blocks, self.queries, self.keys, strict=True):
+            asked, own = query(nn.functional.rms_norm(x, (WIDTH,))).chunk(2, -1)
+            if states:
+                key, value = keys(nn.functional.rms_norm(torch.stack(states, 2), (WIDTH,))).chunk(2, -1)
+                share = (asked[:, :, None] * key).sum(-1).softmax(-1)
+                own = own + (share[..., None] * value).sum(2)
+            x = block(x + torch.tanh(own))
+            states.append(x)
+        return self.head(x)
+
+
+def test_a_branch_may_read_all_earlier_states_at_once():
+    model = ReadsAllStates().eval()
+    run = ds.capture(model, ids())
+    given = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
+    model(ids())
+    assert run.attrs["proof"] == "proven"
+    states = [torch.as_tensor(state[:, :, 0]) for state in run.trace.residual.values]
+    assert all(min((state - after).abs().max() for state in states) < 1e-5 for after in given)
+
+
+class FromNumbers(nn.Module):
+    """The published streams of a library, which begin with a linear map of the input and not with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        library = pytest.importorskip("hyper_connections")
+        begin, self.expand, self.reduce = library.mc_get_init_and_expand_reduce_stream_functions(STREAMS)
+        self.begin, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.blocks = nn.ModuleList(begin(dim=WIDTH, branch=Block().mlp) for _ in range(4))
+        with torch.no_grad():
+            for parameter in self.blocks.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+
+    def forward(self, x):
+        x = self.expand(self.begin(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.reduce(x))
+
+
+def test_streams_may_begin_with_a_linear_map():
+    model = FromNumbers().eval()
+    batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    run = ds.capture(model, batch)
+    assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
+    given = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
+    model(batch)
+    ends = run.trace.residual.values[1:]
+    for state, after in zip(ends, given, strict=True):
+        streams = after.unflatten(0, (2, STREAMS)).transpose(1, 2)
+        assert (torch.as_tensor(state) - streams).abs().max() < 1e-5
