@@ -214,19 +214,20 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
 
 def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
     """The connections with streams; those of plain blocks have no weights to prove."""
-    for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
-        at = trace.isel(connection=number)
-        h_res = at["h_res"].where(at["mask"])  # NaN on padding, which `max` skips below and `sum` must not
-        yield ConnectionFacts(
-            module=str(at["connection_module"].item()),
-            layer=int(at["connection_layer"]),
-            branch=str(at["branch"].item()),
-            reconstruction_error=float(at["reconstruction_error"]),
-            other_orientation_error=float(at["other_orientation_error"]),
-            read_error=float(at["read_error"]),
-            row_sum_error=float(abs(h_res.sum("stream_in", skipna=False) - 1).max()),
-            column_sum_error=float(abs(h_res.sum("stream_out", skipna=False) - 1).max()),
-        )
+    if "h_res" not in trace:
+        return
+    h_res = trace["h_res"].where(trace["mask"])  # NaN on padding, which `max` skips below and `sum` must not
+    columns: dict[str, Any] = {
+        name: trace[of].values.tolist()
+        for name, of in (("module", "connection_module"), ("layer", "connection_layer"), ("branch", "branch"))
+    }
+    for name in ("reconstruction_error", "other_orientation_error", "read_error"):
+        columns[name] = trace[name].values.tolist()
+    for name, summed in (("row_sum_error", "stream_in"), ("column_sum_error", "stream_out")):
+        off = abs(h_res.sum(summed, skipna=False) - 1)
+        columns[name] = off.max([dim for dim in off.dims if dim != "connection"]).values.tolist()
+    for values in zip(*columns.values(), strict=True):
+        yield ConnectionFacts(**dict(zip(columns, values, strict=True)))
 
 
 def _coverage_rows(run: xr.DataTree) -> Iterator[dict[str, Any]]:

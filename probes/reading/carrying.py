@@ -80,7 +80,7 @@ class Rules:
     def numbers(self, value: TracedValue) -> Numbers | None:
         """The numbers of what an operation gives; None where it is opaque."""
         found = self._ruled(value)
-        return None if found is None or found.shape != value.shape or not found.count else found
+        return None if found is None or found.shape != value.shape or not found.count else found.shared()
 
     def _ruled(self, value: TracedValue) -> Numbers | None:
         rule = _RULES.get(value.name)

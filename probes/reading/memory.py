@@ -169,7 +169,7 @@ class Memory:
 
 def start_of(root: TracedValue) -> Start:
     """A memory's begin with a value of one stream."""
-    return Start(root, root.shape, Numbers.first(root.shape))
+    return Start(root, root.shape, Numbers.first(root.shape).shared())
 
 
 def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: int = 1) -> Start:
@@ -186,7 +186,7 @@ def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: in
     place = place // (length // outer) * inner + place % inner
     along = place * math.prod(root.shape[axis + 1 :])
     after = one.axes[axis + (outer * inner > 1) :]
-    return Start(root, shape, Numbers((*one.axes[:axis], along, *after)))
+    return Start(root, shape, Numbers((*one.axes[:axis], along, *after)).shared())
 
 
 def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:

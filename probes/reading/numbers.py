@@ -14,6 +14,7 @@ from functools import cached_property, reduce, wraps
 from itertools import accumulate
 from operator import mul
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -97,6 +98,10 @@ class Numbers:
     def shape(self) -> tuple[int, ...]:
         """Of the value."""
         return self.array.shape if self.array is not None else tuple(len(axis) for axis in self.axes)
+
+    def shared(self) -> Numbers:
+        """The same numbers, as one object for all values that have them: what is made of it is then made once."""
+        return self if self.array is not None else _shared.setdefault(self.key, self)
 
     def dense(self) -> np.ndarray:
         """The numbers of all elements."""
@@ -268,6 +273,10 @@ class Numbers:
         if ((mine != theirs) & (mine != NOTHING) & (theirs != NOTHING)).any():
             return None
         return Numbers.of(np.where(mine == NOTHING, theirs, mine))
+
+
+# By their keys, as long as a memory has them.
+_shared: WeakValueDictionary[tuple[object, ...], Numbers] = WeakValueDictionary()
 
 
 def joined(pieces: Sequence[Numbers], axis: int) -> Numbers | None:

@@ -30,8 +30,8 @@ from depthscope.probes.reading.states import States
 ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 
 
-# Numbers of a state whose step is recomputed with others, and how many at once: 2 MB of each operand.
-SMALL, MOST_WAITING = 2**13, 64
+# Numbers of a value that is recomputed with others, and of all that are at once: 2 MB of each operand.
+SMALL, MOST_WAITING = 2**15, 2**19
 
 
 def tolerance(values: Iterable[TracedValue]) -> float:
@@ -63,11 +63,11 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return matrix[..., 0, :] * state
     if matrix.shape[-1] == 1:
         return matrix[..., 0] @ state
-    return (matrix * state[:, None]).sum(2)
+    return (matrix * state.unsqueeze(-3)).sum(-2)
 
 
 class _Step(NamedTuple):
-    """A step of small states: its connection, what is applied to what, and the next state."""
+    """What is recomputed: its connection, what is applied to what, and the value that this gives."""
 
     parts: ConnectionParts
     factors: list[tuple[torch.Tensor, torch.Tensor]]
@@ -89,23 +89,28 @@ class Recomputed:
     def __init__(self, states: States):
         self._states = states
         self._waiting: list[_Step] = []
+        self._num_waiting = 0  # numbers of these steps
 
     def add(self, before: Cut, parts: ConnectionParts) -> None:
-        """Take the step from a state to the next one."""
-        parts.error = max(self._errors_of_reads(before, parts), default=0.0)
-        state = self._states.array(parts.start)
+        """Take the step from a state to the next one, and what branches read of it."""
+        states, first = self._states, min(value.number for value in parts.start)
+        state = states.array(parts.start)
+        for branch in parts.branches:
+            for read, weight in branch.reads:
+                base = parts.start if read.number >= first else before
+                if [read] != base and _is_pure(states, base, read):
+                    self._add(_Step(parts, [(weight, states.array(base))], states.array([read])))
         factors = [(parts.h_res, state), *((branch.write, branch.out) for branch in parts.branches)]
-        step = _Step(parts, factors, self._states.array(parts.target))
-        is_plain = all(matrix.shape[1:3] == (1, 1) for matrix, _ in factors) and parts.constant is None
-        if is_plain and step.target.numel() <= SMALL:
-            self._waiting.append(step)
-            if len(self._waiting) == MOST_WAITING:
-                self.end()
+        self._add(_Step(parts, factors, states.array(parts.target)), parts.constant)
+
+    def _add(self, step: _Step, constant: torch.Tensor | None = None) -> None:
+        if constant is not None:
+            step.parts.error = max(step.parts.error, _error(_total(step.factors) + constant, step.target))
             return
-        total = _total(factors)
-        if parts.constant is not None:
-            total = total + parts.constant
-        parts.error = max(parts.error, _error(total, step.target))
+        self._waiting.append(step)
+        self._num_waiting += step.target.numel()
+        if step.target.numel() > SMALL or self._num_waiting > MOST_WAITING:
+            self.end()
 
     def end(self) -> None:
         """Note the errors of the steps that wait."""
@@ -113,6 +118,7 @@ class Recomputed:
         for step in self._waiting:
             kinds.setdefault(step.kind, []).append(step)
         self._waiting.clear()
+        self._num_waiting = 0
         for steps in kinds.values():
             columns = zip(*(step.factors for step in steps), strict=True)
             total = _total([(_joined(m for m, _ in of), _joined(x for _, x in of)) for of in columns])
@@ -126,16 +132,6 @@ class Recomputed:
                 found = _relative(error, largest) if is_known else _error(_total(step.factors), step.target)
                 step.parts.error = max(step.parts.error, found)
 
-    def _errors_of_reads(self, before: Cut, parts: ConnectionParts) -> list[float]:
-        states, errors = self._states, list[float]()
-        first = min(value.number for value in parts.start)
-        for branch in parts.branches:
-            for read, weight in branch.reads:
-                base = parts.start if read.number >= first else before
-                if [read] != base and _is_pure(states, base, read):
-                    errors.append(_error(_applied(weight, states.array(base)), states.array([read])))
-        return errors
-
 
 def _total(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     first, *rest = (_applied(*pair) for pair in factors)
@@ -146,7 +142,8 @@ def _total(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor
 
 def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Tensors (tokens, …) of several steps as one, with the steps first."""
-    return torch.stack(list(tensors))
+    several = list(tensors)
+    return torch.stack(several) if len(several) > 1 else several[0].unsqueeze(0)
 
 
 def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:
