@@ -47,7 +47,7 @@ class _Place:
 
     @classmethod
     def of(cls, graph: Graph, found: FoundLogits) -> _Place:
-        logits, matrix = found.logits.value, found.matrix.value
+        logits, matrix = found.logits, found.matrix
         return cls(graph.place(logits), graph.place(matrix), matrix.number - logits.number, found.reading)
 
     def found_again(self, seen: ComputedValues) -> FoundLogits | None:
@@ -58,7 +58,7 @@ class _Place:
             return None
         logits, matrix = known[0], known[1]
         same = matrix.number - logits.number == self.steps and not (logits.rewritten or matrix.rewritten)
-        return FoundLogits(logits, matrix, self.reading) if same else None
+        return FoundLogits(logits.value, matrix.value, self.reading) if same else None
 
 
 class LogitStatistics:
@@ -123,7 +123,7 @@ class LogitStatistics:
             return
         self.reasons.pop(number, None)
         self._places[number] = _Place.of(seen.graph, found)
-        logits, matrix = found.logits.tensor, found.matrix.tensor
+        logits, matrix = (seen.by_number[of.number].tensor for of in found[:2])
         batch, tokens, n, _ = mix_BTnn.shape
         read = partial(found.turned, batch=batch, tokens=tokens, n=n)
         mask = forward.masks.get(0)
@@ -149,7 +149,7 @@ class LogitStatistics:
         wanted = mix_BTnn[few].float()
         values = [each for each in seen.in_order() if each.number > after]
         same = [
-            each
+            each.value
             for each in values
             if is_same_matrix(each.tensor.detach(), wanted, batch=batch, tokens=tokens, rows=few)
         ]
@@ -158,9 +158,11 @@ class LogitStatistics:
         behind = seen.graph.ancestors([each.number for each in same])
         return find_logits(
             seen.graph,
-            [each for each in values if each.number in behind],
+            [each.value for each in values if each.number in behind],
             same,
             wanted,
+            lambda value: seen.by_number[value.number].tensor,
+            lambda value: seen.by_number[value.number].tensor.requires_grad,
             batch=batch,
             tokens=tokens,
             rows=few,
