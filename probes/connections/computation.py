@@ -1,35 +1,27 @@
 """From what were the coefficients of the connections computed, and what became of them? Read in one recorded forward.
 
-What multiplies the streams on their way from a state to the next, or what a branch gives, is followed in the graph back to the
-states and parameters; which of these values is which coefficient, and in which orientation, its numbers say. What was not held
-is run again. Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
+Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, per_token
+from depthscope.probes.connections.coefficient_values import CoefficientValues
+from depthscope.probes.connections.coefficients import per_token
 from depthscope.probes.connections.logits import SAME
-from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import (
     INPUT,
-    PARAMETER,
-    Graph,
-    ReadingError,
     TracedValue,
     ValuePlace,
     names,
-    walk,
 )
-from depthscope.probes.reading.operations import MATRICES, MOVES, addends, moved
-from depthscope.probes.reading.rerun import Rerun
+from depthscope.probes.reading.operations import MATRICES, MOVES
 
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
@@ -40,7 +32,7 @@ REDUCTIONS = {
 }  # fmt: skip
 EXTREMES = names("max amax min amin")
 TURNS = names("transpose permute t")
-MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
+SAME_NUMBERS = names("_to_copy to")
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
 
 
@@ -126,194 +118,24 @@ class Origin:
 
 
 class Doubt(NamedTuple):
-    """Where to look for the gradients of a connection whose matrix may not learn.
+    """Where to look for the gradients of a connection whose matrix may not learn; of a parameter the name.
 
-    ``squares``: of what the matrix was computed from, the values of its size, in order: the first that has a graph is
-    the logits. Of a parameter the name.
-    ``parameters``: names of those that it was computed from.
+    ``is_uniform``: whether every entry is 1/n.
+    ``applied``: the matrix.
+    ``squares``: what it was computed from and has its size, in order: the first that has a graph is the logits.
+    ``parameters``: those that it was computed from.
     ``write``: the write weights.
     """
 
+    is_uniform: bool
+    applied: ValuePlace | str
     squares: tuple[ValuePlace | str, ...]
     parameters: tuple[str, ...]
     write: ValuePlace | str
 
 
-def vector(weights: torch.Tensor | None) -> torch.Tensor | None:
-    """Weights (K, T, n) of a connection with one view."""
-    if weights is None or 1 not in weights.shape[-2:]:
-        return None
-    return weights.flatten(-2)
-
-
-def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """The values of each state together with those of all states that it shares some with, which may be any of them."""
-    groups: list[frozenset[int]] = []
-    for own in states:
-        shared = [group for group in groups if group & own]
-        groups = [group for group in groups if group not in shared] + [own.union(*shared)]
-    return [next((group for group in groups if group & own), own) for own in states]
-
-
-@dataclass
-class Recorded:
-    """One forward with streams, whose tensors are held.
-
-    ``graph``: of its operations.
-    ``memory, connections``: what was read in it, of all connections in order.
-    ``parts``: their coefficients in the sampled sequences (K, T, …), on the CPU.
-    ``batch_size, tokens``: B and T.
-    ``rows``: the sequences of this batch that were sampled.
-    ``precision``: in which the model multiplies its states: weights that were read by running operations once more
-    are rounded to it.
-    ``autocast``: whether torch's autocast multiplied the states.
-    ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
-    """
-
-    graph: Graph
-    memory: MemoryReading
-    connections: Sequence[ConnectionReading]
-    parts: Sequence[Parts]
-    batch_size: int
-    tokens: int
-    rows: list[int]
-    precision: torch.dtype
-    autocast: bool
-    norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
-
-    def state(self, depth: int) -> list[TracedValue]:
-        """The values that are a state, in this order of its elements or another one, the earliest first."""
-        values = (self.graph.values[number] for number in self.memory.states[depth].values)
-        return sorted(walk(values, partial(moved, self.graph)), key=lambda value: value.number)
-
-    def first_of(self, depth: int) -> list[TracedValue]:
-        """For each value of a state, the earliest that has the same elements."""
-        same = (
-            walk([self.graph.values[n]], partial(moved, self.graph)) for n in self.memory.states[depth].values
-        )
-        carried = ([value for value in of if value.number in self.memory.carried] for of in same)
-        return list(dict.fromkeys(min(of, key=lambda value: value.number) for of in carried))
-
-
-class Search:
-    """The search for the coefficients of all connections in what one forward computed.
-
-    ``forward``: what it computed.
-    ``weights``: for each connection its coefficients, by their names (H_res, H_pre, H_post).
-    ``found``: likewise the values that are these.
-    """
-
-    def __init__(self, forward: Recorded):
-        self.forward, self.graph = forward, forward.graph
-        self.rerun = Rerun(self.graph)
-        self._evident = any(value.has_graph and not value.kind for value in self.graph.values)
-        self.states = [forward.state(of.depth_in) for of in forward.connections]
-        self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
-        self.every = frozenset[int]().union(*self.numbers)
-        self.weights = [_weights(parts) for parts in forward.parts]
-        self.found: list[dict[str, list[TracedValue]]] = []
-        self._factors: list[list[TracedValue]] = []
-        self._behind: list[list[TracedValue]] = []  # what these were computed from, and they
-        for number in range(len(forward.connections)):
-            self._factors.append(list(dict.fromkeys(self._factors_of(number))))
-            of_factors = self.graph.ancestors([of.number for of in self._factors[-1]], stop=self.every)
-            self._behind.append([self.graph.values[n] for n in sorted(of_factors)])
-            self.found.append(
-                {name: self._matching(number, wanted) for name, wanted in self.weights[number].items()}
-            )
-            self.rerun.forget()
-
-    def _factors_of(self, number: int) -> Iterator[TracedValue]:
-        """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
-        connection, values, carried = (
-            self.forward.connections[number],
-            self.graph.values,
-            self.forward.memory.carried,
-        )
-        reads = [self.graph.at(place) for branch in connection.branches for place in branch.reads]
-        ends = [values[n] for n in self.forward.memory.states[connection.depth_out].values]
-        ends += [read for read in reads if read is not None and read.number in carried]
-        begins = self.every - {value.number for value in ends}
-
-        def before(value: TracedValue) -> list[TracedValue]:
-            return [p for p in value.parents if p.number in carried and p.number not in begins]
-
-        steps = [(of, [p for p in of.parents if p.number in carried]) for of in walk(ends, before)]
-        for branch in connection.branches:
-            steps += [
-                (values[n], [values[given]]) for given, n in zip(branch.way, branch.way[1:], strict=False)
-            ]
-        for step, taken in steps:
-            others = (
-                {of.number for of in (*taken, *addends(step))}
-                if taken
-                else {of.number for of in step.parents}
-            )
-            yield from (
-                p
-                for p in step.parents
-                if p.is_floating and p.number not in others and p.number not in carried
-            )
-
-    def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value of the forward."""
-        return self.rerun.tensor(value)
-
-    def _sizes(self, *of_token: int) -> set[int]:
-        """How many numbers a tensor has with so many for each token, or for all of them together."""
-        lead = self.forward.batch_size * self.forward.tokens
-        return {count for size in of_token for count in (size, lead * size)}
-
-    def per_token(self, value: TracedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """A value as (B, T, *tail) in the ways that its shape allows; none where its tensor cannot be had."""
-        try:
-            tensor = self.tensor(value)
-        except ReadingError:
-            return
-        yield from per_token(tensor, tail, self.forward.batch_size, self.forward.tokens)
-
-    def _matching(self, number: int, wanted: torch.Tensor) -> list[TracedValue]:
-        """The values among what the factors were computed from that are some coefficients (K, T, *tail), or their transpose.
-
-        A matrix may be a part of one that reads too: its last columns, source by destination.
-        """
-        limit = SAME * max(1.0, float(wanted.abs().max()))
-        tail = tuple(wanted.shape[2:])
-        more = [tail[0] * (tail[0] + views) for views in range(1, MOST_VIEWS + 1)] if len(tail) == 2 else []
-        sizes, first = self._sizes(math.prod(tail), *more), wanted[0, 0].flatten().tolist()
-        return [
-            value
-            for value in self._behind[number]
-            if value.numel in sizes
-            and value.is_floating
-            and any(self._equal(each, wanted, first, limit) for each in self._readings(value, tail))
-        ]
-
-    def _readings(self, value: TracedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        matrix = len(tail) == 2
-        for each in self.per_token(value, tail):
-            yield from (each, each.mT) if matrix else (each,)
-        for views in range(1, MOST_VIEWS + 1) if matrix else ():
-            for each in self.per_token(value, (tail[0], tail[0] + views)):
-                yield from (each[..., views:], each[..., views:].mT)
-
-    def _equal(
-        self, tensor: torch.Tensor, wanted: torch.Tensor, first: Sequence[float], limit: float
-    ) -> bool:
-        """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones, whose first token is given."""
-        # One token first, as plain numbers: most candidates differ everywhere.
-        rounding, rows = torch.finfo(self.forward.precision).eps, self.forward.rows
-        for one, other in zip(tensor[rows[0], 0].flatten().tolist(), first, strict=True):
-            if abs(one - other) > 2 * limit + rounding * abs(one):
-                return False
-        few = tensor[rows].to(wanted.device, torch.float32)
-        rounded = torch.equal(few.to(self.forward.precision).float(), wanted)
-        return rounded or bool((few - wanted).abs().max() <= limit)
-
-    def _window(self, number: int) -> tuple[int, int]:
-        """The part of the forward from the first value that is this connection's state to the one that is the next state."""
-        after = self.forward.state(self.forward.connections[number].depth_out)
-        return self.states[number][0].number, after[0].number
+class Search(CoefficientValues):
+    """What is known of the coefficients of each connection."""
 
     def origin(self, number: int) -> Origin:
         """What is known of one connection without its gradients."""
@@ -331,7 +153,7 @@ class Search:
             axes=tuple(self._axes(number, chain)),
             turned=self._turned(number, mix),
             reads_along=self._reads_along(number, mix),
-            **(self._before_rounding(number) or self._exact(number, mix)),
+            **self._before_cast(number),
         )
         self.rerun.forget()
         return origin
@@ -340,7 +162,7 @@ class Search:
         """Along which axes matrices were normalised, or turned, among some values."""
         n = self.weights[number]["H_res"].shape[-1]
         for each in sorted(chain):
-            yield from _reductions(self.graph.values[each], self._sizes(n * n), self._sizes(n))
+            yield from _reductions(self.graph.values[each], self.sizes(n * n), self.sizes(n))
 
     def _turned(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         wanted = self.weights[number]["H_res"]
@@ -350,33 +172,36 @@ class Search:
         # transpose: as near as the square of what is left. Only the very same numbers tell the two apart then, and in
         # half precision these are rounded to the same.
         nearly = apart <= UNIFORM
-        if apart <= SAME or (nearly and self.forward.precision in CASTS):
+        if apart <= SAME or (nearly and self.precision in CASTS):
             return None
         limit = 0.0 if nearly else SAME
         for value in mix:
             for each in self.per_token(value, (n, n)):
-                straight, turned = (self._equal(m, wanted, first, limit) for m in (each, each.mT))
+                straight, turned = (self.equal(m, wanted, first, limit) for m in (each, each.mT))
                 if straight or turned:
                     return None if straight and turned else turned
         return None
 
-    def _before_rounding(self, number: int) -> dict[str, Any]:
-        """The computed matrix that the applied one is a rounding of, where it is one."""
-        wanted, square = self.weights[number]["H_res"], self.squares(number)
-        for dtype in CASTS:
-            # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
-            cast = [
-                value
-                for value in square
-                if value.dtype == dtype and not (self.forward.autocast and self._is_only_multiplied(value))
-            ]
-            if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
+    def _before_cast(self, number: int) -> dict[str, Any]:
+        """The matrix before it was rounded to half precision, by the model or where autocast multiplied it."""
+        wanted = self.weights[number]["H_res"]
+        for value in reversed(self.squares(number)):
+            before = value.parents[0] if value.name in SAME_NUMBERS and value.parents else value
+            if value.dtype not in CASTS or before.dtype in CASTS or not before.is_floating:
                 continue
-            for value in square:
-                finer = torch.finfo(value.dtype).eps < torch.finfo(dtype).eps
-                stored = self._is(value, wanted, dtype, rounded=True) if finer else None
-                if stored is not None and not torch.equal(stored, wanted):
-                    return {"stored": stored, "rounded_to": str(dtype).removeprefix("torch.")}
+            n, rounded = wanted.shape[-1], partial(torch.Tensor.to, dtype=value.dtype)
+            fitting = (
+                m
+                for few in self.sampled(before, (n, n))
+                for m in (few, few.mT)
+                if torch.equal(rounded(m).float(), wanted)
+            )
+            matrix = next(fitting, None)
+            if matrix is None or torch.equal(matrix, wanted):
+                continue
+            if self.autocast and self._is_only_multiplied(value):
+                return {"exact": matrix}
+            return {"stored": matrix, "rounded_to": str(value.dtype).removeprefix("torch.")}
         return {}
 
     def _is_only_multiplied(self, value: TracedValue) -> bool:
@@ -385,32 +210,6 @@ class Search:
             taker.name in MATRICES or (taker.name in MOVES and self._is_only_multiplied(taker))
             for taker in self.graph.takers(value)
         )
-
-    def _exact(self, number: int, mix: Sequence[TracedValue]) -> dict[str, Any]:
-        """The matrix in the precision in which it was computed, where reading it has rounded it."""
-        wanted, dtype = self.weights[number]["H_res"], self.forward.precision
-        for value in reversed(mix) if dtype in CASTS else ():
-            if torch.finfo(value.dtype).eps < torch.finfo(dtype).eps:
-                matrix = self._is(value, wanted, dtype, rounded=True)
-                if matrix is not None:
-                    return {"exact": matrix}
-        return {}
-
-    def sampled(self, value: TracedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """A value as (K, T, *tail) of the sampled sequences, in the ways that its shape allows."""
-        for each in self.per_token(value, tail):
-            yield each[self.forward.rows].to("cpu", torch.float32)
-
-    def _is(
-        self, value: TracedValue, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
-    ) -> torch.Tensor | None:
-        """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
-        n = wanted.shape[-1]
-        for few in self.sampled(value, (n, n)):
-            for matrix in (few, few.mT):
-                if torch.equal(matrix.to(dtype).float() if rounded else matrix, wanted):
-                    return matrix
-        return None
 
     def _reads_along(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         applied, read = self.weights[number]["H_res"], self.weights[number].get("H_pre")
@@ -423,16 +222,6 @@ class Search:
                 if float((few[..., 0] - read).abs().max()) <= limit and straight != turned:
                     return straight
         return None
-
-    def behind(self, values: Sequence[TracedValue]) -> set[int]:
-        """What some values were computed from, back to the states of the connections."""
-        return self.graph.ancestors([value.number for value in values], stop=self.every)
-
-    def squares(self, number: int) -> list[TracedValue]:
-        """What a connection's factors were computed from and has the size of its matrix, in order."""
-        n = self.weights[number]["H_res"].shape[-1]
-        sizes = self._sizes(n * n)
-        return [value for value in self._behind[number] if value.numel in sizes and value.is_floating]
 
     def _others(self, number: int, values: Sequence[TracedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""
@@ -450,29 +239,29 @@ class Search:
 
         Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
         """
-        branch, found = self._branch(number), self.found[number].values()
-        lead, token = self.forward.batch_size * self.forward.tokens, self.forward.tokens // 2
+        branch, found = self.branch_inputs(number), self.found[number].values()
+        lead, token = self.batch_size * self.tokens, self.tokens // 2
         firsts = [of[0] for of in found if of and not self.behind(of[:1]) & branch and not of[0].numel % lead]
-        state = self.forward.first_of(self.forward.connections[number].depth_in)
+        state = self.first_of(self.connections[number].depth_in)
         lengths = {of.number: of.numel // lead for of in firsts}
 
         def of_token(of: TracedValue, tensor: torch.Tensor) -> torch.Tensor | None:
-            one = per_token(tensor, (lengths[of.number],), self.forward.batch_size, self.forward.tokens)
+            one = per_token(tensor, (lengths[of.number],), self.batch_size, self.tokens)
             return next((each[0, token] for each in one), None)
 
-        gradients = self._gradients(firsts, state, of_token)
+        gradients = self.gradients(firsts, state, of_token)
         if not gradients:
             return 0.0, False
-        sizes = self.forward.norms(gradients, state)
+        sizes = self.norms(gradients, state)
         total, own = float(sizes.sum()), float(sizes[0, token])
         later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
         return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
 
     def _unused(self, number: int) -> torch.Tensor | None:
         """A matrix that was computed from parameters within a connection, and that no output depends on."""
-        graph, mix, (begin, end) = self.graph, self.weights[number]["H_res"], self._window(number)
+        graph, mix, (begin, end) = self.graph, self.weights[number]["H_res"], self.window(number)
         n = mix.shape[-1]
-        sizes = self._sizes(n * n)
+        sizes = self.sizes(n * n)
 
         def square(first: int) -> list[TracedValue]:
             # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
@@ -485,10 +274,10 @@ class Search:
         dead = [value for value in square(begin) if not graph.reaches_output(value)]
         if not dead:
             return None
-        last, branch = dead[-1], self._branch(number)
+        last, branch = dead[-1], self.branch_inputs(number)
         behind = graph.ancestors([last.number], stop=self.every | branch)
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
-        if behind & branch or not self._parameters(behind):
+        if behind & branch or not self.parameters_in(behind):
             return None
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
         # weights in one tensor.
@@ -504,53 +293,14 @@ class Search:
 
     def _takes_part(self, number: int, value: TracedValue) -> bool:
         """Whether the numbers of a value have a share in the factors of a connection, or in the output by another way."""
-        factors = self._factors[number]
+        factors = self.factors[number]
         if self.graph.earlier(self.graph.outputs, stop={of.number for of in factors})[value.number]:
             return True
-        gradients = self._gradients(factors, [value], lambda _, tensor: tensor.flatten())
+        gradients = self.gradients(factors, [value], lambda _, tensor: tensor.flatten())
         return not gradients or bool(gradients[0].any())
 
-    def _gradients(
-        self,
-        ends: Sequence[TracedValue],
-        begins: Sequence[TracedValue],
-        part: Callable[[TracedValue, torch.Tensor], torch.Tensor | None],
-    ) -> list[torch.Tensor]:
-        """The gradients of a random combination of parts of some values at earlier ones; empty where these have none."""
-        ends = [of for of in ends if any(self.graph.depends(of, begin) for begin in begins)]
-        generator = torch.Generator().manual_seed(0)
-        try:
-            with torch.enable_grad():
-                leaves = {of.number: self.tensor(of).detach().clone().requires_grad_() for of in begins}
-                made = self.rerun.through(ends, leaves) if ends else {}
-                parts = [part(of, made[of.number]) for of in ends]
-                terms = [
-                    (of.float().cpu() * torch.randn(of.shape, generator=generator)).sum()
-                    for of in parts
-                    if of is not None and of.requires_grad
-                ]
-                if not terms:
-                    return []
-                found = torch.autograd.grad(
-                    torch.stack(terms).sum(), list(leaves.values()), allow_unused=True
-                )
-        except (ReadingError, RuntimeError):  # an operation without a derivative, or one that was not kept
-            return []
-        pairs = zip(found, leaves.values(), strict=True)
-        return [torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in pairs]
-
-    def _parameters(self, numbers: set[int]) -> list[TracedValue]:
-        """The parameters among some values."""
-        return [self.graph.values[n] for n in sorted(numbers) if self.graph.values[n].kind == PARAMETER]
-
-    def _branch(self, number: int) -> set[int]:
-        """The values that are what a connection's branches take."""
-        reads = (self.graph.at(at) for of in self.forward.connections[number].branches for at in of.reads)
-        taken = walk((read for read in reads if read is not None), partial(moved, self.graph))
-        return {value.number for value in taken} - self.every
-
     def _sigmoids(self, number: int) -> dict[str, float]:
-        values = [value for value in self._behind[number] if value.name == "sigmoid"]
+        values = [value for value in self.behind_factors[number] if value.name == "sigmoid"]
         found = {
             name: self._sigmoid_factor(wanted, values)
             for name, wanted in self.weights[number].items()
@@ -563,7 +313,7 @@ class Search:
         for value in values:
             for few in self.sampled(value, tuple(wanted.shape[2:])):
                 ratio = wanted / few
-                precision = max(CONSTANT, 2 * torch.finfo(self.forward.precision).eps)
+                precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
                 if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())
         return None
@@ -572,12 +322,13 @@ class Search:
         """Where to look for the gradients of a connection whose matrix may not learn; None where it does."""
         found, matrix = self.found[number], self.weights[number]["H_res"]
         mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
-        parameters = self._parameters(self.behind(mix[:1]))
+        parameters = self.parameters_in(self.behind(mix[:1]))
         if not mix or not write or not parameters:
             return None
         # A copy that a log keeps is not used, and may carry none.
         same = [v for v in mix if v.numel == mix[0].numel and self.graph.reaches_output(v)]
-        if all(v.has_graph for v in same) and float((matrix - 1 / n).abs().max()) > UNIFORM:
+        is_uniform = float((matrix - 1 / n).abs().max()) <= UNIFORM
+        if all(v.has_graph for v in same) and not is_uniform:
             return None
         behind, known = self.behind(mix), self.graph.parameter_names
 
@@ -585,17 +336,5 @@ class Search:
             return known[value.number] if value.number in known else self.graph.place(value)
 
         squares = tuple(place(value) for value in self.squares(number) if value.number in behind)
-        return Doubt(squares, tuple(known[value.number] for value in parameters), place(write[-1]))
-
-    def learns(self, value: TracedValue) -> bool:
-        """Whether autograd knew of a value, as far as it knew of anything that its parameters made."""
-        evident = self._evident and any(of.has_graph for of in self._parameters(self.behind([value])))
-        return value.has_graph or not evident
-
-
-def _weights(parts: Parts) -> dict[str, torch.Tensor]:
-    """The coefficients of a connection by their names: H_res (K, T, n, n), H_pre and H_post (K, T, n) of one view."""
-    n = parts.write.shape[-2]
-    mix = torch.eye(n).expand(*parts.write.shape[:-1], n) if parts.mix is None else parts.mix
-    found = {"H_res": mix, "H_pre": vector(parts.read), "H_post": vector(parts.write)}
-    return {name: of for name, of in found.items() if of is not None}
+        learned = tuple(known[value.number] for value in parameters)
+        return Doubt(is_uniform, place(mix[-1]), squares, learned, place(write[-1]))

@@ -41,7 +41,7 @@ class CoefficientOrigins:
     ``tokens``: T.
     ``origins, logits``: by connection.
     ``doubts``: where the gradients are of matrices that may not learn.
-    ``pairs``: where logits and matrix are whose gradients are wanted and did not arrive in the backward of this forward.
+    ``pairs``: where logits and matrix are whose gradients are wanted and did not arrive in the backward of this search.
     """
 
     indices: list[int]
@@ -58,7 +58,7 @@ class CoefficientOrigins:
 
 def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogits | None]:
     """The logits of a connection, and the values that are these and its matrix."""
-    forward, graph, wanted = search.forward, search.graph, search.weights[number]["H_res"]
+    graph, wanted = search.graph, search.weights[number]["H_res"]
     found = search.found[number].get("H_res", [])
     if not found:
         return MixingLogits(NOT_SEEN), None
@@ -69,7 +69,7 @@ def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogit
     squares = [value for value in search.squares(number) if value.number in behind]
 
     def is_matrix(value: TracedValue) -> bool:
-        at = {"batch": forward.batch_size, "tokens": forward.tokens, "rows": forward.rows}
+        at = {"batch": search.batch_size, "tokens": search.tokens, "rows": search.rows}
         return value.number in known or is_same_matrix(search.tensor(value), wanted, **at)
 
     place = find_logits(
@@ -78,14 +78,14 @@ def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogit
         [value for value in squares if graph.reaches_output(value) and is_matrix(value)],
         wanted,
         search.tensor,
-        search.learns,
-        batch=forward.batch_size,
-        tokens=forward.tokens,
-        rows=forward.rows,
-        rounding=torch.finfo(forward.precision).eps,
+        lambda value: True,  # of a cut graph it shows in the next forward
+        batch=search.batch_size,
+        tokens=search.tokens,
+        rows=search.rows,
+        rounding=torch.finfo(search.precision).eps,
     )
     if isinstance(place, str):
         return MixingLogits(place), None
     logits = search.tensor(place.logits)
-    every = place.turned(logits, forward.batch_size, forward.tokens, wanted.shape[-1])
-    return MixingLogits(logits=every[forward.rows].to("cpu", torch.float32)), place
+    every = place.turned(logits, search.batch_size, search.tokens, wanted.shape[-1])
+    return MixingLogits(logits=every[search.rows].to("cpu", torch.float32)), place

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import Origin, vector
+from depthscope.probes.connections.coefficient_values import vector
+from depthscope.probes.connections.computation import Origin
 from depthscope.probes.connections.connection_facts import Facts
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence

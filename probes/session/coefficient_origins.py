@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
-from depthscope.probes.connections.computation import Recorded, Search
+from depthscope.probes.connections.computation import Search
 from depthscope.probes.connections.logits import FoundLogits
 from depthscope.probes.connections.mixing_logits import CoefficientOrigins, mixing_logits
 from depthscope.probes.model.layout import LayoutError
@@ -36,14 +36,13 @@ def find_origins(
         return None
     sampled = [of.at(torch.tensor(order)) for of in parts if isinstance(of, Parts)]
     tokens = sampled[0].write.shape[1]
-    graph, precision = read.rereading.graph, observer.precision
-    recorded = Recorded(
-        graph, memory, read.connections(memory), sampled, forward.batch_size, tokens, rows, precision,
-        precision != observer.dtype, partial(read.token_norms, memory),
-    )  # fmt: skip
+    precision, autocast = observer.precision, observer.precision != observer.dtype
     origins = CoefficientOrigins([forward.first_index + row for row in rows], tokens)
     try:
-        search = Search(recorded)
+        search = Search(
+            read.rereading.graph, memory, read.connections(memory), sampled, forward.batch_size, tokens, rows, precision,
+            autocast, partial(read.token_norms, memory),
+        )  # fmt: skip
         for number in range(len(sampled)):
             origins.origins.append(search.origin(number))
             logits, found = mixing_logits(search, number)
@@ -52,7 +51,7 @@ def find_origins(
             if doubt is not None:
                 origins.doubts[number] = doubt
             if observer.options.gradients and found is not None:
-                _listen(origins, number, found, graph, forward, observer)
+                _listen(origins, number, found, search.graph, forward, observer)
             search.rerun.forget()
     except (ReadingError, StreamConnectionError, LayoutError, RuntimeError) as error:
         # A remark less, and no error of the user's.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.computation import Doubt
-from depthscope.probes.connections.mixing_logits import CoefficientOrigins
+from depthscope.probes.connections.logits import NO_GRAPH
+from depthscope.probes.connections.mixing_logits import CoefficientOrigins, MixingLogits
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
@@ -52,7 +53,11 @@ def follow(
         return
     model = session.model
     recorder = GraphRecorder(model, list(tensors_in(batch)), holds=False)
-    places = {at for doubt in origins.doubts.values() for at in (*doubt.squares, doubt.write)}
+    places = {
+        at
+        for doubt in origins.doubts.values()
+        for at in (doubt.applied, *doubt.squares, *doubt.parameters, doubt.write)
+    }
     places |= {at for pair in origins.pairs.values() for at in pair}
     taken: dict[ValuePlace | str, torch.Tensor] = {}
 
@@ -94,12 +99,17 @@ def _set_gradients_of_doubts(
         *logits, write = [next(sizes) for _ in tensors]
         # Without a path to either, such as where the model itself turns gradients off, nothing is known.
         known = max((size for size in logits if size is not None), default=None)
-        if write is not None:
-            origins.origins[number] = replace(origins.origins[number], gradients=(known, write))
+        if write is None or not (known is None or origins.doubts[number].is_uniform):
+            continue
+        origins.origins[number] = replace(origins.origins[number], gradients=(known, write))
+        if known is None and origins.logits[number].logits is not None:
+            origins.logits[number] = MixingLogits(NO_GRAPH)
 
 
 def _logits(doubt: Doubt, taken: dict[ValuePlace | str, torch.Tensor]) -> list[torch.Tensor]:
-    """The first tensor of the matrix's size that has a graph: an autograd function computes without one inside."""
+    """The first tensor of the matrix's size with a graph, which none has inside of functions of autograd; none of a cut graph."""
+    if doubt.applied in taken and not taken[doubt.applied].requires_grad:
+        return []
     squares = (taken[at] for at in doubt.squares if at in taken)
     logits = next((tensor for tensor in squares if tensor.requires_grad), None)
     # Where one function computes all of it, only the parameters tell whether there is a path.
