@@ -68,6 +68,8 @@ class CoefficientValues:
 
     def __post_init__(self) -> None:
         self.rerun = Rerun(self.graph)
+        # Views of parameters say so without gradients, too.
+        self.kept_graph = any(of.has_graph and not (of.kind or of.of_parameter) for of in self.graph.values)
         self.states = [self.state(of.depth_in) for of in self.connections]
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
         self.every = frozenset[int]().union(*self.numbers)

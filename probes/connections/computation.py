@@ -318,6 +318,10 @@ class Search(CoefficientValues):
                     return float(ratio.mean())
         return None
 
+    def learns(self, value: TracedValue) -> bool:
+        """Whether autograd knew of a value; True where it knew of nothing that was computed, as without gradients."""
+        return value.has_graph or not self.kept_graph
+
     def doubt(self, number: int) -> Doubt | None:
         """Where to look for the gradients of a connection whose matrix may not learn; None where it does."""
         found, matrix = self.found[number], self.weights[number]["H_res"]

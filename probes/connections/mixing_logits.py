@@ -78,7 +78,7 @@ def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogit
         [value for value in squares if graph.reaches_output(value) and is_matrix(value)],
         wanted,
         search.tensor,
-        lambda value: True,  # of a cut graph it shows in the next forward
+        search.learns,
         batch=search.batch_size,
         tokens=search.tokens,
         rows=search.rows,

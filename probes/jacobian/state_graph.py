@@ -15,6 +15,7 @@ from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import (
     OPERATION,
     JacobianError,
+    State,
     constant_weights,
     differentiable_states,
     explained,
@@ -78,7 +79,7 @@ class StateGraph:
 
     start: int
     stop: int
-    states: dict[int, torch.Tensor]
+    states: dict[int, State]
     views: Sequence[TracedValue]  # that make the state at start of its tensor
     mask: torch.Tensor | None
     structure: Structure
@@ -96,7 +97,8 @@ class StateGraph:
         missing = [depth for depth in (start, stop) if depth not in self.states]
         if missing:
             raise JacobianError(
-                f"the state at depth {missing[0]} is rewritten in place and shown by no module; choose other depths"
+                f"the state at depth {missing[0]} is rewritten in place and shown by no module, or one of its streams is "
+                "computed from another; choose other depths"
             )
         source, target = self._positions(start), self._positions(stop)
         # all tokens of both depths may be taken whatever their number; anything else pairs them
@@ -111,7 +113,7 @@ class StateGraph:
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
-        state = self.states[depth]
+        state = self.states[depth].value
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
         numbers = viewed(numbers, self.views if depth == self.start else ())
         return self.structure.canonical(self.number, numbers, self.batch_size, depth)
@@ -155,7 +157,7 @@ def state_graph(
         model, batch, session.structure.chains[number], first, last, routing
     )
     for depth, state in states.items():
-        shown = viewed(state, views if depth == first else ())
+        shown = viewed(state.value, views if depth == first else ())
         _require_same(session.structure, forward, number, depth, shown)
     if routing is not None:
         with explained():  # the check runs backwards of its own
@@ -256,12 +258,6 @@ def _valid_depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]
     if start >= stop:
         raise JacobianError(
             f"start is {start} and stop is {stop}; expected start < stop, since a later state moves no earlier one"
-        )
-    several = next((depth for depth in range(start, stop + 1) if chain.points[depth].streams), None)
-    if several is not None:
-        raise JacobianError(
-            f"the state at depth {several} is held by {len(chain.points[several].streams)} tensors, one for each stream; "
-            "expected one tensor. Stack the streams into one in the model"
         )
     return start, stop
 

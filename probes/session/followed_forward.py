@@ -107,7 +107,7 @@ def _set_gradients_of_doubts(
 
 
 def _logits(doubt: Doubt, taken: dict[ValuePlace | str, torch.Tensor]) -> list[torch.Tensor]:
-    """The first tensor of the matrix's size with a graph, which none has inside of functions of autograd; none of a cut graph."""
+    """The first tensor of the matrix's size with a graph, which none has in a function of autograd; none of a cut graph."""
     if doubt.applied in taken and not taken[doubt.applied].requires_grad:
         return []
     squares = (taken[at] for at in doubt.squares if at in taken)
