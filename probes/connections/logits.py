@@ -133,6 +133,7 @@ def find_logits(
     values: Sequence[TracedValue],
     matrices: Sequence[TracedValue],
     wanted: torch.Tensor,
+    behind: set[int],
     tensor: Callable[[TracedValue], torch.Tensor],
     learns: Callable[[TracedValue], bool],
     *,
@@ -146,6 +147,7 @@ def find_logits(
     ``values``: from which its matrices were computed, in order.
     ``matrices``: those that are H_res, or its transpose, in order.
     ``wanted``: H_res of some sequences (K, T, n, n).
+    ``behind``: what the matrices were computed from, and they.
     ``tensor, learns``: the tensor of a value, and whether it has a graph.
     Returns: Why there are none, where there are none.
     """
@@ -154,11 +156,7 @@ def find_logits(
         return NOT_POSITIVE if learned else NO_GRAPH if matrices else NOT_SEEN
     flat, first = wanted.flatten(0, -3), False
     known = {each.number: each for each in values}
-    taken = [
-        known[n]
-        for n in exponential_arguments(graph, graph.ancestors([m.number for m in matrices]))
-        if n in known
-    ]
+    taken = [known[n] for n in exponential_arguments(graph, behind) if n in known]
     # Sinkhorn in logarithms may add to the logits before it takes an exponential.
     before = [each for each in values if taken and each.number < taken[0].number][::-1]
     for position, logits in enumerate((*taken, *before)):

@@ -77,6 +77,7 @@ def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogit
         [value for value in squares if value.number < found[-1].number],
         [value for value in squares if graph.reaches_output(value) and is_matrix(value)],
         wanted,
+        behind,
         search.tensor,
         search.learns,
         batch=search.batch_size,

@@ -62,6 +62,10 @@ class JacobianError(InputError):
     """A Jacobian that cannot be had."""
 
 
+class StartError(JacobianError):
+    """A state at which no graph can begin."""
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """A state with its graph.
@@ -209,7 +213,7 @@ def _linked_states(
             and count > 1
             and is_read_early(recorder.graph, [recorder.known(t) for t in tensors])
         ):
-            raise JacobianError(
+            raise StartError(
                 f"a stream of the state at depth {depth} is read before the others are made, by what is no part of this "
                 "state; choose another depth"
             )
@@ -293,7 +297,7 @@ def _find_places(
             if depth == start and not (
                 apart and not any(map(is_view, made))
             ):  # torch refuses to begin a graph with a view
-                raise JacobianError(
+                raise StartError(
                     f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, of which one "
                     "is part of another tensor, several streams at once, or given to the model; choose another depth"
                 )
@@ -316,7 +320,7 @@ def _views_of_memory(graph: Graph, place: ValuePlace, depth: int) -> list[Traced
     while chain and chain[0].alias:
         chain.insert(0, chain[0].parents[0])
     if not chain or chain[0].func is None or chain[0].numel != chain[-1].numel:
-        raise JacobianError(
+        raise StartError(
             f"the state at depth {depth} is a part of what {place.module or 'the model'} makes; choose another depth"
         )
     return chain

@@ -33,7 +33,7 @@ def jacobian(
     model: nn.Module,
     batch: Any,
     *,
-    start: int = 0,
+    start: int | None = None,
     stop: int | None = None,
     chain: str | None = None,
     tokens: Tokens = "own",
@@ -50,7 +50,8 @@ def jacobian(
     batch : mapping, tensor or tuple
         One batch, as in `probes.capture`.
     start, stop : int
-        Depths as in ``/trace``: 0 is the embedding; ``stop`` is the last depth when not given.
+        Depths as in ``/trace``: 0 is the embedding. When not given, ``start`` is the first depth at which a graph can begin,
+        mostly 0 (not where one tensor is several streams of it), and ``stop`` is the last one.
     chain : str, optional
         Name of the chain where a model has several, such as ``"decoder"``; the first one when not given.
     tokens : {"own", "all"}
@@ -105,7 +106,7 @@ def block_jacobians(
     model: nn.Module,
     batch: Any,
     *,
-    start: int = 0,
+    start: int | None = None,
     stop: int | None = None,
     chain: str | None = None,
     tokens: Tokens = "own",

@@ -15,6 +15,7 @@ from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import (
     OPERATION,
     JacobianError,
+    StartError,
     State,
     constant_weights,
     differentiable_states,
@@ -135,27 +136,33 @@ class StateGraph:
 
 
 def state_graph(
-    model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
+    model: nn.Module, batch: Any, start: int | None, stop: int | None, selection: Selection
 ) -> StateGraph:
     """Run the model twice, once to find its chain and once to record the graph from start to stop.
 
     ``model``: the model.
     ``batch``: one batch.
-    ``start, stop``: depths; None for the last one.
+    ``start, stop``: depths; None for the first one at which a graph can begin, and for the last one.
     ``selection``: what to read.
     Raises JacobianError: Where the depths are unknown or nothing links them.
     """
     _require_readable(model, batch, selection)
     session, forward = _find_chains(model, batch, selection)
     number = _chain_number(session.structure.chains, selection.chain)
-    first, last = _valid_depths(session.structure.chains[number], start, stop)
+    chain = session.structure.chains[number]
+    first, last = _valid_depths(chain, start or 0, stop)
     # Only the first chain has connections.
     weighs = session.structure.num_streams > 1 or session.structure.connections
     frozen = selection.routing == "frozen" and number == 0 and weighs
-    routing = FrozenRouting(session, batch) if frozen else None
-    states, views = differentiable_states(
-        model, batch, session.structure.chains[number], first, last, routing
-    )
+    while True:
+        routing = FrozenRouting(session, batch) if frozen else None
+        try:
+            states, views = differentiable_states(model, batch, chain, first, last, routing)
+            break
+        except StartError:
+            if start is not None or first + 1 == last:
+                raise
+            first += 1
     for depth, state in states.items():
         shown = viewed(state.value, views if depth == first else ())
         _require_same(session.structure, forward, number, depth, shown)

@@ -252,7 +252,7 @@ class Graph:
     def later(self, on: TracedValue) -> bytearray:
         """Marks, by number, of all values that were computed from one, and of itself."""
         if on.number not in self._later:
-            self._later[on.number] = self.marked([on.number])
+            self._later[on.number] = self._marked([on])
         return self._later[on.number]
 
     def earlier(self, ends: Iterable[TracedValue], stop: Container[int] = ()) -> bytearray:
@@ -293,8 +293,8 @@ class Graph:
     def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
         if self._from_input is None:
-            given = [v.number for v in self.values if v.kind == INPUT]
-            self._from_input = self.marked(given) if given else bytearray(b"\1" * len(self.values))
+            given = [v for v in self.values if v.kind == INPUT]
+            self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
         return bool(self._from_input[value.number])
 
     def reaches_output(self, value: TracedValue) -> bool:
@@ -312,13 +312,12 @@ class Graph:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
         return any(of.kind for of in walk([value], lambda of: of.parents))
 
-    def marked(self, origins: Collection[int]) -> bytearray:
-        """Marks, by number, of all values that were computed from some with numbers, and of these."""
+    def _marked(self, origins: list[TracedValue]) -> bytearray:
         marks = bytearray(len(self.values))
-        for number in origins:
-            marks[number] = 1
+        for origin in origins:
+            marks[origin.number] = 1
         parents = self._parent_numbers()
-        for number in range(min(origins) + 1, len(marks)):
+        for number in range(min(origin.number for origin in origins) + 1, len(marks)):
             for parent in parents[number]:
                 if marks[parent]:
                     marks[number] = 1

@@ -39,15 +39,14 @@ class Rerun:
     def through(
         self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """Some values run again from other tensors for earlier ones, by their numbers; with the graph that these have."""
-        made = dict(begins)
-        later = self._graph.marked(made)
-        on_the_way = walk(
-            targets, lambda of: (p for p in of.parents if p.number not in made and later[p.number])
+        """Values that were computed from earlier ones, run again from other tensors for these; with the graph that these have."""
+        made, first = dict(begins), min(begins)
+        between = walk(
+            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
         )
-        for of in sorted(on_the_way, key=lambda of: of.number):
-            if of.number not in made:
-                made[of.number] = self._run(of, made) if later[of.number] else self.tensor(of)
+        for of in sorted(between, key=lambda of: of.number):
+            if of.number not in made and any(p.number in made for p in of.parents):
+                made[of.number] = self._run(of, made)
         return {of.number: made[of.number] for of in targets}
 
     def forget(self) -> None:

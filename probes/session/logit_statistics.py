@@ -161,6 +161,7 @@ class LogitStatistics:
             [each.value for each in values if each.number in behind],
             same,
             wanted,
+            behind,
             lambda value: seen.by_number[value.number].tensor,
             lambda value: seen.by_number[value.number].tensor.requires_grad,
             batch=batch,

@@ -110,6 +110,10 @@ def test_streams_of_which_one_is_computed_from_another_are_told():
 
 def test_one_tensor_that_is_every_stream_and_an_early_read_are_refused():
     with pytest.raises(JacobianError, match="several streams at once"):
-        jacobian(ListOfStreams("one tensor"), IDS)
+        jacobian(ListOfStreams("one tensor"), IDS, start=0)
+    model = ListOfStreams("one tensor")
+    found = jacobian(model, IDS, tokens="all")
+    assert found.start == 1
+    require_same(found, model, 1, 3)
     with pytest.raises(JacobianError, match="read before the others are made"):
         jacobian(ListOfStreams("copies", reads_early=True), IDS, start=1)
