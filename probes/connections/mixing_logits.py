@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from depthscope.probes.connections.computation import Doubt, Origin, Search
 from depthscope.probes.connections.logits import NOT_SEEN, FoundLogits, find_logits, is_same_matrix
 from depthscope.probes.reading.graph import TracedValue, ValuePlace
+
+GRADIENTS = ("logit_gradient", "mixing_gradient")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class CoefficientOrigins:
     doubts: dict[int, Doubt] = field(default_factory=dict)
     pairs: dict[int, tuple[ValuePlace, ValuePlace]] = field(default_factory=dict)
 
-    def set_gradients(self, number: int, **norms: float) -> None:
-        """Note ‖∂L/∂H̃‖ or ‖∂L/∂H_res‖ of a connection."""
-        self.logits[number] = replace(self.logits[number], **norms)
+    def set_gradient(self, number: int, name: str, norm: float) -> None:
+        """Note ‖∂L/∂H̃‖ (``logit_gradient``) or ‖∂L/∂H_res‖ (``mixing_gradient``) of a connection."""
+        changed: dict[str, Any] = {name: norm}
+        self.logits[number] = replace(self.logits[number], **changed)
 
 
 def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogits | None]:
@@ -69,7 +73,7 @@ def mixing_logits(search: Search, number: int) -> tuple[MixingLogits, FoundLogit
     squares = [value for value in search.squares(number) if value.number in behind]
 
     def is_matrix(value: TracedValue) -> bool:
-        at = {"batch": search.batch_size, "tokens": search.tokens, "rows": search.rows}
+        at: dict[str, Any] = {"batch": search.batch_size, "tokens": search.tokens, "rows": search.rows}
         return value.number in known or is_same_matrix(search.tensor(value), wanted, **at)
 
     place = find_logits(

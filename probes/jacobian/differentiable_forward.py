@@ -307,8 +307,8 @@ def _find_places(
             place = place_of(point)
             if depth == start:
                 assert graph is not None
-                made, *views = _views_of_memory(graph, place, start)
-                place = graph.place(made)
+                first, *views = _views_of_memory(graph, place, start)
+                place = graph.place(first)
             places.setdefault(place, []).append((depth, 0))
     return views
 

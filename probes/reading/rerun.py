@@ -39,7 +39,7 @@ class Rerun:
     def through(
         self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """Values that were computed from earlier ones, run again from other tensors for these; with the graph that these have."""
+        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
         made, first = dict(begins), min(begins)
         between = walk(
             targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)

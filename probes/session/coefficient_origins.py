@@ -10,7 +10,7 @@ import torch
 from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
 from depthscope.probes.connections.computation import Search
 from depthscope.probes.connections.logits import FoundLogits
-from depthscope.probes.connections.mixing_logits import CoefficientOrigins, mixing_logits
+from depthscope.probes.connections.mixing_logits import GRADIENTS, CoefficientOrigins, mixing_logits
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
@@ -69,18 +69,17 @@ def _listen(
     observer: Observer,
 ) -> None:
     """Listen to the gradients of the logits and of the matrix of a connection."""
-    names = ("logit_gradient", "mixing_gradient")
     listeners = [_listener(value, forward, observer) for value in (found.logits, found.matrix)]
     if any(listener is None for listener in listeners):
         origins.pairs[number] = graph.place(found.logits), graph.place(found.matrix)
         return
-    origins.set_gradients(number, logit_gradient=0.0, mixing_gradient=0.0)
-    for name, listener in zip(names, listeners, strict=True):
+    for name, listener in zip(GRADIENTS, listeners, strict=True):
         assert listener is not None
+        origins.set_gradient(number, name, 0.0)
 
         def receive(gradient: torch.Tensor | None, name: str = name) -> None:
             norm = 0.0 if gradient is None else float(gradient.double().norm())
-            origins.set_gradients(number, **{name: norm})
+            origins.set_gradient(number, name, norm)
 
         listener.receivers.append(receive)
         forward.other_ends.append(listener)

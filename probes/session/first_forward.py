@@ -135,8 +135,7 @@ class RecordedForward:
         if self._routing and isinstance(recorder, GraphRecorder):
             tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
-            n = self._observer.structure.num_streams
-            tape.logits = ComputedValues(recorder.graph, lambda shape: shape[-2:] == (n, n))
+            tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:

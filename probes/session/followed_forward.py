@@ -13,7 +13,7 @@ from torch import nn
 
 from depthscope.probes.connections.computation import Doubt
 from depthscope.probes.connections.logits import NO_GRAPH
-from depthscope.probes.connections.mixing_logits import CoefficientOrigins, MixingLogits
+from depthscope.probes.connections.mixing_logits import GRADIENTS, CoefficientOrigins, MixingLogits
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
@@ -151,7 +151,5 @@ def _set_gradients_of_loss(
     tensors = [tensor for pair in pairs.values() for tensor in pair]
     gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
     for number, pair in pairs.items():
-        logits, matrix = (
-            0.0 if g is None else float(g.double().norm()) for g in (next(gradients) for _ in pair)
-        )
-        origins.set_gradients(number, logit_gradient=logits, mixing_gradient=matrix)
+        for name, gradient in zip(GRADIENTS, [next(gradients) for _ in pair], strict=True):
+            origins.set_gradient(number, name, 0.0 if gradient is None else float(gradient.double().norm()))

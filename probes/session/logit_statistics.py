@@ -52,13 +52,11 @@ class _Place:
 
     def found_again(self, seen: ComputedValues) -> FoundLogits | None:
         """The same in another forward; None where other operations ran."""
-        values = [seen.graph.at(place) for place in (self.logits, self.matrix)]
-        known = [seen.by_number.get(value.number) for value in values if value is not None]
-        if len(known) < 2 or known[0] is None or known[1] is None:
+        logits, matrix = (seen.graph.at(place) for place in (self.logits, self.matrix))
+        if logits is None or matrix is None or not (seen.has(logits) and seen.has(matrix)):
             return None
-        logits, matrix = known[0], known[1]
-        same = matrix.number - logits.number == self.steps and not (logits.rewritten or matrix.rewritten)
-        return FoundLogits(logits.value, matrix.value, self.reading) if same else None
+        same = matrix.number - logits.number == self.steps
+        return FoundLogits(logits, matrix, self.reading) if same else None
 
 
 class LogitStatistics:
@@ -123,7 +121,7 @@ class LogitStatistics:
             return
         self.reasons.pop(number, None)
         self._places[number] = _Place.of(seen.graph, found)
-        logits, matrix = (seen.by_number[of.number].tensor for of in found[:2])
+        logits, matrix = (seen.tensor(of) for of in found[:2])
         batch, tokens, n, _ = mix_BTnn.shape
         read = partial(found.turned, batch=batch, tokens=tokens, n=n)
         mask = forward.masks.get(0)
@@ -149,21 +147,21 @@ class LogitStatistics:
         wanted = mix_BTnn[few].float()
         values = [each for each in seen.in_order() if each.number > after]
         same = [
-            each.value
+            each
             for each in values
-            if is_same_matrix(each.tensor.detach(), wanted, batch=batch, tokens=tokens, rows=few)
+            if is_same_matrix(seen.tensor(each).detach(), wanted, batch=batch, tokens=tokens, rows=few)
         ]
         if not same:
             return NOT_SEEN
         behind = seen.graph.ancestors([each.number for each in same])
         return find_logits(
             seen.graph,
-            [each.value for each in values if each.number in behind],
+            [each for each in values if each.number in behind],
             same,
             wanted,
             behind,
-            lambda value: seen.by_number[value.number].tensor,
-            lambda value: seen.by_number[value.number].tensor.requires_grad,
+            seen.tensor,
+            lambda value: seen.tensor(value).requires_grad,
             batch=batch,
             tokens=tokens,
             rows=few,
