@@ -111,7 +111,7 @@ def measure(
     ``forwards``: for the experiments that the suspicions name.
     """
     require_module(model)
-    session = Session(model, options, scope=Scope(only_own=True, sums=not described))
+    session = Session(model, options, scope=Scope(only_own=True, sums=not described, origins=True))
     gradients = session.options.gradients
     step, losses, tasks = (
         [TokenSums()],
@@ -143,10 +143,10 @@ def measure(
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
         of_batch = partial(loss_value, loss=loss, required=True) if gradients else None
-        followed = follow(session, *first, of_batch)
+        follow(session, first[0], of_batch)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
-            return build_run(session, [], [], described=True, digests=False, followed=followed)
+            return build_run(session, [], [], described=True, digests=False)
         task = {"task": found} if (found := mean_task(tasks, row.loss)) else {}
         run = build_run(
             session,
@@ -154,7 +154,6 @@ def measure(
             step,
             attrs={**task, **(attrs or {})},
             token_text=token_text,
-            followed=followed,
             kept=kept,
         )
     read = {name: getattr(options, name) for name in ("layers", "layout", "streams", "mask")}

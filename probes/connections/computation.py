@@ -1,21 +1,27 @@
 """From what were the coefficients of the connections computed, and what became of them? Read in one recorded forward.
 
-A coefficient is found among the small tensors of the forward by its value, and then followed in the graph back to the states
-and parameters, and in autograd's for what it learns. Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
+Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from depthscope.probes.connections.computed_forward import ComputedForward
-from depthscope.probes.connections.computed_values import ComputedValue
+from depthscope.probes.connections.coefficient_values import CoefficientValues
+from depthscope.probes.connections.coefficients import per_token
 from depthscope.probes.connections.logits import SAME
-from depthscope.probes.reading.graph import INPUT, TracedValue, names
+from depthscope.probes.reading.graph import (
+    INPUT,
+    TracedValue,
+    ValuePlace,
+    names,
+)
+from depthscope.probes.reading.operations import MATRICES, MOVES
 
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
@@ -26,6 +32,7 @@ REDUCTIONS = {
 }  # fmt: skip
 EXTREMES = names("max amax min amin")
 TURNS = names("transpose permute t")
+SAME_NUMBERS = names("_to_copy to")
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
 
 
@@ -100,210 +107,123 @@ class Origin:
     rounded_to: str = ""
     reads_along: bool | None = None
 
-
-@dataclass(frozen=True)
-class Applied:
-    """The coefficients of one connection of the sampled sequences of one batch (K, T, …), before they are rounded to apply."""
-
-    x_in: torch.Tensor
-    x_out: torch.Tensor
-    mix: torch.Tensor
-    read: torch.Tensor | None
-    write: torch.Tensor | None
-    branch_in: torch.Tensor | None  # (K, T, D), of one view
+    def at(self, positions: Sequence[int]) -> Origin:
+        """That of some of the sequences."""
+        tensors = {
+            of.name: t[positions]
+            for of in fields(self)
+            if isinstance(t := getattr(self, of.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
-def trace_origins(search: Search) -> list[Origin]:
-    """From what the coefficients of every connection were computed."""
-    numbers = range(len(search.applied))
-    origins = [search.origin(number) for number in numbers]
-    # One backward for all of them, and none where every matrix carries a gradient and is not uniform.
-    asked = {number: found for number in numbers if (found := search.doubtful(number)) is not None}
-    tensors = [tensor for logits, write in asked.values() for tensor in (*logits, write)]
-    sizes = iter(search.forward.gradients(tensors) if tensors else [])
-    for number, (logits, _) in asked.items():
-        known = [size for _ in logits if (size := next(sizes)) is not None]
-        write = next(sizes)
-        # Without a path to either, such as where the model itself turns gradients off, nothing is known.
-        gradients = None if write is None else (max(known, default=None), write)
-        origins[number] = replace(origins[number], gradients=gradients)
-    return origins
+class Doubt(NamedTuple):
+    """Where to look for the gradients of a connection whose matrix may not learn; of a parameter the name.
 
-
-def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """The values of each state together with those of all states that it shares some with, which may be any of them."""
-    groups: list[frozenset[int]] = []
-    for own in states:
-        shared = [group for group in groups if group & own]
-        groups = [group for group in groups if group not in shared] + [own.union(*shared)]
-    return [next((group for group in groups if group & own), own) for own in states]
-
-
-class Search:
-    """The search for the coefficients of all connections in what one forward computed.
-
-    ``forward``: what it computed.
-    ``applied``: one for each connection, in order.
-    ``found``: for each connection the values that are its coefficients, by their names (H_res, H_pre, H_post).
+    ``is_uniform``: whether every entry is 1/n.
+    ``applied``: the matrix.
+    ``squares``: what it was computed from and has its size, in order: the first that has a graph is the logits.
+    ``parameters``: those that it was computed from.
+    ``write``: the write weights.
     """
 
-    def __init__(self, forward: ComputedForward, applied: Sequence[Applied]):
-        self.forward = forward
-        self.applied = applied
-        self.states = [forward.states(each.x_in) for each in applied]
-        self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
-        self.every = frozenset[int]().union(*self.numbers)
-        self.found: list[dict[str, list[ComputedValue]]] = [
-            self._find(number) for number in range(len(applied))
-        ]
+    is_uniform: bool
+    applied: ValuePlace | str
+    squares: tuple[ValuePlace | str, ...]
+    parameters: tuple[str, ...]
+    write: ValuePlace | str
 
-    def _window(self, number: int) -> tuple[int, int] | None:
-        """The part of the forward from the first value that is this connection's state to the one that is the next state."""
-        after = self.forward.states(self.applied[number].x_out)
-        if not self.states[number] or not after:
-            return None
-        return self.states[number][0].number, after[0].number
 
-    def _find(self, number: int) -> dict[str, list[ComputedValue]]:
-        window = self._window(number)
-        if window is None:
-            return {}
-        applied = self.applied[number]
-        weights = {"H_res": applied.mix, "H_pre": applied.read, "H_post": applied.write}
-        # Weights may have been computed before this connection began: the nearest ones count.
-        earlier = self.states[max(0, number - 2)]
-        starts = [window[0], earlier[0].number if earlier else 0, 0]
-        found: dict[str, list[ComputedValue]] = {}
-        for name, wanted in weights.items():
-            if wanted is None:
-                continue
-            for start in starts:
-                found[name] = self.forward.matching(wanted, (start, window[1]))
-                if found[name]:
-                    break
-        return found
+class Search(CoefficientValues):
+    """What is known of the coefficients of each connection."""
 
     def origin(self, number: int) -> Origin:
         """What is known of one connection without its gradients."""
-        window, found = self._window(number), self.found[number]
-        if window is None:
-            return Origin()
-        share, later = self._other_tokens(number, window)
-        mix = found.get("H_res", [])
+        found, mix = self.found[number], self.found[number].get("H_res", [])
         behind = self.behind(mix[:1])
-        first = [v.number for v in self.squares(number, (0, window[1])) if v.number in behind]
-        chain = self.forward.graph.ancestors(
-            [v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every
-        )
-        return Origin(
+        first = [v.number for v in self.squares(number) if v.number in behind]
+        chain = self.graph.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
+        share, later = self._other_tokens(number)
+        origin = Origin(
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
             other_tokens=share,
             later=later,
-            unused=self._unused(number, window),
-            sigmoids=self._sigmoids(number, window),
+            unused=self._unused(number),
+            sigmoids=self._sigmoids(number),
             axes=tuple(self._axes(number, chain)),
             turned=self._turned(number, mix),
             reads_along=self._reads_along(number, mix),
-            **(self._before_rounding(number, window) or self._exact(number, mix)),
+            **self._before_cast(number),
         )
+        self.rerun.forget()
+        return origin
 
     def _axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
         """Along which axes matrices were normalised, or turned, among some values."""
-        forward, n = self.forward, self.applied[number].mix.shape[-1]
-        lead = forward.batch_size * forward.tokens
+        n = self.weights[number]["H_res"].shape[-1]
         for each in sorted(chain):
-            yield from _reductions(forward.graph.values[each], {n * n, lead * n * n}, {n, lead * n})
+            yield from _reductions(self.graph.values[each], self.sizes(n * n), self.sizes(n))
 
-    def _turned(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
-        wanted = self.applied[number].mix
-        n = wanted.shape[-1]
+    def _turned(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
+        wanted = self.weights[number]["H_res"]
+        n, first = wanted.shape[-1], wanted[0, 0].flatten().tolist()
         apart = float((wanted - wanted.mT).abs().max())
         # A matrix of two streams is nearly symmetric after Sinkhorn, and what it was before the last round nearly is its
         # transpose: as near as the square of what is left. Only the very same numbers tell the two apart then, and in
         # half precision these are rounded to the same.
         nearly = apart <= UNIFORM
-        if apart <= SAME or (nearly and self.forward.precision in CASTS):
+        if apart <= SAME or (nearly and self.precision in CASTS):
             return None
         limit = 0.0 if nearly else SAME
         for value in mix:
-            for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-                straight, turned = (self.forward.equal(m, wanted, limit) for m in (each, each.mT))
+            for each in self.per_token(value, (n, n)):
+                straight, turned = (self.equal(m, wanted, first, limit) for m in (each, each.mT))
                 if straight or turned:
                     return None if straight and turned else turned
         return None
 
-    def _before_rounding(self, number: int, window: tuple[int, int]) -> dict[str, Any]:
-        """The computed matrix that the applied one is a rounding of, where it is one."""
-        wanted = self.applied[number].mix
-        square = self.squares(number, window)
-        for dtype in CASTS:
-            # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
-            cast = [
-                value
-                for value in square
-                if value.tensor.dtype == dtype
-                and not (self.forward.autocast and self.forward.is_only_multiplied(value.value))
-            ]
-            if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
+    def _before_cast(self, number: int) -> dict[str, Any]:
+        """The matrix before it was rounded to half precision, by the model or where autocast multiplied it."""
+        wanted = self.weights[number]["H_res"]
+        for value in reversed(self.squares(number)):
+            before = value.parents[0] if value.name in SAME_NUMBERS and value.parents else value
+            if value.dtype not in CASTS or before.dtype in CASTS or not before.is_floating:
                 continue
-            for value in square:
-                finer = torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps
-                stored = self._is(value, wanted, dtype, rounded=True) if finer else None
-                if stored is not None and not torch.equal(stored, wanted):
-                    return {"stored": stored, "rounded_to": str(dtype).removeprefix("torch.")}
+            n, rounded = wanted.shape[-1], partial(torch.Tensor.to, dtype=value.dtype)
+            fitting = (
+                m
+                for few in self.sampled(before, (n, n))
+                for m in (few, few.mT)
+                if torch.equal(rounded(m).float(), wanted)
+            )
+            matrix = next(fitting, None)
+            if matrix is None or torch.equal(matrix, wanted):
+                continue
+            if self.autocast and self._is_only_multiplied(value):
+                return {"exact": matrix}
+            return {"stored": matrix, "rounded_to": str(value.dtype).removeprefix("torch.")}
         return {}
 
-    def _exact(self, number: int, mix: Sequence[ComputedValue]) -> dict[str, Any]:
-        """The matrix in the precision in which it was computed, where reading it has rounded it."""
-        wanted, dtype = self.applied[number].mix, self.forward.precision
-        for value in reversed(mix) if dtype in CASTS else ():
-            if torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps:
-                matrix = self._is(value, wanted, dtype, rounded=True)
-                if matrix is not None:
-                    return {"exact": matrix}
-        return {}
+    def _is_only_multiplied(self, value: TracedValue) -> bool:
+        """Whether a matrix is only multiplied: where it is rounded, autocast may have done so."""
+        return all(
+            taker.name in MATRICES or (taker.name in MOVES and self._is_only_multiplied(taker))
+            for taker in self.graph.takers(value)
+        )
 
-    def _sampled(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """A value as (K, T, *tail) of the sampled sequences, in the ways that its shape allows."""
-        device = self.applied[0].mix.device
-        for each in self.forward.per_token(value.tensor.detach(), tail):
-            yield each[self.forward.rows].to(device, torch.float32)
-
-    def _is(
-        self, value: ComputedValue, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
-    ) -> torch.Tensor | None:
-        """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
-        n = wanted.shape[-1]
-        for few in self._sampled(value, (n, n)):
-            for matrix in (few, few.mT):
-                if torch.equal(matrix.to(dtype).float() if rounded else matrix, wanted):
-                    return matrix
-        return None
-
-    def _reads_along(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
-        applied = self.applied[number]
-        n, read = applied.mix.shape[-1], applied.read
+    def _reads_along(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
+        applied, read = self.weights[number]["H_res"], self.weights[number].get("H_pre")
+        n = applied.shape[-1]
         for value in mix if read is not None else ():
-            for few in self._sampled(value, (n, n + 1)):
+            for few in self.sampled(value, (n, n + 1)):
                 matrix, limit = few[..., 1:], SAME * max(1.0, float(few.abs().max()))
                 # Each column, of the reads or of the mixing, is one result; its rows are the sources.
-                straight, turned = (
-                    float((m - applied.mix).abs().max()) <= limit for m in (matrix.mT, matrix)
-                )
+                straight, turned = (float((m - applied).abs().max()) <= limit for m in (matrix.mT, matrix))
                 if float((few[..., 0] - read).abs().max()) <= limit and straight != turned:
                     return straight
         return None
 
-    def behind(self, values: Sequence[ComputedValue]) -> set[int]:
-        """What some values were computed from, back to the states of the connections."""
-        return self.forward.graph.ancestors([value.number for value in values], stop=self.every)
-
-    def squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
-        """The values of a part of the forward that have the size of a connection's matrix."""
-        n = self.applied[number].mix.shape[-1]
-        return list(self.forward.sized((n * n,), window))
-
-    def _others(self, number: int, values: Sequence[ComputedValue]) -> tuple[int, ...]:
+    def _others(self, number: int, values: Sequence[TracedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""
         start = [value for value in values if value.number not in self.every][:1]
         reached = self.behind(start)
@@ -312,121 +232,113 @@ class Search:
         if others or not number or reached & own:
             return tuple(others)
         # Without any state behind them they may come from parameters alone, or from the model's input.
-        return (-1,) if any(self.forward.graph.values[n].kind == INPUT for n in reached) else ()
+        return (-1,) if any(self.graph.values[n].kind == INPUT for n in reached) else ()
 
-    def _other_tokens(self, number: int, window: tuple[int, int]) -> tuple[float, bool]:
+    def _other_tokens(self, number: int) -> tuple[float, bool]:
         """The share of the gradient of one token's coefficients at other tokens; whether some of these come later.
 
         Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
         """
-        forward, state = self.forward, self.states[number][0]
-        branch = self._branch(number, window)
-        terms, token = [], forward.tokens // 2
-        generator = torch.Generator().manual_seed(0)
-        for values in self.found[number].values():
-            tensor = values[0].tensor if values else None
-            if (
-                tensor is None
-                or self.behind(values[:1]) & branch
-                or not tensor.requires_grad
-                or tensor.numel() % (forward.batch_size * forward.tokens)
-            ):
-                continue
-            size = tensor.numel() // (forward.batch_size * forward.tokens)
-            one = next(forward.per_token(tensor, (size,)), None)
-            if one is not None:
-                terms.append((one[0, token].float().cpu() * torch.randn(size, generator=generator)).sum())
-        if not terms or not state.tensor.requires_grad:
+        branch, found = self.branch_inputs(number), self.found[number].values()
+        lead, token = self.batch_size * self.tokens, self.tokens // 2
+        firsts = [of[0] for of in found if of and not self.behind(of[:1]) & branch and not of[0].numel % lead]
+        state = self.first_of(self.connections[number].depth_in)
+        lengths = {of.number: of.numel // lead for of in firsts}
+
+        def of_token(of: TracedValue, tensor: torch.Tensor) -> torch.Tensor | None:
+            one = per_token(tensor, (lengths[of.number],), self.batch_size, self.tokens)
+            return next((each[0, token] for each in one), None)
+
+        gradients = self.gradients(firsts, state, of_token)
+        if not gradients:
             return 0.0, False
-        (gradient,) = torch.autograd.grad(
-            torch.stack(terms).sum(), state.tensor, retain_graph=True, allow_unused=True
-        )
-        if gradient is None:
-            return 0.0, False
-        sizes = forward.canonical(gradient).float().flatten(2).norm(dim=-1)  # (B, T)
+        sizes = self.norms(gradients, state)
         total, own = float(sizes.sum()), float(sizes[0, token])
         later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
         return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
 
-    def _unused(self, number: int, window: tuple[int, int]) -> torch.Tensor | None:
+    def _unused(self, number: int) -> torch.Tensor | None:
         """A matrix that was computed from parameters within a connection, and that no output depends on."""
-        forward, mix = self.forward, self.applied[number].mix
+        graph, mix, (begin, end) = self.graph, self.weights[number]["H_res"], self.window(number)
         n = mix.shape[-1]
-        # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
-        square = [v for v in self.squares(number, window) if v.tensor.shape[-2:] == (n, n)]
-        dead = [value for value in square if not forward.is_used(value)]
+        sizes = self.sizes(n * n)
+
+        def square(first: int) -> list[TracedValue]:
+            # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
+            made = (v for v in graph.values[first:end] if v.shape[-2:] == (n, n) and v.numel in sizes)
+            # What autograd keeps for the backward is another detached tensor of one that is there.
+            return [
+                v for v in made if v.is_floating and (v.name not in ("detach", "alias") or graph.takers(v))
+            ]
+
+        dead = [value for value in square(begin) if not graph.reaches_output(value)]
         if not dead:
             return None
-        last = dead[-1]
-        branch = self._branch(number, window)
-        behind = forward.graph.ancestors([last.number], stop=self.every | branch)
+        last, branch = dead[-1], self.branch_inputs(number)
+        behind = graph.ancestors([last.number], stop=self.every | branch)
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
-        if behind & branch:
-            return None
-        if not behind & forward.parameters.keys():
+        if behind & branch or not self.parameters_in(behind):
             return None
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
-        # weights in one tensor. The gradient tells these apart.
-        earlier = [v for v in self.squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
-        used = [v for v in earlier if v.number in behind and forward.is_used(v)]
-        if used and not (
-            used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor])[0] in (0.0, None)
-        ):
+        # weights in one tensor.
+        used = [v for v in square(0) if v.number in behind and graph.reaches_output(v)]
+        if used and self._takes_part(number, used[-1]):
             return None
-        matrix = next(self._sampled(last, (n, n)), None)
+        matrix = next(self.sampled(last, (n, n)), None)
         if matrix is None:
             return None
         limit = SAME * max(1.0, float(mix.abs().max()))
         same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
         return None if same else matrix
 
-    def _branch(self, number: int, window: tuple[int, int]) -> set[int]:
-        """The values that are what a connection's branch takes."""
-        taken = self.applied[number].branch_in
-        return set() if taken is None else {v.number for v in self.forward.matching(taken, window)}
+    def _takes_part(self, number: int, value: TracedValue) -> bool:
+        """Whether the numbers of a value have a share in the factors of a connection, or in the output by another way."""
+        factors = self.factors[number]
+        if self.graph.earlier(self.graph.outputs, stop={of.number for of in factors})[value.number]:
+            return True
+        gradients = self.gradients(factors, [value], lambda _, tensor: tensor.flatten())
+        return not gradients or bool(gradients[0].any())
 
-    def _sigmoids(self, number: int, window: tuple[int, int]) -> dict[str, float]:
-        applied = self.applied[number]
-        values = [value for value in self.forward.within(window) if value.value.name == "sigmoid"]
-        weights = {"H_pre": applied.read, "H_post": applied.write}
+    def _sigmoids(self, number: int) -> dict[str, float]:
+        values = [value for value in self.behind_factors[number] if value.name == "sigmoid"]
         found = {
             name: self._sigmoid_factor(wanted, values)
-            for name, wanted in weights.items()
-            if wanted is not None
+            for name, wanted in self.weights[number].items()
+            if name != "H_res"
         }
         return {name: factor for name, factor in found.items() if factor is not None}
 
-    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[ComputedValue]) -> float | None:
+    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[TracedValue]) -> float | None:
         """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
         for value in values:
-            for few in self._sampled(value, tuple(wanted.shape[2:])):
+            for few in self.sampled(value, tuple(wanted.shape[2:])):
                 ratio = wanted / few
-                precision = max(CONSTANT, 2 * torch.finfo(self.forward.precision).eps)
+                precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
                 if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())
         return None
 
-    def doubtful(self, number: int) -> tuple[Sequence[torch.Tensor], torch.Tensor] | None:
-        """The logits and the write weights of a connection whose matrix may not learn."""
-        found, matrix = self.found[number], self.applied[number].mix
+    def learns(self, value: TracedValue) -> bool:
+        """Whether autograd knew of a value; True where it knew of nothing that was computed, as without gradients."""
+        return value.has_graph or not self.kept_graph
+
+    def doubt(self, number: int) -> Doubt | None:
+        """Where to look for the gradients of a connection whose matrix may not learn; None where it does."""
+        found, matrix = self.found[number], self.weights[number]["H_res"]
         mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
-        window = self._window(number)
-        if not mix or not write or window is None:
+        parameters = self.parameters_in(self.behind(mix[:1]))
+        if not mix or not write or not parameters:
             return None
-        parameters = self.behind(mix[:1]) & self.forward.parameters.keys()
-        if not parameters:
-            return None
-        size = mix[0].tensor.numel()
         # A copy that a log keeps is not used, and may carry none.
-        severed = any(
-            self.forward.is_used(v) and v.tensor.numel() == size and not v.tensor.requires_grad for v in mix
-        )
-        if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
+        same = [v for v in mix if v.numel == mix[0].numel and self.graph.reaches_output(v)]
+        is_uniform = float((matrix - 1 / n).abs().max()) <= UNIFORM
+        if all(v.has_graph for v in same) and not is_uniform:
             return None
-        # An autograd function computes without a graph inside, and its result has one.
-        behind = self.behind(mix)
-        squares = (v for v in self.squares(number, (0, window[1])) if v.number in behind)
-        logits = next((v.tensor for v in squares if v.tensor.requires_grad), None)
-        # Where one function computes all of it, only the parameters tell whether there is a path.
-        of = [logits] if logits is not None else [self.forward.parameters[i] for i in sorted(parameters)]
-        return of, write[-1].tensor
+        behind, known = self.behind(mix), self.graph.parameter_names
+
+        def place(value: TracedValue) -> ValuePlace | str:
+            return known[value.number] if value.number in known else self.graph.place(value)
+
+        squares = tuple(place(value) for value in self.squares(number) if value.number in behind)
+        learned = tuple(known[value.number] for value in parameters)
+        return Doubt(is_uniform, place(mix[-1]), squares, learned, place(write[-1]))

@@ -11,14 +11,13 @@ Shapes: B batch, T token, n streams; m some tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from depthscope.probes.connections.coefficients import per_token, spread
-from depthscope.probes.connections.computed_values import ComputedValue
 from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, TracedValue, names
 
 # torch's names of operations that take logits; of a stable softmax written by hand, of its exponential.
@@ -46,8 +45,8 @@ NOT_SEEN = "the matrix itself is no tensor that the module's own code handles"
 class FoundLogits(NamedTuple):
     """The logits of a matrix, that matrix, and which reading of `as_matrices` has the logits in its orientation."""
 
-    logits: ComputedValue
-    matrix: ComputedValue
+    logits: TracedValue
+    matrix: TracedValue
     reading: int
 
     def turned(self, tensor: torch.Tensor, batch: int, tokens: int, n: int) -> torch.Tensor:
@@ -131,9 +130,12 @@ def is_same_matrix(
 
 def find_logits(
     graph: Graph,
-    values: Sequence[ComputedValue],
-    matrices: Sequence[ComputedValue],
+    values: Sequence[TracedValue],
+    matrices: Sequence[TracedValue],
     wanted: torch.Tensor,
+    behind: set[int],
+    tensor: Callable[[TracedValue], torch.Tensor],
+    learns: Callable[[TracedValue], bool],
     *,
     batch: int,
     tokens: int,
@@ -145,18 +147,16 @@ def find_logits(
     ``values``: from which its matrices were computed, in order.
     ``matrices``: those that are H_res, or its transpose, in order.
     ``wanted``: H_res of some sequences (K, T, n, n).
+    ``behind``: what the matrices were computed from, and they.
+    ``tensor, learns``: the tensor of a value, and whether it has a graph.
     Returns: Why there are none, where there are none.
     """
-    learned = [each for each in matrices if each.tensor.requires_grad]
+    learned = [each for each in matrices if learns(each)]
     if not learned or not bool((wanted > 0).all()):
         return NOT_POSITIVE if learned else NO_GRAPH if matrices else NOT_SEEN
     flat, first = wanted.flatten(0, -3), False
     known = {each.number: each for each in values}
-    taken = [
-        known[n]
-        for n in exponential_arguments(graph, graph.ancestors([m.number for m in matrices]))
-        if n in known
-    ]
+    taken = [known[n] for n in exponential_arguments(graph, behind) if n in known]
     # Sinkhorn in logarithms may add to the logits before it takes an exponential.
     before = [each for each in values if taken and each.number < taken[0].number][::-1]
     for position, logits in enumerate((*taken, *before)):
@@ -164,18 +164,18 @@ def find_logits(
         if first and position < len(taken):
             continue
         # The last matrix is what is applied; in the rounds before, it may have been the same number already.
-        own = [matrix for matrix in learned if matrix.tensor.numel() == logits.tensor.numel()]
-        if not own or not logits.tensor.requires_grad:
+        own = [matrix for matrix in learned if matrix.numel == logits.numel]
+        if not own or not learns(logits):
             continue
-        alone = is_only_source(graph, own[-1].value, logits.value)
+        alone = is_only_source(graph, own[-1], logits)
         first = first or alone is not None
         if not alone:
             continue
         shares = [
             share_scaled(each[list(rows), : wanted.shape[1]].flatten(0, -3).to(flat.device), flat, rounding)
-            for each in as_matrices(logits.tensor.detach(), batch, tokens, wanted.shape[-1])
+            for each in as_matrices(tensor(logits).detach(), batch, tokens, wanted.shape[-1])
         ]
-        best = max(range(len(shares)), key=shares.__getitem__)
-        if shares[best] >= (ENOUGH if position < len(taken) else NEARLY_ALL):
+        best = max(range(len(shares)), key=shares.__getitem__, default=0)
+        if shares and shares[best] >= (ENOUGH if position < len(taken) else NEARLY_ALL):
             return FoundLogits(logits, own[-1], best)
     return NOT_FOUND

@@ -21,6 +21,7 @@ from torch import nn
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.repeats import same_values
 from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.operations import is_read_early, is_view
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 
@@ -106,7 +107,7 @@ class StateOperations:
             raise self._recorder.graph.error
 
     def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if not _is_view(value):
+        if not is_view(value):
             self._written(value, tensor)
         if self.on_made is not None:
             self.on_made(value, tensor)
@@ -142,7 +143,7 @@ class StateOperations:
     def _made_as(self, state: torch.Tensor) -> TracedValue:
         """What wrote the memory of a tensor; of memory that was written in part, the last write."""
         value = self._recorder.known(state)
-        while _is_view(value) or value.name == "patch":
+        while is_view(value) or value.name == "patch":
             value = value.args[1] if value.name == "patch" else value.parents[0]
         return value
 
@@ -160,23 +161,8 @@ class StateOperations:
         last = max(value.number for value in made)
         if len(places) < len(tensors):
             return None, last
-        graph, numbers = self._recorder.graph, {value.number for value in made}
-        inside = graph.ancestors(numbers, stop=range(before + 1))
-        held = {
-            number for number in numbers if number > before
-        }  # and its views; the others are of the state before too
-        for value in graph.values[min(held, default=last) + 1 : last]:
-            if not held.isdisjoint(parent.number for parent in value.parents):
-                if _is_view(value):
-                    held.add(value.number)
-                elif value.number not in inside:
-                    return None, last
-        return tuple(places), last
-
-
-def _is_view(value: TracedValue) -> bool:
-    """Whether a value lies in the memory of what it was made of."""
-    return value.alias or value.name == "_unsafe_view"
+        early = is_read_early(self._recorder.graph, made, before)
+        return None if early else tuple(places), last
 
 
 def _write(

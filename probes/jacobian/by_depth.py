@@ -70,9 +70,9 @@ def jacobians_by_depth(
     if values < 1:
         raise InputError(f"came values={values}; expected how many singular values are wanted, 1 or more")
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
-    graph = state_graph(model, batch, 0, None, selection)
-    depths = range(1, graph.stop + 1)
-    spans = [*((depth - 1, depth) for depth in depths), (0, graph.stop)]
+    graph = state_graph(model, batch, None, None, selection)
+    depths = range(graph.start + 1, graph.stop + 1)
+    spans = [*((depth - 1, depth) for depth in depths), (graph.start, graph.stop)]
     found = []
     for number, (start, stop) in enumerate(spans):
         if progress is not None:

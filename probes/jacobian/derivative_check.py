@@ -12,13 +12,14 @@ from collections.abc import Mapping
 import torch
 
 from depthscope.probes.connections.coefficients import StreamConnectionError, relative_error, tolerance
+from depthscope.probes.jacobian.differentiable_forward import State, gradients
 from depthscope.probes.jacobian.frozen_routing import INSTEAD, FrozenConnection, FrozenRouting
 
 # Heuristic: the checks compare derivatives, which a backward through a block rounds more often than a forward.
 ROUNDINGS = 3.0
 
 
-def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -> None:
+def require_frozen(routing: FrozenRouting, states: Mapping[int, State]) -> None:
     """Refuse where the derivative of a connection is not that of its formula with constant coefficients.
 
     A model may compute its weights where no operation shows it, as in a kernel of its own. With the branch input
@@ -34,8 +35,8 @@ def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -
     """
     generator = torch.Generator().manual_seed(0)
     limit = ROUNDINGS * tolerance(routing.precision)
-    later: list[torch.Tensor] = []
-    earlier: list[torch.Tensor] = []
+    later: list[State] = []
+    earlier: list[State] = []
     cotangents: list[tuple[torch.Tensor, torch.Tensor]] = []
     for connection in routing.connections:
         check = _DerivativeCheck(routing, connection, states, generator)
@@ -78,14 +79,14 @@ class _DerivativeCheck:
         self,
         routing: FrozenRouting,
         connection: FrozenConnection,
-        states: Mapping[int, torch.Tensor],
+        states: Mapping[int, State],
         generator: torch.Generator,
     ) -> None:
         self._routing, self._connection = routing, connection
         self._x, self._x_next = states[connection.depth_in], states[connection.depth_out]
         # In float64, so that the check adds no rounding of its own to the model's.
-        shape = routing.array(connection.depth_out, self._x_next.detach()).shape
-        any_u = torch.randn(shape, generator=generator, dtype=torch.float64).to(self._x.device)
+        shape = routing.array(connection.depth_out, self._x_next.value.detach()).shape
+        any_u = torch.randn(shape, generator=generator, dtype=torch.float64).to(self._x.value.device)
         mix = connection.parts.h_res.to(any_u)
         orthogonal_u = _orthogonal(any_u, [branch.write.to(any_u) for branch in connection.parts.branches])
         by_x, by_branch = self._derivatives(any_u)
@@ -100,8 +101,8 @@ class _DerivativeCheck:
             )
             errors.append(leak / max(size, torch.finfo(torch.float64).tiny))
         self.error = max(errors) if all(error == error for error in errors) else float("nan")
-        self.cotangent = routing.like_state(connection.depth_out, orthogonal_u, self._x_next)
-        self.carried = routing.like_state(connection.depth_in, _transposed(mix, orthogonal_u), self._x)
+        self.cotangent = routing.like_state(connection.depth_out, orthogonal_u, self._x_next.value)
+        self.carried = routing.like_state(connection.depth_in, _transposed(mix, orthogonal_u), self._x.value)
 
     def _through_streams(
         self, mix: torch.Tensor, cotangent: torch.Tensor, by_branch: list[torch.Tensor]
@@ -115,8 +116,8 @@ class _DerivativeCheck:
     def _derivatives(self, cotangent: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """By X, and by what each branch takes."""
         routing, connection = self._routing, self._connection
-        at = routing.like_state(connection.depth_out, cotangent, self._x_next)
-        taken = [tensor for tensor, _, _ in connection.reads]
+        at = routing.like_state(connection.depth_out, cotangent, self._x_next.value)
+        taken = [State.of(tensor) for tensor, _, _ in connection.reads]
         by_x, *by_branch = _gradient([self._x_next], [self._x, *taken], [at])
         reads = zip(connection.reads, by_branch, strict=True)
         arrays = [routing.as_read(value, gradient).double() for (_, value, _), gradient in reads]
@@ -140,11 +141,11 @@ def _orthogonal(cotangent: torch.Tensor, writes: list[torch.Tensor]) -> torch.Te
 
 
 def _gradient(
-    outputs: list[torch.Tensor], inputs: list[torch.Tensor], cotangents: list[torch.Tensor]
+    outputs: list[State], inputs: list[State], cotangents: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Total derivatives; zero where nothing links."""
-    found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+    found = gradients(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(of.value) if g is None else g for of, g in zip(inputs, found, strict=True)]
 
 
 def _finite_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -65,15 +65,19 @@ class FrozenRouting:
         self.recorder.on_taken = self._take
         self._paths = [link.path for link in structure.connections]
         self._taken: dict[int, tuple[torch.Tensor, int | None]] = {}
-        self._values: dict[int, TracedValue] = {}
+        self._values: dict[int, dict[int, TracedValue]] = {}  # by depth and stream
 
     def _take(self, value: TracedValue, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
             self._taken[value.number] = tensor, version(tensor)
 
-    def shown(self, depth: int, state: torch.Tensor) -> None:
-        """Note the state at a depth, as the model hands it on."""
-        self._values[depth] = self.recorder.known(state)
+    def shown(self, depth: int, stream: int, state: torch.Tensor) -> None:
+        """Note a tensor of the state at a depth, as the model hands it on."""
+        self._values.setdefault(depth, {})[stream] = self.recorder.known(state)
+
+    def _cut(self, depth: int) -> list[TracedValue]:
+        """The values that are a state."""
+        return [value for _, value in sorted(self._values[depth].items())]
 
     @torch.no_grad()
     def freeze(self, depths: Sequence[int]) -> None:
@@ -85,7 +89,7 @@ class FrozenRouting:
         try:
             if graph.error is not None:
                 raise ReadingError(str(graph.error))
-            memory = memory_of(graph, [self._values[depth] for depth in depths])
+            memory = memory_of(graph, [value for depth in depths for value in self._cut(depth)])
             self._linear = Linear(States(memory, branches_of(memory)))
             found = coefficients(memory)
             self.connections = [self._connection(memory, *pair) for pair in pairwise(depths)]
@@ -104,24 +108,28 @@ class FrozenRouting:
         return None if tensor is None or version(tensor) != written else tensor
 
     def _connection(self, memory: Memory, depth_in: int, depth_out: int) -> FrozenConnection:
-        before, after = self._values[depth_in], self._values[depth_out]
-        parts = self._linear.joined_by([before], [after], branches_of(memory))
+        before, after = self._cut(depth_in), self._cut(depth_out)
+        parts = self._linear.joined_by(before, after, branches_of(memory))
         reads = [(value, weights) for branch in parts.branches for value, weights in branch.reads]
         known = [(t, v, weights) for v, weights in reads if (t := self._tensor(v)) is not None]
         # A branch input that is carried on, to the next state or to another one as inside of AltUp, is no way of its own.
-        ends = [after, *(value for value, _ in reads)]
+        ends = [*after, *(value for value, _ in reads)]
         carried = {number for end in ends for number in memory.back([end]) - {end.number}}
         apart = len(known) == len(reads) and not any(value.number in carried for value, _ in reads)
         return FrozenConnection(depth_in, depth_out, parts, known if apart else [])
 
     def array(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the order of the state at a depth, as (tokens, streams, features)."""
-        return self.as_read(self._values[depth], tensor)
+        cut = self._cut(depth)
+        return self._sorted(cut, tensor.unbind() if len(cut) > 1 else [tensor])
 
     def as_read(self, value: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the order of what a branch takes, as (tokens, streams, features)."""
-        states = self._linear.states
-        return states.sorted([tensor[None]], [states.numbers(value)], states.num_features)[0]
+        return self._sorted([value], [tensor])
+
+    def _sorted(self, cut: Sequence[TracedValue], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        states, parts = self._linear.states, [tensor[None] for tensor in tensors]
+        return states.sorted(parts, [states.numbers(value) for value in cut], states.num_features)[0]
 
     def like_state(self, depth: int, array: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The tensor in the order of the state at a depth whose array this is."""

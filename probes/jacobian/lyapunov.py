@@ -40,7 +40,7 @@ def lyapunov_spectrum(
     batch: Any,
     k: int,
     *,
-    start: int = 0,
+    start: int | None = None,
     stop: int | None = None,
     tokens: Tokens = "all",
     sweeps: int = 3,

@@ -16,7 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, explained
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, State, explained, gradients
 from depthscope.probes.jacobian.state_graph import (
     Entries,
     Routing,
@@ -33,7 +33,7 @@ def jacobian(
     model: nn.Module,
     batch: Any,
     *,
-    start: int = 0,
+    start: int | None = None,
     stop: int | None = None,
     chain: str | None = None,
     tokens: Tokens = "own",
@@ -50,7 +50,8 @@ def jacobian(
     batch : mapping, tensor or tuple
         One batch, as in `probes.capture`.
     start, stop : int
-        Depths as in ``/trace``: 0 is the embedding; ``stop`` is the last depth when not given.
+        Depths as in ``/trace``: 0 is the embedding. When not given, ``start`` is the first depth at which a graph can begin,
+        mostly 0 (not where one tensor is several streams of it), and ``stop`` is the last one.
     chain : str, optional
         Name of the chain where a model has several, such as ``"decoder"``; the first one when not given.
     tokens : {"own", "all"}
@@ -105,7 +106,7 @@ def block_jacobians(
     model: nn.Module,
     batch: Any,
     *,
-    start: int = 0,
+    start: int | None = None,
     stop: int | None = None,
     chain: str | None = None,
     tokens: Tokens = "own",
@@ -166,7 +167,7 @@ class JacobianOperator:
 
     Parameters
     ----------
-    source, target : Tensor
+    source, target : State
         The two states, in the model's layout, with the graph between them.
     source_entries, target_entries : Entries
         Where the selected tokens' entries are in the two states.
@@ -181,8 +182,8 @@ class JacobianOperator:
 
     def __init__(
         self,
-        source: torch.Tensor,
-        target: torch.Tensor,
+        source: State,
+        target: State,
         source_entries: Entries,
         target_entries: Entries,
         *,
@@ -204,12 +205,12 @@ class JacobianOperator:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the states, in which products are computed."""
-        return self._target.dtype
+        return self._target.value.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the states are."""
-        return self._target.device
+        return self._target.value.device
 
     def matvec(self, vector: torch.Tensor, /) -> torch.Tensor:
         """How a perturbation of state(start) moves state(stop): J v.
@@ -217,7 +218,7 @@ class JacobianOperator:
         ``vector``: v, (in,).
         Returns: (out,), in the dtype of v.
         """
-        return self._product(vector, self._source, self._moves, self.shape, self._push)
+        return self._product(vector, self._source.value, self._moves, self.shape, self._push)
 
     def rmatvec(self, vector: torch.Tensor, /) -> torch.Tensor:
         """How a gradient at state(stop) arrives at state(start): Jᵀ u.
@@ -226,7 +227,7 @@ class JacobianOperator:
         Returns: (in,), in the dtype of u.
         """
         back = [(target, source) for source, target in self._moves]
-        return self._product(vector, self._target, back, self.shape[::-1], self._pull)
+        return self._product(vector, self._target.value, back, self.shape[::-1], self._pull)
 
     def as_linear_operator(self) -> LinearOperator:
         """The same map for scipy, float64 numpy vectors in and out.
@@ -271,7 +272,12 @@ class JacobianOperator:
     def _pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         with explained():
             # Retained: every product is one more backward through the same graph.
-            return torch.autograd.grad(self._target, self._source, cotangent, retain_graph=True)[0]
+            return self._gradient(cotangent, retain_graph=True)
+
+    def _gradient(self, cotangent: torch.Tensor, **options: bool) -> torch.Tensor:
+        (found,) = gradients([self._target], [self._source], [cotangent], **options)
+        assert found is not None
+        return found
 
     def _push(self, tangent: torch.Tensor) -> torch.Tensor:
         with explained():
@@ -286,19 +292,20 @@ class JacobianOperator:
         """A placeholder u and the graph of Jᵀu, whose own backward is the product with J."""
         with torch.inference_mode(False), torch.enable_grad():
             # u ↦ Jᵀu is linear, so its derivative does not depend on u, and zeros will do
-            cotangent = torch.zeros_like(self._target).requires_grad_()
-            (pulled,) = torch.autograd.grad(self._target, self._source, cotangent, create_graph=True)
+            cotangent = torch.zeros_like(self._target.value).requires_grad_()
+            pulled = self._gradient(cotangent, create_graph=True)
         return cotangent, pulled
 
     def _require_adjoint(self) -> None:
         """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair: a kernel whose backward has no graph would silently be left out."""
         (_, source), (_, target) = self._moves[0]
         generator = torch.Generator().manual_seed(0)
-        v, u = (torch.zeros(state.numel(), dtype=state.dtype) for state in (self._source, self._target))
+        source_state, target_state = self._source.value, self._target.value
+        v, u = (torch.zeros(state.numel(), dtype=state.dtype) for state in (source_state, target_state))
         for vector, slots in ((v, source), (u, target)):
             vector[slots.cpu()] = torch.randn(len(slots), generator=generator, dtype=vector.dtype)
-        pushed = self._push(v.to(self.device).view(self._source.shape)).flatten()[target].double()
-        pulled = self._pull(u.to(self.device).view(self._target.shape)).flatten()[source].double()
+        pushed = self._push(v.to(self.device).view(source_state.shape)).flatten()[target].double()
+        pulled = self._pull(u.to(self.device).view(target_state.shape)).flatten()[source].double()
         gap = pushed @ u.to(self.device)[target].double() - pulled @ v.to(self.device)[source].double()
         error = float(gap.abs() / torch.linalg.vector_norm(pushed))
         if error > ADJOINT[self.dtype]:

@@ -15,6 +15,8 @@ from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import (
     OPERATION,
     JacobianError,
+    StartError,
+    State,
     constant_weights,
     differentiable_states,
     explained,
@@ -78,7 +80,7 @@ class StateGraph:
 
     start: int
     stop: int
-    states: dict[int, torch.Tensor]
+    states: dict[int, State]
     views: Sequence[TracedValue]  # that make the state at start of its tensor
     mask: torch.Tensor | None
     structure: Structure
@@ -96,7 +98,8 @@ class StateGraph:
         missing = [depth for depth in (start, stop) if depth not in self.states]
         if missing:
             raise JacobianError(
-                f"the state at depth {missing[0]} is rewritten in place and shown by no module; choose other depths"
+                f"the state at depth {missing[0]} is rewritten in place and shown by no module, or one of its streams is "
+                "computed from another; choose other depths"
             )
         source, target = self._positions(start), self._positions(stop)
         # all tokens of both depths may be taken whatever their number; anything else pairs them
@@ -111,7 +114,7 @@ class StateGraph:
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
-        state = self.states[depth]
+        state = self.states[depth].value
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
         numbers = viewed(numbers, self.views if depth == self.start else ())
         return self.structure.canonical(self.number, numbers, self.batch_size, depth)
@@ -133,29 +136,35 @@ class StateGraph:
 
 
 def state_graph(
-    model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
+    model: nn.Module, batch: Any, start: int | None, stop: int | None, selection: Selection
 ) -> StateGraph:
     """Run the model twice, once to find its chain and once to record the graph from start to stop.
 
     ``model``: the model.
     ``batch``: one batch.
-    ``start, stop``: depths; None for the last one.
+    ``start, stop``: depths; None for the first one at which a graph can begin, and for the last one.
     ``selection``: what to read.
     Raises JacobianError: Where the depths are unknown or nothing links them.
     """
     _require_readable(model, batch, selection)
     session, forward = _find_chains(model, batch, selection)
     number = _chain_number(session.structure.chains, selection.chain)
-    first, last = _valid_depths(session.structure.chains[number], start, stop)
+    chain = session.structure.chains[number]
+    first, last = _valid_depths(chain, start or 0, stop)
     # Only the first chain has connections.
     weighs = session.structure.num_streams > 1 or session.structure.connections
     frozen = selection.routing == "frozen" and number == 0 and weighs
-    routing = FrozenRouting(session, batch) if frozen else None
-    states, views = differentiable_states(
-        model, batch, session.structure.chains[number], first, last, routing
-    )
+    while True:
+        routing = FrozenRouting(session, batch) if frozen else None
+        try:
+            states, views = differentiable_states(model, batch, chain, first, last, routing)
+            break
+        except StartError:
+            if start is not None or first + 1 == last:
+                raise
+            first += 1
     for depth, state in states.items():
-        shown = viewed(state, views if depth == first else ())
+        shown = viewed(state.value, views if depth == first else ())
         _require_same(session.structure, forward, number, depth, shown)
     if routing is not None:
         with explained():  # the check runs backwards of its own
@@ -256,12 +265,6 @@ def _valid_depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]
     if start >= stop:
         raise JacobianError(
             f"start is {start} and stop is {stop}; expected start < stop, since a later state moves no earlier one"
-        )
-    several = next((depth for depth in range(start, stop + 1) if chain.points[depth].streams), None)
-    if several is not None:
-        raise JacobianError(
-            f"the state at depth {several} is held by {len(chain.points[several].streams)} tensors, one for each stream; "
-            "expected one tensor. Stack the streams into one in the model"
         )
     return start, stop
 

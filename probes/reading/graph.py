@@ -92,6 +92,7 @@ class TracedValue:
     made_at: int | None = None  # by which operation of its call; `OUTPUT` where the call is one operation
     given_at: int | None = None  # its position among the tensors that the model is called with
     is_rewritten = False  # whether its memory is written before the forward ends
+    has_graph = False  # whether autograd knew of it when an operation took it
 
     def __init__(
         self,

@@ -130,6 +130,28 @@ def moved(graph: Graph, value: TracedValue) -> list[TracedValue]:
     return [*(before for before in value.parents[:1] if moves(before, value)), *takers]
 
 
+def is_view(value: TracedValue) -> bool:
+    """Whether a value lies in the memory of what it was made of."""
+    return value.alias or value.name == "_unsafe_view"
+
+
+def is_read_early(graph: Graph, made: Sequence[TracedValue], before: int = -1) -> bool:
+    """Whether some of the values that together are a state were read before the last was made, by what is no part of it.
+
+    ``before``: the number of the last value of the state before, with which that one was there.
+    """
+    numbers = {value.number for value in made}
+    inside, last = graph.ancestors(numbers, stop=range(before + 1)), max(numbers)
+    held = {n for n in numbers if n > before}  # and its views; the others are of the state before too
+    for value in graph.values[min(held, default=last) + 1 : last]:
+        if not held.isdisjoint(parent.number for parent in value.parents):
+            if is_view(value):
+                held.add(value.number)
+            elif value.number not in inside:
+                return True
+    return False
+
+
 def part_of(value: TracedValue) -> tuple[int, slice | int]:
     """Along which axis one of `PARTS` takes which places."""
     args, name = value.args, value.name

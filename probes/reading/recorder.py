@@ -206,6 +206,8 @@ class GraphRecorder(TorchDispatchMode):
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now, as it is taken."""
         value = self.known(tensor)
+        if tensor.requires_grad:
+            value.has_graph = True
         if self.on_taken is not None:
             self.on_taken(value, tensor)
         return value

@@ -9,7 +9,6 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.probes.connections.computed_forward import ComputedForward
 from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.run.attributes import memory_facts, run_attributes
 from depthscope.probes.run.connection_remarks import connection_remarks, module_remarks
@@ -52,7 +51,6 @@ def build_run(
     token_text: Any = None,
     described: bool = False,
     digests: bool = True,
-    followed: ComputedForward | None = None,
     kept: dict[str, Any] | None = None,
     proven: Proven | None = None,
     metrics: Mapping[str, xr.Dataset] | None = None,
@@ -65,7 +63,6 @@ def build_run(
     ``token_text``: text of every token, by the sequence's index.
     ``described``: as in `trace_dataset`.
     ``digests``: whether the weights and the data get a digest, by which runs are compared.
-    ``followed``: what one forward on the first sequences computed, for remarks on where the coefficients come from.
     ``kept``: what a forward keeps for its backward, see `kept_bytes`.
     ``proven``: what `prove` returned for the present sample.
     ``metrics``: what was measured while the training ran, by group.
@@ -73,7 +70,7 @@ def build_run(
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
-    remarks, logits = connection_remarks(session.structure, evidence, followed)
+    remarks, logits = connection_remarks(session, evidence, [sequence.index for sequence in sequences])
     remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, {}))
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains

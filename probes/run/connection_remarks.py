@@ -9,23 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import Applied, Origin, Search, trace_origins
-from depthscope.probes.connections.computed_forward import ComputedForward
+from depthscope.probes.connections.coefficient_values import vector
+from depthscope.probes.connections.computation import Origin
 from depthscope.probes.connections.connection_facts import Facts
-from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
-from depthscope.probes.connections.proof import Evidence, Joint
+from depthscope.probes.connections.mixing_logits import MixingLogits
+from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.connections.remarks import passing_inside, remarks
-from depthscope.probes.structure.model_structure import Structure
+from depthscope.probes.session.session import Session
 
 
 def connection_remarks(
-    structure: Structure, evidence: Evidence, followed: ComputedForward | None
+    session: Session, evidence: Evidence, indices: Sequence[int]
 ) -> tuple[list[dict[str, Any]], list[MixingLogits]]:
     """What is odd about the connections of a run, and the logits of their matrices.
 
+    ``indices``: of the sampled sequences, over all forwards.
     Returns: Plain values; empty where nothing is odd, or there are no connections.
-    Returns: One for each connection; empty where no forward was followed.
+    Returns: One for each connection; empty where it is not known from what the coefficients were computed.
     """
+    structure, origins = session.structure, session.observer.origins
     logits: list[MixingLogits] = []
     facts = [
         Facts(
@@ -33,16 +35,19 @@ def connection_remarks(
             mix=joint.matrix,
             mixes=joint.parts.mix is not None,
             stored=joint.matrix,
-            read=_vector(joint.parts.read),
-            write=_vector(joint.parts.write),
+            read=vector(joint.parts.read),
+            write=vector(joint.parts.write),
             mask=joint.mask,
             spread_in=_spread(joint.x_in, joint.mask),
             spread_out=_spread(joint.x_out, joint.mask),
         )
         for joint in evidence.joints
     ]
-    if followed is not None and facts:
-        facts, logits = _with_origins(facts, evidence.joints, followed)
+    # The sampled sequences are in the order of the data, and these are of its first batch.
+    kept = [] if origins is None else [n for n, index in enumerate(origins.indices) if index in indices]
+    if origins is not None and kept:
+        facts = [_completed(of, origin.at(kept)) for of, origin in zip(facts, origins.origins, strict=True)]
+        logits = [of.at(kept) for of in origins.logits]
     inner = (
         passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
         if structure.inner_streams
@@ -57,29 +62,6 @@ def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
     return float(
         (real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny)
     )
-
-
-def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
-    """Weights (K, T, n) of a connection with one view."""
-    if weights is None or 1 not in weights.shape[-2:]:
-        return None
-    return weights.flatten(-2)
-
-
-def _with_origins(
-    facts: list[Facts], joints: Sequence[Joint], forward: ComputedForward
-) -> tuple[list[Facts], list[MixingLogits]]:
-    # The sampled sequences are in the order of the data, and these are of its first batch.
-    kept = slice(len(forward.rows))
-    applied = []
-    for joint, of in zip(joints, facts, strict=True):
-        taken = joint.parts.branch_in
-        branch_in = taken.squeeze(-2) if taken.shape[-2] == 1 else None
-        parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
-        applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))
-    search = Search(forward, applied)
-    completed = [_completed(of, origin) for of, origin in zip(facts, trace_origins(search), strict=True)]
-    return completed, mixing_logits(search)
 
 
 def _completed(facts: Facts, origin: Origin) -> Facts:

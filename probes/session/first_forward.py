@@ -26,6 +26,7 @@ from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, Trac
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
+from depthscope.probes.session.coefficient_origins import find_origins
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.observer import Observer
@@ -134,8 +135,7 @@ class RecordedForward:
         if self._routing and isinstance(recorder, GraphRecorder):
             tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
-            n = self._observer.structure.num_streams
-            tape.logits = ComputedValues(recorder.graph, lambda shape: shape[-2:] == (n, n))
+            tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -284,6 +284,9 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
         before = tape.recorded(chain.points[chain.connections[number].depth_in])
         if observer.logits is not None and tape.logits is not None and before is not None:
             observer.logits.record(forward, number, weights.mix, tape.logits, before.number)
+    if observer.looks_for_origins:
+        observer.looks_for_origins = False
+        observer.origins = find_origins(structure.read, memory, forward, observer)
     tape.logits = None  # it holds tensors of the graph
 
 

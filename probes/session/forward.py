@@ -66,6 +66,7 @@ class Forward:
     )  # that earlier states have a part of
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
+    other_ends: list[GradientListener] = field(default_factory=list)  # of a backward of ours, but for states
     # By the number of the recorded value.
     listeners: dict[int, GradientListener] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
@@ -118,7 +119,7 @@ class Forward:
             handle.remove()
         self.handles.clear()
         self.calls.clear()
-        for listener in self.expected_gradients.values():
+        for listener in (*self.expected_gradients.values(), *self.other_ends):
             listener.release()
 
     def backward_ends(self) -> list[TensorKey]:

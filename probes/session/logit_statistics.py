@@ -47,17 +47,15 @@ class _Place:
 
     @classmethod
     def of(cls, graph: Graph, found: FoundLogits) -> _Place:
-        logits, matrix = found.logits.value, found.matrix.value
+        logits, matrix = found.logits, found.matrix
         return cls(graph.place(logits), graph.place(matrix), matrix.number - logits.number, found.reading)
 
     def found_again(self, seen: ComputedValues) -> FoundLogits | None:
         """The same in another forward; None where other operations ran."""
-        values = [seen.graph.at(place) for place in (self.logits, self.matrix)]
-        known = [seen.by_number.get(value.number) for value in values if value is not None]
-        if len(known) < 2 or known[0] is None or known[1] is None:
+        logits, matrix = (seen.graph.at(place) for place in (self.logits, self.matrix))
+        if logits is None or matrix is None or not (seen.has(logits) and seen.has(matrix)):
             return None
-        logits, matrix = known[0], known[1]
-        same = matrix.number - logits.number == self.steps and not (logits.rewritten or matrix.rewritten)
+        same = matrix.number - logits.number == self.steps
         return FoundLogits(logits, matrix, self.reading) if same else None
 
 
@@ -123,7 +121,7 @@ class LogitStatistics:
             return
         self.reasons.pop(number, None)
         self._places[number] = _Place.of(seen.graph, found)
-        logits, matrix = found.logits.tensor, found.matrix.tensor
+        logits, matrix = (seen.tensor(of) for of in found[:2])
         batch, tokens, n, _ = mix_BTnn.shape
         read = partial(found.turned, batch=batch, tokens=tokens, n=n)
         mask = forward.masks.get(0)
@@ -151,7 +149,7 @@ class LogitStatistics:
         same = [
             each
             for each in values
-            if is_same_matrix(each.tensor.detach(), wanted, batch=batch, tokens=tokens, rows=few)
+            if is_same_matrix(seen.tensor(each).detach(), wanted, batch=batch, tokens=tokens, rows=few)
         ]
         if not same:
             return NOT_SEEN
@@ -161,6 +159,9 @@ class LogitStatistics:
             [each for each in values if each.number in behind],
             same,
             wanted,
+            behind,
+            seen.tensor,
+            lambda value: seen.tensor(value).requires_grad,
             batch=batch,
             tokens=tokens,
             rows=few,

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.mixing_logits import CoefficientOrigins
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
@@ -55,11 +56,13 @@ class Observer:
         self.structure = structure
         self.options = options
         self.parameters, self.logits = parameters, logits
+        self.looks_for_origins = scope.origins and structure.num_streams > 1
+        self.origins: CoefficientOrigins | None = None  # of the coefficients, once they are known
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         # Called with chain, depth, every state as it is shown, and the model's own tensors that hold it.
         self.on_state: Callable[[int, int, torch.Tensor, tuple[torch.Tensor, ...]], None] | None = None
-        self._report = report
+        self.report = report
         self._loss_scale = loss_scale
         self._calls, self._times = calls, times
         self._scope = scope
@@ -190,7 +193,7 @@ class Observer:
         if self.options.gradients and tensor.requires_grad and of.key not in forward.expected_gradients:
             # Not a module's full backward hook: that one would put a function into the user's graph, and would see the
             # gradient of a module's call, not of a state that several calls read.
-            self.expect_gradient(forward, of, GradientListener(tensor, self._report))
+            self.expect_gradient(forward, of, GradientListener(tensor, self.report))
 
     def expect_gradient(self, forward: Forward, of: ShownTensor, listener: GradientListener) -> None:
         """Record the gradient that a listener receives as that of a state, or of one stream of it."""

@@ -154,6 +154,7 @@ class Scope:
 
     ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
     ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
+    ``origins``: whether it is looked from what the coefficients of connections are computed.
     ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
     ``exact_sums``: as `TokenSums.is_exact`.
     ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
@@ -162,6 +163,7 @@ class Scope:
 
     only_own: bool = False
     sums: bool = True
+    origins: bool = False
     live_tokens: int = 0
     exact_sums: bool = False
     shards: TokenShards | None = None

@@ -194,9 +194,20 @@ def token_order(
         num_streams=num_streams,
         fractions=num_fractions(numbers, layout),
     )
-    first = np.unravel_index(places[:, :, 0, 0].numpy(), memory.shape)
-    kept = [index for dim, index in enumerate(first) if dim != memory.feature_axis]
-    order = np.ravel_multi_index(kept, memory.token_shape) if kept else np.zeros(places.shape[:2], dtype=int)
+    order = _tokens(memory, places[:, :, 0, 0].numpy())
     if len(np.unique(order)) != order.size:
         raise LayoutError(f"the layout {layout!r} has the same token twice; expected each once")
-    return torch.from_numpy(np.asarray(order))
+    return torch.from_numpy(order)
+
+
+def tokens_of(memory: MemoryReading, numbers: Numbers) -> torch.Tensor:
+    """Of which of a reading's tokens each element of a value is, flat; −1 for what holds nothing yet."""
+    flat = numbers.dense().reshape(-1)
+    return torch.from_numpy(np.where(flat < 0, -1, _tokens(memory, np.maximum(flat, 0))))
+
+
+def _tokens(memory: MemoryReading, elements: np.ndarray) -> np.ndarray:
+    """The reading's tokens of some elements of the memory's first value."""
+    places = np.unravel_index(elements, memory.shape)
+    kept = [index for dim, index in enumerate(places) if dim != memory.feature_axis]
+    return np.asarray(np.ravel_multi_index(kept, memory.token_shape)) if kept else np.zeros_like(elements)

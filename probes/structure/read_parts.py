@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading
-from depthscope.probes.structure.read_layout import token_order
+from depthscope.probes.structure.read_layout import token_order, tokens_of
 
 Weighed = tuple[
     Parts | DepthWeights, torch.Tensor | None
@@ -74,9 +76,27 @@ class ReadStructure:
         order = self._order[2]
         if memory.over_depth:
             return list(depth_weights(memory, order))
+        parts = (stream_parts(connection, order, mixes=self.mixes) for connection in self.connections(memory))
+        return [(of, None) for of in parts]
+
+    def connections(self, memory: MemoryReading) -> list[ConnectionReading]:
+        """The connections with streams, of which `weights` are."""
         joined = (connection for connection in memory.connections if connection.branches)
-        kept = (connection for number, connection in enumerate(joined) if number not in self.left_out)
-        return [(stream_parts(connection, order, mixes=self.mixes), None) for connection in kept]
+        return [connection for number, connection in enumerate(joined) if number not in self.left_out]
+
+    def token_norms(
+        self, memory: MemoryReading, tensors: Sequence[torch.Tensor], values: Sequence[TracedValue]
+    ) -> torch.Tensor:
+        """The norms (B, T) of what has the elements of some values of a memory, over streams and features."""
+        assert self._order is not None
+        squares = torch.zeros(math.prod(memory.token_shape) or 1, dtype=torch.float64)
+        for tensor, value in zip(tensors, values, strict=True):
+            flat, at = (
+                tensor.detach().flatten().cpu().double(),
+                tokens_of(memory, memory.carried[value.number]),
+            )
+            squares.index_add_(0, at[at >= 0], flat[at >= 0].square())
+        return squares.sqrt()[self._order[2]]
 
 
 def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: bool) -> Parts:

@@ -11,7 +11,7 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 
 from depthscope import diagnostics, probes
-from depthscope.probes.connections.computation import _distinguishable
+from depthscope.probes.connections.coefficient_values import _distinguishable
 from tests.models import stream_bugs
 from tests.models.stream_bugs import BUGS, STYLES, Wiring, network, tokens
 from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
