@@ -17,7 +17,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
-from depthscope.diagnostics.verdicts.age import TASK, number_or_none
+from depthscope.diagnostics.verdicts.age import TASK, age_of, number_or_none
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
 from depthscope.diagnostics.verdicts.off_minimum import RESCALED, SLOPES, to_lose
@@ -151,7 +151,8 @@ def _rescaled(
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
     reach, slopes, sequences = to_lose(run.attrs), run.attrs.get(SLOPES), first_size(batch)
-    if reach is None or run.attrs.get("untouched") or sequences < FEWEST or _batch_axis(options):
+    begun = age_of(xr.Dataset(attrs=run.attrs)).begun  # in its first steps no network is at a minimum
+    if reach is None or not begun or sequences < FEWEST or _batch_axis(options):
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

@@ -7,10 +7,10 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.age import number_or_none, task_of
+from depthscope.diagnostics.numbers import number, percent
+from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 SLOPES = "scale_slopes"
 """Attribute of a run: the derivatives of the loss along the scale of what modules give, of those that are none of chance."""
@@ -20,6 +20,8 @@ RESCALED = "rescaled"
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
+# Of the loss of a constant answer: a network that gets below it by other scales alone had learned something. Heuristic.
+LITTLE = 0.9
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -29,7 +31,7 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
     return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
 
 
-# Healthy networks of 100 kinds regain 0.10 at most by such a change, which is fitted to one batch; a half is next to all.
+# Trained networks of more than 100 kinds regain 0.12 at most, since the factors are fitted to one batch; a half is next to all.
 @verdict(
     metric="loss",
     limits=Limits(warn=0.15, fail=0.5),
@@ -38,9 +40,8 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
 def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The weights are not used as they were trained: with other scales of what modules give, the loss is lower.
 
-    Training leaves a network at a minimum of its loss along each of these scales. Look first at the modules that are named:
-    for a factor of the attention logits or the norms, an eps, a gain or bias that was not restored, a branch that is scaled
-    twice, weights of another block. On data of another kind than it was trained on, it says that they are foreign to it.
+    Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
+    logits or norms, an eps, a gain that was not restored, weights of another block; or the data are foreign to the network.
     """
     result = attrs.get(RESCALED)
     result = result if isinstance(result, Mapping) else {}
@@ -48,13 +49,17 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     best = number_or_none(result.get("rescaled"))
     if reach is None or loss is None or best is None:
         return
+    constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
+    if loss >= NOTHING_LEARNED * constant and best > LITTLE * constant:
+        return  # what still has to learn can do so by its scales too
     reaches = number_or_none(result.get("half_width")) or 0.0
     gained = max(loss - best - reaches, 0.0)
     share = gained / (reach + gained)
     most = ", ".join(f"{name} × {number(factor)}" for name, factor in result.get("most") or ())
+    more = ", …" if (number_or_none(result.get("modules")) or 0.0) > len(result.get("most") or ()) else ""
     interval = f" ± {number(reaches, digits=2)}" if reaches else ""
     sentence = (
-        f"With what {result.get('modules')} modules give times factors of their own ({most}, …) the loss falls from "
+        f"With factors on what {result.get('modules')} modules give ({most}{more}) the loss falls from "
         f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
