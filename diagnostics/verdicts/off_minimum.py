@@ -31,7 +31,7 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
     return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
 
 
-# Trained networks of more than 100 kinds regain 0.12 at most, since the factors are fitted to one batch; a half is next to all.
+# Trained networks of more than 100 kinds regain 0.12 at most, since the factors are fitted to one batch.
 @verdict(
     metric="loss",
     limits=Limits(warn=0.15, fail=0.5),
