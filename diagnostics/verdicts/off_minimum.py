@@ -8,7 +8,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
@@ -20,8 +20,6 @@ RESCALED = "rescaled"
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
-# Of the loss of a constant answer: a network that gets below it by other scales alone had learned something. Heuristic.
-LITTLE = 0.9
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -50,7 +48,7 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     if reach is None or loss is None or best is None:
         return
     constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
-    if loss >= NOTHING_LEARNED * constant and best > LITTLE * constant:
+    if loss >= NOTHING_LEARNED * constant and best > KNOWS * constant:
         return  # what still has to learn can do so by its scales too
     reaches = number_or_none(result.get("half_width")) or 0.0
     gained = max(loss - best - reaches, 0.0)

@@ -123,8 +123,8 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
         (2.5, 2.2, 0.25, 0.3, None),
         (2.5, 1.2, 0.1, 0.3, FAIL),
         (2.99, 2.75, None, 0.3, None),  # it has still to learn
-        (2.99, 2.0, None, 0.3, WARN),
-        (2.5, 1.2, None, 0.0, INFO),  # in its first steps no network is at a minimum
+        (2.99, 2.0, None, 0.3, FAIL),
+        (2.8, 1.2, None, 0.0, INFO),  # in its first steps no network is at a minimum
     ],
 )
 def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved, severity):
