@@ -18,7 +18,8 @@ from depthscope.diagnostics.experiments.scaling import OUTPUT, POINTS, SCALING, 
 from depthscope.probes.interventions.model_under_test import EVERY_SEQUENCE
 from depthscope.probes.interventions.predictions import output_values
 from depthscope.probes.model.errors import CaptureError, require_module
-from depthscope.probes.one_shot import Loss, loss_value, measure
+from depthscope.probes.model.losses import Loss, loss_value
+from depthscope.probes.one_shot import measure
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Unpack
 
@@ -12,11 +12,14 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.schema import storable_attributes
+from depthscope.diagnostics.verdicts.off_minimum import SLOPES
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.loss_graph import mean_task, read_task
+from depthscope.probes.model.losses import Loss, loss_value
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.rescaling import Scales, first_size
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
@@ -30,8 +33,6 @@ from depthscope.probes.session.options import CaptureOptions, Options, Scope, ta
 from depthscope.probes.session.session import Session
 from depthscope.probes.settling import MOST_FORWARDS, settle
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-
-Loss = Callable[[Any, Any], torch.Tensor]
 
 
 @takes_options(CaptureOptions)
@@ -118,15 +119,15 @@ def measure(
         [],
         [],
     )  # one sum over all batches: the weights are the same in all of them
-    sequences, first = 0, None
+    sequences, first, of_first = 0, None, dict[str, float]()
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
             with no_collection():
-                measured, value, task = _measure_batch(session, item, loss)
+                measured, value, task, slopes = _measure_batch(session, item, loss)
             assert session.step.last is not None
             began = session.step.last.first_index
             if first is None:
-                first = item, began, measured.batch_size
+                first, of_first = (item, began, measured.batch_size), slopes
             sequences += measured.batch_size
             losses.append(value)
             tasks.append(task)
@@ -152,7 +153,7 @@ def measure(
             session,
             [row],
             step,
-            attrs={**task, **(attrs or {})},
+            attrs={**task, **({SLOPES: of_first} if gradients else {}), **(attrs or {})},
             token_text=token_text,
             kept=kept,
         )
@@ -168,24 +169,26 @@ def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int)
 
 def _measure_batch(
     session: Session, batch: Any, loss: Loss | None
-) -> tuple[Measured, float | None, dict[str, Any]]:
-    """Run one batch, and its backward where gradients are wanted."""
+) -> tuple[Measured, float | None, dict[str, Any], dict[str, float]]:
+    """Run one batch, and its backward where gradients are wanted: also the derivatives along the scales of its modules."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
     session.attach()
     try:
-        output = call_observed(session, batch)
-        session.raise_first_error()
-        value = loss_value(output, batch, loss, required=gradients)
-        if not session.step.forwards and gradients:
-            session.fold()  # says why nothing was seen
-        task = read_task(value, batch)  # before the backward, which frees the graph
-        if gradients and value is not None:
-            with own_call(session.owner):
-                _run_backward(value, session.step.forwards[-1])
+        scales = Scales(max(first_size(batch), 1))
+        with scales.on(session.model, noting=True) if gradients else nullcontext():
+            output = call_observed(session, batch)
             session.raise_first_error()
+            value = loss_value(output, batch, loss, required=gradients)
+            if not session.step.forwards and gradients:
+                session.fold()  # says why nothing was seen
+            task = read_task(value, batch)  # before the backward, which frees the graph
+            if gradients and value is not None:
+                with own_call(session.owner):
+                    _run_backward(value, session.step.forwards[-1])
+                session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
-        return measured, None if value is None else float(value.detach()), task
+        return measured, None if value is None else float(value.detach()), task, scales.sure()
     finally:
         session.detach()
         session.drop()  # after an error; nothing is left after a fold
@@ -201,33 +204,6 @@ def _with_gradients(batch: Any) -> Any:
         masks = {name for name in batch if "mask" in str(name)}
         return {name: value if name in masks else _with_gradients(value) for name, value in batch.items()}
     return type(batch)(_with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
-
-
-def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
-    """The scalar loss of an output: what the user's function gives, or the output's own.
-
-    ``output, batch``: what the model returned, and for what.
-    Raises CaptureError: Where there must be a loss and there is no scalar.
-    """
-    if loss is not None:
-        value = loss(output, batch)
-    else:
-        value = getattr(output, "loss", None)
-        if value is None and isinstance(output, Mapping):
-            value = output.get("loss")
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value
-    if required or loss is not None:
-        came = (
-            "no loss"
-            if value is None
-            else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
-        )
-        raise CaptureError(
-            f"gradients need a scalar loss, but there is {came}: add labels to the batch, or pass "
-            "loss=lambda output, batch: …"
-        )
-    return None
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:

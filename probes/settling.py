@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Unpack
 
@@ -17,21 +17,21 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
-from depthscope.diagnostics.verdicts.age import TASK
+from depthscope.diagnostics.verdicts.age import TASK, age_of, number_or_none
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
+from depthscope.diagnostics.verdicts.off_minimum import RESCALED, SLOPES, to_lose
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
+from depthscope.probes.model.losses import Loss
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import ModelOptions, takes_options
-
-Loss = Callable[[Any, Any], torch.Tensor]
 
 MOST_FORWARDS = 10
 # Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
@@ -72,7 +72,8 @@ def settle(
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
         At most so many forwards; where nothing is suspected none is made but two of one sequence, where the loss is that of
-        the next token: whether outputs depend on later ones.
+        the next token: whether outputs depend on later ones. Where the loss would fall with other scales of what the modules
+        give, as many more with their backward at most.
     **options
         Each option of `Options`.
 
@@ -94,10 +95,12 @@ def settle(
         of_chain = [(finding, analysis) for name, finding, analysis in places if name == chain]
         results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
     ahead = _looks_ahead(run, model, batch, options) if forwards >= OF_CAUSALITY else []
-    if not results and not ahead:
+    scales = _rescaled(run, model, batch, loss, forwards, options)
+    if not results and not ahead and not scales:
         return run
     found: xr.DataTree = run.copy(deep=False)
     found.attrs = {**run.attrs, **({CONSEQUENCES: results} if results else {})}
+    found.attrs |= {RESCALED: scales} if scales else {}
     if ahead:
         found.attrs["remarks"] = [*run.attrs.get("remarks", ()), *ahead]
     return found
@@ -118,9 +121,8 @@ def _looks_ahead(
     )
     if not (ahead or repeats):
         return []
-    layout = str(options.get("layout") or "")
-    batch_axis = 1 if layout.replace(" ", "").startswith("TB") or (layout and is_packed(layout)) else 0
-    part = batch if batch_axis else _row(batch, _longest(batch), _first_size(batch))
+    batch_axis = _batch_axis(options)
+    part = batch if batch_axis else _row(batch, _longest(batch), first_size(batch))
     try:
         again = partial(_output_again, model, batch_axis=batch_axis)
         sees = sees_later_tokens(part, again, must_see_earlier=not ahead)
@@ -134,8 +136,39 @@ def _looks_ahead(
     return [{"kind": "looks_ahead", "sentence": sentence, "value": 1.0, "connections": [], "sure": True}]
 
 
-def _first_size(batch: Any) -> int:
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 0)
+def _batch_axis(options: Mapping[str, Any]) -> int:
+    layout = str(options.get("layout") or "")
+    return 1 if layout.replace(" ", "").startswith("TB") or (layout and is_packed(layout)) else 0
+
+
+def _rescaled(
+    run: xr.DataTree,
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    forwards: int,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
+    reach, slopes, sequences = to_lose(run.attrs), run.attrs.get(SLOPES), first_size(batch)
+    begun = age_of(xr.Dataset(attrs=run.attrs)).begun  # in its first steps no network is at a minimum
+    if reach is None or not begun or sequences < FEWEST or _batch_axis(options):
+        return {}
+    known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
+    if known is not None and not promises(known, reach):
+        return {}
+    try:
+        return rescaled(
+            model,
+            batch,
+            loss,
+            reach=reach,
+            sequences=sequences,
+            steps=min(STEPS, forwards),
+            by_sequence=_by_sequence(loss),
+        )
+    except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
+        return {}
 
 
 def _longest(batch: Any) -> int:

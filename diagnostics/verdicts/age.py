@@ -14,6 +14,8 @@ TASK = "task"
 LEARNED = 0.7
 # Share of the loss of a constant answer, from which on nothing is learned of the input, or nothing of it left.
 NOTHING_LEARNED = 0.97
+# The same share of a network that has surely learned something of the input, which it does after its first steps.
+KNOWS = 0.9
 # Norms begin at 1; within 0.15 of it a network has made some hundred steps at most, or more at a small learning rate.
 YOUNG = 0.15
 # Each step moves a gain and a weight of the head by about the learning rate, and a head of 64 features or more needs less than
@@ -85,9 +87,9 @@ def age_of(analysis: xr.Dataset) -> Age:
         and "update_ratio" in analysis
         and step * float(analysis["update_ratio"].median()) > WAY
     )
-    return Age(
-        trained, words, (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went
-    )
+    knows = (share_of_constant(attrs) or 1.0) < KNOWS
+    begun = (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went or knows
+    return Age(trained, words, begun)
 
 
 def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:

@@ -51,6 +51,9 @@ def weighed(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding:
         return finding
     harm, reason = _is_harm(result, attrs)
     told = f"{finding.sentence} {consequence_words(result)}{reason}"
+    if harm is None:
+        milder = Severity(finding.severity - 1)
+        return replace(finding, settled=OPEN, severity=milder, sentence=told)
     if harm:
         severity = Severity.FAIL if _regained(result, attrs) > LOST else finding.severity
         return replace(finding, settled=SHOWN, severity=severity, sentence=told)
@@ -108,11 +111,19 @@ def _result_of(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Mappin
     return None
 
 
-def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether what the finding is about is of no use, and what the reader needs to know to see why."""
+def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Whether what the finding is about is of no use, or does harm, and what the reader needs to know to see why.
+
+    None where the loss would have to tell, and cannot: a network that has learned nothing does no better without the harm.
+    """
     cost, base = result.get("loss_change"), result.get("loss")
-    guessing = task_of(attrs).get("guessing")
-    if cost is not None and base is not None and (guessing is None or base < INFORMED * guessing):
+    task = task_of(attrs)
+    guessing, constant = task.get("guessing"), task.get("constant")
+    knows = base is not None and not (
+        (guessing is not None and base >= INFORMED * guessing)
+        or (constant is not None and base >= NOTHING_LEARNED * constant)
+    )
+    if cost is not None and base is not None and knows:
         scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""
     at_chance = (
@@ -120,6 +131,6 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool,
         if cost is None or base is None
         else f" The loss, {number(base)}, is no better than guessing, and shows nothing."
     )
-    if result.get("claim") == "harmful":  # what a network that has learned nothing does with it is no excuse
-        return True, at_chance
+    if result.get("claim") == "harmful":
+        return None if at_chance else True, at_chance
     return (result.get("output_change") or 0.0) <= SAME_OUTPUT, at_chance

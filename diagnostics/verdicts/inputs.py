@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.references import FEWEST, distinct
 from depthscope.diagnostics.verdicts.wiring import told
 
@@ -45,8 +47,13 @@ def constant_branch(
         tokens = float(num_tokens.sel(scope="data", tokens="all").max())
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
+        # Of a network whose answer is as good as a constant one the blocks have nothing to tell the tokens apart for.
+        answers = (share_of_constant(attrs) or 0.0) < NOTHING_LEARNED
         yield Profile(
-            spread, "the share of what the step adds that depends on the token is", metric="step_spread"
+            spread,
+            "the share of what the step adds that depends on the token is",
+            metric="step_spread",
+            ceiling=Severity.FAIL if answers else Severity.INFO,
         )
 
 

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.losses import Loss
 from depthscope.probes.model.tensors import tensors_in
 
 Pick: TypeAlias = Callable[[Any], torch.Tensor]
-Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 
 FEWEST_KINDS = 3  # of ids; a tensor of fewer different numbers is taken for a mask
 

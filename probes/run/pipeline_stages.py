@@ -18,7 +18,9 @@ STAGE = "pipeline_stage"
 
 SAME = ("family", "n_streams", "layout", "orientation", "dtype", "autocast", "seed", "processes")
 ADDED = ("num_blocks", "num_parameters", "sites_expected", "sites_fired")
-DROPPED = (STAGE, "memory", "coverage", "remarks", "weights_digest", "consequences")
+DROPPED = (
+    *(STAGE, "memory", "coverage", "remarks", "weights_digest", "consequences", "rescaled", "scale_slopes"),
+)
 JOINED = ("depth", "connection", "weight")
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
 

@@ -397,7 +397,7 @@ def _joined_attributes(
     return attrs | {"merged_runs": len(runs)}
 
 
-OF_ONE_PART = ("consequences", "task", "distinct_tokens")
+OF_ONE_PART = ("consequences", "task", "distinct_tokens", "rescaled", "scale_slopes")
 
 
 def _joined_inputs(runs: Sequence[xr.DataTree]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from depthscope.probes.session.model_call import copied
 from depthscope.probes.session.options import Options
 from depthscope.probes.settling import settle
 
-RESULTS = ("consequences", "remarks")
+RESULTS = ("consequences", "remarks", "rescaled")
 
 
 class SettledEnd:

@@ -258,13 +258,13 @@ def trained(diagonal: float, *, weight_decay: float, faster: float = 5.0) -> xr.
     decayed = {"params": logits, "lr": rate * (faster or 1.0), "weight_decay": weight_decay / (faster or 1.0)}
     # AdamW decays by lr · λ: with lr multiplied and λ divided by `faster` the decay is the requested one.
     optimizer = torch.optim.AdamW([decayed, {"params": others, "lr": 0.01, "weight_decay": 0.0}])
+    # The second half repeats the first, so that there is something to predict.
+    copied = torch.cat([batch[:, :8], batch[:, :8]], 1)
     for _ in range(DECAY["steps"]):
         optimizer.zero_grad()
-        # The second half repeats the first, so that there is something to predict.
-        copied = torch.cat([batch[:, :8], batch[:, :8]], 1)
         nn.functional.cross_entropy(model(copied)[:, :-1].flatten(0, 1), copied[:, 1:].flatten()).backward()
         for one in () if faster else logits:  # decay alone moves them then
             one.grad.zero_()
         optimizer.step()
     decay = diagnostics.decay_factor(**DECAY | {"weight_decay": weight_decay})
-    return diagnostics.with_replay(captured(model), initial, decay=decay)
+    return diagnostics.with_replay(captured(model, copied), initial, decay=decay)

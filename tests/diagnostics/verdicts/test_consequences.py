@@ -115,6 +115,59 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
     assert (found.severity, found.settled) == (FAIL, "shown")
 
 
+@pytest.mark.parametrize(
+    ("loss", "rescaled", "half_width", "moved", "severity"),
+    [
+        (2.5, 2.4, None, 0.3, None),  # a twelfth of what it then is below a constant answer
+        (2.5, 2.2, None, 0.3, WARN),
+        (2.5, 2.2, 0.25, 0.3, None),
+        (2.5, 1.2, 0.1, 0.3, FAIL),
+        (2.99, 2.75, None, 0.3, None),  # it has still to learn
+        (2.99, 2.0, None, 0.3, FAIL),
+        (2.8, 1.2, None, 0.0, INFO),  # in its first steps no network is at a minimum
+    ],
+)
+def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved, severity):
+    analysis = diagnostics.analyze(residual_run(walk(12)))
+    analysis.attrs |= {
+        "task": {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss},
+        "norms_moved": moved,
+        "rescaled": {"loss": loss, "rescaled": rescaled, "modules": 2, "most": [["a.b", 0.5], ["c", 3.0]]}
+        | ({} if half_width is None else {"half_width": half_width}),
+    }
+    found = [each for each in diagnostics.judge(analysis) if each.verdict == "off_minimum"]
+    assert [each.severity for each in found] == ([] if severity is None else [severity])
+    assert all("(a.b × 0.5, c × 3)" in each.sentence for each in found)
+
+
+@pytest.mark.parametrize(("base", "severity"), [(2.0, FAIL), (2.99, WARN)])
+def test_what_a_network_that_has_learned_nothing_cannot_show_is_one_step_milder(base, severity):
+    states = walk(12)
+    analysis = diagnostics.analyze(residual_run(states + 60.0))
+    analysis.attrs |= {
+        "task": {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": base},
+        "consequences": [
+            {
+                "verdict": "common_vector",
+                "chain": "",
+                "stream": None,
+                "first": 0,
+                "last": 12,
+                "depths": [12, 12],
+            }
+            | {
+                "kind": "without_mean",
+                "claim": "harmful",
+                "loss": base,
+                "loss_change": 0.0,
+                "output_change": 0.4,
+            }
+        ],
+    }
+    found = one(diagnostics.judge(analysis), "common_vector")
+    assert (found.severity, found.settled) == (severity, "shown" if severity == FAIL else "not settled")
+
+
 def test_a_healthy_network_costs_two_forwards_of_one_sequence_that_ask_for_a_leak():
     model, calls = pre_norm(), []
     model.register_forward_hook(lambda *_: calls.append(1))

@@ -120,6 +120,7 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "looks_ahead",
         "rounded_coefficients",
         "worse_than_constant",
+        "off_minimum",
         "untrained_weights",
         "batch_without_differences",
         *WIRING,

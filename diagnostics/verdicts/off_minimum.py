@@ -1,0 +1,64 @@
+"""Do the weights belong together as they are used? The loss along the scale of what each module gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.numbers import number, percent
+from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, number_or_none, task_of
+from depthscope.diagnostics.verdicts.causes import anywhere
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+
+SLOPES = "scale_slopes"
+"""Attribute of a run: the derivatives of the loss along the scale of what modules give, of those that are none of chance."""
+RESCALED = "rescaled"
+"""Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
+
+# What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
+# anything a small change of the loss would be much of it. Heuristic.
+LEAST_REACH = 0.2
+
+
+def to_lose(attrs: Mapping[str, Any]) -> float | None:
+    """What the loss is below that of a constant answer, in nats; None where either is not known."""
+    task = task_of(attrs)
+    loss, most = number_or_none(task.get("loss")), number_or_none(task.get("constant", task.get("guessing")))
+    return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
+
+
+# Trained networks of more than 100 kinds regain 0.12 at most, since the factors are fitted to one batch.
+@verdict(
+    metric="loss",
+    limits=Limits(warn=0.15, fail=0.5),
+    follows_from=dict.fromkeys(("loss_not_finite", "residual_not_finite", "mixing_not_finite"), anywhere),
+)
+def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The weights are not used as they were trained: with other scales of what modules give, the loss is lower.
+
+    Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
+    logits or norms, an eps, a gain that was not restored, weights of another block; or the data are foreign to the network.
+    """
+    result = attrs.get(RESCALED)
+    result = result if isinstance(result, Mapping) else {}
+    reach, loss = to_lose(attrs), number_or_none(result.get("loss"))
+    best = number_or_none(result.get("rescaled"))
+    if reach is None or loss is None or best is None:
+        return
+    constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
+    if loss >= NOTHING_LEARNED * constant and best > KNOWS * constant:
+        return  # what still has to learn can do so by its scales too
+    reaches = number_or_none(result.get("half_width")) or 0.0
+    gained = max(loss - best - reaches, 0.0)
+    share = gained / (reach + gained)
+    most = ", ".join(f"{name} × {number(factor)}" for name, factor in result.get("most") or ())
+    more = ", …" if (number_or_none(result.get("modules")) or 0.0) > len(result.get("most") or ()) else ""
+    interval = f" ± {number(reaches, digits=2)}" if reaches else ""
+    sentence = (
+        f"With factors on what {result.get('modules')} modules give ({most}{more}) the loss falls from "
+        f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer."
+    )
+    words = "of what the loss can be below that of a constant answer, other scales regain"
+    yield Profile(xr.DataArray(share), words, sentence=sentence, begun=True)

@@ -1,0 +1,234 @@
+"""Would the loss fall if modules gave more, or less? Derivatives along the scale of what each module gives, and a few steps.
+
+A trained network is at a minimum of its loss along the scale of what each of its modules gives, since the weights that it was
+trained in have that scale. One whose weights are used otherwise than they were trained (another scale of the logits, an eps, a
+gain, a checkpoint in part) is not, and some steps of descent along these scales show how much of the loss that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.diagnostics.experiments import estimate
+from depthscope.diagnostics.verdicts.age import number_or_none
+from depthscope.probes.model.losses import Loss, loss_value
+from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.model_call import call_model, copied
+
+FEWEST = 4  # sequences, of which the derivatives of one scale are compared
+# Standard errors over the sequences from which on a derivative is none of chance: of 50 scales and 10 sequences hardly one.
+SURE = 2.5
+# Steps of descent. Each scale has a step of its own (Riedmiller & Braun 1993), in the logarithm of its factor: it grows while
+# the sign of its derivative stays, and shrinks where that changes.
+STEPS, FIRST, LONGEST, FASTER, SLOWER = 7, 0.2, 1.0, 1.6, 0.4
+FARTHEST = 3.5
+PATIENCE = 2  # steps without a lower loss
+# What the first steps have to promise, as a share of what can be lost, before any is made.
+PROMISE = 0.02
+NAMED = 3
+
+
+@dataclass
+class Scales:
+    """What the modules with parameters give, in a forward and its backward.
+
+    ``sequences``: number of sequences of the batch.
+    ``logs``: the logarithm of the factor that is put on what a module gives, by its path.
+    """
+
+    sequences: int
+    logs: Mapping[str, float] = field(default_factory=dict)
+    given: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
+    of_sequences: dict[str, torch.Tensor] = field(default_factory=dict)
+    """∂loss / ∂log factor of what a module gives, by its path, for each sequence."""
+
+    @contextmanager
+    def on(self, model: nn.Module, *, noting: bool = False) -> Iterator[None]:
+        """Put the factors on; ``noting``: take the derivatives from the backward that runs inside."""
+        handles = [
+            module.register_forward_hook(partial(self._gave, path, noting))
+            for path, module in module_paths(model)
+            if path and any(p is not None and p.is_floating_point() for p in module._parameters.values())
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.given.clear()
+
+    def _gave(self, path: str, noting: bool, module: nn.Module, given: Any, output: Any) -> Any:
+        parts = output if isinstance(output, tuple) else (output,)
+        tensor = parts[0] if parts else None
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
+            return None
+        factor = self.logs.get(path, 0.0)
+        if factor:
+            tensor = tensor * math.exp(factor)
+        self.given.append((path, tensor, tensor._version))
+        if noting:
+            tensor.register_hook(partial(self.add, path, tensor, tensor._version))
+        if not factor:
+            return None
+        # A tuple with names, as some modules return, takes its fields one by one.
+        made = (tensor, *parts[1:])
+        return tensor if parts is not output else type(output)(*made) if hasattr(output, "_fields") else made
+
+    def add(self, path: str, tensor: torch.Tensor, version: int, gradient: torch.Tensor) -> None:
+        """Add what one gradient says; of what was rewritten since, or has no axis of sequences, it says nothing."""
+        if tensor._version != version or not tensor.ndim or not len(tensor) or len(tensor) % self.sequences:
+            return
+        product = tensor.detach().double() * gradient.detach().double()
+        rows = product.reshape(self.sequences, -1).sum(1).cpu()
+        before = self.of_sequences.get(path)
+        self.of_sequences[path] = rows if before is None else before + rows
+
+    def sure(self) -> dict[str, float]:
+        """The derivatives that are none of chance, by module: those of the loss along the logarithm of a factor."""
+        found = {}
+        for path, rows in self.of_sequences.items():
+            error = float(rows.std()) * math.sqrt(self.sequences)
+            total = float(rows.sum())
+            if math.isfinite(total) and abs(total) > SURE * error and error > 0:
+                found[path] = total
+        return found
+
+
+def promises(derivatives: Mapping[str, float], reach: float) -> bool:
+    """Whether the first steps along these derivatives promise a part of what can be lost."""
+    return FIRST * sum(map(abs, derivatives.values())) > PROMISE * reach
+
+
+@dataclass
+class _Descent:
+    """Steps along scales, each with a length of its own, and the best place that they came to."""
+
+    logs: dict[str, float] = field(default_factory=dict)
+    best: tuple[float, dict[str, float]] = field(default_factory=lambda: (math.inf, {}))
+    waited: int = 0
+    _lengths: dict[str, float] = field(default_factory=dict)
+    _slopes: dict[str, float] = field(default_factory=dict)
+
+    def arrive(self, loss: float) -> None:
+        """Note the loss of the present place."""
+        self.waited += 1
+        if loss < self.best[0]:
+            self.best, self.waited = (loss, dict(self.logs)), 0
+
+    def step(self, slopes: Mapping[str, float]) -> None:
+        """Go down along the derivatives that are known."""
+        for path, slope in slopes.items():
+            turned = self._slopes.get(path, 0.0) * slope
+            grown = FASTER if turned > 0 else SLOWER if turned < 0 else 1.0
+            self._lengths[path] = min(self._lengths.get(path, FIRST) * grown, LONGEST)
+            self._slopes[path] = slope
+            moved = self.logs.get(path, 0.0) - math.copysign(self._lengths[path], slope)
+            self.logs[path] = max(-FARTHEST, min(FARTHEST, moved))
+
+
+def rescaled(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    *,
+    reach: float,
+    sequences: int,
+    steps: int = STEPS,
+    by_sequence: Loss | None = None,
+) -> dict[str, Any]:
+    """What the loss would be with other scales of what the modules give, and which; empty where none is lower.
+
+    ``reach``: what there is to lose, in the units of the loss.
+    ``sequences``: number of sequences of the batch, which are the first axis of what modules give.
+    ``steps``: at most so many forwards with their backward.
+    ``by_sequence``: the loss of each sequence, for the interval.
+    """
+    descent, base = _Descent(), math.nan
+    for number in range(steps):
+        value, slopes = _derivatives(model, batch, loss, sequences, descent.logs)
+        if value is None or not math.isfinite(value):
+            break
+        if not number:
+            base = value
+            if not promises(slopes, reach):
+                return {}
+        descent.arrive(value)
+        if descent.waited >= PATIENCE:
+            break
+        descent.step(slopes)
+    lowest, logs = descent.best
+    if not lowest < base:
+        return {}
+    named = sorted(logs.items(), key=lambda each: -abs(each[1]))[:NAMED]
+    found = {
+        "loss": base,
+        "rescaled": lowest,
+        "modules": sum(each != 0.0 for each in logs.values()),
+        "most": [[path, math.exp(each)] for path, each in named],
+    }
+    reaches = _half_width(model, batch, by_sequence, sequences, logs)
+    return found if reaches is None else {**found, "half_width": reaches}
+
+
+def _derivatives(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    sequences: int,
+    logs: Mapping[str, float],
+) -> tuple[float | None, dict[str, float]]:
+    """The loss with these factors, and the derivatives that are none of chance; nothing is written to the model."""
+    scales = Scales(sequences, logs)
+    with _as_measured(model), torch.enable_grad(), scales.on(model):
+        given = copied(batch)
+        value = loss_value(call_model(model, given), given, loss, required=False)
+        made = list(scales.given)
+        if value is None or not value.requires_grad or not made:
+            return None, {}
+        gradients = torch.autograd.grad(value, [tensor for _, tensor, _ in made], allow_unused=True)
+        for (path, tensor, version), gradient in zip(made, gradients, strict=True):
+            if gradient is not None:
+                scales.add(path, tensor, version, gradient)
+    return float(value.detach()), scales.sure()
+
+
+def _half_width(
+    model: nn.Module, batch: Any, by_sequence: Loss | None, sequences: int, logs: Mapping[str, float]
+) -> float | None:
+    """Of the change of the loss, over the sequences; None where their losses are not known one by one."""
+    losses = []
+    for factors in ({}, logs):
+        # The factors are put on where a gradient is carried.
+        with _as_measured(model), torch.enable_grad(), Scales(sequences, factors).on(model):
+            given = copied(batch)
+            output = call_model(model, given)
+            value = None if by_sequence is None else by_sequence(output, given)
+        if value is None or value.ndim != 1 or len(value) != sequences:
+            return None
+        losses.append(value.detach().double().cpu())
+    found = estimate((losses[1] - losses[0]).numpy())
+    return number_or_none((found.high - found.low) / 2)
+
+
+@contextmanager
+def _as_measured(model: nn.Module) -> Iterator[None]:
+    """A forward made inside leaves nothing behind, and is none of a recorder's."""
+    with preserved_state(model), eager(), own_call(object()):
+        yield
+
+
+def first_size(batch: Any) -> int:
+    """Number of rows of the first tensor of a batch."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 0)
