@@ -388,5 +388,5 @@ def test_what_can_carry_no_values_or_gradients_is_refused_with_the_way_on():
     model, batch = Stack([GatedBlock() for _ in range(3)], nn.Embedding(64, 64)), torch.randint(0, 64, (2, 5))
     with pytest.raises(probes.CaptureError, match="meta device, which holds no values; build it with values"):
         probes.capture(copy.deepcopy(model).to("meta"), batch)
-    with torch.no_grad(), pytest.raises(probes.CaptureError, match="outside of torch.no_grad"):
+    with torch.no_grad(), pytest.raises(probes.CaptureError, match="keeps no graph"):
         probes.capture(model, batch, gradients=True, loss=lambda output, _: output.sum())
