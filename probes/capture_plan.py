@@ -21,7 +21,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import LABELS
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.modules import all_parameters, module_paths
+from depthscope.probes.model.modules import all_parameters, is_planned, module_paths
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.training.live.live import TOKENS
@@ -145,13 +145,6 @@ def capture_plan(
         },
         seconds=_seconds_by_part(work, rates or {}),
     )
-
-
-def is_planned(model: nn.Module) -> bool:
-    """Whether a model is on the meta device as a whole, and not offloaded: hooks bring the values of that one."""
-    parameters = all_parameters(model)
-    offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
-    return bool(parameters) and all(parameter.is_meta for parameter in parameters) and not offloaded
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.capture_plan import CapturePlan, capture_plan, is_planned
+from depthscope.probes.capture_plan import CapturePlan, capture_plan
+from depthscope.probes.model.modules import is_planned
 from depthscope.probes.one_shot import measure
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import Options, SiteOptions, takes_options

@@ -208,6 +208,10 @@ def _with_gradients(batch: Any) -> Any:
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
+    if not torch.is_grad_enabled():
+        raise CaptureError(
+            "gradients were asked for where PyTorch keeps no graph; call this outside of torch.no_grad() and inference_mode()"
+        )
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
     backward_to(forward, forward.backward_ends(), [value])

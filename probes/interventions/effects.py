@@ -71,7 +71,7 @@ def ablate(
         ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
         ``branch_change`` by experiment and later block is the relative change of what that block adds to the state. The
-        attribute ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss;
+        attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
         ``other_paths`` says where something leads around a changed state.
 
     Raises

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from depthscope.diagnostics.errors import DepthscopeError, InputError
+from depthscope.probes.model.modules import is_planned
 
 
 class CaptureError(DepthscopeError, RuntimeError):
@@ -32,4 +33,9 @@ def require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
+        )
+    if is_planned(model):
+        raise CaptureError(
+            "the model is on the meta device, which holds no values; build it with values, or see what a capture would take "
+            "with describe(model, batch)"
         )

@@ -66,3 +66,10 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether a model is on the meta device as a whole, and not offloaded: hooks bring the values of that one."""
+    parameters = all_parameters(model)
+    offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
+    return bool(parameters) and all(parameter.is_meta for parameter in parameters) and not offloaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -380,3 +382,11 @@ def test_describe_prints_what_was_found(models, text_batch):
     assert description.reconstruction_error < description.reconstruction_tolerance
     assert len(description.connections) == 6
     assert description.as_dict()["connections"][0]["module"] == "model.layers.0.attn_hc"
+
+
+def test_what_can_carry_no_values_or_gradients_is_refused_with_the_way_on():
+    model, batch = Stack([GatedBlock() for _ in range(3)], nn.Embedding(64, 64)), torch.randint(0, 64, (2, 5))
+    with pytest.raises(probes.CaptureError, match="meta device, which holds no values; build it with values"):
+        probes.capture(copy.deepcopy(model).to("meta"), batch)
+    with torch.no_grad(), pytest.raises(probes.CaptureError, match="keeps no graph"):
+        probes.capture(model, batch, gradients=True, loss=lambda output, _: output.sum())
