@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +18,8 @@ from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
 from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
 from depthscope.probes.reading.states import States
 
+# How many equal steps are run at once, at least, and of how many numbers at most.
+LEAST_GROUP, MOST_AT_ONCE = 4, 2**22
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
 
 
@@ -119,6 +122,17 @@ class _Joined(NamedTuple):
     weighs: bool
 
 
+class _Link(NamedTuple):
+    """Two states, and what is between them."""
+
+    start: Cut  # the state, after the norm with which the step begins
+    target: Cut
+    branches: list[Branch]
+    reads: list[list[TracedValue]]  # by branch
+    sources: list[Cut]  # of which the target and the reads are made
+    functions: list[str]
+
+
 class Linear:
     """The values of a memory as sums of earlier ones."""
 
@@ -127,6 +141,9 @@ class Linear:
         self._replays = [Replays(states, one_feature=True), Replays(states, one_feature=False)]
         self._known: dict[Hashable, _Joined] = {}
         self._writes: list[tuple[int, int]] | None = None
+        # By the numbers of two states.
+        self._links: dict[Hashable, tuple[_Link, tuple[tuple[Hashable, ...], list[TracedValue]] | None]] = {}
+        self._ready: dict[Hashable, _Joined] = {}
 
     def held(self, targets: Sequence[TracedValue], sources: Sequence[Sequence[TracedValue]]) -> Held:
         """What some values hold of the streams of others."""
@@ -135,39 +152,69 @@ class Linear:
         except FeaturesDiffer:
             return Held(self.states, self._replays[1], targets, sources)
 
+    def prepare(self, cuts: Sequence[Cut], branches: Sequence[Branch]) -> None:
+        """Run the steps between states once for all pairs of them that are joined by equal ones, as equal blocks are."""
+        groups: dict[tuple[Hashable, ...], list[tuple[Hashable, _Link, list[TracedValue]]]] = {}
+        for before, after in pairwise(cuts):
+            link, steps = self._link(before, after, branches)
+            if steps is not None and steps[1]:
+                groups.setdefault(steps[0], []).append((_numbers(before, after), link, steps[1]))
+        for equal, group in groups.items():
+            (_, link, outside), num_steps = group[0], len(equal)
+            streams = sum(value.numel for of in (link.target, *link.sources) for value in of)
+            numbers = streams // self.states.num_features * len(link.sources) * num_steps
+            most = MOST_AT_ONCE // (numbers + sum(value.numel for value in outside))
+            for at in range(0, len(group), most) if most >= LEAST_GROUP else ():
+                self._ready |= self._joined_at_once(group[at : at + most])
+
     def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
         """The parts of the connection between two states."""
-        begins = {value.number for value in before}
-        target = [self.states.before_functions(value, begins) for value in after]
-        start = [self.states.after_functions(value) for value in before]
-        if _last(start) >= _last(target):  # the step is no more than a norm
-            start = list(before)
-        pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
-        functions = [last.name for first, last in pairs if first is not last]
-        between = self._written(branches, _last(before), _last(after))
-        first = min(begins)
-        reads = [
-            [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first] for b in between
-        ]
-        sources = [start, *([branch.source] for branch in between)]
-        steps = self._steps(target, reads, sources) if start == before else None
-        joined = self._known.get(steps) if steps is not None else None
+        link, steps = self._link(before, after, branches)
+        joined = self._ready.get(_numbers(before, after))
+        if joined is None and steps is not None and not steps[1]:
+            joined = self._known.get(steps[0])
         if joined is None:
-            joined = self._joined(target, reads, sources, before)
-            if steps is not None:
-                self._known[steps] = joined
+            joined = self._joined(link, before)
+            if steps is not None and not steps[1]:
+                self._known[steps[0]] = joined
         parts = [
             BranchParts(branch, write, self.states.output(branch), list(zip(of, weights, strict=True)))
-            for branch, write, of, weights in zip(between, joined.writes, reads, joined.reads, strict=True)
+            for branch, write, of, weights in zip(
+                link.branches, joined.writes, link.reads, joined.reads, strict=True
+            )
         ]
-        return ConnectionParts(joined.h_res, parts, joined.constant, start, target, functions, joined.weighs)
+        return ConnectionParts(
+            joined.h_res, parts, joined.constant, link.start, link.target, link.functions, joined.weighs
+        )
 
-    def _joined(
-        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Cut], before: Cut
-    ) -> _Joined:
+    def _link(
+        self, before: Cut, after: Cut, branches: Sequence[Branch]
+    ) -> tuple[_Link, tuple[tuple[Hashable, ...], list[TracedValue]] | None]:
+        """What is between two states, and its steps, where these begin with the state as it is."""
+        key = _numbers(before, after)
+        if key not in self._links:
+            begins = {value.number for value in before}
+            target = [self.states.before_functions(value, begins) for value in after]
+            start = [self.states.after_functions(value) for value in before]
+            if _last(start) >= _last(target):  # the step is no more than a norm
+                start = list(before)
+            pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
+            functions = [last.name for first, last in pairs if first is not last]
+            between = self._written(branches, _last(before), _last(after))
+            first = min(begins)
+            reads = [
+                [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first]
+                for b in between
+            ]
+            link = _Link(start, target, between, reads, [start, *([b.source] for b in between)], functions)
+            self._links[key] = link, self._steps(link) if start == before else None
+        return self._links[key]
+
+    def _joined(self, link: _Link, before: Cut) -> _Joined:
+        target, sources = link.target, link.sources
         first = min(value.number for value in sources[0])
-        early = [read for of in reads for read in of if read.number < first]
-        late = [read for of in reads for read in of if read.number >= first]
+        early = [read for of in link.reads for read in of if read.number < first]
+        late = [read for of in link.reads for read in of if read.number >= first]
         held = self.held([*target, *late], sources)
         # Where the step begins with a norm, branches may read what comes before that.
         held_early = self.held(early, [before]) if early else held
@@ -175,26 +222,76 @@ class Linear:
         return _Joined(
             h_res,
             [held.columns(target, [at]) for at in range(1, len(sources))],
-            [[(held_early if read in early else held).columns([read], [0]) for read in of] for of in reads],
+            [
+                [(held_early if read in early else held).columns([read], [0]) for read in of]
+                for of in link.reads
+            ],
             self._constants([target], sources).get(0),
             self._weighs(sources[0], target) or _reorders(h_res),
         )
 
-    def _steps(
-        self, target: Cut, reads: Sequence[Sequence[TracedValue]], sources: Sequence[Sequence[TracedValue]]
-    ) -> Hashable | None:
-        """The steps that join two states, where nothing comes into them that another block may have otherwise; else None."""
+    def _joined_at_once(
+        self, group: Sequence[tuple[Hashable, _Link, list[TracedValue]]]
+    ) -> dict[Hashable, _Joined]:
+        """What joins pairs of states by equal steps, each with its own coefficients; nothing where features differ."""
+        _, link, outside = group[0]
+        graph, replays = self.states.graph, self._replays[0]
+        reads = [read for of in link.reads for read in of]
+
+        def columns(*given: torch.Tensor) -> list[torch.Tensor]:
+            replays.given = dict(zip((value.number for value in outside), given, strict=True))
+            held = Held(self.states, replays, [*link.target, *reads], link.sources)
+            found = [held.columns(link.target, [at]) for at in range(len(link.sources))]
+            return found + [held.columns([read], [0]) for read in reads]
+
+        try:
+            tensors = [[graph.tensor(value) for value in of] for _, _, of in group]
+            found = torch.vmap(columns)(*map(_stacked, zip(*tensors, strict=True)))
+        except (RuntimeError, ValueError):
+            return {}  # each for itself, which says why where that fails too
+        finally:
+            replays.given = {}
+        weighs, num_sources = self._weighs(link.sources[0], link.target), len(link.sources)
+        joined: dict[Hashable, _Joined] = {}
+        for key, of, *parts in zip((k for k, _, _ in group), (of for _, of, _ in group), *found, strict=True):
+            rest = iter(parts[num_sources:])
+            of_reads = [[next(rest) for _ in each] for each in of.reads]
+            joined[key] = _Joined(
+                parts[0], parts[1:num_sources], of_reads, None, weighs or _reorders(parts[0])
+            )
+        return joined
+
+    def _steps(self, link: _Link) -> tuple[tuple[Hashable, ...], list[TracedValue]] | None:
+        """The steps that join two states, and what comes into them that another block may have otherwise.
+
+        None where a step adds a constant.
+        """
+        states, replays, sources = self.states, self._replays[0], link.sources
         places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
+        outside: dict[TracedValue, str] = {}
         parts: list[Hashable] = [tuple(map(len, sources))]
-        parts += [id(self.states.numbers(value)) for of in sources for value in of]
-        ends = [*target, *(read for of in reads for read in of)]
-        for value in self._replays[0].between(ends, places):
-            if any(parent.number not in places for parent in value.parents):
+        parts += [id(states.numbers(value)) for of in sources for value in of]
+        ends = [*link.target, *(read for of in link.reads for read in of)]
+
+        def place(value: TracedValue) -> Any:
+            if value.number in places:
+                return places[value.number]
+            return outside.setdefault(value, f"outside {len(outside)}")
+
+        for value in replays.between(ends, places):
+            if replays.adds_constant(value):
                 return None
-            operands = repr(filled(value.args, lambda v: places[v.number])), repr(value.kwargs), value.item
-            parts.append((value.name, *operands, id(self.states.numbers(value))))
+            operands = repr(filled(value.args, place)), repr(filled(value.kwargs, place)), value.item
+            taken = tuple(map(place, replays.taken(value)))
+            parts.append((value.name, *operands, taken, id(states.numbers(value))))
             places[value.number] = len(places)
-        return *parts, *(tuple(places[v.number] for v in of) for of in (target, *reads))
+        for value in outside:
+            if states.memory.holds(value) or value.number in states.linked:
+                return None
+            parts.append((value.shape, value.dtype))
+        return (*parts, *(tuple(places[v.number] for v in of) for of in (link.target, *link.reads))), [
+            *outside
+        ]
 
     def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
         """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""
@@ -279,6 +376,19 @@ def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
     if value.name in MOVES:
         return value.numel < max((v.numel for v in memory.inside(value)), default=0)
     return any(value.name in group for group in (PRODUCTS, MIXES, JOINS))
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape as one; what they are expanded along, all are."""
+    first = tensors[0]
+    places = tuple(slice(None) if step else slice(1) for step in first.stride())
+    if any(tensor.stride() != first.stride() for tensor in tensors):
+        return torch.stack(list(tensors))
+    return torch.stack([tensor[places] for tensor in tensors]).expand(len(tensors), *first.shape)
+
+
+def _numbers(*cuts: Cut) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(value.number for value in cut) for cut in cuts)
 
 
 def _last(cut: Cut) -> int:

@@ -215,6 +215,7 @@ class _Reader:
         if found.over_depth:
             return self._over_depth(found.cuts)
         parts, proof = [], Recomputed(self.states)
+        self.linear.prepare(found.cuts, self.branches)
         for number, after in enumerate(found.cuts[1:], 1):
             before = found.cuts[number - 1]
             of = self.linear.joined_by(before, after, self.branches)

@@ -68,6 +68,8 @@ class Replays:
     def __init__(self, states: States, *, one_feature: bool):
         self._states, self._graph, self._one = states, states.graph, one_feature
         self.num_features = 1 if one_feature else states.num_features
+        # By number: what comes into the steps from elsewhere, in the place of what the forward had.
+        self.given: Mapping[int, torch.Tensor] = {}
         root = states.memory.root
         self.kind = torch.float64 if root.dtype == torch.float64 else torch.float32
         self.device = self._graph.tensor(root).device
@@ -77,7 +79,7 @@ class Replays:
         table = {number: dict(of) for number, of in units.items()}
         for value in self.between(targets, units):
             found: dict[Hashable, torch.Tensor] = {}
-            for operand in self._taken(value):
+            for operand in self.taken(value):
                 for basis, tensor in table.get(operand.number, {}).items():
                     part = self._through(value, operand, tensor)
                     found[basis] = found[basis] + part if basis in found else part
@@ -88,9 +90,9 @@ class Replays:
         """What else is added on the ways from values with some numbers."""
         found: dict[int, torch.Tensor] = {}
         for value in self.between(targets, numbers):
-            taken = self._taken(value)
+            taken = self.taken(value)
             parts = [self._through(value, p, found[p.number]) for p in taken if p.number in found]
-            if self._adds_constant(value):
+            if self.adds_constant(value):
                 zeros = {p.number: torch.zeros(p.shape, dtype=p.dtype, device=self.device) for p in taken}
                 own = self._graph.run(value, partial(self._own, zeros))
                 parts.append(own.to(self.kind))
@@ -108,17 +110,17 @@ class Replays:
         def steps(values: Iterable[TracedValue]) -> list[TracedValue]:
             return [value for value in values if value.number > first and value.number not in begins]
 
-        found = walk(steps(targets), lambda value: steps(self._taken(value)))
+        found = walk(steps(targets), lambda value: steps(self.taken(value)))
         return sorted(found, key=lambda value: value.number)
 
-    def _taken(self, value: TracedValue) -> list[TracedValue]:
+    def taken(self, value: TracedValue) -> list[TracedValue]:
         """What a step takes of the memory, and of branches that are written into it."""
         memory, number = self._states.memory, value.number
         found = memory.inside(value) if number in memory.carried else []
         found += [v for v in memory.writes.get(number, ()) if v is not value]
         return found + self._states.steps.get(number, [])
 
-    def _adds_constant(self, value: TracedValue) -> bool:
+    def adds_constant(self, value: TracedValue) -> bool:
         """Whether an operation adds something that is neither of the memory nor of a branch."""
         given = (value.args[at] for at in SUMS.get(value.name, ()) if at < len(value.args))
         if any(isinstance(number, (int, float)) and number != 0 for number in given):
@@ -206,9 +208,13 @@ class Replays:
             return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device))
         return tensor[(slice(None),) * axis + (part,)]
 
+    def _tensor(self, value: TracedValue) -> torch.Tensor:
+        given = self.given.get(value.number)
+        return self._graph.tensor(value) if given is None else given
+
     def _factor(self, value: TracedValue, of: TracedValue) -> torch.Tensor:
         """What is multiplied with a value, where it is the same for all features."""
-        tensor = self._graph.tensor(of)
+        tensor = self._tensor(of)
         if self._one:
             box = self.box(value)
             for axis in range(-1, -1 - tensor.ndim, -1):
@@ -231,7 +237,7 @@ class Replays:
                 return tensor.new_zeros(self.box(of).shape if is_known else of.shape)
             if value.name in SUMS:
                 return self._factor(value, of)
-            own = self._graph.tensor(of)
+            own = self._tensor(of)
             return own.to(self.kind) if own.is_floating_point() else own
 
         sums = SUMS.get(value.name, ())
