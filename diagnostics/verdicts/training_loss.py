@@ -110,6 +110,39 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
+# Of what predictions claim to know, the part that is wrong. In healthy trained networks on their data it is none: the loss is the
+# entropy of the predictions, or below it. What they claim is no less than a fifth of all that there is to know. Heuristics.
+LEAST_CLAIM = 0.2
+
+
+@verdict(
+    metric="loss",
+    limits=Limits(warn=0.15, fail=0.5),
+    follows_from=dict.fromkeys(
+        ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
+    ),
+)
+def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The predictions are surer than they are right.
+
+    Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), the labels
+    belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
+    """
+    task = task_of(attrs)
+    known = [number_or_none(task.get(name)) for name in ("loss", "entropy", "constant", "uncertainty")]
+    if None in known:
+        return
+    loss, entropy, constant, error = (float(value or 0.0) for value in known)
+    claimed = max(constant - entropy, LEAST_CLAIM * constant)
+    sentence = (
+        f"The loss, {number(loss)}, is above the entropy of the predictions, {number(entropy)}, which claim to know "
+        f"{number(constant - entropy)} more than a constant answer ({DEFAULT})."
+    )
+    words = "of what the predictions claim to know, the part that is wrong is"
+    wrong = (loss - ONE_SIDED * error - entropy) / claimed
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", begun=True)
+
+
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
 @verdict(
     metric="loss",
