@@ -97,7 +97,7 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
     share, task = share_of_constant(attrs), task_of(attrs)
-    if share is None:
+    if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
         return
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes, is"
@@ -125,12 +125,12 @@ LEAST_CLAIM = 0.2
 def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The predictions are surer than they are right.
 
-    Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), the labels
+    Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
     """
     task = task_of(attrs)
     known = [number_or_none(task.get(name)) for name in ("loss", "entropy", "constant", "uncertainty")]
-    if None in known:
+    if None in known or attrs.get("untouched"):
         return
     loss, entropy, constant, error = (float(value or 0.0) for value in known)
     claimed = max(constant - entropy, LEAST_CLAIM * constant)
