@@ -110,8 +110,8 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
-# Of what predictions claim to know, the part that is wrong. In healthy trained networks on their data it is none: the loss is the
-# entropy of the predictions, or below it. What they claim is no less than a fifth of all that there is to know. Heuristics.
+# Healthy trained networks have a loss of the entropy of their predictions, or below it. What these claim to know is no less than
+# a fifth of all that there is to know. Heuristics.
 LEAST_CLAIM = 0.2
 
 
