@@ -110,7 +110,7 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
-# Healthy trained networks have a loss of the entropy of their predictions, or below it. What these claim to know is no less than
+# Healthy trained networks have a loss of the entropy of their predictions, or less. What these claim to know is no less than
 # a fifth of all that there is to know. Heuristics.
 LEAST_CLAIM = 0.2
 
