@@ -184,6 +184,33 @@ def sure_of_the_wrong() -> nn.Module:
     return model
 
 
+def counting(seed: int = 100) -> torch.Tensor:
+    """Sequences in which mostly the next number comes."""
+    drawn = torch.Generator().manual_seed(seed)
+    random = torch.randint(1, 16, (12, 24), generator=drawn)
+    jumps = torch.rand(12, 24, generator=drawn) < 0.3
+    rows = [random[:, 0]]
+    for at in range(1, 24):
+        rows.append(torch.where(jumps[:, at], random[:, at], rows[-1] % 15 + 1))
+    return torch.stack(rows, 1)
+
+
+def learned(factor: float) -> nn.Module:
+    """A network that has learned to count, and a factor on its head since."""
+    torch.manual_seed(0)
+    model = pre_norm()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for number in range(40):  # each batch is new, so that none is learned by heart
+        batch = counting(number)
+        optimizer.zero_grad()
+        next_token(model(batch), batch).backward()
+        optimizer.step()
+    model.zero_grad()
+    model.head.weight.data *= factor
+    model.head.bias.data *= factor
+    return model
+
+
 def copied_block(number: int, first: int) -> nn.Module:
     """Blocks of which the one after ``first`` has its weights."""
     if number in (first, first + 1):
@@ -337,6 +364,12 @@ CASES: dict[str, Case] = {
     "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
     "worse_than_constant": case(
         sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+    ),
+    "surer_than_right": case(
+        lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",)
+    ),
+    "off_minimum": case(
+        lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what"
     ),
     "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
     "equal_blocks": case(
