@@ -446,7 +446,7 @@ CASES: dict[str, Case] = {
     ),
     "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
     "some_connections_stuck": case(lambda: streams(with_one(3, IDENTITY)), INFO, "connection", 3, 3),
-    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), FAIL, beside=("worse_than_constant",)),
+    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), WARN),
     "decayed_mixing": Case(
         lambda: trained(6.0, weight_decay=2.0, faster=0.0), FAIL, says="logits times 0.545", beside=("worse_than_constant",)
     ),
