@@ -150,8 +150,9 @@ def _rescaled(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
-    reach, slopes, sequences = to_lose(run.attrs), run.attrs.get(SLOPES), first_size(batch)
-    begun = age_of(xr.Dataset(attrs=run.attrs)).begun  # in its first steps no network is at a minimum
+    attrs = {str(name): value for name, value in run.attrs.items()}
+    reach, slopes, sequences = to_lose(attrs), attrs.get(SLOPES), first_size(batch)
+    begun = age_of(xr.Dataset(attrs=attrs)).begun  # in its first steps no network is at a minimum
     if reach is None or not begun or sequences < FEWEST or _batch_axis(options):
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None

@@ -51,6 +51,7 @@ VERDICTS: dict[str, Verdict] = {
         training_loss.loss_spike,
         training_loss.softmax_twice,
         training_loss.worse_than_constant,
+        training_loss.surer_than_right,
         off_minimum.off_minimum,
         training_loss.untrained_weights,
         training_loss.equal_blocks,

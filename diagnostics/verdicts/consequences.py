@@ -119,11 +119,12 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool 
     cost, base = result.get("loss_change"), result.get("loss")
     task = task_of(attrs)
     guessing, constant = task.get("guessing"), task.get("constant")
-    knows = base is not None and not (
-        (guessing is not None and base >= INFORMED * guessing)
-        or (constant is not None and base >= NOTHING_LEARNED * constant)
+    informed = base is not None and (guessing is None or base < INFORMED * guessing)
+    # It knows how often each class comes, and nothing else.
+    frequencies = (
+        informed and constant is not None and base is not None and base >= NOTHING_LEARNED * constant
     )
-    if cost is not None and base is not None and knows:
+    if cost is not None and base is not None and informed and not frequencies:
         scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""
     at_chance = (
@@ -132,5 +133,5 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool 
         else f" The loss, {number(base)}, is no better than guessing, and shows nothing."
     )
     if result.get("claim") == "harmful":
-        return None if at_chance else True, at_chance
+        return None if frequencies and at_chance else True, at_chance
     return (result.get("output_change") or 0.0) <= SAME_OUTPUT, at_chance

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
+from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, share_of_constant, share_of_guessing
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -48,7 +48,8 @@ def constant_branch(
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
         # Of a network whose answer is as good as a constant one the blocks have nothing to tell the tokens apart for.
-        answers = (share_of_constant(attrs) or 0.0) < NOTHING_LEARNED
+        frequencies = (share_of_guessing(attrs) or 1.0) < KNOWS
+        answers = not frequencies or (share_of_constant(attrs) or 0.0) < NOTHING_LEARNED
         yield Profile(
             spread,
             "the share of what the step adds that depends on the token is",

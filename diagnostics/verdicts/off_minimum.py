@@ -9,6 +9,7 @@ import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, number_or_none, task_of
+from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
@@ -58,7 +59,8 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     interval = f" ± {number(reaches, digits=2)}" if reaches else ""
     sentence = (
         f"With factors on what {result.get('modules')} modules give ({most}{more}) the loss falls from "
-        f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer."
+        f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer "
+        f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
     yield Profile(xr.DataArray(share), words, sentence=sentence, begun=True)

@@ -97,7 +97,7 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
     """
     share, task = share_of_constant(attrs), task_of(attrs)
-    if share is None:
+    if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
         return
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes, is"
@@ -108,6 +108,39 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
+
+
+# Healthy trained networks have a loss of the entropy of their predictions, or less. What these claim to know is no less than
+# a fifth of all that there is to know. Heuristics.
+LEAST_CLAIM = 0.2
+
+
+@verdict(
+    metric="loss",
+    limits=Limits(warn=0.15, fail=0.5),
+    follows_from=dict.fromkeys(
+        ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
+    ),
+)
+def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The predictions are surer than they are right.
+
+    Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
+    belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
+    """
+    task = task_of(attrs)
+    known = [number_or_none(task.get(name)) for name in ("loss", "entropy", "constant", "uncertainty")]
+    if None in known or attrs.get("untouched"):
+        return
+    loss, entropy, constant, error = (float(value or 0.0) for value in known)
+    claimed = max(constant - entropy, LEAST_CLAIM * constant)
+    sentence = (
+        f"The loss, {number(loss)}, is above the entropy of the predictions, {number(entropy)}, which claim to know "
+        f"{number(constant - entropy)} more than a constant answer ({DEFAULT})."
+    )
+    words = "of what the predictions claim to know, the part that is wrong is"
+    wrong = (loss - ONE_SIDED * error - entropy) / claimed
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", begun=True)
 
 
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.

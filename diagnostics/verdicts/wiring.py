@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import xarray as xr
@@ -155,5 +154,4 @@ def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
     The weights of such features get no gradient, and what is left of the module's output is little more than its bias.
     """
-    for profile in told(attrs, "zero_input"):
-        yield replace(profile, start="a factor before a module begins at zero")
+    yield from told(attrs, "zero_input")

@@ -140,6 +140,27 @@ def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved,
     assert all("(a.b × 0.5, c × 3)" in each.sentence for each in found)
 
 
+@pytest.mark.parametrize(
+    ("loss", "entropy", "uncertainty", "moved", "severity"),
+    [
+        (2.0, 2.2, 0.05, 0.3, None),
+        (2.0, 1.9, 0.05, 0.3, None),  # a part of it may be chance
+        (2.0, 1.5, 0.05, 0.3, WARN),
+        (2.0, 1.5, 0.2, 0.3, None),
+        (2.5, 1.0, 0.05, 0.3, FAIL),
+        (2.8, 1.0, 0.05, 0.0, INFO),  # what was just drawn is sure of anything
+        (3.5, 1.0, 0.05, 0.3, INFO),  # follows from a loss that is worse than a constant answer
+    ],
+)
+def test_predictions_that_are_surer_than_right(loss, entropy, uncertainty, moved, severity):
+    analysis = diagnostics.analyze(residual_run(walk(12)))
+    task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss, "entropy": entropy}
+    analysis.attrs |= {"task": task | {"uncertainty": uncertainty}, "norms_moved": moved}
+    found = [each for each in diagnostics.judge(analysis) if each.verdict == "surer_than_right"]
+    assert [each.severity for each in found] == ([] if severity is None else [severity])
+    assert all(f"claim to know {3.0 - entropy:.2g} more" in each.sentence for each in found)
+
+
 @pytest.mark.parametrize(("base", "severity"), [(2.0, FAIL), (2.99, WARN)])
 def test_what_a_network_that_has_learned_nothing_cannot_show_is_one_step_milder(base, severity):
     states = walk(12)

@@ -121,6 +121,7 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         "rounded_coefficients",
         "worse_than_constant",
         "off_minimum",
+        "surer_than_right",
         "untrained_weights",
         "batch_without_differences",
         *WIRING,
