@@ -251,6 +251,9 @@ def _until_added(of: Ranked, taken: Sequence[Memory]) -> Ranked:
     for known in taken:
         shared = memory.trunk & known.trunk
         begins_apart = not known.holds(memory.root) and not memory.holds(known.root)
+        begins_apart &= (
+            memory.count == known.count
+        )  # what goes along the tokens inside of a branch has fewer elements
         if shared and begins_apart and not graph.depends(memory.root, known.root):
             shorter = without_forks(graph, replace(memory.start, banned=memory.start.banned | {min(shared)}))
             return replace(of, memory=shorter)
