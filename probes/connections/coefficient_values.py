@@ -98,7 +98,7 @@ class CoefficientValues:
 
     def _found(self, number: int) -> dict[str, list[TracedValue]]:
         found = {name: self._matching(number, wanted) for name, wanted in self.weights[number].items()}
-        self.rerun.forget()
+        self.rerun.forget(self.numbers[number])
         return found
 
     def _factors_of(self, connection: ConnectionReading) -> Iterator[TracedValue]:

@@ -144,7 +144,7 @@ class Search(CoefficientValues):
         first = [v.number for v in self.squares(number) if v.number in behind]
         chain = self.graph.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         share, later = self._other_tokens(number)
-        origin = Origin(
+        return Origin(
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
             other_tokens=share,
             later=later,
@@ -155,8 +155,6 @@ class Search(CoefficientValues):
             reads_along=self._reads_along(number, mix),
             **self._before_cast(number),
         )
-        self.rerun.forget()
-        return origin
 
     def _axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
         """Along which axes matrices were normalised, or turned, among some values."""
@@ -287,9 +285,10 @@ class Search(CoefficientValues):
         matrix = next(self.sampled(last, (n, n)), None)
         if matrix is None:
             return None
+        # One that another connection applies is a copy, as for a log.
+        applied = [m for of in self.weights for m in (of["H_res"], of["H_res"].mT)]
         limit = SAME * max(1.0, float(mix.abs().max()))
-        same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
-        return None if same else matrix
+        return None if any(float((matrix - m).abs().max()) <= limit for m in applied) else matrix
 
     def _takes_part(self, number: int, value: TracedValue) -> bool:
         """Whether the numbers of a value have a share in the factors of a connection, or in the output by another way."""

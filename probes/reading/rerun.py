@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -29,11 +29,11 @@ class Rerun:
         """
 
         def made_of(of: TracedValue) -> Sequence[TracedValue]:
-            return () if of.number in self._made or Graph.is_kept(of) else of.parents
+            return () if of.number in self._made or of.held is not None else of.parents
 
         for of in sorted(walk([value], made_of), key=lambda of: of.number):
             if of.number not in self._made:
-                self._made[of.number] = self._graph.tensor(of) if Graph.is_kept(of) else self._run(of)
+                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
         return self._made[value.number]
 
     def through(
@@ -49,9 +49,9 @@ class Rerun:
                 made[of.number] = self._run(of, made)
         return {of.number: made[of.number] for of in targets}
 
-    def forget(self) -> None:
-        """Let go of what was made."""
-        self._made.clear()
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
+        self._made = {number: self._made[number] for number in but if number in self._made}
 
     def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
         if value.func is None or value.name in RANDOM:

@@ -52,7 +52,7 @@ def find_origins(
                 origins.doubts[number] = doubt
             if observer.options.gradients and found is not None:
                 _listen(origins, number, found, search.graph, forward, observer)
-            search.rerun.forget()
+            search.rerun.forget(search.numbers[number])
     except (ReadingError, StreamConnectionError, LayoutError, RuntimeError) as error:
         # A remark less, and no error of the user's.
         logger.info("the coefficients could not be followed: %s", error)

@@ -226,6 +226,31 @@ def test_another_right_way_to_write_it_brings_no_remark(constraint, monkeypatch)
     assert probes.describe(network(wired), tokens()).remarks == ()
 
 
+def circulant(logits):
+    """A mixture of the cyclic permutations, whose weights are a softmax of other logits than one for each entry."""
+    shifts = torch.stack([torch.eye(logits.shape[-1]).roll(k, -1) for k in range(logits.shape[-1])])
+    return torch.einsum("...k,kij->...ij", logits[..., 0, :].softmax(-1), shifts)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_cut_graph_is_told_whatever_made_the_matrix(cut, monkeypatch):
+    """The parameters that the logits come from give the other weights too, and so they have gradients."""
+    made = (lambda logits: circulant(logits.detach())) if cut else circulant
+    monkeypatch.setitem(stream_bugs.CONSTRAINTS, "circulant", made)
+    found = [remark["kind"] for remark in told(Wiring(style="local", bug="circulant"))]
+    assert found == ["unlearnable_mixing"] * cut
+
+
+def test_a_capture_with_gradients_runs_no_further_forward():
+    model, calls = network(Wiring()), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    run = probes.capture(
+        model, tokens(), gradients=True, loss=lambda output, _: output.float().square().mean(), settle=0
+    )
+    assert len(calls) == 2  # what a forward keeps for its backward is counted in one of its own
+    assert run.trace["logit_gradient_norm"].notnull().all()
+
+
 def test_remarks_are_in_the_run_its_page_and_its_findings():
     wired = wiring("returned", "ones")
     run = probes.capture(network(wired), tokens())

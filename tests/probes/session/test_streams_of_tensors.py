@@ -126,12 +126,6 @@ def test_streams_that_begin_with_nothing_are_refused():
         captured(ListOfStreams("zeros"))
 
 
-def test_a_jacobian_says_that_it_needs_one_tensor():
-    model = ListOfStreams("copies")
-    with pytest.raises(ds.DepthscopeError, match="held by 4 tensors"):
-        ds.jacobian(model, IDS)
-
-
 @pytest.mark.parametrize("start", ["copies", "first and scaled", "cut", "one tensor"])
 def test_each_stream_is_patched(start):
     """As where the model's own code puts other tensors into its list."""
