@@ -395,5 +395,5 @@ def test_the_text_is_coloured_and_its_tokens_are_walked_by_keys(page, address):
     assert len(colours) > 1
     tokens.first.focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator(".depthscope-text .said").text_content().startswith("Token 1 ")
+    assert page.locator(".depthscope-text .said").text_content().startswith("Token 1")
     assert page.locator(".depthscope-text polyline").count() == 1

@@ -77,8 +77,8 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatc
     test = open_page("", [tmp_path / "copies.nc"])
     said = words(test)
     assert "The streams are still copies of one another deep in the network." in said
-    assert "cosine between streams" in said
-    assert "limit 0.999 (depthscope's default)" in said
+    assert "1 − cosine of any two of them is" in said
+    assert "below 1e-9 (depthscope's default)" in said
     assert all(f"{label}:" in said for label in ("Where", "Why", "Next"))
     facts = test.table[0].value
     assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
