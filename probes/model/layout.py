@@ -33,8 +33,8 @@ def parse_layout(layout: str) -> list[list[str]]:
     """
     if not layout:
         raise LayoutError(
-            "the states have their sequences, tokens and features in no order that a layout can name; say how they are read "
-            "with layout=, such as 'B T D'"
+            "an empty layout cannot be read: the states have their sequences, tokens and features in no order that a layout "
+            "can name; say how they are read with layout=, such as 'B T D'"
         )
     # Each match is a pair (letters inside brackets, a letter outside); one of the two is empty.
     matches = re.findall(r"\(([^)]*)\)|(\S)", layout)
