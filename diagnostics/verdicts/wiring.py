@@ -43,7 +43,7 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():
         if not isinstance(remark, Mapping) or remark.get("kind") != kind:
             continue
-        sentence, value = remark.get("sentence"), remark.get("value")
+        sentence, value, start = remark.get("sentence"), remark.get("value"), remark.get("start")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if isinstance(sentence, str) and sentence.isprintable() and len(sentence) <= LONGEST and number:
             sure = remark.get("sure") is True
@@ -52,6 +52,9 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
                 "",
                 sentence=f"{sentence} ({source}).",
                 ceiling=Severity.FAIL if sure else Severity.INFO,
+                start=start
+                if isinstance(start, str) and start.isprintable() and len(start) <= LONGEST
+                else "",
             )
 
 
