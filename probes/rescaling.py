@@ -28,7 +28,7 @@ from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 
 FEWEST = 4  # sequences, of which the derivatives of one scale are compared
-# Standard errors over the sequences from which on a derivative is none of chance: of 50 scales and 10 sequences hardly one.
+# A derivative counts from so many standard errors over the sequences on: by chance hardly one of 50 would, of 10 sequences.
 SURE = 2.5
 # Steps of descent. Each scale has a step of its own (Riedmiller & Braun 1993), in the logarithm of its factor: it grows while
 # the sign of its derivative stays, and shrinks where that changes.
@@ -96,7 +96,7 @@ class Scales:
         self.of_sequences[path] = rows if before is None else before + rows
 
     def sure(self) -> dict[str, float]:
-        """The derivatives that are none of chance, by module: those of the loss along the logarithm of a factor."""
+        """The derivatives of the loss along the logarithm of a factor that chance does not explain, by module."""
         found = {}
         for path, rows in self.of_sequences.items():
             error = float(rows.std()) * math.sqrt(self.sequences)
@@ -189,7 +189,7 @@ def _derivatives(
     sequences: int,
     logs: Mapping[str, float],
 ) -> tuple[float | None, dict[str, float]]:
-    """The loss with these factors, and the derivatives that are none of chance; nothing is written to the model."""
+    """The loss with these factors, and the derivatives that chance does not explain; nothing is written to the model."""
     scales = Scales(sequences, logs)
     with _as_measured(model), torch.enable_grad(), scales.on(model):
         given = copied(batch)

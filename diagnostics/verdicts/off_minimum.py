@@ -14,7 +14,7 @@ from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 SLOPES = "scale_slopes"
-"""Attribute of a run: the derivatives of the loss along the scale of what modules give, of those that are none of chance."""
+"""Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
 RESCALED = "rescaled"
 """Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
 
