@@ -264,7 +264,7 @@ class Linear:
     def _steps(self, link: _Link) -> tuple[tuple[Hashable, ...], list[TracedValue]] | None:
         """The steps that join two states, and what comes into them that another block may have otherwise.
 
-        None where a step adds a constant.
+        None where a step adds a constant, or passes through what holds nothing of the memory by itself.
         """
         states, replays, sources = self.states, self._replays[0], link.sources
         places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
@@ -279,7 +279,7 @@ class Linear:
             return outside.setdefault(value, f"outside {len(outside)}")
 
         for value in replays.between(ends, places):
-            if replays.adds_constant(value):
+            if replays.adds_constant(value) or not states.has_numbers(value):
                 return None
             operands = repr(filled(value.args, place)), repr(filled(value.kwargs, place)), value.item
             taken = tuple(map(place, replays.taken(value)))

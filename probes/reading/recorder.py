@@ -224,6 +224,11 @@ class GraphRecorder(TorchDispatchMode):
             return self._unseen(tensor)
         return value
 
+    def living(self, value: TracedValue) -> torch.Tensor | None:
+        """The tensor of a value, if anything holds it still."""
+        entries = (entry for entry in self._entries.values() if entry.value is value)
+        return next((tensor for entry in entries if (tensor := entry()) is not None), None)
+
     def _entry(self, tensor: torch.Tensor) -> TensorEntry | None:
         """What is noted of a tensor; None of one that was not met, also where one that is gone had its identity."""
         entry = self._entries.get(id(tensor))

@@ -53,6 +53,10 @@ class States:
         carried = self.memory.carried.get(value.number)
         return self._numbers[value.number] if carried is None else carried
 
+    def has_numbers(self, value: TracedValue) -> bool:
+        """Whether it is known which of the memory's elements a value holds."""
+        return value.number in self.memory.carried or value.number in self._numbers
+
     def order(self, parts: Sequence[Numbers]) -> tuple[torch.Tensor | None, int]:
         """How elements are sorted by token, feature and stream, None where they are; and the number of streams."""
         key = tuple(part.key for part in parts)

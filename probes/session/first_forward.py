@@ -194,15 +194,13 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
         value = tape.recorded(state.point)
-        tensor = _kept(graph, value, state.point.path)
+        kept = _kept(graph, value, state.point.path)
         instead = state.point.gradient_at
         given = value if instead is None else value_at(graph, instead)
-        listener = forward.listeners.get(given.number) if given is not None else None
-        if listener is not None:
-            # The value has a hook since it was met; from now on the hook knows which state it belongs to.
+        if given is not None:
             of = state if instead is None else state._replace(is_shared=False)
-            observer.expect_gradient(forward, of, listener)
-        observer.record_shown(forward, state, tensor)
+            _expect_gradient(tape, forward, observer, of, given)
+        observer.record_shown(forward, state, kept)
     if structure.read is not None:
         assert structure.read.first is not None
         _record_read(tape, forward, observer, structure.read.first)
@@ -213,6 +211,21 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             if connection.branch_path is not None:
                 given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
                 observer.record_branch(forward, number, position, _kept(graph, given, connection.branch_path))
+
+
+def _expect_gradient(
+    tape: Tape, forward: Forward, observer: Observer, of: ShownTensor, value: TracedValue
+) -> None:
+    listener = forward.listeners.get(value.number)
+    if listener is not None:
+        # The value has a hook since it was met; from now on the hook knows which state it belongs to.
+        observer.expect_gradient(forward, of, listener)
+    elif not tape.graph.takers(value):  # as a stream that the head does not take
+        tensor = tape.living(value)
+        if tensor is not None:
+            observer.hook_gradient(forward, of, tensor)
+        else:
+            observer.unread.add(of.key)
 
 
 def _kept(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.connection_parameters import ConnectionParameters
-from depthscope.probes.session.forward import Forward, Key
+from depthscope.probes.session.forward import Forward, Key, TensorKey
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options, Scope
@@ -66,6 +66,7 @@ class Observer:
         self._loss_scale = loss_scale
         self._calls, self._times = calls, times
         self._scope = scope
+        self.unread: set[TensorKey] = set()  # streams of which nothing is made
         self._joined_again = {of.key[:2] for of in structure.shown if of.point.is_joined_again}
 
     @property
@@ -210,35 +211,61 @@ class Observer:
     def _record_shown_gradient(
         self, forward: Forward, of: ShownTensor, gradient: torch.Tensor | None
     ) -> None:
-        """Store the gradient of a state, of which each stream may have its own: then with the last of these."""
-        if of.num_tensors > 1 and gradient is not None and forward.ended:
-            gradients = _with_other_streams(forward.stream_gradients, of, gradient.detach())
-            if gradients is None:
-                return
-            gradient = torch.stack(gradients)
-        if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
-            gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
-        self.record_gradient(forward, of.chain, of.depth, gradient)
-
-    def record_gradient(
-        self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None
-    ) -> None:
-        """Store a gradient, divided by the loss scale; the gradients of several backwards through one forward add up.
-
-        Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
-        batch, and undefined (NaN) elsewhere.
+        """Store the gradient of a state, of which each stream may have its own: then with the last of these.
 
         ``gradient``: as the backward gives it; None behind an operation that passes none on, such as a quantised layer.
         """
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
             return
+        gradient = self._unscaled(gradient.detach())
+        if of.num_tensors > 1:
+            if of.stream in forward.stream_gradients.get(of.key[:2], ()):  # of another backward
+                self._complete_gradient(forward, *of.key[:2])
+            gradients = _with_other_streams(forward.stream_gradients, of, gradient)
+            if gradients is None:
+                return
+            gradient = torch.stack(gradients)
+        if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
+            gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
+            if gradient is None:
+                return
+        self._record_gradient(forward, of.chain, of.depth, gradient)
+
+    def complete_gradients(self, forward: Forward) -> None:
+        """After the backward: the loss does not depend on the streams of a state of which no gradient came with the others."""
+        for number, depth in list(forward.stream_gradients):
+            self._complete_gradient(forward, number, depth)
+
+    def _complete_gradient(self, forward: Forward, number: int, depth: int) -> None:
+        """Store the gradient of a state with zeros for the streams that the backward did not reach."""
+        streams = forward.stream_gradients.pop((number, depth))
+        keys = [of.key for of in self.structure.shown if of.key[:2] == (number, depth)]
+        expected = forward.expected_gradients.keys() & set(keys)
+        if not expected | self.unread >= set(keys):
+            return  # of a stream that carries none, the gradient is not known
+        # Later forwards listen to no tensor that no operation takes.
+        self.unread |= {key for key in expected if key[2] not in streams}
+        zero = torch.zeros_like(next(iter(streams.values())))
+        self._record_gradient(
+            forward, number, depth, torch.stack([streams.get(key[2], zero) for key in keys])
+        )
+
+    def _unscaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient without the loss scale."""
         scale = self._loss_scale() if self._loss_scale is not None else None
-        unscaled = gradient.detach()
-        if scale is not None:
-            # In float32, since a gradient that fits float16 only because it is scaled would underflow.
-            unscaled = unscaled.float() / scale.to(unscaled.device)
-        values = self.structure.canonical(number, unscaled, forward.batch_size, depth)
+        if scale is None:
+            return gradient
+        # In float32, since a gradient that fits float16 only because it is scaled would underflow.
+        return gradient.float() / scale.to(gradient.device)
+
+    def _record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
+        """Store a gradient; the gradients of several backwards through one forward add up.
+
+        Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
+        batch, and undefined (NaN) elsewhere.
+        """
+        values = self.structure.canonical(number, gradient, forward.batch_size, depth)
         self._require_own_part(forward, values)
         again = (number, depth) in forward.arrivals
         forward.arrivals[number, depth] += 1

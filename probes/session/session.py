@@ -373,6 +373,8 @@ class Session:
         counts then.
         """
         with self._lock:
+            for forward in self.step.forwards:
+                self.observer.complete_gradients(forward)
             return self.step.fold(was_read=self.compiled.was_read)
 
     @property

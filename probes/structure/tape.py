@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
@@ -27,6 +29,11 @@ class Tape:
         """The graph of the forward."""
         assert self.recorder is not None
         return self.recorder.graph
+
+    def living(self, value: TracedValue) -> torch.Tensor | None:
+        """The tensor of a value, if anything holds it still."""
+        assert isinstance(self.recorder, GraphRecorder)
+        return self.recorder.living(value)
 
     def recorded(self, point: HookPoint) -> TracedValue | None:
         """The value that a hook point shows in this forward; None where it shows none."""

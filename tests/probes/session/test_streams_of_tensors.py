@@ -26,11 +26,12 @@ class ListOfStreams(nn.Module):
         "zeros": lambda x, scale: [x] + [torch.zeros_like(x)] * (STREAMS - 1),
     }
 
-    def __init__(self, start: str, *, reads_early: bool = False):
+    def __init__(self, start: str, *, reads_early: bool = False, takes_first: bool = False):
         super().__init__()
         torch.manual_seed(0)
         self.put_in: dict[tuple[int, int], torch.Tensor] = {}  # by depth and stream
         self.reads_early = reads_early  # the first stream, before the others of its state are made
+        self.takes_first = takes_first  # the head takes the first stream alone
         self.start = self.starts[start]
         self.embed = nn.Embedding(30, WIDTH)
         self.blocks = nn.ModuleList(
@@ -61,18 +62,20 @@ class ListOfStreams(nn.Module):
                     early = early + streams[0].square().mean()
             streams = self.replaced(streams)
             self.states.append(streams)
-        return self.head(sum(streams)) + (early if self.reads_early else 0)
+        self.second = streams[1]
+        taken = streams[0] if self.takes_first else sum(streams)
+        return self.head(taken) + (early if self.reads_early else 0)
 
 
 def loss(output: torch.Tensor, batch: object = None) -> torch.Tensor:
     return output.logsumexp(-1).mean()
 
 
-def truth(model: ListOfStreams, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(model: ListOfStreams, ids: torch.Tensor, loss=loss) -> tuple[torch.Tensor, torch.Tensor]:
     """The states and their gradients, (depth, sequence, token, stream, feature)."""
     value = loss(model(ids))
     flat = [stream for state in model.states for stream in state]
-    gradients = torch.autograd.grad(value, flat, allow_unused=True)
+    gradients = torch.autograd.grad(value, flat, allow_unused=True, materialize_grads=True)
     return tuple(
         torch.stack([torch.stack(parts[at : at + STREAMS], 2) for at in range(0, len(parts), STREAMS)])
         for parts in ([of.detach() for of in flat], list(gradients))
@@ -86,11 +89,11 @@ def tensor(trace, name: str) -> torch.Tensor:
 IDS = torch.arange(7).repeat(3, 1)  # equal sequences: which of them a recording samples makes no difference
 
 
-def captured(model):
+def captured(model, loss=loss):
     return ds.capture(model, IDS, loss=loss, gradients=True)
 
 
-def recorded(model):
+def recorded(model, loss=loss):
     """The last of three measured steps: the first is read whole, the next ones by places."""
     options = {"gradients": True, "keep_traces": True, "max_sequences": 3}
     with ds.record(model, every=1, **options) as recorder:
@@ -119,6 +122,25 @@ def test_each_stream_is_measured(start, measured):
     assert len(h_res) == BLOCKS - shared
     said = [part["why"] for part in run.attrs.get("not_covered", ())]
     assert any("one tensor is each of the 4 streams" in why for why in said) == shared
+
+
+@pytest.mark.parametrize("measured", [captured, recorded])
+@pytest.mark.parametrize("term", [0.0, 1.0], ids=["no use", "a term of the loss"])
+def test_streams_that_the_head_does_not_take_have_the_gradient_of_what_else_takes_them(term, measured):
+    model = ListOfStreams("scaled", takes_first=True)
+
+    def with_term(output, batch=None):
+        return loss(output) + (term * model.second.square().mean() if term else 0.0)
+
+    trace, (_, gradients) = measured(model, with_term)["trace"], truth(model, IDS, with_term)
+    assert bool(gradients[-1, :, :, 1].any()) == bool(term)
+    found = tensor(trace, "gradient")
+    if (
+        term and measured is recorded
+    ):  # of what no operation takes inside of the model, later steps know no gradient
+        assert found[-1].isnan().all()
+        found, gradients = found[:-1], gradients[:-1]
+    torch.testing.assert_close(found, gradients)
 
 
 def test_streams_that_begin_with_nothing_are_refused():
