@@ -97,8 +97,8 @@ class Scales:
 
     def sure(self) -> dict[str, float]:
         """The derivatives of the loss along the logarithm of a factor that chance does not explain, by module."""
-        found = {}
-        for path, rows in self.of_sequences.items():
+        found: dict[str, float] = {}
+        for path, rows in self.of_sequences.items() if self.sequences > 1 else ():
             error = float(rows.std()) * math.sqrt(self.sequences)
             total = float(rows.sum())
             if math.isfinite(total) and abs(total) > SURE * error and error > 0:
