@@ -28,13 +28,13 @@ def as_capture_error(error: Exception) -> Exception:
     return wrapped
 
 
-def require_module(model: object) -> None:
-    """Refuse what is no model."""
+def require_module(model: object, *, later: bool = False) -> None:
+    """Refuse what is no model, and one without values; a training may give a model its values later."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
         )
-    if is_planned(model):
+    if not later and is_planned(model):
         raise CaptureError(
             "the model is on the meta device, which holds no values; build it with values, or see what a capture would take "
             "with describe(model, batch)"

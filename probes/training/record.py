@@ -177,7 +177,7 @@ def record(
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
-    require_module(model)
+    require_module(model, later=True)
     together = data_group(model, group)
     model = inner_model(model)
     if settle < 0 or (settle and together is not None):

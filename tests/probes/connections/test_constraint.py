@@ -37,7 +37,7 @@ CASES = {
     "at the identity": (lambda: streams(IDENTITY), "streams", "identity (as at initialisation), so nothing more"),
     "uniform": (lambda: streams(UNIFORM), "streams", "uniform, every weight 1/n"),
     "a bias on the diagonal": (
-        lambda: streams(4 * IDENTITY, make=Constrained), "streams", "all weights off the diagonal are equal",
+        lambda: streams(4 * IDENTITY, make=Constrained), "mhc", "all weights off the diagonal are equal",
     ),
     "all ones": (lambda: streams(torch.ones(4, 4)), "streams", "all ones: every stream becomes the sum"),
 }  # fmt: skip

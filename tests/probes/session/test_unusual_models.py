@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
     "scripted": (lambda: (torch.jit.script(Model()), IDS), "TorchScript"),
     "traced": (lambda: (torch.jit.trace(Model(), IDS), IDS), "TorchScript"),
     "vmapped blocks": (lambda: (Vectorised().eval(), IDS), "torch.func"),
-    "meta": (lambda: (Model().to("meta"), IDS.to("meta")), "meta tensors"),
+    "meta": (lambda: (Model().to("meta"), IDS.to("meta")), "meta"),
     "fake": (lambda: (Model(), FakeTensorMode(allow_non_fake_inputs=True).from_tensor(IDS)), "fake tensors"),
     "nested tensor": (
         lambda: (Model(), torch.nested.nested_tensor([IDS[0], IDS[1, :4]], layout=torch.jagged)),
