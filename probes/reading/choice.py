@@ -387,13 +387,16 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for root in roots:  # grows while it is gone through
         both = _of_root(graph, root)
         plain = both[0].memory
+        is_state = any(of.memory.num_writes and of.memory.holds(root) for of in found)  # of another memory
         found.append(_larger(both))
-        if max(_size(of.used) for of in both) < 0.6 * total and len(roots) < 2 * MOST_CANDIDATES:
+        is_small = not is_state and max(_size(of.used) for of in both) < 0.6 * total
+        if is_small and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
         if plain.num_writes and not has_feature_axis(plain):
             # One number a token: what a layer makes of it has some.
-            made = (graph.values[n] for n in sorted(plain.carried) if graph.values[n].name in LAYERS)
+            carried = (graph.values[n] for n in sorted(plain.carried))
+            made = (of for of in carried if of.name in LAYERS and of.numel > plain.count)
             roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
