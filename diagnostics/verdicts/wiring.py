@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import xarray as xr
 
@@ -37,6 +37,11 @@ LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 ROUNDING = 1e-6
 
 
+def _is_text(found: Any) -> TypeGuard[str]:
+    """Whether what a file has in the place of a sentence can be one."""
+    return isinstance(found, str) and found.isprintable() and len(found) <= LONGEST
+
+
 def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator[Profile]:
     """The remarks of one kind, as profiles of a verdict; a file may have anything in their place."""
     remarks = attrs.get("remarks")
@@ -45,16 +50,14 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
             continue
         sentence, value, start = remark.get("sentence"), remark.get("value"), remark.get("start")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if isinstance(sentence, str) and sentence.isprintable() and len(sentence) <= LONGEST and number:
+        if _is_text(sentence) and number:
             sure = remark.get("sure") is True
             yield Profile(
                 xr.DataArray(float(value)),  # type: ignore[arg-type]
                 "",
                 sentence=f"{sentence} ({source}).",
                 ceiling=Severity.FAIL if sure else Severity.INFO,
-                start=start
-                if isinstance(start, str) and start.isprintable() and len(start) <= LONGEST
-                else "",
+                start=start if _is_text(start) else "",
             )
 
 

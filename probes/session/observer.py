@@ -228,9 +228,8 @@ class Observer:
             gradient = torch.stack(gradients)
         if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
             gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
-            if gradient is None:
-                return
-        self._record_gradient(forward, of.chain, of.depth, gradient)
+        if gradient is not None:
+            self._record_gradient(forward, of.chain, of.depth, gradient)
 
     def complete_gradients(self, forward: Forward) -> None:
         """After the backward: the loss does not depend on the streams of a state of which no gradient came with the others."""
@@ -346,16 +345,15 @@ class Observer:
 
 
 def _with_next_gradient(
-    waiting: dict[Key, torch.Tensor], of: ShownTensor, gradient: torch.Tensor | None
+    waiting: dict[Key, torch.Tensor], of: ShownTensor, gradient: torch.Tensor
 ) -> torch.Tensor | None:
     """The gradient of a state of features that the next state joins again, to others: through this one, and all later ones."""
     following = waiting.pop((of.chain, of.depth + 1), None)
-    if gradient is not None and of.point.is_joined_again:
+    if of.point.is_joined_again:
         if following is None:
             return None
         gradient = gradient + following[tuple(map(slice, gradient.shape))]
-    if gradient is not None:
-        waiting[of.chain, of.depth] = gradient.detach()
+    waiting[of.chain, of.depth] = gradient
     return gradient
 
 
