@@ -5,6 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jupyter_cache import get_cache
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_site"))  # the site's own Sphinx extensions
 
@@ -61,3 +67,13 @@ html_theme_options = {
 }
 pygments_style = "a11y-light"
 pygments_dark_style = "a11y-dark"
+
+
+def _make_cache(app: Sphinx) -> None:
+    # Before the build forks (-j 2): two processes that each create the missing database fail.
+    _ = get_cache(app.env.mystnb_config.execution_cache_path).db
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls before it builds."""
+    app.connect("builder-inited", _make_cache, priority=900)  # after myst_nb has set the path
