@@ -17,9 +17,7 @@ from depthscope.probes.reading.graph import INPUT, PARAMETER, TracedValue, walk
 from depthscope.probes.reading.known_operations import CARRYING, KnownOperation, is_layer, operation_of
 from depthscope.probes.reading.operations import FUNCTIONS, MIXES, MOST_STREAMS
 
-FEWEST_BYTES = (
-    0  # of a tensor that it is worth while to let go: smaller ones weigh less than what is noted of them
-)
+FEWEST_BYTES = 2**16  # smaller tensors weigh less than what is noted of them
 
 
 def can_end(value: TracedValue, tensor: torch.Tensor) -> bool:
