@@ -36,6 +36,7 @@ from depthscope.probes.reading.graph import (
     container_of,
     dropped,
     tensors_of,
+    walk,
 )
 from depthscope.probes.reading.known_operations import (
     ADD,
@@ -336,9 +337,11 @@ class GraphRecorder(TorchDispatchMode):
         self._tensors.setdefault(value.number, []).append(entry)
 
     def hold(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        """Hold a value to the end, whatever takes it."""
+        """Hold a value to the end, whatever takes it, or what it can be made again from."""
         self._hold(tensor, value)
-        self._large = [of for of in self._large if of is not value]
+        if self._large:
+            needed = set(walk([value], lambda of: of.parents if of.remade and of.held is None else ()))
+            self._large = [of for of in self._large if of not in needed]
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
