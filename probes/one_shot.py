@@ -13,18 +13,16 @@ from torch import nn
 
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.verdicts.off_minimum import SLOPES
-from depthscope.probes.model.errors import CaptureError, require_module
-from depthscope.probes.model.garbage import no_collection
-from depthscope.probes.model.loss_graph import mean_task, read_task
-from depthscope.probes.model.losses import Loss, loss_value
-from depthscope.probes.model.modules import all_parameters
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.losses import Loss, loss_value, mean_task, read_task
+from depthscope.probes.model.modules import all_parameters, require_module
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager, no_collection
 from depthscope.probes.rescaling import Scales, first_size
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.kept_bytes import kept_bytes
@@ -144,7 +142,8 @@ def measure(
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
         of_batch = partial(loss_value, loss=loss, required=True) if gradients else None
-        follow(session, first[0], of_batch)
+        if session.observer.origins is not None:
+            follow(session, session.observer.origins, first[0], of_batch)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], described=True, digests=False)

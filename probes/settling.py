@@ -27,8 +27,8 @@ from depthscope.probes.interventions.predictions import output_values, sees_late
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.losses import Loss
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import ModelOptions, takes_options

@@ -106,8 +106,8 @@ def reconstruction_error(joint: Joint, matrix: torch.Tensor) -> float:
 class Evidence:
     """The proofs of all connections of a run."""
 
-    proofs: tuple[Proof, ...]
-    joints: tuple[Joint, ...]
+    proofs: tuple[Proof, ...] = ()
+    joints: tuple[Joint, ...] = ()
 
     @property
     def orientation(self) -> str:
@@ -127,13 +127,12 @@ class Evidence:
 
 
 def gather_evidence(joints: Sequence[Joint]) -> Evidence:
-    """Prove every stream connection on the sampled sequences.
+    """Prove every stream connection on the sampled sequences; there is one at least.
 
     Raises ReconstructionError: Above tolerance, with the worst connection and what it means.
     """
     evidence = Evidence(tuple(prove(joint) for joint in joints), tuple(joints))
-    if joints:
-        _require_proof(evidence, evidence.tolerance)
+    _require_proof(evidence, evidence.tolerance)
     return evidence
 
 

@@ -29,12 +29,11 @@ from depthscope.probes.interventions.state_operations import (
     StateOperations,
     StatePlace,
 )
-from depthscope.probes.model.errors import require_module
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.tensor_memory import stacked
-from depthscope.probes.run.build_run import build_run
-from depthscope.probes.run.joints import sampled_joints
-from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed, copied
 from depthscope.probes.session.options import Options, Scope

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in, split_over
+from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,

@@ -30,26 +30,20 @@ def run_attributes(
     """The attributes of a run; those that do not apply are left out, and the digests where they are not wanted."""
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
-    # NaN where nothing was compared, as where all sampled tokens are padding.
-    errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
     stamp = weights_stamp(session.model) if digests else 0
     unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     parameters = all_parameters(session.model)
-    constraint, layouts = constraint_of(evidence), [chain.layout for chain in structure.chains]
+    layouts = [chain.layout for chain in structure.chains]
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
-        # By what the matrices are measured to satisfy, at these weights and on these tokens.
-        "family": measured_family(structure.family, constraint),
-        "constraint": constraint_words(evidence, constraint) or None,
+        "family": structure.family,
         "proof": run_proof(structure.chains, evidence) or None,
         "not_covered": [part.as_dict() for part in structure.not_covered] or None,
         "n_streams": structure.num_streams,
         "layout": layouts[0],
         "layouts": layouts if len(set(layouts)) > 1 else None,
-        "orientation": evidence.orientation,
-        "reconstruction_error": max(errors, default=None),
-        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
+        "orientation": "not_applicable",
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": str(precision).removeprefix("torch.") if precision != dtype else None,
         "block": structure.chains[0].block_class,
@@ -70,11 +64,28 @@ def run_attributes(
             **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
         },
         "software": package_versions(PACKAGES),
-        "changes_outside": changes_outside(session, sequences) or None,
         "forwards_skipped": session.skipped or None,
         "evaluations_left_out": session.step.num_left_out or None,
     }
+    if structure.connections:
+        attributes |= _of_connections(session, sequences, evidence)
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _of_connections(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
+    """What is said of connections with streams, and of how they were proven."""
+    # NaN where nothing was compared, as where all sampled tokens are padding.
+    errors = [error for error in evidence.errors if not math.isnan(error)]
+    constraint = constraint_of(evidence)
+    return {
+        # By what the matrices are measured to satisfy, at these weights and on these tokens.
+        "family": measured_family(session.structure.family, constraint),
+        "constraint": constraint_words(evidence, constraint) or None,
+        "orientation": evidence.orientation,
+        "reconstruction_error": max(errors, default=None),
+        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
+        "changes_outside": changes_outside(session, sequences) or None,
+    }
 
 
 def _not_read(parameters: list[nn.Parameter]) -> str:

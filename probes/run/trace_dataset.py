@@ -16,9 +16,8 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
     logit_variables,
 )
-from depthscope.probes.run.equal_blocks import equal_blocks
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
+from depthscope.probes.run.initial_weights import equal_blocks, start_facts, untouched_blocks
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session

@@ -28,9 +28,9 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.compiled_regions import COMPILED_CALL, is_compiled
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange

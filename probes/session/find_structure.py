@@ -28,7 +28,6 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
 from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
 from depthscope.probes.structure.final_norm import final_norm
-from depthscope.probes.structure.missing_states import missing_state
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -39,13 +38,12 @@ from depthscope.probes.structure.named_blocks import (
     named_calls,
     states_around,
 )
-from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, not_covered
+from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, missing_state, not_covered
 from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repeats_first
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.stages import joined, with_ending, with_made_state, with_opening
-from depthscope.probes.structure.tape import value_at
 
 
 class AxisError(RewrittenError):
@@ -307,7 +305,7 @@ class StructureFinder:
     def _of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
-        value = value_at(self.graph, chain.points[0])
+        value = chain.points[0].value_in(self.graph)
         assert value is not None  # it was required of the calls
         layout = self.options.layout or shape_layout(value, self.sequences)
         return ReadChain(replace(chain, layout=layout), ())

@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
-from depthscope.probes.reading.graph import walk
+from depthscope.probes.reading.graph import Graph, walk
+from depthscope.probes.reading.places import PlacedRecorder
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention_rows import FusedCall
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-from depthscope.probes.structure.tape import Tape
 
 if TYPE_CHECKING:
     from depthscope.probes.session.graph_ops import RunningCall
@@ -198,6 +199,26 @@ class Measured:
         self.batch_size += forward.batch_size
         self.without_connections = self.without_connections or forward.without_connections
         self.sums = merge_sums(self.sums, forward.sums)
+
+
+class Tape:
+    """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
+
+    def __init__(self) -> None:
+        self.recorder: GraphRecorder | PlacedRecorder | None = (
+            None  # from the beginning of the model's own call on
+        )
+        self.attention: Any = None  # what watches it
+        self.routing: Any = None  # what watches the choices of routers
+        self.logits: Any = None  # what watches these
+        self.is_on = False  # whether the model's own forward has begun
+        self.met: set[int] = set()  # numbers of the values that something took
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the forward."""
+        assert self.recorder is not None
+        return self.recorder.graph
 
 
 class CurrentForward(threading.local):

@@ -28,6 +28,7 @@ from depthscope.probes.model.hooks import (
 )
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.places import (
     OTHER,
@@ -37,13 +38,11 @@ from depthscope.probes.reading.places import (
 )
 from depthscope.probes.session.compiled_plan import CompiledPlan, Part, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
-from depthscope.probes.session.forced_eager import eager
-from depthscope.probes.session.forward import CurrentForward, Forward, own_call, own_calls
+from depthscope.probes.session.forward import CurrentForward, Forward, Tape, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.graph_ops import RunningCall
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.own_forwards import without_exchange
-from depthscope.probes.structure.tape import Tape
 
 MOST_COMPILED = 4  # how often one graph is; from some number on torch runs the code uncompiled
 RANDOM = (

@@ -18,7 +18,7 @@ from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.session import Session

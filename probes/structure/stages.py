@@ -12,7 +12,6 @@ from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import shape_layout
 from depthscope.probes.structure.sequence_axis import SequenceAxis
-from depthscope.probes.structure.tape import value_at
 
 
 def _stage_of(path: str) -> str | None:
@@ -26,7 +25,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
     chain = part.chain
     containers = {_stage_of(path) for path in chain.blocks} - {None}
     kinds = set(chain.block_class.split("/"))
-    state, limit = value_at(graph, chain.points[0]), len(graph.calls)
+    state, limit = chain.points[0].value_in(graph), len(graph.calls)
     while state is not None:
         call = _block_of(graph, state, containers, limit)
         if call is None:
@@ -90,7 +89,7 @@ def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
     kinds = set(chain.block_class.split("/"))
     places = {_without_numbers(path) for path in chain.blocks}
-    last = value_at(graph, chain.points[-1])
+    last = chain.points[-1].value_in(graph)
     for number, call in enumerate(graph.calls):
         ends = graph.ends_of(number)
         if call.kind not in kinds or _without_numbers(call.path) not in places:

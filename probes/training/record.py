@@ -12,7 +12,7 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
-from depthscope.probes.model.errors import require_module
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
