@@ -14,7 +14,7 @@ from torch import nn
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.verdicts.off_minimum import SLOPES
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.losses import Loss, loss_value, mean_task, read_task
+from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
 from depthscope.probes.model.modules import all_parameters, require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.while_needed import eager, no_collection

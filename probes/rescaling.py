@@ -19,7 +19,7 @@ from torch import nn
 
 from depthscope.diagnostics.experiments import estimate
 from depthscope.diagnostics.verdicts.age import number_or_none
-from depthscope.probes.model.losses import Loss, loss_value
+from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in

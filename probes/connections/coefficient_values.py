@@ -8,7 +8,7 @@ is run again. Shapes: B batch, T token, N stream, D feature; K the sampled seque
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +17,8 @@ import torch
 from depthscope.probes.connections.coefficients import Parts, per_token
 from depthscope.probes.connections.logits import SAME
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, walk
+from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, moved
-from depthscope.probes.reading.rerun import Rerun
 
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
@@ -246,3 +245,55 @@ def _weights(parts: Parts) -> dict[str, torch.Tensor]:
     mix = torch.eye(n).expand(*parts.write.shape[:-1], n) if parts.mix is None else parts.mix
     found = {"H_res": mix, "H_pre": vector(parts.read), "H_post": vector(parts.write)}
     return {name: of for name, of in found.items() if of is not None}
+
+
+# What gives other numbers each time.
+RANDOM = names(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
+)
+
+
+class Rerun:
+    """The tensors of a forward's values, as long as its graph holds those from which they are made."""
+
+    def __init__(self, graph: Graph):
+        self._graph = graph
+        self._made: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def tensor(self, value: TracedValue) -> torch.Tensor:
+        """The tensor of a value.
+
+        Raises ReadingError: Where it comes from what was not held and cannot be run again.
+        """
+
+        def made_of(of: TracedValue) -> Sequence[TracedValue]:
+            return () if of.number in self._made or of.held is not None else of.parents
+
+        for of in sorted(walk([value], made_of), key=lambda of: of.number):
+            if of.number not in self._made:
+                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
+        return self._made[value.number]
+
+    def through(
+        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
+        made, first = dict(begins), min(begins)
+        between = walk(
+            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
+        )
+        for of in sorted(between, key=lambda of: of.number):
+            if of.number not in made and any(p.number in made for p in of.parents):
+                made[of.number] = self._run(of, made)
+        return {of.number: made[of.number] for of in targets}
+
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
+        self._made = {number: self._made[number] for number in but if number in self._made}
+
+    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if value.func is None or value.name in RANDOM:
+            raise ReadingError(f"the value of {value!r} was not kept")
+        known = given or {}
+        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))

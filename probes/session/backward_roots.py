@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.hooks import Hook, Report
-from depthscope.probes.model.losses import compared_by_gradient, read_task
+from depthscope.probes.model.loss_graph import compared_by_gradient, read_task
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.forward import own_calls

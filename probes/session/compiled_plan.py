@@ -9,7 +9,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.reading.graph import OUTPUT, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.places import OperationPlaces
 from depthscope.probes.session.compiled_regions import Region, Wanted
-from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion
+from depthscope.probes.session.graph_ops import CallInRegion, PlaceInRegion
 from depthscope.probes.structure.model_structure import ShownTensor, Structure
 
 

@@ -21,8 +21,7 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import restore_entry, without_frames
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.session import graph_ops
-from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion, insert, without_ticket
+from depthscope.probes.session.graph_ops import CallInRegion, PlaceInRegion, insert, noting, without_ticket
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -192,7 +191,7 @@ class CompiledGraph:
         except Exception as error:
             self.error = str(without_frames(error)) or type(error).__name__
             without_ticket(graph_module)
-        with graph_ops.noting(self.listened):
+        with noting(self.listened):
             return backend(graph_module, inputs)
 
     def is_for(self, context: Any) -> bool:

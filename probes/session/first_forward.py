@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights, StreamConnectionError
-from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError
@@ -29,6 +28,7 @@ from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.coefficient_origins import find_origins
 from depthscope.probes.session.forward import CurrentForward, Forward, Tape
 from depthscope.probes.session.gradient_hooks import GradientListener
+from depthscope.probes.session.logit_statistics import ComputedValues
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.routing import watch_routing
 from depthscope.probes.structure.model_structure import ShownTensor

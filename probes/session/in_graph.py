@@ -36,13 +36,13 @@ from depthscope.probes.reading.places import (
     PlacedRecorder,
     circumstances,
 )
+from depthscope.probes.session.compiled_calls import without_exchange
 from depthscope.probes.session.compiled_plan import CompiledPlan, Part, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
 from depthscope.probes.session.forward import CurrentForward, Forward, Tape, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.graph_ops import RunningCall
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.own_forwards import without_exchange
 
 MOST_COMPILED = 4  # how often one graph is; from some number on torch runs the code uncompiled
 RANDOM = (

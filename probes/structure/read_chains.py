@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
+from depthscope.probes.connections.constraint import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import (

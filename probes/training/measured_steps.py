@@ -10,7 +10,7 @@ import xarray as xr
 
 from depthscope.diagnostics.quantities.losses import LossCourse
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.losses import mean_task
+from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Measured
