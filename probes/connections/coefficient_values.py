@@ -8,7 +8,7 @@ is run again. Shapes: B batch, T token, N stream, D feature; K the sampled seque
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +28,36 @@ def vector(weights: torch.Tensor | None) -> torch.Tensor | None:
     if weights is None or 1 not in weights.shape[-2:]:
         return None
     return weights.flatten(-2)
+
+
+def reads_of(graph: Graph, connection: ConnectionReading) -> list[TracedValue]:
+    """What the branches of a connection take."""
+    found = (graph.at(place) for branch in connection.branches for place in branch.reads)
+    return [value for value in found if value is not None]
+
+
+def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReading) -> Iterator[TracedValue]:
+    """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
+    values, carried = graph.values, memory.carried
+    before = memory.states[connection.depth_in].values
+    begin = {of.number for of in walk((values[n] for n in before), partial(moved, graph))}
+
+    def between(found: Iterable[TracedValue]) -> list[TracedValue]:
+        return [
+            of for of in found if of.number in carried and of.number > min(begin) and of.number not in begin
+        ]
+
+    ends = [*(values[n] for n in memory.states[connection.depth_out].values), *reads_of(graph, connection)]
+    steps = [
+        of for of in walk(between(ends), lambda of: between(of.parents))
+        if any(p.number in carried for p in of.parents)
+    ]  # fmt: skip
+    ways = [n for branch in connection.branches for n in branch.way]
+    for step in (*steps, *(values[n] for branch in connection.branches for n in branch.way[1:])):
+        given = {of.number for of in addends(step)}.union(ways)
+        yield from (
+            p for p in step.parents if p.is_floating and p.number not in given and p.number not in carried
+        )
 
 
 def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
@@ -73,7 +103,9 @@ class CoefficientValues:
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
         self.every = frozenset[int]().union(*self.numbers)
         self.weights = [_weights(parts) for parts in self.parts]
-        self.factors = [list(dict.fromkeys(self._factors_of(each))) for each in self.connections]
+        self.factors = [
+            list(dict.fromkeys(factors_of(self.graph, self.memory, each))) for each in self.connections
+        ]
         numbers = [[of.number for of in factors] for factors in self.factors]
         # What these were computed from, and they.
         self.behind_factors = [
@@ -100,36 +132,9 @@ class CoefficientValues:
         self.rerun.forget(self.numbers[number])
         return found
 
-    def _factors_of(self, connection: ConnectionReading) -> Iterator[TracedValue]:
-        """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
-        values, carried = self.graph.values, self.memory.carried
-        ends = [values[n] for n in self.memory.states[connection.depth_out].values]
-        ends += [
-            read
-            for read in self.reads(connection)
-            if read.number in carried and read.number not in self.every
-        ]
-        stop = self.every - {value.number for value in self.state(connection.depth_out)}
-        ways = [n for branch in connection.branches for n in branch.way]
-
-        def before(value: TracedValue) -> list[TracedValue]:
-            return [p for p in value.parents if p.number in carried and p.number not in stop]
-
-        steps = [of for of in walk(ends, before) if any(p.number in carried for p in of.parents)]
-        for step in (*steps, *(values[n] for branch in connection.branches for n in branch.way[1:])):
-            given = {of.number for of in addends(step)}.union(ways)
-            yield from (
-                p for p in step.parents if p.is_floating and p.number not in given and p.number not in carried
-            )
-
-    def reads(self, connection: ConnectionReading) -> list[TracedValue]:
-        """What the branches of a connection take."""
-        found = (self.graph.at(place) for branch in connection.branches for place in branch.reads)
-        return [value for value in found if value is not None]
-
     def branch_inputs(self, number: int) -> set[int]:
         """The values that are what a connection's branches take."""
-        taken = walk(self.reads(self.connections[number]), partial(moved, self.graph))
+        taken = walk(reads_of(self.graph, self.connections[number]), partial(moved, self.graph))
         return {value.number for value in taken} - self.every
 
     def window(self, number: int) -> tuple[int, int]:

@@ -49,9 +49,8 @@ class Joint:
     parts: Parts
     mask: torch.Tensor
     dtype: torch.dtype
-    casts: tuple[
-        torch.dtype, ...
-    ] = ()  # in which else the memory is carried, or what branches give is scaled
+    # In which else the memory is carried, or what branches give is scaled
+    casts: tuple[torch.dtype, ...] = ()
 
     def tokens(self) -> Joint:
         """At most `PROOF_TOKENS` real tokens with finite states, flattened to (n, …), spread over the sample."""

@@ -30,9 +30,8 @@ from depthscope.probes.structure.chain import Chain
 Meet: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]  # with the depth and the stream
 Shown: TypeAlias = dict[tuple[int, int], int]  # depths, by a call of a module and which of its tensors
 
-_Places: TypeAlias = dict[
-    ValuePlace, list[tuple[int, int]]
-]  # the depths, and the streams, that are made there
+# The depths, and the streams, that are made there
+_Places: TypeAlias = dict[ValuePlace, list[tuple[int, int]]]
 _Seen: TypeAlias = dict[tuple[int, int], tuple[torch.Tensor, int | None]]
 
 OPERATION = "operation"  # that alone shows a state
@@ -291,9 +290,8 @@ def _find_places(
             made = [value for of in point.streams if (value := of.value_in(graph)) is not None and value.func]
             # A tensor that is several streams has one gradient for all of them.
             apart = len(made) == len(point.streams) and (depth == stop or len(set(made)) == len(made))
-            if depth == start and not (
-                apart and not any(map(is_view, made))
-            ):  # torch refuses to begin a graph with a view
+            # Torch refuses to begin a graph with a view
+            if depth == start and not (apart and not any(map(is_view, made))):
                 raise StartError(
                     f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, of which one "
                     "is part of another tensor, several streams at once, or given to the model; choose another depth"

@@ -63,9 +63,8 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
-    arguments: tuple[
-        int | str, ...
-    ] = ()  # in which one, by position or keyword, it takes each floating tensor
+    # In which one, by position or keyword, it takes each floating tensor
+    arguments: tuple[int | str, ...] = ()
 
     @property
     def container(self) -> str | None:
@@ -199,26 +198,20 @@ class Graph:
     values: list[TracedValue] = field(default_factory=list)  # by number
     calls: list[ModuleCall] = field(default_factory=list)  # by number; the first one is the model's
     outputs: list[TracedValue] = field(default_factory=list)  # what the model returned
-    parameter_names: dict[int, str] = field(
-        default_factory=dict
-    )  # by the numbers of values that are parameters
-    modules: dict[str, str] = field(
-        default_factory=dict
-    )  # the classes of all modules, called or not, by their paths
-    handed_on: set[int] = field(
-        default_factory=set
-    )  # values that modules with a number, as blocks have, returned
-    shown: dict[int, list[Shown]] = field(
-        default_factory=dict
-    )  # by value: the calls that took or returned it, in order
-    split: dict[int, str] = field(
-        default_factory=dict
-    )  # what is a part of a tensor that is spread over processes, and how
+    # By the numbers of values that are parameters
+    parameter_names: dict[int, str] = field(default_factory=dict)
+    # The classes of all modules, called or not, by their paths
+    modules: dict[str, str] = field(default_factory=dict)
+    # Values that modules with a number, as blocks have, returned
+    handed_on: set[int] = field(default_factory=set)
+    # By value: the calls that took or returned it, in order
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
+    # What is a part of a tensor that is spread over processes, and how
+    split: dict[int, str] = field(default_factory=dict)
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
-    made_in: dict[int, range] = field(
-        default_factory=dict
-    )  # by call: the numbers of what was made while it ran
+    # By call: the numbers of what was made while it ran
+    made_in: dict[int, range] = field(default_factory=dict)
     circumstances: tuple[Any, ...] = ()  # as in `places`
     # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
     has_graph_from: dict[int, int] = field(default_factory=dict)

@@ -38,9 +38,8 @@ class Start:
     banned: frozenset[int] = frozenset()  # numbers of values that are opaque
     # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
-    others: Mapping[int, Numbers] = field(
-        default_factory=dict
-    )  # further first values, each a stream of the first state
+    # Further first values, each a stream of the first state
+    others: Mapping[int, Numbers] = field(default_factory=dict)
     grows: int | None = (
         None  # the axis of the shape along which joined pieces are further features, as in DenseNet
     )
@@ -55,9 +54,8 @@ class Memory:
     carried: Carried = field(default_factory=dict)  # where the elements of the first value are
     depth: dict[int, int] = field(default_factory=dict)  # how many writes lie on the longest way to a value
     writes: dict[int, list[TracedValue]] = field(default_factory=dict)  # what branches add, by the sum
-    leaves: list[tuple[TracedValue, TracedValue]] = field(
-        default_factory=list
-    )  # carried, taken by what is opaque
+    # Carried, taken by what is opaque
+    leaves: list[tuple[TracedValue, TracedValue]] = field(default_factory=list)
     born: set[int] = field(default_factory=set)  # branch outputs that are kept next to the memory as they are
     end: TracedValue = None  # type: ignore[assignment]  # the last value of the longest way
     unread: list[TracedValue] = field(default_factory=list)  # streams of the last state that nothing takes

@@ -45,9 +45,8 @@ class OperationPlaces:
     graph: Graph
     circumstances: tuple[Any, ...]
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
-    given: dict[int, TracedValue] = field(
-        default_factory=dict
-    )  # by position among what the model is called with
+    # By position among what the model is called with
+    given: dict[int, TracedValue] = field(default_factory=dict)
     constant: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
     of_model: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
 

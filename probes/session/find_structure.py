@@ -26,8 +26,7 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.branch_scales import branch_scales
-from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
-from depthscope.probes.structure.final_norm import final_norm
+from depthscope.probes.structure.chain import Chain, ChainError
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -43,7 +42,7 @@ from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repe
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
-from depthscope.probes.structure.stages import joined, with_ending, with_made_state, with_opening
+from depthscope.probes.structure.stages import joined, with_ending, with_final, with_made_state, with_opening
 
 
 class AxisError(RewrittenError):
@@ -342,22 +341,12 @@ class StructureFinder:
             joints = [connection for memory in memories for connection in memory.connections]
             branches = (branch for connection in joints for branch in connection.branches)
             chain = replace(
-                self._with_final(chain, memories[-1]),
+                with_final(self.graph, chain, memories[-1]),
                 scales=branch_scales(self.graph, branches),
                 family="highway" if _gate_the_state(joints) else "",
             )
             found.append(ReadChain(chain, memories))
         return found
-
-    def _with_final(self, chain: Chain, memory: MemoryReading) -> Chain:
-        """The chain with the hook point after its last norm, where there is one."""
-        shown, why = final_norm(self.graph, memory, chain.shapes[-1])
-        if shown is None:
-            return replace(chain, without_final=why)
-        call = self.graph.calls[shown.call]
-        layer = chain.points[-1].layer
-        point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
-        return replace(chain, final=point)
 
     def _chain(
         self, memory: MemoryReading, *, inside: bool = False, depths: Sequence[int] | None = None
@@ -449,7 +438,7 @@ class StructureFinder:
     def _weighed(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
-        chain = self._with_final(part.chain, memory)
+        chain = with_final(self.graph, part.chain, memory)
         if not memory.is_proven or not chain.connections:
             return ReadChain(replace(chain, connections=()), (memory,))
         first = read_layout(memory, memory.states[0].numbers[0], self.sequences)

@@ -67,9 +67,8 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
-        self._with_gradient: dict[
-            ValuePlace, list[ShownTensor]
-        ] = {}  # what has the gradient of other tensors
+        # What has the gradient of other tensors
+        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(state.point.place, []).append(state)

@@ -62,9 +62,8 @@ class Forward:
     # Of states that lack others: the model's own tensor and a copy.
     streams: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
-    joined_gradients: dict[Key, torch.Tensor] = field(
-        default_factory=dict
-    )  # that earlier states have a part of
+    # Gradients of which earlier states have a part
+    joined_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     other_ends: list[GradientListener] = field(default_factory=list)  # of a backward of ours, but for states

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from depthscope.probes.connections.coefficient_values import factors_of
 from depthscope.probes.connections.constraint import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
@@ -46,9 +47,8 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
         if takers[0].number not in memory.carried or takers[0].numel != graph.values[first].numel:
             break
         first = takers[0].number
-    ways: dict[
-        int, set[int]
-    ] = {}  # by value: the steps right after the first one through which it is carried there
+    # By value: the steps right after the first one through which it is carried there
+    ways: dict[int, set[int]] = {}
     for number in sorted(of for of in memory.carried if of > first):
         parents = [parent.number for parent in graph.values[number].parents]
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
@@ -82,9 +82,8 @@ class ChainReader:
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
         self.branches = [branch for connection in self.connections for branch in connection.branches]
-        self._num_tensors = max(
-            len(state.values) for state in memory.states
-        )  # that hold the streams of a state
+        # How many tensors hold the streams of a state
+        self._num_tensors = max(len(state.values) for state in memory.states)
         self._is_sinkhorn = not self._is_plain
         self._of_layer: dict[int, list[BranchReading]] = {}
         for branch in self.branches:
@@ -557,35 +556,9 @@ class ChainReader:
 
     def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        carried, values = self.memory.carried, self.graph.values
-        first = max(self.memory.states[of.depth_in].values)
-        given = {number for branch in of.branches for number in branch.way}
-        reads = (self.graph.at(place) for branch in of.branches for place in branch.reads)
-        kept = [
-            *self.memory.states[of.depth_out].values,
-            *(read.number for read in reads if read is not None),
-        ]
-        ends = [
-            parent.number
-            for number in self._carried_to(kept, first)
-            for parent in values[number].parents
-            if parent.number not in carried and parent.number not in given
-        ]
-        ways = [branch.way for branch in of.branches]
-        ends += [
-            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
-        ]
-        found = self.graph.ancestors(ends, carried.keys() | given)
-        return [values[number] for number in sorted(found) if number not in carried and number not in given]
-
-    def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
-        """What carries a state to some values, themselves included."""
-        carried, values = self.memory.carried, self.graph.values
-
-        def counted(found: Iterable[int]) -> list[int]:
-            return [number for number in found if number > first and number in carried]
-
-        return set(walk(counted(numbers), lambda n: counted(parent.number for parent in values[n].parents)))
+        given = self.memory.carried.keys() | {number for branch in of.branches for number in branch.way}
+        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
+        return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
 
     def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
         names = (self.graph.parameter_names.get(value.number, "") for value in values)

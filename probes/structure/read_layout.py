@@ -61,9 +61,8 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         named.append(letters)
     streams = [axis for axis in named if "N" in axis]
     features = next((axis for axis in named if "D" in axis), [])
-    if (
-        len(streams) == 2
-    ):  # parts of the features of each stream, or further streams, that are connected separately
+    # Parts of the features of each stream, or further streams, that are connected separately
+    if len(streams) == 2:
         inner = features if "N" in features else streams[1]
         inner[inner.index("N")] = "F"
     if "B" in single:  # one sequence, of which the state has no axis

@@ -15,9 +15,8 @@ from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order, tokens_of
 
-Weighed = tuple[
-    Parts | DepthWeights, torch.Tensor | None
-]  # of a connection, and what its branch gave, where that is apart
+# Of a connection, and what its branch gave, where that is apart
+Weighed = tuple[Parts | DepthWeights, torch.Tensor | None]
 
 
 class ReadStructure:

@@ -128,9 +128,8 @@ class SequenceAxis:
         if value.name in MATRICES:
             a, b = MATRICES[value.name]
             return dim == {a: rank - 1, b: max(rank - 2, 0)}.get(position)
-        if (
-            value.name in SOFTMAX and value.is_floating
-        ):  # whole numbers are counted, as the tokens of an expert are
+        # Whole numbers are counted, as the tokens of an expert are
+        if value.name in SOFTMAX and value.is_floating:
             return isinstance(value.args[1], int) and value.args[1] % rank == dim
         if "attention" in value.name:
             return position < 3 and dim == rank - 2

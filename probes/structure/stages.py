@@ -1,14 +1,18 @@
-"""How do the stages of one trunk become one chain? With what blocks take and give where the width or the tokens change."""
+"""How do the stages of one trunk become one chain? With what blocks take and give in other shapes, and its last norm."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from depthscope.probes.model.layout import LayoutError
-from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
-from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph, ModuleCall, Shown, TracedValue
+from depthscope.probes.reading.memory import Memory, follow, start_of
+from depthscope.probes.reading.operations import FUNCTIONS, NORMS
+from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import shape_layout
 from depthscope.probes.structure.sequence_axis import SequenceAxis
@@ -144,9 +148,8 @@ def joined(chain: Chain, stage: Chain) -> Chain:
     offset, last = len(chain.points), max(point.layer for point in chain.points)
     begin, *later = stage.points
     number = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    number -= (
-        begin.site == "embed" and bool(later) and later[0].site == "pre"
-    )  # what its first block reads is that
+    # What its first block reads is the embedding
+    number -= begin.site == "embed" and bool(later) and later[0].site == "pre"
     shift, before = last + 1 - number if number <= last else 0, chain.points
     if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
         shift, before = last - number, (*before[:-1], replace(before[-1], site="mid"))
@@ -178,3 +181,69 @@ def _of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
     if point.at == "input":  # what the first block takes
         return replace(point, layer=first + shift, site="pre", module=point.path)
     return replace(point, layer=first + shift)
+
+
+def with_final(graph: Graph, chain: Chain, memory: MemoryReading) -> Chain:
+    """The chain with the hook point after its last norm: the call that gives it, whatever the module is called."""
+    shown, why = _final_norm(graph, memory, chain.shapes[-1])
+    if shown is None:
+        return replace(chain, without_final=why)
+    call, layer = graph.calls[shown.call], chain.points[-1].layer
+    point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
+    return replace(chain, final=point)
+
+
+def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> tuple[Shown | None, str]:
+    """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does.
+
+    ``shape``: of the last state, as it is captured.
+    """
+    end = memory.states[-1].values[-1]
+    why, several = NO_FINAL_NORM, memory.num_streams > 1
+    for merged in _merged(graph, memory, end):
+        after = follow(graph, replace(start_of(merged), functions=True))
+        normed = [graph.values[n] for n in _normed(after)]
+        places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
+        given = [
+            (shown, value)
+            for shown, value in places
+            if shown.at == "output"
+            and shown.call
+            and after.is_whole(value)
+            and (several or value.shape == shape)
+        ]
+        if given:
+            return min(given, key=lambda of: of[0].order)[0], ""
+        if normed:
+            path = graph.path(normed[0])
+            why = (
+                f"a norm takes the last state before the end of {path or 'the model'}, and no module returns what it gives "
+                "for every token"
+            )
+    return None, why
+
+
+def _merged(graph: Graph, memory: MemoryReading, end: int) -> Iterator[TracedValue]:
+    """The last state, or what its streams are merged to."""
+    if memory.num_streams == 1:
+        yield graph.values[end]
+        return
+    one = math.prod(memory.shape)
+    for number, numbers in memory.carried.items():
+        if number > end and numbers.count == numbers.distinct == one:
+            yield graph.values[number]
+
+
+def _normed(after: Memory) -> list[int]:
+    """The values that a norm lies before, and to which nothing was added."""
+    found: set[int] = set()
+    for number in sorted(after.carried):
+        value = after.graph.values[number]
+        inside = after.inside(value)
+        if after.depth[number] == 0 and (_is_norm(after, value) or any(p.number in found for p in inside)):
+            found.add(number)
+    return sorted(found)
+
+
+def _is_norm(memory: Memory, value: TracedValue) -> bool:
+    return memory.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)
