@@ -42,7 +42,13 @@ from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repe
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
-from depthscope.probes.structure.stages import joined, with_ending, with_final, with_made_state, with_opening
+from depthscope.probes.structure.stages import (
+    with_ending,
+    with_final,
+    with_made_state,
+    with_next_stage,
+    with_opening,
+)
 
 
 class AxisError(RewrittenError):
@@ -87,7 +93,7 @@ class StructureFinder:
         Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
         """
         self._has_shards = shards is not None
-        found = self._found()
+        found = self._chains_of_model()
         chains = tuple(of.chain for of in found)
         read = [memory for of in found for memory in of.memories]
         is_plain = all(m.num_streams == 1 and not m.over_depth and not m.inner_streams for m in read)
@@ -156,14 +162,14 @@ class StructureFinder:
 
     # --- which memories
 
-    def _found(self) -> list[ReadChain]:
+    def _chains_of_model(self) -> list[ReadChain]:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
-            return self._named(self.options.blocks)
-        if calls := self._linked():
+            return self._chains_of_named_blocks(self.options.blocks)
+        if calls := self._linked_blocks():
             refused = f"unproven: {self.rereading.reading.refused}"
             try:
-                return [self._of_calls(calls, self.memories[0].proof if self.memories else refused)]
+                return [self._chain_of_calls(calls, self.memories[0].proof if self.memories else refused)]
             except LayoutError:
                 # What the model is called with, such as an image, is no state.
                 if self.memories or self.graph.sides[calls[0], "input"][0].kind != INPUT:
@@ -174,33 +180,33 @@ class StructureFinder:
                 f"{self.rereading.reading.refused}; name the modules whose states are wanted with layers="
                 f"{pattern or 'model.layers.{i}'!r}"
             )
-        taken = self._chosen()
+        taken = self._chosen_memories()
         first = taken[0][0]
         if first.num_streams > 1 or first.over_depth:
-            return [self._weighed(first)]
+            return [self._chain_with_connections(first)]
         return self._with_names(self._plain_chains(taken))
 
     def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
-        found = self._plain(taken[0])
+        found = self._chains_of_stages(taken[0])
         if (why := self.rereading.reading.left_out.get(first.name)) is not None:
             self._unread.append(LeftOut(first.name, 0, "", 0.0, f"a further state of these blocks: {why}"))
         for stages in taken[1:]:
             try:
-                further = self._plain(stages)
+                further = self._chains_of_stages(stages)
             except LayoutError as error:
-                self._unread.append(self._left_out(stages, str(error)))
+                self._unread.append(self._further_state_left_out(stages, str(error)))
                 continue
             if any(point.site == "post" for of in further for point in of.chain.points):
                 found += further
             else:
-                self._unread.append(self._left_out(stages, "its states lie between no blocks"))
+                self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
         for of in found:
             _require_all_blocks(self.graph, self.model, of.chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
-    def _linked(self) -> list[int]:
+    def _linked_blocks(self) -> list[int]:
         """The calls of blocks, where they show more than the model's memory, which is not proven, or there is none."""
         first = next(iter(self.memories), None)
         if self.options.chain is not None or (first is not None and first.is_proven):
@@ -209,7 +215,7 @@ class StructureFinder:
         calls = linked_calls(self.graph)
         return calls if {branch.unit for of in joined for branch in of.branches} < set(calls) else []
 
-    def _chosen(self) -> list[list[MemoryReading]]:
+    def _chosen_memories(self) -> list[list[MemoryReading]]:
         """The memories that are taken, the model's first; stages of one trunk together."""
         wanted = self.options.chain
         if wanted is not None:
@@ -226,7 +232,7 @@ class StructureFinder:
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
         blocks = set[int]().union(*map(self._units, trunks[0]))
         self._unread += [
-            self._left_out(of, next(m.proof for m in of if not m.is_proven))
+            self._further_state_left_out(of, next(m.proof for m in of if not m.is_proven))
             for of in trunks[1:]
             if of not in kept and set() < set[int]().union(*map(self._units, of)) <= blocks
         ]
@@ -241,7 +247,7 @@ class StructureFinder:
             ),
         ]
 
-    def _left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
+    def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""
         kinds = sorted(set().union(*map(self._kinds, stages)))
         blocks = len(set().union(*map(self._units, stages)))
@@ -253,14 +259,14 @@ class StructureFinder:
         ordered = sorted(memories, key=lambda memory: memory.root)
         trunks: list[list[MemoryReading]] = []
         for memory in ordered:
-            before = next((trunk for trunk in trunks if self._goes_on(trunk, memory)), None)
+            before = next((trunk for trunk in trunks if self._is_next_stage(trunk, memory)), None)
             if before is None:
                 trunks.append([memory])
             else:
                 before.append(memory)
         return sorted(trunks, key=lambda trunk: self.memories[0] not in trunk)
 
-    def _goes_on(self, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
+    def _is_next_stage(self, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
         """Whether a memory is the next stage of a trunk: in its container, or of its class of blocks and another shape."""
         before, root = trunk[-1], self.graph.values[after.root]
         end = self._end(before)
@@ -286,7 +292,7 @@ class StructureFinder:
 
     # --- what the user names
 
-    def _named(self, layers: Sequence[str]) -> list[ReadChain]:
+    def _chains_of_named_blocks(self, layers: Sequence[str]) -> list[ReadChain]:
         calls = named_calls(self.graph, self.model, layers)
         found: list[ReadChain] = []
         for memory in self.memories:
@@ -294,14 +300,16 @@ class StructureFinder:
             if depths is None:
                 continue
             if memory.num_streams > 1 or memory.over_depth:
-                return [self._weighed(memory)]
-            found += [self._as_named(of, calls, depths) for of in self._plain([memory], depths)]
+                return [self._chain_with_connections(memory)]
+            found += [
+                self._with_named_blocks(of, calls, depths) for of in self._chains_of_stages([memory], depths)
+            ]
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
-        return [self._of_calls(calls, f"{ASSERTED}{why}")]
+        return [self._chain_of_calls(calls, f"{ASSERTED}{why}")]
 
-    def _of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
+    def _chain_of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
         value = chain.points[0].value_in(self.graph)
@@ -309,7 +317,7 @@ class StructureFinder:
         layout = self.options.layout or shape_layout(value, self.sequences)
         return ReadChain(replace(chain, layout=layout), ())
 
-    def _as_named(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
+    def _with_named_blocks(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
         """A chain with the user's blocks, and the states numbered by them where there is one before each."""
         blocks = [self.graph.calls[call] for call in calls]
         chain = replace(
@@ -325,7 +333,9 @@ class StructureFinder:
 
     # --- chains and layouts
 
-    def _plain(self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None) -> list[ReadChain]:
+    def _chains_of_stages(
+        self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None
+    ) -> list[ReadChain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
@@ -335,7 +345,7 @@ class StructureFinder:
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
                 layout_of = partial(self._layout_of, part.memories[0], "")
-                chain = joined(chain, with_made_state(self.graph, part, layout_of))
+                chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             joints = [connection for memory in memories for connection in memory.connections]
@@ -435,7 +445,7 @@ class StructureFinder:
             f"tokens are to be read as those of one sequence; {rows}"
         )
 
-    def _weighed(self, memory: MemoryReading) -> ReadChain:
+    def _chain_with_connections(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
         part = self._chain(memory)
         chain = with_final(self.graph, part.chain, memory)

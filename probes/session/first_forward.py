@@ -192,7 +192,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
         value = state.point.value_in(tape.graph)
-        kept = _kept(graph, value, state.point.path)
+        kept = _held_tensor(graph, value, state.point.path)
         instead = state.point.gradient_at
         given = value if instead is None else instead.value_in(graph)
         if given is not None:
@@ -208,7 +208,9 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         for position, connection in enumerate(chain.connections):
             if connection.branch_path is not None:
                 given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
-                observer.record_branch(forward, number, position, _kept(graph, given, connection.branch_path))
+                observer.record_branch(
+                    forward, number, position, _held_tensor(graph, given, connection.branch_path)
+                )
 
 
 def _expect_gradient(
@@ -226,7 +228,7 @@ def _expect_gradient(
             observer.unread.add(of.key)
 
 
-def _kept(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
+def _held_tensor(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
     if value is None or not graph.is_kept(value):
         raise RewrittenError(
             f"what {path or 'the model'} shows was not kept in the first forward; call the model once more: from the second "
@@ -251,7 +253,7 @@ def record_operations(
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            needed = _needed(graph, observer)
+            needed = _values_read(graph, observer)
             if needed is not None:
                 known.learn(model, graph, needed)
     except NOT_READ:
@@ -263,7 +265,7 @@ def record_operations(
         graph.let_go()
 
 
-def _needed(graph: Graph, observer: Observer) -> set[int] | None:
+def _values_read(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
     points = [

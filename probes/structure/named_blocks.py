@@ -80,7 +80,7 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     blocks = [graph.calls[call] for call in calls]
     ends = [
         (calls[0], "input"),
-        *(_handed_on(graph, *pair) for pair in pairwise(calls)),
+        *(_state_between(graph, *pair) for pair in pairwise(calls)),
         (calls[-1], "output"),
     ]
     values = [graph.sides[end][0] for end in ends]
@@ -100,7 +100,7 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     )
 
 
-def _handed_on(graph: Graph, before: int, after: int) -> tuple[int, str]:
+def _state_between(graph: Graph, before: int, after: int) -> tuple[int, str]:
     taken, given = graph.sides[after, "input"][0], graph.sides[before, "output"][0]
     return (after, "input") if graph.depends(taken, given) else (before, "output")
 

@@ -101,24 +101,31 @@ class ChainReader:
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
         if not self._is_plain:
-            joined = tuple(self._weighed(of) for of in self.connections if of.branches)
-        elif inside:
-            joined = self._plain_connections(depths)
+            joined = tuple(self._connection(of) for of in self.connections if of.branches)
+        elif inside:  # of every branch, or of none
+            found = [c for of in self.connections for c in self._plain_connections(of, depths)]
+            joined = () if None in found else tuple(c for c in found if c is not None)
         if self._is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
-        layout = self._usual_layout(
-            [value for point, value in points if point.streams or self._num_tensors == 1]
-        )
+        # The layout that most of them have, the first one of equally many.
+        whole = (self.layout_of(value) for point, value in points if point.streams or self._num_tensors == 1)
+        counts = Counter(filter(None, whole))
+        layout = max(counts, key=lambda of: ("F" in of, counts[of]), default="")
         points = [
             (point, value)
             if self.layout_of(value) == layout
             else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
-        if self._num_tensors > 1:
-            layout, points = self._with_streams_first(layout, points)
+        if self._num_tensors > 1:  # the streams of most states are tensors that are put next to each other
+            of_streams = (f"N {p.layout}" if p.layout and p.streams else p.layout for p, _ in points)
+            points = [
+                (replace(p, layout=own if p.streams else own or layout), value)
+                for own, (p, value) in zip(of_streams, points, strict=True)
+            ]
+            layout = f"N {layout}"
         self._require_one_order(points)
         if self._is_plain:  # what no call hands on that made it lies inside of that
             points = [
@@ -142,23 +149,11 @@ class ChainReader:
         )
         return ReadChain(chain, (self.memory,), bool(joined) and self._is_sinkhorn)
 
-    def _with_streams_first(
-        self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]
-    ) -> tuple[str, list[tuple[HookPoint, TracedValue]]]:
-        """The layout and the points, where the streams of most states are tensors that are put next to each other."""
-        found = [
-            (replace(point, layout=f"N {point.layout}" if point.layout else ""), value)
-            if point.streams
-            else (replace(point, layout=point.layout or layout), value)
-            for point, value in points
-        ]
-        return f"N {layout}", found
-
     def _as_read(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
-        following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
+        following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
         if point.site != "post" or self._shows(point, value, "output") is not False:
             return point
         if following is None:
@@ -166,7 +161,7 @@ class ChainReader:
             return replace(point, module=made) if self.memory.grows and made else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
+        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(value)
         if self.memory.grows and not f"{made}.".startswith(f"{block}."):
             return point  # joined after the block before, by neither
         module = made if made.startswith(f"{block}.") else block
@@ -186,7 +181,7 @@ class ChainReader:
 
     def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
         """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
-        same = {other.number for other in self._same(value)}
+        same = {other.number for other in self._same_elements(value)}
         calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
         shown = [of.number for call in calls for at in ats for of in self.graph.sides.get((call, at), ())]
         return not same.isdisjoint(shown) if shown else None
@@ -195,7 +190,7 @@ class ChainReader:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
         if point.site not in ("post", "pre"):
             return True
-        shown = [of for other in self._same(value) for of in self.graph.shown.get(other.number, ())]
+        shown = [of for other in self._same_elements(value) for of in self.graph.shown.get(other.number, ())]
         paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
         if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
             return True
@@ -223,16 +218,11 @@ class ChainReader:
         usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
         return tuple(usual if p.layout else of for of, (p, _) in zip(shapes, points, strict=True))
 
-    def _usual_layout(self, values: Sequence[TracedValue]) -> str:
-        """The layout that most values have; the first one of equally many."""
-        counts = Counter(filter(None, map(self.layout_of, values)))
-        return max(counts, key=lambda layout: ("F" in layout, counts[layout])) if counts else ""
-
     def _with_layout(
         self, depth: int, point: HookPoint, value: TracedValue, layout: str
     ) -> tuple[HookPoint, TracedValue]:
         """What shows a state in the layout of the others; where nothing does, what shows it in its own."""
-        moved = [other for other in self._before_all_readers(self._moved(value)) if self.layout_of(other)]
+        moved = [other for other in self._before_all_readers(self._reordered(value)) if self.layout_of(other)]
         # Streams and parts of their features that are one axis elsewhere may come in another order there.
         alike = ("F" in layout) == ("F" in (self.layout_of(value) or layout))
         if alike and any(self.layout_of(other) == layout for other in moved):
@@ -265,7 +255,10 @@ class ChainReader:
         state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
         around = self.graph.stack(state)
         given = {
-            s.call for v in self._same(state) for s in self.graph.shown.get(v.number, ()) if s.at == "output"
+            s.call
+            for v in self._same_elements(state)
+            for s in self.graph.shown.get(v.number, ())
+            if s.at == "output"
         }
         units = {branch.unit for branch in connection.branches}
         inside = (
@@ -277,17 +270,17 @@ class ChainReader:
         }
         return next((call for call in numbered if call in given & working), None)
 
-    def _unit(self, branch: BranchReading) -> int:
+    def _call_of(self, branch: BranchReading) -> int:
         return self.units[branch.way[0]]
 
     def _block(self, branch: BranchReading) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
-        calls = {self._unit(other) for other in own}
-        if len(calls) == 1 and self._unit(branch) >= 0:
-            return self.graph.calls[self._unit(branch)].path
+        calls = {self._call_of(other) for other in own}
+        if len(calls) == 1 and self._call_of(branch) >= 0:
+            return self.graph.calls[self._call_of(branch)].path
         if self.is_fine:
-            return self.graph.calls[self._unit(branch)].path
+            return self.graph.calls[self._call_of(branch)].path
         paths = [other.path.split(".") for other in own]
         common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
         while common and not common[-1].isdigit():
@@ -301,7 +294,7 @@ class ChainReader:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or before is None or after is None:
             return False
-        return self._unit(before) == self._unit(after) >= 0
+        return self._call_of(before) == self._call_of(after) >= 0
 
     def _around(self, depth: int) -> tuple[BranchReading | None, BranchReading | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
@@ -366,8 +359,9 @@ class ChainReader:
             _has_gradient(of) and graph.reaches_output(of) for of in early
         ):
             return point
-        addends = (self._only_added(addend, value) for addend in _plain_addends(value))
-        found = next((of for of in addends if of is not None), None)
+        is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
+        added = (self._only_added(addend, value) for addend in (addends(value) if is_plain else ()))
+        found = next((of for of in added if of is not None), None)
         if found is None:  # where it has no graph at all, none may be wanted
             return replace(point, is_read_inside=begin is not None)
         return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
@@ -403,7 +397,7 @@ class ChainReader:
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
         """What shows a value that is a state, or a stream of one."""
-        state, same, moved = self.memory.states[depth], self._same(value), self._moved(value)
+        state, same, moved = self.memory.states[depth], self._same_elements(value), self._reordered(value)
         if self._num_tensors > 1:  # what other streams are copies of has not the gradient of this one
             same = [other for other in same if other.number >= value.number]
         else:
@@ -440,8 +434,8 @@ class ChainReader:
         if depth or after is None:
             return value
         around = self.graph.stack(self.graph.values[after.way[0]])[1:]  # the block, and what holds it
-        layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
-        for other in self._moved(value):
+        layout, seen = self.layout_of(value), {other.number for other in self._same_elements(value)}
+        for other in self._reordered(value):
             taken = any(
                 shown.at == "input" and shown.call in around
                 for shown in self.graph.shown.get(other.number, ())
@@ -458,7 +452,7 @@ class ChainReader:
     def _first(self) -> TracedValue:
         """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
         value = self.graph.values[self.memory.states[0].values[-1]]
-        unit = self._unit(self.branches[0]) if self.branches else -1
+        unit = self._call_of(self.branches[0]) if self.branches else -1
         if not self._is_plain or unit not in self.graph.stack(value):
             return value
         for number, shown in self.graph.shown.items():
@@ -475,18 +469,18 @@ class ChainReader:
         What a block takes is what is really handed on, in autograd too.
         """
         before, after = self._around(depth)
-        takes = after is not None and shown.at == "input" and shown.call == self._unit(after)
-        gives = before is not None and shown.at == "output" and shown.call == self._unit(before)
+        takes = after is not None and shown.at == "input" and shown.call == self._call_of(after)
+        gives = before is not None and shown.at == "output" and shown.call == self._call_of(before)
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
-    def _same(self, value: TracedValue) -> list[TracedValue]:
+    def _same_elements(self, value: TracedValue) -> list[TracedValue]:
         """A value, and others with the same elements: copies and views of it, and what it is one of."""
         before = walk([value], lambda of: of.parents if self._is_same(of) else ())
         after = walk([value], lambda of: filter(self._is_same, self.graph.takers(of)))
         found = dict.fromkeys([*before, *after])
         return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
 
-    def _moved(self, value: TracedValue) -> list[TracedValue]:
+    def _reordered(self, value: TracedValue) -> list[TracedValue]:
         """A value, and all that has the same elements in another order, the nearest first."""
         return list(walk([value], partial(moved, self.graph)))
 
@@ -526,13 +520,13 @@ class ChainReader:
             return before.path  # later blocks hand it on, in a list of what came before
         if giver and self.memory.states[depth].layer > before.layer and not is_inside:
             return giver  # a block that only scales
-        if self._unit(before) >= 0 and not is_inside and block in self._called:
+        if self._call_of(before) >= 0 and not is_inside and block in self._called:
             return block
         return giver or before.path
 
     # --- connections
 
-    def _weighed(self, of: ConnectionReading) -> Connection:
+    def _connection(self, of: ConnectionReading) -> Connection:
         """A connection of a memory with streams, or over depth."""
         branch = of.branches[-1]
         given = self._shown_branch(branch)
@@ -541,6 +535,7 @@ class ChainReader:
         self._is_sinkhorn &= times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
+        parameters = (self.graph.parameter_names.get(value.number) for value in behind)
         return Connection(
             path=path,
             index=of.depth_in,
@@ -551,7 +546,7 @@ class ChainReader:
             style=DEPTH if self.memory.over_depth else READ,
             depth_in=of.depth_in,
             depth_out=of.depth_out,
-            parameters=self._parameters(behind),
+            parameters=tuple(dict.fromkeys(filter(None, parameters))),
         )
 
     def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
@@ -559,10 +554,6 @@ class ChainReader:
         given = self.memory.carried.keys() | {number for branch in of.branches for number in branch.way}
         factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
         return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
-
-    def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
-        names = (self.graph.parameter_names.get(value.number, "") for value in values)
-        return tuple(dict.fromkeys(filter(None, names)))
 
     def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
@@ -573,12 +564,8 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
-        """The branches of plain blocks, where every one of them is the output of some module; else none."""
-        found = [c for of in self.connections for c in self._connections_of(of, depths)]
-        return () if None in found else tuple(c for c in found if c is not None)
-
-    def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+        """The branches that are added between two plain states; None for one that no module gives."""
         for branch in of.branches:
             for given in self._shown_parts(branch):
                 if given is None or not given[1]:
@@ -615,19 +602,13 @@ class ChainReader:
 
     def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
         whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
-        for other in self._same(value) if value.numel >= whole else ():
+        for other in self._same_elements(value) if value.numel >= whole else ():
             shown = self.graph.shown.get(other.number, ())
             calls = [each.call for each in shown if each.at == "output" and not each.item]
             if calls:
                 own = numbers.reshape(other.shape) if other.numel == value.numel else None
                 return min(calls), "" if own is None else self.layout_of(other, own)
         return None
-
-
-def _plain_addends(value: TracedValue) -> list[TracedValue]:
-    """What a sum adds up as it is."""
-    is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
-    return addends(value) if is_plain else []
 
 
 def _has_gradient(taker: TracedValue) -> bool:

@@ -16,7 +16,7 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order, tokens_of
 
 # Of a connection, and what its branch gave, where that is apart
-Weighed = tuple[Parts | DepthWeights, torch.Tensor | None]
+ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 
 
 class ReadStructure:
@@ -46,7 +46,7 @@ class ReadStructure:
         # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out = frozenset({0} if self.is_first_shared else ())
 
-    def without_other_views(self, weights: Mapping[int, Weighed]) -> dict[int, Weighed]:
+    def without_other_views(self, weights: Mapping[int, ConnectionWeights]) -> dict[int, ConnectionWeights]:
         """The connections but for those whose branches read or write other numbers of streams at once than those of most."""
         views = {
             number: (of.branch_in.shape[-2], of.write.shape[-1])
@@ -63,7 +63,7 @@ class ReadStructure:
             self.rereading.keep(self.first)
         self.first = None
 
-    def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
+    def weights(self, memory: MemoryReading, batch_size: int) -> list[ConnectionWeights]:
         """The coefficients of every connection.
 
         Raises StreamConnectionError, LayoutError: Where they have no place in these.
@@ -121,8 +121,8 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
         mix=mix if mixes else None,
         read=_reads(branches, order),
         write=_writes(branches, order, mix),
-        branch_in=_given(branches, order, "in"),
-        branch_out=_given(branches, order, "out"),
+        branch_in=_branch_tensors(branches, order, "in"),
+        branch_out=_branch_tensors(branches, order, "out"),
         constant=None if constant is None else constant[order],
     )
 
@@ -143,7 +143,7 @@ def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.T
     return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
 
 
-def _given(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
+def _branch_tensors(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
     missing = [branch.path or "a branch" for branch in branches if name not in branch.parts]
     if missing or not branches:
         what = "takes" if name == "in" else "gives"

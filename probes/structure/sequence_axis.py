@@ -95,7 +95,9 @@ class SequenceAxis:
             return None
         new = _new_dim(value, position, len(operand.shape), dim)
         if new is None:
-            return self._by_size(value)
+            # Of an operation that is not known: the only axis of the size of the batch.
+            dims = [dim for dim, length in enumerate(value.shape) if length == self.size]
+            return (math.prod(value.shape[dims[0] + 1 :]), self.size) if len(dims) == 1 else None
         if not 0 <= new < len(value.shape):
             return None
         if value.shape[new] != operand.shape[dim]:  # some of the sequences, where the axis has nothing else
@@ -136,11 +138,6 @@ class SequenceAxis:
         if value.name != "convolution" or position or dim < 2:
             return False
         return value.args[1].shape[dim] > 1  # a kernel of one element reads each place alone
-
-    def _by_size(self, value: TracedValue) -> tuple[int, int] | None:
-        """Of an operation that is not known: the only axis of the size of the batch."""
-        dims = [dim for dim, size in enumerate(value.shape) if size == self.size]
-        return (math.prod(value.shape[dims[0] + 1 :]), self.size) if len(dims) == 1 else None
 
 
 def _place(shape: Sequence[int], stride: int, size: int) -> tuple[int, int] | None:

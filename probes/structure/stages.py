@@ -43,7 +43,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
         given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
-        chain = _opened(chain, block, taken, given=given)
+        chain = _with_state_before(chain, block, taken, given=given)
         state = taken
     return chain
 
@@ -62,7 +62,7 @@ def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> boo
         return False
 
 
-def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
+def _with_state_before(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
     """The chain with what a block takes before its first state, which that block makes.
 
     ``given``: whether it gives that state; otherwise it lies inside of the block.
@@ -143,7 +143,7 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
     return chain
 
 
-def joined(chain: Chain, stage: Chain) -> Chain:
+def with_next_stage(chain: Chain, stage: Chain) -> Chain:
     """A chain with the states of its next stage, whose blocks are numbered after those before."""
     offset, last = len(chain.points), max(point.layer for point in chain.points)
     begin, *later = stage.points
@@ -165,7 +165,7 @@ def joined(chain: Chain, stage: Chain) -> Chain:
     first_blocks = [first] if stage.points[0].site == "post" and _stage_of(first) in places else []
     return replace(
         chain,
-        points=(*before, *(_of_stage(point, number, shift) for point in stage.points)),
+        points=(*before, *(_point_of_stage(point, number, shift) for point in stage.points)),
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
         blocks=tuple(dict.fromkeys([*chain.blocks, *first_blocks, *stage.blocks])),
         block_class="/".join(kinds),
@@ -174,7 +174,7 @@ def joined(chain: Chain, stage: Chain) -> Chain:
     )
 
 
-def _of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
+def _point_of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
     """A state of a later stage, whose blocks begin with a number, in the whole chain."""
     if point.site != "embed":
         return replace(point, layer=point.layer + shift)
@@ -200,9 +200,9 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
     """
     end = memory.states[-1].values[-1]
     why, several = NO_FINAL_NORM, memory.num_streams > 1
-    for merged in _merged(graph, memory, end):
+    for merged in _after_merge(graph, memory, end):
         after = follow(graph, replace(start_of(merged), functions=True))
-        normed = [graph.values[n] for n in _normed(after)]
+        normed = [graph.values[n] for n in _norms_of(after)]
         places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
         given = [
             (shown, value)
@@ -223,7 +223,7 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
     return None, why
 
 
-def _merged(graph: Graph, memory: MemoryReading, end: int) -> Iterator[TracedValue]:
+def _after_merge(graph: Graph, memory: MemoryReading, end: int) -> Iterator[TracedValue]:
     """The last state, or what its streams are merged to."""
     if memory.num_streams == 1:
         yield graph.values[end]
@@ -234,7 +234,7 @@ def _merged(graph: Graph, memory: MemoryReading, end: int) -> Iterator[TracedVal
             yield graph.values[number]
 
 
-def _normed(after: Memory) -> list[int]:
+def _norms_of(after: Memory) -> list[int]:
     """The values that a norm lies before, and to which nothing was added."""
     found: set[int] = set()
     for number in sorted(after.carried):
